@@ -1,0 +1,41 @@
+"""The closed set of errors that a user can cause.
+
+Each message is one line: what is wrong, which value, what to do. The command line prints it as it is and
+exits with `exit_code`; a traceback is a bug.
+"""
+
+from __future__ import annotations
+
+
+class LocalsteerError(Exception):
+    """Base of every error that input from outside can cause."""
+
+    exit_code = 2
+
+
+class VectorFileError(LocalsteerError):
+    """A control-vector file that is missing, truncated, foreign, or of a newer format."""
+
+
+class ModelFileError(LocalsteerError):
+    """A model or checkpoint file that is missing, truncated, or can't be loaded."""
+
+
+class MismatchError(LocalsteerError):
+    """A vector and a model that do not belong together: width, depth, tokens."""
+
+
+class PlanError(LocalsteerError):
+    """Steering settings that make no sense: unknown mode, block out of range, parallel directions."""
+
+
+class PromptError(LocalsteerError):
+    """A prompt that is empty, or longer than the context."""
+
+
+class UnsupportedModelError(LocalsteerError):
+    """A model whose residual stream can't be steered with certainty."""
+
+
+class CatalogError(LocalsteerError):
+    """An instruction or query file that can't be read, or an unknown instruction."""
