@@ -1,0 +1,274 @@
+"""A control vector: one direction per block, and how it is meant to be applied. numpy only."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from .errors import MismatchError, PlanError, VectorFileError
+
+MODES = ("project", "add", "ablate")
+POSITIONS = ("all", "prompt", "last", "generation")
+STATISTICS = ("mean_with", "mean_without", "std_with", "std_without")  # one number for each block
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ControlVector:
+    """The settings (`layers`, `mode`, ...) travel with the directions; `at` changes them, nothing else does.
+
+    directions: (n_layer, n_embd) float32, v_l = mean(h_l(with) - h_l(without)) at the last prompt token,
+        unnormalised, residual-stream units; a row of zeros means that there is no direction at that block.
+    mean_with, mean_without, std_with, std_without: (n_layer,) float32, mean and standard deviation of the
+        projection on the unit direction, with and without the instruction. `mean_with` is the target of
+        `project`; a vector without it (an import) can only add or ablate.
+    layers: chosen blocks, 0-based: block l is steered at its output, `l_out-l` in llama.cpp.
+    strength: the user's multiplier. cap: bound on the absolute dynamic weight, residual-stream units.
+    one_sided: only ever raise the projection.
+
+    Arrays are copied and made read-only. Raises PlanError for settings that make no sense, VectorFileError
+    for arrays that hold no vector.
+    """
+
+    directions: np.ndarray
+    mean_with: np.ndarray | None
+    mean_without: np.ndarray | None
+    std_with: np.ndarray | None
+    std_without: np.ndarray | None
+    layers: tuple[int, ...]
+    mode: str = "project"
+    positions: str = "all"
+    strength: float = 1.0
+    one_sided: bool = False
+    cap: float | None = None
+    name: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._put("directions", _directions(self.directions, self.label))
+        for key in STATISTICS:
+            self._put(key, _per_block(getattr(self, key), key, self.n_layer, self.label))
+        self._put("layers", _layers(self.layers, self.n_layer, self.label))
+        self._put("strength", _finite(self.strength, "strength"))
+        self._put("one_sided", bool(self.one_sided))
+        self._put("cap", _cap(self.cap))
+        self._put("provenance", dict(self.provenance))
+        self._check_settings()
+
+    def _put(self, key: str, value: Any) -> None:
+        object.__setattr__(self, key, value)  # the class is frozen; used while it is being made only
+
+    def _check_settings(self) -> None:
+        if self.mode not in MODES:
+            raise PlanError(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}.")
+        if self.positions not in POSITIONS:
+            raise PlanError(f"unknown positions {self.positions!r}: choose one of {', '.join(POSITIONS)}.")
+        if self.mode == "project" and self.mean_with is None:
+            raise PlanError(
+                f"{self.label} has no mean projection (an import), so it can't project: use add or ablate."
+            )
+        if self.mode == "add" and (self.one_sided or self.cap is not None):
+            raise PlanError(
+                "one-sided and cap bound the dynamic weight, and add has none: use project or ablate."
+            )
+        for layer in self.layers:
+            if not self.directions[layer].any():
+                known = _ranges(self.blocks)
+                raise PlanError(
+                    f"{self.label} has no direction at block {layer} (it is zero): choose from {known}."
+                )
+
+    def __repr__(self) -> str:
+        where = ", ".join(map(str, self.layers))
+        size = f"{self.n_layer} blocks x {self.n_embd}"
+        what = f"{self.mode} at block {where}, strength {self.strength:g}, positions {self.positions}"
+        return f"ControlVector({self.name!r}, {size}, {what})"
+
+    @property
+    def n_layer(self) -> int:
+        return self.directions.shape[0]
+
+    @property
+    def n_embd(self) -> int:
+        return self.directions.shape[1]
+
+    @property
+    def label(self) -> str:
+        """The name for messages: never empty."""
+        return self.name or "the vector"
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that have a direction."""
+        return tuple(int(il) for il in np.flatnonzero(self.directions.any(axis=1)))
+
+    def unit(self, layer: int) -> np.ndarray:
+        """The direction at one block divided by its length: (n_embd,) float32, normalised in float64.
+
+        Raises PlanError where there is no direction.
+        """
+        (layer,) = _layers(layer, self.n_layer, self.label)
+        direction = self.directions[layer].astype(np.float64)
+        norm = np.linalg.norm(direction)
+        if norm == 0:
+            raise PlanError(f"{self.label} has no direction at block {layer}.")
+        return (direction / norm).astype(np.float32)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ControlVector:
+        """Read a control-vector GGUF that localsteer wrote. Raises VectorFileError."""
+        from localsteer.convert import read_vector
+
+        return read_vector(path)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a control-vector GGUF (docs/format.md), replacing the file at `path` in one step."""
+        from localsteer.convert import write_vector
+
+        write_vector(self, path)
+
+    def at(
+        self,
+        *,
+        layer: int | Sequence[int] | None = None,
+        strength: float | None = None,
+        mode: str | None = None,
+        positions: str | None = None,
+        one_sided: bool | None = None,
+        cap: float | None = None,
+    ) -> ControlVector:
+        """The same directions with other settings; None leaves one as it is, `cap=math.inf` removes the cap.
+
+        Changing the mode to `add` drops a one-sided setting and a cap that came with the vector, because
+        `add` has no dynamic weight to bound. Raises PlanError.
+        """
+        if mode == "add" and self.mode != "add":
+            one_sided, cap = bool(one_sided), math.inf if cap is None else cap
+        given = {
+            "layers": layer,
+            "strength": strength,
+            "mode": mode,
+            "positions": positions,
+            "one_sided": one_sided,
+            "cap": cap,
+        }
+        return replace(self, **{key: value for key, value in given.items() if value is not None})
+
+
+def check_model(vector: ControlVector, n_layer: int, n_embd: int, architecture: str) -> None:
+    """Raise MismatchError unless the vector was made for a model of this width, depth and architecture.
+
+    A vector without a recorded architecture (an import) is checked by width and depth alone.
+    """
+    for what, ours, theirs in (
+        ("embedding width", vector.n_embd, n_embd),
+        ("number of blocks", vector.n_layer, n_layer),
+        ("architecture", vector.provenance.get("architecture") or architecture, architecture or None),
+    ):
+        if theirs is not None and ours != theirs:
+            raise MismatchError(
+                f"{vector.label} was made for a model with {what} {ours} but this model has {theirs}: "
+                "extract the vector from this model, or choose the model that it was made from."
+            )
+
+
+def describe(vector: ControlVector) -> dict[str, Any]:
+    """What a vector holds, as plain JSON-able values; `blocks` has one entry per block, in order."""
+    columns = {key: getattr(vector, key) for key in STATISTICS}
+    norms = np.linalg.norm(vector.directions.astype(np.float64), axis=1)
+    blocks = []
+    for il in range(vector.n_layer):
+        block = {"block": il, "chosen": il in vector.layers, "norm": float(norms[il])}
+        blocks.append(block | {key: None if c is None else float(c[il]) for key, c in columns.items()})
+    settings = ("name", "n_layer", "n_embd", "mode", "positions", "strength", "one_sided", "cap")
+    described: dict[str, Any] = {key: getattr(vector, key) for key in settings}
+    return described | {
+        "layers": list(vector.layers),
+        "blocks": blocks,
+        "provenance": dict(vector.provenance),
+    }
+
+
+def _frozen(array: Any, label: str, what: str) -> np.ndarray:
+    """A read-only float32 copy; an array that is already ours is shared. Raises VectorFileError."""
+    if type(array) is np.ndarray and array.dtype == np.float32:
+        if array.flags.owndata and array.flags.c_contiguous and not array.flags.writeable:
+            return array
+    try:
+        with np.errstate(over="ignore"):  # what overflows float32 is refused as infinite
+            frozen = np.array(array, dtype=np.float32, order="C")
+    except (TypeError, ValueError):
+        raise VectorFileError(
+            f"{label}: {what} must be an array of numbers, not {type(array).__name__}."
+        ) from None
+    if not np.isfinite(frozen).all():
+        raise VectorFileError(f"{label}: {what} holds NaN or infinite values: extract the vector again.")
+    frozen.flags.writeable = False
+    return frozen
+
+
+def _directions(array: Any, label: str) -> np.ndarray:
+    directions = _frozen(array, label, "directions")
+    if directions.ndim != 2 or 0 in directions.shape:
+        raise VectorFileError(f"{label}: directions must be (n_layer, n_embd), not {directions.shape}.")
+    return directions
+
+
+def _per_block(array: Any, what: str, n_layer: int, label: str) -> np.ndarray | None:
+    if array is None:
+        return None
+    column = _frozen(array, label, what)
+    if column.shape != (n_layer,):
+        raise VectorFileError(
+            f"{label}: {what} must hold one number per block ({n_layer}), not {column.shape}."
+        )
+    return column
+
+
+def _layers(layers: int | Sequence[int], n_layer: int, label: str) -> tuple[int, ...]:
+    """Sorted, unique, in range."""
+    try:
+        chosen = sorted({operator.index(il) for il in (layers if np.iterable(layers) else (layers,))})
+    except TypeError:
+        raise PlanError(f"layer {layers!r} is not a block number: choose 0 to {n_layer - 1}.") from None
+    if not chosen:
+        raise PlanError(f"no block is chosen: choose 0 to {n_layer - 1}.")
+    for il in chosen:
+        if not 0 <= il < n_layer:
+            raise PlanError(f"layer {il} is out of range: {label} has blocks 0 to {n_layer - 1}.")
+    return tuple(chosen)
+
+
+def _finite(value: Any, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise PlanError(f"{what} {value!r} is not a number.") from None
+    if not math.isfinite(number):
+        raise PlanError(f"{what} must be a finite number, not {number}.")
+    return number
+
+
+def _cap(value: Any) -> float | None:
+    if value is None or value == math.inf:
+        return None
+    cap = _finite(value, "cap")
+    if cap <= 0:
+        raise PlanError(f"cap must be above 0, not {cap:g}; strength 0 switches a vector off.")
+    return cap
+
+
+def _ranges(blocks: Sequence[int]) -> str:
+    """`1-27` or `2, 5-7`, for messages."""
+    runs: list[list[int]] = []
+    for il in blocks:
+        if runs and runs[-1][1] == il - 1:
+            runs[-1][1] = il
+        else:
+            runs.append([il, il])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs) or "none"
