@@ -1,0 +1,48 @@
+"""Fixtures that several test files share: the tiny models, written once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_models import ARCHITECTURES, TinyModel, write_tiny
+
+# Tokenizers are used from forked helpers in some tests; their thread pool warns about it otherwise.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+    """`tiny("llama")`: a random model of that architecture, as a checkpoint and as F32 GGUF."""
+    directory = tmp_path_factory.mktemp("tiny-models")
+    written: dict[str, TinyModel] = {}
+
+    def model(arch: str) -> TinyModel:
+        if arch not in written:
+            pytest.importorskip("torch", reason="the tiny models are written with torch and transformers")
+            written[arch] = write_tiny(arch, directory)
+        return written[arch]
+
+    return model
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def tiny_model(request: pytest.FixtureRequest, tiny: Callable[[str], TinyModel]) -> TinyModel:
+    """Each of the four architectures in turn."""
+    return tiny(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny: Callable[[str], TinyModel]) -> TinyModel:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real models and data that lie beside the repository; a test that needs them skips without."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real models at {folder}")
+    return folder
