@@ -205,7 +205,10 @@ def _add_general(
 ) -> None:
     n_params = sum(math.prod(weight.tensor.shape) for weight in weights)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name or checkpoint.directory.resolve().name)
+    name = name or checkpoint.directory.resolve().name
+    # llama.cpp strips spaces after special tokens in any model whose name says Phi-3 (and fails to load one
+    # without that model's tokens); a tokenizer that does so has been refused
+    writer.add_name(re.sub(r"(?i)phi-?3", "phi 3", name))
     writer.add_size_label(gguf.size_label(n_params, 0, 0, 0))
     writer.add_file_type(FTYPES[ftype][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -74,7 +74,7 @@ def write_checkpoint(arch: str, hf_dir: Path, *, seed: int = 0, **overrides) -> 
     model = AutoModelForCausalLM.from_config(config)
     randomise(model, seed)
     model.save_pretrained(hf_dir)
-    tokenizer().save_pretrained(hf_dir)
+    tokenizer("qwen2" if arch == "qwen2" else "gpt-2").save_pretrained(hf_dir)
 
 
 def randomise(model, seed: int) -> None:
@@ -82,22 +82,27 @@ def randomise(model, seed: int) -> None:
 
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=draw)
             if parameter.ndim > 1:
-                embedding = "embed_tokens" in name
-                parameter.copy_(noise * (0.5 if embedding else parameter.shape[1] ** -0.5))
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
             else:
                 parameter.add_(0.1 * noise)
 
 
-def tokenizer():
-    """A byte-level BPE of 512 tokens, trained on CORPUS, with the chat template; no BOS."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def tokenizer(pre: str = "gpt-2"):
+    """A byte-level BPE of 512 tokens, trained on CORPUS, with the chat template; no BOS.
+
+    `pre` is how text is cut before merging: "gpt-2", "qwen2" or "llama-bpe". A qwen2 checkpoint needs its
+    own: transformers rebuilds that tokenizer whatever tokenizer.json says.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    backend.pre_tokenizer = pre_tokenizer(pre)
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=N_VOCAB, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
@@ -107,6 +112,18 @@ def tokenizer():
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|end|>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def pre_tokenizer(pre: str):
+    from tokenizers import Regex, pre_tokenizers
+
+    from localsteer.convert.checkpoint_vocab import PRE_BY_REGEX
+
+    if pre == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    regex = next(regex for regex, name in PRE_BY_REGEX.items() if name == pre)
+    split = pre_tokenizers.Split(Regex(regex), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 # Pieces that tokenizers disagree about: spaces, line ends, contractions, scripts, combining marks, emoji with
