@@ -195,21 +195,23 @@ def describe(vector: ControlVector) -> dict[str, Any]:
 
 
 def _frozen(array: Any, label: str, what: str) -> np.ndarray:
-    """A read-only float32 copy; an array that is already ours is shared. Raises VectorFileError."""
-    if type(array) is np.ndarray and array.dtype == np.float32:
-        if array.flags.owndata and array.flags.c_contiguous and not array.flags.writeable:
-            return array
-    try:
-        with np.errstate(over="ignore"):  # what overflows float32 is refused as infinite
-            frozen = np.array(array, dtype=np.float32, order="C")
-    except (TypeError, ValueError):
-        raise VectorFileError(
-            f"{label}: {what} must be an array of numbers, not {type(array).__name__}."
-        ) from None
-    if not np.isfinite(frozen).all():
+    """A read-only float32 copy; an array that is one already is shared. Raises VectorFileError."""
+    if not _is_frozen(array):
+        try:
+            with np.errstate(over="ignore"):  # what overflows float32 is refused as infinite
+                array = np.array(array, dtype=np.float32, order="C")
+        except (TypeError, ValueError):
+            raise VectorFileError(f"{label}: {what} must be an array of numbers.") from None
+        array.flags.writeable = False
+    if not np.isfinite(array).all():
         raise VectorFileError(f"{label}: {what} holds NaN or infinite values: extract the vector again.")
-    frozen.flags.writeable = False
-    return frozen
+    return array
+
+
+def _is_frozen(array: Any) -> bool:
+    if type(array) is not np.ndarray or array.dtype != np.float32:
+        return False
+    return array.flags.owndata and array.flags.c_contiguous and not array.flags.writeable
 
 
 def _directions(array: Any, label: str) -> np.ndarray:

@@ -1,0 +1,266 @@
+"""Control vectors that other tools wrote. Each tool counts blocks its own way: that is the convention.
+
+GGUF:    repeng             `direction.N` is the output of 0-based block N, as llama.cpp applies it.
+         cvector-generator  (llama.cpp's tool; jukofyork's too) `direction.N` is the output of block N - 1:
+                            llama.cpp applies those files one block late, and this import undoes it.
+Arrays:  blocks             row l is the output of block l: resid_post[l] of TransformerLens, as in the
+                            paper's code, or what a forward hook on decoder block l sees.
+         hidden_states      row 0 is the embedding and row l + 1 the output of block l, as in transformers'
+                            `hidden_states`; the last row is after the final norm and is dropped.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType
+
+from localsteer.errors import LocalsteerError, VectorFileError
+from localsteer.vector import STATISTICS, ControlVector
+
+from . import keys
+from .arrays import read_arrays
+from .gguf_file import MAGIC, GgufFile, open_bytes, open_gguf
+from .read import check_architecture, is_ours, read_vector
+
+GGUF_CONVENTIONS = ("repeng", "cvector-generator")
+ARRAY_CONVENTIONS = ("blocks", "hidden_states")
+CONVENTIONS = GGUF_CONVENTIONS + ARRAY_CONVENTIONS
+
+# names in .npz and .safetensors files: those of the paper's code, and ours
+_PAIRS = (("hs_instr", "hs_no_instr"), ("last_token_rs", "last_token_rs_no_instr"))
+_ONE_BLOCK = ("instr_dir", "max_diff_layer_idx", "avg_proj", "avg_proj_no_instr")
+_WANTED = {name for pair in _PAIRS for name in pair} | {*_ONE_BLOCK, "directions", *STATISTICS}
+
+
+def import_vector(
+    path: str | os.PathLike[str],
+    *,
+    convention: str | None = None,
+    n_layer: int | None = None,
+    layer: int | Sequence[int] | None = None,
+    name: str | None = None,
+) -> ControlVector:
+    """Read a foreign vector. Without a `convention` it is taken from the file where that is certain.
+
+    n_layer: depth of the model; without it, what the file suggests. layer: chosen blocks; without it, all
+    that have a direction for a GGUF, the middle one for arrays. A file that localsteer wrote is read as it
+    is. Raises VectorFileError, and PlanError for a layer that is not there.
+    """
+    if convention is not None and convention not in CONVENTIONS:
+        raise VectorFileError(f"unknown convention {convention!r}: choose one of {', '.join(CONVENTIONS)}.")
+    if n_layer is not None and not 1 <= n_layer <= keys.MAX_BLOCKS:
+        raise VectorFileError(f"a model of {n_layer} blocks is out of range (1 to {keys.MAX_BLOCKS}).")
+    with open_bytes(path) as data:
+        is_gguf = data[:4] == MAGIC
+    read = _from_gguf if is_gguf else _from_arrays
+    try:
+        vector = read(path, convention, n_layer, Path(path).stem if name is None else name)
+    except VectorFileError:
+        raise
+    except LocalsteerError as error:
+        raise VectorFileError(f"{os.fspath(path)} holds no usable vector: {error}") from None
+    return vector if layer is None else vector.at(layer=layer)
+
+
+def _from_gguf(
+    path: str | os.PathLike[str], convention: str | None, n_layer: int | None, name: str
+) -> ControlVector:
+    with open_gguf(path) as file:
+        if not is_ours(file):
+            check_architecture(file)
+            rows = {_block_number(file, tensor): file.f32(tensor) for tensor in file.tensors}
+            convention = convention or _detect(file)
+            _check_convention(file.path, convention, GGUF_CONVENTIONS)
+            directions = _place_rows(file, rows, convention, n_layer)
+            # it adds at all its blocks, as the tool that made it would have
+            return ControlVector(
+                directions, None, None, None, None, _blocks(file.path, directions), mode="add", name=name,
+                provenance={"method": "import", "convention": convention, **_hint(file)},
+            )  # fmt: skip
+    if convention is not None:
+        raise VectorFileError(f"{os.fspath(path)} was written by localsteer: it takes no convention.")
+    return read_vector(path)
+
+
+def _block_number(file: GgufFile, tensor: str) -> int:
+    match = re.fullmatch(r"direction\.(\d{1,6})", tensor, re.ASCII)
+    if not match or not 1 <= int(match[1]) <= keys.MAX_BLOCKS:
+        raise file.error(f"is not a control vector: it holds a tensor {tensor[:40]!r}.")
+    return int(match[1])
+
+
+def _detect(file: GgufFile) -> str:
+    """cvector-generator counts layers as INT32; the Python tools as UINT32, and repeng writes downwards.
+
+    jukofyork's files (UINT32, upwards) can't be told from a repeng file that was sorted: ask.
+    """
+    count = file.keys.get(keys.LAYER_COUNT)
+    blocks = [_block_number(file, tensor) for tensor in file.tensors]
+    if count and count.type == GGUFValueType.INT32:
+        return "cvector-generator"
+    if count and count.type == GGUFValueType.UINT32 and len(blocks) > 1 and blocks == sorted(blocks)[::-1]:
+        return "repeng"
+    raise file.error(
+        "does not say which tool wrote it: choose convention repeng (direction.N is block N) "
+        "or cvector-generator (direction.N is block N - 1; jukofyork's files too)."
+    )
+
+
+def _check_convention(path: str, convention: str, known: Sequence[str]) -> None:
+    if convention not in known:
+        kind = "a GGUF" if known is GGUF_CONVENTIONS else "an array file"
+        raise VectorFileError(f"{path} is {kind}: its convention is one of {', '.join(known)}.")
+
+
+def _hint(file: GgufFile) -> dict[str, Any]:
+    # not `architecture`: repeng writes transformers' name of it (mistral), llama.cpp its own (llama)
+    hint = file.get(keys.MODEL_HINT, GGUFValueType.STRING)
+    return {"model_hint": hint} if hint else {}
+
+
+def _place_rows(
+    file: GgufFile, rows: dict[int, np.ndarray], convention: str, n_layer: int | None
+) -> np.ndarray:
+    """(n_layer, n_embd). Both tools leave one block out, so n_layer is the highest N + 1 in both."""
+    widths = {len(row) for row in rows.values()}
+    if len(widths) != 1 or 0 in widths:
+        raise file.error(f"is not a control vector: its directions are {sorted(widths) or 'not there'} wide.")
+    shift = 1 if convention == "cvector-generator" else 0
+    n_layer = max(rows) + 1 if n_layer is None else n_layer
+    beyond = [block for block in rows if block - shift >= n_layer]
+    if beyond:
+        raise file.error(f"holds direction.{max(beyond)}, beyond a model of {n_layer} blocks.")
+    directions = _zeros(file.path, n_layer, max(widths))
+    for block, row in rows.items():
+        directions[block - shift] = row
+    return directions
+
+
+def _zeros(path: str, n_layer: int, n_embd: int) -> np.ndarray:
+    if 4 * n_layer * n_embd > keys.MAX_BYTES:
+        raise VectorFileError(f"{path}: {n_layer} blocks x {n_embd} are too large for a model.")
+    return np.zeros((n_layer, n_embd), dtype=np.float32)
+
+
+def _blocks(path: str, directions: np.ndarray) -> tuple[int, ...]:
+    blocks = tuple(int(il) for il in np.flatnonzero(directions.any(axis=1)))
+    if not blocks:
+        raise VectorFileError(f"{path} holds no vector: all its directions are zero.")
+    return blocks
+
+
+def _from_arrays(
+    path: str | os.PathLike[str], convention: str | None, n_layer: int | None, name: str
+) -> ControlVector:
+    shown = os.fspath(path)
+    arrays = read_arrays(path, _WANTED)
+    if "instr_dir" in arrays:
+        return _one_block(shown, arrays, n_layer, name)
+    for instructed, plain in _PAIRS:
+        if instructed in arrays and plain in arrays:
+            arrays |= _statistics(*_last_tokens(shown, arrays[instructed], arrays[plain]))
+    if "directions" not in arrays:
+        raise VectorFileError(
+            f"{shown} holds no vector: it needs directions, or hs_instr and hs_no_instr, or instr_dir."
+        )
+    directions, columns = arrays["directions"], {key: arrays.get(key) for key in STATISTICS}
+    if directions.ndim != 2:
+        raise VectorFileError(f"{shown}: directions must be (blocks, n_embd), not {directions.shape}.")
+    for key, column in columns.items():
+        if column is not None and column.shape != directions.shape[:1]:
+            raise VectorFileError(f"{shown}: {key} is {column.shape}, directions are {directions.shape}.")
+    convention = _array_convention(shown, convention, n_layer, len(directions))
+    first = 1 if convention == "hidden_states" else 0
+    directions = directions[first:].copy()
+    if convention == "hidden_states":
+        directions[-1] = 0  # after the final norm: not the residual stream of the last block
+    columns = {key: None if column is None else column[first:] for key, column in columns.items()}
+    return _from_rows(directions, columns, _blocks(shown, directions), name, convention)
+
+
+def _array_convention(path: str, convention: str | None, n_layer: int | None, n_rows: int) -> str:
+    """Raises when neither the convention nor the depth tells."""
+    if convention is None and n_layer is not None and n_rows in (n_layer, n_layer + 1):
+        convention = "blocks" if n_rows == n_layer else "hidden_states"
+    if convention is None:
+        raise VectorFileError(
+            f"{path} holds {n_rows} rows: choose convention blocks (row l is block l, as in the paper's "
+            "code) or hidden_states (row 0 is the embedding), or give the model's number of blocks."
+        )
+    _check_convention(path, convention, ARRAY_CONVENTIONS)
+    found = n_rows - (convention == "hidden_states")
+    if found < 1 or (n_layer is not None and found != n_layer):
+        raise VectorFileError(f"{path} holds {found} blocks, but the model has {n_layer or 'at least one'}.")
+    return convention
+
+
+def _from_rows(
+    directions: np.ndarray,
+    columns: dict[str, np.ndarray | None],
+    blocks: tuple[int, ...],
+    name: str,
+    convention: str,
+) -> ControlVector:
+    """One block is chosen, as in the paper: the middle one, until tuning or the user picks another."""
+    middle = min(blocks, key=lambda il: (abs(il - len(directions) // 2), il))
+    return ControlVector(
+        directions, **columns, layers=(middle,), mode="add" if columns["mean_with"] is None else "project",
+        name=name, provenance={"method": "import", "convention": convention},
+    )  # fmt: skip
+
+
+def _last_tokens(path: str, instructed: np.ndarray, plain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n_pairs, blocks, n_embd) from that shape or (n_pairs, blocks, n_tokens, n_embd)."""
+    if instructed.shape != plain.shape or instructed.ndim not in (3, 4) or 0 in instructed.shape:
+        raise VectorFileError(
+            f"{path}: states with and without must both be (pairs, blocks, n_embd), "
+            f"not {instructed.shape} and {plain.shape}."
+        )
+    if instructed.ndim == 4:
+        instructed, plain = instructed[:, :, -1], plain[:, :, -1]
+    return instructed, plain
+
+
+def _statistics(instructed: np.ndarray, plain: np.ndarray) -> dict[str, np.ndarray]:
+    """The paper's definition (docs/method.md), population standard deviations."""
+    directions = (instructed - plain).mean(axis=0)
+    norms = np.linalg.norm(directions, axis=1, keepdims=True)
+    units = np.divide(directions, norms, out=np.zeros_like(directions), where=norms > 0)
+    p_with, p_without = (np.einsum("nle,le->nl", states, units) for states in (instructed, plain))
+    return {
+        "directions": directions,
+        "mean_with": p_with.mean(axis=0), "mean_without": p_without.mean(axis=0),
+        "std_with": p_with.std(axis=0), "std_without": p_without.std(axis=0),
+    }  # fmt: skip
+
+
+def _one_block(path: str, arrays: dict[str, np.ndarray], n_layer: int | None, name: str) -> ControlVector:
+    """The paper's pre-computed vectors: a unit direction at one block, and its mean projections.
+
+    |v| is the difference of the two mean projections, so v = (avg_proj - avg_proj_no_instr) instr_dir.
+    """
+    try:
+        layer, p_with, p_without = (float(arrays[key].reshape(()).item()) for key in _ONE_BLOCK[1:])
+    except (KeyError, ValueError):
+        raise VectorFileError(f"{path}: instr_dir needs the numbers {', '.join(_ONE_BLOCK[1:])}.") from None
+    unit = arrays["instr_dir"].astype(np.float64)
+    if n_layer is None:
+        raise VectorFileError(f"{path} holds one block: pass the model's number of blocks.")
+    if unit.ndim != 1 or not layer.is_integer() or not 0 <= layer < n_layer:
+        raise VectorFileError(
+            f"{path}: no direction for a model of {n_layer} blocks (block {layer:g}, shape {unit.shape})."
+        )
+    directions = _zeros(path, n_layer, len(unit)).astype(np.float64)
+    directions[int(layer)] = (p_with - p_without) * unit
+    means = np.zeros((2, n_layer))
+    means[:, int(layer)] = p_with, p_without
+    return ControlVector(
+        directions, means[0], means[1], None, None, (int(layer),), name=name,
+        provenance={"method": "import", "convention": "blocks"},
+    )  # fmt: skip

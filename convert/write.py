@@ -1,0 +1,151 @@
+"""Write a control vector as GGUF: the same vector gives the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType, GGUFWriter
+
+from localsteer.errors import VectorFileError
+from localsteer.vector import STATISTICS, ControlVector
+
+from . import keys
+
+
+def write_vector(vector: ControlVector, path: str | os.PathLike[str]) -> None:
+    """Replace the file at `path` in one step: a reader sees the old file or the whole new one.
+
+    Raises VectorFileError when the folder can't be written, or the provenance holds what JSON can't.
+    """
+    writer = GGUFWriter(None, keys.ARCHITECTURE)
+    _add_header(writer, vector)
+    _add_settings(writer, vector)
+    _add_statistics(writer, vector)
+    _add_provenance(writer, vector.provenance)
+    for layer in range(1, vector.n_layer):
+        writer.add_tensor(f"{keys.DIRECTION}{layer}", np.ascontiguousarray(vector.directions[layer]))
+    try:
+        _write_atomically(writer, Path(path))
+    except OSError as error:
+        raise VectorFileError(f"{path} can't be written: {error.strerror or error}.") from None
+
+
+def _add_header(writer: GGUFWriter, vector: ControlVector) -> None:
+    hint = vector.provenance.get("architecture")
+    if isinstance(hint, str):
+        writer.add_string(keys.MODEL_HINT, hint)
+    writer.add_uint32(keys.LAYER_COUNT, vector.n_layer - 1)  # of the tensors, as repeng counts
+    writer.add_uint32(keys.MAJOR, keys.VERSION_MAJOR)
+    writer.add_uint32(keys.MINOR, keys.VERSION_MINOR)
+    writer.add_uint32(keys.N_LAYER, vector.n_layer)
+    writer.add_uint32(keys.N_EMBD, vector.n_embd)
+
+
+def _add_settings(writer: GGUFWriter, vector: ControlVector) -> None:
+    _add_text(writer, keys.NAME, vector.name)
+    _add_array(writer, keys.LAYERS, vector.layers, GGUFValueType.UINT32)
+    writer.add_string(keys.MODE, vector.mode)
+    writer.add_string(keys.POSITIONS, vector.positions)
+    writer.add_float64(keys.STRENGTH, vector.strength)
+    writer.add_bool(keys.ONE_SIDED, vector.one_sided)
+    if vector.cap is not None:
+        writer.add_float64(keys.CAP, vector.cap)
+
+
+def _add_statistics(writer: GGUFWriter, vector: ControlVector) -> None:
+    for key in STATISTICS:
+        column = getattr(vector, key)
+        if column is not None:
+            _add_array(writer, keys.PREFIX + key, column.tolist(), GGUFValueType.FLOAT32)
+    _add_array(writer, keys.DIRECTION_0, vector.directions[0].tolist(), GGUFValueType.FLOAT32)
+
+
+def _add_provenance(writer: GGUFWriter, provenance: Mapping[str, Any]) -> None:
+    for key, value in sorted(provenance.items()):
+        if not isinstance(key, str) or len(key.encode("utf-8", "replace")) > keys.MAX_NAME // 2:
+            raise VectorFileError(f"provenance key {str(key)[:40]!r} can't be written: use a short string.")
+        value = value.item() if isinstance(value, np.generic) else value
+        if key == "probes":
+            _add_probes(writer, value or [])
+        elif isinstance(value, bool):
+            writer.add_bool(keys.PROVENANCE + key, value)
+        elif isinstance(value, int) and -(2**63) <= value < 2**63:
+            writer.add_int64(keys.PROVENANCE + key, value)
+        elif isinstance(value, float):
+            writer.add_float64(keys.PROVENANCE + key, value)
+        elif isinstance(value, str):
+            _add_text(writer, keys.PROVENANCE + key, value)
+        else:
+            _add_text(writer, keys.PROVENANCE_JSON + key, _json(key, value))
+
+
+def _add_probes(writer: GGUFWriter, probes: Sequence[tuple[str, Sequence[int]]]) -> None:
+    """GGUF arrays are flat: the texts, how many ids each has, and all ids one after the other."""
+    try:
+        texts = [text.encode() for text, _ in probes]
+        ids = [np.array(tokens, dtype=np.int32).tolist() for _, tokens in probes]
+    except (TypeError, ValueError, AttributeError, OverflowError):  # a UnicodeEncodeError is a ValueError
+        raise VectorFileError("provenance 'probes' must be a list of [text, [token ids]].") from None
+    if not texts:
+        return
+    _add_array(writer, keys.PROBES_TEXT, texts, GGUFValueType.STRING)
+    _add_array(writer, keys.PROBES_LENGTH, [len(tokens) for tokens in ids], GGUFValueType.UINT32)
+    _add_array(writer, keys.PROBES_TOKENS, [i for tokens in ids for i in tokens], GGUFValueType.INT32)
+
+
+def _json(key: str, value: Any) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise VectorFileError(f"provenance {key!r} can't be written: {error}.") from None
+
+
+def _add_text(writer: GGUFWriter, key: str, text: str) -> None:
+    # GGUFWriter.add_string drops an empty string
+    try:
+        writer.add_key_value(key, text.encode(), GGUFValueType.STRING)
+    except UnicodeEncodeError:
+        raise VectorFileError(f"{key} can't be written: it is not valid Unicode.") from None
+
+
+def _add_array(writer: GGUFWriter, key: str, values: Sequence[Any], item: GGUFValueType) -> None:
+    if len(values):
+        writer.add_key_value(key, list(values), GGUFValueType.ARRAY, sub_type=item)
+
+
+def _write_atomically(writer: GGUFWriter, path: Path) -> None:
+    """Beside the target, because a rename is atomic within one file system only."""
+    if path.is_dir():
+        raise IsADirectoryError(21, "it is a folder")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        writer.write_header_to_file(beside)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        for file in writer.fout or ():
+            file.flush()
+            os.fsync(file.fileno())
+        writer.close()
+        os.replace(beside, path)
+    finally:
+        writer.close()
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable where the system can (not on Windows)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
