@@ -102,8 +102,9 @@ class Checkpoint:
             raise self._bad(key, value, "a positive integer")
         return value
 
-    def number(self, key: str) -> float:
-        value = self.config.get(key)
+    def number(self, key: str, settings: Mapping[str, Any] | None = None) -> float:
+        """A number of config.json, or of `settings`, one of its tables."""
+        value = (self.config if settings is None else settings).get(key)
         if not isinstance(value, (int, float)) or value <= 0:
             raise self._bad(key, value, "a positive number")
         return float(value)
@@ -227,10 +228,10 @@ def _add_hparams(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_key_length(checkpoint.head_dim)
     writer.add_value_length(checkpoint.head_dim)
     writer.add_rope_dimension_count(int(checkpoint.rope["partial_rotary_factor"] * checkpoint.head_dim))
-    writer.add_rope_freq_base(checkpoint.rope["rope_theta"])
+    writer.add_rope_freq_base(checkpoint.number("rope_theta", checkpoint.rope))
     if checkpoint.rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(checkpoint.rope["factor"])
+        writer.add_rope_scaling_factor(checkpoint.number("factor", checkpoint.rope))
     if checkpoint.kind.arch == gguf.MODEL_ARCH.GEMMA2:
         writer.add_attn_logit_softcapping(checkpoint.config.get("attn_logit_softcapping", 50.0))
         writer.add_final_logit_softcapping(checkpoint.config.get("final_logit_softcapping", 30.0))
@@ -287,19 +288,22 @@ def _read_safetensors(path: Path) -> dict[str, LocalTensor]:
     """Where the tensors of a safetensors file are; each lies inside it and is as long as its shape says."""
     try:
         tensors = SafetensorsLocal(path).tensors
-        size = path.stat().st_size
+        for name, tensor in tensors.items():
+            if tensor.dtype not in SAFETENSORS_DTYPES:
+                raise UnsupportedModelError(f"{path}: {name} is {tensor.dtype}; F32, F16 and BF16 are read")
+            if not _lies_inside(tensor, path.stat().st_size):
+                raise ModelFileError(f"{path} is truncated or damaged at {name}: copy the checkpoint again")
     except FileNotFoundError as error:
         raise ModelFileError(f"{path.parent} holds no {path.name}: only safetensors can be read") from error
     except DAMAGED as error:
         raise ModelFileError(f"{path} is not a whole safetensors file: {error!r}") from error
-    for name, tensor in tensors.items():
-        if tensor.dtype not in SAFETENSORS_DTYPES:
-            raise UnsupportedModelError(f"{path}: {name} is {tensor.dtype}, only F32, F16 and BF16 are read")
-        place, item = tensor.data_range, np.dtype(SAFETENSORS_DTYPES[tensor.dtype]).itemsize
-        whole = 0 < place.size == item * math.prod(tensor.shape) and place.offset + place.size <= size
-        if not whole:
-            raise ModelFileError(f"{path} is truncated or damaged at {name}: copy the checkpoint again")
     return tensors
+
+
+def _lies_inside(tensor: LocalTensor, file_size: int) -> bool:
+    place = tensor.data_range
+    n_bytes = math.prod(tensor.shape) * np.dtype(SAFETENSORS_DTYPES[tensor.dtype]).itemsize
+    return 0 < place.size == n_bytes and 0 < place.offset <= file_size - place.size
 
 
 def _write(writer: gguf.GGUFWriter, checkpoint: Checkpoint, weights: list[Weight], out_path: Path) -> None:
@@ -372,9 +376,9 @@ def _rope_factors(checkpoint: Checkpoint) -> np.ndarray | None:
     rope = checkpoint.rope
     if rope["rope_type"] != "llama3":
         return None
+    keys = ("rope_theta", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "factor")
+    theta, n_ctx, low, high, factor = (checkpoint.number(key, rope) for key in keys)
     dim = checkpoint.head_dim
-    frequency = 1.0 / rope["rope_theta"] ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
-    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    turns = n_ctx / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim) / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)

@@ -17,7 +17,7 @@ def _keep_log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
 
 
 class Reference:
-    """One model and one context: F32 KV cache, no flash attention, one thread (DESIGN: how exact llama.cpp is)."""
+    """One model and one context: F32 KV cache, no flash attention, one thread."""
 
     def __init__(self, path: Path, n_ctx: int = 512) -> None:
         LOG.clear()

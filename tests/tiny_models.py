@@ -66,8 +66,9 @@ def write_checkpoint(arch: str, hf_dir: Path, *, seed: int = 0, **overrides) -> 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     sizes = {
-        "vocab_size": N_VOCAB, "hidden_size": N_EMBD, "intermediate_size": 2 * N_EMBD, "num_hidden_layers": N_LAYER,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": N_CTX,
+        "vocab_size": N_VOCAB, "hidden_size": N_EMBD, "intermediate_size": 2 * N_EMBD,
+        "num_hidden_layers": N_LAYER, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": N_CTX,
         "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 0,
     }  # fmt: skip
     config = AutoConfig.for_model(arch, **{**sizes, **EXTRA[arch], **overrides})
@@ -115,9 +116,8 @@ def tokenizer(pre: str = "gpt-2"):
 
 
 def pre_tokenizer(pre: str):
-    from tokenizers import Regex, pre_tokenizers
-
     from localsteer.convert.checkpoint_vocab import PRE_BY_REGEX
+    from tokenizers import Regex, pre_tokenizers
 
     if pre == "gpt-2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -129,10 +129,13 @@ def pre_tokenizer(pre: str):
 # Pieces that tokenizers disagree about: spaces, line ends, contractions, scripts, combining marks, emoji with
 # joiners and modifiers, control characters (no NUL), special tokens in the middle of text.
 PIECES = (
-    *CORPUS, *SPECIAL_TOKENS, " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \t ", "\u00a0", "\u2003", "\u3000", "\u200b", "\u200d",
-    "'s", "'S", "don't", "we'll", "'ve", "1", "1234567890", "3.14", "½", "²", "Ⅷ", "٣", "a", "I", "é", "e\u0301", "ß", "İ", "ﬁ", "ǆ",
-    "中文字", "日本語", "한국어", "русский", "ελληνικά", "العربية", "עברית", "हिन्दी", "ไทย", "🙂", "👩‍👩‍👧", "👍🏽", "🇩🇪", "𝒳", "𐍈",
-    "!", "?!...", "---", "<|", "|>", "<<a>>", "{}", "$€₿", "\x01", "\x1b[0m", "\x7f", "\u0085", "\ufeff", "\ufffd", "_", "\\n", "\u180e",
+    *CORPUS, *SPECIAL_TOKENS,
+    " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \t ", "\u00a0", "\u2003", "\u3000", "\u200b", "\u200d",
+    "'s", "'S", "don't", "we'll", "'ve", "1", "1234567890", "3.14", "½", "²", "Ⅷ", "٣", "a", "I", "é",
+    "e\u0301", "ß", "İ", "ﬁ", "ǆ", "русский", "ελληνικά", "العربية", "עברית", "हिन्दी", "ไทย",
+    "中文字", "日本語", "한국어", "🙂", "👩\u200d👩\u200d👧", "👍🏽", "🇩🇪", "\U0001d4b3", "𐍈",
+    "!", "?!...", "---", "<|", "|>", "<<a>>", "{}", "$€₿", "_", "\\n",
+    "\x01", "\x1b[0m", "\x7f", "\u0085", "\ufeff", "\ufffd", "\u180e",
 )  # fmt: skip
 
 
