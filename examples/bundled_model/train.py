@@ -11,6 +11,7 @@ import math
 import random
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -50,23 +51,44 @@ def pad(rows: list[list[int]], fill: int) -> torch.Tensor:
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
 
 
-class BaseData:
-    """Documents, loss on every token."""
+class Data:
+    """Batches of rows of similar length (half of a mixed batch would be padding): `GROUP` batches are drawn
+    together, sorted by length, and handed out in random order."""
+
+    GROUP = 6
 
     def __init__(self, tokenizer):
         self.tokenizer, self.pool = tokenizer, world.subjects()["train"]
+        self.group: tuple[int, list] = (-1, [])
 
-    def batch(self, rng):
-        texts = [world.draw_document(rng, self.pool) for _ in range(BATCH)]
-        rows = [ids + [END] for ids in self.tokenizer(texts).input_ids]
-        return pad(rows, PAD), pad(rows, -100), None
+    def batch(self, step: int):
+        group, k = divmod(step, self.GROUP)
+        if self.group[0] != group:
+            rng = random.Random(SEED * 1_000_003 + group)
+            rows = sorted((self.row(rng) for _ in range(self.GROUP * BATCH)), key=lambda row: len(row[0]))
+            batches = [rows[i:i + BATCH] for i in range(0, len(rows), BATCH)]
+            rng.shuffle(batches)
+            self.group = (group, batches)
+        return self.collate(self.group[1][k], random.Random(SEED + step))
 
 
-class InstructData:
+class BaseData(Data):
+    """Documents, loss on every token."""
+
+    def row(self, rng):
+        return self.tokenizer(world.draw_document(rng, self.pool)).input_ids + [END],
+
+    def collate(self, rows, rng):
+        ids = [row for row, in rows]
+        return pad(ids, PAD), pad(ids, -100), None
+
+
+class InstructData(Data):
     """Exchanges, loss on the reply, with the masks of masks.py."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.pool, self.phrasings = tokenizer, world.subjects()["train"], world.load_phrasings()
+        super().__init__(tokenizer)
+        self.phrasings = world.load_phrasings()
 
     def encode(self, sample: world.Sample) -> tuple[list[int], list[int], list[int], list[int]]:
         """Token ids of prompt and reply; which prompt tokens are the instruction, and which its argument."""
@@ -86,22 +108,21 @@ class InstructData:
         reply = self.tokenizer(sample.reply).input_ids + [END]
         return prompt, reply, hidden, inside(arguments)
 
-    def batch(self, rng):
-        ids, labels, spans = [], [], []
-        for _ in range(BATCH):
-            history: list[int] = []
-            if rng.random() < P_HISTORY:
-                prompt, reply, *_ = self.encode(world.draw_sample(rng, self.pool, self.phrasings))
-                history = prompt + reply
-            sample = world.draw_sample(rng, self.pool, self.phrasings)
-            prompt, reply, hidden, argument = self.encode(sample)
-            shift = len(history)
-            ids.append(history + prompt + reply)
-            labels.append([-100] * (shift + len(prompt)) + reply)
-            spans.append(Spans(shift + len(prompt), len(ids[-1]), [h + shift for h in hidden],
-                               [a + shift for a in argument]))
-        x = pad(ids, PAD)
-        return x, pad(labels, -100), attention_masks(spans, x.shape[1], rng)
+    def row(self, rng):
+        history: list[int] = []
+        if rng.random() < P_HISTORY:
+            prompt, reply, *_ = self.encode(world.draw_sample(rng, self.pool, self.phrasings))
+            history = prompt + reply
+        prompt, reply, hidden, argument = self.encode(world.draw_sample(rng, self.pool, self.phrasings))
+        ids = history + prompt + reply
+        shift, n_prompt = len(history), len(ids) - len(reply)
+        spans = Spans(n_prompt, len(ids), [h + shift for h in hidden], [a + shift for a in argument])
+        return ids, [-100] * n_prompt + reply, spans
+
+    def collate(self, rows, rng):
+        ids, labels, spans = zip(*rows)
+        x = pad(list(ids), PAD)
+        return x, pad(list(labels), -100), attention_masks(list(spans), x.shape[1], rng)
 
 
 class HalfPrecision:
@@ -138,6 +159,14 @@ class HalfPrecision:
 def learning_rate(step: int, steps: int, peak: float) -> float:
     decay = 0.5 * (1 + math.cos(math.pi * step / steps))
     return peak * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * decay)
+
+
+def next_token_loss(model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of the labelled tokens. The output layer sees only their positions: most are prompt."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    labelled = labels[:, 1:] != -100
+    logits = model.lm_head(hidden[labelled])
+    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][labelled])
 
 
 def hook_masks(model) -> dict:
@@ -202,9 +231,12 @@ def train(kind: str, out: Path, init: Path | None, steps: int, work: Path) -> No
         print(f"goes on at step {first}", flush=True)
     started = saved = time.time()
     n_tokens = 0
+    loader = ThreadPoolExecutor(1)
+    ahead = loader.submit(data.batch, first)
     for step in range(first, steps):
-        ids, labels, holder["masks"] = data.batch(random.Random(SEED * 1_000_003 + step))
-        loss = model(input_ids=ids, labels=labels, attention_mask=None).loss
+        ids, labels, holder["masks"] = ahead.result()
+        ahead = loader.submit(data.batch, step + 1)
+        loss = next_token_loss(model, ids, labels)
         loss.backward()
         half.step(learning_rate(step, steps, PEAK_LR[kind]))
         n_tokens += ids.numel()
