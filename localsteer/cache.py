@@ -1,0 +1,154 @@
+"""The user's cache folder: hashes of model files, vectors made on first use, and converted models.
+
+    <folder>/hashes.json                     path, size and time of a model file -> sha256
+    <folder>/vectors/<model hash>/<name>.gguf
+    <folder>/models/<name>.gguf
+
+Everything in it can be deleted at any time. LOCALSTEER_CACHE overrides where it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import LocalsteerError, ModelFileError
+
+HASH_CHARS = 16  # of a model's sha256 in folder names: 64 bits, far from any collision on one disk
+_READ_BYTES = 1 << 20
+_ADVICE = "choose another folder, or set LOCALSTEER_CACHE for cached files."
+
+
+def cache_folder() -> Path:
+    """Where the cache is; it is not made here. Rules: XDG on Linux, Library/Caches, LOCALAPPDATA."""
+    chosen = os.environ.get("LOCALSTEER_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "localsteer"
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "localsteer" / "Cache"
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    # the XDG specification: a relative path is invalid and ignored
+    return (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache") / "localsteer"
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise.
+
+    Two processes that write one file at once both succeed, and a reader sees one whole file or the other.
+    Raises LocalsteerError when the folder can't be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise LocalsteerError(f"can't write {path} ({error.strerror or error}): {_ADVICE}") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _give_usual_permissions(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """sha256 of a file as hex; read once, then remembered while path, size and time stay as they are.
+
+    Raises ModelFileError for a file that can't be read.
+    """
+    path = Path(path)
+    try:
+        stat = path.stat()
+        key = str(path.resolve())
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        known = _read_index().get(key)
+        if isinstance(known, dict) and known.get("stamp") == stamp and isinstance(known.get("sha256"), str):
+            return known["sha256"]
+        digest = _sha256(path)
+    except OSError as error:
+        raise ModelFileError(f"can't read {path} ({error.strerror or error}).") from error
+    _remember(key, {"stamp": stamp, "sha256": digest})
+    return digest
+
+
+def vector_folder(model_hash: str) -> Path:
+    return cache_folder() / "vectors" / model_hash[:HASH_CHARS]
+
+
+def vector_path(model_hash: str, name: str) -> Path:
+    """Where the vector of this name for this model is kept. Any text will do as a name (`file_name`)."""
+    return vector_folder(model_hash) / f"{file_name(name)}.gguf"
+
+
+def model_path(name: str) -> Path:
+    """Where a model that this project converts or quantizes for itself is kept."""
+    return cache_folder() / "models" / f"{file_name(name)}.gguf"
+
+
+def cached_vectors(model_hash: str | None = None) -> list[Path]:
+    """Files of every cached vector, or of one model's; sorted by path."""
+    folder = f"{model_hash[:HASH_CHARS]}" if model_hash else "*"
+    return sorted((cache_folder() / "vectors").glob(f"{folder}/*.gguf"))
+
+
+def remove_vector(path: Path) -> None:
+    """Delete one cached vector, and its model's folder with the last one. A missing file is no error."""
+    path.unlink(missing_ok=True)
+    if path.parent.is_dir() and not any(path.parent.iterdir()):
+        path.parent.rmdir()
+
+
+def file_name(name: str) -> str:
+    """A name that every file system takes. A name that had to be changed gets a hash: it stays unique."""
+    plain = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")[:48]
+    if plain == name:
+        return plain
+    return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
+
+
+def _give_usual_permissions(path: Path) -> None:
+    # mkstemp makes files that only their owner can read; a model or vector is no secret
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def _index_path() -> Path:
+    return cache_folder() / "hashes.json"
+
+
+def _read_index() -> dict[str, object]:
+    try:
+        index = json.loads(_index_path().read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}  # missing or damaged: it is only a memory of what can be computed again
+    return index if isinstance(index, dict) else {}
+
+
+def _remember(key: str, entry: dict[str, object]) -> None:
+    try:
+        with atomic_path(_index_path()) as temporary:
+            temporary.write_text(json.dumps(_read_index() | {key: entry}, indent=1), "utf-8")
+    except (OSError, LocalsteerError):
+        pass  # a folder that can't be written costs a second reading, nothing else
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""From messages to the one text that a model reads. jinja2 only, so that PyTorch and llama.cpp agree.
+
+A chat template is a program from the model's file: it runs in jinja2's immutable sandbox, with the few
+functions that transformers gives it (transformers, utils/chat_template_utils.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from .errors import ModelFileError, PromptError
+
+Message = Mapping[str, str]
+
+# How the paper prompts a base model. Its hash names this format in a vector's provenance.
+FALLBACK = "Q: {question}\nA:"
+ROLES = ("system", "user", "assistant")
+
+
+class ChatTemplate:
+    """Render once, tokenise once: a template that writes BOS itself must not get a second one.
+
+    template: the model's jinja text, or None for the plain `Q: ...` / `A:` of the paper. bos, eos: the texts
+    of these tokens, "" where the model has none. The template is compiled at the first `render`, so that a
+    model whose template is broken still answers raw prompts.
+    """
+
+    def __init__(self, template: str | None, bos: str = "", eos: str = "") -> None:
+        self.template = template or None
+        self.bos = bos
+        self.eos = eos
+
+    @property
+    def is_fallback(self) -> bool:
+        return self.template is None
+
+    @property
+    def template_hash(self) -> str:
+        """sha256 of the template's text: vectors record it, because another template is another prompt."""
+        return hashlib.sha256((self.template or FALLBACK).encode("utf-8", "replace")).hexdigest()
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The prompt's text. Raises PromptError, ModelFileError for a template that isn't valid jinja."""
+        check_messages(messages)
+        if self.is_fallback:
+            return render_fallback(messages, add_generation_prompt)
+        compiled = self._compiled
+        try:
+            return compiled.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos,
+                eos_token=self.eos,
+                tools=None,
+                documents=None,
+            )
+        except Exception as error:  # a foreign program can raise anything
+            raise PromptError(
+                f"the model's chat template refuses these messages ({one_line(error)}): "
+                "change the messages, or send a raw prompt."
+            ) from error
+
+    def adds_special(self, rendered: str) -> bool:
+        """Whether tokenising `rendered` should add special tokens: not when it begins with BOS already."""
+        return not (self.bos and rendered.startswith(self.bos))
+
+    @cached_property
+    def _compiled(self) -> Any:
+        from jinja2 import TemplateError
+
+        try:
+            return _environment().from_string(self.template)
+        except (TemplateError, RecursionError, ValueError) as error:
+            raise ModelFileError(
+                f"the model's chat template can't be read ({one_line(error)}): send a raw prompt instead."
+            ) from error
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise PromptError unless every message has a known role and a text."""
+    if not messages:
+        raise PromptError("the prompt is empty: give a question, or at least one message.")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise PromptError(f"a message must be {{'role': ..., 'content': text}}, not {message!r:.80}.")
+        if message.get("role") not in ROLES:
+            raise PromptError(f"unknown role {message.get('role')!r}: choose one of {', '.join(ROLES)}.")
+
+
+def render_fallback(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    """`Q: ...` and `A: ...` by turns; a system message stands alone before them."""
+    leads = {"system": "", "user": "Q: ", "assistant": "A: "}
+    turns = [leads[message["role"]] + message["content"] for message in messages]
+    text = ""
+    for turn, message in zip(turns, messages, strict=True):
+        text += turn + ("\n" if message["role"] == "user" else "\n\n")
+    return text + "A:" if add_generation_prompt else text.rstrip("\n")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, for messages of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _environment() -> Any:
+    """jinja2 as transformers sets it up: templates are written against exactly these settings."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationTag(Extension):
+        """`{% generation %}` marks the assistant's words for training; here its body is just rendered."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        # jinja2's own tojson escapes <, > and &, which a model must see as they are
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return environment
