@@ -15,7 +15,7 @@ import sys
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -654,6 +654,7 @@ class Context(_Handle):
         capture_tokens (all by default); in the last block, those of them with outputs.
         Raises PromptError (context full, token out of range), MismatchError, UnsupportedModelError.
         """
+        tokens, positions, seq_ids = (np.asarray(a, dtype=np.int64) for a in (tokens, positions, seq_ids))
         outputs = np.asarray(outputs, dtype=bool)
         self._check_batch(tokens, positions, seq_ids, outputs)
         plans = plans if plans is not None and any(plan is not None for plan in plans) else None
@@ -682,7 +683,7 @@ class Context(_Handle):
             for plan in {id(plan): plan for plan in plans if plan is not None}.values():
                 self._check_plan(plan)
             if classes is None or len(classes) != len(outputs) or len(plans) != len(outputs):
-                raise ValueError("plans and classes need one entry per token")
+                raise LocalsteerError("plans and classes need one entry per token.")
             routes = self._hook.routes(plans, classes) if self._hook else None
         if self._hook:
             self._hook.begin(outputs.astype(np.uint8), routes, capture, mask.astype(np.uint8))
@@ -699,22 +700,27 @@ class Context(_Handle):
         if not 1 <= n <= self.n_batch:
             raise PromptError(f"a batch of {n} tokens: between 1 and {self.n_batch} are possible.")
         if not len(positions) == len(seq_ids) == len(outputs) == n:
-            raise ValueError("tokens, positions, seq_ids and outputs need the same length")
-        low, high = min(tokens), max(tokens)
-        self.model._check_token(low)
-        self.model._check_token(high)
-        if max(positions) >= self.n_ctx:
+            raise LocalsteerError("tokens, positions, seq_ids and outputs need one entry per token.")
+        self.model._check_token(int(tokens.min()))
+        self.model._check_token(int(tokens.max()))
+        self._check_seq(int(seq_ids.min()))
+        self._check_seq(int(seq_ids.max()))
+        if not 0 <= positions.min() <= positions.max() < self.n_ctx:
             raise PromptError(
-                f"position {max(positions)} is outside the context of {self.n_ctx} tokens: "
-                "shorten the prompt or ask for a larger context."
+                f"positions {positions.min()} to {positions.max()} do not fit into a context of {self.n_ctx} "
+                "tokens: shorten the prompt or ask for a larger context."
             )
-        if min(positions) < 0 or not 0 <= min(seq_ids) <= max(seq_ids) < self.n_seq_max:
-            raise ValueError(f"positions from 0 on and sequences 0 to {self.n_seq_max - 1} are possible")
+
+    def _check_seq(self, seq: int) -> None:
+        # llama.cpp ends the process for a sequence that it does not have
+        if not 0 <= seq < self.n_seq_max:
+            raise LocalsteerError(f"sequence {seq} does not exist: this context has {self.n_seq_max}.")
 
     def _llama_decode(self, tokens, positions, seq_ids, outputs) -> None:
         _log.clear()
         batch = self._batch.filled(tokens, positions, seq_ids, outputs)
         self.n_decodes += 1
+        self._outputs = np.zeros(0, dtype=np.int64)
         status = lc.llama_decode(self.pointer, batch)
         if status == 1:
             raise PromptError(
@@ -742,10 +748,13 @@ class Context(_Handle):
 
     def seq_rm(self, seq: int, p0: int = 0, p1: int = -1) -> bool:
         """Forget positions [p0, p1) of a sequence; False where a model's cache can't forget a part."""
+        self._check_seq(seq)
         return bool(lc.llama_memory_seq_rm(self._live_memory(), seq, p0, p1))
 
     def seq_cp(self, src: int, dst: int, p0: int = 0, p1: int = -1) -> None:
         """Share positions [p0, p1) of src with dst, without copying them."""
+        self._check_seq(src)
+        self._check_seq(dst)
         lc.llama_memory_seq_cp(self._live_memory(), src, dst, p0, p1)
 
     def _live_memory(self) -> object:
@@ -766,6 +775,27 @@ def _free_context(pointer: object, hook: _Hook | None) -> None:
 
 
 # --- sampling ----------------------------------------------------------------------------------------------
+
+
+class _Kept:
+    text = ""
+
+
+@contextlib.contextmanager
+def _stderr_kept() -> Iterator[_Kept]:
+    """llama.cpp's grammar parser prints its errors past its own log: catch descriptor 2 meanwhile."""
+    kept = _Kept()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield kept
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            kept.text = file.read().decode("utf-8", "replace")
 
 
 class Sampler(_Handle):
@@ -817,9 +847,12 @@ class Sampler(_Handle):
     @staticmethod
     def _grammar(model: Model, text: str) -> object:
         _log.clear()
-        stage = lc.llama_sampler_init_grammar(model.vocab, text.encode("utf-8"), b"root")
-        if not stage:
-            raise LocalsteerError(f"the grammar can't be parsed: {_log.why()}.")
+        with _stderr_kept() as kept:
+            stage = lc.llama_sampler_init_grammar(model.vocab, text.encode("utf-8"), b"root")
+        # an empty text would give a stage that allows everything
+        if not stage or not text.strip():
+            why = re.search(r"error parsing grammar: (.*)", kept.text)
+            raise LocalsteerError(f"the grammar can't be parsed: {why[1] if why else _log.why()}.")
         return stage
 
     def sample(self, context: Context, i: int = -1) -> int:
