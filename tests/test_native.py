@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localsteer import bridge
+from localsteer.bridge import hook as hook_module
+from localsteer.bridge.hook import Accessors, Hook
+from localsteer.errors import LocalsteerError
 from localsteer.plan import PositionClass, Program
 from localsteer.steering import apply_program
 
@@ -47,7 +49,7 @@ class FakeGraph:
         }
         self._callbacks = {name: _SIGNATURES[name](function) for name, function in functions.items()}
         addresses = {n: ctypes.cast(c, ctypes.c_void_p) for n, c in self._callbacks.items()}
-        monkeypatch.setattr(bridge._Accessors, "of_loaded_library", lambda: bridge._Accessors(**addresses))
+        monkeypatch.setattr(Accessors, "of_loaded_library", lambda: Accessors(**addresses))
 
     def _get(self, tensor: int, data: int, offset: int, size: int) -> None:
         self.bytes_read += size
@@ -57,7 +59,7 @@ class FakeGraph:
         self.bytes_written += size
         ctypes.memmove(self.arrays[tensor].ctypes.data + offset, data, size)
 
-    def compute(self, hook: bridge._Hook, name: str, array: np.ndarray) -> bool:
+    def compute(self, hook: Hook, name: str, array: np.ndarray) -> bool:
         """One node of the graph, as ggml's scheduler runs it: ask, compute, and call again if wanted."""
         tensor = len(self.names) + 1
         self.names[tensor] = ctypes.create_string_buffer(name.encode())
@@ -103,7 +105,7 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> FakeGraph:
 @pytest.fixture
 def hook(graph: FakeGraph):
     """Three blocks, 48 wide."""
-    hook = bridge._Hook(3, 48)
+    hook = Hook(3, 48)
     yield hook
     hook.close()
 
@@ -144,7 +146,7 @@ def test_native_arithmetic_is_the_oracle(seed, k, n_embd, one_sided, capped, rid
     x = rows(rng, 6, n_embd)
     with pytest.MonkeyPatch.context() as patch:
         graph = FakeGraph(patch)
-        hook = bridge._Hook(2, n_embd)
+        hook = Hook(2, n_embd)
         begin(hook, 6, [OneProgram(1, program)] * 6)
         steered = x.copy()
         graph.compute(hook, "l_out-1", steered)
@@ -259,7 +261,7 @@ def test_the_next_batch_starts_clean(graph, hook) -> None:
 
 
 def test_many_plans_do_not_pile_up(graph, hook, monkeypatch) -> None:
-    monkeypatch.setattr(bridge, "MAX_ROUTES", 3)
+    monkeypatch.setattr(hook_module, "MAX_ROUTES", 3)
     rng = np.random.default_rng(9)
     x = rows(rng, 1)
     for i in range(10):
@@ -276,7 +278,7 @@ def test_dependent_directions_are_an_error_not_a_crash(hook) -> None:
     units = np.zeros((2, 48), np.float32)
     units[:, 0] = 1
     program = random_program(np.random.default_rng(10), 2, 48, units=units)
-    with pytest.raises(bridge.LocalsteerError, match="depend on each other"):
+    with pytest.raises(LocalsteerError, match="depend on each other"):
         begin(hook, 1, [OneProgram(0, program)])
 
 

@@ -1,0 +1,330 @@
+"""A llama_context that can be steered and read: one batch in, logits and captured rows out."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import llama_cpp.llama_cpp as lc
+import numpy as np
+
+from ..errors import LocalsteerError, MismatchError, PromptError, UnsupportedModelError
+from .hook import Hook
+from .library import Handle, default_threads, log
+from .model import Model
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+DEFAULT_N_CTX = 4096
+
+
+class _Batch:
+    """A llama_batch over numpy arrays that Python owns."""
+
+    def __init__(self, size: int) -> None:
+        self.tokens = np.zeros(size, dtype=np.int32)
+        self.positions = np.zeros(size, dtype=np.int32)
+        self.seq_ids = np.zeros(size, dtype=np.int32)
+        self.outputs = np.zeros(size, dtype=np.int8)
+        self._n_seq_ids = np.ones(size, dtype=np.int32)
+        self._seq_pointers = self.seq_ids.ctypes.data + 4 * np.arange(size, dtype=np.uintp)
+
+    def filled(self, tokens, positions, seq_ids, outputs) -> lc.llama_batch:
+        n = len(tokens)
+        self.tokens[:n], self.positions[:n] = tokens, positions
+        self.seq_ids[:n], self.outputs[:n] = seq_ids, outputs
+        batch = lc.llama_batch(n_tokens=n)
+        batch.token = _pointer_to(self.tokens, lc.llama_token)
+        batch.pos = _pointer_to(self.positions, lc.llama_pos)
+        batch.n_seq_id = _pointer_to(self._n_seq_ids, ctypes.c_int32)
+        batch.seq_id = _pointer_to(self._seq_pointers, ctypes.POINTER(lc.llama_seq_id))
+        batch.logits = _pointer_to(self.outputs, ctypes.c_int8)
+        return batch
+
+
+def _pointer_to(array: np.ndarray, ctype: type) -> object:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(ctype))
+
+
+class Rows:
+    """What one decode gave. states: {block: (n_tokens, n_embd) float32}, taken after steering.
+
+    In the last block only tokens with outputs have rows.
+    """
+
+    def __init__(self, context: Context, n_outputs: int, states: dict[int, np.ndarray]) -> None:
+        self.states = states
+        self.n_outputs = n_outputs
+        self._context = context
+        self._n_decodes = context.n_decodes
+        self._logits: np.ndarray | None = None
+
+    @property
+    def logits(self) -> np.ndarray:
+        """(n_outputs, n_vocab) float32, copied at the first use, which must come before the next decode."""
+        if self._logits is None:
+            if self._n_decodes != self._context.n_decodes:
+                raise LocalsteerError(
+                    "the logits of an earlier decode are gone: read them before the next one."
+                )
+            self._logits = self._context.all_logits().copy()
+        return self._logits
+
+
+class Context(Handle):
+    """A llama_context whose graph can be steered and read, token by token.
+
+    The cache is unified and a decode never exceeds one micro-batch: then the k-th row of every block is the
+    k-th token of the batch (in the last block: the k-th output), which the hook relies on and checks.
+    exact: F32 cache and no flash attention, for comparisons; slower.
+    n_ctx: cells shared by all sequences. Raises UnsupportedModelError for models that do not generate text.
+    """
+
+    _what = "context"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int | None = None,
+        n_seq_max: int = 1,
+        n_batch: int = 512,
+        n_threads: int | None = None,
+        exact: bool = False,
+        steering: bool = True,
+    ) -> None:
+        self.model = model
+        self.n_ctx = _context_size(model, n_ctx)
+        self.n_batch = min(n_batch, self.n_ctx)
+        self.n_seq_max = n_seq_max
+        self.n_decodes = 0
+        self._outputs = np.zeros(0, dtype=np.int64)  # batch index of each output row
+        if lc.llama_model_has_encoder(model.pointer) or not lc.llama_model_has_decoder(model.pointer):
+            raise UnsupportedModelError(
+                f"{model.path.name} ({model.architecture}) is not a decoder-only model."
+            )
+        self._hook = Hook(model.n_layer, model.n_embd) if steering else None
+        params = self._params(n_threads or default_threads(), exact)
+        log.clear()
+        self._pointer = lc.llama_init_from_model(model.pointer, params)
+        if not self._pointer:
+            if self._hook:
+                self._hook.close()
+            raise LocalsteerError(
+                f"no context of {self.n_ctx} tokens for {model.path.name}: {log.why()}. Try a smaller one."
+            )
+        self._free = weakref.finalize(self, _free_context, self._pointer, self._hook)
+        model._dependents.add(self)
+        self._memory = lc.llama_get_memory(self._pointer)
+        self._batch = _Batch(self.n_batch)
+        self._steerable, self._why_not = self._try_blocks() if steering else (frozenset(), "steering is off")
+
+    def _params(self, n_threads: int, exact: bool) -> lc.llama_context_params:
+        params = lc.llama_context_default_params()
+        params.n_ctx = self.n_ctx
+        params.n_batch = params.n_ubatch = self.n_batch
+        params.n_seq_max = self.n_seq_max
+        params.n_threads = params.n_threads_batch = n_threads
+        params.kv_unified = True
+        # the small sliding-window cache forgets what a shared prefix needs, and falls back to permuted rows
+        params.swa_full = True
+        params.no_perf = True
+        if exact:
+            params.type_k = params.type_v = lc.GGML_TYPE_F32
+            params.flash_attn_type = lc.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if self._hook:
+            params.cb_eval = self._hook.callback
+            params.cb_eval_user_data = self._hook.pointer
+        return params
+
+    # -- steering --
+
+    def _try_blocks(self) -> tuple[frozenset[int], str]:
+        """Decode three tokens with all blocks wanted, and see at which of them the hook finds its rows."""
+        why = self.model.why_not_steerable(self.n_seq_max)
+        if why:
+            return frozenset(), why
+        n = min(3, self.n_batch)
+        outputs = np.arange(n) == n - 1
+        self._hook.begin(outputs.astype(np.uint8), None, range(self.model.n_layer), None)
+        try:
+            self._llama_decode(np.full(n, max(self.model.bos, 0)), np.arange(n), np.zeros(n), outputs)
+        finally:
+            self._hook.end()
+            self.clear()
+        blocks = frozenset(il for il in range(self.model.n_layer) if self._hook.fired(il))
+        return blocks, self._hook.error()
+
+    def probe(self, layers: Sequence[int] | None = None) -> set[int]:
+        """The blocks where the hook is proven to find its rows; raises if one of `layers` is not among them.
+
+        Raises UnsupportedModelError with the reason, MismatchError for a block that the model lacks.
+        """
+        self._check_blocks(layers or ())
+        return set(self._steerable)
+
+    def _check_blocks(self, layers: Sequence[int]) -> None:
+        for layer in layers:
+            if layer in self._steerable:
+                continue
+            if not 0 <= layer < self.model.n_layer:
+                raise MismatchError(
+                    f"block {layer} does not exist: {self.model.path.name} has {self.model.n_layer} blocks, "
+                    f"0 to {self.model.n_layer - 1}."
+                )
+            raise UnsupportedModelError(
+                f"{self.model.path.name} ({self.model.architecture}) can't be steered at block {layer}: "
+                f"{self._why_not}."
+            )
+
+    def _check_plan(self, plan: Plan) -> None:
+        if plan.is_empty:
+            return
+        if plan.n_embd != self.model.n_embd:
+            raise MismatchError(
+                f"the vector is {plan.n_embd} wide but {self.model.path.name} is {self.model.n_embd} wide: "
+                "extract the vector from this model."
+            )
+        self._check_blocks(plan.layers)
+
+    # -- decoding --
+
+    def decode(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        seq_ids: Sequence[int],
+        outputs: Sequence[bool],
+        plans: Sequence[Plan | None] | None = None,
+        classes: Sequence[int] | None = None,
+        capture: Sequence[int] | None = None,
+        capture_tokens: Sequence[bool] | None = None,
+    ) -> Rows:
+        """Run one batch; after an error in here the cache holds rows that can't be trusted: clear them.
+
+        All arguments but `capture` have one entry per token. plans: what steers each token, None = nothing.
+        classes: its PositionClass, needed with plans. capture: blocks to record, for the tokens of
+        capture_tokens (all by default); in the last block, those of them with outputs.
+        Raises PromptError (context full, token out of range), MismatchError, UnsupportedModelError.
+        """
+        tokens, positions, seq_ids = (np.asarray(a, dtype=np.int64) for a in (tokens, positions, seq_ids))
+        outputs = np.asarray(outputs, dtype=bool)
+        self._check_batch(tokens, positions, seq_ids, outputs)
+        plans = plans if plans is not None and any(plan is not None for plan in plans) else None
+        capture = sorted(set(capture or ()))
+        if plans is None and not capture:
+            self._llama_decode(tokens, positions, seq_ids, outputs)
+            return Rows(self, int(outputs.sum()), {})
+        mask = (
+            np.ones(len(outputs), dtype=bool) if capture_tokens is None else np.asarray(capture_tokens, bool)
+        )
+        self._begin(plans, classes, outputs, capture, mask)
+        trusted = False
+        try:
+            self._llama_decode(tokens, positions, seq_ids, outputs)
+        finally:
+            trusted = self._hook.end()
+        if not trusted:
+            raise UnsupportedModelError(f"{self.model.path.name}: steering failed: {self._hook.error()}.")
+        states = {layer: self._captured(layer, outputs, mask) for layer in capture}
+        return Rows(self, int(outputs.sum()), states)
+
+    def _begin(self, plans, classes, outputs: np.ndarray, capture: Sequence[int], mask: np.ndarray) -> None:
+        self._check_blocks(capture)
+        routes = None
+        if plans is not None:
+            for plan in {id(plan): plan for plan in plans if plan is not None}.values():
+                self._check_plan(plan)
+            if classes is None or len(classes) != len(outputs) or len(plans) != len(outputs):
+                raise LocalsteerError("plans and classes need one entry per token.")
+            routes = self._hook.routes(plans, classes) if self._hook else None
+        if self._hook:
+            self._hook.begin(outputs.astype(np.uint8), routes, capture, mask.astype(np.uint8))
+
+    def _captured(self, layer: int, outputs: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        rows = self._hook.captured(layer)
+        # an architecture that keeps all rows to the end answers like the others
+        if layer == self.model.n_layer - 1 and len(rows) == mask.sum():
+            rows = rows[outputs[mask]]
+        return rows
+
+    def _check_batch(self, tokens, positions, seq_ids, outputs) -> None:
+        n = len(tokens)
+        if not 1 <= n <= self.n_batch:
+            raise PromptError(f"a batch of {n} tokens: between 1 and {self.n_batch} are possible.")
+        if not len(positions) == len(seq_ids) == len(outputs) == n:
+            raise LocalsteerError("tokens, positions, seq_ids and outputs need one entry per token.")
+        self.model._check_token(int(tokens.min()))
+        self.model._check_token(int(tokens.max()))
+        self._check_seq(int(seq_ids.min()))
+        self._check_seq(int(seq_ids.max()))
+        if not 0 <= positions.min() <= positions.max() < self.n_ctx:
+            raise PromptError(
+                f"positions {positions.min()} to {positions.max()} do not fit into a context of {self.n_ctx} "
+                "tokens: shorten the prompt or ask for a larger context."
+            )
+
+    def _check_seq(self, seq: int) -> None:
+        # llama.cpp ends the process for a sequence that it does not have
+        if not 0 <= seq < self.n_seq_max:
+            raise LocalsteerError(f"sequence {seq} does not exist: this context has {self.n_seq_max}.")
+
+    def _llama_decode(self, tokens, positions, seq_ids, outputs) -> None:
+        log.clear()
+        batch = self._batch.filled(tokens, positions, seq_ids, outputs)
+        self.n_decodes += 1
+        self._outputs = np.zeros(0, dtype=np.int64)
+        status = lc.llama_decode(self.pointer, batch)
+        if status == 1:
+            raise PromptError(
+                f"the context of {self.n_ctx} tokens is full: shorten the prompt or enlarge it."
+            )
+        if status != 0:
+            raise LocalsteerError(f"llama.cpp could not decode a batch (status {status}): {log.why()}.")
+        self._outputs = np.flatnonzero(outputs)
+
+    def all_logits(self) -> np.ndarray:
+        """(n_outputs, n_vocab) float32: a view that the next decode overwrites."""
+        shape = (len(self._outputs), self.model.n_vocab)
+        if shape[0] == 0:
+            return np.zeros(shape, dtype=np.float32)
+        return np.ctypeslib.as_array(lc.llama_get_logits(self.pointer), shape=shape)
+
+    def logits(self, i: int) -> np.ndarray:
+        """Output row i (negative: from the end) of the last decode; a view that the next one overwrites."""
+        return self.all_logits()[i]
+
+    # -- the cache; sequences are 0 to n_seq_max - 1, p1 = -1 means to the end --
+
+    def clear(self) -> None:
+        lc.llama_memory_clear(self._live_memory(), True)
+
+    def seq_rm(self, seq: int, p0: int = 0, p1: int = -1) -> bool:
+        """Forget positions [p0, p1) of a sequence; False where a model's cache can't forget a part."""
+        self._check_seq(seq)
+        return bool(lc.llama_memory_seq_rm(self._live_memory(), seq, p0, p1))
+
+    def seq_cp(self, src: int, dst: int, p0: int = 0, p1: int = -1) -> None:
+        """Share positions [p0, p1) of src with dst, without copying them."""
+        self._check_seq(src)
+        self._check_seq(dst)
+        lc.llama_memory_seq_cp(self._live_memory(), src, dst, p0, p1)
+
+    def _live_memory(self) -> object:
+        return self.pointer and self._memory
+
+
+def _context_size(model: Model, n_ctx: int | None) -> int:
+    n_ctx = min(model.n_ctx_train, DEFAULT_N_CTX) if n_ctx is None else n_ctx
+    if n_ctx < 1:
+        raise PromptError(f"a context of {n_ctx} tokens is not possible: ask for at least 1.")
+    return min(n_ctx, model.n_ctx_train) if model.has_position_table else n_ctx
+
+
+def _free_context(pointer: object, hook: Hook | None) -> None:
+    lc.llama_free(pointer)
+    if hook:
+        hook.close()  # after the context, which may call it until the end

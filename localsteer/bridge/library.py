@@ -1,0 +1,133 @@
+"""llama.cpp as a library: its log, its version, what it was compiled for, and the owners of its handles."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import re
+import sys
+import weakref
+from collections import deque
+
+import llama_cpp.llama_cpp as lc
+
+from ..errors import LocalsteerError
+
+# The versions whose graph node names and row order the tests of this release have checked: [first, next).
+LLAMA_CPP_VERSIONS = ((0, 3, 36), (0, 3, 37))
+
+
+class Log:
+    """Keeps llama.cpp quiet, and its last error lines for our own messages."""
+
+    ERROR, CONT = 4, 5  # enum ggml_log_level: NONE, DEBUG, INFO, WARN, ERROR, CONT
+    KEPT = 8
+
+    def __init__(self) -> None:
+        self.lines: deque[str] = deque(maxlen=self.KEPT)
+        self._level = 0
+        self._callback = lc.llama_log_callback(self._on_line)
+        lc.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _on_line(self, level: int, text: bytes | None, _user_data: object) -> None:
+        if level != self.CONT:
+            self._level = level
+        if self._level == self.ERROR and text and text.strip():
+            self.lines.append(text.decode("utf-8", "replace").strip())
+
+    def clear(self) -> None:
+        self.lines.clear()
+
+    def why(self) -> str:
+        """The first error line since clear(): llama.cpp reports the cause first, then who gave up on it."""
+        return re.sub(r"^\w+: ", "", self.lines[0]) if self.lines else "llama.cpp gives no reason"
+
+
+log = Log()
+
+
+def check_version() -> None:
+    version = importlib.metadata.version("llama-cpp-python")
+    first, after = LLAMA_CPP_VERSIONS
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if not first <= found < after:
+        wanted = ".".join(map(str, first))
+        raise LocalsteerError(
+            f"llama-cpp-python {version} is installed, localsteer is tested with {wanted}: "
+            f"pip install llama-cpp-python=={wanted}"
+        )
+
+
+def text_of(raw: bytes | None) -> str:
+    return (raw or b"").decode("utf-8", "replace")
+
+
+def system_info() -> dict[str, str]:
+    """Versions and CPU features that llama.cpp was compiled with, e.g. {"CPU.AVX2": "1"}."""
+    info = {"llama-cpp-python": importlib.metadata.version("llama-cpp-python")}
+    backend = ""
+    for part in text_of(lc.llama_print_system_info()).split("|"):
+        left, _, value = part.partition("=")
+        head, _, name = left.rpartition(":")
+        backend = head.strip() or backend
+        if name.strip():
+            info[f"{backend}.{name.strip()}"] = value.strip()
+    return info
+
+
+def has_amx(info: str) -> bool:
+    """Whether llama_print_system_info() says that AMX kernels are compiled in."""
+    return re.search(r"\bAMX_INT8\s*=\s*1\b", info) is not None
+
+
+def choose_extra_bufts(info: str, asked: bool | None) -> tuple[bool, str | None]:
+    """(use_extra_bufts, notice). GCC 12 miscompiles llama.cpp's AMX kernels: any prefill kills it.
+
+    Weight repacking brings those kernels in, so it stays off where they are compiled in and nobody asked.
+    """
+    if asked is not None or not has_amx(info):
+        return (True if asked is None else asked), None
+    return False, (
+        "localsteer: this llama.cpp has AMX kernels, which crash if GCC 12 compiled them: weight repacking "
+        "is off (up to a third slower prefill); `localsteer doctor` tells how to build for full speed."
+    )
+
+
+_notices: set[str] = set()
+
+
+def notice_once(text: str | None) -> None:
+    if text and text not in _notices:
+        _notices.add(text)
+        print(text, file=sys.stderr)
+
+
+def default_threads() -> int:
+    """Cores this process may use; half of them above four, where most machines count each core twice."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return n if n <= 4 else n // 2
+
+
+class Handle:
+    """close(), `with`, and freeing at the latest when Python ends; use after close raises."""
+
+    _free: weakref.finalize
+    _pointer: object
+    _what = "object"
+
+    @property
+    def pointer(self) -> object:
+        if not self._free.alive:
+            raise LocalsteerError(f"this {self._what} is closed.")
+        return self._pointer
+
+    def close(self) -> None:
+        """Free it; a second call does nothing."""
+        self._free()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()

@@ -1,0 +1,191 @@
+"""A GGUF model: loading, shape, vocabulary; and making a smaller one by quantizing."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import llama_cpp.llama_cpp as lc
+
+from ..errors import ModelFileError, PromptError
+from .library import Handle, check_version, choose_extra_bufts, default_threads, log, notice_once, text_of
+
+
+class Model(Handle):
+    """A GGUF model. Raises ModelFileError for a file that is missing, truncated, or no model."""
+
+    _what = "model"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_gpu_layers: int = 0,
+        use_extra_bufts: bool | None = None,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        check_version()
+        self.path = Path(path)
+        check_gguf(self.path)
+        lc.llama_backend_init()
+        extra_bufts, notice = choose_extra_bufts(text_of(lc.llama_print_system_info()), use_extra_bufts)
+        notice_once(notice)
+        params = lc.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        params.use_extra_bufts = extra_bufts
+        progress = lc.llama_progress_callback(lambda part, _: on_progress(part) is not False)
+        if on_progress is not None:
+            params.progress_callback = progress
+        log.clear()
+        self._pointer = lc.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._pointer:
+            raise ModelFileError(f"{self.path} can't be loaded: {log.why()}.")
+        self._free = weakref.finalize(self, lc.llama_model_free, self._pointer)
+        self._dependents: weakref.WeakSet[Handle] = weakref.WeakSet()
+        self._read_shape()
+        self.metadata = self._read_metadata()
+        self.architecture = self.metadata.get("general.architecture", "")
+
+    def _read_shape(self) -> None:
+        vocab = self._vocab = lc.llama_model_get_vocab(self._pointer)
+        self.n_layer = lc.llama_model_n_layer(self._pointer)
+        self.n_embd = lc.llama_model_n_embd(self._pointer)
+        self.n_ctx_train = lc.llama_model_n_ctx_train(self._pointer)
+        self.n_vocab = lc.llama_vocab_n_tokens(vocab)
+        self.bos: int = lc.llama_vocab_bos(vocab)  # -1: none
+        self.eos: int = lc.llama_vocab_eos(vocab)
+        self.add_bos = bool(lc.llama_vocab_get_add_bos(vocab))
+        # -1 = no rotary embedding: a table of n_ctx_train positions, and reading past its end aborts
+        self.has_position_table = lc.llama_model_rope_type(self._pointer) == lc.LLAMA_ROPE_TYPE_NONE
+
+    def _read_metadata(self) -> dict[str, str]:
+        """GGUF key-values as llama.cpp prints them; long arrays are cut short by it."""
+        count = lc.llama_model_meta_count(self._pointer)
+        return {
+            self._sized_text(lc.llama_model_meta_key_by_index, i): self._sized_text(
+                lc.llama_model_meta_val_str_by_index, i
+            )
+            for i in range(count)
+        }
+
+    def _sized_text(self, function: Callable, index: int, size: int = 256) -> str:
+        buffer = ctypes.create_string_buffer(size)
+        needed = function(self._pointer, index, buffer, size)
+        if needed >= size:
+            return self._sized_text(function, index, needed + 1)
+        return text_of(buffer.value)
+
+    @property
+    def chat_template(self) -> str | None:
+        template = lc.llama_model_chat_template(self.pointer, None)
+        return text_of(template) if template else None
+
+    @property
+    def vocab(self) -> object:
+        return self.pointer and self._vocab
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """add_special: BOS and the like as the model wants them; off for text from a chat template."""
+        try:
+            raw = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"the text holds {text[error.start]!r}, which is no Unicode character."
+            ) from None
+        size = len(raw) + 8
+        while True:
+            buffer = (lc.llama_token * size)()
+            n = lc.llama_tokenize(self.vocab, raw, len(raw), buffer, size, add_special, parse_special)
+            if n >= 0:
+                return buffer[:n]
+            size = -n
+
+    def token_to_piece(self, token: int, *, special: bool = False) -> bytes:
+        """Bytes, not text: one token may hold part of a character. special: render control tokens too."""
+        self._check_token(token)
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = lc.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def is_eog(self, token: int) -> bool:
+        """Whether a token ends the reply (EOS, end of turn, ...)."""
+        self._check_token(token)
+        return bool(lc.llama_vocab_is_eog(self.vocab, token))
+
+    def _check_token(self, token: int) -> None:
+        if not 0 <= token < self.n_vocab:
+            raise PromptError(f"token {token} is outside the vocabulary of {self.n_vocab} tokens.")
+
+    def why_not_steerable(self, n_seq_max: int) -> str | None:
+        """A reason of the whole architecture, before any block is tried."""
+        if n_seq_max > 1 and lc.llama_model_is_hybrid(self.pointer):
+            return "hybrid models mix the rows of several sequences: use one sequence at a time"
+        if n_seq_max > 1 and lc.llama_model_is_recurrent(self.pointer):
+            return "recurrent models mix the rows of several sequences: use one sequence at a time"
+        if lc.llama_model_is_diffusion(self.pointer):
+            return "a diffusion model has no last prompt token"
+        return None
+
+    def close(self) -> None:
+        for dependent in list(self._dependents):
+            dependent.close()
+        super().close()
+
+
+def check_gguf(path: Path) -> None:
+    """llama.cpp's own messages for these are about its internals."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelFileError(f"{path} can't be read: {error.strerror or error}.") from None
+    if magic != b"GGUF":
+        raise ModelFileError(f"{path} is not a GGUF file: give a model in llama.cpp's format.")
+
+
+def quantization_types() -> dict[str, int]:
+    """{"Q4_K_M": 15, ...}: the names that quantize() takes."""
+    names = {}
+    for attribute in dir(lc):
+        match = re.fullmatch(r"LLAMA_FTYPE_(?:MOSTLY|ALL)_(\w+)", attribute)
+        if match:
+            names[match[1]] = getattr(lc, attribute)
+    return names
+
+
+def quantize(
+    src: str | os.PathLike[str], dst: str | os.PathLike[str], ftype: str, n_threads: int = 0
+) -> None:
+    """Write dst in one step, so that an interrupted run leaves no half model. ftype: "Q8_0", "Q4_K_M", ...
+
+    Tensors whose width a type can't hold fall back to a neighbouring type, as llama.cpp decides.
+    """
+    src, dst = Path(src), Path(dst)
+    types = quantization_types()
+    if ftype.upper() not in types:
+        raise ModelFileError(f"unknown quantization {ftype!r}: one of {', '.join(sorted(types))}.")
+    check_version()
+    check_gguf(src)
+    params = lc.llama_model_quantize_default_params()
+    params.ftype = types[ftype.upper()]
+    params.nthread = n_threads or default_threads()
+    handle, temporary = tempfile.mkstemp(prefix=f".{dst.name}.", suffix=".part", dir=dst.parent)
+    os.close(handle)
+    try:
+        log.clear()
+        if lc.llama_model_quantize(os.fsencode(src), os.fsencode(temporary), ctypes.byref(params)) != 0:
+            raise ModelFileError(f"{src} can't be quantized to {ftype}: {log.why()}.")
+        os.replace(temporary, dst)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)

@@ -1,0 +1,131 @@
+"""Drawing the next token with llama.cpp's samplers."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator
+
+import llama_cpp.llama_cpp as lc
+import numpy as np
+
+from ..errors import LocalsteerError
+from .context import Context
+from .library import Handle, log
+from .model import Model
+
+
+class _Kept:
+    text = ""
+
+
+@contextlib.contextmanager
+def _stderr_kept() -> Iterator[_Kept]:
+    """llama.cpp's grammar parser prints its errors past its own log: catch descriptor 2 meanwhile."""
+    kept = _Kept()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield kept
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            kept.text = file.read().decode("utf-8", "replace")
+
+
+class Sampler(Handle):
+    """Penalties, top-k, top-p, min-p, temperature, then one draw, in llama.cpp's order; temp <= 0 is greedy.
+
+    grammar: GBNF text; tokens that it forbids are never drawn. seed: None draws one.
+    """
+
+    _what = "sampler"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        temp: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        repeat_last_n: int = 64,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int | None = None,
+        grammar: str | None = None,
+    ) -> None:
+        self._candidates = _Candidates(model.n_vocab)
+        penalties = (repeat_last_n, repeat_penalty, frequency_penalty, presence_penalty)
+        stages = [self._grammar(model, grammar)] if grammar is not None else []
+        self._has_grammar = bool(stages)
+        if repeat_last_n != 0 and penalties[1:] != (1.0, 0.0, 0.0):
+            stages.append(lc.llama_sampler_init_penalties(model.n_vocab, *penalties))
+        if temp <= 0:
+            stages.append(lc.llama_sampler_init_greedy())
+        else:
+            seed = lc.LLAMA_DEFAULT_SEED if seed is None else seed % 2**32
+            stages += [
+                lc.llama_sampler_init_top_k(top_k),
+                lc.llama_sampler_init_top_p(top_p, 1),
+                lc.llama_sampler_init_min_p(min_p, 1),
+                lc.llama_sampler_init_temp(temp),
+                lc.llama_sampler_init_dist(seed),
+            ]
+        self._pointer = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())
+        for stage in stages:
+            lc.llama_sampler_chain_add(self._pointer, stage)
+        self._free = weakref.finalize(self, lc.llama_sampler_free, self._pointer)
+        model._dependents.add(self)
+
+    @staticmethod
+    def _grammar(model: Model, text: str) -> object:
+        log.clear()
+        with _stderr_kept() as kept:
+            stage = lc.llama_sampler_init_grammar(model.vocab, text.encode("utf-8"), b"root")
+        # an empty text would give a stage that allows everything
+        if not stage or not text.strip():
+            why = re.search(r"error parsing grammar: (.*)", kept.text)
+            raise LocalsteerError(f"the grammar can't be parsed: {why[1] if why else log.why()}.")
+        return stage
+
+    def sample(self, context: Context, i: int = -1) -> int:
+        """Draw from output row i of the last decode, and remember the token for penalties and grammar."""
+        logits = context.logits(i)
+        if not np.isfinite(logits.max()):
+            raise LocalsteerError("the model gave no finite logits: lower the strength of the steering.")
+        token = self._candidates.choose(self.pointer, logits)
+        lc.llama_sampler_accept(self.pointer, token)
+        return token
+
+
+class _Candidates:
+    """The llama_token_data_array of one vocabulary, reused for every draw."""
+
+    def __init__(self, n_vocab: int) -> None:
+        self._data = np.zeros(n_vocab, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+        self._ids = np.arange(n_vocab, dtype=np.int32)
+
+    def choose(self, sampler: object, logits: np.ndarray) -> int:
+        self._data["id"], self._data["logit"], self._data["p"] = self._ids, logits, 0.0
+        array = lc.llama_token_data_array(
+            data=ctypes.cast(self._data.ctypes.data, lc.llama_token_data_p),
+            size=len(self._data),
+            selected=-1,
+            sorted=False,
+        )
+        lc.llama_sampler_apply(sampler, ctypes.byref(array))
+        chosen = array.data[array.selected] if 0 <= array.selected < array.size else None
+        # accepting a token that the grammar forbids would end the process
+        if chosen is None or not np.isfinite(chosen.logit):
+            raise LocalsteerError("the grammar allows no token here.")
+        return int(chosen.id)
