@@ -1,0 +1,238 @@
+"""From an instruction and base queries to a control vector, from a transformers model or from a GGUF.
+
+    from localsteer.extract import extract
+    vector = extract("model.gguf", "Answer in rhyme.")
+
+The state that counts is the residual stream after each block at the LAST PROMPT TOKEN, the prompt rendered by
+the model's own chat template with the generation prompt added (Stolfo et al., arXiv 2410.12877, section 3).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from localsteer.catalog import Instruction, Query, load_catalog
+from localsteer.errors import UnsupportedModelError
+from localsteer.vector import ControlVector
+
+from .pairs import DEFAULT_PAIRS, Pair, build_pairs
+from .statistics import KEPT_STATES, ProjectionSpread, RunningMeans
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+    from localsteer.templates import ChatTemplate
+
+__all__ = ["DEFAULT_PAIRS", "Backend", "Pair", "build_pairs", "extract", "open_backend"]
+
+logger = logging.getLogger("localsteer")
+
+BATCH_TOKENS = 4096  # padding included: bounds what one forward pass takes
+BATCH_PROMPTS = 32
+METHOD = "difference of means, last prompt token"
+# Tokenised again whenever the vector meets a model: accents, digits, a contraction, a line end
+PROBE = "Is the café open at 7:45?\nDon't be late, Zoë!"
+ADDED_GROUPS = ("length", "word")  # the paper adds these directions, and projects the others
+
+Progress = Callable[[int, int], None]
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A model that can be asked for its states; torch_backend.py and gguf_backend.py are the two."""
+
+    n_layer: int
+    n_embd: int
+    model_name: str
+    architecture: str | None  # llama.cpp's name
+    source_hash: str
+    description: str
+    template: ChatTemplate
+
+    def tokenize(self, text: str) -> list[int]: ...
+
+    def last_hidden_states(self, prompts: Sequence[Sequence[int]]) -> np.ndarray: ...
+
+    def close(self) -> None: ...
+
+
+def extract(
+    source: str | os.PathLike[str] | Engine | Backend,
+    instruction: Instruction | str,
+    queries: Sequence[Query | str] | None = None,
+    *,
+    n_pairs: int | None = None,
+    layer: int | None = None,
+    mode: str | None = None,
+    positions: str = "all",
+    name: str | None = None,
+    on_progress: Progress | None = None,
+    **options: Any,
+) -> ControlVector:
+    """The control vector of one instruction in one model.
+
+    source: a GGUF file, a transformers folder or hub name, an Engine, or an open backend (`open_backend`,
+    which also says what `options` may hold). instruction: of a catalog, or the user's own words. queries:
+    base queries; None takes the instruction's own, or the general ones. layer: the block that the vector
+    starts with, the middle one by default; tuning chooses better. mode: "add" for lengths and words, else
+    "project". on_progress is called with prompts done and prompts in all.
+
+    Raises CatalogError, ModelFileError, UnsupportedModelError, PromptError.
+    """
+    instruction = Instruction.from_text(instruction) if isinstance(instruction, str) else instruction.fill()
+    if queries is None:
+        queries = load_catalog().queries_for(instruction, "extraction")
+    pairs = build_pairs(instruction, queries, n_pairs)
+    with open_backend(source, **options) as backend:
+        prompts = _Prompts(backend, pairs, on_progress)
+        means, spread = _statistics(backend, prompts)
+        return ControlVector(
+            directions=means.directions,
+            mean_with=means.projections[1],
+            mean_without=means.projections[0],
+            std_with=spread.deviations[1],
+            std_without=spread.deviations[0],
+            layers=(backend.n_layer // 2 if layer is None else layer,),
+            mode=mode or ("add" if instruction.group in ADDED_GROUPS else "project"),
+            positions=positions,
+            name=name or instruction.id,
+            provenance=_provenance(backend, instruction, pairs),
+        )
+
+
+@contextmanager
+def open_backend(
+    source: str | os.PathLike[str] | Engine | Backend,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    exact: bool = False,
+    n_threads: int | None = None,
+) -> Iterator[Backend]:
+    """A model opened for several extractions. What was open before stays open, as it is.
+
+    dtype, device: of a transformers model ("auto", "float32", "bfloat16", "float16"; "cpu", "cuda", ...).
+    exact: a GGUF with F32 KV cache and no flash attention, for comparisons. n_threads: of either.
+    """
+    if isinstance(source, Backend):
+        yield source
+        return
+    if not isinstance(source, (str, os.PathLike)) or _is_gguf(Path(source)):
+        from .gguf_backend import GgufBackend
+
+        backend: Backend = GgufBackend(source, exact=exact, n_threads=n_threads)
+    else:
+        from .torch_backend import TorchBackend
+
+        backend = TorchBackend(source, dtype=dtype, device=device, n_threads=n_threads)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def _is_gguf(path: Path) -> bool:
+    if path.suffix.lower() == ".gguf":
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+class _Prompts:
+    """The tokenised prompts of all pairs, and their states batch by batch, batches of similar lengths."""
+
+    def __init__(self, backend: Backend, pairs: Sequence[Pair], on_progress: Progress | None) -> None:
+        if backend.template.is_fallback:
+            logger.warning(f"{backend.model_name} has no chat template: prompts are `Q: ...` and `A:`.")
+        self._backend, self._on_progress = backend, on_progress
+        texts = [(pair.instructed, True) for pair in pairs] + [(pair.plain, False) for pair in pairs]
+        self._ids = [backend.tokenize(render(backend, text)) for text, _ in texts]
+        self._instructed = np.array([side for _, side in texts])
+        self._passes = 1 if len(texts) <= KEPT_STATES else 2
+        self._done = 0
+
+    @property
+    def few(self) -> bool:
+        """Whether all states may be kept in memory."""
+        return self._passes == 1
+
+    def states(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(states, instructed) of each batch: (n, n_layer, n_embd) float32 and (n,) bool."""
+        for batch in batches([len(ids) for ids in self._ids]):
+            states = self._backend.last_hidden_states([self._ids[i] for i in batch])
+            _check_finite(states)
+            self._done += len(batch)
+            if self._on_progress is not None:
+                self._on_progress(self._done, self._passes * len(self._ids))
+            yield states, self._instructed[batch]
+
+
+def _statistics(backend: Backend, prompts: _Prompts) -> tuple[RunningMeans, ProjectionSpread]:
+    means = RunningMeans(backend.n_layer, backend.n_embd)
+    kept = []
+    for states, instructed in prompts.states():
+        means.add(states, instructed)
+        if prompts.few:
+            kept.append((states, instructed))
+    spread = ProjectionSpread(means)
+    for states, instructed in kept if prompts.few else prompts.states():
+        spread.add(states, instructed)
+    return means, spread
+
+
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices by length, shortest first, in batches of BATCH_TOKENS (padded) and BATCH_PROMPTS at most."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and ((len(batch) + 1) * lengths[index] > BATCH_TOKENS or len(batch) == BATCH_PROMPTS):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def render(backend: Backend, question: str) -> str:
+    """One question as the model reads it, ready for its reply."""
+    return backend.template.render([{"role": "user", "content": question}])
+
+
+def _check_finite(states: np.ndarray) -> None:
+    broken = ~np.isfinite(states).all(axis=(0, 2))
+    if broken.any():
+        raise UnsupportedModelError(
+            f"the model's state after block {int(broken.argmax())} is not finite: use dtype float32, "
+            "or a file that is not damaged"
+        )
+
+
+def _provenance(backend: Backend, instruction: Instruction, pairs: Sequence[Pair]) -> Mapping[str, Any]:
+    from localsteer import __version__
+
+    probes = [render(backend, text) for text in (pairs[0].plain, pairs[0].instructed, PROBE)]
+    provenance = {
+        "instruction_id": instruction.id,
+        "instruction": instruction.phrasings[0],
+        "phrasings": list(instruction.phrasings),
+        "group": instruction.group,
+        "verifier": instruction.verifier,
+        "kwargs": dict(instruction.kwargs) if instruction.verifier else None,
+        "method": METHOD,
+        "n_pairs": len(pairs),
+        "model_name": backend.model_name,
+        "architecture": backend.architecture,
+        "template_hash": backend.template.template_hash,
+        "source_hash": backend.source_hash,
+        "backend": backend.description,
+        "tool_version": __version__,
+        "probes": [[text, backend.tokenize(text)] for text in probes],
+    }
+    return {key: value for key, value in provenance.items() if value is not None}

@@ -1,0 +1,48 @@
+"""States straight from a GGUF, whatever its quantization: llama.cpp alone, no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from localsteer.cache import file_hash
+from localsteer.engine import Engine
+
+
+class GgufBackend:
+    """exact: F32 KV cache and no flash attention, for comparisons. An Engine given stays its owner's."""
+
+    def __init__(
+        self, source: str | os.PathLike[str] | Engine, *, exact: bool = False, n_threads: int | None = None
+    ) -> None:
+        self._owned = not isinstance(source, Engine)
+        self.engine = Engine(source, exact=exact, n_threads=n_threads) if self._owned else source
+        model = self.engine.model
+        self.n_layer, self.n_embd = model.n_layer, model.n_embd
+        self.architecture: str | None = model.architecture
+        self.template = self.engine.template
+        path = Path(self.engine.path)
+        self.model_name = model.metadata.get("general.name") or path.stem
+        self.source_hash = file_hash(path)
+        self.description = f"llama.cpp on {path.name}"
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a rendered prompt."""
+        return self.engine.rendered_tokens(text)
+
+    def last_hidden_states(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """(n_prompts, n_layer, n_embd) float32: the residual stream after each block at each last token."""
+        return self.engine.last_hidden_states(prompts)
+
+    def close(self) -> None:
+        if self._owned:
+            self.engine.close()
+
+    def __enter__(self) -> GgufBackend:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

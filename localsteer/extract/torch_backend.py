@@ -1,0 +1,207 @@
+"""States from any decoder-only transformers model. torch and transformers are imported here and in
+torch_steering.py, nowhere else."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from localsteer.cache import file_hash
+from localsteer.errors import LocalsteerError, ModelFileError, PromptError, UnsupportedModelError
+from localsteer.templates import ChatTemplate, one_line
+
+try:
+    import torch
+    import transformers
+except ImportError as error:
+    raise LocalsteerError(
+        "extraction from a transformers model needs PyTorch: pip install 'localsteer[torch]', "
+        f"or extract from a GGUF ({error})"
+    ) from error
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# model_type in config.json -> general.architecture in a GGUF, where the two differ
+GGUF_ARCHITECTURES = {
+    "mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "phi": "phi2", "gpt_bigcode": "starcoder",
+    "gemma3_text": "gemma3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "cohere": "command-r",
+}  # fmt: skip
+
+
+class TorchBackend:
+    """A transformers model, its tokenizer, and one forward pass per batch.
+
+    source: a folder saved by transformers, or a name on the hub (which may download). dtype: "auto" is
+    float32 on a CPU and the checkpoint's own type elsewhere. device: "cpu", "cuda", ...; None takes CUDA when
+    there is one. n_threads: of torch, for the whole process. Raises ModelFileError, UnsupportedModelError.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        dtype: str = "auto",
+        device: str | None = None,
+        n_threads: int | None = None,
+    ) -> None:
+        if n_threads is not None:
+            torch.set_num_threads(n_threads)
+        self.source = str(source)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = _load_model(self.source, _dtype(dtype, self.device)).to(self.device).eval()
+        self.tokenizer = _load(transformers.AutoTokenizer, self.source)
+        config = self.model.config.get_text_config(decoder=True)
+        self.n_layer, self.n_embd = config.num_hidden_layers, config.hidden_size
+        self.n_ctx = getattr(config, "max_position_embeddings", None)
+        self.architecture = gguf_architecture(config.model_type)
+        self.template = _template(self.tokenizer)
+        self.model_name = Path(self.source).name
+        self.source_hash = _source_hash(self.source, self.model.config)
+        self.description = f"transformers {transformers.__version__}, {str(self.model.dtype)[6:]}"
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a rendered prompt."""
+        return self.tokenizer(text, add_special_tokens=self.template.adds_special(text)).input_ids
+
+    def last_hidden_states(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """(n_prompts, n_layer, n_embd) float32: the residual stream after each block at each last token."""
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        self._check_lengths(lengths)
+        # Padded on the right, after the last token: with causal attention nothing before it can change, and
+        # positions count from 0 whatever the tokenizer's padding side.
+        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        for row, ids in zip(tokens, prompts, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+        states = np.empty((len(prompts), self.n_layer, self.n_embd), dtype=np.float32)
+        rows, last = torch.arange(len(prompts)), lengths - 1
+
+        def keep(layer: int, hidden: Any) -> None:
+            states[:, layer] = hidden[rows, last].float().cpu().numpy()
+
+        with torch.inference_mode(), observe_blocks(self.model, keep):
+            # the inner model: logits of every token would be computed for nothing
+            self.model.base_model(
+                input_ids=tokens.to(self.device), attention_mask=mask.to(self.device), use_cache=False
+            )
+        return states
+
+    def _check_lengths(self, lengths: Any) -> None:
+        longest = int(lengths.max())
+        if int(lengths.min()) == 0:
+            raise PromptError("a prompt has no tokens")
+        if self.n_ctx is not None and longest > self.n_ctx:
+            raise PromptError(f"a prompt of {longest} tokens is longer than the model's {self.n_ctx}")
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self.model = None
+
+    def __enter__(self) -> TorchBackend:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def decoder_blocks(model: Any) -> list[Any]:
+    """The decoder blocks in order, found by their number: a list of modules as long as the model is deep.
+
+    Raises UnsupportedModelError where there is none, or where the model is not a decoder.
+    """
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{config.model_type} is an encoder-decoder: only decoders can be steered"
+        )
+    n_layer = config.get_text_config(decoder=True).num_hidden_layers
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == n_layer
+    ]
+    if not lists:
+        raise UnsupportedModelError(f"{config.model_type}: no list of {n_layer} decoder blocks in the model")
+    # A mixture of as many experts as there are blocks has such lists inside its blocks: the whole is larger
+    return list(max(lists, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters())))
+
+
+def block_output(output: Any) -> Any:
+    """The hidden state (batch, n_tokens, n_embd) in what a decoder block returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def observe_blocks(model: Any, see: Callable[[int, Any], None]) -> Iterator[None]:
+    """Call `see(layer, hidden)` with the output of each decoder block: the residual stream after it.
+
+    transformers' own hidden_states end with the state after the final norm, which is not the last block's.
+    """
+    handles = [
+        block.register_forward_hook(
+            lambda _module, _inputs, output, layer=layer: see(layer, block_output(output))
+        )
+        for layer, block in enumerate(decoder_blocks(model))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gguf_architecture(model_type: str) -> str | None:
+    """llama.cpp's name of an architecture; None for one whose name is not known here."""
+    name = GGUF_ARCHITECTURES.get(model_type, model_type)
+    return name if name in gguf.MODEL_ARCH_NAMES.values() else None
+
+
+def _dtype(name: str, device: Any) -> Any:
+    if name not in DTYPES:
+        raise LocalsteerError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, name)
+
+
+def _load_model(source: str, dtype: Any) -> Any:
+    config = _load(transformers.AutoConfig, source)
+    text = config.get_text_config(decoder=True)
+    # transformers renamed the argument in version 5
+    options = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": dtype}
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        options["attn_implementation"] = "eager"  # the only one that caps attention logits
+    model = _load(transformers.AutoModelForCausalLM, source, **options)
+    decoder_blocks(model)
+    return model
+
+
+def _load(kind: Any, source: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(source, **options)
+    except Exception as error:  # a folder from anywhere: transformers raises nearly every type
+        raise ModelFileError(f"transformers can't load {source}: {one_line(error)}") from error
+
+
+def _template(tokenizer: Any) -> ChatTemplate:
+    text = tokenizer.chat_template
+    if isinstance(text, dict):  # several, by name
+        text = text.get("default")
+    return ChatTemplate(text, tokenizer.bos_token or "", tokenizer.eos_token or "")
+
+
+def _source_hash(source: str, config: Any) -> str:
+    """A folder: sha256 over its weight files' names and hashes. A name on the hub: its commit."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None) or source)
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)):
+        digest.update(f"{path.name} {file_hash(path)}\n".encode())
+    return digest.hexdigest()

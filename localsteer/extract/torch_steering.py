@@ -1,0 +1,99 @@
+"""The reference arithmetic of steering.py as PyTorch hooks, to compare a native run with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from localsteer.plan import Plan, PositionClass, Program
+
+from .torch_backend import block_output, decoder_blocks, torch
+
+
+@contextmanager
+def steer_hooks(model: Any, plan: Plan, n_prompt: int | None = None) -> Iterator[None]:
+    """Inside the block, forward passes and `generate` of a transformers model are steered by `plan`.
+
+    Rows of a batch must not be padded on the left: a token's class follows from its position, and the first
+    `n_prompt` tokens are the prompt (None: all of them).
+    """
+    position = _Position()
+    blocks = decoder_blocks(model)
+    handles = [model.base_model.register_forward_pre_hook(position.update, with_kwargs=True)]
+    for layer in plan.layers:
+        handles.append(blocks[layer].register_forward_hook(_Hook(plan, layer, position, n_prompt)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Position:
+    """Where the tokens of the current forward pass begin: after those that the KV cache holds."""
+
+    start = 0
+
+    def update(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        self.start = cache.get_seq_length() if cache is not None else 0
+
+
+class _Hook:
+    def __init__(self, plan: Plan, layer: int, position: _Position, n_prompt: int | None) -> None:
+        self._plan, self._layer, self._position, self._n_prompt = plan, layer, position, n_prompt
+
+    def __call__(self, _module: Any, _inputs: Any, output: Any) -> Any:
+        hidden = block_output(output).clone()
+        classes = self._classes(hidden.shape[1])
+        for cls in PositionClass:
+            chosen = [i for i, own in enumerate(classes) if own == cls]
+            program = self._plan.program(self._layer, cls)
+            if chosen and program is not None:
+                hidden[:, chosen] = apply_program(hidden[:, chosen], program)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _classes(self, n_tokens: int) -> list[PositionClass]:
+        start = self._position.start
+        n_prompt = start + n_tokens if self._n_prompt is None else self._n_prompt
+        return [_class(position, n_prompt) for position in range(start, start + n_tokens)]
+
+
+def _class(position: int, n_prompt: int) -> PositionClass:
+    if position >= n_prompt:
+        return PositionClass.GENERATION
+    return PositionClass.LAST if position == n_prompt - 1 else PositionClass.PROMPT
+
+
+def apply_program(x: Any, program: Program) -> Any:
+    """steering.apply_program in torch: x (..., n_embd) -> the same shape and type, float64 inside."""
+    wide = torch.float64 if x.device.type != "mps" else torch.float32  # Metal has no float64
+    rows = x.reshape(-1, x.shape[-1]).to(wide)
+    if len(program.units):
+        rows = rows + _weights(rows, program) @ _tensor(program.units, rows)
+    if program.offset is not None:
+        rows = rows + _tensor(program.offset, rows)
+    return rows.to(x.dtype).reshape(x.shape)
+
+
+def _weights(rows: Any, program: Program) -> Any:
+    """The dynamic weights c, (n_rows, k): one least-norm solve for each set of edits that join."""
+    units = _tensor(program.units, rows)
+    p = rows @ units.T
+    wanted = _tensor(program.strengths, rows) * (_tensor(program.targets, rows) - p)
+    joins = ~torch.as_tensor(program.one_sided.copy(), device=rows.device) | (wanted > 0)
+    gram = units @ units.T + program.ridge * torch.eye(len(units), dtype=rows.dtype, device=rows.device)
+    weights = torch.zeros_like(p)
+    for pattern in torch.unique(joins, dim=0):
+        chosen = (joins == pattern).all(dim=1)
+        k = pattern.nonzero()[:, 0]
+        if len(k):
+            solved = torch.linalg.solve(gram[k][:, k], wanted[chosen][:, k].T).T
+            weights[chosen.nonzero(), k] = solved
+    caps = _tensor(program.caps, rows)
+    return weights.clamp(-caps, caps)
+
+
+def _tensor(array: Any, like: Any) -> Any:
+    return torch.as_tensor(array.copy(), dtype=like.dtype, device=like.device)
