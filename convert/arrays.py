@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import zipfile
 import zlib
@@ -57,7 +58,7 @@ def _read_npy(member: IO[bytes], name: str, info: zipfile.ZipInfo) -> np.ndarray
     try:
         version = np.lib.format.read_magic(member)
         shape, fortran, dtype = _NUMPY_HEADERS[version](member)
-    except (ValueError, KeyError, EOFError, SyntaxError, TypeError, RecursionError, MemoryError):
+    except Exception:  # the header is Python source: numpy passes on whatever Python's tokenizer raises
         raise _Damaged(f"is damaged: array {name!r} has no readable header.") from None
     if dtype.kind not in "fiu":
         raise _Damaged(f"holds {name!r} as {dtype}: numbers are needed.")
@@ -94,7 +95,8 @@ def _safetensors_header(data: Any) -> tuple[dict[str, Any], int]:
 
 def _safetensor(data: Any, start: int, name: str, info: Any) -> np.ndarray:
     try:
-        kind, shape, (begin, end) = info["dtype"], [int(n) for n in info["shape"]], info["data_offsets"]
+        kind, shape = info["dtype"], [operator.index(n) for n in info["shape"]]
+        begin, end = map(operator.index, info["data_offsets"])
         dtype = np.dtype(_SAFETENSORS[kind])
         fits = 0 <= begin <= end <= len(data) - start and min(shape, default=0) >= 0
     except (KeyError, TypeError, ValueError, OverflowError):

@@ -6,7 +6,6 @@ ends. A control vector comes from anywhere, so it is read here; tests hold the t
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import struct
@@ -171,7 +170,7 @@ class GgufFile:
         alignment = 32 if alignment is None else alignment
         if alignment == 0 or alignment & (alignment - 1):
             raise self.error(f"is damaged: its alignment {alignment} is not a power of two.")
-        start = math.ceil(self._at / alignment) * alignment
+        start = -(-self._at // alignment) * alignment
         for info in infos:
             if info.name in self.tensors:
                 raise self.error(f"is damaged: tensor {info.name!r} occurs twice.")

@@ -59,12 +59,7 @@ def import_vector(
     with open_bytes(path) as data:
         is_gguf = data[:4] == MAGIC
     read = _from_gguf if is_gguf else _from_arrays
-    try:
-        vector = read(path, convention, n_layer, Path(path).stem if name is None else name)
-    except VectorFileError:
-        raise
-    except LocalsteerError as error:
-        raise VectorFileError(f"{os.fspath(path)} holds no usable vector: {error}") from None
+    vector = read(path, convention, n_layer, Path(path).stem if name is None else name)
     return vector if layer is None else vector.at(layer=layer)
 
 
@@ -79,10 +74,8 @@ def _from_gguf(
             _check_convention(file.path, convention, GGUF_CONVENTIONS)
             directions = _place_rows(file, rows, convention, n_layer)
             # it adds at all its blocks, as the tool that made it would have
-            return ControlVector(
-                directions, None, None, None, None, _blocks(file.path, directions), mode="add", name=name,
-                provenance={"method": "import", "convention": convention, **_hint(file)},
-            )  # fmt: skip
+            settings = {"layers": _blocks(file.path, directions), "mode": "add", "name": name}
+            return _vector(file.path, directions, {}, settings, {"convention": convention, **_hint(file)})
     if convention is not None:
         raise VectorFileError(f"{os.fspath(path)} was written by localsteer: it takes no convention.")
     return read_vector(path)
@@ -148,6 +141,20 @@ def _zeros(path: str, n_layer: int, n_embd: int) -> np.ndarray:
     return np.zeros((n_layer, n_embd), dtype=np.float32)
 
 
+def _vector(
+    path: str,
+    directions: np.ndarray,
+    columns: dict[str, np.ndarray | None],
+    settings: dict[str, Any],
+    provenance: dict[str, Any],
+) -> ControlVector:
+    columns = dict.fromkeys(STATISTICS) | columns
+    try:
+        return ControlVector(directions, **columns, **settings, provenance={"method": "import", **provenance})
+    except LocalsteerError as error:
+        raise VectorFileError(f"{path} holds no usable vector: {error}") from None
+
+
 def _blocks(path: str, directions: np.ndarray) -> tuple[int, ...]:
     blocks = tuple(int(il) for il in np.flatnonzero(directions.any(axis=1)))
     if not blocks:
@@ -181,7 +188,12 @@ def _from_arrays(
     if convention == "hidden_states":
         directions[-1] = 0  # after the final norm: not the residual stream of the last block
     columns = {key: None if column is None else column[first:] for key, column in columns.items()}
-    return _from_rows(directions, columns, _blocks(shown, directions), name, convention)
+    # one block is chosen, as in the paper: the middle one, until tuning or the user picks another
+    blocks, middle = _blocks(shown, directions), len(directions) // 2
+    chosen = min(blocks, key=lambda il: (abs(il - middle), il))
+    mode = "add" if columns["mean_with"] is None else "project"
+    settings = {"layers": (chosen,), "mode": mode, "name": name}
+    return _vector(shown, directions, columns, settings, {"convention": convention})
 
 
 def _array_convention(path: str, convention: str | None, n_layer: int | None, n_rows: int) -> str:
@@ -198,21 +210,6 @@ def _array_convention(path: str, convention: str | None, n_layer: int | None, n_
     if found < 1 or (n_layer is not None and found != n_layer):
         raise VectorFileError(f"{path} holds {found} blocks, but the model has {n_layer or 'at least one'}.")
     return convention
-
-
-def _from_rows(
-    directions: np.ndarray,
-    columns: dict[str, np.ndarray | None],
-    blocks: tuple[int, ...],
-    name: str,
-    convention: str,
-) -> ControlVector:
-    """One block is chosen, as in the paper: the middle one, until tuning or the user picks another."""
-    middle = min(blocks, key=lambda il: (abs(il - len(directions) // 2), il))
-    return ControlVector(
-        directions, **columns, layers=(middle,), mode="add" if columns["mean_with"] is None else "project",
-        name=name, provenance={"method": "import", "convention": convention},
-    )  # fmt: skip
 
 
 def _last_tokens(path: str, instructed: np.ndarray, plain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -260,7 +257,7 @@ def _one_block(path: str, arrays: dict[str, np.ndarray], n_layer: int | None, na
     directions[int(layer)] = (p_with - p_without) * unit
     means = np.zeros((2, n_layer))
     means[:, int(layer)] = p_with, p_without
-    return ControlVector(
-        directions, means[0], means[1], None, None, (int(layer),), name=name,
-        provenance={"method": "import", "convention": "blocks"},
-    )  # fmt: skip
+    columns = {"mean_with": means[0], "mean_without": means[1]}
+    return _vector(
+        path, directions, columns, {"layers": (int(layer),), "name": name}, {"convention": "blocks"}
+    )

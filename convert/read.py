@@ -24,15 +24,20 @@ _TEXT, _BOOL, _ARRAY = GGUFValueType.STRING, GGUFValueType.BOOL, GGUFValueType.A
 def read_vector(path: str | os.PathLike[str]) -> ControlVector:
     """Bit-exactly what was written. Raises VectorFileError with one line for whatever is wrong."""
     with open_gguf(path) as file:
-        check_architecture(file)
-        _check_version(file)
-        settings = _settings(file)
-        directions = _directions(file)
-        columns = {key: file.get(keys.PREFIX + key, _ARRAY, item=_F32) for key in STATISTICS}
-        try:
-            return ControlVector(directions, **columns, **settings, provenance=_provenance(file))
-        except LocalsteerError as error:
-            raise VectorFileError(f"{file.path} holds no usable vector: {error}") from None
+        return parse_vector(file)
+
+
+def parse_vector(file: GgufFile) -> ControlVector:
+    check_architecture(file)
+    _check_version(file)
+    settings = _settings(file)
+    directions = _directions(file)
+    columns = {key: file.get(keys.PREFIX + key, _ARRAY, item=_F32) for key in STATISTICS}
+    provenance = _provenance(file)
+    try:
+        return ControlVector(directions, **columns, **settings, provenance=provenance)
+    except LocalsteerError as error:
+        raise VectorFileError(f"{file.path} holds no usable vector: {error}") from None
 
 
 def check_architecture(file: GgufFile) -> None:

@@ -1,0 +1,206 @@
+"""localsteer/plan.py: which edits a token gets, and which plans are equal."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from vector_cases import exact_vector, imported_vector, vector_along
+
+from localsteer.errors import MismatchError, PlanError
+from localsteer.plan import PARALLEL_COSINE, Plan, PositionClass, active
+
+PROMPT, LAST, GENERATION = PositionClass
+COVERED = {
+    "all": {PROMPT, LAST, GENERATION},
+    "prompt": {PROMPT, LAST},
+    "last": {LAST, GENERATION},
+    "generation": {GENERATION},
+}
+
+
+def at_angle(cosine: float) -> tuple[list[float], list[float]]:
+    return [2.0, 0, 0], [3 * cosine, 3 * math.sqrt(1 - cosine**2), 0]
+
+
+@pytest.mark.parametrize("positions", COVERED)
+def test_positions_cover_their_classes(positions):
+    assert {cls for cls in PositionClass if active(positions, cls)} == COVERED[positions]
+
+
+def test_unknown_positions_are_refused():
+    with pytest.raises(PlanError, match="unknown positions 'first'"):
+        active("first", LAST)
+
+
+@pytest.mark.parametrize("positions", COVERED)
+def test_a_program_exists_for_the_covered_classes_at_the_chosen_block_alone(positions):
+    plan = Plan.from_vectors([exact_vector(positions=positions)])
+    assert plan.layers == (2,)
+    assert {cls for cls in PositionClass if plan.program(2, cls)} == COVERED[positions]
+    assert not any(plan.program(layer, cls) for layer in (0, 1, 3, 99) for cls in PositionClass)
+
+
+def test_a_program_holds_what_the_vector_says():
+    vector = exact_vector(strength=0.5, one_sided=True, cap=2.0)
+    program = Plan.from_vectors([vector]).program(2, LAST)
+    assert program.units.dtype == np.float32 and program.units.shape == (1, 8)
+    assert program.units[0].tobytes() == vector.unit(2).tobytes()
+    assert (program.targets.tolist(), program.strengths.tolist()) == ([1.25], [0.5])
+    assert (program.one_sided.tolist(), program.caps.tolist(), program.caps.dtype) == (
+        [True],
+        [2.0],
+        np.float32,
+    )
+    assert program.offset is None and program.ridge == 0
+
+
+def test_no_cap_is_an_infinite_cap():
+    assert Plan.from_vectors([exact_vector()]).program(2, LAST).caps.tolist() == [math.inf]
+
+
+def test_ablate_aims_at_zero():
+    assert Plan.from_vectors([imported_vector(mode="ablate")]).program(2, LAST).targets.tolist() == [0.0]
+
+
+def test_adds_at_one_block_become_one_offset():
+    vector = imported_vector()
+    program = Plan.from_vectors([vector.at(strength=2), vector.at(strength=-0.5)]).program(2, LAST)
+    assert program.units.shape == (0, 8) and program.offset.dtype == np.float32
+    assert program.offset.tolist() == (1.5 * vector.directions[2]).tolist()
+
+
+def test_a_vector_at_two_blocks_is_two_edits_with_their_own_targets():
+    plan = Plan.from_vectors([exact_vector(layers=(1, 3))])
+    assert plan.layers == (1, 3)
+    assert [plan.program(layer, LAST).targets[0] for layer in plan.layers] == [1.125, 1.375]
+
+
+def test_programs_can_not_be_written():
+    program = Plan.from_vectors([exact_vector()]).program(2, LAST)
+    with pytest.raises(ValueError):
+        program.units[0, 0] = 1
+
+
+def test_strength_zero_leaves_an_empty_plan():
+    plan = Plan.from_vectors([exact_vector(strength=0), imported_vector(strength=0)])
+    assert plan.is_empty and plan.layers == () and plan.n_embd == 0
+    assert plan.key == Plan.none().key == Plan.from_vectors([]).key == b""
+    assert plan.program(2, LAST) is None
+
+
+def test_a_plan_knows_its_width():
+    assert Plan.from_vectors([exact_vector()]).n_embd == 8
+
+
+def test_equal_plans_have_equal_keys_whatever_their_names():
+    a = Plan.from_vectors([exact_vector()])
+    b = Plan.from_vectors([exact_vector(name="other", provenance={})])
+    assert a.key == b.key and a.key
+
+
+def test_the_order_of_vectors_changes_neither_key_nor_programs():
+    vectors = [exact_vector(layers=(layer,), strength=s) for layer, s in ((1, 1.0), (2, 0.5), (3, 1.0))]
+    vectors.append(imported_vector(layers=(2,)))
+    plans = [Plan.from_vectors(order) for order in itertools.permutations(vectors)]
+    assert len({plan.key for plan in plans}) == 1
+    assert len({plan.program(2, LAST).units.tobytes() for plan in plans}) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"strength": 0.5}, {"layer": 3}, {"mode": "ablate"}, {"mode": "add"}, {"positions": "last"},
+        {"one_sided": True}, {"cap": 2.0},
+    ],
+)  # fmt: skip
+def test_every_setting_changes_the_key(change):
+    vector = exact_vector()
+    assert Plan.from_vectors([vector]).key != Plan.from_vectors([vector.at(**change)]).key
+
+
+def test_target_direction_and_ridge_change_the_key():
+    plans = [
+        Plan.from_vectors([vector_along([1, 0], 1.0)]),
+        Plan.from_vectors([vector_along([1, 0], 2.0)]),
+        Plan.from_vectors([vector_along([2, 0], 1.0)]),
+        Plan.from_vectors([vector_along([1, 0], 1.0)], ridge=0.1),
+    ]
+    assert len({plan.key for plan in plans}) == 4
+
+
+def test_the_mean_projection_does_not_matter_to_add():
+    vector, other = exact_vector(mode="add"), imported_vector()
+    assert Plan.from_vectors([vector]).key == Plan.from_vectors([other]).key
+
+
+def test_a_class_key_tells_what_a_cached_token_depends_on():
+    everywhere, prompt = (Plan.from_vectors([exact_vector(positions=p)]) for p in ("all", "prompt"))
+    assert everywhere.class_key(PROMPT) == everywhere.class_key(GENERATION) == prompt.class_key(LAST) != b""
+    assert prompt.class_key(GENERATION) == Plan.none().class_key(PROMPT) == b""
+
+
+@pytest.mark.parametrize("cosine", [0.991, -0.991, 1.0, -1.0])
+def test_nearly_parallel_directions_are_refused_by_name_cosine_and_block(cosine):
+    vectors = [vector_along(d, name=n) for d, n in zip(at_angle(cosine), ("json", "lower"), strict=True)]
+    with pytest.raises(PlanError) as error:
+        Plan.from_vectors(vectors)
+    said = str(error.value)
+    assert (
+        "json" in said
+        and "lower" in said
+        and f"{cosine:.4f}" in said
+        and "block 0" in said
+        and "ridge" in said
+    )
+
+
+@pytest.mark.parametrize("cosine", [PARALLEL_COSINE - 0.001, 0.5, 0, -0.5, 0.001 - PARALLEL_COSINE])
+def test_directions_below_the_limit_are_accepted_in_silence(cosine):
+    plan = Plan.from_vectors([vector_along(d) for d in at_angle(cosine)])
+    assert plan.program(0, LAST).units.shape[0] == 2 and plan.notices == ()
+
+
+def test_a_ridge_accepts_parallel_directions_and_says_so_once():
+    vectors = [vector_along(d, name=n) for d, n in zip(at_angle(0.999), ("json", "lower"), strict=True)]
+    plan = Plan.from_vectors(vectors, ridge=0.1)
+    assert len(plan.notices) == 1
+    assert "json" in plan.notices[0] and "lower" in plan.notices[0] and "ridge 0.1" in plan.notices[0]
+
+
+def test_parallel_directions_may_stand_at_different_blocks_or_positions():
+    Plan.from_vectors([exact_vector(layers=(1,)), exact_vector(layers=(2,))])
+    Plan.from_vectors([exact_vector(positions="generation"), exact_vector(positions="prompt")])
+
+
+def test_parallel_directions_that_meet_in_one_class_are_refused():
+    with pytest.raises(PlanError, match="nearly parallel at block 2"):
+        Plan.from_vectors([exact_vector(positions="last"), exact_vector(positions="prompt")])
+
+
+def test_parallel_adds_are_no_problem():
+    Plan.from_vectors([imported_vector(), imported_vector(), exact_vector()])
+
+
+def test_three_directions_in_a_plane_are_refused_though_no_pair_is_parallel():
+    thirds = [[math.cos(a), math.sin(a), 0] for a in (0, math.pi / 3, 2 * math.pi / 3)]
+    with pytest.raises(PlanError, match="3 directions at block 0 nearly depend on each other"):
+        Plan.from_vectors([vector_along(d, name=str(i)) for i, d in enumerate(thirds)])
+
+
+@pytest.mark.parametrize("ridge", [-0.1, math.nan, math.inf])
+def test_a_ridge_must_be_finite_and_not_negative(ridge):
+    with pytest.raises(PlanError, match="ridge must"):
+        Plan.from_vectors([exact_vector()], ridge=ridge)
+
+
+def test_vectors_of_two_models_do_not_go_into_one_plan():
+    with pytest.raises(MismatchError, match="4 blocks x 8 but wide is 4 x 16"):
+        Plan.from_vectors([exact_vector(), exact_vector(n_embd=16, name="wide")])
+
+
+def test_a_plan_shows_strength_and_block():
+    assert repr(Plan.from_vectors([exact_vector(strength=0.5)])) == "Plan(json:0.5@2)"
+    assert repr(Plan.none()) == "Plan(none)"
