@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .bridge import Sampler
 from .engine import position_classes
 from .errors import LocalsteerError, PromptError
-from .generate import Clock, Reply, Sampling, check_room, check_stop, largest, reply_budget
+from .generate import Clock, Reply, Sampling, check_room, check_stop, largest, new_sampler, reply_budget
 from .plan import Plan, PositionClass
 from .vector import ControlVector
 
 if TYPE_CHECKING:
+    from .bridge import Sampler
     from .engine import Engine, Prompt, Steer
 
 _GENERATION = int(PositionClass.GENERATION)  # a plain number: an enum costs time at every token
@@ -120,8 +120,7 @@ class _Batch:
             sequence.slot = self.free_slots.pop()
             self.free_cells -= sequence.n_cells
             sequence.clock.started = time.perf_counter()
-            if not sequence.sampling.is_argmax:
-                sequence.sampler = Sampler(self.engine.model, **asdict(sequence.sampling))
+            sequence.sampler = new_sampler(self.engine, sequence.sampling)
             self.live.append(sequence)
 
     def _step(self) -> Iterator[tuple[int, Reply]]:

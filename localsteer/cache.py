@@ -114,7 +114,7 @@ def remove_vector(path: Path) -> None:
 def file_name(name: str) -> str:
     """A name that every file system takes. A name that had to be changed gets a hash: it stays unique."""
     plain = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")[:48]
-    if plain == name:
+    if plain and plain == name:
         return plain
     return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
 

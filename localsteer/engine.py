@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .bridge import Context, Model
-from .errors import LocalsteerError, MismatchError, PlanError, PromptError
+from .errors import LocalsteerError, MismatchError, PlanError, PromptError, VectorFileError
 from .plan import Plan
 from .templates import ChatTemplate, Message
 from .vector import ControlVector, check_model
@@ -185,9 +185,9 @@ class Engine:
         self._check_open()
         if raw and not isinstance(prompt, str):
             raise PromptError("a raw prompt is one text: messages need the chat template.")
+        if raw and not prompt:
+            raise PromptError("the prompt is empty: give a text to continue.")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if isinstance(prompt, str) and not (prompt if raw else prompt.strip()):
-            raise PromptError("the prompt is empty: give a question.")
         return self.rendered_tokens(prompt if raw else self.render(messages))
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -255,10 +255,9 @@ class Engine:
 
     def _check_vector(self, vector: ControlVector) -> None:
         check_model(vector, self.model.n_layer, self.model.n_embd, self.model.architecture)
-        for probe in vector.provenance.get("probes") or ():
-            text, ids = probe
+        for text, ids in _probes(vector):
             ours = self.rendered_tokens(text)
-            if ours != list(ids):
+            if ours != ids:
                 raise MismatchError(
                     f"{vector.label} was extracted with another tokenizer: {_brief(text)} is "
                     f"{_brief_ids(ours)} in {self.path.name} and {_brief_ids(ids)} in the vector: "
@@ -555,6 +554,17 @@ def pack(lengths: Sequence[int], size: int, n_seq_max: int) -> Iterator[list[Pie
             room -= length
     if batch:
         yield batch
+
+
+def _probes(vector: ControlVector) -> list[tuple[str, list[int]]]:
+    """Templated texts and their tokens, as the extraction saw them. Raises VectorFileError."""
+    probes = vector.provenance.get("probes") or ()
+    try:
+        return [(str(text), [int(token) for token in ids]) for text, ids in probes]
+    except (TypeError, ValueError):
+        raise VectorFileError(
+            f"{vector.label} has probes that can't be read: extract the vector again."
+        ) from None
 
 
 def _log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Sampling:
     """How the next token is drawn, by llama.cpp's names and defaults; `temp` 0 is greedy.
 
-    seed: None draws one. grammar: GBNF text. Raises LocalsteerError for a value out of range.
+    seed: None draws one. repeat_last_n: tokens of the reply that penalties look back on, -1 = all of them.
+    grammar: GBNF text. Raises LocalsteerError for a value out of range.
     """
 
     temp: float = 0.8
@@ -170,7 +171,7 @@ def token_steps(
     Raises PromptError for a prompt that leaves no room for a reply.
     """
     check_room(engine, len(prompt))
-    sampler = None if sampling.is_argmax else Sampler(engine.model, **asdict(sampling))
+    sampler = new_sampler(engine, sampling)
     try:
         run = engine.begin()
         _prefill(engine, np.asarray(prompt, np.int32), plan)
@@ -232,6 +233,16 @@ def generate(
         finish_reason=chunks[-1].finish_reason or "length",
         timings=chunks[-1].timings or Timings(),
     )
+
+
+def new_sampler(engine: Engine, sampling: Sampling) -> Sampler | None:
+    """A sampler of its own for one reply; None where the largest logit is all that counts."""
+    if sampling.is_argmax:
+        return None
+    settings = asdict(sampling)
+    if sampling.repeat_last_n < 0:
+        settings["repeat_last_n"] = engine.n_ctx  # llama.cpp's sampler itself takes -1 for off
+    return Sampler(engine.model, **settings)
 
 
 def check_room(engine: Engine, n_prompt: int) -> None:

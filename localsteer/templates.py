@@ -82,7 +82,7 @@ class ChatTemplate:
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raise PromptError unless every message has a known role and a text."""
+    """Raise PromptError unless every message has a known role and a text, and one of them says something."""
     if not messages:
         raise PromptError("the prompt is empty: give a question, or at least one message.")
     for message in messages:
@@ -90,6 +90,8 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise PromptError(f"a message must be {{'role': ..., 'content': text}}, not {message!r:.80}.")
         if message.get("role") not in ROLES:
             raise PromptError(f"unknown role {message.get('role')!r}: choose one of {', '.join(ROLES)}.")
+    if not any(message["content"].strip() for message in messages):
+        raise PromptError("the prompt is empty: give a question.")
 
 
 def render_fallback(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
