@@ -1,0 +1,28 @@
+"""change_case:* and language:* - capitals, and the language they are in."""
+
+from __future__ import annotations
+
+from localsteer.evaluate.language import chance
+from localsteer.evaluate.verifiers.parameters import compare
+from localsteer.evaluate.words import count_capital_words
+
+
+def capital_word_frequency(reply: str, *, capital_frequency: int, capital_relation: str) -> bool:
+    """Tokens in capitals as NLTK cuts them: "I" and "A" count, "DON'T" counts twice, "AND/OR" once."""
+    return compare(count_capital_words(reply), capital_relation, capital_frequency)
+
+
+def english_capital(reply: str) -> float:
+    """No lowercase letter and one capital at least, in English. Some English in capitals is told to be German
+    or another language, and then fails; a reply without any language passes."""
+    return chance(reply, "en") if reply.isupper() else 0.0
+
+
+def english_lowercase(reply: str) -> float:
+    """No capital and one lowercase letter at least, in English; a reply without any language passes."""
+    return chance(reply, "en") if reply.islower() else 0.0
+
+
+def response_language(reply: str, *, language: str) -> float:
+    """The language of most of the reply; a reply without any language (digits, punctuation) passes."""
+    return chance(reply, language)

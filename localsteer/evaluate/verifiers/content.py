@@ -1,0 +1,24 @@
+"""detectable_content:* - placeholders and a postscript."""
+
+from __future__ import annotations
+
+import re
+
+from localsteer.evaluate.verifiers.parameters import pattern
+
+_PLACEHOLDER = re.compile(r"\[.*?\]")
+# Not tied to a line's start or to the reply's end, and a prefix is enough: "the P.S. came first" holds one, and so
+# does "P.P.S." for the marker P.S. The word "PS:" never does.
+_POSTSCRIPTS = {"P.S.": re.compile(r"p\.\s?s\."), "P.P.S": re.compile(r"p\.\s?p\.\s?s")}
+
+
+def number_placeholders(reply: str, *, num_placeholders: int) -> bool:
+    """At least so many [..] on one line each; empty ones, ticks and links count: [], [x], [text](url)."""
+    return sum(1 for _ in _PLACEHOLDER.finditer(reply)) >= num_placeholders
+
+
+def postscript(reply: str, *, postscript_marker: str) -> bool:
+    """The marker stands somewhere in the reply, in any case. Another marker than these two is a regular
+    expression."""
+    found = _POSTSCRIPTS.get(postscript_marker) or pattern(postscript_marker.lower())
+    return found.search(reply.lower()) is not None

@@ -1,0 +1,69 @@
+"""detectable_format:* - bullets, highlights, sections, title, JSON, a fixed answer."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from localsteer.evaluate.verifiers.parameters import pattern
+
+_FIXED_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+# The character after the asterisk may be a line break: a line of one asterisk swallows the line after it.
+_STAR_BULLET = re.compile(r"^\s*\*[^*].*$", re.MULTILINE)
+_DASH_BULLET = re.compile(r"^\s*-.*$", re.MULTILINE)
+_HIGHLIGHT = re.compile(r"\*[^*\n]*\*")
+_DOUBLE_HIGHLIGHT = re.compile(r"\*\*[^*\n]*\*\*")
+_TITLE = re.compile(r"<<[^\n]+>>")
+_FENCES = ("```json", "```Json", "```JSON", "```")  # no other spelling, no other language
+
+
+def number_bullet_lists(reply: str, *, num_bullets: int) -> bool:
+    """Exactly so many lines that open with * or -, indented ones too.
+
+    A rule (---), a negative number and a line that opens with *emphasis* count; "+ item", "1. item" and a line
+    that opens with **bold** do not.
+    """
+    bullets = len(_STAR_BULLET.findall(reply)) + len(_DASH_BULLET.findall(reply))
+    return bullets == num_bullets
+
+
+def constrained_response(reply: str) -> bool:
+    """One of the three fixed answers stands somewhere in the reply, in this very case."""
+    return any(answer in reply for answer in _FIXED_ANSWERS)
+
+
+def number_highlighted_sections(reply: str, *, num_highlights: int) -> bool:
+    """At least so many *highlights* or **highlights**, each on one line.
+
+    Two bullets with one asterisk each on one line, or 2 * 3 * 4, make one too.
+    """
+    single = sum(1 for found in _HIGHLIGHT.findall(reply) if found.strip("*").strip())
+    double = sum(1 for found in _DOUBLE_HIGHLIGHT.findall(reply) if found[2:-2].strip())
+    return single + double >= num_highlights
+
+
+def multiple_sections(reply: str, *, section_spliter: str, num_sections: int) -> bool:
+    """At least so many markers with a number: "Section 1", "**SECTION 2**".
+
+    In the marker's own case, anywhere in a line, in any order, and without a number none: "Section One" is no
+    section. Numbers in the text count too: "see Section 3". The name's spelling is IFEval's.
+    """
+    marker = pattern(rf"\s?{section_spliter}\s?\d+\s?")
+    return len(marker.split(reply)) - 1 >= num_sections
+
+
+def json_format(reply: str) -> bool:
+    """The reply, without one code fence around it, is any JSON: 42, "text" and NaN included."""
+    body = reply.strip()
+    for fence in _FENCES:
+        body = body.removeprefix(fence)
+    try:
+        json.loads(body.removesuffix("```").strip())
+    except (ValueError, RecursionError):  # IFEval dies of brackets nested a thousand deep
+        return False
+    return True
+
+
+def title(reply: str) -> bool:
+    """<<A title>> stands somewhere on one line. <<< >>> holds none, and << a >> b >> is one."""
+    return any(found.lstrip("<").rstrip(">").strip() for found in _TITLE.findall(reply))

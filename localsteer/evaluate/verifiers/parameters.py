@@ -1,0 +1,87 @@
+"""What the arguments of a verifier may be. Each checker returns the value to use, or raises ValueError.
+
+IFEval fills a missing or negative argument with a random one; a verdict on that means nothing, so it is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from localsteer.evaluate.language import LANGUAGES
+
+Checker = Callable[[Any], Any]
+
+RELATIONS = ("less than", "at least")  # all that IFEval knows: no "at most", no "exactly"
+
+
+def count(value: Any) -> int:
+    """A whole number, 0 or more. 3.0 passes: some copies of IFEval went through a float column."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError("a whole number, 0 or more")
+    return value
+
+
+def position(value: Any) -> int:
+    """A whole number, 1 or more: the paragraph to look at."""
+    if count(value) == 0:
+        raise ValueError("a whole number, 1 or more")
+    return int(value)
+
+
+def relation(value: Any) -> str:
+    if value not in RELATIONS:
+        raise ValueError(" or ".join(map(repr, RELATIONS)))
+    return value
+
+
+def text(value: Any) -> str:
+    """Text that is not blank, without the blanks around it."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("text that is not blank")
+    return value.strip()
+
+
+def lower_text(value: Any) -> str:
+    return text(value).lower()
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """One text or more. Blanks around them stay, as in IFEval: " cat" is not found at a reply's start."""
+    if isinstance(value, str) or not isinstance(value, (list, tuple)) or not value:
+        raise ValueError('a list of texts such as ["fox", "dog"]')
+    for item in value:
+        text(item)
+    return tuple(value)
+
+
+def letter(value: Any) -> str:
+    """One character, in lower case. IFEval's data asks for "#" and "!" too."""
+    if not isinstance(value, str) or len(value) != 1 or not value.strip():
+        raise ValueError("one character")
+    return value.lower()
+
+
+def language(value: Any) -> str:
+    if value not in LANGUAGES:
+        raise ValueError("one of " + ", ".join(LANGUAGES))
+    return value
+
+
+def compare(number: int, relation: str, threshold: int) -> bool:
+    """IFEval's two relations."""
+    return number < threshold if relation == "less than" else number >= threshold
+
+
+def pattern(expression: str, flags: int = 0) -> re.Pattern[str]:
+    """IFEval uses keywords and markers as regular expressions, unescaped: "a.b" finds "axb".
+
+    Where that is no valid expression ("(", "*") IFEval dies; we look for the text itself.
+    """
+    try:
+        return re.compile(expression, flags)
+    except re.error:
+        return re.compile(re.escape(expression), flags)
