@@ -55,8 +55,8 @@ def _check_version(file: GgufFile) -> None:
     major = file.get(keys.MAJOR, _U32)
     if major is None:
         raise file.error(
-            "is a control vector that localsteer did not write: import it with localsteer convert "
-            "(convention repeng or cvector-generator)."
+            "is a control vector that localsteer did not write: import it with "
+            "`localsteer convert import --from repeng` (or cvector-generator)."
         )
     if major > keys.VERSION_MAJOR:
         raise file.error(

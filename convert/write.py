@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -90,14 +91,21 @@ def _add_probes(writer: GGUFWriter, probes: Sequence[tuple[str, Sequence[int]]])
     """GGUF arrays are flat: the texts, how many ids each has, and all ids one after the other."""
     try:
         texts = [text.encode() for text, _ in probes]
-        ids = [np.array(tokens, dtype=np.int32).tolist() for _, tokens in probes]
-    except (TypeError, ValueError, AttributeError, OverflowError):  # a UnicodeEncodeError is a ValueError
+        ids = [list(map(_token_id, tokens)) for _, tokens in probes]
+    except (TypeError, ValueError, AttributeError):  # a UnicodeEncodeError is a ValueError
         raise VectorFileError("provenance 'probes' must be a list of [text, [token ids]].") from None
     if not texts:
         return
     _add_array(writer, keys.PROBES_TEXT, texts, GGUFValueType.STRING)
     _add_array(writer, keys.PROBES_LENGTH, [len(tokens) for tokens in ids], GGUFValueType.UINT32)
     _add_array(writer, keys.PROBES_TOKENS, [i for tokens in ids for i in tokens], GGUFValueType.INT32)
+
+
+def _token_id(token: Any) -> int:
+    token = operator.index(token)
+    if not 0 <= token < 2**31:
+        raise ValueError(token)
+    return token
 
 
 def _json(key: str, value: Any) -> str:

@@ -42,7 +42,7 @@ def dynamic_weights(x: np.ndarray, program: Program) -> np.ndarray:
     units = program.units.astype(np.float64)
     p = np.asarray(x, dtype=np.float64) @ units.T
     wanted = program.strengths * (program.targets - p)  # t - p
-    joins = ~program.one_sided | (wanted > 0)
+    joins = ~program.one_sided | ~(wanted <= 0)  # NaN joins: a broken row stays visibly broken
     gram = units @ units.T + program.ridge * np.eye(len(units))
     weights = np.zeros_like(p)
     for pattern in np.unique(joins, axis=0) if len(units) else ():

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from localsteer.convert import CONVENTIONS, export_static, import_vector, read_vector, static_vector
+from localsteer.convert import CONVENTIONS, export_static, import_vector, keys, read_vector, static_vector
 from localsteer.convert.gguf_file import GgufFile, open_gguf
 from localsteer.convert.read import parse_vector
 from vector_cases import PROVENANCE, exact_directions, exact_vector, imported_vector, same
@@ -172,7 +172,7 @@ def test_writing_into_a_missing_folder_or_onto_a_folder_is_refused(tmp_path):
     "provenance",
     [
         {"bad": object()}, {"bad": {1, 2}}, {"bad": [float("nan")]}, {1: "bad"}, {"bad" * 500: 1},
-        {"bad": "\ud800"}, {"probes": [["text", ["a"]]]}, {"probes": [["text", [2**40]]]}, {"probes": ["x"]},
+        {"bad": "\ud800"}, {"probes": [["text", ["a"]]]}, {"probes": [["text", [2**31]]]}, {"probes": [["text", [1.5]]]}, {"probes": ["x"]},
         {"probes": [["\ud800", [1]]]}, {"probes": [[1, [1]]]},
     ],
 )  # fmt: skip
@@ -632,3 +632,12 @@ def test_reading_a_vector_loads_neither_torch_nor_llama_cpp():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_format_document_names_every_key_and_limit():
+    text = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
+    names = [value for name, value in vars(keys).items() if name.isupper() and isinstance(value, str)]
+    assert [name for name in names if f"`{name}" not in text] == []
+    limits = (keys.MAX_BLOCKS, keys.MAX_WIDTH, keys.MAX_KEY_VALUES, keys.MAX_ARRAY, keys.MAX_NAME)
+    assert [limit for limit in limits if f"{limit:,}" not in text] == []
+    assert f"version {keys.VERSION_MAJOR}.{keys.VERSION_MINOR}" in text

@@ -1,4 +1,4 @@
-"""Our files in stock llama.cpp: its own loader and its own control-vector adapter, in a process of its own."""
+"""Our files in stock llama.cpp: its own loader and its own adapter, in a process of its own."""
 
 from __future__ import annotations
 
