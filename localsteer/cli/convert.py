@@ -1,0 +1,189 @@
+"""`localsteer convert`: checkpoints to GGUF, other tools' vectors to ours, ours to stock llama.cpp."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from localsteer.errors import ModelFileError
+
+from . import options
+from .console import note, print_json
+from .extract import refuse_to_replace
+
+FTYPES = ("F32", "F16", "BF16")  # as localsteer.convert.checkpoint has them
+CONVENTIONS = ("repeng", "cvector-generator", "blocks", "hidden_states")  # as localsteer.convert has them
+
+
+@click.group("convert", short_help="Convert models and vectors from and to other formats.")
+def command() -> None:
+    """Convert models and vectors from and to the formats of other tools.
+
+    \b
+    Examples:
+      localsteer convert model ./my-checkpoint -o my-model.gguf --quantize Q4_K_M
+      localsteer convert import happy.gguf --from repeng -o happy-localsteer.gguf
+      localsteer convert export json.gguf --static -o json-static.gguf
+    """
+
+
+@command.command("model", short_help="A transformers checkpoint to a GGUF model.")
+@click.argument("folder", type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), metavar="GGUF", help="The model file.")
+@click.option(
+    "--ftype",
+    type=click.Choice(FTYPES, case_sensitive=False),
+    help="How matrices are stored. [default: F16; F32 before --quantize]",
+)
+@click.option("--quantize", metavar="TYPE", help="Quantize it then: Q4_K_M, Q8_0, ...")
+@click.option("--name", metavar="TEXT", help="The model's name in the file. [default: the folder's]")
+@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+@options.as_json
+def model_command(
+    folder: str,
+    output: str,
+    ftype: str | None,
+    quantize: str | None,
+    name: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Convert the transformers checkpoint in FOLDER (llama, qwen2, gemma2, phi3) to GGUF, without PyTorch.
+
+    \b
+    Examples:
+      localsteer convert model ./my-checkpoint -o my-model.gguf
+      localsteer convert model ./my-checkpoint -o my-model.gguf --quantize Q4_K_M
+    """
+    from localsteer.convert.checkpoint import checkpoint_to_gguf
+
+    path = Path(output)
+    _check_output(path, force)
+    ftype = (ftype or ("F32" if quantize else "F16")).upper()
+    if quantize is None:
+        checkpoint_to_gguf(folder, path, ftype, name=name)
+    else:
+        _quantized(folder, path, ftype, quantize.upper(), name)
+    _report(path, as_json, {"type": quantize.upper() if quantize else ftype})
+
+
+def _check_output(path: Path, force: bool) -> None:
+    if path.exists() and not force:
+        raise ModelFileError(f"{path} is there already: choose another name, or --force to replace it.")
+    if not path.parent.is_dir():
+        raise ModelFileError(f"{path} can't be written: there is no folder {path.parent}.")
+
+
+def _quantized(folder: str, path: Path, ftype: str, quantization: str, name: str | None) -> None:
+    from localsteer.bridge import quantization_types, quantize
+    from localsteer.convert.checkpoint import checkpoint_to_gguf
+
+    if quantization not in quantization_types():
+        known = ", ".join(sorted(quantization_types()))
+        raise ModelFileError(f"unknown quantization {quantization!r}: choose one of {known}.")
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        full = Path(temporary) / "full.gguf"
+        checkpoint_to_gguf(folder, full, ftype, name=name or Path(folder).resolve().name)
+        quantize(full, path, quantization)
+
+
+@command.command("import", short_help="Another tool's vector to a localsteer vector.")
+@click.argument("file", type=click.Path())
+@click.option(
+    "--from",
+    "convention",
+    type=click.Choice(CONVENTIONS),
+    help="How the file counts blocks. GGUF: repeng, or cvector-generator (llama.cpp's and jukofyork's). "
+    "npz and safetensors: blocks (row 0 is block 0), or hidden_states (row 0 is the embedding).",
+)
+@click.option(
+    "--blocks", "n_layer", type=click.IntRange(min=1), metavar="N", help="Number of blocks of the model."
+)
+@click.option("-o", "--output", required=True, type=click.Path(), metavar="GGUF", help="The vector file.")
+@options.settings
+@click.option("--name", metavar="TEXT", help="The vector's name. [default: the file's]")
+@options.as_json
+def import_command(
+    file: str,
+    convention: str | None,
+    n_layer: int | None,
+    output: str,
+    layer: tuple[int, ...] | None,
+    mode: str | None,
+    positions: str | None,
+    strength: float | None,
+    name: str | None,
+    as_json: bool,
+) -> None:
+    """Read a vector that another tool wrote, FILE (GGUF, npz or safetensors), and write it as ours.
+
+    Without --from the convention is taken from the file where that is certain. A vector without mean
+    projections can add or ablate, not project.
+
+    \b
+    Examples:
+      localsteer convert import happy.gguf --from repeng -o happy-localsteer.gguf
+      localsteer convert import control_vector.gguf --from cvector-generator -o ours.gguf
+      localsteer convert import vectors.npz --from blocks --layer 12 -o ours.gguf
+    """
+    from localsteer.convert import import_vector
+
+    vector = import_vector(file, convention=convention, n_layer=n_layer, layer=layer, name=name)
+    vector = vector.at(mode=mode, positions=positions, strength=strength)
+    _save(vector, output, as_json)
+
+
+@command.command("export", short_help="A localsteer vector to one for stock llama.cpp.")
+@click.argument("file", type=click.Path())
+@click.option(
+    "--static", is_flag=True, default=True, help="One constant vector per block: the only kind there is."
+)
+@click.option(
+    "-o", "--output", required=True, type=click.Path(), metavar="GGUF", help="The file for llama.cpp."
+)
+@click.option(
+    "--layer", type=options.Blocks(), metavar="BLOCKS", help="Blocks to keep. [default: the chosen ones]"
+)
+@click.option("--strength", type=float, metavar="X", help="Multiply by this. [default: the file's strength]")
+@options.as_json
+def export_command(
+    file: str,
+    static: bool,
+    output: str,
+    layer: tuple[int, ...] | None,
+    strength: float | None,
+    as_json: bool,
+) -> None:
+    """Write FILE's chosen blocks, times the strength, for `llama-cli --control-vector`, at scale 1.
+
+    Stock llama.cpp can only add a constant at every position, so a vector that projects becomes one that
+    adds, and its strength may want another value.
+
+    \b
+    Example:
+      localsteer convert export json.gguf --static --layer 12 --strength 0.8 -o json-static.gguf
+    """
+    from localsteer.convert import static_vector
+    from localsteer.vector import ControlVector
+
+    vector = ControlVector.load(file)
+    if (vector.mode, vector.positions) != ("add", "all"):
+        note(f"{vector.label} is a {vector.mode} at positions {vector.positions}; llama.cpp will add at all.")
+    _save(static_vector(vector, layer, strength), output, as_json)
+
+
+def _save(vector: Any, output: str, as_json: bool) -> None:
+    path = Path(output)
+    refuse_to_replace(path)
+    vector.save(path)
+    _report(path, as_json, {"layers": list(vector.layers), "mode": vector.mode, "strength": vector.strength})
+
+
+def _report(path: Path, as_json: bool, more: dict[str, Any]) -> None:
+    if as_json:
+        print_json({"file": str(path), **more, "bytes": path.stat().st_size})
+    else:
+        click.echo(path)

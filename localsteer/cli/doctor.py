@@ -1,0 +1,250 @@
+"""`localsteer doctor`: is everything here that is needed, and does the hook do what it says?"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import click
+
+from localsteer import __version__
+from localsteer.errors import LocalsteerError
+
+from . import options
+from .console import answer, print_json
+from .models import is_bundled, open_engine
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+
+# Relative to the length of the state that is moved: the hook computes in double precision and stores float32
+TOLERANCE = 1e-5
+N_TOKENS = 8
+FULL_SPEED = (
+    "weight repacking is off, since AMX kernels compiled by GCC 12 crash. For full speed build llama.cpp "
+    "without them: CMAKE_ARGS=\"-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16' "
+    "-DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'\" "
+    "pip install --force-reinstall --no-cache-dir --no-deps llama-cpp-python=={version}"
+)
+CPU_FEATURES = (
+    "AVX2",
+    "AVX512",
+    "AMX_INT8",
+    "NEON",
+    "DOTPROD",
+    "MATMUL_INT8",
+    "SVE",
+    "LLAMAFILE",
+    "OPENMP",
+    "REPACK",
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the answer. status: ok, warn (works, could be better) or fail."""
+
+    name: str
+    status: str
+    detail: str
+
+
+@click.command("doctor", short_help="Check the installation, and a model.")
+@click.option(
+    "-m",
+    "--model",
+    default="bundled",
+    metavar="GGUF",
+    help="The model to check the hook on. [default: the bundled one]",
+)
+@options.as_json
+@click.pass_context
+def command(ctx: click.Context, model: str, as_json: bool) -> None:
+    """Check the installation, and that the hook steers this model to the very target.
+
+    The exit status is 0 when nothing failed, and 1 otherwise.
+
+    \b
+    Examples:
+      localsteer doctor
+      localsteer doctor -m MODEL.gguf
+    """
+    checks = []
+    for check in _checks(model):
+        checks.append(check)
+        if not as_json:
+            _show(check)
+    failed = any(check.status == "fail" for check in checks)
+    if as_json:
+        print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+    ctx.exit(1 if failed else 0)
+
+
+def _show(check: Check) -> None:
+    from rich.text import Text
+
+    colour = {"ok": "green", "warn": "yellow", "fail": "bold red"}[check.status]
+    line = Text.assemble((f"{check.status:<5}", colour), f"{check.name:<12} {check.detail}")
+    answer().print(line, soft_wrap=True)
+
+
+def _checks(model: str) -> Iterator[Check]:
+    for name, check in INSTALLATION.items():
+        yield from _guarded(name, check)
+    if is_bundled(model) and not _has_bundled():
+        yield Check("model", "warn", "this copy has no bundled model: give one with -m MODEL.gguf.")
+        return
+    yield from _guarded("model", lambda: _model(model))
+
+
+def _guarded(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """A broken library can raise anything here, and to say so is what this command is for."""
+    try:
+        yield from check()
+    except LocalsteerError as error:
+        yield Check(name, "fail", str(error))
+    except Exception as error:
+        yield Check(name, "fail", f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+# --- the installation --------------------------------------------------------------------------------------
+
+
+def _versions() -> Iterator[Check]:
+    system = f"{platform.system()} {platform.machine()}"
+    yield Check("localsteer", "ok", f"{__version__}, Python {platform.python_version()}, {system}")
+
+
+def _llama() -> Iterator[Check]:
+    from localsteer.bridge import system_info
+
+    info = system_info()
+    features = [name for name in CPU_FEATURES if info.get(f"CPU.{name}") == "1"]
+    others = sorted({key.partition(".")[0] for key in info if "." in key} - {"CPU"})
+    version = info["llama-cpp-python"]
+    backends = ", ".join(["CPU", *others])
+    yield Check("llama.cpp", "ok", f"llama-cpp-python {version}, {backends} ({' '.join(features)})")
+    if info.get("CPU.AMX_INT8") == "1":
+        yield Check("AMX", "warn", FULL_SPEED.format(version=version))
+
+
+def _threads() -> Iterator[Check]:
+    from localsteer.bridge import default_threads
+
+    yield Check("threads", "ok", f"{default_threads()} by default, of {os.cpu_count()} processors")
+
+
+def _torch() -> Iterator[Check]:
+    try:
+        versions = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers")]
+    except metadata.PackageNotFoundError:
+        yield Check(
+            "PyTorch", "ok", 'not installed; only extraction from checkpoints needs it: "localsteer[torch]"'
+        )
+        return
+    yield Check("PyTorch", "ok", ", ".join(versions))
+
+
+def _cache() -> Iterator[Check]:
+    from localsteer.cache import cache_folder, cached_vectors
+
+    folder = cache_folder()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(nearest, os.W_OK):
+        yield Check("cache", "warn", f"{folder} can't be written: set LOCALSTEER_CACHE to a folder that can.")
+    else:
+        yield Check("cache", "ok", f"{folder}, {len(cached_vectors())} vectors")
+
+
+INSTALLATION = {
+    "localsteer": _versions,
+    "llama.cpp": _llama,
+    "threads": _threads,
+    "PyTorch": _torch,
+    "cache": _cache,
+}
+
+
+# --- a model -----------------------------------------------------------------------------------------------
+
+
+def _has_bundled() -> bool:
+    from localsteer import bundled
+
+    return bundled.is_available()
+
+
+def _model(model: str) -> Iterator[Check]:
+    with open_engine(model, n_seq_max=1) as engine:
+        yield _shape(engine)
+        yield _template(engine)
+        blocks = engine.context.probe()
+        yield _blocks(engine, blocks)
+        if blocks:
+            yield _self_test(engine, sorted(blocks))
+
+
+def _shape(engine: Engine) -> Check:
+    model = engine.model
+    name = model.metadata.get("general.name") or engine.path.stem
+    shape = f"{model.n_layer} blocks x {model.n_embd}, vocabulary {model.n_vocab}"
+    context = f"context {engine.n_ctx} of {model.n_ctx_train}"
+    return Check("model", "ok", f"{name} ({model.architecture}), {shape}, {context}")
+
+
+def _template(engine: Engine) -> Check:
+    if engine.template.is_fallback:
+        return Check("template", "warn", "none: prompts are sent as `Q: ...` and `A:`, as to a base model")
+    try:
+        n = len(engine.prompt_tokens("Tell me about foxes."))
+    except LocalsteerError as error:
+        return Check("template", "fail", str(error))
+    return Check(
+        "template", "ok", f"sha256 {engine.template.template_hash[:12]}, a short question is {n} tokens"
+    )
+
+
+def _blocks(engine: Engine, blocks: set[int]) -> Check:
+    n_layer = engine.model.n_layer
+    if len(blocks) == n_layer:
+        return Check("blocks", "ok", f"all {n_layer} can be steered")
+    missing = sorted(set(range(n_layer)) - blocks)
+    status = "warn" if blocks else "fail"
+    try:
+        engine.context.probe(missing)
+    except LocalsteerError as error:
+        return Check("blocks", status, f"{len(blocks)} of {n_layer} can be steered: {error}")
+    return Check("blocks", status, f"{len(blocks)} of {n_layer} can be steered, not {missing}")
+
+
+def _self_test(engine: Engine, blocks: list[int]) -> Check:
+    """Project random directions to random targets at the first, the middle and the last block."""
+    tried = sorted({blocks[0], blocks[len(blocks) // 2], blocks[-1]})
+    worst = max(_miss(engine, block) for block in tried)
+    where = ", ".join(map(str, tried))
+    if not worst <= TOLERANCE:
+        return Check("self-test", "fail", f"projections miss their targets by {worst:.1e} (blocks {where})")
+    return Check("self-test", "ok", f"projections reach their targets (blocks {where}, error {worst:.0e})")
+
+
+def _miss(engine: Engine, block: int) -> float:
+    """How far the projection after `project` is from its target, relative to the length of the state."""
+    import numpy as np
+
+    from localsteer.vector import ControlVector
+
+    model = engine.model
+    tokens = [i % model.n_vocab for i in range(1, N_TOKENS + 1)]  # any will do, whatever the tokenizer
+    draw = np.random.default_rng(block)
+    directions = np.zeros((model.n_layer, model.n_embd), np.float32)
+    directions[block] = draw.standard_normal(model.n_embd)
+    plain = engine.hidden_states(tokens, [block])[:, 0].astype(np.float64)
+    targets = np.full(model.n_layer, np.linalg.norm(plain, axis=1).mean(), np.float32)
+    vector = ControlVector(directions, targets, None, None, None, (block,), name="self-test")
+    steered = engine.hidden_states(tokens, [block], steer=[vector])[:, 0].astype(np.float64)
+    misses = np.abs(steered @ vector.unit(block).astype(np.float64) - targets[block])
+    return float((misses / np.linalg.norm(steered, axis=1)).max())

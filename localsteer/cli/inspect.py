@@ -1,0 +1,207 @@
+"""`localsteer inspect`: what a vector file holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from localsteer.errors import LocalsteerError
+
+from . import options
+from .console import answer, note, print_json, table
+
+if TYPE_CHECKING:
+    from localsteer.vector import ControlVector
+
+BAR_WIDTH = 6
+STRIP_WIDTH = 21
+SPREAD = 2  # standard deviations on either side that the strip covers
+# provenance worth a line, in this order, and how it is called
+PROVENANCE = {
+    "instruction": "instruction",
+    "model_name": "model",
+    "architecture": "architecture",
+    "backend": "extracted with",
+    "method": "method",
+    "convention": "convention",
+    "model_hint": "model hint",
+    "n_pairs": "pairs",
+    "verifier": "verifier",
+    "source_hash": "model's sha256",
+    "template_hash": "template's sha256",
+    "tool_version": "localsteer",
+}
+
+
+@click.command("inspect", short_help="Show what a vector file holds.")
+@click.argument("file", type=click.Path())
+@click.option(
+    "--plot", type=click.Path(), metavar="PNG", help="Draw norms and projections into a picture too."
+)
+@options.as_json
+def command(file: str, plot: str | None, as_json: bool) -> None:
+    """Show what the vector FILE holds: where it comes from, its settings, and for each block the length of
+    its direction and the mean projection of the model's states with and without the instruction.
+
+    In the last column o is the mean without the instruction, # with it, and = the spread around them
+    (one standard deviation): a block where the two lie apart is worth trying.
+
+    \b
+    Examples:
+      localsteer inspect json.gguf
+      localsteer inspect json.gguf --plot json.png
+      localsteer inspect json.gguf --json
+    """
+    from localsteer.vector import ControlVector, describe
+
+    vector = ControlVector.load(file)
+    described = describe(vector)
+    if plot is not None:
+        draw(described, plot)
+        note(f"drew {plot}")
+    if as_json:
+        print_json({"file": file, **described})
+        return
+    answer().print(_head(file, vector, described))
+    answer().print()
+    answer().print(_blocks(described))
+
+
+def _head(file: str, vector: ControlVector, described: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    lines = Table.grid(padding=(0, 2))
+    lines.add_row("file", file)
+    lines.add_row("vector", f"{vector.label}, {vector.n_layer} blocks x {vector.n_embd}")
+    lines.add_row("settings", settings_line(described))
+    for key, title in PROVENANCE.items():
+        value = described["provenance"].get(key)
+        if value not in (None, ""):
+            lines.add_row(title, str(value))
+    return lines
+
+
+def settings_line(described: dict[str, Any]) -> str:
+    """`project at block 12, positions all, strength 1`, and what else is set."""
+    blocks = ", ".join(map(str, described["layers"]))
+    plural = "s" if len(described["layers"]) > 1 else ""
+    line = f"{described['mode']} at block{plural} {blocks}, positions {described['positions']}"
+    line += f", strength {described['strength']:g}"
+    if described["one_sided"]:
+        line += ", one-sided"
+    return line if described["cap"] is None else f"{line}, cap {described['cap']:g}"
+
+
+def _blocks(described: dict[str, Any]) -> Any:
+    has_means = any(block["mean_with"] is not None for block in described["blocks"])
+    titles = ["block", "norm", ""]
+    if has_means:
+        titles += ["without", "with", "apart", ""]
+    made = table(*titles, numbers=("block", "norm", "without", "with", "apart"))
+    longest = max(block["norm"] for block in described["blocks"])
+    for block in described["blocks"]:
+        row = [f"{'> ' if block['chosen'] else ''}{block['block']}", f"{block['norm']:.3g}"]
+        row.append(bar(block["norm"] / longest if longest else 0, BAR_WIDTH))
+        made.add_row(
+            *row, *(_projections(block) if has_means else ()), style="bold" if block["chosen"] else None
+        )
+    return made
+
+
+def _projections(block: dict[str, Any]) -> list[str]:
+    if block["norm"] == 0 or block["mean_with"] is None:
+        return ["", "", "", ""]
+    with_, without = (_mean_and_spread(block, side) for side in ("with", "without"))
+    apart = separation(block)
+    return [without, with_, "" if apart is None else f"{apart:.1f}", strip(block)]
+
+
+def _mean_and_spread(block: dict[str, Any], side: str) -> str:
+    mean, spread = block[f"mean_{side}"], block[f"std_{side}"]
+    if mean is None:
+        return ""
+    return f"{mean:.3g}" if spread is None else f"{mean:.3g} ± {spread:.2g}"
+
+
+def separation(block: dict[str, Any]) -> float | None:
+    """Distance of the two means in standard deviations (Cohen's d with the mean of the two variances)."""
+    figures = [block[key] for key in ("mean_with", "mean_without", "std_with", "std_without")]
+    if None in figures:
+        return None
+    spread = ((figures[2] ** 2 + figures[3] ** 2) / 2) ** 0.5
+    return (figures[0] - figures[1]) / spread if spread else None
+
+
+def bar(part: float, width: int) -> str:
+    """A bar of eighths of a character, `width` characters long at part 1."""
+    eighths = round(max(0.0, min(1.0, part)) * 8 * width)
+    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
+
+
+def strip(block: dict[str, Any]) -> str:
+    """Where the two means lie, each with its spread, on this block's own scale."""
+    sides = [(block[f"mean_{side}"], block[f"std_{side}"] or 0.0) for side in ("without", "with")]
+    if any(mean is None for mean, _ in sides):
+        return ""
+    low = min(mean - SPREAD * spread for mean, spread in sides)
+    high = max(mean + SPREAD * spread for mean, spread in sides)
+
+    def column(value: float) -> int:
+        return round((value - low) / (high - low) * (STRIP_WIDTH - 1)) if high > low else STRIP_WIDTH // 2
+
+    cells = ["·"] * STRIP_WIDTH
+    for mean, spread in sides:
+        for i in range(column(mean - spread), column(mean + spread) + 1):
+            cells[i] = "="
+    for (mean, _), mark in zip(sides, "o#", strict=True):
+        cells[column(mean)] = mark
+    return "".join(cells)
+
+
+def draw(described: dict[str, Any], path: str) -> None:
+    """Norms, and projections with their spreads, over the blocks. Raises LocalsteerError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise LocalsteerError('--plot needs matplotlib: pip install "localsteer[plot]".') from None
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    norms, projections = figure.subplots(2, 1, sharex=True)
+    blocks = described["blocks"]
+    numbers = [block["block"] for block in blocks]
+    norms.bar(numbers, [block["norm"] for block in blocks], color="tab:gray")
+    norms.set_ylabel("length of the direction")
+    norms.set_title(f"{described['name'] or 'vector'}: {settings_line(described)}")
+    for side, colour in (("without", "tab:blue"), ("with", "tab:orange")):
+        _draw_side(projections, blocks, side, colour)
+    projections.set_ylabel("mean projection")
+    projections.set_xlabel("block")
+    for axes in (norms, projections):
+        for block in described["layers"]:
+            axes.axvline(block, color="tab:red", linestyle=":", linewidth=1)
+    if projections.lines:
+        projections.legend()
+    _save(figure, Path(path))
+
+
+def _draw_side(axes: Any, blocks: list[dict[str, Any]], side: str, colour: str) -> None:
+    known = [block for block in blocks if block["norm"] > 0 and block[f"mean_{side}"] is not None]
+    if not known:
+        return
+    numbers = [block["block"] for block in known]
+    means = [block[f"mean_{side}"] for block in known]
+    spreads = [block[f"std_{side}"] or 0.0 for block in known]
+    axes.plot(numbers, means, marker="o", markersize=3, color=colour, label=f"{side} the instruction")
+    low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
+    high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+    axes.fill_between(numbers, low, high, color=colour, alpha=0.2)
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:  # an ending that is no picture format
+        raise LocalsteerError(f"{path} can't be drawn: {error}.") from None
+    except OSError as error:
+        raise LocalsteerError(f"{path} can't be written: {error.strerror}.") from None

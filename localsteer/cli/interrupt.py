@@ -1,0 +1,74 @@
+"""Ctrl-C ends the program with status 130 and leaves the terminal as it was, wherever it comes.
+
+llama.cpp calls back into Python while it loads a model, and an exception can't pass through C: Python drops
+it there and goes on. So a press is remembered, and sent again until it reaches Python code of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+EXIT_STATUS = 130  # 128 + SIGINT, as shells have it
+PATIENCE = 3  # presses; the last one ends a process that does not let go
+_SEND_AGAIN_SECONDS = 0.05
+_SHOW_CURSOR = b"\x1b[?25h"
+
+_presses = 0
+_sent_again = threading.Event()
+
+
+def pressed() -> bool:
+    """Whether Ctrl-C was pressed since the program began; callbacks from C stop their work then."""
+    return _presses > 0
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Take over SIGINT, unless it is ignored (nohup, a shell's `&`) or this is not the main thread."""
+    global _presses
+    _presses = 0
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    handler, hook = signal.signal(signal.SIGINT, _on_press), sys.unraisablehook
+    sys.unraisablehook = _on_swallowed
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        sys.unraisablehook = hook
+
+
+def _on_press(_signal: int, _frame: FrameType | None) -> None:
+    global _presses
+    if _sent_again.is_set():
+        _sent_again.clear()
+    else:
+        _presses += 1
+    if _presses >= PATIENCE:
+        if sys.stderr.isatty():
+            os.write(2, _SHOW_CURSOR)
+        os._exit(EXIT_STATUS)
+    raise KeyboardInterrupt
+
+
+def _on_swallowed(unraisable: Any) -> None:
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    timer = threading.Timer(_SEND_AGAIN_SECONDS, _send_again)
+    timer.daemon = True
+    timer.start()
+
+
+def _send_again() -> None:
+    _sent_again.set()
+    signal.raise_signal(signal.SIGINT)

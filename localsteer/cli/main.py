@@ -1,0 +1,109 @@
+"""The program `localsteer`: its list of commands, and the one place where errors become exit statuses.
+
+0 done, 1 a check failed (doctor) or the reader of stdout went away, 2 bad input, 130 Ctrl-C. A traceback is
+a bug, never an answer to what somebody typed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+
+import click
+
+from localsteer import __version__
+from localsteer.errors import LocalsteerError
+
+from . import interrupt
+from .console import NoticeHandler, prepare_streams
+
+# Title -> commands, in the order of `localsteer --help`. Command `x` is `command` in localsteer/cli/x.py.
+COMMANDS = {
+    "Start here": ("demo", "doctor"),
+    "Steer": ("run",),
+    "Vectors": ("extract", "inspect", "vectors", "convert"),
+}
+HELP_WIDTH = 100  # columns, where the terminal has them
+
+
+class Program(click.Group):
+    """Imports a command's module when that command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for names in COMMANDS.values() for name in names if _is_here(name)]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.list_commands(ctx):
+            return None
+        return import_module(f"{__package__}.{name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in COMMANDS.items():
+            with formatter.section(title):
+                found = [(name, self.get_command(ctx, name)) for name in names if _is_here(name)]
+                formatter.write_dl([(name, command.get_short_help_str(limit=80)) for name, command in found])
+
+
+@click.group(
+    cls=Program,
+    name="localsteer",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
+)
+@click.version_option(__version__, "-V", "--version", message="localsteer %(version)s")
+def localsteer() -> None:
+    """Steer quantized GGUF models inside llama.cpp: a reply in JSON, in lowercase, in one sentence, although
+    the prompt says nothing of it.
+
+    \b
+    Begin with the model that comes with it:
+      localsteer demo
+      localsteer run --instruction json "Tell me about foxes."
+    \b
+    Then take your own:
+      localsteer run -m MODEL.gguf --instruction json "Tell me about foxes."
+    """
+
+
+def _is_here(name: str) -> bool:
+    return find_spec(f"{__package__}.{name}") is not None
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the program and exit. args: the words after the program's name (default: the real ones)."""
+    prepare_streams()
+    logger = logging.getLogger("localsteer")
+    logger.handlers[:], logger.propagate = [NoticeHandler()], False
+    with interrupt.handled():
+        status = _run(args)
+    sys.exit(status)
+
+
+def _run(args: Sequence[str] | None) -> int:
+    try:
+        status = localsteer.main(args=args, prog_name="localsteer", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, click.Abort):
+        return interrupt.EXIT_STATUS
+    except BrokenPipeError:
+        # nobody reads the rest; without this Python complains when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (click.ClickException, LocalsteerError) as error:
+        if interrupt.pressed():  # a load that Ctrl-C cut short reports an error of its own
+            return interrupt.EXIT_STATUS
+        click.echo(f"localsteer: {_one_line(error)}", err=True)
+        return error.exit_code
+    return status if isinstance(status, int) else 0
+
+
+def _one_line(error: click.ClickException | LocalsteerError) -> str:
+    if not isinstance(error, click.ClickException):
+        return " ".join(str(error).split())
+    message = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context else "localsteer"
+    return f"{message} See `{where} --help`."

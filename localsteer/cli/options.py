@@ -1,0 +1,161 @@
+"""Options that several commands share, so that one thing has one name everywhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# localsteer.vector has these too, but importing it brings in numpy; a test keeps the two equal
+MODES = ("project", "add", "ablate")
+POSITIONS = ("all", "prompt", "last", "generation")
+MAX_RANGE = 10_000  # blocks in `A-B`; no model has as many
+
+
+class Blocks(click.ParamType):
+    """`12`, `3,4` or `3-5`: 0-based blocks, as a tuple."""
+
+    name = "blocks"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return parse_blocks(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def parse_blocks(text: str) -> tuple[int, ...]:
+    """Raises ValueError with a sentence for the user."""
+    blocks: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part, re.ASCII)
+        if not match:
+            raise ValueError(f"{text!r} names no block: write 12, 3,4 or 3-5 (the first block is 0).")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < first + MAX_RANGE:
+            raise ValueError(
+                f"{part.strip()!r} is no range of blocks: write the lower number first, as in 3-5."
+            )
+        blocks.update(range(first, last + 1))
+    return tuple(sorted(blocks))
+
+
+class Slot(click.ParamType):
+    """`n=5`: a value for a {slot} of an instruction; whole numbers become numbers."""
+
+    name = "name=value"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Any]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = value.partition("=")
+        if not equals or not name.strip():
+            self.fail(f"{value!r} is not NAME=VALUE, as in n=5.", param, ctx)
+        is_number = re.fullmatch(r"-?\d{1,15}", text.strip(), re.ASCII)
+        return name.strip(), int(text) if is_number else text
+
+
+def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """One decorator of several options, listed in help in this order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+
+model = click.option(
+    "-m",
+    "--model",
+    default="bundled",
+    show_default=True,
+    metavar="GGUF",
+    help="The model: a GGUF file, or `bundled` (also bundled:Q4_K_M, bundled-base).",
+)
+
+engine = all_of(
+    click.option(
+        "-c",
+        "--ctx-size",
+        type=click.IntRange(min=0),
+        default=0,
+        metavar="N",
+        help="Tokens of prompt and reply together. [default: 0 = what the model allows, at most 4096]",
+    ),
+    click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads."),
+    click.option(
+        "-ngl",
+        "--gpu-layers",
+        "--n-gpu-layers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Blocks to keep on a GPU. [default: 0]",
+    ),
+)
+
+sampling = all_of(
+    click.option(
+        "--temp", type=float, default=0.8, metavar="X", help="Temperature; 0 is greedy. [default: 0.8]"
+    ),
+    click.option("--top-k", type=int, default=40, metavar="N", help="[default: 40; 0 = off]"),
+    click.option("--top-p", type=float, default=0.95, metavar="X", help="[default: 0.95; 1 = off]"),
+    click.option("--min-p", type=float, default=0.05, metavar="X", help="[default: 0.05; 0 = off]"),
+    click.option("--repeat-penalty", type=float, default=1.0, metavar="X", help="[default: 1 = off]"),
+    click.option(
+        "--repeat-last-n",
+        type=int,
+        default=64,
+        metavar="N",
+        help="Tokens that it looks back on. [default: 64]",
+    ),
+    click.option("--presence-penalty", type=float, default=0.0, metavar="X", help="[default: 0 = off]"),
+    click.option("--frequency-penalty", type=float, default=0.0, metavar="X", help="[default: 0 = off]"),
+    click.option("--seed", type=int, metavar="N", help="[default: another one each time]"),
+    click.option("--grammar", metavar="GBNF", help="A grammar that the reply must follow."),
+    click.option("--grammar-file", type=click.Path(), metavar="FILE", help="The same, from a file."),
+)
+
+settings = all_of(
+    click.option("--layer", type=Blocks(), metavar="BLOCKS", help="Blocks to steer: 12, 3,4 or 3-5."),
+    click.option("--mode", type=click.Choice(MODES), help="What is done to the residual stream."),
+    click.option("--positions", type=click.Choice(POSITIONS), help="Which tokens are steered."),
+    click.option("--strength", type=float, metavar="X", help="1 is the full effect, 0 none."),
+)
+
+instruction_data = all_of(
+    click.option(
+        "--catalog",
+        metavar="TOML",
+        help="Instructions and queries: a file of yours, or `general`, or `bundled`. "
+        "[default: bundled for the bundled model, else general]",
+    ),
+    click.option(
+        "--slot",
+        "slots",
+        type=Slot(),
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Fill a {slot} of the instruction.",
+    ),
+    click.option(
+        "--queries", type=click.Path(), metavar="TXT", help="Base queries of yours, one on each line."
+    ),
+    click.option(
+        "--pairs", type=click.IntRange(min=1), metavar="N", help="Prompt pairs to extract from. [default: 50]"
+    ),
+)

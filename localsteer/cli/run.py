@@ -1,0 +1,291 @@
+"""`localsteer run`: one prompt, one reply, steered."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options
+from .console import answer, note, print_json, shown, table
+from .models import catalog_of, extraction_queries, find_instruction, open_engine, read_text
+from .prompt_input import read_prompt
+from .vector_spec import VectorSpec
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine, Prompt
+    from localsteer.generate import Chunk, Reply, Sampling
+    from localsteer.plan import Plan
+    from localsteer.vector import ControlVector
+
+SETTINGS = ("layer", "mode", "positions", "strength")
+
+
+@click.command("run", short_help="Answer a prompt, steered, and stream the reply.")
+@click.argument("prompt", required=False)
+@options.model
+@click.option(
+    "-s",
+    "--steer",
+    "specs",
+    multiple=True,
+    metavar="VECTOR",
+    help="A vector file: FILE[:STRENGTH][@BLOCK[,BLOCK]]; repeat for several.",
+)
+@click.option(
+    "-i",
+    "--instruction",
+    "instructions",
+    multiple=True,
+    metavar="ID_OR_TEXT",
+    help="Steer by a vector made on first use: an id of the catalogue, or words of yours.",
+)
+@click.option("--compare", is_flag=True, help="The plain and the steered reply side by side.")
+@options.settings
+@click.option(
+    "--ridge",
+    type=float,
+    default=0.0,
+    metavar="X",
+    help="Allow nearly parallel vectors at one block; try 0.1. [default: 0]",
+)
+@click.option("--system", "-sys", metavar="TEXT", help="A system message before the prompt.")
+@click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
+@click.option(
+    "-n",
+    "--predict",
+    "--n-predict",
+    type=click.IntRange(min=-1),
+    default=512,
+    metavar="N",
+    help="Tokens of the reply at most; -1 = until the context is full. [default: 512]",
+)
+@click.option(
+    "-r",
+    "--reverse-prompt",
+    "--stop",
+    "stop",
+    multiple=True,
+    metavar="TEXT",
+    help="End the reply before TEXT.",
+)
+@options.sampling
+@options.engine
+@options.instruction_data
+@click.option("--timings", is_flag=True, help="Tokens per second, on stderr.")
+@options.as_json
+def command(
+    prompt: str | None,
+    model: str,
+    specs: tuple[str, ...],
+    instructions: tuple[str, ...],
+    compare: bool,
+    ridge: float,
+    as_json: bool,
+    timings: bool,
+    **given: Any,
+) -> None:
+    """Answer PROMPT and stream the reply.
+
+    --layer, --mode, --positions and --strength override what the vectors say; a strength or a block behind
+    the name of a vector file overrides both. The prompt can come from a pipe; where there is an argument
+    too, the piped text comes first.
+
+    \b
+    Examples:
+      localsteer run --instruction json "Tell me about foxes."
+      localsteer run -m MODEL.gguf -s json.gguf "Tell me about foxes."
+      localsteer run -m MODEL.gguf -s json.gguf:0.8@12 -s lower.gguf --temp 0 "Tell me about foxes."
+      localsteer run -m MODEL.gguf -s json.gguf --compare "Tell me about foxes."
+      cat notes.txt | localsteer run -m MODEL.gguf -i "Answer in rhyme." "Sum this up."
+    """
+    if compare and not (specs or instructions):
+        raise click.UsageError("--compare needs something to steer by: give -s VECTOR or --instruction.")
+    sampling = sampling_of(given)
+    vectors = load_vectors(specs, given)
+    message = message_of(read_prompt(prompt), given.pop("system"), given["raw"])
+    with open_engine(
+        model,
+        ctx_size=given["ctx_size"],
+        threads=given["threads"],
+        gpu_layers=given["gpu_layers"],
+        n_seq_max=1,
+    ) as engine:
+        vectors += [vector_of(engine, model, text, given) for text in instructions]
+        request = Request(engine, message, plan_of(engine, vectors, ridge), sampling, given)
+        if as_json:
+            print_json(document(request, model, vectors, compare))
+        elif compare:
+            show_both(request, vectors)
+        else:
+            show_reply(request, timings)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how it is answered. settings: the command's options of the same names."""
+
+    engine: Engine
+    prompt: Prompt
+    plan: Plan
+    sampling: Sampling
+    settings: dict[str, Any]
+
+    def stream(self, *, steered: bool = True) -> Iterator[Chunk]:
+        return self.engine.stream(self.prompt, **self._how(steered))
+
+    def reply(self, *, steered: bool = True) -> Reply:
+        return self.engine.generate(self.prompt, **self._how(steered))
+
+    def _how(self, steered: bool) -> dict[str, Any]:
+        predict = self.settings["predict"]
+        return {
+            "steer": self.plan if steered else (),
+            "max_tokens": None if predict < 0 else predict,
+            "sampling": self.sampling,
+            "stop": self.settings["stop"],
+            "raw": self.settings["raw"],
+        }
+
+
+def sampling_of(given: dict[str, Any]) -> Sampling:
+    """From the sampling options, with a seed drawn here, so that two replies can share it."""
+    from localsteer.generate import Sampling
+
+    grammar = given["grammar"]
+    if given["grammar_file"] is not None:
+        if grammar is not None:
+            raise click.UsageError("--grammar and --grammar-file exclude each other.")
+        grammar = read_text(given["grammar_file"], "the grammar file")
+    names = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty")
+    return Sampling(
+        **{name: given[name] for name in names},
+        frequency_penalty=given["frequency_penalty"],
+        seed=random.randrange(2**32 - 1) if given["seed"] is None else given["seed"],
+        grammar=grammar,
+    )
+
+
+def load_vectors(specs: Sequence[str], given: dict[str, Any]) -> list[ControlVector]:
+    """The vector files, before the model: a slip in their names should not wait for it."""
+    settings = {name: given[name] for name in SETTINGS}
+    return [VectorSpec.parse(spec).load(**settings) for spec in specs]
+
+
+def message_of(text: str, system: str | None, raw: bool) -> Prompt:
+    if system is None:
+        return text
+    if raw:
+        raise click.UsageError("--system needs the chat template, and --raw leaves it out: choose one.")
+    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+
+
+def vector_of(engine: Engine, model: str, text: str, given: dict[str, Any]) -> ControlVector:
+    """The vector of an instruction, made on first use."""
+    from .first_use import vector_on_first_use
+
+    catalog = catalog_of(model, given["catalog"])
+    instruction = find_instruction(catalog, text, given["slots"])
+    queries = extraction_queries(catalog, instruction, given["queries"])
+    vector = vector_on_first_use(engine, instruction, catalog, queries, given["pairs"])
+    return vector.at(**{name: given[name] for name in SETTINGS})
+
+
+def plan_of(engine: Engine, vectors: Sequence[ControlVector], ridge: float) -> Plan:
+    from localsteer.plan import Plan
+
+    for vector in vectors:
+        engine.plan(vector)  # checks that it belongs to this model, which a ready plan no longer tells
+    return Plan.from_vectors(vectors, ridge=ridge)
+
+
+def show_reply(request: Request, timings: bool) -> None:
+    """Text as it comes, a newline at the end whatever ends it."""
+    text = ""
+    try:
+        for chunk in request.stream():
+            if chunk.text:
+                text = chunk.text
+                sys.stdout.write(shown(text))
+                sys.stdout.flush()
+    finally:
+        if not text.endswith("\n"):
+            click.echo()
+    if chunk.finish_reason == "length":
+        note(_why_cut(request, chunk))
+    if timings:
+        spent = chunk.timings
+        note(
+            f"prompt {spent.prompt_tokens} tokens, {spent.prompt_per_second:.1f} per second; "
+            f"reply {spent.reply_tokens} tokens, {spent.decode_per_second:.1f} per second"
+        )
+
+
+def _why_cut(request: Request, last: Chunk) -> str:
+    n, predict = last.timings.reply_tokens, request.settings["predict"]
+    if n == predict:
+        return f"the reply was cut after {n} tokens: -n allows more."
+    return f"the context of {request.engine.n_ctx} tokens is full: the reply was cut after {n} tokens."
+
+
+def show_both(request: Request, vectors: Sequence[ControlVector]) -> None:
+    """Two columns, filled one after the other; while they fill, only a terminal shows them."""
+    from rich.live import Live
+
+    texts = ["", ""]
+    titles = ("plain", " + ".join(map(_title, vectors)))
+
+    def columns() -> Any:
+        made = table(*titles)
+        for column in made.columns:
+            column.ratio = 1
+        made.expand = True
+        made.add_row(*map(shown, texts))
+        return made
+
+    if answer().is_terminal:
+        with Live(console=answer(), transient=True, vertical_overflow="ellipsis") as live:
+            for side, steered in enumerate((False, True)):
+                for chunk in request.stream(steered=steered):
+                    texts[side] += chunk.text
+                    live.update(columns())
+    else:
+        texts = [request.reply(steered=steered).text for steered in (False, True)]
+    answer().print(columns())
+
+
+def _title(vector: ControlVector) -> str:
+    blocks = ",".join(map(str, vector.layers))
+    return f"{vector.label}:{vector.strength:g}@{blocks} {vector.mode} {vector.positions}"
+
+
+def document(request: Request, model: str, vectors: Sequence[ControlVector], compare: bool) -> dict[str, Any]:
+    """What `--json` prints."""
+    steering = [
+        {
+            "name": vector.name,
+            "layers": list(vector.layers),
+            "mode": vector.mode,
+            "positions": vector.positions,
+            "strength": vector.strength,
+        }
+        for vector in vectors
+    ]
+    made = {"model": model, "prompt": request.prompt, "steering": steering, "seed": request.sampling.seed}
+    made |= _reply_document(request.reply())
+    if compare:
+        made["plain"] = _reply_document(request.reply(steered=False))
+    return made
+
+
+def _reply_document(reply: Reply) -> dict[str, Any]:
+    return {
+        "reply": reply.text,
+        "finish_reason": reply.finish_reason,
+        "n_tokens": len(reply.tokens),
+        "timings": asdict(reply.timings),
+    }

@@ -1,0 +1,145 @@
+"""`localsteer vectors`: the vectors that `run --instruction` made on first use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from localsteer.errors import VectorFileError
+
+from . import options
+from .console import answer, note, print_json, table
+
+
+@dataclass(frozen=True)
+class Cached:
+    """One cached vector. key: MODEL/NAME, short and unique; settings: None for a file that can't be read."""
+
+    path: Path
+    key: str
+    name: str
+    model: str
+    settings: dict[str, Any] | None
+
+
+@click.group(
+    "vectors", invoke_without_command=True, short_help="List and remove the vectors made on first use."
+)
+@options.as_json
+@click.pass_context
+def command(ctx: click.Context, as_json: bool) -> None:
+    """List and remove the vectors that `run --instruction` made on first use.
+
+    Without a subcommand it lists them.
+
+    \b
+    Examples:
+      localsteer vectors
+      localsteer vectors remove json
+      localsteer vectors remove --all
+    """
+    if ctx.invoked_subcommand is None:
+        _list(as_json)
+
+
+@command.command("list", short_help="List them.")
+@options.as_json
+def list_command(as_json: bool) -> None:
+    """List the cached vectors with their models and settings.
+
+    \b
+    Example:
+      localsteer vectors list --json
+    """
+    _list(as_json)
+
+
+@command.command("remove", short_help="Delete some or all of them.")
+@click.argument("names", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Delete all of them.")
+@options.as_json
+def remove_command(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
+    """Delete cached vectors by NAME, or by the key of the list where a name is there more than once.
+
+    They are made again when they are needed.
+
+    \b
+    Examples:
+      localsteer vectors remove json
+      localsteer vectors remove 3f2a9c1d04b7e586/json-1c2d3e4f
+    """
+    from localsteer.cache import remove_vector
+
+    if bool(names) == everything:
+        raise click.UsageError("give the names of vectors, or --all.")
+    found = _cached()
+    chosen = found if everything else [_choose(found, name) for name in dict.fromkeys(names)]
+    for cached in chosen:
+        remove_vector(cached.path)
+    if as_json:
+        print_json({"removed": [cached.key for cached in chosen]})
+    else:
+        note(f"{len(chosen)} removed.")
+
+
+def _list(as_json: bool) -> None:
+    from localsteer.cache import cache_folder
+
+    found = _cached()
+    if as_json:
+        print_json(
+            {"folder": str(cache_folder() / "vectors"), "vectors": [_document(cached) for cached in found]}
+        )
+        return
+    if not found:
+        note(f"no vectors yet in {cache_folder()}: `localsteer run --instruction ID` makes them.")
+        return
+    made = table("name", "model", "blocks", "mode", "positions", "strength", "key", numbers=("strength",))
+    for cached in found:
+        values = cached.settings or {}
+        blocks = ",".join(map(str, values.get("layers", ())))
+        strength = f"{values['strength']:g}" if values else ""
+        mode = values.get("mode", "unreadable")
+        made.add_row(
+            cached.name, cached.model, blocks, mode, values.get("positions", ""), strength, cached.key
+        )
+    answer().print(made)
+
+
+def _document(cached: Cached) -> dict[str, Any]:
+    head = {"name": cached.name, "key": cached.key, "model": cached.model, "file": str(cached.path)}
+    return head | (cached.settings or {"error": "unreadable"})
+
+
+def _cached() -> list[Cached]:
+    from localsteer.cache import cached_vectors
+
+    return [_read(path) for path in cached_vectors()]
+
+
+def _read(path: Path) -> Cached:
+    from localsteer.vector import ControlVector
+
+    key = f"{path.parent.name}/{path.stem}"
+    try:
+        vector = ControlVector.load(path)
+    except VectorFileError:
+        return Cached(path, key, path.stem, "", None)
+    names = ("mode", "positions", "strength")
+    settings = {"layers": list(vector.layers)} | {name: getattr(vector, name) for name in names}
+    return Cached(path, key, vector.name or path.stem, str(vector.provenance.get("model_name", "")), settings)
+
+
+def _choose(found: list[Cached], name: str) -> Cached:
+    """Raises VectorFileError for a name that no vector has, or several."""
+    matches = [cached for cached in found if name in (cached.key, cached.name)]
+    if not matches:
+        known = ", ".join(dict.fromkeys(cached.name for cached in found)) or "there is none"
+        raise VectorFileError(f"no cached vector {name!r}: {known}.")
+    if len(matches) > 1:
+        keys = ", ".join(cached.key for cached in matches)
+        raise VectorFileError(f"{name!r} names {len(matches)} cached vectors: choose one of {keys}.")
+    return matches[0]
