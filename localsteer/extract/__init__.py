@@ -36,8 +36,6 @@ logger = logging.getLogger("localsteer")
 BATCH_TOKENS = 4096  # padding included: bounds what one forward pass takes
 BATCH_PROMPTS = 32
 METHOD = "difference of means, last prompt token"
-# Tokenised again whenever the vector meets a model: accents, digits, a contraction, a line end
-PROBE = "Is the café open at 7:45?\nDon't be late, Zoë!"
 ADDED_GROUPS = ("length", "word")  # the paper adds these directions, and projects the others
 
 Progress = Callable[[int, int], None]
@@ -217,7 +215,9 @@ def _check_finite(states: np.ndarray) -> None:
 def _provenance(backend: Backend, instruction: Instruction, pairs: Sequence[Pair]) -> Mapping[str, Any]:
     from localsteer import __version__
 
-    probes = [render(backend, text) for text in (pairs[0].plain, pairs[0].instructed, PROBE)]
+    # Tokenised again whenever the vector meets a model. Prompts of this extraction and no text of ours: a
+    # small vocabulary need not have its characters.
+    probes = [render(backend, text) for text in (pairs[0].plain, pairs[0].instructed, pairs[-1].instructed)]
     provenance = {
         "instruction_id": instruction.id,
         "instruction": instruction.phrasings[0],
