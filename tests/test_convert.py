@@ -172,7 +172,8 @@ def test_writing_into_a_missing_folder_or_onto_a_folder_is_refused(tmp_path):
     "provenance",
     [
         {"bad": object()}, {"bad": {1, 2}}, {"bad": [float("nan")]}, {1: "bad"}, {"bad" * 500: 1},
-        {"bad": "\ud800"}, {"probes": [["text", ["a"]]]}, {"probes": [["text", [2**31]]]}, {"probes": [["text", [1.5]]]}, {"probes": ["x"]},
+        {"bad": "\ud800"}, {"probes": [["text", ["a"]]]}, {"probes": [["text", [2**31]]]},
+        {"probes": [["text", [1.5]]]}, {"probes": ["x"]},
         {"probes": [["\ud800", [1]]]}, {"probes": [[1, [1]]]},
     ],
 )  # fmt: skip
