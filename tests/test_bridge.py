@@ -357,6 +357,24 @@ def test_a_full_context_is_a_prompt_error(model: Model) -> None:
             context.decode([1], [0], [1], [True])
 
 
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"n_ctx": 0}, "context of 0 tokens"),
+        ({"n_ctx": 10**10}, "GiB and this machine"),
+        ({"n_seq_max": 1000}, "n_seq_max must be"),
+    ],
+)
+def test_impossible_contexts(model: Model, size: dict, message: str) -> None:
+    with pytest.raises(LocalsteerError, match=message):
+        Context(model, n_threads=1, **size)
+
+
+def test_a_context_of_one_token(model: Model) -> None:
+    with Context(model, n_ctx=1, n_batch=0, n_threads=1) as context:
+        assert context.probe() == {0, 1, 2, 3}
+
+
 def test_sequences_that_do_not_exist(context: Context) -> None:
     for call in (lambda: context.seq_rm(4), lambda: context.seq_cp(0, 9)):
         with pytest.raises(LocalsteerError, match="does not exist"):

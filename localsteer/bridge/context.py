@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import LocalsteerError, MismatchError, PromptError, UnsupportedModelError
 from .hook import Hook
-from .library import Handle, default_threads, log
+from .library import Handle, default_threads, log, total_memory
 from .model import Model
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class Context(Handle):
     ) -> None:
         self.model = model
         self.n_ctx = _context_size(model, n_ctx)
-        self.n_batch = min(n_batch, self.n_ctx)
+        _check_memory(model, self.n_ctx, exact)
+        self.n_batch = max(1, min(n_batch, self.n_ctx))
         self.n_seq_max = n_seq_max
         self.n_decodes = 0
         self._outputs = np.zeros(0, dtype=np.int64)  # batch index of each output row
@@ -322,6 +323,17 @@ def _context_size(model: Model, n_ctx: int | None) -> int:
     if n_ctx < 1:
         raise PromptError(f"a context of {n_ctx} tokens is not possible: ask for at least 1.")
     return min(n_ctx, model.n_ctx_train) if model.has_position_table else n_ctx
+
+
+def _check_memory(model: Model, n_ctx: int, exact: bool) -> None:
+    """The system would end the process in the middle of filling a cache that it promised but doesn't have."""
+    gigabytes = n_ctx * model.cache_bytes(4 if exact else 2) / 2**30
+    present = total_memory() / 2**30
+    if gigabytes > present:
+        raise LocalsteerError(
+            f"a context of {n_ctx} tokens for {model.path.name} takes {gigabytes:.0f} GiB and this machine "
+            f"has {present:.0f}: ask for a smaller one."
+        )
 
 
 def _free_context(pointer: object, hook: Hook | None) -> None:

@@ -109,6 +109,14 @@ def default_threads() -> int:
     return n if n <= 4 else n // 2
 
 
+def total_memory() -> float:
+    """Bytes of main memory, inf where the system does not tell."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        return float("inf")
+
+
 class Handle:
     """close(), `with`, and freeing at the latest when Python ends; use after close raises."""
 

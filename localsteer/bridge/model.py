@@ -126,6 +126,11 @@ class Model(Handle):
         if not 0 <= token < self.n_vocab:
             raise PromptError(f"token {token} is outside the vocabulary of {self.n_vocab} tokens.")
 
+    def cache_bytes(self, element_bytes: int) -> int:
+        """What the keys and values of one token take, by the heads of the first block; 0 if it has none."""
+        n_head, n_head_kv = lc.llama_model_n_head(self.pointer), lc.llama_model_n_head_kv(self.pointer)
+        return 2 * element_bytes * self.n_layer * n_head_kv * self.n_embd // max(n_head, 1)
+
     def why_not_steerable(self, n_seq_max: int) -> str | None:
         """A reason of the whole architecture, before any block is tried."""
         if n_seq_max > 1 and lc.llama_model_is_hybrid(self.pointer):

@@ -1,0 +1,176 @@
+"""What steering costs: tokens per second of prefill and decode, as a ratio to the same model unsteered.
+
+    python benchmarks/decode_overhead.py [--rounds 7] [--threads 2] [-m MODEL.gguf]
+
+Without -m it writes a random llama of 0.4 billion parameters in Q4_0. The variants take turns within a round
+and each is divided by the unsteered run of its own round, so that a busy machine slows both; medians
+are printed. The last line is JSON. Exit status 1 if a steered ratio is below 0.97.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import llama_cpp.llama_cpp as lc
+import numpy as np
+
+from localsteer import ControlVector
+from localsteer.bridge import Context, Model, default_threads, system_info
+from localsteer.plan import Plan, PositionClass
+
+N_PREFILL, N_DECODE = 256, 32
+FLOOR = 0.97
+N_LAYER, N_EMBD, N_FF, N_HEAD, N_VOCAB = 24, 1024, 4096, 16, 8192
+
+
+def write_random_model(path: Path) -> None:
+    """llama, 0.4 billion parameters; Q4_0 blocks of one small scale and random nibbles."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(N_LAYER)
+    writer.add_embedding_length(N_EMBD)
+    writer.add_feed_forward_length(N_FF)
+    writer.add_head_count(N_HEAD)
+    writer.add_context_length(2048)
+    writer.add_vocab_size(N_VOCAB)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("no_vocab")
+
+    def add(name: str, n_out: int, n_in: int) -> None:
+        blocks = rng.integers(0, 256, (n_out, n_in // 32, 18), dtype=np.uint8)
+        blocks[:, :, :2] = np.array([0.2 / n_in**0.5], np.float16).view(np.uint8)
+        writer.add_tensor(name, blocks.reshape(n_out, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+
+    add("token_embd.weight", N_VOCAB, N_EMBD)
+    writer.add_tensor("output_norm.weight", np.ones(N_EMBD, np.float32))
+    for il in range(N_LAYER):
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{il}.{name}.weight", np.ones(N_EMBD, np.float32))
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            add(f"blk.{il}.{name}.weight", N_EMBD, N_EMBD)
+        for name in ("ffn_gate", "ffn_up"):
+            add(f"blk.{il}.{name}.weight", N_FF, N_EMBD)
+        add(f"blk.{il}.ffn_down.weight", N_EMBD, N_FF)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def random_vector(model: Model) -> ControlVector:
+    directions = np.random.default_rng(1).standard_normal((model.n_layer, model.n_embd)).astype(np.float32)
+    ones = np.ones(model.n_layer, np.float32)
+    return ControlVector(
+        directions=directions, mean_with=ones, mean_without=0 * ones, std_with=ones, std_without=ones,
+        layers=(model.n_layer // 2,), provenance={},
+    )  # fmt: skip
+
+
+def set_static_vector(context: Context, directions: np.ndarray) -> None:
+    """llama.cpp's own control vector: a constant added after every block but the first."""
+    data = np.ascontiguousarray(1e-3 * directions[1:])
+    pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    n_layer, n_embd = directions.shape
+    if lc.llama_set_adapter_cvec(context.pointer, pointer, data.size, n_embd, 1, n_layer - 1) != 0:
+        raise RuntimeError("llama.cpp did not take the static vector")
+
+
+def seconds(context: Context, plan: Plan | None) -> tuple[float, float]:
+    """(prefill, decode) of one run from an empty cache."""
+    context.clear()
+    tokens = 1 + np.arange(N_PREFILL) % (context.model.n_vocab - 1)
+    last = np.arange(N_PREFILL) == N_PREFILL - 1
+    classes = [PositionClass.PROMPT] * (N_PREFILL - 1) + [PositionClass.LAST]
+    plans = None if plan is None else [plan] * N_PREFILL
+    start = time.perf_counter()
+    context.decode(tokens, range(N_PREFILL), [0] * N_PREFILL, last, plans, classes)
+    middle = time.perf_counter()
+    plans = None if plan is None else [plan]
+    for i in range(N_PREFILL, N_PREFILL + N_DECODE):
+        context.decode([1 + i % 1000], [i], [0], [True], plans, [PositionClass.GENERATION])
+    return middle - start, time.perf_counter() - middle
+
+
+def variants(model: Model, n_threads: int) -> dict[str, Callable[[], tuple[float, float]]]:
+    size = {"n_ctx": N_PREFILL + N_DECODE, "n_batch": N_PREFILL, "n_threads": n_threads}
+    bare = Context(model, steering=False, **size)
+    static = Context(model, steering=False, **size)
+    steered = Context(model, **size)
+    vector = random_vector(model)
+    set_static_vector(static, vector.directions)
+    one = Plan.from_vectors([vector])
+    every = Plan.from_vectors([vector.at(layer=range(model.n_layer))])
+    return {
+        "unsteered": lambda: seconds(bare, None),
+        "static vector of llama.cpp, all blocks": lambda: seconds(static, None),
+        "hook attached, no plan": lambda: seconds(steered, None),
+        "one block": lambda: seconds(steered, one),
+        "all blocks": lambda: seconds(steered, every),
+    }
+
+
+def measure(model: Model, n_threads: int, rounds: int) -> dict[str, dict[str, float]]:
+    runs = variants(model, n_threads)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for run in runs.values():  # the first touches the pages of the model
+        run()
+    for done in range(rounds):
+        print(f"round {done + 1} of {rounds}", file=sys.stderr)
+        order = list(runs)
+        for name in order[done % len(order) :] + order[: done % len(order)]:
+            times[name].append(runs[name]())
+    result = {}
+    for name, taken in times.items():
+        ratios = np.array(times["unsteered"]) / np.array(taken)
+        prefill, decode = np.median(ratios, axis=0)
+        best = np.array([N_PREFILL, N_DECODE]) / np.min(taken, axis=0)
+        result[name] = {
+            "prefill_ratio": round(float(prefill), 4),
+            "decode_ratio": round(float(decode), 4),
+            "prefill_per_second": round(float(best[0]), 1),
+            "decode_per_second": round(float(best[1]), 1),
+        }
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-m", "--model", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=default_threads())
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = arguments.model or Path(folder) / "random-0.4b-q4_0.gguf"
+        if arguments.model is None:
+            write_random_model(path)
+        with Model(path) as model:
+            result = measure(model, arguments.threads, arguments.rounds)
+    for name, row in result.items():
+        print(f"{name:40} prefill {row['prefill_ratio']:.3f}  decode {row['decode_ratio']:.3f}")
+    worst = min(min(result[name]["prefill_ratio"], result[name]["decode_ratio"]) for name in STEERED)
+    machine = {"machine": platform.machine(), "processor": processor(), **system_info()}
+    document = {"model": path.name, "threads": arguments.threads, "rounds": arguments.rounds, "worst": worst}
+    print(json.dumps({**document, "machine": machine, "variants": result}))
+    return 0 if worst >= FLOOR else 1
+
+
+STEERED = ("one block", "all blocks")
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
