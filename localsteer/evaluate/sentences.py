@@ -1,11 +1,11 @@
 """Sentences as IFEval counts them: the decisions of the English Punkt model, without its data.
 
-IFEval counts sentences with NLTK's Punkt tokenizer and the English model that NLTK downloads. Nothing may be
-downloaded here, so this file restates Punkt's decision procedure (Kiss and Strunk, "Unsupervised Multilingual
-Sentence Boundary Detection", Computational Linguistics 32:4, 2006, section 4) over small tables of our own.
-What the model learned from newspaper text about some 15,000 words is reduced to a few hundred common ones; how
-often that changes a count is measured in docs/evaluation.md. The model's quirks are kept, because people compare
-numbers:
+IFEval counts sentences with NLTK's Punkt tokenizer and the English model that NLTK downloads. Nothing may
+be downloaded here, so this file restates Punkt's decision procedure (Kiss and Strunk, "Unsupervised
+Multilingual Sentence Boundary Detection", Computational Linguistics 32:4, 2006, section 4) over small
+tables of our own. What the model learned from newspaper text about some 15,000 words is reduced to a few
+hundred common ones; how often that changes a count is measured in docs/evaluation.md. The model's quirks
+are kept, because people compare numbers:
 
 - "e.g.", "i.e.", "etc.", "Mar.", "Apr.", "Mon.", "Capt.", "No." and "approx." are NOT abbreviations: a
   sentence ends there whatever follows, a lowercase word included.
@@ -18,6 +18,7 @@ numbers:
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import NamedTuple
 
 # Characters that end a token wherever they stand: Punkt's "non-word" characters. A comma ends one only before
@@ -51,30 +52,31 @@ _ABBREVIATIONS = (
     | _words("c d e f g h k l m n p r s t v w")  # single letters; a, b, i, j, o, q, u, x, y, z are not
 )
 
-# After an abbreviation or an ellipsis a capitalised word starts a sentence when the model saw it in lower case
-# and never capitalised within a sentence, or often at a sentence's start.
+# After an abbreviation or an ellipsis a capitalised word starts a sentence when the model saw it in lower
+# case and never capitalised within a sentence, or often at a sentence's start.
 _STARTERS = _words(
-    "the but so if in it were he they i this these there here when which while although though however therefore "
-    "since even yet still tomorrow yesterday yes please thank thanks does your her some many most finally "
-    "moreover furthermore overall instead meanwhile nevertheless nonetheless despite between both either neither "
-    "nor regards remember try mix put serve think consider note ask call according including such very among "
-    "under indeed similarly thus sales anyway suddenly someone nothing anything imagine wait listen always sometimes "
-    "soon honestly seriously frankly unfortunately surprisingly apparently certainly probably absolutely exactly "
-    "right sorry okay welcome without unless unlike whether whenever wherever"
+    "the but so if in it were he they i this these there here when which while although though however "
+    "therefore since even yet still tomorrow yesterday yes please thank thanks does your her some many most "
+    "finally moreover furthermore overall instead meanwhile nevertheless nonetheless despite between both "
+    "either neither nor regards remember try mix put serve think consider note ask call according including "
+    "such very among under indeed similarly thus sales anyway suddenly someone nothing anything imagine "
+    "wait listen always sometimes soon honestly seriously frankly unfortunately surprisingly apparently "
+    "certainly probably absolutely exactly right sorry okay welcome without unless unlike whether whenever "
+    "wherever section step example question response explanation conclusion"
 )
 # Ordinary words that the model also saw capitalised within a sentence (in titles and names): no evidence.
 _NEUTRAL = _words(
-    "a an and or on at to for from by with as is are was she we you that those what where why who how because "
-    "then also after before once until just only maybe perhaps well now today not no let can could would should "
-    "will may might must do did have has had my his our their its all each every another other one two three "
-    "first second third next during good great best make take use get go come see look keep give find start add "
-    "place read write tell say said like than too much more less few"
+    "a an and or on at to for from by with as is are was she we you that those what where why who how "
+    "because then also after before once until just only maybe perhaps well now today not no let can could "
+    "would should will may might must do did have has had my his our their its all each every another other "
+    "one two three first second third next during good great best make take use get go come see look keep "
+    "give find start add place read write tell say said like than too much more less few"
 )
 # Pairs over which the model never breaks. Of its 37 the ones whose second word is not a name: so
 # "2. Business plan" holds no sentence end.
 _AFTER_NUMBER = _words(
-    "international commodities insider credit corrections financing business leisure dividend review abreast who "
-    "letters notable"
+    "international commodities insider credit corrections financing business leisure dividend review "
+    "abreast who letters notable"
 )
 
 
@@ -150,7 +152,7 @@ def _give_closers_back(text: str, pieces: list[tuple[int, int]]) -> list[tuple[i
     """Move quotes and brackets that open a piece to the end of the piece before."""
     moved = []
     shift = 0
-    for (start, end), following in zip(pieces, [*pieces[1:], None]):
+    for (start, end), following in zip(pieces, [*pieces[1:], None], strict=True):
         start += shift
         shift = 0
         closers = _CLOSERS.match(text[following[0] : following[1]]) if following else None
@@ -164,7 +166,7 @@ def _give_closers_back(text: str, pieces: list[tuple[int, int]]) -> list[tuple[i
 def _ends_sentence(context: str, *, label: bool) -> bool:
     """Does any token of a word and its follower, the last token apart, end a sentence?"""
     tokens = [_first_pass(found) for found in _TOKEN.findall(context)]
-    return any(_second_pass(token, after, label) for token, after in zip(tokens, tokens[1:]))
+    return any(_second_pass(token, after, label) for token, after in pairwise(tokens))
 
 
 def _first_pass(text: str) -> _Token:
@@ -196,7 +198,7 @@ def _continues(token: _Token, after: _Token, label: bool) -> bool:
     """After a number or an initial: does the next token carry the sentence on?"""
     if after.text in _INNER_PUNCTUATION or after.text[0].islower():
         return True
-    # "J. Smith" goes on, "plan B. However" and "\nA. Preparation" do not: after an initial only an ordinary word
-    # starts a sentence. The model knows thousands of those; we take what follows a label as one.
+    # "J. Smith" goes on, "plan B. However" and "\nA. Preparation" do not: after an initial only an ordinary
+    # word starts a sentence. The model knows thousands of those; we take what follows a label as one.
     ordinary = label or after.kind in _STARTERS or after.kind in _NEUTRAL
     return token.initial and after.text[0].isupper() and not ordinary

@@ -31,9 +31,10 @@ def verify(
 ) -> bool:
     """Whether a reply follows an instruction, by IFEval's strict or loose rule. A blank reply never does.
 
-    Loose: it is enough that one of eight variants follows it: the reply without its first line, its last line,
-    both or neither, each with and without asterisks. So a greeting or bold type does not fail a reply; but a
-    loose verdict can also pass what was not asked for, such as a short reply made of the first line alone.
+    Loose: it is enough that one of eight variants follows it: the reply without its first line, its last
+    line, both or neither, each with and without asterisks. So a greeting or bold type does not fail a
+    reply; but a loose verdict can also pass what was not asked for, such as a short reply made of the first
+    line alone.
 
     Where IFEval draws random numbers (language detection), the verdict is its likelier one.
 
@@ -60,7 +61,9 @@ def check_arguments(
     """
     verifier = _find(instruction_id)
     if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise CatalogError(f"{instruction_id}: arguments must be a table of names and values, not {_show(kwargs)}")
+        raise CatalogError(
+            f"{instruction_id}: arguments must be a table of names and values, not {_show(kwargs)}"
+        )
     given = {name: value for name, value in (kwargs or {}).items() if value is not None}
     if prompt is not None and "prompt_to_repeat" in verifier.parameters:
         given.setdefault("prompt_to_repeat", prompt)

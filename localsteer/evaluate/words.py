@@ -1,9 +1,9 @@
 """Words as IFEval counts them: two different ways, one per instruction.
 
 `length_constraints:number_words` counts runs of word characters: "well-known" is two words, "don't" is two,
-"snake_case" is one. `change_case:capital_word_frequency` counts the tokens of NLTK's `word_tokenize`, which cuts
-contractions ("DON'T" and "CANNOT" are two words each) and keeps hyphens and slashes ("AND/OR" is one). Both
-are restated here for what they count, not for the exact text of punctuation tokens.
+"snake_case" is one. `change_case:capital_word_frequency` counts the tokens of NLTK's `word_tokenize`, which
+cuts contractions ("DON'T" and "CANNOT" are two words each) and keeps hyphens and slashes ("AND/OR" is one).
+Both are restated here for what they count, not for the exact text of punctuation tokens.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _WORD = re.compile(r"\w+")
 
 # A quote before a one-letter word is cut off it, clitics apart: "O'B" is two tokens, "O's" is not.
 _QUOTE_BEFORE_LETTER = re.compile(r"'(?!re|ve|ll|[mtsdn])(?=\w\b)", re.IGNORECASE)
-_CLOSING = r"""[\])}>"'»”’\s]*$"""
+_CLOSING = r"""[\])}>"'»\u201d\u2019\s]*$"""
 _APART = re.compile(
-    r"""[«»“”‘’„";@#$%&?!*\[\](){}<>]"""  # always tokens of their own
+    r"""[«»\u2018\u2019\u201c-\u201e";@#$%&?!*\[\](){}<>]"""  # always tokens of their own
     r"""|`+|''|--|\.{2,}"""
     r"""|[:,](?!\d)"""  # 3:15 and 1,000 stay whole
     rf"""|(?<=[^.])\.(?={_CLOSING})"""  # only the sentence's last full stop leaves its word
-    rf"""|(?<=[^'])'(?=[ ?!;@#$%&`«“‘„]|[:,](?!\d)|\.\.|\.{_CLOSING})"""
+    rf"""|(?<=[^'])'(?=[ ?!;@#$%&`«\u2018\u201c\u201e]|[:,](?!\d)|\.\.|\.{_CLOSING})"""
 )
-# Clitics are cut before a space alone, not before a line break: "IT'S\n" is one token. The second kind is cut in
-# all lower or all upper case only: "It'Ll" stays whole.
+# Clitics are cut before a space alone, not before a line break: "IT'S\n" is one token. The second kind is
+# cut in all lower or all upper case only: "It'Ll" stays whole.
 _CLITIC = re.compile(r"(?<=[^' ])('[sSmMdD]?)(?= )")
 _LONG_CLITIC = re.compile(r"(?<=[^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T)(?= )")
 _FUSED = re.compile(

@@ -1,7 +1,8 @@
 """One function per instruction of IFEval, by the name and with the arguments that IFEval gives it.
 
-Each follows what the official checker does, its quirks included, since people compare numbers; the docstrings name
-the quirks. Source: google-research/instruction_following_eval, as of 2025 (Zhou et al., arXiv 2311.07911).
+Each follows what the official checker does, its quirks included, since people compare numbers; the
+docstrings name the quirks. Source: google-research/instruction_following_eval, as of 2025 (Zhou et al.,
+arXiv 2311.07911).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from localsteer.evaluate.verifiers.parameters import Checker
 class Verifier:
     """`check(reply, **arguments)` and what each argument may be; all are required.
 
-    A check answers with a bool, or with the chance that IFEval's would pass where that one draws random numbers
-    (language detection).
+    A check answers with a bool, or with the chance that IFEval's would pass where that one draws random
+    numbers (language detection).
     """
 
     check: Callable[..., float]
@@ -42,9 +43,7 @@ _count, _relation, _text, _texts = parameters.count, parameters.relation, parame
 
 VERIFIERS: Mapping[str, Verifier] = {
     "keywords:existence": _verifier(keywords.existence, keywords=_texts),
-    "keywords:frequency": _verifier(
-        keywords.frequency, keyword=_text, frequency=_count, relation=_relation
-    ),
+    "keywords:frequency": _verifier(keywords.frequency, keyword=_text, frequency=_count, relation=_relation),
     "keywords:forbidden_words": _verifier(keywords.forbidden_words, forbidden_words=_texts),
     "keywords:letter_frequency": _verifier(
         keywords.letter_frequency, letter=parameters.letter, let_frequency=_count, let_relation=_relation
@@ -74,9 +73,7 @@ VERIFIERS: Mapping[str, Verifier] = {
     "detectable_format:json_format": _verifier(formats.json_format),
     "detectable_format:title": _verifier(formats.title),
     "combination:two_responses": _verifier(combination.two_responses),
-    "combination:repeat_prompt": _verifier(
-        combination.repeat_prompt, prompt_to_repeat=parameters.lower_text
-    ),
+    "combination:repeat_prompt": _verifier(combination.repeat_prompt, prompt_to_repeat=parameters.lower_text),
     "startend:end_checker": _verifier(startend.end_checker, end_phrase=parameters.lower_text),
     "change_case:capital_word_frequency": _verifier(
         case.capital_word_frequency, capital_frequency=_count, capital_relation=_relation

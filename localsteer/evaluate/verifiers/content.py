@@ -7,8 +7,8 @@ import re
 from localsteer.evaluate.verifiers.parameters import pattern
 
 _PLACEHOLDER = re.compile(r"\[.*?\]")
-# Not tied to a line's start or to the reply's end, and a prefix is enough: "the P.S. came first" holds one, and so
-# does "P.P.S." for the marker P.S. The word "PS:" never does.
+# Not tied to a line's start or to the reply's end, and a prefix is enough: "the P.S. came first" holds one,
+# and so does "P.P.S." for the marker P.S. The word "PS:" never does.
 _POSTSCRIPTS = {"P.S.": re.compile(r"p\.\s?s\."), "P.P.S": re.compile(r"p\.\s?p\.\s?s")}
 
 

@@ -20,8 +20,8 @@ _FENCES = ("```json", "```Json", "```JSON", "```")  # no other spelling, no othe
 def number_bullet_lists(reply: str, *, num_bullets: int) -> bool:
     """Exactly so many lines that open with * or -, indented ones too.
 
-    A rule (---), a negative number and a line that opens with *emphasis* count; "+ item", "1. item" and a line
-    that opens with **bold** do not.
+    A rule (---), a negative number and a line that opens with *emphasis* count; "+ item", "1. item" and a
+    line that opens with **bold** do not.
     """
     bullets = len(_STAR_BULLET.findall(reply)) + len(_DASH_BULLET.findall(reply))
     return bullets == num_bullets

@@ -1,6 +1,7 @@
 """What the arguments of a verifier may be. Each checker returns the value to use, or raises ValueError.
 
-IFEval fills a missing or negative argument with a random one; a verdict on that means nothing, so it is refused.
+IFEval fills a missing or negative argument with a random one; a verdict on that means nothing, so it is
+refused.
 """
 
 from __future__ import annotations
