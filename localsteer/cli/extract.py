@@ -80,7 +80,8 @@ def command(
     base_queries = extraction_queries(found, instruction, queries)
     path = output_path(output, instruction)
     source = checkpoint if gguf is None else model_file(gguf)
-    vector = _extract(source, instruction, base_queries, pairs, given).at(strength=given["strength"])
+    vector = _extract(source, instruction, base_queries, pairs, given)
+    vector = vector.at(layer=given["layer"], strength=given["strength"])
     vector.save(path)
     described = describe(vector)
     if as_json:
@@ -124,7 +125,6 @@ def _extract(
             instruction,
             queries,
             n_pairs=n_pairs,
-            layer=given["layer"],
             mode=given["mode"],
             positions=given["positions"] or "all",
             dtype=given["dtype"],

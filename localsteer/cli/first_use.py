@@ -29,11 +29,13 @@ def vector_on_first_use(
     The cache's key is the content: other phrasings, queries or pairs give another vector.
     """
     from localsteer.cache import cache_folder, file_hash, vector_path
+    from localsteer.extract import build_pairs
 
     path = vector_path(file_hash(engine.path), f"{instruction.id}-{_digest(instruction, queries, n_pairs)}")
     cached = _read(path)
     if cached is not None:
         return cached
+    build_pairs(instruction, queries, n_pairs)  # refuses what can't be, before anything is announced
     note(f"no vector of {instruction.id!r} for {engine.path.name} yet: making it now, for once.")
     vector = _make(engine, instruction, catalog, queries, n_pairs)
     try:

@@ -62,6 +62,7 @@ def localsteer() -> None:
     Begin with the model that comes with it:
       localsteer demo
       localsteer run --instruction json "Tell me about foxes."
+
     \b
     Then take your own:
       localsteer run -m MODEL.gguf --instruction json "Tell me about foxes."

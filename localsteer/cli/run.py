@@ -204,8 +204,8 @@ def plan_of(engine: Engine, vectors: Sequence[ControlVector], ridge: float) -> P
 
 
 def show_reply(request: Request, timings: bool) -> None:
-    """Text as it comes, a newline at the end whatever ends it."""
-    text = ""
+    """Text as it comes, and a newline behind it whatever ends it; nothing for an empty reply."""
+    text = "\n"
     try:
         for chunk in request.stream():
             if chunk.text:
