@@ -1,0 +1,231 @@
+"""The conditions that every steered figure is shown with, and the controls that give it meaning.
+
+    none        the model alone                     instructed  the instruction in the prompt, in words
+    steered     the vector, no word of it           both        in words and steered
+    random      a random direction in its place     other       another instruction's vector in its place
+
+The first, second, fourth and fifth are the paper's (section 3); the controls show that it is this direction
+that counts, not that something is changed at this block. Greedy decoding throughout.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from localsteer.catalog import Instruction, Query
+from localsteer.evaluate.judge import Judged, judge, log_perplexities, perplexity, share
+from localsteer.evaluate.verify import verify
+from localsteer.generate import GREEDY
+from localsteer.vector import ControlVector
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine, Steer
+    from localsteer.generate import Reply
+
+CONDITIONS = ("none", "steered", "random", "other", "instructed", "both")
+MIN_QUERIES = 20  # below that a share says little
+MAX_TOKENS = 192
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one condition did. Shares are 0 to 1, None where nothing could be judged.
+
+    perplexity: of the replies under the unsteered model after the plain query, None where it was not asked
+    for. Its ratio to that of condition `none` tells how far the replies have left what the model would say;
+    following an instruction costs some of it by itself. repetition: mean of the replies' figures.
+    """
+
+    condition: str
+    replies: tuple[Judged, ...]
+    perplexity: float | None = None
+
+    @property
+    def n(self) -> int:
+        return len(self.replies)
+
+    @property
+    def followed(self) -> float | None:
+        return share([reply.followed for reply in self.replies])
+
+    @property
+    def subject_kept(self) -> float | None:
+        return share([reply.subject_kept for reply in self.replies])
+
+    @property
+    def degenerate(self) -> float | None:
+        return share([reply.degenerate is not None for reply in self.replies])
+
+    @property
+    def repetition(self) -> float:
+        return sum(reply.repetition for reply in self.replies) / max(1, self.n)
+
+    def record(self, with_replies: bool = True) -> dict[str, object]:
+        """For JSON."""
+        keys = ("n", "followed", "subject_kept", "degenerate", "perplexity", "repetition")
+        record: dict[str, object] = {key: getattr(self, key) for key in keys}
+        return record | ({"replies": [reply.record() for reply in self.replies]} if with_replies else {})
+
+
+def run_conditions(
+    engine: Engine,
+    instruction: Instruction,
+    vector: ControlVector,
+    queries: Sequence[Query],
+    *,
+    controls: Mapping[str, Steer] | None = None,
+    conditions: Sequence[str] = CONDITIONS,
+    plain: Sequence[Reply] | None = None,
+    phrasings: Sequence[str] | None = None,
+    scored: Sequence[str] = CONDITIONS,
+    max_tokens: int = MAX_TOKENS,
+) -> dict[str, Outcome]:
+    """Outcomes by condition, all of them in one batch, in the order of `conditions`.
+
+    vector: with its settings applied. controls: what steers `random` and `other`; a condition without one is
+    left out. plain: replies of the model alone to the same queries, where they are known already. phrasings:
+    wordings of the instruction for `instructed` and `both`, in turn (its own by default). scored: conditions
+    whose perplexity is wanted.
+    """
+    steers: dict[str, Steer] = {"none": (), "steered": vector, "instructed": (), "both": vector}
+    steers |= controls or {}
+    wanted = [name for name in conditions if name in steers]
+    asked = [name for name in wanted if name != "none" or plain is None]
+    phrasings = phrasings or instruction.phrasings
+    replies = engine.generate_batch(
+        [text for name in asked for text in _prompts(queries, phrasings if _is_told(name) else ())],
+        steer=[steers[name] for name in asked for _ in queries],
+        max_tokens=max_tokens,
+        sampling=GREEDY,
+    )
+    found = {name: replies[i * len(queries) :][: len(queries)] for i, name in enumerate(asked)}
+    if plain is not None:
+        found["none"] = list(plain)
+    return {
+        name: _outcome(engine, instruction, queries, name, found[name], name in scored) for name in wanted
+    }
+
+
+def plain_replies(engine: Engine, queries: Sequence[Query], *, max_tokens: int = MAX_TOKENS) -> list[Reply]:
+    """The model alone, greedy: condition `none` of every instruction."""
+    texts = [query.text for query in queries]
+    return engine.generate_batch(texts, max_tokens=max_tokens, sampling=GREEDY)
+
+
+def told_replies(
+    engine: Engine,
+    instructions: Sequence[Instruction],
+    queries: Sequence[Query],
+    *,
+    max_tokens: int = MAX_TOKENS,
+) -> dict[str, list[Reply]]:
+    """Replies of the model alone when each instruction stands in the prompt, by instruction id."""
+    prompts = [text for each in instructions for text in _prompts(queries, each.phrasings)]
+    replies = engine.generate_batch(prompts, max_tokens=max_tokens, sampling=GREEDY)
+    n = len(queries)
+    return {each.id: replies[i * n : (i + 1) * n] for i, each in enumerate(instructions)}
+
+
+def random_control(vector: ControlVector, plain_mean: np.ndarray, seed: int) -> ControlVector:
+    """A random direction in the vector's place: same blocks, mode, positions, strength and length.
+
+    For `project` the target is the mean projection of plain prompts on the random direction plus
+    |zbar_with - zbar_without| of the real one, so that at the last prompt token both move the state equally
+    far on average. plain_mean: (n_layer, n_embd), mean state of plain prompts at their last token.
+    """
+    rng = np.random.default_rng(seed)
+    directions = np.zeros_like(vector.directions)
+    targets, bases = np.zeros(vector.n_layer), np.zeros(vector.n_layer)
+    for layer in vector.layers:
+        unit = rng.standard_normal(vector.n_embd)
+        unit /= np.linalg.norm(unit)
+        directions[layer] = unit * np.linalg.norm(vector.directions[layer].astype(np.float64))
+        bases[layer] = plain_mean[layer] @ unit
+        targets[layer] = bases[layer] + _distance(vector, layer)
+    return replace(
+        vector,
+        directions=directions,
+        mean_with=targets,
+        mean_without=bases,
+        std_with=None,
+        std_without=None,
+        name=f"random-{seed}",
+    )
+
+
+def _distance(vector: ControlVector, layer: int) -> float:
+    """|zbar_with - zbar_without|; the direction's length is the same number where they are not known."""
+    if vector.mean_with is None or vector.mean_without is None:
+        return float(np.linalg.norm(vector.directions[layer]))
+    return abs(float(vector.mean_with[layer]) - float(vector.mean_without[layer]))
+
+
+def mean_state(engine: Engine, queries: Sequence[Query]) -> np.ndarray:
+    """(n_layer, n_embd) float64: mean state of the plain prompts at their last token."""
+    states = engine.last_hidden_states([engine.prompt_tokens(query.text) for query in queries])
+    return states.mean(axis=0, dtype=np.float64)
+
+
+def choose_other(
+    instruction: Instruction,
+    others: Sequence[Instruction],
+    told: Mapping[str, Sequence[Reply]],
+    queries: Sequence[Query],
+    *,
+    seed: int = 0,
+) -> Instruction | None:
+    """Another instruction whose vector is a fair control, drawn by a generator seeded with `seed` and the id.
+
+    Fair: it is not alike (`alike`), and the replies of a model that was told to follow it (`told`, to
+    `queries`) do not pass this instruction's verifier by themselves, as a postscript makes four sentences of
+    three. Where none is fair, the ones that pass least often are drawn from; None without others.
+    """
+    candidates = [other for other in others if not alike(instruction, other)]
+    passes = {other.id: _passes(instruction, told[other.id], queries) for other in candidates}
+    fewest = min(passes.values(), default=0)
+    fair = sorted((other for other in candidates if passes[other.id] == fewest), key=lambda other: other.id)
+    return random.Random(f"{seed} {instruction.id}").choice(fair) if fair else None
+
+
+def alike(a: Instruction, b: Instruction) -> bool:
+    """Whether two instructions ask for the same kind of thing: both a length, or one verifier for both."""
+    if a.id == b.id or (a.group == b.group == "length"):
+        return True
+    return a.verifier is not None and a.verifier == b.verifier
+
+
+def _passes(instruction: Instruction, replies: Sequence[Reply], queries: Sequence[Query]) -> int:
+    if instruction.verifier is None:
+        return 0
+    return sum(
+        verify(instruction.verifier, reply.text, instruction.kwargs_for(query.text), prompt=query.text)
+        for query, reply in zip(queries, replies, strict=True)
+    )
+
+
+def _is_told(condition: str) -> bool:
+    return condition in ("instructed", "both")
+
+
+def _prompts(queries: Sequence[Query], phrasings: Sequence[str]) -> list[str]:
+    """Each query, with one of the phrasings after it where there are any."""
+    if not phrasings:
+        return [query.text for query in queries]
+    return [f"{query.text} {phrasings[i % len(phrasings)]}" for i, query in enumerate(queries)]
+
+
+def _outcome(
+    engine: Engine,
+    instruction: Instruction,
+    queries: Sequence[Query],
+    condition: str,
+    replies: Sequence[Reply],
+    scored: bool,
+) -> Outcome:
+    judged = tuple(judge(instruction, query, reply) for query, reply in zip(queries, replies, strict=True))
+    return Outcome(condition, judged, perplexity(log_perplexities(engine, judged)) if scored else None)

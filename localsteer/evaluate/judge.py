@@ -1,0 +1,97 @@
+"""One reply judged: does it follow the instruction, is it still a reply, does it speak of what was asked?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from localsteer.catalog import Instruction, Query
+from localsteer.evaluate.quality import is_degenerate, repetition, subject_kept
+from localsteer.evaluate.verify import verify
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+    from localsteer.generate import Reply
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A reply with its verdicts; None where there is nothing to judge by.
+
+    followed: the verifier passes AND the reply is not degenerate, in every condition alike: a loop of quotes
+    that a lenient verifier accepts is no success. verified: the verifier alone.
+    """
+
+    query: str
+    subject: str | None
+    text: str
+    tokens: tuple[int, ...]
+    verified: bool | None
+    degenerate: str | None
+    subject_kept: bool | None
+    repetition: float
+
+    @property
+    def followed(self) -> bool | None:
+        return None if self.verified is None else self.verified and self.degenerate is None
+
+    @property
+    def good(self) -> bool:
+        """Nothing that can be judged speaks against it."""
+        return self.verified is not False and self.degenerate is None and self.subject_kept is not False
+
+    def record(self) -> dict[str, object]:
+        """For JSON."""
+        keys = ("query", "subject", "text", "followed", "verified", "degenerate", "subject_kept")
+        return {key: getattr(self, key) for key in keys} | {"n_tokens": len(self.tokens)}
+
+
+ENDLESS = "endless"  # beside the reasons of quality.py
+
+
+def judge(instruction: Instruction, query: Query, reply: Reply, *, must_end: bool = False) -> Judged:
+    """must_end: a reply that was cut at its longest is degenerate, where the limit leaves ample room.
+
+    Raises CatalogError for an instruction whose verifier does not exist or lacks an argument.
+    """
+    verified = None
+    if instruction.verifier is not None:
+        kwargs = instruction.kwargs_for(query.text)
+        verified = verify(instruction.verifier, reply.text, kwargs, prompt=query.text)
+    cut = reply.finish_reason == "length"
+    return Judged(
+        query=query.text,
+        subject=query.subject,
+        text=reply.text,
+        tokens=tuple(reply.tokens),
+        verified=verified,
+        degenerate=is_degenerate(reply.text) or (ENDLESS if must_end and cut else None),
+        subject_kept=None if query.subject is None else subject_kept(reply.text, query.subject),
+        repetition=repetition(reply.text),
+    )
+
+
+def share(values: Sequence[bool | None]) -> float | None:
+    """The share of true ones among what could be judged; None when nothing could."""
+    judged = [value for value in values if value is not None]
+    return sum(judged) / len(judged) if judged else None
+
+
+def log_perplexities(engine: Engine, replies: Sequence[Judged]) -> list[float | None]:
+    """Of each reply under the unsteered model, after its plain query; None for an empty one.
+
+    exp of their mean is the perplexity of several replies, each counted alike.
+    """
+    rows = [i for i, reply in enumerate(replies) if reply.tokens]
+    pairs = [(engine.prompt_tokens(replies[i].query), replies[i].tokens) for i in rows]
+    scores: list[float | None] = [None] * len(replies)
+    for i, score in zip(rows, engine.score(pairs) if pairs else [], strict=True):
+        scores[i] = -score
+    return scores
+
+
+def perplexity(log_perplexities: Sequence[float | None]) -> float | None:
+    known = [value for value in log_perplexities if value is not None]
+    return math.exp(sum(known) / len(known)) if known else None

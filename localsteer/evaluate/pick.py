@@ -1,0 +1,245 @@
+"""Quick choice of block, positions and strength for one instruction: all settings on a few queries, then the
+best of them on more (successive halving), many settings in one batch.
+
+    picked = pick(engine, vector, instruction, queries)
+    reply = engine.generate("Tell me about foxes.", steer=[picked.vector])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
+
+from localsteer.catalog import Instruction, Query
+from localsteer.errors import PlanError
+from localsteer.evaluate.judge import Judged, judge, log_perplexities, perplexity, share
+from localsteer.generate import GREEDY
+from localsteer.plan import Plan
+from localsteer.vector import ControlVector
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+
+# Up to this depth every block is tried; deeper models get the paper's grid (section 3.1).
+FEW_BLOCKS = 12
+POSITIONS = ("prompt", "all")
+STRENGTHS = (1.0,)
+MAX_TOKENS = 128
+
+
+class Round(NamedTuple):
+    """keep: how many settings come into this round. n_queries: how many queries each has seen by its end."""
+
+    keep: int
+    n_queries: int
+
+
+# the first round sees every setting
+ROUNDS = (Round(10**6, 4), Round(4, 10), Round(2, 20))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a vector is applied with."""
+
+    layer: int
+    positions: str
+    strength: float
+    mode: str = "project"
+
+    def of(self, vector: ControlVector) -> ControlVector:
+        return vector.at(layer=self.layer, positions=self.positions, strength=self.strength, mode=self.mode)
+
+
+@dataclass
+class Trial:
+    """One setting, or none (the model alone), and how its replies were. score: share of good replies."""
+
+    setting: Setting | None
+    replies: list[Judged] = field(default_factory=list)
+    perplexity: float | None = None
+
+    @property
+    def score(self) -> float:
+        return sum(reply.good for reply in self.replies) / len(self.replies) if self.replies else 0.0
+
+    def row(self) -> dict[str, object]:
+        """For JSON: the setting's fields are None for the model alone."""
+        setting = asdict(self.setting) if self.setting else dict.fromkeys(Setting.__dataclass_fields__)
+        return setting | {
+            "n": len(self.replies),
+            "score": self.score,
+            "followed": share([reply.followed for reply in self.replies]),
+            "degenerate": share([reply.degenerate is not None for reply in self.replies]),
+            "subject_kept": share([reply.subject_kept for reply in self.replies]),
+            "perplexity": self.perplexity,
+        }
+
+
+@dataclass(frozen=True)
+class Pick:
+    """vector: with the chosen settings applied; strength 0 when `setting` is None, that is, when nothing did
+    better than the model alone. table: every setting that was tried, the best first. notice: what the user
+    should be told, or empty."""
+
+    vector: ControlVector
+    setting: Setting | None
+    table: list[dict[str, object]]
+    notice: str = ""
+
+
+def pick(
+    engine: Engine,
+    vector: ControlVector,
+    instruction: Instruction,
+    queries: Sequence[Query],
+    *,
+    blocks: Iterable[int] | None = None,
+    positions: Sequence[str] = POSITIONS,
+    strengths: Sequence[float] = STRENGTHS,
+    mode: str = "project",
+    rounds: Sequence[Round] = ROUNDS,
+    max_tokens: int = MAX_TOKENS,
+    must_end: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Pick:
+    """The setting whose replies to `queries` (validation ones) are most often good; without a verifier the
+    paper's default, because nothing here could tell whether an instruction is followed.
+
+    Good: the verifier passes, the reply is not degenerate, and it names the query's subject. Among equals the
+    replies that the unsteered model finds likeliest win, then the lowest block; the model alone wins against
+    settings that are no better. blocks: 0-based, those of `default_blocks` by default. must_end: as in `judge`.
+    on_progress: called with (round, rounds). Raises PlanError when nothing is left to try.
+    """
+    if instruction.verifier is None:
+        return _paper_default(vector, mode)
+    if not queries:
+        raise PlanError(f"no validation queries to choose settings for {instruction.id} with.")
+    settings = settings_of(vector, blocks, positions, strengths, mode)
+    plans = [None, *(Plan.from_vectors([setting.of(vector)]) for setting in settings)]
+    trials = [Trial(setting) for setting in (None, *settings)]
+
+    def run(cells: Sequence[tuple[int, int]]) -> None:
+        replies = engine.generate_batch(
+            [queries[j].text for _, j in cells],
+            steer=[plans[i] for i, _ in cells],
+            max_tokens=max_tokens,
+            sampling=GREEDY,
+        )
+        for (i, j), reply in zip(cells, replies, strict=True):
+            trials[i].replies.append(judge(instruction, queries[j], reply, must_end=must_end))
+
+    def rank(live: Sequence[int], keep: int) -> list[int]:
+        _settle_ties(engine, [trials[i] for i in live], keep)
+        return sorted(live, key=lambda i: _order(trials[i]))
+
+    order = halve(len(trials), len(queries), rounds, run, rank, on_progress=on_progress)
+    return _picked(vector, instruction, [trials[i] for i in order])
+
+
+def halve(
+    n_candidates: int,
+    n_queries: int,
+    rounds: Sequence[Round],
+    run: Callable[[Sequence[tuple[int, int]]], None],
+    rank: Callable[[Sequence[int], int], list[int]],
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[int]:
+    """Successive halving: candidates in their final order, those that stayed longest first.
+
+    run: tries (candidate, query) pairs, each once. rank: orders candidates that were tried on the same
+    queries, the best first; its second argument is how many of them matter from here on. Candidate 0 (the
+    model alone) stays to the end: what wins is compared with it.
+    """
+    live, dropped = list(range(n_candidates)), []
+    done = 0
+    keeps = [keep for keep, _ in rounds[1:]] + [1]
+    for number, ((keep, until), next_keep) in enumerate(zip(rounds, keeps, strict=True), 1):
+        kept = [i for i in live if i != 0][:keep]
+        dropped = [i for i in live if i != 0 and i not in kept] + dropped
+        live = [0, *kept]
+        until = min(until, n_queries)
+        cells = [(i, j) for i in live for j in range(done, until)]
+        if cells:
+            run(cells)
+        done = max(done, until)
+        live = rank(live, next_keep)
+        if on_progress:
+            on_progress(number, len(rounds))
+    return live + dropped
+
+
+def settings_of(
+    vector: ControlVector,
+    blocks: Iterable[int] | None = None,
+    positions: Sequence[str] = POSITIONS,
+    strengths: Sequence[float] = STRENGTHS,
+    mode: str = "project",
+) -> list[Setting]:
+    """Every combination, in order of blocks; blocks without a direction are left out."""
+    wanted = default_blocks(vector.n_layer) if blocks is None else sorted(set(blocks))
+    usable = [layer for layer in wanted if layer in vector.blocks]
+    settings = [Setting(*values, mode) for values in product(usable, positions, strengths)]
+    if not settings:
+        raise PlanError(f"{vector.label} has no direction at any of the blocks to choose from.")
+    return settings
+
+
+def default_blocks(n_layer: int) -> range:
+    """All blocks of a shallow model, the paper's grid in a deep one."""
+    return range(n_layer) if n_layer <= FEW_BLOCKS else range(n_layer // 5, n_layer, 2)
+
+
+def middle_blocks(n_layer: int) -> range:
+    """The blocks from 25% to 75% of the depth: 2 to 5 of 8."""
+    return range(-(-n_layer // 4), 3 * n_layer // 4)
+
+
+def _paper_default(vector: ControlVector, mode: str) -> Pick:
+    middle = vector.n_layer // 2
+    layer = min(vector.blocks, key=lambda il: (abs(il - middle), il), default=None)
+    if layer is None:
+        raise PlanError(f"{vector.label} has no direction at any block.")
+    setting = Setting(layer, "all", 1.0, mode)
+    notice = (
+        f"{vector.label} has no verifier, so nothing tells whether a reply follows it: block {layer}, all "
+        f"positions and strength 1 are the paper's default. Try others with --layer, --positions, --strength."
+    )
+    return Pick(setting.of(vector), setting, [], notice)
+
+
+def _settle_ties(engine: Engine, trials: Sequence[Trial], keep: int) -> None:
+    """Perplexities of the settings that tie for the last of the `keep` places; nothing else needs them."""
+    rivals = sorted((trial for trial in trials if trial.setting), key=lambda trial: -trial.score)
+    if len(rivals) <= keep:
+        return
+    last = rivals[keep - 1].score
+    tied = [trial for trial in rivals if trial.score == last]
+    if last == 0 or len(tied) == 1 or rivals[keep].score < last:
+        return
+    logs = iter(log_perplexities(engine, [reply for trial in tied for reply in trial.replies]))
+    for trial in tied:
+        trial.perplexity = perplexity([next(logs) for _ in trial.replies])
+
+
+def _order(trial: Trial) -> tuple[float, bool, float, int]:
+    """Sort key: the model alone before its equals, then perplexity, then the lowest block."""
+    if trial.setting is None:
+        return (-trial.score, False, 0.0, 0)
+    unknown = float("inf") if trial.perplexity is None else trial.perplexity
+    return (-trial.score, True, unknown, trial.setting.layer)
+
+
+def _picked(vector: ControlVector, instruction: Instruction, trials: Sequence[Trial]) -> Pick:
+    table = [trial.row() for trial in trials]
+    best = trials[0]
+    if best.setting is not None:
+        return Pick(best.setting.of(vector), best.setting, table)
+    notice = (
+        f"no setting made the model follow {instruction.id} more often than it does unsteered "
+        f"({best.score:.0%}): nothing is applied."
+    )
+    return Pick(vector.at(strength=0.0), None, table, notice)
