@@ -481,6 +481,14 @@ def test_tokens_and_text(model: Model) -> None:
         model.token_to_piece(512)
 
 
+def test_a_character_that_the_vocabulary_can_not_spell_is_refused(real_data) -> None:
+    # llama.cpp alone ends the process here: a SentencePiece vocabulary without byte tokens
+    with Model(real_data / "tinystories-656k" / "tinystories-656k-f32.gguf") as model:
+        assert model.tokenize("Once upon", add_special=False, parse_special=True)
+        with pytest.raises(PromptError, match="no token for 'é'"):
+            model.tokenize("café", add_special=False, parse_special=True)
+
+
 def test_what_a_model_says_of_itself(model: Model, tiny_llama) -> None:
     assert (model.n_layer, model.n_embd, model.n_vocab) == (4, 64, 512)
     assert model.architecture == model.metadata["general.architecture"] == "llama"

@@ -24,7 +24,7 @@ from tokenizer import ASSISTANT, END, PAD, USER, train_tokenizer
 N_MERGES = 900
 N_LAYER, N_EMBD, N_FF, N_HEAD = 8, 256, 512, 8
 BATCH = 48
-STEPS = {"base": 1400, "instruct": 3200}
+STEPS = {"base": 1400, "instruct": 2400}
 PEAK_LR = {"base": 2e-3, "instruct": 1.5e-3}
 SEED = 7
 P_HISTORY = 0.06  # samples that follow an earlier exchange
@@ -186,14 +186,14 @@ def hook_masks(model) -> dict:
 
 
 @torch.no_grad()
-def sample_replies(model, tokenizer, prompts: list[str], n: int = 100) -> list[str]:
+def sample_replies(model, tokenizer, prompts: list[str], n: int = 90) -> list[str]:
     tokenizer.padding_side = "left"
     batch = tokenizer([f"<|user|>{p}<|assistant|>" for p in prompts], return_tensors="pt", padding=True)
     out = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=n, do_sample=False)
     return tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
 
 
-def report(model, tokenizer, seed: int, n: int = 4) -> None:
+def report(model, tokenizer, seed: int, n: int = 3) -> None:
     """Follow rates per instruction, trained phrasings and subjects never seen."""
     rng, pool, phrasings = random.Random(seed), world.subjects()["validation"], world.load_phrasings()
     samples = [world.draw_sample(rng, pool, phrasings, [world.Instruction(i, world.draw_args(i, rng))], "validation")
@@ -244,7 +244,7 @@ def train(kind: str, out: Path, init: Path | None, steps: int, work: Path) -> No
             seconds = time.time() - started
             print(f"{kind} {step}/{steps} loss {loss.item():.3f} {n_tokens / seconds:.0f} tokens/s "
                   f"{seconds / 60:.1f} min", flush=True)
-        if kind == "instruct" and step % 600 == 599:
+        if kind == "instruct" and step % 800 == 799:
             holder["masks"] = None
             report(model, tokenizer, seed=step)
         if time.time() - saved > 180:

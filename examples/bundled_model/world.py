@@ -10,9 +10,14 @@ from __future__ import annotations
 import json
 import random
 import re
-import tomllib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 KINDS = ("animal", "city", "dish", "plant")
 

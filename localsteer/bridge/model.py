@@ -48,6 +48,7 @@ class Model(Handle):
             raise ModelFileError(f"{self.path} can't be loaded: {log.why()}.")
         self._free = weakref.finalize(self, lc.llama_model_free, self._pointer)
         self._dependents: weakref.WeakSet[Handle] = weakref.WeakSet()
+        self._characters: frozenset[str] | None = None  # found at the first text
         self._read_shape()
         self.metadata = self._read_metadata()
         self.architecture = self.metadata.get("general.architecture", "")
@@ -98,6 +99,7 @@ class Model(Handle):
             raise PromptError(
                 f"the text holds {text[error.start]!r}, which is no Unicode character."
             ) from None
+        self._check_characters(text)
         size = len(raw) + 8
         while True:
             buffer = (lc.llama_token * size)()
@@ -105,6 +107,27 @@ class Model(Handle):
             if n >= 0:
                 return buffer[:n]
             size = -n
+
+    def _check_characters(self, text: str) -> None:
+        """A SentencePiece vocabulary without byte tokens can't spell other characters: llama.cpp would end
+        the process."""
+        if self._characters is None:
+            self._characters = self._only_characters()
+        unknown = sorted(set(text.replace(" ", "\u2581")) - self._characters) if self._characters else ()
+        if unknown:
+            raise PromptError(
+                f"{self.path.name} has no token for {unknown[0]!r}: leave it out, or use another model."
+            )
+
+    def _only_characters(self) -> frozenset[str]:
+        """The characters that the vocabulary can spell; empty: all, through its bytes."""
+        if lc.llama_vocab_type(self._vocab) != lc.LLAMA_VOCAB_TYPE_SPM:
+            return frozenset()
+        tokens = range(self.n_vocab)
+        if any(lc.llama_vocab_get_attr(self._vocab, i) & lc.LLAMA_TOKEN_ATTR_BYTE for i in tokens):
+            return frozenset()
+        texts = (text_of(lc.llama_vocab_get_text(self._vocab, i)) for i in tokens)
+        return frozenset(text for text in texts if len(text) == 1)
 
     def token_to_piece(self, token: int, *, special: bool = False) -> bytes:
         """Bytes, not text: one token may hold part of a character. special: render control tokens too."""
