@@ -2,9 +2,10 @@
 
     python benchmarks/decode_overhead.py [--rounds 7] [--threads 2] [-m MODEL.gguf]
 
-Without -m it writes a random llama of 0.4 billion parameters in Q4_0. The variants take turns within a round
-and each is divided by the unsteered run of its own round, so that a busy machine slows both; medians
-are printed. The last line is JSON. Exit status 1 if a steered ratio is below 0.97.
+Without -m it writes a random llama of 0.4 billion parameters in Q4_0. The variants take turns at every token
+and every piece of prompt, and each is divided by the unsteered run of the same step, so that a busy machine
+slows both; medians of those ratios are printed. The last line is JSON. Exit status 1 if a steered ratio is
+below 0.97.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
@@ -27,7 +28,7 @@ from localsteer import ControlVector
 from localsteer.bridge import Context, Model, default_threads, system_info
 from localsteer.plan import Plan, PositionClass
 
-N_PREFILL, N_DECODE = 256, 32
+N_PREFILL, N_CHUNK, N_DECODE = 256, 128, 32
 FLOOR = 0.97
 N_LAYER, N_EMBD, N_FF, N_HEAD, N_VOCAB = 24, 1024, 4096, 16, 8192
 
@@ -84,62 +85,76 @@ def set_static_vector(context: Context, directions: np.ndarray) -> None:
         raise RuntimeError("llama.cpp did not take the static vector")
 
 
-def seconds(context: Context, plan: Plan | None) -> tuple[float, float]:
-    """(prefill, decode) of one run from an empty cache."""
-    context.clear()
-    tokens = 1 + np.arange(N_PREFILL) % (context.model.n_vocab - 1)
-    last = np.arange(N_PREFILL) == N_PREFILL - 1
-    classes = [PositionClass.PROMPT] * (N_PREFILL - 1) + [PositionClass.LAST]
-    plans = None if plan is None else [plan] * N_PREFILL
-    start = time.perf_counter()
-    context.decode(tokens, range(N_PREFILL), [0] * N_PREFILL, last, plans, classes)
-    middle = time.perf_counter()
-    plans = None if plan is None else [plan]
-    for i in range(N_PREFILL, N_PREFILL + N_DECODE):
-        context.decode([1 + i % 1000], [i], [0], [True], plans, [PositionClass.GENERATION])
-    return middle - start, time.perf_counter() - middle
+@dataclass
+class Variant:
+    """One way of running the model, with a context of its own. seconds: of each timed call, by kind."""
+
+    context: Context
+    plan: Plan | None = None
+    n_past: int = 0
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "decode": []})
+
+    def restart(self) -> None:
+        self.context.clear()
+        self.n_past = 0
+
+    def run(self, kind: str, n: int) -> None:
+        """n more tokens of the one sequence, as prompt or as generated ones."""
+        positions = np.arange(self.n_past, self.n_past + n)
+        cls = PositionClass.PROMPT if kind == "prefill" else PositionClass.GENERATION
+        plans = None if self.plan is None else [self.plan] * n
+        tokens = 1 + positions % (self.context.model.n_vocab - 1)
+        start = time.perf_counter()
+        self.context.decode(tokens, positions, [0] * n, positions == positions[-1], plans, [cls] * n)
+        self.seconds[kind].append(time.perf_counter() - start)
+        self.n_past += n
 
 
-def variants(model: Model, n_threads: int) -> dict[str, Callable[[], tuple[float, float]]]:
-    size = {"n_ctx": N_PREFILL + N_DECODE, "n_batch": N_PREFILL, "n_threads": n_threads}
-    bare = Context(model, steering=False, **size)
-    static = Context(model, steering=False, **size)
-    steered = Context(model, **size)
+def variants(model: Model, n_threads: int) -> dict[str, Variant]:
+    def context(steering: bool) -> Context:
+        return Context(
+            model, n_ctx=N_PREFILL + N_DECODE, n_batch=N_CHUNK, n_threads=n_threads, steering=steering
+        )
+
     vector = random_vector(model)
+    static = context(steering=False)
     set_static_vector(static, vector.directions)
-    one = Plan.from_vectors([vector])
-    every = Plan.from_vectors([vector.at(layer=range(model.n_layer))])
     return {
-        "unsteered": lambda: seconds(bare, None),
-        "static vector of llama.cpp, all blocks": lambda: seconds(static, None),
-        "hook attached, no plan": lambda: seconds(steered, None),
-        "one block": lambda: seconds(steered, one),
-        "all blocks": lambda: seconds(steered, every),
+        "unsteered": Variant(context(steering=False)),
+        "static vector of llama.cpp, all blocks": Variant(static),
+        "hook attached, no plan": Variant(context(steering=True)),
+        "one block": Variant(context(steering=True), Plan.from_vectors([vector])),
+        "all blocks": Variant(
+            context(steering=True), Plan.from_vectors([vector.at(layer=range(model.n_layer))])
+        ),
     }
 
 
 def measure(model: Model, n_threads: int, rounds: int) -> dict[str, dict[str, float]]:
     runs = variants(model, n_threads)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for run in runs.values():  # the first touches the pages of the model
-        run()
+    turn = list(runs.values())
+    steps = [("prefill", N_CHUNK)] * (N_PREFILL // N_CHUNK) + [("decode", 1)] * N_DECODE
+    for run in turn:  # the first calls touch the pages of the model
+        run.run("prefill", N_CHUNK)
+        run.seconds["prefill"].clear()
     for done in range(rounds):
         print(f"round {done + 1} of {rounds}", file=sys.stderr)
-        order = list(runs)
-        for name in order[done % len(order) :] + order[: done % len(order)]:
-            times[name].append(runs[name]())
-    result = {}
-    for name, taken in times.items():
-        ratios = np.array(times["unsteered"]) / np.array(taken)
-        prefill, decode = np.median(ratios, axis=0)
-        best = np.array([N_PREFILL, N_DECODE]) / np.min(taken, axis=0)
-        result[name] = {
-            "prefill_ratio": round(float(prefill), 4),
-            "decode_ratio": round(float(decode), 4),
-            "prefill_per_second": round(float(best[0]), 1),
-            "decode_per_second": round(float(best[1]), 1),
-        }
-    return result
+        for run in turn:
+            run.restart()
+        for kind, n in steps:
+            for run in turn:
+                run.run(kind, n)
+            turn.append(turn.pop(0))
+    return {name: _row(run, runs["unsteered"]) for name, run in runs.items()}
+
+
+def _row(run: Variant, unsteered: Variant) -> dict[str, float]:
+    row = {}
+    for kind, n in (("prefill", N_CHUNK), ("decode", 1)):
+        taken = np.array(run.seconds[kind])
+        row[f"{kind}_ratio"] = round(float(np.median(np.array(unsteered.seconds[kind]) / taken)), 4)
+        row[f"{kind}_per_second"] = round(n / float(np.median(taken)), 1)
+    return row
 
 
 def main() -> int:

@@ -8,12 +8,11 @@
 #include "steer.h"
 
 #include <cstdarg>
+#include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
-#include <new>
-#include <string>
 #include <vector>
 
 #if defined(_WIN32)
@@ -74,22 +73,21 @@ struct localsteer_hook {
 
     std::vector<float> rows; // scratch: the rows of one span
 
-    std::string error; // the first error of the current batch
+    // the first error of the current batch; a plain array, because keeping it must not throw
+    char error[256] = "";
 
     void fail(const char * format, ...);
     steer_program * program(int32_t token, int32_t il) const;
 };
 
 void localsteer_hook::fail(const char * format, ...) {
-    if (!error.empty()) {
+    if (error[0] != '\0') {
         return;
     }
-    char text[256];
     va_list args;
     va_start(args, format);
-    vsnprintf(text, sizeof(text), format, args);
+    vsnprintf(error, sizeof(error), format, args);
     va_end(args);
-    error = text;
 }
 
 steer_program * localsteer_hook::program(int32_t token, int32_t il) const {
@@ -282,7 +280,7 @@ LOCALSTEER_API int32_t localsteer_route_program(localsteer_hook * hook, int32_t 
                                                 const float * units, const double * targets,
                                                 const double * strengths, const uint8_t * one_sided,
                                                 const float * caps, double ridge, const float * offset) {
-    hook->error.clear();
+    hook->error[0] = '\0';
     try {
         hook->routes.at(route).at(il) = std::make_unique<steer_program>(
             hook->n_embd, k, units, targets, strengths, one_sided, caps, ridge, offset);
@@ -301,7 +299,7 @@ LOCALSTEER_API int32_t localsteer_batch_begin(localsteer_hook * hook, int32_t n_
                                               const uint8_t * outputs, const uint8_t * capture,
                                               const uint8_t * token_capture) {
     hook->active = false;
-    hook->error.clear();
+    hook->error[0] = '\0';
     try {
         hook->n_tokens = n_tokens;
         hook->token_route  .assign(n_tokens, -1);
@@ -356,12 +354,12 @@ LOCALSTEER_API int32_t localsteer_batch_end(localsteer_hook * hook) {
             hook->fail("block %d gave no residual stream (no graph node l_out-%d)", il, il);
         }
     }
-    return hook->error.empty() ? 0 : -1;
+    return hook->error[0] == '\0' ? 0 : -1;
 }
 
 // the first error of the last batch or route; empty: none
 LOCALSTEER_API const char * localsteer_error(const localsteer_hook * hook) {
-    return hook->error.c_str();
+    return hook->error;
 }
 
 // block_status of the last batch
