@@ -84,13 +84,14 @@ def run_conditions(
     phrasings: Sequence[str] | None = None,
     scored: Sequence[str] = CONDITIONS,
     max_tokens: int = MAX_TOKENS,
+    must_end: bool = False,
 ) -> dict[str, Outcome]:
     """Outcomes by condition, all of them in one batch, in the order of `conditions`.
 
     vector: with its settings applied. controls: what steers `random` and `other`; a condition without one is
     left out. plain: replies of the model alone to the same queries, where they are known already. phrasings:
     wordings of the instruction for `instructed` and `both`, in turn (its own by default). scored: conditions
-    whose perplexity is wanted.
+    whose perplexity is wanted. must_end: as in `judge`.
     """
     steers: dict[str, Steer] = {"none": (), "steered": vector, "instructed": (), "both": vector}
     steers |= controls or {}
@@ -106,9 +107,13 @@ def run_conditions(
     found = {name: replies[i * len(queries) :][: len(queries)] for i, name in enumerate(asked)}
     if plain is not None:
         found["none"] = list(plain)
-    return {
-        name: _outcome(engine, instruction, queries, name, found[name], name in scored) for name in wanted
-    }
+    outcomes = {}
+    for name in wanted:
+        pairs = zip(queries, found[name], strict=True)
+        judged = tuple(judge(instruction, query, reply, must_end=must_end) for query, reply in pairs)
+        value = perplexity(log_perplexities(engine, judged)) if name in scored else None
+        outcomes[name] = Outcome(name, judged, value)
+    return outcomes
 
 
 def plain_replies(engine: Engine, queries: Sequence[Query], *, max_tokens: int = MAX_TOKENS) -> list[Reply]:
@@ -217,15 +222,3 @@ def _prompts(queries: Sequence[Query], phrasings: Sequence[str]) -> list[str]:
     if not phrasings:
         return [query.text for query in queries]
     return [f"{query.text} {phrasings[i % len(phrasings)]}" for i, query in enumerate(queries)]
-
-
-def _outcome(
-    engine: Engine,
-    instruction: Instruction,
-    queries: Sequence[Query],
-    condition: str,
-    replies: Sequence[Reply],
-    scored: bool,
-) -> Outcome:
-    judged = tuple(judge(instruction, query, reply) for query, reply in zip(queries, replies, strict=True))
-    return Outcome(condition, judged, perplexity(log_perplexities(engine, judged)) if scored else None)

@@ -110,7 +110,7 @@ def pick(
 
     Good: the verifier passes, the reply is not degenerate, and it names the query's subject. Among equals the
     replies that the unsteered model finds likeliest win, then the lowest block; the model alone wins against
-    settings that are no better. blocks: 0-based, those of `default_blocks` by default. must_end: as in `judge`.
+    settings that are no better. blocks: 0-based, `default_blocks` if not given. must_end: as in `judge`.
     on_progress: called with (round, rounds). Raises PlanError when nothing is left to try.
     """
     if instruction.verifier is None:
