@@ -309,6 +309,24 @@ def _nameless_accessors() -> Accessors:
     return Accessors(**addresses)
 
 
+@pytest.mark.parametrize("kind", ["hybrid", "recurrent"])
+def test_models_that_mix_rows_take_one_sequence_at_a_time(model: Model, monkeypatch, kind: str) -> None:
+    monkeypatch.setattr(lc, f"llama_model_is_{kind}", lambda _: True)
+    plan = Plan.from_vectors([vector(model)])
+    with Context(model, n_ctx=64, n_threads=1) as context:
+        run(context, plan)
+    with Context(model, n_ctx=64, n_seq_max=2, n_threads=1) as context:
+        run(context)
+        with pytest.raises(UnsupportedModelError, match=f"block 1: {kind} models mix the rows"):
+            run(context, plan)
+
+
+def test_models_with_an_encoder_are_refused(model: Model, monkeypatch) -> None:
+    monkeypatch.setattr(lc, "llama_model_has_encoder", lambda _: True)
+    with pytest.raises(UnsupportedModelError, match="not a decoder-only model"):
+        Context(model, n_ctx=64, n_threads=1)
+
+
 def test_a_misfire_in_a_decode_raises(model: Model, context: Context, monkeypatch) -> None:
     begin = Hook.begin
 
