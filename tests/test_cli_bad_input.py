@@ -114,7 +114,7 @@ def test_a_context_that_the_model_does_not_have(model):
 def test_an_empty_prompt(model):
     assert "the prompt is empty" in refused("run", "-m", model, "")
     assert "the prompt is empty" in refused("run", "-m", model, "  ")
-    assert "the prompt is empty" in refused("run", "-m", model, input="\n")
+    assert "there is no prompt" in refused("run", "-m", model, input="\n")
 
 
 def test_a_prompt_longer_than_the_context(model):

@@ -130,7 +130,7 @@ def test_a_grammar_binds_the_reply(tiny_llama, folder):
 
 def test_a_stop_text_ends_the_reply_before_it(tiny_llama, replies):
     whole = replies("Hi")
-    stop = whole[4:7]
+    stop = next(whole[i : i + 3] for i in range(3, len(whole)) if whole.index(whole[i : i + 3]) == i)
     assert run(tiny_llama, "-r", stop, "Hi").out == whole[: whole.index(stop)] + "\n"
 
 
@@ -173,7 +173,7 @@ def test_an_instruction_is_extracted_once_and_kept_for_this_model(tiny_llama, fo
     assert "making it now" in first.err
     assert first.json["steering"][0]["name"] == "answer_in_rhyme"
     second = run(tiny_llama, *args)
-    assert second.err == ""
+    assert "making it now" not in second.err
     assert second.json["reply"] == first.json["reply"]
     listed = invoke("vectors", "--json").json["vectors"]
     assert [vector["name"] for vector in listed] == ["answer_in_rhyme"]
@@ -193,7 +193,7 @@ def test_a_damaged_cached_vector_is_made_again(tiny_llama, folder):
     (path,) = (folder / "cache" / "vectors").glob("*/*.gguf")
     path.write_bytes(path.read_bytes()[:100])
     assert "made again" in run(tiny_llama, *args).err
-    assert run(tiny_llama, *args).err.count("localsteer:") == 1  # the reply was cut; nothing else to say
+    assert "made again" not in run(tiny_llama, *args).err
 
 
 def test_an_instruction_of_a_file_of_ten_lines(tiny_llama, folder):
@@ -203,6 +203,22 @@ def test_an_instruction_of_a_file_of_ten_lines(tiny_llama, folder):
     )
     done = run(tiny_llama, "-i", "pirate", "--catalog", "my.toml", "--pairs", "2", "--json", "Hi")
     assert done.json["steering"][0]["name"] == "pirate"
+
+
+def test_settings_are_picked_with_the_verifier_and_kept(tiny_llama, folder):
+    (folder / "my.toml").write_text(
+        '[[instruction]]\nid = "small"\nverifier = "change_case:english_lowercase"\n'
+        'phrasings = ["Use only lowercase letters."]\n'
+        '[queries]\nextraction = ["One.", "Two."]\nvalidation = ["Three.", "Four."]\n'
+    )
+    args = ("-i", "small", "--catalog", "my.toml", "--pairs", "2", "Hi")
+    first = run(tiny_llama, *args)
+    (path,) = (folder / "cache" / "vectors").glob("*/*.gguf")
+    vector = ControlVector.load(path)
+    assert vector.provenance["validation"][0]["n"] == 2
+    if vector.strength == 0:  # a random model: where nothing helps, that must be said each time
+        assert "nothing is applied" in first.err
+        assert "nothing is applied" in run(tiny_llama, *args).err
 
 
 # --- VECTOR on the command line ----------------------------------------------------------------------------

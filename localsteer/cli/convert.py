@@ -170,9 +170,13 @@ def export_command(
     from localsteer.vector import ControlVector
 
     vector = ControlVector.load(file)
+    static_one = static_vector(vector, layer, strength)
     if (vector.mode, vector.positions) != ("add", "all"):
-        note(f"{vector.label} is a {vector.mode} at positions {vector.positions}; llama.cpp will add at all.")
-    _save(static_vector(vector, layer, strength), output, as_json)
+        note(
+            f"{vector.label} was made to {vector.mode} at positions {vector.positions}; "
+            "stock llama.cpp will add it at all of them."
+        )
+    _save(static_one, output, as_json)
 
 
 def _save(vector: Any, output: str, as_json: bool) -> None:

@@ -108,14 +108,9 @@ def command(
     sampling = sampling_of(given)
     vectors = load_vectors(specs, given)
     message = message_of(read_prompt(prompt), given.pop("system"), given["raw"])
-    with open_engine(
-        model,
-        ctx_size=given["ctx_size"],
-        threads=given["threads"],
-        gpu_layers=given["gpu_layers"],
-        n_seq_max=1,
-    ) as engine:
-        vectors += [vector_of(engine, model, text, given) for text in instructions]
+    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    vectors += [vector_of(model, text, given, loading) for text in instructions]
+    with open_engine(model, **loading, n_seq_max=1) as engine:
         request = Request(engine, message, plan_of(engine, vectors, ridge), sampling, given)
         if as_json:
             print_json(document(request, model, vectors, compare))
@@ -184,14 +179,14 @@ def message_of(text: str, system: str | None, raw: bool) -> Prompt:
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
-def vector_of(engine: Engine, model: str, text: str, given: dict[str, Any]) -> ControlVector:
+def vector_of(model: str, text: str, given: dict[str, Any], loading: dict[str, Any]) -> ControlVector:
     """The vector of an instruction, made on first use."""
     from .first_use import vector_on_first_use
 
     catalog = catalog_of(model, given["catalog"])
     instruction = find_instruction(catalog, text, given["slots"])
     queries = extraction_queries(catalog, instruction, given["queries"])
-    vector = vector_on_first_use(engine, instruction, catalog, queries, given["pairs"])
+    vector = vector_on_first_use(model, instruction, catalog, queries, given["pairs"], **loading)
     return vector.at(**{name: given[name] for name in SETTINGS})
 
 

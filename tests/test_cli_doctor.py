@@ -1,0 +1,121 @@
+"""`localsteer doctor`: what it finds, and that its self-test can fail."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from cli_runs import invoke, write_vector
+
+from localsteer.cli import doctor
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCALSTEER_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def statuses(done):
+    return {check["name"]: check["status"] for check in done.json["checks"]}
+
+
+def test_a_healthy_model_has_a_line_for_each_check(tiny_model):
+    done = invoke("doctor", "-m", tiny_model.gguf_path)
+    assert done.status == 0, done.out
+    lines = [line for line in done.out.splitlines() if not line.startswith(("warn AMX", "warn  AMX"))]
+    assert all(re.match(r"(ok|warn) +\S", line) for line in lines)
+    names = [line.split()[1] for line in lines]
+    assert names == [
+        "localsteer",
+        "llama.cpp",
+        "threads",
+        "PyTorch",
+        "cache",
+        "model",
+        "template",
+        "blocks",
+        "self-test",
+    ]
+    assert "all 4 can be steered" in done.out
+
+
+def test_json_has_the_same_checks(tiny_llama):
+    done = invoke("doctor", "-m", tiny_llama.gguf_path, "--json")
+    assert done.json["ok"] is True
+    assert statuses(done)["self-test"] == "ok"
+
+
+def test_a_hook_that_does_not_do_what_it_says_fails(tiny_llama, monkeypatch):
+    from localsteer.engine import Engine
+
+    unsteered = Engine.hidden_states
+    monkeypatch.setattr(
+        Engine, "hidden_states", lambda self, tokens, layers, **_: unsteered(self, tokens, layers)
+    )
+    done = invoke("doctor", "-m", tiny_llama.gguf_path, "--json")
+    assert (done.status, done.json["ok"], statuses(done)["self-test"]) == (1, False, "fail")
+
+
+def test_numbers_that_are_none_fail(tiny_llama, monkeypatch):
+    monkeypatch.setattr(doctor, "_miss", lambda engine, block: np.nan)
+    assert invoke("doctor", "-m", tiny_llama.gguf_path).status == 1
+
+
+def test_blocks_that_can_not_be_steered_are_named(tiny_llama, monkeypatch):
+    from localsteer.bridge import Context
+
+    monkeypatch.setattr(Context, "probe", lambda self, layers=None: {1, 2})
+    done = invoke("doctor", "-m", tiny_llama.gguf_path, "--json")
+    assert statuses(done)["blocks"] == "warn"
+    monkeypatch.setattr(Context, "probe", lambda self, layers=None: set())
+    assert invoke("doctor", "-m", tiny_llama.gguf_path).status == 1
+
+
+def test_a_model_that_can_not_be_loaded_fails(folder):
+    done = invoke("doctor", "-m", folder / "none.gguf")
+    assert done.status == 1
+    assert re.search(r"^fail +model +.*none.gguf can't be read", done.out, re.M)
+    assert invoke("doctor", "-m", write_vector(folder / "v.gguf")).status == 1
+
+
+def test_an_installation_without_a_model_is_checked_all_the_same(monkeypatch):
+    monkeypatch.setattr(doctor, "_has_bundled", lambda: False)
+    done = invoke("doctor")
+    assert done.status == 0
+    assert "no bundled model" in done.out
+
+
+def test_an_amx_build_is_told_how_to_be_fast(monkeypatch):
+    import localsteer.bridge
+
+    monkeypatch.setattr(doctor, "_has_bundled", lambda: False)
+    monkeypatch.setattr(
+        localsteer.bridge, "system_info", lambda: {"llama-cpp-python": "0.3.36", "CPU.AMX_INT8": "1"}
+    )
+    done = invoke("doctor")
+    assert done.status == 0
+    line = next(line for line in done.out.splitlines() if " AMX " in line)
+    assert line.startswith("warn") and "-mno-amx-tile" in line and "llama-cpp-python==0.3.36" in line
+
+
+def test_a_broken_library_is_a_line_and_no_traceback(monkeypatch):
+    import localsteer.bridge
+
+    def broken():
+        raise OSError("libllama.so: undefined symbol")
+
+    monkeypatch.setattr(doctor, "_has_bundled", lambda: False)
+    monkeypatch.setattr(localsteer.bridge, "system_info", broken)
+    done = invoke("doctor")
+    assert done.status == 1
+    assert "OSError: libllama.so: undefined symbol" in done.out
+    assert done.err == ""
+
+
+def test_a_cache_that_can_not_be_written_is_a_warning(monkeypatch, folder):
+    monkeypatch.setattr(doctor, "_has_bundled", lambda: False)
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    done = invoke("doctor", "--json")
+    assert statuses(done)["cache"] == "warn"

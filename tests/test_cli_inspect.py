@@ -1,0 +1,88 @@
+"""`localsteer inspect`: every block in a row, the same figures as the file's."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import numpy as np
+import pytest
+from cli_runs import invoke, write_vector
+
+from localsteer import ControlVector
+from localsteer.cli import inspect
+
+
+@pytest.fixture
+def vector(tmp_path):
+    provenance = {"instruction": "Answer in JSON format.", "model_name": "tiny", "n_pairs": 50}
+    return write_vector(tmp_path / "json.gguf", provenance=provenance, strength=0.5)
+
+
+def test_it_says_where_the_vector_comes_from_and_how_it_is_applied(vector):
+    out = invoke("inspect", vector).out
+    assert re.search(r"^instruction +Answer in JSON format\.", out, re.M)
+    assert re.search(r"^settings +project at block 2, positions all, strength 0\.5", out, re.M)
+    assert re.search(r"^pairs +50", out, re.M)
+
+
+def test_every_block_has_a_row_and_the_chosen_one_a_mark(vector):
+    out = invoke("inspect", vector).out
+    rows = re.findall(r"^ *(> )?(\d) +(\S+) ", out, re.M)
+    assert [(mark != "", block) for mark, block, _ in rows] == [(i == 2, str(i)) for i in range(4)]
+    norms = np.linalg.norm(ControlVector.load(vector).directions, axis=1)
+    assert [float(norm) for *_, norm in rows] == pytest.approx(norms, rel=5e-3)
+
+
+def test_json_holds_the_figures_of_every_block(vector):
+    document = invoke("inspect", vector, "--json").json
+    assert document["layers"] == [2] and document["strength"] == 0.5
+    assert len(document["blocks"]) == 4
+    assert document["blocks"][2]["chosen"] and document["blocks"][1]["mean_with"] == 30.0
+    assert document["provenance"]["n_pairs"] == 50
+
+
+def test_a_vector_without_mean_projections_has_no_columns_for_them(tmp_path):
+    directions = np.ones((3, 8), np.float32)
+    ControlVector(directions, None, None, None, None, (1,), mode="add").save(tmp_path / "import.gguf")
+    out = invoke("inspect", tmp_path / "import.gguf").out
+    assert re.search(r"^block +norm *$", out, re.M)
+
+
+def test_the_strip_shows_both_means_and_their_spread():
+    block = {"mean_with": 10.0, "mean_without": 0.0, "std_with": 1.0, "std_without": 1.0}
+    strip = inspect.strip(block)
+    assert len(strip) == inspect.STRIP_WIDTH
+    assert strip.index("o") < strip.index("#")
+    assert "=o=" in strip and "=#=" in strip and "·····" in strip
+    assert inspect.strip({**block, "mean_with": 0.0, "std_with": 0.0, "std_without": 0.0}).count("#") == 1
+
+
+@pytest.mark.parametrize(("part", "drawn"), [(0, ""), (0.5, "███"), (1, "██████"), (2, "██████"), (0.01, "")])
+def test_a_bar_is_as_long_as_its_part(part, drawn):
+    assert inspect.bar(part, 6) == drawn
+
+
+def test_separation_is_in_standard_deviations():
+    block = {"mean_with": 7.0, "mean_without": 1.0, "std_with": 2.0, "std_without": 2.0}
+    assert inspect.separation(block) == 3
+    assert inspect.separation({**block, "std_with": None}) is None
+    assert inspect.separation({**block, "std_with": 0.0, "std_without": 0.0}) is None
+
+
+def test_the_picture_is_drawn(vector, tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    done = invoke("inspect", vector, "--plot", tmp_path / "json.png")
+    assert done.status == 0
+    assert (tmp_path / "json.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_one_line_names_the_extra(vector, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert '"localsteer[plot]"' in invoke("inspect", vector, "--plot", "x.png").complaint()
+
+
+def test_a_picture_of_no_known_kind_is_refused(vector, tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    assert "can't be drawn" in invoke("inspect", vector, "--plot", tmp_path / "json.xyz").complaint()
