@@ -163,6 +163,13 @@ def random_control(vector: ControlVector, plain_mean: np.ndarray, seed: int) -> 
     )
 
 
+def applied_like(other: ControlVector, vector: ControlVector) -> ControlVector:
+    """Another vector, applied where and as `vector` is."""
+    return other.at(
+        layer=vector.layers, positions=vector.positions, strength=vector.strength, mode=vector.mode
+    )
+
+
 def _distance(vector: ControlVector, layer: int) -> float:
     """|zbar_with - zbar_without|; the direction's length is the same number where they are not known."""
     if vector.mean_with is None or vector.mean_without is None:
