@@ -1,6 +1,6 @@
 """Judging replies without a judge: does a reply follow its instruction, and is it still a reply?
 
-Imports numpy and the standard library only; langdetect is loaded by the first verdict that asks for a language.
+Imports numpy and the standard library only; langdetect is loaded by the first verdict on a language.
 """
 
 from __future__ import annotations

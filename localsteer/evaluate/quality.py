@@ -4,8 +4,8 @@ Steering too hard, or at every position, makes a model repeat itself, or holds i
 (`{"name": {"name": {"name":`), or fills it with quotes that a lenient verifier passes. `is_degenerate` sees
 these; it does not see fluent nonsense, for which there is the perplexity ratio to the unsteered model.
 
-The thresholds were set on 390 real replies of three models, of which some forty really loop: between the
-longest exact repetition in the others (6 tokens) and the shortest in those (46) there is room.
+The thresholds were set on 390 real replies of three models, of which 64 really loop: the longest exact
+repetition of tokens in the others is 6, the shortest in those that loop by tokens is 46.
 tests/test_quality.py prints what is flagged there.
 """
 
@@ -30,9 +30,7 @@ REPETITION_LIMIT = 0.75  # four equal quarters; songs with a refrain on every li
 MIN_REPETITION_TOKENS = 40  # below this a list of like items can reach the limit honestly
 MIN_RUN_TOKENS = 16  # tokens that repeat what stood one period before; "crazy, crazy, crazy" is 4
 MIN_RUN_CHARACTERS = 48  # the same within words: !!!!, 0000; "Nooooooo" stays below
-MIN_RUN_RULES = (
-    200  # characters; a Markdown rule or the dots of a table of contents may be a line or two long
-)
+MIN_RUN_RULES = 200  # characters; Markdown rules and dot leaders may be a line or two long
 MIN_RUN_SHORT = 5  # tokens, where the whole reply is the loop: "yes yes yes yes yes yes"
 SHORT_SHARE = 0.8  # of the reply that a short loop must cover
 MIN_QUOTES = 8  # quotes with nothing but blanks between them; an empty docstring has 6

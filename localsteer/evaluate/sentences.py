@@ -199,6 +199,8 @@ def _continues(token: _Token, after: _Token, label: bool) -> bool:
     if after.text in _INNER_PUNCTUATION or after.text[0].islower():
         return True
     # "J. Smith" goes on, "plan B. However" and "\nA. Preparation" do not: after an initial only an ordinary
-    # word starts a sentence. The model knows thousands of those; we take what follows a label as one.
-    ordinary = label or after.kind in _STARTERS or after.kind in _NEUTRAL
+    # word starts a sentence. The model knows thousands of those; we take what follows a label as one, unless
+    # another initial follows or it is a J, which opens more names than lists.
+    heading = label and token.kind != "j" and len(after.kind) > 1
+    ordinary = heading or after.kind in _STARTERS or after.kind in _NEUTRAL
     return token.initial and after.text[0].isupper() and not ordinary

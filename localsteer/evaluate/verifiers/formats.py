@@ -35,7 +35,7 @@ def constrained_response(reply: str) -> bool:
 def number_highlighted_sections(reply: str, *, num_highlights: int) -> bool:
     """At least so many *highlights* or **highlights**, each on one line.
 
-    Two bullets with one asterisk each on one line, or 2 * 3 * 4, make one too.
+    2 * 3 * 4 makes one, and so does a bullet with an asterisk in its text; ***both*** makes two.
     """
     single = sum(1 for found in _HIGHLIGHT.findall(reply) if found.strip("*").strip())
     double = sum(1 for found in _DOUBLE_HIGHLIGHT.findall(reply) if found[2:-2].strip())
