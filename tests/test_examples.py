@@ -1,0 +1,81 @@
+"""The examples, the README and the CI program say what is true of this version."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_runs import invoke, write_vector
+
+CHECKOUT = Path(__file__).parents[1]
+README = CHECKOUT / "README.md"
+
+pytestmark = pytest.mark.skipif(not README.is_file(), reason="not run from a checkout")
+
+
+def test_an_instruction_of_one_s_own_takes_ten_lines():
+    from localsteer.catalog import load_catalog
+
+    path = CHECKOUT / "examples" / "my_instruction.toml"
+    lines = [line for line in path.read_text("utf-8").splitlines() if not line.startswith("#")]
+    assert len(lines) <= 10
+    catalog = load_catalog(path)
+    assert list(catalog.instructions) == ["pirate"]
+    assert catalog.queries_for(catalog.get("pirate"), "extraction")
+
+
+def test_the_python_example_runs(tiny_llama, tmp_path):
+    vector = write_vector(tmp_path / "v.gguf")
+    args = [CHECKOUT / "examples" / "steer.py", tiny_llama.gguf_path, vector, "Hi"]
+    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^(plain|steered|strength [\d.]+):", done.stdout, re.M) == [
+        "plain", "steered", "strength 0.5", "strength 1.0", "strength 1.5",
+    ]  # fmt: skip
+
+
+def commands_of(path):
+    """`localsteer ...` lines of a document, as lists of words without quotes' content."""
+    blocks = re.findall(r"```sh\n(.*?)```", path.read_text("utf-8"), re.S)
+    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("localsteer ") and "demo" not in line]
+
+
+@pytest.mark.parametrize("line", commands_of(README) if README.is_file() else [])
+def test_commands_in_the_readme_have_no_option_that_is_not_there(line):
+    words = line.split()
+    path = words[1:3] if words[1] in ("convert", "vectors") else words[1:2]
+    known = invoke(*path, "--help").out
+    for option in re.findall(r"(?<= )--?[a-z-]+", line):
+        assert re.search(rf"{re.escape(option)}\b", known), option
+
+
+def test_the_readme_has_its_two_commands_and_ci_runs_just_them():
+    readme, script = README.read_text("utf-8"), (CHECKOUT / ".ci" / "run").read_text("utf-8")
+    assert "pip install . && localsteer demo" in readme
+    assert 'pip install ".[test]" && pytest' in readme
+    for command in ("pip install .", "localsteer demo", 'pip install ".[test]"', "pytest"):
+        assert re.search(rf"^{re.escape(command)}( |$)", script, re.M), command
+    assert os.access(CHECKOUT / ".ci" / "run", os.X_OK)
+
+
+def test_links_in_the_documents_lead_somewhere():
+    for path in (README, *(CHECKOUT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text("utf-8")):
+            if target != "docs/results/":  # written with the reports
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_a_recording_takes_its_place_in_the_readme():
+    script = CHECKOUT / "docs" / "record_demo.py"
+    spec = importlib.util.spec_from_file_location("record_demo", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    once = module.recorded(README.read_text("utf-8"), "old   \ntable\n")
+    assert "$ localsteer demo\nold\ntable\n```" in once
+    assert module.recorded(once, "new") == module.recorded(README.read_text("utf-8"), "new")
