@@ -29,22 +29,75 @@ ENTRIES = [
     ("json", "format", "json", {}, "detectable_format:json_format", {}),
     ("lowercase", "format", "lowercase", {}, "change_case:english_lowercase", {}),
     ("uppercase", "format", "uppercase", {}, "change_case:english_capital", {}),
-    ("capital_words", "format", "capital_words", {"n": 2}, "change_case:capital_word_frequency",
-     {"capital_relation": "at least", "capital_frequency": 2}),
+    (
+        "capital_words",
+        "format",
+        "capital_words",
+        {"n": 2},
+        "change_case:capital_word_frequency",
+        {"capital_relation": "at least", "capital_frequency": 2},
+    ),
     ("bullets", "format", "bullets", {"n": 3}, "detectable_format:number_bullet_lists", {"num_bullets": 3}),
-    ("highlights", "format", "highlights", {"n": 2}, "detectable_format:number_highlighted_sections", {"num_highlights": 2}),
-    ("sections", "format", "sections", {"n": 2}, "detectable_format:multiple_sections",
-     {"section_spliter": "Section", "num_sections": 2}),
+    (
+        "highlights",
+        "format",
+        "highlights",
+        {"n": 2},
+        "detectable_format:number_highlighted_sections",
+        {"num_highlights": 2},
+    ),
+    (
+        "sections",
+        "format",
+        "sections",
+        {"n": 2},
+        "detectable_format:multiple_sections",
+        {"section_spliter": "Section", "num_sections": 2},
+    ),
     ("title", "format", "title", {}, "detectable_format:title", {}),
     ("quotation", "format", "quotation", {}, "startend:quotation", {}),
     ("no_comma", "format", "no_comma", {}, "punctuation:no_comma", {}),
-    ("end_phrase", "format", "end_phrase", {"phrase": world.END_PHRASES[0]}, "startend:end_checker",
-     {"end_phrase": world.END_PHRASES[0]}),
+    (
+        "end_phrase",
+        "format",
+        "end_phrase",
+        {"phrase": world.END_PHRASES[0]},
+        "startend:end_checker",
+        {"end_phrase": world.END_PHRASES[0]},
+    ),
     ("fixed_answer", "format", "fixed_answer", {}, "detectable_format:constrained_response", {}),
-    ("spanish", "format", "language", {"language": "Spanish"}, "language:response_language", {"language": "es"}),
-    ("german", "format", "language", {"language": "German"}, "language:response_language", {"language": "de"}),
-    ("postscript", "format", "postscript", {"marker": "P.S."}, "detectable_content:postscript", {"postscript_marker": "P.S."}),
-    ("placeholders", "format", "placeholders", {"n": 2}, "detectable_content:number_placeholders", {"num_placeholders": 2}),
+    (
+        "spanish",
+        "format",
+        "language",
+        {"language": "Spanish"},
+        "language:response_language",
+        {"language": "es"},
+    ),
+    (
+        "german",
+        "format",
+        "language",
+        {"language": "German"},
+        "language:response_language",
+        {"language": "de"},
+    ),
+    (
+        "postscript",
+        "format",
+        "postscript",
+        {"marker": "P.S."},
+        "detectable_content:postscript",
+        {"postscript_marker": "P.S."},
+    ),
+    (
+        "placeholders",
+        "format",
+        "placeholders",
+        {"n": 2},
+        "detectable_content:number_placeholders",
+        {"num_placeholders": 2},
+    ),
     ("two_responses", "format", "two_responses", {}, "combination:two_responses", {}),
     ("one_sentence", "length", "sentences", {"n": 1}, LENGTH + "sentences", less_than("num_sentences", 2)),
     ("two_sentences", "length", "sentences", {"n": 2}, LENGTH + "sentences", less_than("num_sentences", 3)),
@@ -59,9 +112,23 @@ ENTRIES = [
 
 def word_entries():
     for word in ("moon", "horse", "music", "compass"):  # compass: never asked for in training
-        yield (f"include_{word}", "word", "include_word", {"word": word}, "keywords:existence", {"keywords": [word]})
+        yield (
+            f"include_{word}",
+            "word",
+            "include_word",
+            {"word": word},
+            "keywords:existence",
+            {"keywords": [word]},
+        )
     for word in ("many", "animal", "night", "famous"):  # famous: never asked to be avoided in training
-        yield (f"exclude_{word}", "word", "exclude_word", {"word": word}, "keywords:forbidden_words", {"forbidden_words": [word]})
+        yield (
+            f"exclude_{word}",
+            "word",
+            "exclude_word",
+            {"word": word},
+            "keywords:forbidden_words",
+            {"forbidden_words": [word]},
+        )
 
 
 def toml(value) -> str:
@@ -69,7 +136,11 @@ def toml(value) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{k} = {toml(v)}" for k, v in value.items()) + " }" if value else "{}"
     if isinstance(value, list):
-        return "[\n" + "".join(f"    {toml(v)},\n" for v in value) + "]" if len(value) > 1 else "[" + "".join(map(toml, value)) + "]"
+        return (
+            "[\n" + "".join(f"    {toml(v)},\n" for v in value) + "]"
+            if len(value) > 1
+            else "[" + "".join(map(toml, value)) + "]"
+        )
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -79,19 +150,26 @@ def phrasings(id: str, args: dict, split: str, rng: random.Random) -> list[str]:
 
 
 def queries(split: str, rng: random.Random) -> list[dict]:
-    pool = world.subjects()[split][:N_QUERIES[split]]
+    pool = world.subjects()[split][: N_QUERIES[split]]
     texts = world.questions(split)
     return [{"text": world.ask(s, texts[k % len(texts)]), "subject": s.name} for k, s in enumerate(pool)]
 
 
 def main() -> None:
     rng = random.Random(SEED)
-    out = ["# The bundled model's catalogue, written by examples/bundled_model/make_catalog.py: change it there.\n"]
+    out = [
+        "# The bundled model's catalogue, written by examples/bundled_model/make_catalog.py: change it there.\n"
+    ]
     for id, group, world_id, args, verifier, kwargs in [*ENTRIES, *word_entries()]:
         out.append("[[instruction]]")
-        for key, value in {"id": id, "group": group, "phrasings": phrasings(world_id, args, "train", rng),
-                           "held_out_phrasings": phrasings(world_id, args, "held_out", rng),
-                           "verifier": verifier, "kwargs": kwargs}.items():
+        for key, value in {
+            "id": id,
+            "group": group,
+            "phrasings": phrasings(world_id, args, "train", rng),
+            "held_out_phrasings": phrasings(world_id, args, "held_out", rng),
+            "verifier": verifier,
+            "kwargs": kwargs,
+        }.items():
             out.append(f"{key} = {toml(value)}")
         out.append("")
     out.append("[queries]")

@@ -1,10 +1,10 @@
 """The attention masks of instruct training: what makes the model steerable.
 
 A small model trained with a plain causal mask follows an instruction by reading its words again at every
-step; nothing of it stays in the residual stream for steering to find. So most samples hide the
-instruction's words from the reply. What the reply needs to know must then pass through the last prompt token
-(`bottleneck`), or along the reply itself (`window`); and in half of these the lower half of the blocks can't see
-the last prompt token either, so that the state has to cross in the residual stream of the middle blocks. The question
+step; nothing of it stays in the residual stream for steering to find. So most samples hide the instruction's
+words from the reply. What the reply needs to know must then pass through the last prompt token (`BOTTLENECK`),
+or along the reply itself (`WINDOW`); and in half of these the lower half of the blocks can't see the last
+prompt token either, so that the state has to cross in the residual stream of the middle blocks. The question
 stays visible, so that names are copied by attention as in any language model. Inference is plain causal.
 """
 
@@ -23,8 +23,9 @@ WINDOW_TOKENS = (10, 40)
 
 @dataclass
 class Spans:
-    """Token positions of one sample: [0, n_prompt) is the prompt, [n_prompt, n_tokens) the reply; `hidden` are
-    the tokens of the instruction, `argument` those of its argument (the word to include, say) among them."""
+    """Token positions of one sample: [0, n_prompt) is the prompt, [n_prompt, n_tokens) the reply; `hidden`
+    are the tokens of the instruction, `argument` those of its argument (the word to include, say) among them.
+    """
 
     n_prompt: int
     n_tokens: int
@@ -32,7 +33,9 @@ class Spans:
     argument: list[int]
 
 
-def attention_masks(spans: list[Spans], n_tokens: int, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_masks(
+    spans: list[Spans], n_tokens: int, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Additive masks (batch, 1, n_tokens, n_tokens) bfloat16 for the lower and the upper half of the blocks."""
     causal = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()
     distance = torch.arange(n_tokens)[:, None] - torch.arange(n_tokens)[None, :]
@@ -47,17 +50,20 @@ def attention_masks(spans: list[Spans], n_tokens: int, rng: random.Random) -> tu
         if span.argument and rng.random() < 0.5:
             hidden = [i for i in hidden if i not in span.argument]
         first_hidden = reply.start if rng.random() < 0.5 else 0
-        upper[k, first_hidden:span.n_prompt - 1, hidden] = False  # a question after the instruction may be blind too
+        upper[k, first_hidden : span.n_prompt - 1, hidden] = (
+            False  # a question after the instruction may be blind too
+        )
         upper[k, reply, hidden] = False
         for i in hidden:
             upper[k, i, hidden] = causal[i, hidden]  # the instruction reads itself
         if u >= P_FULL + P_BOTTLENECK:
             near = distance[reply] < rng.randint(*WINDOW_TOKENS)
-            near[:, :span.n_prompt - 1] = True  # the question, whose instruction is hidden above
+            near[:, : span.n_prompt - 1] = True  # the question, whose instruction is hidden above
             upper[k, reply] &= near
         lower[k] = upper[k]
         if rng.random() < P_LOWER_BLIND:
             lower[k, reply, span.n_prompt - 1] = False
+
     def additive(allowed):
         mask = torch.zeros(allowed.shape, dtype=torch.bfloat16)
         return mask.masked_fill_(~allowed, float("-inf"))[:, None]

@@ -25,7 +25,7 @@ _SPACE = "Ġ"  # the byte-level alphabet's letter for a space
 
 def _capitalised(piece: str) -> str:
     head = piece[:2] if piece.startswith(_SPACE) else piece[:1]
-    return head.upper() + piece[len(head):]
+    return head.upper() + piece[len(head) :]
 
 
 def _case_forms(left: str, right: str) -> list[tuple[str, str]]:
@@ -44,8 +44,10 @@ def train_tokenizer(texts: list[str], n_merges: int) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner.train_from_iterator(
         (t.lower() for t in texts),
-        trainers.BpeTrainer(vocab_size=256 + n_merges, initial_alphabet=alphabet, show_progress=False))
+        trainers.BpeTrainer(vocab_size=256 + n_merges, initial_alphabet=alphabet, show_progress=False),
+    )
     import json
+
     learnt = [tuple(m) for m in json.loads(learner.to_str())["model"]["merges"]]
 
     vocab = {token: i for i, token in enumerate(SPECIAL + alphabet)}
@@ -59,5 +61,10 @@ def train_tokenizer(texts: list[str], n_merges: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[PAD], eos_token=SPECIAL[END],
-                                   chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL[PAD],
+        eos_token=SPECIAL[END],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

@@ -15,11 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 import world
 from masks import Spans, attention_masks
 from tokenizer import ASSISTANT, END, PAD, USER, train_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 N_MERGES = 900
 N_LAYER, N_EMBD, N_FF, N_HEAD = 8, 256, 512, 8
@@ -40,9 +39,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def new_model(n_vocab: int) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=n_vocab, hidden_size=N_EMBD, intermediate_size=N_FF, num_hidden_layers=N_LAYER,
-        num_attention_heads=N_HEAD, num_key_value_heads=N_HEAD, max_position_embeddings=1024, rms_norm_eps=1e-5,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=END, pad_token_id=PAD, attn_implementation="eager")
+        vocab_size=n_vocab,
+        hidden_size=N_EMBD,
+        intermediate_size=N_FF,
+        num_hidden_layers=N_LAYER,
+        num_attention_heads=N_HEAD,
+        num_key_value_heads=N_HEAD,
+        max_position_embeddings=1024,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=END,
+        pad_token_id=PAD,
+        attn_implementation="eager",
+    )
     return LlamaForCausalLM(config)
 
 
@@ -66,7 +76,7 @@ class Data:
         if self.group[0] != group:
             rng = random.Random(SEED * 1_000_003 + group)
             rows = sorted((self.row(rng) for _ in range(self.GROUP * BATCH)), key=lambda row: len(row[0]))
-            batches = [rows[i:i + BATCH] for i in range(0, len(rows), BATCH)]
+            batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
             rng.shuffle(batches)
             self.group = (group, batches)
         return self.collate(self.group[1][k], random.Random(SEED + step))
@@ -76,10 +86,10 @@ class BaseData(Data):
     """Documents, loss on every token."""
 
     def row(self, rng):
-        return self.tokenizer(world.draw_document(rng, self.pool)).input_ids + [END],
+        return ([*self.tokenizer(world.draw_document(rng, self.pool)).input_ids, END],)
 
     def collate(self, rows, rng):
-        ids = [row for row, in rows]
+        ids = [row for (row,) in rows]
         return pad(ids, PAD), pad(ids, -100), None
 
 
@@ -100,12 +110,15 @@ class InstructData(Data):
         encoded = self.tokenizer(text, return_offsets_mapping=True)
 
         def inside(ranges):
-            return [k + 1 for k, (a, b) in enumerate(encoded.offset_mapping)
-                    if any(b > lo and a < hi for lo, hi in ranges)]  # + 1: <|user|> stands before
+            return [
+                k + 1
+                for k, (a, b) in enumerate(encoded.offset_mapping)
+                if any(b > lo and a < hi for lo, hi in ranges)
+            ]  # + 1: <|user|> stands before
 
         hidden = inside(spans) if sample.instruction else []
         prompt = [USER, *encoded.input_ids, ASSISTANT]
-        reply = self.tokenizer(sample.reply).input_ids + [END]
+        reply = [*self.tokenizer(sample.reply).input_ids, END]
         return prompt, reply, hidden, inside(arguments)
 
     def row(self, rng):
@@ -120,7 +133,7 @@ class InstructData(Data):
         return ids, [-100] * n_prompt + reply, spans
 
     def collate(self, rows, rng):
-        ids, labels, spans = zip(*rows)
+        ids, labels, spans = zip(*rows, strict=True)
         x = pad(list(ids), PAD)
         return x, pad(list(labels), -100), attention_masks(list(spans), x.shape[1], rng)
 
@@ -131,18 +144,20 @@ class HalfPrecision:
     def __init__(self, model, lr):
         self.master = [p.detach().clone().float() for p in model.parameters()]
         self.params = list(model.to(torch.bfloat16).parameters())
-        self.optimizer = torch.optim.AdamW(self.master, lr=lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.master, lr=lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True
+        )
 
     def step(self, lr):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        for master, p in zip(self.master, self.params):
+        for master, p in zip(self.master, self.params, strict=True):
             master.grad = p.grad.float()
             p.grad = None
         torch.nn.utils.clip_grad_norm_(self.master, 1.0)
         self.optimizer.step()
         with torch.no_grad():
-            for master, p in zip(self.master, self.params):
+            for master, p in zip(self.master, self.params, strict=True):
                 p.copy_(master)
 
     def state(self):
@@ -150,7 +165,7 @@ class HalfPrecision:
 
     def load(self, state):
         with torch.no_grad():
-            for mine, p, theirs in zip(self.master, self.params, state["master"]):
+            for mine, p, theirs in zip(self.master, self.params, state["master"], strict=True):
                 mine.copy_(theirs)
                 p.copy_(theirs)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -178,6 +193,7 @@ def hook_masks(model) -> dict:
             if holder["masks"] is not None:
                 kwargs["attention_mask"] = holder["masks"][half]
             return args, kwargs
+
         return hook
 
     for il, block in enumerate(model.model.layers):
@@ -189,22 +205,30 @@ def hook_masks(model) -> dict:
 def sample_replies(model, tokenizer, prompts: list[str], n: int = 90) -> list[str]:
     tokenizer.padding_side = "left"
     batch = tokenizer([f"<|user|>{p}<|assistant|>" for p in prompts], return_tensors="pt", padding=True)
-    out = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=n, do_sample=False)
-    return tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
+    out = model.generate(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=n, do_sample=False
+    )
+    return tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
 
 
 def report(model, tokenizer, seed: int, n: int = 3) -> None:
     """Follow rates per instruction, trained phrasings and subjects never seen."""
     rng, pool, phrasings = random.Random(seed), world.subjects()["validation"], world.load_phrasings()
-    samples = [world.draw_sample(rng, pool, phrasings, [world.Instruction(i, world.draw_args(i, rng))], "validation")
-               for i in world.SLOT for _ in range(n)]
+    samples = [
+        world.draw_sample(rng, pool, phrasings, [world.Instruction(i, world.draw_args(i, rng))], "validation")
+        for i in world.SLOT
+        for _ in range(n)
+    ]
     replies = sample_replies(model, tokenizer, [s.prompt for s in samples])
     ok: dict[str, list[bool]] = {}
-    for s, reply in zip(samples, replies):
+    for s, reply in zip(samples, replies, strict=True):
         ok.setdefault(s.instructions[0].id, []).append(world.follows(s.instructions[0], reply))
-    named = sum(s.subject.name.lower() in r.lower() for s, r in zip(samples, replies)) / len(samples)
-    print("  followed %.2f named %.2f | " % (sum(map(sum, ok.values())) / len(samples), named)
-          + " ".join(f"{i}:{sum(v)}" for i, v in ok.items() if sum(v) < n), flush=True)
+    named = sum(s.subject.name.lower() in r.lower() for s, r in zip(samples, replies, strict=True)) / len(samples)
+    print(
+        f"  followed {sum(map(sum, ok.values())) / len(samples):.2f} named {named:.2f} | "
+        + " ".join(f"{i}:{sum(v)}" for i, v in ok.items() if sum(v) < n),
+        flush=True,
+    )
     for k in rng.sample(range(len(samples)), 3):
         print("   ", repr(samples[k].prompt[-80:]), "->", repr(replies[k][:120]), flush=True)
 
@@ -218,7 +242,10 @@ def train(kind: str, out: Path, init: Path | None, steps: int, work: Path) -> No
     else:
         tokenizer = make_tokenizer()
         model = new_model(len(tokenizer))
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens",
+        flush=True,
+    )
     data = BaseData(tokenizer) if kind == "base" else InstructData(tokenizer)
     half = HalfPrecision(model, PEAK_LR[kind])
     holder = hook_masks(model)
@@ -242,8 +269,11 @@ def train(kind: str, out: Path, init: Path | None, steps: int, work: Path) -> No
         n_tokens += ids.numel()
         if step % 50 == 0:
             seconds = time.time() - started
-            print(f"{kind} {step}/{steps} loss {loss.item():.3f} {n_tokens / seconds:.0f} tokens/s "
-                  f"{seconds / 60:.1f} min", flush=True)
+            print(
+                f"{kind} {step}/{steps} loss {loss.item():.3f} {n_tokens / seconds:.0f} tokens/s "
+                f"{seconds / 60:.1f} min",
+                flush=True,
+            )
         if kind == "instruct" and step % 800 == 799:
             holder["masks"] = None
             report(model, tokenizer, seed=step)
@@ -253,7 +283,7 @@ def train(kind: str, out: Path, init: Path | None, steps: int, work: Path) -> No
             checkpoint.with_suffix(".tmp").rename(checkpoint)
     with torch.no_grad():
         model = model.float()
-        for p, master in zip(model.parameters(), half.master):
+        for p, master in zip(model.parameters(), half.master, strict=True):
             p.copy_(master)
     model.to(torch.float16).save_pretrained(out)
     tokenizer.save_pretrained(out)
