@@ -4,7 +4,7 @@ Steering too hard, or at every position, makes a model repeat itself, or holds i
 (`{"name": {"name": {"name":`), or fills it with quotes that a lenient verifier passes. `is_degenerate` sees
 these; it does not see fluent nonsense, for which there is the perplexity ratio to the unsteered model.
 
-The thresholds were set on 390 real replies of three models, of which 64 really loop: the longest exact
+The thresholds were set on 390 real replies of three models, of which 66 really loop: the longest exact
 repetition of tokens in the others is 6, the shortest in those that loop by tokens is 46.
 tests/test_quality.py prints what is flagged there.
 """
@@ -27,6 +27,7 @@ LOCKED = "locked at its start"
 
 NGRAM = 4  # tokens; shorter ones recur in good prose, longer ones miss loops that vary a word
 REPETITION_LIMIT = 0.75  # four equal quarters; songs with a refrain on every line reach 0.61
+MAX_NUMBERS = 1 / 6  # of the words; up to here numbers are the labels of a list, above they are its content
 MIN_REPETITION_TOKENS = 40  # below this a list of like items can reach the limit honestly
 MIN_RUN_TOKENS = 16  # tokens that repeat what stood one period before; "crazy, crazy, crazy" is 4
 MIN_RUN_CHARACTERS = 48  # the same within words: !!!!, 0000; "Nooooooo" stays below
@@ -47,6 +48,7 @@ _RULE = re.compile("[-_=*.~#+|:^\\s\u2500-\u257f]+")
 _QUOTES = re.compile(rf"(?:[\"'\u201c\u201d\u2018\u2019«»]\s*){{{MIN_QUOTES}}}")
 # The gaps are bounded, so that a reply of brackets alone costs no more than its length.
 _NESTED_KEY = re.compile(rf"\W{{0,20}}(\w+)(?:\W{{0,20}}[{{\[:]\W{{0,20}}\1\b){{{MIN_OPENINGS - 1}}}")
+_NUMBER = re.compile(r"\b\d+\b")
 _ESCAPE = re.compile(r'\\(?:u([0-9a-fA-F]{4})|([nrt"/\\]))')
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t"}
 
@@ -86,8 +88,7 @@ def is_degenerate(reply: str, *, repetition_limit: float = REPETITION_LIMIT) -> 
         return LOCKED
     if _QUOTES.search(reply) or _loops_in_characters(reply):
         return LOOPING
-    looping = len(tokens) >= MIN_REPETITION_TOKENS and repetition(reply) > repetition_limit
-    return LOOPING if looping else None
+    return LOOPING if _repeats_itself(reply, len(tokens), repetition_limit) else None
 
 
 def repetition(text: str) -> float:
@@ -139,6 +140,15 @@ def perplexity_ratio(
     """
     difference = _mean_log_prob(unsteered) - _mean_log_prob(steered)
     return math.exp(difference) if difference < 700 else math.inf
+
+
+def _repeats_itself(reply: str, n_tokens: int, limit: float) -> bool:
+    """Long, and above the limit; a list that gives the same items new numbers is, too."""
+    if n_tokens < MIN_REPETITION_TOKENS:
+        return False
+    unnumbered, numbers = _NUMBER.subn(" ", reply)
+    labels_only = 0 < numbers <= MAX_NUMBERS * count_words(reply)
+    return repetition(reply) > limit or (labels_only and repetition(unnumbered) > limit)
 
 
 def _says_something(character: str) -> bool:
