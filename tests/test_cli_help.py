@@ -82,11 +82,10 @@ def test_the_reference_is_what_the_live_command_line_says():
 
 
 def test_choices_written_down_for_speed_are_those_of_the_library():
-    from localsteer.convert import CONVENTIONS
-    from localsteer.convert.checkpoint import FTYPES
-
     from localsteer import bundled, vector
     from localsteer.cli import convert, extract, models, options
+    from localsteer.convert import CONVENTIONS
+    from localsteer.convert.checkpoint import FTYPES
 
     assert options.MODES == vector.MODES
     assert options.POSITIONS == vector.POSITIONS

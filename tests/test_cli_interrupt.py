@@ -21,8 +21,9 @@ PATIENCE_SECONDS = 120
 def endless(tmp_path_factory):
     """A model that goes on for thousands of tokens."""
     pytest.importorskip("torch")
-    from localsteer.convert.checkpoint import checkpoint_to_gguf
     from tiny_models import write_checkpoint
+
+    from localsteer.convert.checkpoint import checkpoint_to_gguf
 
     folder = tmp_path_factory.mktemp("endless")
     write_checkpoint("llama", folder / "hf", max_position_embeddings=32768)

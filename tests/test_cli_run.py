@@ -270,3 +270,20 @@ def test_blocks_that_are_none_are_refused(folder, text):
 def test_no_file_is_refused(text):
     with pytest.raises(VectorFileError, match="names no vector file"):
         VectorSpec.parse(text)
+
+
+def test_a_block_that_is_given_leaves_out_the_search(tiny_llama, folder):
+    args = ("-i", "json", "--layer", "1", "--pairs", "2", "--json", "Hi")
+    document = run(tiny_llama, *args)
+    assert "trying blocks" not in document.err
+    assert document.json["steering"][0]["layers"] == [1]
+
+
+@pytest.mark.parametrize("n_layer", [1, 12, 13, 28, 80])
+def test_a_quick_search_tries_few_blocks_in_the_middle(n_layer):
+    from localsteer.cli.first_use import FEW_BLOCKS, blocks_to_try
+
+    blocks = blocks_to_try(n_layer)
+    assert blocks == sorted(set(blocks)) and len(blocks) <= FEW_BLOCKS
+    assert blocks[0] >= n_layer // 4 or n_layer <= FEW_BLOCKS
+    assert blocks[-1] <= 3 * n_layer // 4 or n_layer <= FEW_BLOCKS

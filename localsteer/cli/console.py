@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -104,24 +104,28 @@ def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr while the block runs, if that is a terminal: call it with (done, total).
 
-    It appears once the work has taken half a second.
+    It appears once the work has taken half a second. One at a time.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=talk(), transient=True, disable=not talk().is_terminal)
     task = bar.add_task(what, total=None)
-    started = time.monotonic()
+    ended, starting = threading.Event(), threading.Lock()
 
-    def advance(done: int, total: int) -> None:
-        if not bar.live.is_started and time.monotonic() - started > QUIET_SECONDS:
-            bar.start()
-        bar.update(task, completed=done, total=total)
+    def start_later() -> None:
+        if not ended.wait(QUIET_SECONDS):
+            with starting:
+                if not ended.is_set():
+                    bar.start()
 
+    threading.Thread(target=start_later, daemon=True).start()
     try:
-        yield advance
+        yield lambda done, total: bar.update(task, completed=done, total=total)
     finally:
-        bar.stop()
+        ended.set()
+        with starting:
+            bar.stop()
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 
 import click
 
@@ -34,7 +33,7 @@ class Program(click.Group):
     """Imports a command's module when that command is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for names in COMMANDS.values() for name in names if _is_here(name)]
+        return [name for names in COMMANDS.values() for name in names]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in self.list_commands(ctx):
@@ -44,7 +43,7 @@ class Program(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, names in COMMANDS.items():
             with formatter.section(title):
-                found = [(name, self.get_command(ctx, name)) for name in names if _is_here(name)]
+                found = [(name, self.get_command(ctx, name)) for name in names]
                 formatter.write_dl([(name, command.get_short_help_str(limit=80)) for name, command in found])
 
 
@@ -67,10 +66,6 @@ def localsteer() -> None:
     Then take your own:
       localsteer run -m MODEL.gguf --instruction json "Tell me about foxes."
     """
-
-
-def _is_here(name: str) -> bool:
-    return find_spec(f"{__package__}.{name}") is not None
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -186,7 +186,9 @@ def vector_of(model: str, text: str, given: dict[str, Any], loading: dict[str, A
     catalog = catalog_of(model, given["catalog"])
     instruction = find_instruction(catalog, text, given["slots"])
     queries = extraction_queries(catalog, instruction, given["queries"])
-    vector = vector_on_first_use(model, instruction, catalog, queries, given["pairs"], **loading)
+    vector = vector_on_first_use(
+        model, instruction, catalog, queries, given["pairs"], search=given["layer"] is None, **loading
+    )
     return vector.at(**{name: given[name] for name in SETTINGS})
 
 

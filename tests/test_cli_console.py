@@ -1,0 +1,76 @@
+"""The parts that print: what reaches a terminal, and what a progress bar leaves behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+
+import pytest
+from cli_runs import invoke
+
+from localsteer.cli import console
+
+
+def test_control_characters_of_a_reply_do_not_drive_the_terminal(monkeypatch):
+    text = "tab\tline\n\x1b[2J\x9b1mred\x07"
+    monkeypatch.setattr(console.sys.stdout, "isatty", lambda: True, raising=False)
+    assert console.shown(text) == "tab\tline\n\ufffd[2J\ufffd1mred\ufffd"
+    monkeypatch.setattr(console.sys.stdout, "isatty", lambda: False, raising=False)
+    assert console.shown(text) == text
+
+
+def test_json_has_no_nan(capsys):
+    console.print_json({"a": [1.5, float("nan"), (float("inf"), "é")]})
+    assert json.loads(capsys.readouterr().out) == {"a": [1.5, None, [None, "é"]]}
+
+
+def test_notices_of_the_library_are_lines_on_stderr(capsys):
+    logger = logging.Logger("test")
+    logger.addHandler(console.NoticeHandler())
+    logger.warning("once [bold]only[/bold] " + "word " * 60)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("localsteer: once [bold]only[/bold] word") and said.err.count("\n") == 1
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    from rich.console import Console
+
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(console, "talk", lambda: screen)
+    return screen.file
+
+
+def test_short_work_shows_no_bar(terminal):
+    with console.progress("loading") as advance:
+        advance(1, 2)
+    time.sleep(1.5 * console.QUIET_SECONDS)
+    assert terminal.getvalue() == ""
+
+
+def test_long_work_shows_a_bar_that_goes_away_whatever_ends_it(terminal, monkeypatch):
+    monkeypatch.setattr(console, "QUIET_SECONDS", 0.01)
+    with pytest.raises(KeyboardInterrupt), console.progress("loading") as advance:
+        advance(1, 2)
+        time.sleep(0.5)
+        raise KeyboardInterrupt
+    seen = terminal.getvalue()
+    assert "loading" in seen and "1/2" in seen
+    assert seen.rfind("\x1b[?25h") > seen.rfind("\x1b[?25l")
+
+
+def test_a_load_goes_on_until_ctrl_c(monkeypatch):
+    with console.loading("loading") as report:
+        assert report(0.5) is True
+        monkeypatch.setattr(console.interrupt, "pressed", lambda: True)
+        assert report(0.6) is False
+
+
+def test_a_bar_is_no_part_of_a_pipe(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCALSTEER_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    done = invoke("extract", "--gguf", tiny_llama.gguf_path, "-i", "json", "--pairs", "4")
+    assert done.err.count("\n") == 1
