@@ -28,7 +28,7 @@ from .evaluate.conditions import (
     CONDITIONS,
     Outcome,
     applied_like,
-    choose_other,
+    choose_others,
     mean_state,
     plain_replies,
     random_control,
@@ -97,7 +97,7 @@ def run_demo(
             for done, instruction in enumerate(chosen, 1):
                 picked = picks[instruction.id]
                 outcomes = study.conditions(instruction, picked.vector)
-                rows.append(row(instruction, picked, outcomes, study.other(instruction)))
+                rows.append(row(instruction, picked, outcomes, study.others(instruction)))
                 examples.append(_example(instruction, outcomes))
                 advance(done, len(chosen))
         files = _save(folder, picks)
@@ -187,18 +187,17 @@ class Study:
         longest = max(len(reply.tokens) for reply in (*self.told[instruction.id], *self.plain))
         return min(MAX_TOKENS, longest * 3 // 2 + 8)
 
-    def other(self, instruction: Instruction) -> Instruction | None:
-        """Whose vector is the control, chosen by what the model says when told, on validation queries."""
+    def others(self, instruction: Instruction, n: int = 1) -> list[Instruction]:
+        """Whose vectors are controls, chosen by what the model says when told, on validation queries."""
         queries = self.validation[:N_TOLD]
-        return choose_other(instruction, self.instructions, self.told, queries, seed=self.seed)
+        return choose_others(instruction, self.instructions, self.told, queries, n=n, seed=self.seed)
 
     def conditions(
         self, instruction: Instruction, vector: ControlVector, **options: Any
     ) -> dict[str, Outcome]:
         """All conditions on the test queries. vector: with its settings applied."""
         controls = {"random": random_control(vector, self.plain_mean, self.seed)}
-        other = self.other(instruction)
-        if other is not None:
+        for other in self.others(instruction):
             controls["other"] = applied_like(self.vectors[other.id], vector)
         settings = {"scored": SCORED, "plain": self.plain, "controls": controls} | options
         return run_conditions(
@@ -272,7 +271,7 @@ def _pick_all(study: Study, instructions: Sequence[Instruction], stage: Stage) -
 
 
 def row(
-    instruction: Instruction, picked: Pick, outcomes: Mapping[str, Outcome], other: Instruction | None
+    instruction: Instruction, picked: Pick, outcomes: Mapping[str, Outcome], others: Sequence[Instruction]
 ) -> dict[str, Any]:
     """One line of the table. layer and positions are None where picking chose to leave the model alone.
 
@@ -294,7 +293,7 @@ def row(
         "subject_kept": steered.subject_kept,
         "degenerate": steered.degenerate,
         "repetition": steered.repetition,
-        "other_id": other.id if other else None,
+        "other_id": others[0].id if others else None,
     }
 
 

@@ -15,7 +15,7 @@ from localsteer.evaluate.conditions import (
     CONDITIONS,
     alike,
     applied_like,
-    choose_other,
+    choose_others,
     mean_state,
     plain_replies,
     random_control,
@@ -227,10 +227,9 @@ SAID = told(
 
 
 def other_of(identifier: str, *others: str, seed: int = 0) -> str | None:
-    found = choose_other(
-        CATALOG.get(identifier), [CATALOG.get(each) for each in others], SAID, QUERIES[:1], seed=seed
-    )
-    return found and found.id
+    candidates = [CATALOG.get(each) for each in others]
+    found = choose_others(CATALOG.get(identifier), candidates, SAID, QUERIES[:1], seed=seed)
+    return found[0].id if found else None
 
 
 def test_an_instruction_whose_replies_follow_this_one_is_no_control() -> None:

@@ -183,25 +183,27 @@ def mean_state(engine: Engine, queries: Sequence[Query]) -> np.ndarray:
     return states.mean(axis=0, dtype=np.float64)
 
 
-def choose_other(
+def choose_others(
     instruction: Instruction,
-    others: Sequence[Instruction],
+    candidates: Sequence[Instruction],
     told: Mapping[str, Sequence[Reply]],
     queries: Sequence[Query],
     *,
+    n: int = 1,
     seed: int = 0,
-) -> Instruction | None:
-    """Another instruction whose vector is a fair control, drawn by a generator seeded with `seed` and the id.
+) -> list[Instruction]:
+    """Up to `n` other instructions whose vectors are fair controls, drawn by a generator seeded with `seed`
+    and the instruction's id.
 
     Fair: it is not alike (`alike`), and the replies of a model that was told to follow it (`told`, to
     `queries`) do not pass this instruction's verifier by themselves, as a postscript makes four sentences of
-    three. Where none is fair, the ones that pass least often are drawn from; None without others.
+    three. Where none is fair, the ones that pass least often are drawn from.
     """
-    candidates = [other for other in others if not alike(instruction, other)]
-    passes = {other.id: _passes(instruction, told[other.id], queries) for other in candidates}
+    others = [each for each in candidates if not alike(instruction, each)]
+    passes = {each.id: _passes(instruction, told[each.id], queries) for each in others}
     fewest = min(passes.values(), default=0)
-    fair = sorted((other for other in candidates if passes[other.id] == fewest), key=lambda other: other.id)
-    return random.Random(f"{seed} {instruction.id}").choice(fair) if fair else None
+    fair = sorted((each for each in others if passes[each.id] == fewest), key=lambda each: each.id)
+    return random.Random(f"{seed} {instruction.id}").sample(fair, min(n, len(fair)))
 
 
 def alike(a: Instruction, b: Instruction) -> bool:

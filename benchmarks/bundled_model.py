@@ -1,0 +1,517 @@
+"""What the bundled model can do: following instructions in the prompt, and being steered without them.
+
+    python benchmarks/bundled_model.py [--quick] [--out docs/results]
+
+Told: every kind of instruction and pairs of them, subjects never trained, with phrasings of training and with
+phrasings never trained. Steered: three ways of choosing settings, on each quantization, all conditions and
+several controls, with bootstrap intervals over the questions. Writes bundled-model.md and bundled-model.json,
+prints the tables, and one line of JSON at the end. Exit status 1 when a bar of the table is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localsteer import __version__, bundled
+from localsteer.bridge import default_threads, system_info
+from localsteer.catalog import Instruction as Steered
+from localsteer.catalog import load_catalog
+from localsteer.demo import GROUPS, MAX_TOKENS, N_CTX, N_SEQ_MAX, Study
+from localsteer.engine import Engine
+from localsteer.evaluate.conditions import Outcome, applied_like, random_control
+from localsteer.evaluate.pick import POSITIONS, Pick, middle_blocks
+from localsteer.evaluate.quality import is_degenerate, subject_kept
+from localsteer.generate import GREEDY
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "bundled_model"))
+import world  # noqa: E402
+
+QUANTS = ("Q8_0", "Q4_K_M")
+SEED = 5
+N_BOOTSTRAP = 2000
+WORD_KINDS = ("include_word", "exclude_word")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is asked. told: samples for each kind and phrasing; pairs: samples of two instructions."""
+
+    told: int
+    pairs: int
+    test: int
+    n_random: int
+    n_other: int
+
+
+FULL = Size(told=40, pairs=400, test=40, n_random=3, n_other=3)
+QUICK = Size(told=6, pairs=30, test=8, n_random=1, n_other=1)
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- told in the prompt -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Told:
+    """One exchange and its verdicts. unasked: the plain reply happens to follow the instruction too."""
+
+    group: str
+    prompt: str
+    reply: str
+    followed: bool
+    unasked: bool
+    named: bool
+
+
+def told_samples(size: Size) -> Iterator[tuple[str, world.Sample]]:
+    """(group, sample): subjects and partly questions that were never trained."""
+    rng, pool = random.Random(SEED), world.subjects()["test"]
+    for wording in ("train", "held_out"):
+        phrasings = world.load_phrasings(wording)
+
+        def draw(
+            *instructions: world.Instruction, phrasings: dict[str, list[str]] = phrasings
+        ) -> world.Sample:
+            return world.draw_sample(rng, pool, phrasings, list(instructions), "test")
+
+        for kind in world.SLOT:
+            for _ in range(size.told):
+                yield f"{wording}/{kind}", draw(world.Instruction(kind, world.draw_args(kind, rng)))
+        for kind, words in zip(WORD_KINDS, (world.HELD_OUT_WORDS, world.HELD_OUT_AVOIDABLE), strict=True):
+            for _ in range(size.told):
+                yield (
+                    f"{wording}/{kind}: new words",
+                    draw(world.Instruction(kind, {"word": rng.choice(words)})),
+                )
+        for _ in range(size.pairs):
+            yield f"{wording}/pairs", draw(*_pair(rng))
+
+
+def _pair(rng: random.Random) -> list[world.Instruction]:
+    kinds = list(world.SLOT)
+    while not world.compatible(*(chosen := rng.sample(kinds, 2))):
+        pass
+    return [world.Instruction(kind, world.draw_args(kind, rng)) for kind in chosen]
+
+
+def ask_in_words(engine: Engine, size: Size) -> list[Told]:
+    samples = list(told_samples(size))
+    prompts = [sample.prompt for _, sample in samples]
+    plain = list(dict.fromkeys(sample.question for _, sample in samples))
+    replies = engine.generate_batch([*prompts, *plain], max_tokens=MAX_TOKENS, sampling=GREEDY)
+    unasked = dict(zip(plain, replies[len(prompts) :], strict=True))
+    found = []
+    for (group, sample), reply in zip(samples, replies, strict=False):
+        found.append(
+            Told(
+                group,
+                sample.prompt,
+                reply.text,
+                _follows(sample, reply.text, reply.finish_reason),
+                _follows(sample, unasked[sample.question].text, "stop"),
+                subject_kept(reply.text, sample.subject.name),
+            )
+        )
+    return found
+
+
+def _follows(sample: world.Sample, text: str, finish_reason: str) -> bool:
+    """The world's own checks: stricter than IFEval's where a count is exact."""
+    if is_degenerate(text) or finish_reason == "length":
+        return False
+    return all(world.follows(instruction, text) for instruction in sample.instructions)
+
+
+def told_table(told: Sequence[Told]) -> list[dict[str, Any]]:
+    rows = []
+    for group in dict.fromkeys(each.group for each in told):
+        members = [each for each in told if each.group == group]
+        wording, _, kind = group.partition("/")
+        rows.append({"wording": wording, "kind": kind, "n": len(members), **_told_shares(members)})
+    return rows
+
+
+def _told_shares(members: Sequence[Told]) -> dict[str, float]:
+    keys = ("followed", "unasked", "named")
+    return {key: float(np.mean([getattr(each, key) for each in members])) for key in keys}
+
+
+def told_means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean over kinds, each kind alike, by wording; new words and pairs apart."""
+    means = {}
+    for name, chosen in _told_parts(rows).items():
+        keys = ("followed", "unasked", "named")
+        means[name] = {key: float(np.mean([row[key] for row in chosen])) for key in keys}
+    return means
+
+
+def _told_parts(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        apart = (
+            "new words" if row["kind"].endswith("new words") else "pairs" if row["kind"] == "pairs" else ""
+        )
+        wording = "trained phrasings" if row["wording"] == "train" else "phrasings never trained"
+        parts.setdefault(f"{apart}, {wording}" if apart else wording, []).append(row)
+    return parts
+
+
+# --- steered ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A way of choosing settings. bar: the least mean over formats and lengths."""
+
+    name: str
+    bar: float
+    restrict: Callable[[int], dict[str, Any]]
+
+
+REGIMES = (
+    Regime("free", 0.92, lambda _n_layer: {"positions": POSITIONS}),
+    Regime("middle, prompt", 0.85, lambda n: {"blocks": middle_blocks(n), "positions": ("prompt",)}),
+    Regime("middle, all", 0.50, lambda n: {"blocks": middle_blocks(n), "positions": ("all",)}),
+)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """One instruction in one regime. outcomes: by condition; controls are `random 0`, `other json`, ..."""
+
+    instruction: Steered
+    picked: Pick
+    outcomes: dict[str, Outcome]
+
+    def shares(self, condition: str, key: str = "followed") -> np.ndarray:
+        """(n_queries,) 0 or 1; for `random` and `other` the mean of their several directions."""
+        names = [name for name in self.outcomes if name == condition or name.startswith(f"{condition} ")]
+        verdicts = [[_verdict(reply, key) for reply in self.outcomes[name].replies] for name in names]
+        return np.mean(verdicts, axis=0) if names else np.zeros(0)
+
+
+def _verdict(reply: Any, key: str) -> float:
+    return float(reply.degenerate is not None if key == "degenerate" else bool(getattr(reply, key)))
+
+
+def prepare(engine: Engine, size: Size) -> Study:
+    catalog = load_catalog(bundled.CATALOG)
+    return Study.prepare(engine, engine, catalog, list(catalog.instructions.values()), n=size.test)
+
+
+def steer_all(study: Study, regime: Regime, size: Size) -> list[Steering]:
+    found = []
+    restrict = regime.restrict(study.engine.model.n_layer)
+    for instruction in study.instructions:
+        if instruction.group not in GROUPS and regime.name != "free":
+            continue  # words have no bar: one table of them is enough
+        picked = study.pick(instruction, **restrict)
+        controls = _controls(study, instruction, picked, size)
+        told = ("instructed", "both") if regime.name == "free" else ()
+        names = ("none", "steered", *told, *controls)
+        options = {"controls": controls, "conditions": names, "scored": ("none", "steered")}
+        found.append(Steering(instruction, picked, study.conditions(instruction, picked.vector, **options)))
+        note(f"    {instruction.id:18} {found[-1].shares('steered').mean():.2f}")
+    return found
+
+
+def _controls(study: Study, instruction: Steered, picked: Pick, size: Size) -> dict[str, Any]:
+    """Several of each kind; none where picking leaves the model alone."""
+    if picked.setting is None:
+        return {}
+    controls: dict[str, Any] = {
+        f"random {seed}": random_control(picked.vector, study.plain_mean, seed)
+        for seed in range(size.n_random)
+    }
+    for other in study.others(instruction, size.n_other):
+        controls[f"other {other.id}"] = applied_like(study.vectors[other.id], picked.vector)
+    return controls
+
+
+def interval(values: np.ndarray, seed: int = 0) -> list[float]:
+    """95% of the mean, (n_instructions, n_queries) values; questions are drawn again, for all alike."""
+    if not values.size:
+        return [float("nan")] * 2
+    drawn = np.random.default_rng(seed).integers(0, values.shape[1], (N_BOOTSTRAP, values.shape[1]))
+    means = values[:, drawn].mean(axis=(0, 2))
+    return [float(value) for value in np.quantile(means, (0.025, 0.975))]
+
+
+def steered_row(each: Steering) -> dict[str, Any]:
+    setting, steered = each.picked.setting, each.outcomes["steered"]
+    shares = {
+        name: each.shares(name) for name in ("none", "steered", "random", "other", "instructed", "both")
+    }
+    perplexities = {name: each.outcomes[name].perplexity for name in ("none", "steered")}
+    return {
+        "id": each.instruction.id,
+        "group": each.instruction.group,
+        **{name: float(values.mean()) if values.size else None for name, values in shares.items()},
+        "steered_interval": interval(shares["steered"][None]),
+        "subject_kept": steered.subject_kept,
+        "degenerate": steered.degenerate,
+        "quality_none": perplexities["none"],
+        "quality_steered": perplexities["steered"],
+        "layer": setting.layer if setting else None,
+        "positions": setting.positions if setting else None,
+        "strength": setting.strength if setting else 0.0,
+        "n": steered.n,
+        "controls": {
+            name: outcome.followed
+            for name, outcome in each.outcomes.items()
+            if name.startswith(("random", "other"))
+        },
+    }
+
+
+def steered_summary(found: Sequence[Steering]) -> dict[str, Any]:
+    """Over formats and lengths: means with intervals, the worst instruction, what is left of the subject."""
+    judged = [each for each in found if each.instruction.group in GROUPS]
+    summary: dict[str, Any] = {}
+    for name in ("none", "steered", "random", "other", "instructed", "both"):
+        values = [each.shares(name) for each in judged]
+        values = [row for row in values if row.size]
+        if values:
+            summary[name] = {"mean": float(np.mean(values)), "interval": interval(np.stack(values))}
+    worst = min(judged, key=lambda each: each.shares("steered").mean())
+    rates = {key: [each.shares("steered", key) for each in judged] for key in ("subject_kept", "degenerate")}
+    highest = {
+        name: max(
+            (float(each.shares(name).mean()) for each in judged if each.shares(name).size), default=None
+        )
+        for name in ("none", "random", "other")
+    }
+    return summary | {
+        "worst": {"id": worst.instruction.id, "steered": float(worst.shares("steered").mean())},
+        "subject_kept": float(np.mean(rates["subject_kept"])),
+        "degenerate": float(np.mean(rates["degenerate"])),
+        "highest": highest,
+    }
+
+
+# --- the bars ---------------------------------------------------------------------------------------------
+
+
+def bars(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every promise about the bundled model, what was found, and whether it is kept."""
+    told = document["told"]["means"]
+    found = [
+        _bar("told, trained phrasings: mean", told["trained phrasings"]["followed"], at_least=0.95),
+        _bar(
+            "told, phrasings never trained: mean", told["phrasings never trained"]["followed"], at_least=0.80
+        ),
+        _bar("told, trained phrasings: subject named", told["trained phrasings"]["named"], at_least=0.95),
+    ]
+    for quant, regimes in document["steered"].items():
+        for regime in REGIMES:
+            found += _regime_bars(quant, regime, regimes[regime.name]["summary"])
+    return found
+
+
+def _regime_bars(quant: str, regime: Regime, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    label = f"{quant}, {regime.name}"
+    found = [_bar(f"{label}: steered, mean", summary["steered"]["mean"], at_least=regime.bar)]
+    for control in ("random", "other"):
+        if control in summary:
+            found.append(_bar(f"{label}: {control}, mean", summary[control]["mean"], at_most=0.10))
+    if regime.name != "free":
+        return found
+    return [
+        *found,
+        _bar(f"{label}: none, mean", summary["none"]["mean"], at_most=0.05),
+        _bar(
+            f"{label}: steered, worst ({summary['worst']['id']})", summary["worst"]["steered"], at_least=0.70
+        ),
+        _bar(f"{label}: subject named", summary["subject_kept"], at_least=0.95),
+        _bar(f"{label}: degenerate replies", summary["degenerate"], at_most=0.0),
+    ]
+
+
+def _bar(
+    what: str, value: float, *, at_least: float | None = None, at_most: float | None = None
+) -> dict[str, Any]:
+    met = value >= at_least if at_least is not None else value <= at_most
+    return {"what": what, "value": value, "at_least": at_least, "at_most": at_most, "met": bool(met)}
+
+
+# --- the report -------------------------------------------------------------------------------------------
+
+
+def report(document: dict[str, Any]) -> str:
+    parts = [INTRODUCTION.format(**document), _bars_table(document["bars"])]
+    parts += ["## Told in the prompt", TOLD_TEXT, _told_markdown(document["told"])]
+    parts += ["## Steered, without a word of instruction", STEERED_TEXT]
+    for quant, regimes in document["steered"].items():
+        for name, regime in regimes.items():
+            parts += [
+                f"### {quant}: {name}",
+                _summary_line(regime["summary"]),
+                _steered_markdown(regime["rows"]),
+            ]
+    return "\n\n".join(parts) + "\n"
+
+
+INTRODUCTION = """\
+# The bundled model: what it follows, and what steering does
+
+Written by `python benchmarks/bundled_model.py` in {seconds:.0f} s: localsteer {version}, llama-cpp-python
+{llama_cpp}, {machine}, {threads} threads. Greedy decoding. A degenerate reply (empty, looping, locked at its
+start, or without an end) counts as a failure in every condition. The model was trained for this: the figures
+show that the method is computed rightly, not how well another model takes to it."""
+TOLD_TEXT = """\
+The instruction stands in the prompt. Subjects were never trained, nor some wordings of the questions.
+`unasked`: how often the plain reply follows by chance. `new words`: words never asked for in training."""
+STEERED_TEXT = """\
+Vectors are extracted from the quantized model itself, settings chosen on validation questions, figures from
+test questions; subjects and question wordings are disjoint. `free`: every block, positions prompt or all.
+`middle`: the blocks from 25% to 75% of the depth. `random`: random directions of equal norm and distance at
+the last prompt token. `other`: other instructions' vectors at the same block and positions, of those whose
+own replies do not happen to follow this instruction. Intervals: 95%, bootstrap over the questions."""
+
+
+def _bars_table(found: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for bar in found:
+        limit = f"≥ {bar['at_least']:.0%}" if bar["at_least"] is not None else f"≤ {bar['at_most']:.0%}"
+        rows.append([bar["what"], f"{bar['value']:.1%}", limit, "yes" if bar["met"] else "**no**"])
+    return markdown(["what", "found", "bar", "met"], rows)
+
+
+def _told_markdown(told: dict[str, Any]) -> str:
+    means = [[name, *_percents(row, "followed", "unasked", "named")] for name, row in told["means"].items()]
+    by_kind: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in told["rows"]:
+        by_kind.setdefault(row["kind"], {})[row["wording"]] = row
+    rows = []
+    for kind, both in by_kind.items():
+        trained, new = both["train"], both["held_out"]
+        rows.append(
+            [kind, *_percents(trained, "followed", "unasked", "named"), *_percents(new, "followed", "named")]
+        )
+    return "\n\n".join(
+        [
+            markdown(["mean over kinds", "followed", "unasked", "named"], means),
+            markdown(["kind", "trained phrasings", "unasked", "named", "never trained", "named"], rows),
+        ]
+    )
+
+
+def _summary_line(summary: dict[str, Any]) -> str:
+    parts = []
+    for name in ("none", "steered", "random", "other", "instructed", "both"):
+        if name in summary:
+            low, high = summary[name]["interval"]
+            parts.append(f"{name} {summary[name]['mean']:.1%} ({low:.1%} to {high:.1%})")
+    parts.append(f"subject named {summary['subject_kept']:.1%}, degenerate {summary['degenerate']:.1%}")
+    return "Formats and lengths: " + "; ".join(parts) + "."
+
+
+def _steered_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    shares = ("none", "steered", "random", "other", "instructed", "both", "subject_kept", "degenerate")
+    lines = []
+    for row in rows:
+        low, high = row["steered_interval"]
+        before, after = row["quality_none"], row["quality_steered"]
+        lines.append(
+            [
+                row["id"],
+                *_percents(row, *shares),
+                f"{low:.0%} to {high:.0%}",
+                "-" if after is None else f"{before:.1f} → {after:.1f}",
+                "-" if row["layer"] is None else f"{row['layer']} {row['positions']} {row['strength']:g}",
+            ]
+        )
+    header = ["instruction", "none", "steered", "random", "other", "told", "both", "named", "degenerate"]
+    return markdown([*header, "steered, 95%", "perplexity", "setting"], lines)
+
+
+def _percents(row: dict[str, Any], *keys: str) -> list[str]:
+    return ["-" if row[key] is None else f"{row[key]:.0%}" for key in keys]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+# --- running ----------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    started, size = time.perf_counter(), QUICK if args.quick else FULL
+    document: dict[str, Any] = {
+        "version": __version__,
+        "llama_cpp": system_info()["llama-cpp-python"],
+        "machine": f"{platform.machine()} {platform.system()}",
+        "threads": args.threads or default_threads(),
+        "quick": args.quick,
+        "steered": {},
+    }
+    for quant in args.quants:
+        path = bundled.gguf_path("instruct", quant, folder=args.checkpoint)
+        with Engine(path, n_ctx=N_CTX, n_seq_max=N_SEQ_MAX, n_threads=args.threads) as engine:
+            if "told" not in document:
+                note(f"told, on {quant}")
+                rows = told_table(ask_in_words(engine, size))
+                document["told"] = {"quant": quant, "rows": rows, "means": told_means(rows)}
+            document["steered"][quant] = steer(engine, quant, size)
+    document["seconds"] = time.perf_counter() - started
+    return document | {"bars": bars(document)}
+
+
+def steer(engine: Engine, quant: str, size: Size) -> dict[str, Any]:
+    study = prepare(engine, size)
+    regimes = {}
+    for regime in REGIMES:
+        note(f"steered, {quant}, {regime.name}")
+        found = steer_all(study, regime, size)
+        regimes[regime.name] = {
+            "summary": steered_summary(found),
+            "rows": [steered_row(each) for each in found],
+        }
+    return regimes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few questions: shows that it runs, measures little"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the report [default: docs/results; --quick: none]"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="another checkpoint in the bundled model's place")
+    parser.add_argument("--quants", nargs="+", default=QUANTS)
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    document = run(args)
+    text = report(document)
+    print(text)
+    out = args.out or (None if args.quick else ROOT / "docs" / "results")
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "bundled-model.md").write_text(text, encoding="utf-8")
+        (out / "bundled-model.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document))
+    sys.exit(0 if all(bar["met"] for bar in document["bars"]) else 1)
+
+
+if __name__ == "__main__":
+    main()
