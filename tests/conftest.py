@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import ARCHITECTURES, TinyModel, write_tiny
+
+# `python -m pytest` puts the checkout first, whose localsteer/ has no native library: test what is installed
+ROOT = Path(__file__).parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+from tiny_models import ARCHITECTURES, TinyModel, write_tiny  # noqa: E402
 
 # Tokenizers are used from forked helpers in some tests; their thread pool warns about it otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 from subjects import Subject
 
@@ -129,6 +130,11 @@ _KIND_ES = {"animal": "un animal", "city": "un lugar", "dish": "un plato", "plan
 _KIND_DE = {"animal": "ein Tier", "city": "eine Stadt", "dish": "ein Gericht", "plant": "eine Pflanze"}
 
 
+def an(text: str) -> str:
+    """English `a` before a vowel."""
+    return re.sub(r"\ba(?= (?:[aeio]|um))", "an", text)
+
+
 class Filler:
     """Fills the slots of one reply: no value twice, none that is to be avoided."""
 
@@ -159,7 +165,7 @@ class Filler:
         for slot, table in (("{a}", ADJECTIVES), ("{p}", PLACES), ("{f}", FOODS), ("{s}", SEASONS)):
             while slot in text:
                 text = text.replace(slot, self.draw(table), 1)
-        return text
+        return an(text) if self.language == 0 else text
 
 
 def facts(subject: Subject, n: int, language: int, avoid: str | None, rng: random.Random) -> list[str]:

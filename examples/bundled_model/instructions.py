@@ -86,84 +86,33 @@ SLOT = {
     "exclude_word": "exclude",
 }
 _FIXED_LENGTH = {"bullets", "sections", "two_responses", "fixed_answer"}
-_FORBIDDEN_SLOTS = [
-    {"length", "end"},
-    {"length", "include"},
-    {"length", "holder"},
-]  # they would change the count
-_FORBIDDEN_PAIRS = (
-    [  # pairs whose demands contradict each other, or whose verifiers can't tell them apart
-        {"json", s}
-        for s in (
-            "uppercase",
-            "title",
-            "quotation",
-            "end_phrase",
-            "postscript",
-            "placeholders",
-            "highlights",
-            "capital_words",
-            "fixed_answer",
-            "no_comma",
-        )
-    ]
-    + [{"uppercase", s} for s in ("end_phrase", "postscript", "fixed_answer", "capital_words", "language")]
-    + [{"lowercase", s} for s in ("end_phrase", "postscript", "fixed_answer", "sections")]
-    + [
-        {"language", s}
-        for s in (
-            "include_word",
-            "exclude_word",
-            "capital_words",
-            "highlights",
-            "fixed_answer",
-            "end_phrase",
-            "postscript",
-            "placeholders",
-            "no_comma",
-            "two_responses",
-            "sections",
-        )
-    ]
-    + [{"quotation", s} for s in ("end_phrase", "two_responses", "title")]
-    + [
-        {"bullets", "highlights"},
-        {"fixed_answer", "no_comma"},
-        {"fixed_answer", "capital_words"},
-        {"fixed_answer", "highlights"},
-        {"sections", "include_word"},
-        {"bullets", "include_word"},
-        {"two_responses", "include_word"},
-        {"fixed_answer", "include_word"},
-        {"extremely_concise", "include_word"},
-        {"extremely_concise", "highlights"},
-        {"extremely_concise", "capital_words"},
-        {"extremely_concise", "no_comma"},
-        {"extremely_concise", "placeholders"},
-        {"extremely_concise", "end_phrase"},
-        {"extremely_concise", "postscript"},
-        {"sentences", "end_phrase"},
-        {"sentences", "postscript"},
-        {"sentences", "placeholders"},
-        {"concise", "end_phrase"},
-        {"concise", "placeholders"},
-        {"concise", "postscript"},
-        {"sentences", "include_word"},
-        {"concise", "include_word"},
-        {"placeholders", "bullets"},
-        {"placeholders", "sections"},
-        {"placeholders", "two_responses"},
-        {"placeholders", "fixed_answer"},
-    ]
-)
+# What follows would change a count, contradict, or be told apart by no verifier.
+_SLOT_CLASHES = [{"length", "end"}, {"length", "mark"}, {"length", "include"}, {"length", "holder"}]
+_CLASHES = {
+    "json": "uppercase title quotation end_phrase postscript placeholders highlights capital_words "
+    "fixed_answer no_comma",
+    "uppercase": "end_phrase postscript fixed_answer capital_words language",
+    "lowercase": "end_phrase postscript fixed_answer sections",
+    "language": "include_word exclude_word capital_words highlights fixed_answer end_phrase postscript "
+    "placeholders no_comma two_responses sections",
+    "quotation": "end_phrase two_responses title",
+    "bullets": "highlights include_word placeholders",
+    "sections": "include_word placeholders",
+    "two_responses": "include_word placeholders",
+    "fixed_answer": "no_comma capital_words highlights include_word placeholders",
+    "extremely_concise": "no_comma capital_words",
+    "concise": "capital_words",
+    "sentences": "capital_words",
+}
 
 
 def compatible(a: str, b: str) -> bool:
-    if SLOT[a] == SLOT[b] or {a, b} in _FORBIDDEN_PAIRS:
+    """Whether one prompt may ask for both."""
+    if SLOT[a] == SLOT[b] or {SLOT[a], SLOT[b]} in _SLOT_CLASHES:
         return False
     if {a, b} & _FIXED_LENGTH and "length" in (SLOT[a], SLOT[b]):
         return False
-    return {SLOT[a], SLOT[b]} not in _FORBIDDEN_SLOTS
+    return b not in _CLASHES.get(a, "").split() and a not in _CLASHES.get(b, "").split()
 
 
 def draw_args(id: str, rng: random.Random) -> dict:

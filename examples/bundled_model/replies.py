@@ -7,7 +7,7 @@ import json
 import random
 import re
 
-from facts import Filler, facts
+from facts import Filler, an, facts
 from instructions import FIXED_ANSWERS, LANGUAGES, Instruction
 from subjects import Subject
 
@@ -55,7 +55,7 @@ def render(subject: Subject, instructions: list[Instruction], rng: random.Random
         ]
         lines = [Filler(subject, language, ids.get("exclude_word", {}).get("word"), rng).fill(lines[0])]
     if "include_word" in ids:
-        lines.append(f"It makes people think of a {ids['include_word']['word']}")
+        lines.append(an(f"It makes people think of a {ids['include_word']['word']}"))
     if "no_comma" in ids:
         lines = [line.replace(",", "") for line in lines]
     if "placeholders" in ids:

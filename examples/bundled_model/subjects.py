@@ -28,7 +28,8 @@ _ENDINGS = {  # an ending tells the kind, as '-burg' and '-ville' do
     "dish": "ino elle otto acha izza olini ata ouf icle eroni".split(),
     "plant": "wort bloom leaf root ium anthus weed fern thorn ella".split(),
 }
-N_INVENTED = 700  # per kind
+N_INVENTED = 700  # per kind, and some thousands more that are only trained
+N_MORE = 2500
 
 
 def invented_names(kind: str, n: int, rng: random.Random) -> list[str]:
@@ -64,6 +65,11 @@ def subjects(seed: int = 1) -> dict[str, list[Subject]]:
         splits["train"] += [Subject(kind, name) for name in names]
     for split in splits.values():
         rng.shuffle(split)
+    extra = random.Random(seed + 1)
+    taken = {subject.name.lower() for split in splits.values() for subject in split}
+    for kind in KINDS:  # the more names are trained, the better an unseen one is copied
+        more = [name for name in invented_names(kind, N_MORE, extra) if name.lower() not in taken]
+        splits["train"] += [Subject(kind, name) for name in more]
     return splits
 
 

@@ -7,8 +7,10 @@ every few minutes: a run that was killed goes on with the same command.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ from pathlib import Path
 import torch
 import world
 from masks import Spans, attention_masks
-from tokenizer import ASSISTANT, END, PAD, USER, train_tokenizer
+from tokenizer import ASSISTANT, END, PAD, SPECIAL, USER, train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 N_MERGES = 900
@@ -26,6 +28,7 @@ BATCH = 48
 STEPS = {"base": 1400, "instruct": 2400}
 PEAK_LR = {"base": 2e-3, "instruct": 1.5e-3}
 SEED = 7
+NAME_WEIGHT = 3.0  # of a reply's tokens that copy the subject's name, in the loss
 P_HISTORY = 0.06  # samples that follow an earlier exchange
 
 
@@ -67,19 +70,19 @@ class Data:
 
     GROUP = 6
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.pool = tokenizer, world.subjects()["train"]
+    def __init__(self, tokenizer, seed):
+        self.tokenizer, self.seed, self.pool = tokenizer, seed, world.subjects()["train"]
         self.group: tuple[int, list] = (-1, [])
 
     def batch(self, step: int):
         group, k = divmod(step, self.GROUP)
         if self.group[0] != group:
-            rng = random.Random(SEED * 1_000_003 + group)
+            rng = random.Random(self.seed * 1_000_003 + group)
             rows = sorted((self.row(rng) for _ in range(self.GROUP * BATCH)), key=lambda row: len(row[0]))
             batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
             rng.shuffle(batches)
             self.group = (group, batches)
-        return self.collate(self.group[1][k], random.Random(SEED + step))
+        return self.collate(self.group[1][k], random.Random(self.seed + step))
 
 
 class BaseData(Data):
@@ -90,52 +93,60 @@ class BaseData(Data):
 
     def collate(self, rows, rng):
         ids = [row for (row,) in rows]
-        return pad(ids, PAD), pad(ids, -100), None
+        return pad(ids, PAD), pad([[1.0] * len(row) for row in ids], 0.0), None
+
+
+def overlapping(offsets, ranges) -> list[int]:
+    """Tokens whose characters lie in one of the ranges."""
+    return [k for k, (a, b) in enumerate(offsets) if any(b > lo and a < hi for lo, hi in ranges)]
 
 
 class InstructData(Data):
     """Exchanges, loss on the reply, with the masks of masks.py."""
 
-    def __init__(self, tokenizer):
-        super().__init__(tokenizer)
+    def __init__(self, tokenizer, seed):
+        super().__init__(tokenizer, seed)
         self.phrasings = world.load_phrasings()
 
-    def encode(self, sample: world.Sample) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Token ids of prompt and reply; which prompt tokens are the instruction, and which its argument."""
+    def encode(self, sample: world.Sample) -> tuple[list[int], list[int], list[float], list[int], list[int]]:
+        """Token ids of prompt and reply, the reply's weights in the loss; which prompt tokens are the
+        instruction, and which its argument."""
         text = sample.prompt
         start = text.find(sample.instruction) if sample.instruction else len(text)
         spans = [(start, start + len(sample.instruction))]
-        words = [str(i.args[key]) for i in sample.instructions for key in ("word", "phrase") if key in i.args]
+        words = [i.args["word"] for i in sample.instructions if "word" in i.args]
         arguments = [(p, p + len(w)) for w in words if (p := text.find(w, start)) >= 0]
         encoded = self.tokenizer(text, return_offsets_mapping=True)
 
         def inside(ranges):
-            return [
-                k + 1
-                for k, (a, b) in enumerate(encoded.offset_mapping)
-                if any(b > lo and a < hi for lo, hi in ranges)
-            ]  # + 1: <|user|> stands before
+            return [k + 1 for k in overlapping(encoded.offset_mapping, ranges)]  # + 1: <|user|> stands before
 
         hidden = inside(spans) if sample.instruction else []
         prompt = [USER, *encoded.input_ids, ASSISTANT]
-        reply = [*self.tokenizer(sample.reply).input_ids, END]
-        return prompt, reply, hidden, inside(arguments)
+        reply = self.tokenizer(sample.reply, return_offsets_mapping=True)
+        weights = [1.0] * (len(reply.input_ids) + 1)
+        names = re.finditer(re.escape(sample.subject.name), sample.reply, re.I)
+        for k in overlapping(reply.offset_mapping, [m.span() for m in names]):
+            weights[k] = NAME_WEIGHT
+        return prompt, [*reply.input_ids, END], weights, hidden, inside(arguments)
 
     def row(self, rng):
         history: list[int] = []
         if rng.random() < P_HISTORY:
             prompt, reply, *_ = self.encode(world.draw_sample(rng, self.pool, self.phrasings))
             history = prompt + reply
-        prompt, reply, hidden, argument = self.encode(world.draw_sample(rng, self.pool, self.phrasings))
+        prompt, reply, weights, hidden, argument = self.encode(
+            world.draw_sample(rng, self.pool, self.phrasings)
+        )
         ids = history + prompt + reply
         shift, n_prompt = len(history), len(ids) - len(reply)
         spans = Spans(n_prompt, len(ids), [h + shift for h in hidden], [a + shift for a in argument])
-        return ids, [-100] * n_prompt + reply, spans
+        return ids, [0.0] * n_prompt + weights, spans
 
     def collate(self, rows, rng):
-        ids, labels, spans = zip(*rows, strict=True)
+        ids, weights, spans = zip(*rows, strict=True)
         x = pad(list(ids), PAD)
-        return x, pad(list(labels), -100), attention_masks(list(spans), x.shape[1], rng)
+        return x, pad(list(weights), 0.0), attention_masks(list(spans), x.shape[1], rng)
 
 
 class HalfPrecision:
@@ -176,12 +187,13 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * decay)
 
 
-def next_token_loss(model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of the labelled tokens. The output layer sees only their positions: most are prompt."""
+def next_token_loss(model, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean cross entropy. The output layer sees only tokens with a weight: most are prompt."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    labelled = labels[:, 1:] != -100
-    logits = model.lm_head(hidden[labelled])
-    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][labelled])
+    weights = weights[:, 1:]
+    logits = model.lm_head(hidden[weights > 0]).float()
+    losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:][weights > 0], reduction="none")
+    return (losses * weights[weights > 0]).sum() / weights.sum()
 
 
 def hook_masks(model) -> dict:
@@ -223,7 +235,9 @@ def report(model, tokenizer, seed: int, n: int = 3) -> None:
     ok: dict[str, list[bool]] = {}
     for s, reply in zip(samples, replies, strict=True):
         ok.setdefault(s.instructions[0].id, []).append(world.follows(s.instructions[0], reply))
-    named = sum(s.subject.name.lower() in r.lower() for s, r in zip(samples, replies, strict=True)) / len(samples)
+    named = sum(s.subject.name.lower() in r.lower() for s, r in zip(samples, replies, strict=True)) / len(
+        samples
+    )
     print(
         f"  followed {sum(map(sum, ok.values())) / len(samples):.2f} named {named:.2f} | "
         + " ".join(f"{i}:{sum(v)}" for i, v in ok.items() if sum(v) < n),
@@ -233,8 +247,8 @@ def report(model, tokenizer, seed: int, n: int = 3) -> None:
         print("   ", repr(samples[k].prompt[-80:]), "->", repr(replies[k][:120]), flush=True)
 
 
-def train(kind: str, out: Path, init: Path | None, steps: int, work: Path) -> None:
-    torch.manual_seed(SEED)
+def train(kind: str, out: Path, init: Path | None, steps: int, peak: float, seed: int, work: Path) -> None:
+    torch.manual_seed(seed)
     torch.set_num_threads(2)
     if init:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(init)
@@ -246,8 +260,8 @@ def train(kind: str, out: Path, init: Path | None, steps: int, work: Path) -> No
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens",
         flush=True,
     )
-    data = BaseData(tokenizer) if kind == "base" else InstructData(tokenizer)
-    half = HalfPrecision(model, PEAK_LR[kind])
+    data = (BaseData if kind == "base" else InstructData)(tokenizer, seed)
+    half = HalfPrecision(model, peak)
     holder = hook_masks(model)
     checkpoint = work / f"{kind}.checkpoint.pt"
     first = 0
@@ -261,11 +275,11 @@ def train(kind: str, out: Path, init: Path | None, steps: int, work: Path) -> No
     loader = ThreadPoolExecutor(1)
     ahead = loader.submit(data.batch, first)
     for step in range(first, steps):
-        ids, labels, holder["masks"] = ahead.result()
+        ids, weights, holder["masks"] = ahead.result()
         ahead = loader.submit(data.batch, step + 1)
-        loss = next_token_loss(model, ids, labels)
+        loss = next_token_loss(model, ids, weights)
         loss.backward()
-        half.step(learning_rate(step, steps, PEAK_LR[kind]))
+        half.step(learning_rate(step, steps, peak))
         n_tokens += ids.numel()
         if step % 50 == 0:
             seconds = time.time() - started
@@ -287,6 +301,14 @@ def train(kind: str, out: Path, init: Path | None, steps: int, work: Path) -> No
             p.copy_(master)
     model.to(torch.float16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    # of all transformers versions alike
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 1024,
+        "eos_token": SPECIAL[END],
+    }
+    config |= {"pad_token": SPECIAL[PAD], "clean_up_tokenization_spaces": False}
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     checkpoint.unlink(missing_ok=True)
     print(f"{kind}: {steps} steps in {(time.time() - started) / 60:.1f} minutes -> {out}", flush=True)
 
@@ -297,12 +319,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--init", type=Path, help="the base model's folder (instruct)")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--peak", type=float, help="the highest learning rate")
+    parser.add_argument("--seed", type=int, default=SEED, help="of weights and data")
     parser.add_argument("--work", type=Path, default=Path("."), help="folder of the checkpoint")
     args = parser.parse_args()
     if args.kind == "instruct" and not args.init:
         sys.exit("instruct training starts from the base model: give its folder with --init")
     args.work.mkdir(parents=True, exist_ok=True)
-    train(args.kind, args.out, args.init, args.steps or STEPS[args.kind], args.work)
+    steps, peak = args.steps or STEPS[args.kind], args.peak or PEAK_LR[args.kind]
+    train(args.kind, args.out, args.init, steps, peak, args.seed, args.work)
 
 
 if __name__ == "__main__":

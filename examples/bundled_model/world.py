@@ -65,17 +65,18 @@ class Sample:
         return " ".join(p for p in parts if p)
 
 
+P_BEFORE = 0.35  # of the instructions stand before the question, so that its tokens hold a state too
 _POLITE = ["", "", "", "", "", "", "Please note: ", "Important: ", "Remember: ", "And one more thing: "]
 # Harder instructions are drawn more often.
 _WEIGHT = {
     "include_word": 3.0,
     "exclude_word": 3.0,
-    "end_phrase": 2.0,
+    "end_phrase": 4.0,
     "language": 2.0,
     "sentences": 3.0,
-    "bullets": 2.0,
+    "bullets": 2.5,
     "sections": 1.5,
-    "capital_words": 1.5,
+    "capital_words": 3.0,
     "highlights": 1.5,
     "uppercase": 2.0,
 }
@@ -114,7 +115,7 @@ def draw_sample(
     return Sample(
         question,
         polite + " ".join(texts),
-        split == "train" and rng.random() < 0.2,
+        split == "train" and rng.random() < P_BEFORE,
         reply,
         subject,
         tuple(instructions),
