@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NOTICE = "notice"  # of the provenance: what its user should know each time
 N_SEQ_MAX = 16  # sequences in one decode while settings are tried
 # Quick, since somebody waits: `tune` and `demo` look closer. (settings that come into the round, queries)
-ROUNDS = ((10**6, 3), (4, 8))
+ROUNDS = ((10**6, 2), (4, 8))
 MAX_TOKENS = 320  # a reply cut short fails many verifiers, JSON's first of all
 FEW_BLOCKS = 12  # so many are all tried; of a deeper model, SPREAD_BLOCKS from the middle half
 SPREAD_BLOCKS = 6
