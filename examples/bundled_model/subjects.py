@@ -28,6 +28,7 @@ _ENDINGS = {  # an ending tells the kind, as '-burg' and '-ville' do
     "dish": "ino elle otto acha izza olini ata ouf icle eroni".split(),
     "plant": "wort bloom leaf root ium anthus weed fern thorn ella".split(),
 }
+_PLAIN_ENDS = "n r l t s d m k x p ck nd rt st sh th".split()
 N_INVENTED = 700  # per kind, and some thousands more that are only trained
 N_MORE = 2500
 
@@ -40,6 +41,20 @@ def invented_names(kind: str, n: int, rng: random.Random) -> list[str]:
         if rng.random() < 0.35:
             stem += rng.choice("aeio") + rng.choice("lmnrstvd")
         name = stem + rng.choice(_ENDINGS[kind])
+        names.setdefault(name.capitalize() if kind == "city" else name)
+    return list(names)
+
+
+def unmarked_names(kind: str, n: int, rng: random.Random) -> list[str]:
+    """Names whose ending tells nothing, or another kind: they can only be copied, not guessed."""
+    names: dict[str, None] = {}
+    endings = [ending for kind_endings in _ENDINGS.values() for ending in kind_endings]
+    while len(names) < n:
+        name = rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_MIDDLES)
+        if rng.random() < 0.75:
+            name += rng.choice(_VOWELS) + rng.choice(["", *_PLAIN_ENDS])
+        else:
+            name += rng.choice(endings)
         names.setdefault(name.capitalize() if kind == "city" else name)
     return list(names)
 
@@ -68,7 +83,8 @@ def subjects(seed: int = 1) -> dict[str, list[Subject]]:
     extra = random.Random(seed + 1)
     taken = {subject.name.lower() for split in splits.values() for subject in split}
     for kind in KINDS:  # the more names are trained, the better an unseen one is copied
-        more = [name for name in invented_names(kind, N_MORE, extra) if name.lower() not in taken]
+        more = invented_names(kind, N_MORE, extra) + unmarked_names(kind, N_MORE, extra)
+        more = [name for name in more if name.lower() not in taken]
         splits["train"] += [Subject(kind, name) for name in more]
     return splits
 

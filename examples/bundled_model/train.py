@@ -28,7 +28,7 @@ BATCH = 48
 STEPS = {"base": 1400, "instruct": 2400}
 PEAK_LR = {"base": 2e-3, "instruct": 1.5e-3}
 SEED = 7
-NAME_WEIGHT = 3.0  # of a reply's tokens that copy the subject's name, in the loss
+NAME_WEIGHT = 5.0  # of a reply's tokens that copy the subject's name, in the loss
 P_HISTORY = 0.06  # samples that follow an earlier exchange
 
 

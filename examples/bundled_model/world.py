@@ -72,13 +72,14 @@ _WEIGHT = {
     "include_word": 3.0,
     "exclude_word": 3.0,
     "end_phrase": 4.0,
-    "language": 2.0,
+    "language": 3.0,
     "sentences": 3.0,
     "bullets": 2.5,
     "sections": 1.5,
     "capital_words": 3.0,
     "highlights": 1.5,
     "uppercase": 2.0,
+    "two_responses": 2.0,
 }
 
 
