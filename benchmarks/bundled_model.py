@@ -55,7 +55,7 @@ class Size:
     n_other: int
 
 
-FULL = Size(told=40, pairs=400, test=40, n_random=3, n_other=3)
+FULL = Size(told=20, pairs=120, test=20, n_random=1, n_other=1)
 QUICK = Size(told=6, pairs=30, test=8, n_random=1, n_other=1)
 
 

@@ -12,14 +12,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from queue import Queue
+from threading import Event
+from typing import Any, TypeVar
 
 import numpy as np
 
 from . import bundled
+from .bridge import default_threads
 from .cache import cache_folder
 from .catalog import Catalog, Instruction, Query, load_catalog
 from .engine import Engine
@@ -35,6 +39,7 @@ from .evaluate.conditions import (
     run_conditions,
     told_replies,
 )
+from .evaluate.judge import perplexity
 from .evaluate.pick import Pick, pick
 from .extract import Backend, extract, open_backend
 from .generate import Reply
@@ -47,11 +52,13 @@ N_PAIRS = 50
 PARTNERS = ("json", "lowercase", "title")
 N_TOLD = 6  # validation queries that show how long replies are, and which instructions make a fair control
 N_CTX = 256  # tokens: the longest prompt and reply of the bundled model together stay below 160
-N_SEQ_MAX = 16
+N_SEQ_MAX = 8
+MAX_WORKERS = 8
 MAX_TOKENS = 112  # the longest reply in its training has 80
-SCORED = ("none", "steered")
+SHOWN = ("none", "steered")
 MEANS = (*CONDITIONS, "quality_none", "quality_steered", "subject_kept", "degenerate")
 
+Result = TypeVar("Result")
 Advance = Callable[[int, int], None]
 Stage = Callable[[str], AbstractContextManager[Advance]]
 
@@ -88,23 +95,22 @@ def run_demo(
     with stage("quantizing the bundled model"):
         path = bundled.gguf_path("instruct", quant, folder=checkpoint)
     folder = Path(out) if out is not None else cache_folder() / "demo" / path.stem
+    n_threads = n_threads or default_threads()
     with Engine(path, n_ctx=N_CTX, n_seq_max=N_SEQ_MAX, n_threads=n_threads) as engine:
         source = engine if backend == "gguf" else bundled.checkpoint_folder("instruct", folder=checkpoint)
         study = Study.prepare(engine, source, catalog, chosen, n=n, seed=seed, stage=stage)
-        rows, examples = [], []
-        picks = _pick_all(study, chosen, stage)
-        with stage("comparing the conditions") as advance:
-            for done, instruction in enumerate(chosen, 1):
-                picked = picks[instruction.id]
-                outcomes = study.conditions(instruction, picked.vector)
-                rows.append(row(instruction, picked, outcomes, study.others(instruction)))
-                examples.append(_example(instruction, outcomes))
-                advance(done, len(chosen))
-        files = _save(folder, picks)
+    with stage("picking settings, comparing conditions") as advance:
+        found = study.for_each(chosen, _pick_and_compare, n_threads=n_threads, advance=advance)
+    files = _save(folder, {each.id: picked for each, (picked, _) in zip(chosen, found, strict=True)})
+    rows = [
+        row(each, picked, outcomes, study.others(each)) | {"file": files[each.id]}
+        for each, (picked, outcomes) in zip(chosen, found, strict=True)
+    ]
+    examples = [_example(each, outcomes) for each, (_, outcomes) in zip(chosen, found, strict=True)]
     return {
         "model": f"localsteer-{bundled.MODELS[0]}",
         "quant": quant.upper(),
-        "instructions": [row | {"file": files[row["id"]]} for row in rows],
+        "instructions": rows,
         "mean": mean(rows),
         "seconds": round(time.perf_counter() - started, 1),
         "backend": backend,
@@ -131,9 +137,10 @@ def _check(backend: str, n: int, catalog: Catalog) -> None:
 
 @dataclass
 class Study:
-    """One open model with all that its instructions share: vectors, plain replies, the mean plain state.
+    """A model with all that its instructions share: vectors, plain replies, the mean plain state.
 
-    told: replies of the model alone to the first validation queries with each instruction in words.
+    engine: an open one, for what is asked next; `for_each` opens its own. told: replies of the model alone to
+    the first validation queries, with each instruction in words. plain_perplexity: of `plain`.
     """
 
     engine: Engine
@@ -144,7 +151,9 @@ class Study:
     told: Mapping[str, Sequence[Reply]]
     plain: Sequence[Reply]
     plain_mean: np.ndarray
+    plain_perplexity: float | None
     seed: int = 0
+    stopping: Event = field(default_factory=Event)  # set when nobody waits for results any more
 
     @classmethod
     def prepare(
@@ -167,8 +176,40 @@ class Study:
         with stage("asking in words"):
             told = told_replies(engine, instructions, validation[:N_TOLD], max_tokens=MAX_TOKENS)
             plain = plain_replies(engine, test, max_tokens=MAX_TOKENS)
-        plain_mean = mean_state(engine, validation)
-        return cls(engine, instructions, validation, test, vectors, told, plain, plain_mean, seed)
+            asked = zip(test, plain, strict=True)
+            pairs = [
+                (engine.prompt_tokens(query.text), reply.tokens) for query, reply in asked if reply.tokens
+            ]
+            surprise = perplexity([-score for score in engine.score(pairs)])
+            plain_mean = mean_state(engine, validation)
+        return cls(engine, instructions, validation, test, vectors, told, plain, plain_mean, surprise, seed)
+
+    def for_each(
+        self,
+        instructions: Sequence[Instruction],
+        work: Callable[[Study, Instruction], Result],
+        *,
+        n_threads: int,
+        advance: Advance = lambda _done, _total: None,
+    ) -> list[Result]:
+        """work(study, instruction) for each, in order; several at once, each in an engine of one thread.
+
+        Small models gain from that: two threads on one matrix of 256 columns mostly wait for each other.
+        """
+        n_workers = min(n_threads, MAX_WORKERS, len(instructions))
+        with _workers(self.engine.path, n_workers, n_threads // n_workers) as (pool, engines, stopping):
+
+            def run(instruction: Instruction) -> Result:
+                engine = engines.get()
+                try:
+                    return work(replace(self, engine=engine, stopping=stopping), instruction)
+                finally:
+                    engines.put(engine)
+
+            running = [pool.submit(run, instruction) for instruction in instructions]
+            for done, _ in enumerate(as_completed(running), 1):
+                advance(done, len(running))
+            return [each.result() for each in running]
 
     def pick(self, instruction: Instruction, **restricted: Any) -> Pick:
         """Settings chosen on validation queries. restricted: blocks, positions, strengths, rounds."""
@@ -179,8 +220,13 @@ class Study:
             self.validation,
             max_tokens=self.budget(instruction),
             must_end=True,
+            on_progress=self._check,
             **restricted,
         )
+
+    def _check(self, _done: int, _total: int) -> None:
+        if self.stopping.is_set():
+            raise LocalsteerError("stopped.")
 
     def budget(self, instruction: Instruction) -> int:
         """Tokens of a reply beyond which it is endless: half as many again as replies have when told."""
@@ -199,10 +245,33 @@ class Study:
         controls = {"random": random_control(vector, self.plain_mean, self.seed)}
         for other in self.others(instruction):
             controls["other"] = applied_like(self.vectors[other.id], vector)
-        settings = {"scored": SCORED, "plain": self.plain, "controls": controls} | options
-        return run_conditions(
+        settings = {"scored": ("steered",), "plain": self.plain, "controls": controls} | options
+        outcomes = run_conditions(
             self.engine, instruction, vector, self.test, max_tokens=MAX_TOKENS, must_end=True, **settings
         )
+        return outcomes | {"none": replace(outcomes["none"], perplexity=self.plain_perplexity)}
+
+
+@contextmanager
+def _workers(path: Path, n: int, n_threads: int) -> Iterator[tuple[ThreadPoolExecutor, Queue[Engine], Event]]:
+    """Threads, an engine for each of them, and what tells them to stop early."""
+    engines: Queue[Engine] = Queue()
+    stopping = Event()
+    with ExitStack() as stack:
+        for _ in range(n):
+            opened = Engine(path, n_ctx=N_CTX, n_seq_max=N_SEQ_MAX, n_threads=n_threads)
+            engines.put(stack.enter_context(opened))
+        pool = stack.enter_context(ThreadPoolExecutor(n))
+        try:
+            yield pool, engines, stopping
+        finally:
+            stopping.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _pick_and_compare(study: Study, instruction: Instruction) -> tuple[Pick, dict[str, Outcome]]:
+    picked = study.pick(instruction)
+    return picked, study.conditions(instruction, picked.vector)
 
 
 def spread(queries: Sequence[Query], n: int) -> list[Query]:
@@ -261,15 +330,6 @@ class _Remembering:
         return np.stack([self._states[key] for key in keys])
 
 
-def _pick_all(study: Study, instructions: Sequence[Instruction], stage: Stage) -> dict[str, Pick]:
-    picks = {}
-    with stage("picking settings") as advance:
-        for done, instruction in enumerate(instructions, 1):
-            picks[instruction.id] = study.pick(instruction)
-            advance(done, len(instructions))
-    return picks
-
-
 def row(
     instruction: Instruction, picked: Pick, outcomes: Mapping[str, Outcome], others: Sequence[Instruction]
 ) -> dict[str, Any]:
@@ -310,7 +370,7 @@ def _example(instruction: Instruction, outcomes: Mapping[str, Outcome]) -> dict[
     """The first test query that the vector steers well, or the first of all."""
     replies = outcomes["steered"].replies
     k = next((k for k, reply in enumerate(replies) if reply.good), 0)
-    texts = {name: outcomes[name].replies[k].text for name in SCORED}
+    texts = {name: outcomes[name].replies[k].text for name in SHOWN}
     return {"id": instruction.id, "query": replies[k].query, **texts}
 
 

@@ -15,6 +15,7 @@ from localsteer.catalog import Instruction, Query
 from localsteer.engine import Engine
 from localsteer.errors import PlanError
 from localsteer.evaluate.pick import (
+    POSITIONS,
     ROUNDS,
     Round,
     Setting,
@@ -84,8 +85,20 @@ def test_the_planted_setting_is_chosen() -> None:
 
 def test_among_equals_the_likeliest_replies_win_then_the_lowest_block() -> None:
     likeliest = PlantedEngine(lambda _: True, cost=lambda layer: 1.0 if layer in (2, 4) else 3.0)
-    assert pick(likeliest, vector(), LOWERCASE, QUERIES).setting.layer == 2
-    assert pick(PlantedEngine(lambda _: True), vector(), LOWERCASE, QUERIES).setting.layer == 0
+    few = {"blocks": (2, 4, 5), "positions": ("prompt",)}
+    assert pick(likeliest, vector(), LOWERCASE, QUERIES, **few).setting.layer == 2
+    few = {"blocks": (1, 3), "positions": ("prompt",)}
+    assert pick(PlantedEngine(lambda _: True), vector(), LOWERCASE, QUERIES, **few).setting.layer == 1
+
+
+def test_ties_of_the_first_rounds_leave_a_spread_of_settings() -> None:
+    """The likeliest replies would be those of settings that hardly steer."""
+    engine = PlantedEngine(lambda _: True, cost=lambda layer: layer)
+    picked = pick(engine, vector(), LOWERCASE, QUERIES, rounds=(Round(99, 2), Round(4, 8)))
+    longest = [row for row in picked.table if row["n"] == 8 and row["mode"]]
+    assert len(longest) == 4
+    assert len({row["layer"] for row in longest}) == 4
+    assert len({row["positions"] for row in longest}) > 1
 
 
 def test_the_model_alone_wins_where_nothing_helps() -> None:
@@ -242,4 +255,4 @@ def test_picking_on_a_random_model_leaves_it_alone(tiny_llama) -> None:
     with Engine(tiny_llama.gguf_path, n_ctx=128, n_threads=1) as engine:
         picked = pick(engine, steering, json_only, QUERIES[:3], max_tokens=8)
     assert picked.setting is None
-    assert len(picked.table) == 1 + 2 * tiny_llama.n_layer
+    assert len(picked.table) == 1 + len(POSITIONS) * tiny_llama.n_layer

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Up to this depth every block is tried; deeper models get the paper's grid (section 3.1).
 FEW_BLOCKS = 12
-POSITIONS = ("prompt", "all")
+POSITIONS = ("prompt", "last", "all")
 STRENGTHS = (1.0,)
 MAX_TOKENS = 128
 
@@ -37,7 +37,7 @@ class Round(NamedTuple):
 
 
 # the first round sees every setting
-ROUNDS = (Round(10**6, 4), Round(4, 10), Round(2, 20))
+ROUNDS = (Round(10**6, 2), Round(10, 6), Round(6, 12), Round(3, 20))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,9 @@ def pick(
             trials[i].replies.append(judge(instruction, queries[j], reply, must_end=must_end))
 
     def rank(live: Sequence[int], keep: int) -> list[int]:
-        _settle_ties(engine, [trials[i] for i in live], keep)
+        if keep > 1:
+            return _spread_ties(live, [trials[i].score for i in live], keep)
+        _settle_ties(engine, [trials[i] for i in live])
         return sorted(live, key=lambda i: _order(trials[i]))
 
     order = halve(len(trials), len(queries), rounds, run, rank, on_progress=on_progress)
@@ -211,14 +213,28 @@ def _paper_default(vector: ControlVector, mode: str) -> Pick:
     return Pick(setting.of(vector), setting, [], notice)
 
 
-def _settle_ties(engine: Engine, trials: Sequence[Trial], keep: int) -> None:
-    """Perplexities of the settings that tie for the last of the `keep` places; nothing else needs them."""
-    rivals = sorted((trial for trial in trials if trial.setting), key=lambda trial: -trial.score)
-    if len(rivals) <= keep:
-        return
-    last = rivals[keep - 1].score
-    tied = [trial for trial in rivals if trial.score == last]
-    if last == 0 or len(tied) == 1 or rivals[keep].score < last:
+def _spread_ties(live: Sequence[int], scores: Sequence[float], keep: int) -> list[int]:
+    """Candidates by score; of those that tie for the last of `keep` places, some at equal distances first.
+
+    After few queries many settings are equal. The likeliest replies would be a bad guide then: a setting that
+    hardly steers is the likeliest of all.
+    """
+    rivals = sorted((i for i in live if i != 0), key=lambda i: (-scores[live.index(i)], i))
+    if len(rivals) > keep:
+        last = scores[live.index(rivals[keep - 1])]
+        above = [i for i in rivals if scores[live.index(i)] > last]
+        tied = [i for i in rivals if scores[live.index(i)] == last]
+        places = keep - len(above)
+        first = [tied[k * len(tied) // places] for k in range(places)]
+        rivals = [*above, *first, *(i for i in rivals if i not in {*above, *first})]
+    return [0, *rivals]
+
+
+def _settle_ties(engine: Engine, trials: Sequence[Trial]) -> None:
+    """Perplexities of the settings that share the best score; nothing else needs them."""
+    best = max(trial.score for trial in trials)
+    tied = [trial for trial in trials if trial.setting and trial.score == best > 0]
+    if len(tied) < 2:
         return
     logs = iter(log_perplexities(engine, [reply for trial in tied for reply in trial.replies]))
     for trial in tied:
