@@ -12,8 +12,9 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from localsteer.convert import export_static
 from vector_cases import exact_directions, exact_vector
+
+from localsteer.convert import export_static
 
 DATA = Path(__file__).parent / "data"
 N_LAYER, N_EMBD = 4, 8

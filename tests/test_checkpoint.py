@@ -19,6 +19,8 @@ import gguf
 import numpy as np
 import pytest
 from llama_reference import Reference
+from tiny_models import ARCHITECTURES, CHAT_TEMPLATE, N_VOCAB, odd_strings, tokenizer, write_checkpoint
+
 from localsteer.convert.checkpoint import (
     FTYPES,
     _stored_form,
@@ -26,8 +28,6 @@ from localsteer.convert.checkpoint import (
     checkpoint_to_gguf,
     read_checkpoint,
 )
-from tiny_models import ARCHITECTURES, CHAT_TEMPLATE, N_VOCAB, odd_strings, tokenizer, write_checkpoint
-
 from localsteer.errors import LocalsteerError, ModelFileError, UnsupportedModelError
 
 torch = pytest.importorskip("torch", reason="the reference is transformers")

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from vector_cases import PROVENANCE, exact_directions, exact_vector, imported_vector, same
+
 from localsteer.convert import CONVENTIONS, export_static, import_vector, keys, read_vector, static_vector
 from localsteer.convert.gguf_file import GgufFile, open_gguf
 from localsteer.convert.read import parse_vector
-from vector_cases import PROVENANCE, exact_directions, exact_vector, imported_vector, same
-
 from localsteer.errors import LocalsteerError, PlanError, VectorFileError
 from localsteer.vector import MODES, POSITIONS, ControlVector
 

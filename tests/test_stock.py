@@ -11,9 +11,9 @@ from pathlib import Path
 import make_hostile
 import numpy as np
 import pytest
-from localsteer.convert import export_static, static_vector
 from vector_cases import exact_directions, exact_vector
 
+from localsteer.convert import export_static, static_vector
 from localsteer.plan import Plan, PositionClass
 from localsteer.vector import ControlVector
 

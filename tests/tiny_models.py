@@ -116,8 +116,9 @@ def tokenizer(pre: str = "gpt-2"):
 
 
 def pre_tokenizer(pre: str):
-    from localsteer.convert.checkpoint_vocab import PRE_BY_REGEX
     from tokenizers import Regex, pre_tokenizers
+
+    from localsteer.convert.checkpoint_vocab import PRE_BY_REGEX
 
     if pre == "gpt-2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
