@@ -27,12 +27,14 @@ from localsteer import __version__, bundled
 from localsteer.bridge import default_threads, system_info
 from localsteer.catalog import Instruction as Steered
 from localsteer.catalog import load_catalog
-from localsteer.demo import GROUPS, MAX_TOKENS, N_CTX, N_SEQ_MAX, Study
+from localsteer.demo import GROUPS
 from localsteer.engine import Engine
-from localsteer.evaluate.conditions import Outcome, applied_like, random_control
+from localsteer.evaluate.conditions import Outcome
 from localsteer.evaluate.pick import POSITIONS, Pick, middle_blocks
 from localsteer.evaluate.quality import is_degenerate, subject_kept
-from localsteer.generate import GREEDY
+from localsteer.evaluate.study import MAX_TOKENS, N_CTX, N_SEQ_MAX, Study
+from localsteer.evaluate.workers import Workers
+from localsteer.generate import GREEDY, Reply
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "bundled_model"))
@@ -41,6 +43,7 @@ import world  # noqa: E402
 QUANTS = ("Q8_0", "Q4_K_M")
 SEED = 5
 N_BOOTSTRAP = 2000
+CHUNK = 200  # prompts of one piece of work
 WORD_KINDS = ("include_word", "exclude_word")
 
 
@@ -109,12 +112,13 @@ def _pair(rng: random.Random) -> list[world.Instruction]:
     return [world.Instruction(kind, world.draw_args(kind, rng)) for kind in chosen]
 
 
-def ask_in_words(engine: Engine, size: Size) -> list[Told]:
+def ask_in_words(workers: Workers, size: Size) -> list[Told]:
     samples = list(told_samples(size))
-    prompts = [sample.prompt for _, sample in samples]
     plain = list(dict.fromkeys(sample.question for _, sample in samples))
-    replies = engine.generate_batch([*prompts, *plain], max_tokens=MAX_TOKENS, sampling=GREEDY)
-    unasked = dict(zip(plain, replies[len(prompts) :], strict=True))
+    prompts = [*(sample.prompt for _, sample in samples), *plain]
+    parts = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
+    replies = [reply for part in workers.map(_greedy, parts) for reply in part]
+    unasked = dict(zip(plain, replies[len(samples) :], strict=True))
     found = []
     for (group, sample), reply in zip(samples, replies, strict=False):
         found.append(
@@ -128,6 +132,10 @@ def ask_in_words(engine: Engine, size: Size) -> list[Told]:
             )
         )
     return found
+
+
+def _greedy(engine: Engine, prompts: Sequence[str]) -> list[Reply]:
+    return engine.generate_batch(prompts, max_tokens=MAX_TOKENS, sampling=GREEDY)
 
 
 def _follows(sample: world.Sample, text: str, finish_reason: str) -> bool:
@@ -192,7 +200,7 @@ REGIMES = (
 
 @dataclass(frozen=True)
 class Steering:
-    """One instruction in one regime. outcomes: by condition; controls are `random 0`, `other json`, ..."""
+    """One instruction in one regime. outcomes: by condition; more controls are `random 1`, `other 1`, ..."""
 
     instruction: Steered
     picked: Pick
@@ -209,38 +217,22 @@ def _verdict(reply: Any, key: str) -> float:
     return float(reply.degenerate is not None if key == "degenerate" else bool(getattr(reply, key)))
 
 
-def prepare(engine: Engine, size: Size) -> Study:
-    catalog = load_catalog(bundled.CATALOG)
-    return Study.prepare(engine, engine, catalog, list(catalog.instructions.values()), n=size.test)
+def steer_all(workers: Workers, study: Study, regime: Regime, size: Size) -> list[Steering]:
+    """Words have no bar: one table of them, where settings are free, is enough."""
+    free = regime.name == "free"
+    wanted = [each for each in study.instructions if free or each.group in GROUPS]
 
+    def work(engine: Engine, instruction: Steered) -> Steering:
+        picked = study.pick(engine, instruction, **regime.restrict(engine.model.n_layer))
+        controls = {}
+        if picked.setting is not None:
+            controls = study.controls(instruction, picked.vector, size.n_random, size.n_other)
+        names = ("none", "steered", *(("instructed", "both") if free else ()), *controls)
+        options = {"controls": controls, "conditions": names}
+        outcomes = study.conditions(engine, instruction, picked.vector, **options)
+        return Steering(instruction, picked, outcomes)
 
-def steer_all(study: Study, regime: Regime, size: Size) -> list[Steering]:
-    found = []
-    restrict = regime.restrict(study.engine.model.n_layer)
-    for instruction in study.instructions:
-        if instruction.group not in GROUPS and regime.name != "free":
-            continue  # words have no bar: one table of them is enough
-        picked = study.pick(instruction, **restrict)
-        controls = _controls(study, instruction, picked, size)
-        told = ("instructed", "both") if regime.name == "free" else ()
-        names = ("none", "steered", *told, *controls)
-        options = {"controls": controls, "conditions": names, "scored": ("none", "steered")}
-        found.append(Steering(instruction, picked, study.conditions(instruction, picked.vector, **options)))
-        note(f"    {instruction.id:18} {found[-1].shares('steered').mean():.2f}")
-    return found
-
-
-def _controls(study: Study, instruction: Steered, picked: Pick, size: Size) -> dict[str, Any]:
-    """Several of each kind; none where picking leaves the model alone."""
-    if picked.setting is None:
-        return {}
-    controls: dict[str, Any] = {
-        f"random {seed}": random_control(picked.vector, study.plain_mean, seed)
-        for seed in range(size.n_random)
-    }
-    for other in study.others(instruction, size.n_other):
-        controls[f"other {other.id}"] = applied_like(study.vectors[other.id], picked.vector)
-    return controls
+    return workers.map(work, wanted, lambda done, total: note(f"    {done} of {total}"))
 
 
 def interval(values: np.ndarray, seed: int = 0) -> list[float]:
@@ -378,7 +370,7 @@ The instruction stands in the prompt. Subjects were never trained, nor some word
 `unasked`: how often the plain reply follows by chance. `new words`: words never asked for in training."""
 STEERED_TEXT = """\
 Vectors are extracted from the quantized model itself, settings chosen on validation questions, figures from
-test questions; subjects and question wordings are disjoint. `free`: every block, positions prompt or all.
+test questions; subjects and question wordings are disjoint. `free`: any block, positions prompt, last or all.
 `middle`: the blocks from 25% to 75% of the depth. `random`: random directions of equal norm and distance at
 the last prompt token. `other`: other instructions' vectors at the same block and positions, of those whose
 own replies do not happen to follow this instruction. Intervals: 95%, bootstrap over the questions."""
@@ -464,22 +456,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     for quant in args.quants:
         path = bundled.gguf_path("instruct", quant, folder=args.checkpoint)
-        with Engine(path, n_ctx=N_CTX, n_seq_max=N_SEQ_MAX, n_threads=args.threads) as engine:
+        with Workers(path, document["threads"], n_ctx=N_CTX, n_seq_max=N_SEQ_MAX) as workers:
             if "told" not in document:
                 note(f"told, on {quant}")
-                rows = told_table(ask_in_words(engine, size))
+                rows = told_table(ask_in_words(workers, size))
                 document["told"] = {"quant": quant, "rows": rows, "means": told_means(rows)}
-            document["steered"][quant] = steer(engine, quant, size)
+            document["steered"][quant] = steer(workers, quant, size)
     document["seconds"] = time.perf_counter() - started
     return document | {"bars": bars(document)}
 
 
-def steer(engine: Engine, quant: str, size: Size) -> dict[str, Any]:
-    study = prepare(engine, size)
+def steer(workers: Workers, quant: str, size: Size) -> dict[str, Any]:
+    catalog = load_catalog(bundled.CATALOG)
+    study = Study.prepare(workers, catalog, list(catalog.instructions.values()), n=size.test)
     regimes = {}
     for regime in REGIMES:
         note(f"steered, {quant}, {regime.name}")
-        found = steer_all(study, regime, size)
+        found = steer_all(workers, study, regime, size)
         regimes[regime.name] = {
             "summary": steered_summary(found),
             "rows": [steered_row(each) for each in found],

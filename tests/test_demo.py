@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from cli_runs import environment, invoke
 from localsteer import bundled
 from localsteer.bundled import checkpoint_hash, gguf_path
 from localsteer.catalog import load_catalog
-from localsteer.demo import GROUPS, extract_all, mean, run_demo, spread
+from localsteer.demo import GROUPS, mean, run_demo
 from localsteer.engine import Engine
 from localsteer.errors import CatalogError, LocalsteerError, ModelFileError
 from localsteer.evaluate.conditions import CONDITIONS
+from localsteer.evaluate.study import extract_all, spread
+from localsteer.evaluate.workers import Workers
 from localsteer.extract import extract
 from localsteer.vector import ControlVector
 
@@ -137,13 +140,45 @@ def test_means_skip_what_is_missing() -> None:
 
 def test_vectors_made_together_are_those_made_alone(tiny_llama) -> None:
     instructions = [CATALOG.get(each) for each in ("json", "lowercase")]
+    queries = CATALOG.queries_for(instructions[1], "extraction")
+    with Workers(tiny_llama.gguf_path, 2, n_ctx=256, exact=True) as workers:
+        together = extract_all(workers, instructions, CATALOG, lambda _done, _total: None)
     with Engine(tiny_llama.gguf_path, n_ctx=256, n_threads=1, exact=True) as engine:
-        together = extract_all(engine, instructions, CATALOG, lambda _done, _total: None)
-        queries = CATALOG.queries_for(instructions[1], "extraction")
         alone = extract(engine, instructions[1], queries, n_pairs=50, mode="project")
     assert list(together) == ["json", "lowercase"]
     np.testing.assert_allclose(together["lowercase"].directions, alone.directions, atol=1e-4)
     np.testing.assert_allclose(together["lowercase"].mean_with, alone.mean_with, atol=1e-4)
+
+
+def test_workers_answer_in_order_and_each_has_its_engine(tiny_llama) -> None:
+    steps: list[tuple[int, int]] = []
+    with Workers(tiny_llama.gguf_path, 2, n_ctx=64) as workers:
+        found = workers.map(
+            lambda engine, k: (k, engine.logits([1, 2, k]).shape[0]),
+            range(7),
+            lambda *step: steps.append(step),
+        )
+    assert found == [(k, 3) for k in range(7)]
+    assert steps == [(k, 7) for k in range(1, 8)]
+
+
+def test_an_error_in_one_piece_of_work_ends_the_others(tiny_llama) -> None:
+    begun = []
+
+    def work(_engine: Engine, k: int) -> None:
+        begun.append(k)
+        if k == 0:
+            raise LocalsteerError("broken")
+        time.sleep(0.05)
+
+    with (
+        pytest.raises(LocalsteerError, match="broken"),
+        Workers(tiny_llama.gguf_path, 1, n_ctx=64) as workers,
+    ):
+        workers.map(work, range(50))
+    assert len(begun) < 10
+    with pytest.raises(LocalsteerError, match="stopped"):
+        workers.check()
 
 
 def test_what_is_asked_for_is_checked(checkpoint: Path) -> None:

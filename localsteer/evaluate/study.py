@@ -1,0 +1,205 @@
+"""One model and the instructions of a catalogue: extract vectors, pick settings, compare conditions.
+
+Vectors come from extraction queries, settings from validation queries, figures from test queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localsteer.catalog import Catalog, Instruction, Query
+from localsteer.engine import Engine
+from localsteer.evaluate.conditions import (
+    Outcome,
+    applied_like,
+    choose_others,
+    mean_state,
+    plain_replies,
+    random_control,
+    run_conditions,
+    told_replies,
+)
+from localsteer.evaluate.judge import perplexity
+from localsteer.evaluate.pick import Pick, pick
+from localsteer.evaluate.workers import Workers
+from localsteer.extract import Backend, extract, open_backend
+from localsteer.generate import Reply
+from localsteer.vector import ControlVector
+
+N_PAIRS = 50
+N_TOLD = 6  # validation queries that show how long replies are, and which instructions make a fair control
+N_CTX = 256  # tokens: the longest prompt and reply of the bundled model together stay below 160
+N_SEQ_MAX = 8  # more sequences pay more for each other's cells in the shared cache than they save
+MAX_TOKENS = 112  # the longest reply in the bundled model's training has 80
+
+Advance = Callable[[int, int], None]
+Stage = Callable[[str], AbstractContextManager[Advance]]
+
+
+def silent(_what: str) -> AbstractContextManager[Advance]:
+    """A stage that shows nothing."""
+    return nullcontext(lambda _done, _total: None)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the instructions of one model share.
+
+    told: replies of the model alone to the first validation queries, with each instruction in words.
+    plain: its replies to the test queries, of perplexity plain_perplexity. plain_mean: (n_layer, n_embd), the
+    mean state of plain prompts at their last token.
+    """
+
+    instructions: tuple[Instruction, ...]
+    validation: tuple[Query, ...]
+    test: tuple[Query, ...]
+    vectors: dict[str, ControlVector]
+    told: dict[str, list[Reply]]
+    plain: list[Reply]
+    plain_perplexity: float | None
+    plain_mean: np.ndarray
+    seed: int = 0
+
+    @classmethod
+    def prepare(
+        cls,
+        workers: Workers,
+        catalog: Catalog,
+        instructions: Sequence[Instruction],
+        *,
+        n: int,
+        checkpoint: Path | None = None,
+        seed: int = 0,
+        stage: Stage = silent,
+    ) -> Study:
+        """Extract vectors and let the model speak for itself. n: test queries. checkpoint: a transformers
+        folder to extract from with PyTorch, in place of the workers' own model."""
+        validation, test = catalog.queries["validation"], spread(catalog.queries["test"], n)
+        with stage("extracting vectors") as advance:
+            vectors = extract_all(checkpoint or workers, instructions, catalog, advance)
+        with stage("asking in words") as advance:
+            told = workers.map(lambda engine, each: _told(engine, each, validation), instructions, advance)
+            (alone,) = workers.map(_alone, [(test, validation)])
+        return cls(
+            tuple(instructions),
+            tuple(validation),
+            tuple(test),
+            vectors,
+            dict(zip(vectors, told, strict=True)),
+            *alone,
+            seed,
+        )
+
+    def pick(self, engine: Engine, instruction: Instruction, **options: Any) -> Pick:
+        """Settings chosen on validation queries. options: of evaluate.pick.pick."""
+        vector, limit = self.vectors[instruction.id], self.longest(instruction)
+        return pick(engine, vector, instruction, self.validation, max_tokens=limit, must_end=True, **options)
+
+    def longest(self, instruction: Instruction) -> int:
+        """Tokens of a reply beyond which it is endless: half as many again as replies have when told."""
+        longest = max(len(reply.tokens) for reply in (*self.told[instruction.id], *self.plain))
+        return min(MAX_TOKENS, longest * 3 // 2 + 8)
+
+    def others(self, instruction: Instruction, n: int = 1) -> list[Instruction]:
+        """Whose vectors are controls, chosen by what the model says when told, on validation queries."""
+        queries = self.validation[:N_TOLD]
+        return choose_others(instruction, self.instructions, self.told, queries, n=n, seed=self.seed)
+
+    def controls(
+        self, instruction: Instruction, vector: ControlVector, n_random: int = 1, n_other: int = 1
+    ) -> dict[str, ControlVector]:
+        """`random`, `other`; of several, the further ones are `random 1`, ..., `other 1`, ..."""
+        controls = {}
+        for k in range(n_random):
+            controls[_numbered("random", k)] = random_control(vector, self.plain_mean, self.seed + k)
+        for k, other in enumerate(self.others(instruction, n_other)):
+            controls[_numbered("other", k)] = applied_like(self.vectors[other.id], vector)
+        return controls
+
+    def conditions(
+        self, engine: Engine, instruction: Instruction, vector: ControlVector, **options: Any
+    ) -> dict[str, Outcome]:
+        """All conditions on the test queries. vector: with settings applied. options: of run_conditions."""
+        given = {"controls": self.controls(instruction, vector), "scored": ("steered",)} | options
+        outcomes = run_conditions(
+            engine,
+            instruction,
+            vector,
+            self.test,
+            plain=self.plain,
+            max_tokens=MAX_TOKENS,
+            must_end=True,
+            **given,
+        )
+        return outcomes | {"none": replace(outcomes["none"], perplexity=self.plain_perplexity)}
+
+
+def spread(queries: Sequence[Query], n: int) -> list[Query]:
+    """`n` of the queries at equal distances, so that few of them still hold every kind."""
+    return [queries[i * len(queries) // n] for i in range(n)]
+
+
+def extract_all(
+    source: Workers | Path, instructions: Sequence[Instruction], catalog: Catalog, advance: Advance
+) -> dict[str, ControlVector]:
+    """A vector for each instruction, from the same queries: plain prompts go through the model once."""
+    states: dict[tuple[int, ...], np.ndarray] = {}
+
+    def extract_one(model: Engine | Backend, instruction: Instruction) -> ControlVector:
+        queries = catalog.queries_for(instruction, "extraction")
+        with open_backend(model) as backend:
+            remembering = _Remembering(backend, states)
+            return extract(remembering, instruction, queries, n_pairs=N_PAIRS, mode="project")
+
+    if isinstance(source, Workers):
+        vectors = source.map(extract_one, instructions, advance)
+    else:
+        # float32: the bundled checkpoint is small, and its states are then exact
+        with open_backend(source, dtype="float32") as backend:
+            vectors = [extract_one(backend, each) for each in instructions]
+    return {each.id: vector for each, vector in zip(instructions, vectors, strict=True)}
+
+
+class _Remembering:
+    """A backend that computes the states of each prompt once. For few prompts: it forgets none."""
+
+    def __init__(self, backend: Backend, states: dict[tuple[int, ...], np.ndarray]) -> None:
+        # the attributes of the protocol: delegating with __getattr__ would hide them from isinstance
+        self.n_layer, self.n_embd = backend.n_layer, backend.n_embd
+        self.model_name, self.architecture = backend.model_name, backend.architecture
+        self.source_hash, self.description = backend.source_hash, backend.description
+        self.template = backend.template
+        self.tokenize, self.close = backend.tokenize, backend.close
+        self._states_of, self._states = backend.last_hidden_states, states
+
+    def last_hidden_states(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        keys = [tuple(tokens) for tokens in prompts]
+        new = [key for key in dict.fromkeys(keys) if key not in self._states]
+        if new:
+            self._states.update(zip(new, self._states_of(new), strict=True))
+        return np.stack([self._states[key] for key in keys])
+
+
+def _told(engine: Engine, instruction: Instruction, validation: Sequence[Query]) -> list[Reply]:
+    return told_replies(engine, [instruction], validation[:N_TOLD], max_tokens=MAX_TOKENS)[instruction.id]
+
+
+def _alone(
+    engine: Engine, queries: tuple[Sequence[Query], Sequence[Query]]
+) -> tuple[list[Reply], float | None, np.ndarray]:
+    """The model's own replies, their perplexity, and its mean state."""
+    test, validation = queries
+    plain = plain_replies(engine, test, max_tokens=MAX_TOKENS)
+    asked = zip(test, plain, strict=True)
+    pairs = [(engine.prompt_tokens(query.text), reply.tokens) for query, reply in asked if reply.tokens]
+    return plain, perplexity([-score for score in engine.score(pairs)]), mean_state(engine, validation)
+
+
+def _numbered(name: str, k: int) -> str:
+    return f"{name} {k}" if k else name
