@@ -79,8 +79,8 @@ def test_each_condition_asks_what_its_name_says() -> None:
             told = name in ("instructed", "both")
             assert prompt.startswith(query.text)
             assert (prompt != query.text) == told
-            wanted = {"steered": small, "both": small, **controls}.get(name, ())
-            assert steer is wanted or steer == wanted
+            wanted = {"steered": small, "both": small, **controls}.get(name)
+            assert steer == (() if wanted is None else (wanted,))
     assert outcomes["steered"].followed == 1.0
     assert outcomes["none"].followed == 0.0
 
@@ -273,7 +273,7 @@ def test_told_replies_come_by_instruction() -> None:
 
 
 def test_all_conditions_on_a_random_model(tiny_llama) -> None:
-    with Engine(tiny_llama.gguf_path, n_ctx=256, n_threads=1) as engine:
+    with Engine(tiny_llama.gguf_path, n_ctx=256, n_threads=1, exact=True) as engine:
         queries = QUERIES[:2]
         vectors = [
             extract(engine, each, queries, n_pairs=2, mode="project").at(layer=1, positions="prompt")
@@ -284,6 +284,10 @@ def test_all_conditions_on_a_random_model(tiny_llama) -> None:
         controls = {"random": random_control(vectors[0], plain_mean, 1), "other": vectors[1]}
         outcomes = run_conditions(engine, LOWERCASE, vectors[0], queries, controls=controls, max_tokens=6)
         assert list(outcomes) == list(CONDITIONS)
+        alone = run_conditions(engine, LOWERCASE, vectors[0], queries, conditions=("steered",), max_tokens=6)
+        assert [each.text for each in alone["steered"].replies] == [
+            each.text for each in outcomes["steered"].replies
+        ]
         for outcome in outcomes.values():
             assert outcome.n == 2
             assert outcome.perplexity > 1

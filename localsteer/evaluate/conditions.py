@@ -95,6 +95,8 @@ def run_conditions(
     """
     steers: dict[str, Steer] = {"none": (), "steered": vector, "instructed": (), "both": vector}
     steers |= controls or {}
+    # a list of bare vectors would mean: all of them for every prompt
+    steers = {name: (each,) if isinstance(each, ControlVector) else each for name, each in steers.items()}
     wanted = [name for name in conditions if name in steers]
     asked = [name for name in wanted if name != "none" or plain is None]
     phrasings = phrasings or instruction.phrasings

@@ -37,7 +37,7 @@ class Round(NamedTuple):
 
 
 # the first round sees every setting
-ROUNDS = (Round(10**6, 2), Round(10, 6), Round(6, 12), Round(3, 20))
+ROUNDS = (Round(10**6, 2), Round(8, 8), Round(4, 20))
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,9 @@ class Study:
         return pick(engine, vector, instruction, self.validation, max_tokens=limit, must_end=True, **options)
 
     def longest(self, instruction: Instruction) -> int:
-        """Tokens of a reply beyond which it is endless: half as many again as replies have when told."""
+        """Tokens of a reply beyond which it is endless: a quarter more than replies have when told."""
         longest = max(len(reply.tokens) for reply in (*self.told[instruction.id], *self.plain))
-        return min(MAX_TOKENS, longest * 3 // 2 + 8)
+        return min(MAX_TOKENS, longest * 5 // 4 + 8)
 
     def others(self, instruction: Instruction, n: int = 1) -> list[Instruction]:
         """Whose vectors are controls, chosen by what the model says when told, on validation queries."""
