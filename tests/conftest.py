@@ -18,6 +18,12 @@ from tiny_models import ARCHITECTURES, TinyModel, write_tiny  # noqa: E402
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def away_from_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """For the same reason: `python -m localsteer` in a child process looks in the current folder first."""
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
     """`tiny("llama")`: a random model of that architecture, as a checkpoint and as F32 GGUF."""

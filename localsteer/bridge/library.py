@@ -28,7 +28,7 @@ class Log:
         self.lines: deque[str] = deque(maxlen=self.KEPT)
         self._level = 0
         self._callback = lc.llama_log_callback(self._on_line)
-        lc.llama_log_set(self._callback, ctypes.c_void_p(0))
+        self.clear()
 
     def _on_line(self, level: int, text: bytes | None, _user_data: object) -> None:
         if level != self.CONT:
@@ -37,7 +37,9 @@ class Log:
             self.lines.append(text.decode("utf-8", "replace").strip())
 
     def clear(self) -> None:
+        """Forget, before a call whose errors are wanted; llama.cpp has one log, which others may have taken."""
         self.lines.clear()
+        lc.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def why(self) -> str:
         """The first error line since clear(): llama.cpp reports the cause first, then who gave up on it."""
