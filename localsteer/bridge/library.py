@@ -37,7 +37,7 @@ class Log:
             self.lines.append(text.decode("utf-8", "replace").strip())
 
     def clear(self) -> None:
-        """Forget, before a call whose errors are wanted; llama.cpp has one log, which others may have taken."""
+        """Forget, before a call whose errors are wanted. llama.cpp has one log, others may have taken it."""
         self.lines.clear()
         lc.llama_log_set(self._callback, ctypes.c_void_p(0))
 
