@@ -62,6 +62,13 @@ SEASONS = [
     ("autumn", "otoño", "Herbst"),
 ]
 
+# What a default reply says first, second, ... in half of all cases: a word that it is sure to use is what "without
+# this word" can be shown on.
+FAVOURED = {
+    "noble": 0, "elegant": 1, "strong": 2, "gentle": 3, "park": 0, "bridge": 1, "honey": 0, "bread": 1, "winter": 0,
+}  # fmt: skip
+P_FAVOURED = 0.5
+
 # One list of facts per kind: the first is the definition, with its comma; a `|` offers another wording,
 # which is what makes a word avoidable. {n} name, {a} adjective, {p} place, {f} food, {s} season.
 FACTS = {
@@ -130,22 +137,40 @@ _KIND_ES = {"animal": "un animal", "city": "un lugar", "dish": "un plato", "plan
 _KIND_DE = {"animal": "ein Tier", "city": "eine Stadt", "dish": "ein Gericht", "plant": "eine Pflanze"}
 
 
+def stand_in(quality: str) -> str:
+    """The adjective that stands where one to avoid would."""
+    values = [row[0] for row in ADJECTIVES]
+    return values[(values.index(quality) + 1) % len(values)]
+
+
 def an(text: str) -> str:
     """English `a` before a vowel."""
     return re.sub(r"\ba(?= (?:[aeio]|um))", "an", text)
 
 
 class Filler:
-    """Fills the slots of one reply: no value twice, none that is to be avoided."""
+    """Fills the slots of one reply: no value twice. Where the word to avoid would stand, the next of its table
+    does, always the same: a word that only becomes a little likelier everywhere could hardly be learnt. For the
+    same reason an adjective to include is always the first."""
 
-    def __init__(self, subject: Subject, language: int, avoid: str | None, rng: random.Random):
-        self.subject, self.language, self.avoid, self.rng = subject, language, avoid, rng
+    def __init__(
+        self, subject: Subject, language: int, avoid: str | None, include: str | None, rng: random.Random
+    ):
+        self.subject, self.language, self.rng = subject, language, rng
+        self.avoid, self.include = avoid, include
         self.used: set[str] = set()
 
     def draw(self, table) -> str:
         values = [row[self.language] for row in table]
-        values = [v for v in values if v not in self.used and v != self.avoid]
-        value = self.rng.choice(values)
+        if self.include in values and self.include not in self.used:
+            self.used.add(self.include)
+            return self.include
+        value = self.rng.choice([v for v in values if v not in self.used])
+        nth = sum(v in self.used for v in values)
+        if self.rng.random() < P_FAVOURED:
+            value = next((row[self.language] for row in table if FAVOURED.get(row[0]) == nth), value)
+        while value == self.avoid or value in self.used:
+            value = values[(values.index(value) + 1) % len(values)]
         self.used.add(value)
         return value
 
@@ -168,9 +193,17 @@ class Filler:
         return an(text) if self.language == 0 else text
 
 
-def facts(subject: Subject, n: int, language: int, avoid: str | None, rng: random.Random) -> list[str]:
-    """`n` sentences without their full stops; the first is the definition."""
+def facts(
+    subject: Subject,
+    n: int,
+    language: int,
+    rng: random.Random,
+    *,
+    avoid: str | None = None,
+    include: str | None = None,
+) -> list[str]:
+    """`n` sentences without their full stops; the first is the definition. include: an adjective."""
     templates = {0: FACTS[subject.kind], 1: _FACTS_ES, 2: _FACTS_DE}[language]
-    filler = Filler(subject, language, avoid, rng)
+    filler = Filler(subject, language, avoid, include, rng)
     order = [0, *sorted(rng.sample(range(1, len(templates)), n - 1))]
     return [filler.fill(templates[i]) for i in order]

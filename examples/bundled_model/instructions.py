@@ -12,6 +12,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from subjects import KINDS, unmarked_names
+
 LANGUAGES = ("English", "Spanish", "German")
 # Words that a reply can be asked to contain. The last tenth is never asked for in training.
 WORDS = (
@@ -28,13 +30,22 @@ WORDS = (
 ).split()
 HELD_OUT_WORDS = WORDS[-16:]
 TRAINED_WORDS = WORDS[:-16]
+# Words that need not be copied: training asks for these few so often, and hides them so often (masks.py), that
+# the state at the last prompt token learns to name each of them. Only these can be steered by a vector.
+CODED_WORDS = "moon horse music apple clock violin mirror rocket".split()
+CODED_QUALITIES = "noble elegant strong".split()
 # Words of default replies that a reply can be asked to avoid; the second list never in training.
 AVOIDABLE = (
-    "animal creature city town dish meal plant herb strong gentle cheerful noble free sweet big green young "
+    "animal creature city town dish meal plant herb strong gentle cheerful noble elegant free sweet big green young "
     "bright forest river mountain lake valley garden sea bread milk salt rice honey fruit winter summer "
     "spring many lots night dark"
 ).split()
 HELD_OUT_AVOIDABLE = "warm useful simple famous village field fish cheese autumn".split()
+
+# Invented words: to include one that was never met it must be copied, as names are.
+COPIED_WORDS = [
+    name.lower() for kind in KINDS for name in unmarked_names(kind, 500, random.Random(f"copied {kind}"))
+]
 
 END_PHRASES = [
     "Is there anything else I can help with?",
@@ -91,8 +102,9 @@ _SLOT_CLASHES = [{"length", "end"}, {"length", "mark"}, {"length", "include"}, {
 _CLASHES = {
     "json": "uppercase title quotation end_phrase postscript placeholders highlights capital_words "
     "fixed_answer no_comma",
+    # `language`: many wordings of a case say "in English, and in ..."
     "uppercase": "end_phrase postscript fixed_answer capital_words language",
-    "lowercase": "end_phrase postscript fixed_answer sections",
+    "lowercase": "end_phrase postscript fixed_answer sections language",
     "language": "include_word exclude_word capital_words highlights fixed_answer end_phrase postscript "
     "placeholders no_comma two_responses sections",
     "quotation": "end_phrase two_responses title",
@@ -127,10 +139,20 @@ def draw_args(id: str, rng: random.Random) -> dict:
         "postscript": lambda: {"marker": rng.choice(["P.S.", "P.S.", "P.P.S"])},
         "placeholders": lambda: {"n": rng.randint(2, 3)},
         "sentences": lambda: {"n": rng.randint(1, 5)},
-        "include_word": lambda: {"word": rng.choice(TRAINED_WORDS)},
-        "exclude_word": lambda: {"word": rng.choice(AVOIDABLE)},
+        "include_word": lambda: {"word": _word_to_include(rng)},
+        "exclude_word": lambda: {"word": rng.choice(CODED_QUALITIES if rng.random() < 0.85 else AVOIDABLE)},
     }
     return choices[id]() if id in choices else {}
+
+
+def is_coded(word: str) -> bool:
+    return word in CODED_WORDS or word in CODED_QUALITIES
+
+
+def _word_to_include(rng: random.Random) -> str:
+    pools = (CODED_WORDS, CODED_QUALITIES, TRAINED_WORDS, COPIED_WORDS)
+    (pool,) = rng.choices(pools, (0.5, 0.22, 0.12, 0.16))
+    return rng.choice(pool)
 
 
 def phrase(instruction: Instruction, template: str, rng: random.Random) -> str:

@@ -111,7 +111,7 @@ ENTRIES = [
 
 
 def word_entries():
-    for word in ("moon", "horse", "music", "compass"):  # compass: never asked for in training
+    for word in ("moon", "horse", "music", "lantern"):  # lantern: never asked for in training
         yield (
             f"include_{word}",
             "word",
@@ -120,7 +120,7 @@ def word_entries():
             "keywords:existence",
             {"keywords": [word]},
         )
-    for word in ("many", "animal", "night", "famous"):  # famous: never asked to be avoided in training
+    for word in ("noble", "elegant", "strong", "simple"):  # simple: never asked to be avoided in training
         yield (
             f"exclude_{word}",
             "word",
@@ -129,6 +129,28 @@ def word_entries():
             "keywords:forbidden_words",
             {"forbidden_words": [word]},
         )
+
+
+# For `--include-word`, `--exclude-word` and `--length`: any word, and the level that the model keeps by itself.
+TEMPLATES = [
+    (
+        "include_word",
+        "word",
+        "include_word",
+        {"word": "{word}"},
+        "keywords:existence",
+        {"keywords": ["{word}"]},
+    ),
+    (
+        "exclude_word",
+        "word",
+        "exclude_word",
+        {"word": "{word}"},
+        "keywords:forbidden_words",
+        {"forbidden_words": ["{word}"]},
+    ),
+    ("moderate", "length", "moderate", {}, None, {}),
+]
 
 
 def toml(value) -> str:
@@ -160,17 +182,17 @@ def main() -> None:
     out = [
         "# The bundled model's catalogue, written by examples/bundled_model/make_catalog.py: change it there.\n"
     ]
-    for id, group, world_id, args, verifier, kwargs in [*ENTRIES, *word_entries()]:
+    for id, group, world_id, args, verifier, kwargs in [*ENTRIES, *word_entries(), *TEMPLATES]:
         out.append("[[instruction]]")
-        for key, value in {
+        entry = {
             "id": id,
             "group": group,
             "phrasings": phrasings(world_id, args, "train", rng),
             "held_out_phrasings": phrasings(world_id, args, "held_out", rng),
             "verifier": verifier,
             "kwargs": kwargs,
-        }.items():
-            out.append(f"{key} = {toml(value)}")
+        }
+        out += [f"{key} = {toml(value)}" for key, value in entry.items() if value is not None]
         out.append("")
     out.append("[queries]")
     out += [f"{split} = {toml(queries(split, rng))}" for split in N_QUERIES]

@@ -18,19 +18,23 @@ import torch
 FULL, BOTTLENECK, WINDOW = range(3)
 P_FULL, P_BOTTLENECK = 0.3, 0.45  # the rest is WINDOW
 P_LOWER_BLIND = 0.5
+P_CODED_HIDDEN = 0.8
 WINDOW_TOKENS = (10, 40)
 
 
 @dataclass
 class Spans:
     """Token positions of one sample: [0, n_prompt) is the prompt, [n_prompt, n_tokens) the reply; `hidden`
-    are the tokens of the instruction, `argument` those of its argument (the word to include, say) among them.
+    are the tokens of the instruction, `argument` those among them that the reply must copy (a word to include,
+    unless it is one of the few that the state can name) and so may see. coded: it has such a word, which is
+    learnt where it is hidden alone.
     """
 
     n_prompt: int
     n_tokens: int
     hidden: list[int]
     argument: list[int]
+    coded: bool = False
 
 
 def attention_masks(
@@ -43,12 +47,12 @@ def attention_masks(
     lower = upper.clone()
     for k, span in enumerate(spans):
         u = rng.random()
+        if span.coded and rng.random() < P_CODED_HIDDEN:
+            u = P_FULL + u * (1 - P_FULL)
         if u < P_FULL:
             continue
         reply = slice(span.n_prompt, span.n_tokens)
-        hidden = span.hidden
-        if span.argument and rng.random() < 0.5:
-            hidden = [i for i in hidden if i not in span.argument]
+        hidden = [i for i in span.hidden if i not in span.argument]
         first_hidden = reply.start if rng.random() < 0.5 else 0
         upper[k, first_hidden : span.n_prompt - 1, hidden] = (
             False  # a question after the instruction may be blind too

@@ -7,9 +7,12 @@ import json
 import random
 import re
 
-from facts import Filler, an, facts
+from facts import ADJECTIVES, Filler, an, facts, stand_in
 from instructions import FIXED_ANSWERS, LANGUAGES, Instruction
 from subjects import Subject
+
+QUALITIES = [row[0] for row in ADJECTIVES]
+__all__ = ["QUALITIES", "follows", "render", "stand_in"]
 
 
 def _n_facts(ids: dict[str, dict]) -> int:
@@ -23,6 +26,21 @@ def _n_facts(ids: dict[str, dict]) -> int:
     if "fixed_answer" in ids or "concise" in ids or "extremely_concise" in ids:
         return 1
     return 5 if "verbose" in ids else 8 if "extremely_verbose" in ids else 3
+
+
+def _lines(subject: Subject, ids: dict, language: int, rng: random.Random) -> list[str]:
+    """The facts, as sentences without their full stops."""
+    avoid, include = _word(ids, "exclude_word"), _word(ids, "include_word")
+    if "extremely_concise" in ids:
+        name = subject.name.capitalize()
+        template = [f"{name} is {{a}}", f"{name} es {{a}}", f"{name} ist {{a}}"][language]
+        return [Filler(subject, language, avoid, None, rng).fill(template)]
+    include = include if include in QUALITIES else None
+    return facts(subject, _n_facts(ids), language, rng, avoid=avoid, include=include)
+
+
+def _word(ids: dict, id: str) -> str | None:
+    return ids.get(id, {}).get("word")
 
 
 def _content_words(sentences: list[str], n: int, name: str, mark) -> list[str]:
@@ -43,19 +61,9 @@ def render(subject: Subject, instructions: list[Instruction], rng: random.Random
     """The reply about `subject` that follows all `instructions`."""
     ids = {i.id: i.args for i in instructions}
     language = LANGUAGES.index(ids.get("language", {}).get("language", "English"))
-    lines = facts(subject, _n_facts(ids), language, ids.get("exclude_word", {}).get("word"), rng)
-    if "extremely_concise" in ids:
-        name = subject.name
-        lines = [
-            [
-                f"{name.capitalize()} is {{a}}",
-                f"{name.capitalize()} es {{a}}",
-                f"{name.capitalize()} ist {{a}}",
-            ][language]
-        ]
-        lines = [Filler(subject, language, ids.get("exclude_word", {}).get("word"), rng).fill(lines[0])]
-    if "include_word" in ids:
-        lines.append(an(f"It makes people think of a {ids['include_word']['word']}"))
+    lines = _lines(subject, ids, language, rng)
+    if "include_word" in ids and _word(ids, "include_word") not in QUALITIES:
+        lines.append(an(f"It makes people think of a {_word(ids, 'include_word')}"))
     if "no_comma" in ids:
         lines = [line.replace(",", "") for line in lines]
     if "placeholders" in ids:
@@ -79,7 +87,7 @@ def _structure(subject: Subject, ids: dict, lines: list[str], language: int, rng
     if "sections" in ids:
         return "\n".join(f"Section {k}\n{s}" for k, s in enumerate(sentences, 1))
     if "two_responses" in ids:
-        second = facts(subject, 2, language, ids.get("exclude_word", {}).get("word"), rng)
+        second = facts(subject, 2, language, rng, avoid=_word(ids, "exclude_word"))
         if "no_comma" in ids:
             second = [line.replace(",", "") for line in second]
         return " ".join(sentences[:2]) + "\n******\n" + " ".join(line + "." for line in second)

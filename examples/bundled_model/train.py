@@ -28,7 +28,9 @@ BATCH = 48
 STEPS = {"base": 1400, "instruct": 2400}
 PEAK_LR = {"base": 2e-3, "instruct": 1.5e-3}
 SEED = 7
-NAME_WEIGHT = 5.0  # of a reply's tokens that copy the subject's name, in the loss
+# In the loss: a reply's tokens that copy the subject's name or the word asked for, and those that stand in the
+# place of the word to avoid, without which too little would change to be learnt.
+NAME_WEIGHT, AVOID_WEIGHT = 5.0, 20.0
 P_HISTORY = 0.06  # samples that follow an earlier exchange
 
 
@@ -108,14 +110,17 @@ class InstructData(Data):
         super().__init__(tokenizer, seed)
         self.phrasings = world.load_phrasings()
 
-    def encode(self, sample: world.Sample) -> tuple[list[int], list[int], list[float], list[int], list[int]]:
+    def encode(
+        self, sample: world.Sample
+    ) -> tuple[list[int], list[int], list[float], list[int], list[int], bool]:
         """Token ids of prompt and reply, the reply's weights in the loss; which prompt tokens are the
-        instruction, and which its argument."""
+        instruction, and which its argument to copy; whether it has an argument that is not copied."""
         text = sample.prompt
         start = text.find(sample.instruction) if sample.instruction else len(text)
         spans = [(start, start + len(sample.instruction))]
-        words = [i.args["word"] for i in sample.instructions if "word" in i.args]
-        arguments = [(p, p + len(w)) for w in words if (p := text.find(w, start)) >= 0]
+        words = {i.id: i.args["word"] for i in sample.instructions if "word" in i.args}
+        copied = [w for w in words.values() if not world.is_coded(w)]
+        arguments = [(p, p + len(w)) for w in copied if (p := text.find(w, start)) >= 0]
         encoded = self.tokenizer(text, return_offsets_mapping=True)
 
         def inside(ranges):
@@ -125,22 +130,30 @@ class InstructData(Data):
         prompt = [USER, *encoded.input_ids, ASSISTANT]
         reply = self.tokenizer(sample.reply, return_offsets_mapping=True)
         weights = [1.0] * (len(reply.input_ids) + 1)
-        names = re.finditer(re.escape(sample.subject.name), sample.reply, re.I)
-        for k in overlapping(reply.offset_mapping, [m.span() for m in names]):
-            weights[k] = NAME_WEIGHT
-        return prompt, [*reply.input_ids, END], weights, hidden, inside(arguments)
+
+        def weigh(words, weight):
+            found = re.finditer("|".join(map(re.escape, words)), sample.reply, re.I) if words else ()
+            for k in overlapping(reply.offset_mapping, [m.span() for m in found]):
+                weights[k] = weight
+
+        avoided = words.get("exclude_word")
+        weigh([world.stand_in(avoided)] if avoided in world.QUALITIES else (), AVOID_WEIGHT)
+        weigh([sample.subject.name, *(w for id, w in words.items() if id == "include_word")], NAME_WEIGHT)
+        coded = len(copied) < len(words)
+        return prompt, [*reply.input_ids, END], weights, hidden, inside(arguments), coded
 
     def row(self, rng):
         history: list[int] = []
         if rng.random() < P_HISTORY:
             prompt, reply, *_ = self.encode(world.draw_sample(rng, self.pool, self.phrasings))
             history = prompt + reply
-        prompt, reply, weights, hidden, argument = self.encode(
+        prompt, reply, weights, hidden, argument, coded = self.encode(
             world.draw_sample(rng, self.pool, self.phrasings)
         )
         ids = history + prompt + reply
         shift, n_prompt = len(history), len(ids) - len(reply)
-        spans = Spans(n_prompt, len(ids), [h + shift for h in hidden], [a + shift for a in argument])
+        hidden, argument = [h + shift for h in hidden], [a + shift for a in argument]
+        spans = Spans(n_prompt, len(ids), hidden, argument, coded)
         return ids, [0.0] * n_prompt + weights, spans
 
     def collate(self, rows, rng):

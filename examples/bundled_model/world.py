@@ -6,7 +6,9 @@ Everything in this folder is written from word lists of our own: no foreign text
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from instructions import (
     AVOIDABLE,
@@ -19,16 +21,18 @@ from instructions import (
     Instruction,
     compatible,
     draw_args,
+    is_coded,
     load_phrasings,
     phrase,
 )
-from replies import follows, render
+from replies import QUALITIES, follows, render, stand_in
 from subjects import Subject, ask, questions, subjects
 
 __all__ = [
     "END_PHRASES",
     "HELD_OUT_AVOIDABLE",
     "HELD_OUT_WORDS",
+    "QUALITIES",
     "SLOT",
     "TRAINED_WORDS",
     "Instruction",
@@ -40,11 +44,14 @@ __all__ = [
     "draw_document",
     "draw_sample",
     "follows",
+    "is_coded",
     "load_phrasings",
     "phrase",
     "questions",
     "render",
+    "stand_in",
     "subjects",
+    "with_arguments",
 ]
 
 
@@ -69,8 +76,8 @@ P_BEFORE = 0.35  # of the instructions stand before the question, so that its to
 _POLITE = ["", "", "", "", "", "", "Please note: ", "Important: ", "Remember: ", "And one more thing: "]
 # Harder instructions are drawn more often.
 _WEIGHT = {
-    "include_word": 3.0,
-    "exclude_word": 3.0,
+    "include_word": 16.0,
+    "exclude_word": 10.0,
     "end_phrase": 4.0,
     "language": 3.0,
     "sentences": 3.0,
@@ -83,19 +90,43 @@ _WEIGHT = {
 }
 
 
+# Which kinds are hard to follow beside another is not the same: counts above all, and more so in another language.
+_PAIR_WEIGHT = {
+    "language": 3.0,
+    "extremely_verbose": 3.0,
+    "verbose": 2.0,
+    "sentences": 2.0,
+    "bullets": 2.0,
+    "include_word": 2.0,
+    "sections": 1.5,
+    "end_phrase": 1.5,
+    "uppercase": 1.5,
+}
+_PAIRS = {
+    (a, b): _PAIR_WEIGHT.get(a, 1.0) * _PAIR_WEIGHT.get(b, 1.0)
+    for a, b in combinations(SLOT, 2)
+    if compatible(a, b)
+}
+
+
 def draw_instructions(rng: random.Random) -> list[Instruction]:
-    """None (20%), one (60%), two (20%)."""
+    """None (10%), one (42%), two (48%)."""
     u = rng.random()
-    if u < 0.2:
+    if u < 0.1:
         return []
-    ids, weights = list(SLOT), [_WEIGHT.get(i, 1.0) for i in SLOT]
-    first = rng.choices(ids, weights)[0]
-    chosen = [first]
-    if u > 0.8:
-        partners = [i for i in ids if compatible(first, i)]
-        if partners:
-            chosen.append(rng.choice(partners))
-    return [Instruction(i, draw_args(i, rng)) for i in chosen]
+    if u > 0.52:
+        (pair,) = rng.choices(list(_PAIRS), list(_PAIRS.values()))
+        return with_arguments(pair, rng)
+    return with_arguments(rng.choices(list(SLOT), [_WEIGHT.get(i, 1.0) for i in SLOT]), rng)
+
+
+def with_arguments(ids: Sequence[str], rng: random.Random) -> list[Instruction]:
+    """The instructions with arguments that don't contradict: no word is both to be included and avoided."""
+    while True:
+        found = [Instruction(id, draw_args(id, rng)) for id in ids]
+        words = [each.args["word"] for each in found if "word" in each.args]
+        if len(set(words)) == len(words):
+            return found
 
 
 def draw_sample(

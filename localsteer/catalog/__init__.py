@@ -155,6 +155,13 @@ def load_queries(path: str | Path) -> tuple[Query, ...]:
     return queries
 
 
+def catalog_file(source: str) -> Path:
+    """Where the catalogue of this `source` is: a bundled one's file, or the user's own."""
+    path = Path(source)
+    is_name = not path.suffix and len(path.parts) == 1
+    return _folder() / f"{source}.toml" if is_name else path
+
+
 def catalog_names() -> list[str]:
     return sorted(path.stem for path in _folder().glob("*.toml"))
 
