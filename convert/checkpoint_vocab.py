@@ -85,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ModelFileError when it is missing or holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         message = f"{path.parent} holds no {path.name}: give a folder saved by transformers"
         raise ModelFileError(message) from error
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,8 +188,10 @@ def open_gguf(path: str | os.PathLike[str]) -> Iterator[GgufFile]:
 @contextmanager
 def open_bytes(path: str | os.PathLike[str]) -> Iterator[Any]:
     """The bytes of a file, mapped: a foreign file of many gigabytes is not read."""
-    shown = os.fspath(path)
+    shown = os.fspath(path) or "''"
     try:
+        if stat.S_ISFIFO(mode := os.stat(path).st_mode) or stat.S_ISCHR(mode):
+            raise VectorFileError(f"{shown} is a pipe or a device: save the vector to a file first.")
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise VectorFileError(f"{shown} is empty.")

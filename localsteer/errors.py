@@ -39,3 +39,11 @@ class UnsupportedModelError(LocalsteerError):
 
 class CatalogError(LocalsteerError):
     """An instruction or query file that can't be read, or an unknown instruction."""
+
+
+class QueueFullError(LocalsteerError):
+    """More requests than the scheduler lets wait; later there may be room."""
+
+
+class SchedulerClosedError(LocalsteerError):
+    """A request to a scheduler that is closing."""

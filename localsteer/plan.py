@@ -177,9 +177,7 @@ class Plan:
             one_sided=_fixed([edit.one_sided for edit in solved], np.bool_),
             caps=_fixed([np.inf if edit.cap is None else edit.cap for edit in solved], np.float32),
             ridge=self.ridge,
-            offset=_fixed(sum(e.strength * e.direction.astype(np.float64) for e in added), np.float32)
-            if added
-            else None,
+            offset=_offset(added) if added else None,
         )
 
     def _check_parallel(self, edits: Sequence[Edit], layer: int) -> None:
@@ -221,6 +219,16 @@ def _edit(vector: ControlVector, layer: int) -> Edit:
         cap=vector.cap,
         name=vector.name,
     )
+
+
+def _offset(added: Sequence[Edit]) -> np.ndarray:
+    """What `add` adds, (n_embd,) float32. Raises PlanError where that is infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        offset = _fixed(sum(e.strength * e.direction.astype(np.float64) for e in added), np.float32)
+    if not np.isfinite(offset).all():
+        what = ", ".join(f"{e.name or 'a vector'}:{e.strength:g}" for e in added)
+        raise PlanError(f"{what} adds more than a state can hold: lower the strength.")
+    return offset
 
 
 def _key(edits: Sequence[tuple[Edit, str]], ridge: float) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any
 
 from .errors import ModelFileError, PromptError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 # How the paper prompts a base model. Its hash names this format in a vector's provenance.
 FALLBACK = "Q: {question}\nA:"
@@ -44,9 +45,25 @@ class ChatTemplate:
         """sha256 of the template's text: vectors record it, because another template is another prompt."""
         return hashlib.sha256((self.template or FALLBACK).encode("utf-8", "replace")).hexdigest()
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The prompt's text. Raises PromptError, ModelFileError for a template that isn't valid jinja."""
-        check_messages(messages)
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template shows tools to the model, as far as its text tells."""
+        return bool(self.template and re.search(r"\btools\b", self.template))
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The prompt's text. tools: JSON schemas as transformers takes them; `takes_tools` must hold.
+
+        Raises PromptError, ModelFileError for a template that isn't valid jinja.
+        """
+        if tools and not self.takes_tools:
+            raise PromptError("the model's chat template has no tools: leave them out, or use another model.")
+        check_messages(messages, with_tools=self.takes_tools)
         if self.is_fallback:
             return render_fallback(messages, add_generation_prompt)
         compiled = self._compiled
@@ -56,7 +73,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self.bos,
                 eos_token=self.eos,
-                tools=None,
+                tools=list(tools) if tools else None,
                 documents=None,
             )
         except Exception as error:  # a foreign program can raise anything
@@ -81,17 +98,30 @@ class ChatTemplate:
             ) from error
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise PromptError unless every message has a known role and a text, and one of them says something."""
+def check_messages(messages: Sequence[Message], *, with_tools: bool = False) -> None:
+    """Raise PromptError unless every message has a known role and a text, and one of them says something.
+
+    with_tools: the role `tool` is known too, and a message that calls tools needs no text.
+    """
     if not messages:
         raise PromptError("the prompt is empty: give a question, or at least one message.")
     for message in messages:
+        if with_tools and isinstance(message, Mapping) and _calls_tools(message):
+            continue
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
             raise PromptError(f"a message must be {{'role': ..., 'content': text}}, not {message!r:.80}.")
-        if message.get("role") not in ROLES:
-            raise PromptError(f"unknown role {message.get('role')!r}: choose one of {', '.join(ROLES)}.")
-    if not any(message["content"].strip() for message in messages):
+        roles = (*ROLES, "tool") if with_tools else ROLES
+        if message.get("role") not in roles:
+            raise PromptError(f"unknown role {message.get('role')!r}: choose one of {', '.join(roles)}.")
+    if not any((message.get("content") or "").strip() for message in messages):
         raise PromptError("the prompt is empty: give a question.")
+
+
+def _calls_tools(message: Message) -> bool:
+    text = message.get("content")
+    return bool(message.get("role") == "assistant" and message.get("tool_calls")) and (
+        text is None or isinstance(text, str)
+    )
 
 
 def render_fallback(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:

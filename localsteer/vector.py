@@ -53,7 +53,7 @@ class ControlVector:
         self._put("directions", _directions(self.directions, self.label))
         for key in STATISTICS:
             self._put(key, _per_block(getattr(self, key), key, self.n_layer, self.label))
-        self._put("layers", _layers(self.layers, self.n_layer, self.label))
+        self._put("layers", checked_layers(self.layers, self.n_layer, self.label))
         self._put("strength", _finite(self.strength, "strength"))
         self._put("one_sided", bool(self.one_sided))
         self._put("cap", _cap(self.cap))
@@ -112,7 +112,7 @@ class ControlVector:
 
         Raises PlanError where there is no direction.
         """
-        (layer,) = _layers(layer, self.n_layer, self.label)
+        (layer,) = checked_layers(layer, self.n_layer, self.label)
         direction = self.directions[layer].astype(np.float64)
         norm = np.linalg.norm(direction)
         if norm == 0:
@@ -232,8 +232,8 @@ def _per_block(array: Any, what: str, n_layer: int, label: str) -> np.ndarray | 
     return column
 
 
-def _layers(layers: int | Sequence[int], n_layer: int, label: str) -> tuple[int, ...]:
-    """Sorted, unique, in range."""
+def checked_layers(layers: int | Sequence[int], n_layer: int, label: str) -> tuple[int, ...]:
+    """Sorted, unique, in range. label: what has these blocks, for the message. Raises PlanError."""
     try:
         chosen = sorted({operator.index(il) for il in (layers if np.iterable(layers) else (layers,))})
     except TypeError:

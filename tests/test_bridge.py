@@ -426,7 +426,7 @@ def test_truncated_files_are_one_line_and_no_abort(tiny_llama, tmp_path: Path, p
 def test_a_control_vector_is_no_model(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "vector.gguf"
     vector(model).save(path)
-    with pytest.raises(ModelFileError, match="can't be loaded"):
+    with pytest.raises(ModelFileError, match="is a control vector: give a model"):
         Model(path)
 
 
@@ -588,13 +588,18 @@ def test_amx_builds_get_the_safe_setting(info: str, asked: bool | None, expected
     assert (notice is not None) == (asked is None and not expected)
 
 
-def test_the_amx_notice_comes_once_and_on_stderr(capsys) -> None:
-    _, notice = bridge.choose_extra_bufts("AMX_INT8 = 1", None)
-    library.notice_once(notice)
-    library.notice_once(notice)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("AMX") == 1
+NOTICE = """
+from localsteer.bridge import library
+_, notice = library.choose_extra_bufts("AMX_INT8 = 1", None)
+library.notice_once(notice)
+library.notice_once(notice)
+"""
+
+
+def test_the_amx_notice_comes_once_and_on_stderr() -> None:
+    done = subprocess.run([sys.executable, "-c", NOTICE], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr.count("AMX") == 1
 
 
 def test_system_info_has_versions_and_features() -> None:
@@ -626,6 +631,19 @@ def test_quantizing_fails_cleanly(tiny_llama, tmp_path: Path) -> None:
 
 
 # --- real models, where they are at hand ---
+
+
+def test_what_an_rwkv_vocabulary_cant_spell_is_refused_and_not_looked_for_without_end(
+    real_data: Path,
+) -> None:
+    with Model(real_data / "craftgpt-chat-5m-f16.gguf") as model:
+        for text in ("a < b", "<", " hello <<a new day>>"):
+            with pytest.raises(PromptError, match="has no token for '<'"):
+                model.tokenize(text, add_special=False, parse_special=True)
+        tokens = model.tokenize(" [inst] how are you<unused0> [/inst]", add_special=False, parse_special=True)
+        assert tokens[0] == 0 and tokens[-1] == 1
+        with pytest.raises(PromptError, match="has no token for 'é'"):
+            model.tokenize(" [inst] é [/inst]", add_special=False, parse_special=True)
 
 
 def test_a_real_model_tells_its_story(real_data: Path) -> None:

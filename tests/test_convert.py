@@ -230,9 +230,11 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
+    path = tmp_path / "v.gguf"
+    path.write_bytes((DATA / "json.gguf").read_bytes())
     monkeypatch.setattr("builtins.open", denied)
     with pytest.raises(VectorFileError, match="can't be read: Permission denied"):
-        read_vector(tmp_path / "v.gguf")
+        read_vector(path)
 
 
 def test_every_truncation_is_refused():

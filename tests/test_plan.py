@@ -204,3 +204,8 @@ def test_vectors_of_two_models_do_not_go_into_one_plan():
 def test_a_plan_shows_strength_and_block():
     assert repr(Plan.from_vectors([exact_vector(strength=0.5)])) == "Plan(json:0.5@2)"
     assert repr(Plan.none()) == "Plan(none)"
+
+
+def test_an_offset_that_float32_can_not_hold_is_refused():
+    with pytest.raises(PlanError, match="adds more than a state can hold: lower the strength"):
+        Plan.from_vectors([exact_vector(mode="add", strength=1e300)])

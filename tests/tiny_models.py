@@ -78,6 +78,55 @@ def write_checkpoint(arch: str, hf_dir: Path, *, seed: int = 0, **overrides) -> 
     tokenizer("qwen2" if arch == "qwen2" else "gpt-2").save_pretrained(hf_dir)
 
 
+def write_tiny_mamba(path: Path, tokens_of: Path, *, seed: int = 0) -> Path:
+    """A random recurrent model in F32, with the tokenizer of another GGUF: llama.cpp can't cut its state."""
+    import numpy as np
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    draw = np.random.default_rng(seed)
+    d_inner, d_conv, d_state, dt_rank = 2 * N_EMBD, 4, 16, 4
+    writer = GGUFWriter(path, "mamba")
+    writer.add_context_length(N_CTX)
+    writer.add_embedding_length(N_EMBD)
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_block_count(N_LAYER)
+    writer.add_ssm_conv_kernel(d_conv)
+    writer.add_ssm_inner_size(d_inner)
+    writer.add_ssm_state_size(d_state)
+    writer.add_ssm_time_step_rank(dt_rank)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for name, field in GGUFReader(tokens_of).fields.items():
+        if name.startswith("tokenizer."):
+            sub_type = field.types[1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type)
+
+    def matrix(name: str, *shape: int) -> None:
+        scale = shape[-1] ** -0.5
+        writer.add_tensor(f"{name}.weight", (scale * draw.normal(size=shape)).astype(np.float32))
+
+    matrix("token_embd", N_VOCAB, N_EMBD)
+    writer.add_tensor("output_norm.weight", np.ones(N_EMBD, np.float32))
+    for il in range(N_LAYER):
+        blk = f"blk.{il}"
+        writer.add_tensor(f"{blk}.attn_norm.weight", np.ones(N_EMBD, np.float32))
+        matrix(f"{blk}.ssm_in", 2 * d_inner, N_EMBD)
+        matrix(f"{blk}.ssm_conv1d", d_inner, d_conv)
+        writer.add_tensor(f"{blk}.ssm_conv1d.bias", np.zeros(d_inner, np.float32))
+        matrix(f"{blk}.ssm_x", dt_rank + 2 * d_state, d_inner)
+        matrix(f"{blk}.ssm_dt", d_inner, dt_rank)
+        writer.add_tensor(f"{blk}.ssm_dt.bias", draw.normal(size=d_inner).astype(np.float32))
+        decay = -np.tile(np.arange(1, d_state + 1, dtype=np.float32), (d_inner, 1))
+        writer.add_tensor(f"{blk}.ssm_a", decay)
+        writer.add_tensor(f"{blk}.ssm_d", np.ones(d_inner, np.float32))
+        matrix(f"{blk}.ssm_out", N_EMBD, d_inner)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def randomise(model, seed: int) -> None:
     import torch
 

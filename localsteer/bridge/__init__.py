@@ -2,22 +2,38 @@
 
 Owners: `Model` owns a llama_model, `Context` a llama_context with its steering hook, `Sampler` a chain of
 samplers. Each has close() and `with`; a context is freed before its model whatever the order of the calls.
+`BorrowedModel` and `BorrowedContext` are those of a llama_cpp.Llama, which frees them itself.
 """
 
+from .borrowed import BorrowedContext, BorrowedModel, batch_arrays, install, our_log, set_extra_bufts
 from .context import Context, Rows
-from .library import choose_extra_bufts, default_threads, has_amx, system_info
-from .model import Model, quantization_types, quantize
+from .embedding import Embedder, pooling_of
+from .hook import Hook
+from .library import check_threads, check_version, choose_extra_bufts, default_threads, has_amx, system_info
+from .model import Model, check_gguf, quantization_types, quantize
 from .sampler import Sampler
 
 __all__ = [
+    "BorrowedContext",
+    "BorrowedModel",
     "Context",
+    "Embedder",
+    "Hook",
     "Model",
     "Rows",
     "Sampler",
+    "batch_arrays",
+    "check_gguf",
+    "check_threads",
+    "check_version",
     "choose_extra_bufts",
     "default_threads",
     "has_amx",
+    "install",
+    "our_log",
+    "pooling_of",
     "quantization_types",
     "quantize",
+    "set_extra_bufts",
     "system_info",
 ]

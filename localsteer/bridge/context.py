@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import llama_cpp.llama_cpp as lc
@@ -101,34 +101,41 @@ class Context(Handle):
         _check_memory(model, self.n_ctx, exact)
         self.n_batch = max(1, min(n_batch, self.n_ctx))
         self.n_seq_max = n_seq_max
-        self.n_decodes = 0
-        self._outputs = np.zeros(0, dtype=np.int64)  # batch index of each output row
+        self.n_threads = n_threads or default_threads()
         if lc.llama_model_has_encoder(model.pointer) or not lc.llama_model_has_decoder(model.pointer):
             raise UnsupportedModelError(
                 f"{model.path.name} ({model.architecture}) is not a decoder-only model."
             )
         self._hook = Hook(model.n_layer, model.n_embd) if steering else None
-        params = self._params(n_threads or default_threads(), exact)
+        params = self._params(exact)
         log.clear()
-        self._pointer = lc.llama_init_from_model(model.pointer, params)
-        if not self._pointer:
+        pointer = lc.llama_init_from_model(model.pointer, params)
+        if not pointer:
             if self._hook:
                 self._hook.close()
             raise LocalsteerError(
                 f"no context of {self.n_ctx} tokens for {model.path.name}: {log.why()}. Try a smaller one."
             )
-        self._free = weakref.finalize(self, _free_context, self._pointer, self._hook)
-        model._dependents.add(self)
-        self._memory = lc.llama_get_memory(self._pointer)
-        self._batch = _Batch(self.n_batch)
-        self._steerable, self._why_not = self._try_blocks() if steering else (frozenset(), "steering is off")
+        self._take(pointer, _free_context)
 
-    def _params(self, n_threads: int, exact: bool) -> lc.llama_context_params:
+    def _take(self, pointer: object, free: Callable[[object, Hook | None], object]) -> None:
+        self._pointer = pointer
+        self._free = weakref.finalize(self, free, pointer, self._hook)
+        self.model._dependents.add(self)
+        self.n_decodes = 0
+        self._outputs = np.zeros(0, dtype=np.int64)  # batch index of each output row
+        self._memory = lc.llama_get_memory(pointer)
+        self._batch = _Batch(self.n_batch)
+        self._steerable, self._why_not = frozenset(), "steering is off"
+        if self._hook:
+            self._steerable, self._why_not = self._try_blocks()
+
+    def _params(self, exact: bool) -> lc.llama_context_params:
         params = lc.llama_context_default_params()
         params.n_ctx = self.n_ctx
         params.n_batch = params.n_ubatch = self.n_batch
         params.n_seq_max = self.n_seq_max
-        params.n_threads = params.n_threads_batch = n_threads
+        params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = True
         # the small sliding-window cache forgets what a shared prefix needs, and falls back to permuted rows
         params.swa_full = True

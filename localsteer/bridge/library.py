@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import logging
 import os
 import re
-import sys
 import weakref
 from collections import deque
 
@@ -14,8 +14,12 @@ import llama_cpp.llama_cpp as lc
 
 from ..errors import LocalsteerError
 
+# Notices for the user; without a handler Python prints warnings to stderr as they are.
+logger = logging.getLogger("localsteer")
+
 # The versions whose graph node names and row order the tests of this release have checked: [first, next).
 LLAMA_CPP_VERSIONS = ((0, 3, 36), (0, 3, 37))
+MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
 
 class Log:
@@ -91,7 +95,7 @@ def choose_extra_bufts(info: str, asked: bool | None) -> tuple[bool, str | None]
     if asked is not None or not has_amx(info):
         return (True if asked is None else asked), None
     return False, (
-        "localsteer: this llama.cpp has AMX kernels, which crash if GCC 12 compiled them: weight repacking "
+        "this llama.cpp has AMX kernels, which crash if GCC 12 compiled them: weight repacking "
         "is off (up to a third slower prefill); `localsteer doctor` tells how to build for full speed."
     )
 
@@ -102,7 +106,13 @@ _notices: set[str] = set()
 def notice_once(text: str | None) -> None:
     if text and text not in _notices:
         _notices.add(text)
-        print(text, file=sys.stderr)
+        logger.warning(text)
+
+
+def check_threads(n_threads: int | None) -> None:
+    """Raise LocalsteerError for more threads than ggml is made for: very many end the process."""
+    if n_threads is not None and not 0 <= n_threads <= MAX_THREADS:
+        raise LocalsteerError(f"the number of threads must be 1 to {MAX_THREADS}, not {n_threads}.")
 
 
 def default_threads() -> int:

@@ -15,6 +15,7 @@ import llama_cpp.llama_cpp as lc
 
 from ..errors import ModelFileError, PromptError
 from .library import Handle, check_version, choose_extra_bufts, default_threads, log, notice_once, text_of
+from .rwkv import Spellings
 
 
 class Model(Handle):
@@ -43,12 +44,20 @@ class Model(Handle):
         if on_progress is not None:
             params.progress_callback = progress
         log.clear()
-        self._pointer = lc.llama_model_load_from_file(os.fsencode(self.path), params)
-        if not self._pointer:
-            raise ModelFileError(f"{self.path} can't be loaded: {log.why()}.")
-        self._free = weakref.finalize(self, lc.llama_model_free, self._pointer)
+        pointer = lc.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not pointer:
+            why = log.why()
+            if "'controlvector'" in why:
+                raise ModelFileError(f"{self.path} is a control vector: give a model, and steer it by this.")
+            raise ModelFileError(f"{self.path} can't be loaded: {why}.")
+        self._take(pointer, lc.llama_model_free)
+
+    def _take(self, pointer: object, free: Callable[[object], object]) -> None:
+        self._pointer = pointer
+        self._free = weakref.finalize(self, free, pointer)
         self._dependents: weakref.WeakSet[Handle] = weakref.WeakSet()
         self._characters: frozenset[str] | None = None  # found at the first text
+        self._spellings: Spellings | None = None  # the same
         self._read_shape()
         self.metadata = self._read_metadata()
         self.architecture = self.metadata.get("general.architecture", "")
@@ -92,7 +101,12 @@ class Model(Handle):
         return self.pointer and self._vocab
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """add_special: BOS and the like as the model wants them; off for text from a chat template."""
+        """add_special: BOS and the like as the model wants them; off for text from a chat template.
+
+        Raises PromptError for what the vocabulary can't spell, and for a model that has none.
+        """
+        if not self.has_vocabulary:
+            raise PromptError(f"{self.path.name} has no tokenizer: it takes token ids alone.")
         try:
             raw = text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -100,6 +114,15 @@ class Model(Handle):
                 f"the text holds {text[error.start]!r}, which is no Unicode character."
             ) from None
         self._check_characters(text)
+        self._check_bytes(raw)
+        tokens = self._tokens(raw, add_special, parse_special)
+        if min(tokens, default=0) < 0:
+            unknown = next((c for c in text if min(self._tokens(c.encode(), False, False)) < 0), text)
+            raise self._no_token(unknown)
+        return tokens
+
+    def _tokens(self, raw: bytes, add_special: bool, parse_special: bool) -> list[int]:
+        """-1 where a vocabulary has neither a token nor bytes for a character."""
         size = len(raw) + 8
         while True:
             buffer = (lc.llama_token * size)()
@@ -108,6 +131,11 @@ class Model(Handle):
                 return buffer[:n]
             size = -n
 
+    @property
+    def has_vocabulary(self) -> bool:
+        """llama.cpp ends the process when a file without a tokenizer is asked for the text of a token."""
+        return lc.llama_vocab_type(self.vocab) != lc.LLAMA_VOCAB_TYPE_NONE
+
     def _check_characters(self, text: str) -> None:
         """A SentencePiece vocabulary without byte tokens can't spell other characters: llama.cpp would end
         the process."""
@@ -115,9 +143,25 @@ class Model(Handle):
             self._characters = self._only_characters()
         unknown = sorted(set(text.replace(" ", "\u2581")) - self._characters) if self._characters else ()
         if unknown:
-            raise PromptError(
-                f"{self.path.name} has no token for {unknown[0]!r}: leave it out, or use another model."
-            )
+            raise self._no_token(unknown[0])
+
+    def _check_bytes(self, raw: bytes) -> None:
+        if lc.llama_vocab_type(self.vocab) != lc.LLAMA_VOCAB_TYPE_RWKV:
+            return
+        if self._spellings is None:
+            tokens = [self.token_to_piece(i, special=True) for i in range(self.n_vocab)]
+            special = lc.LLAMA_TOKEN_ATTR_CONTROL | lc.LLAMA_TOKEN_ATTR_USER_DEFINED
+            attributes = (lc.llama_vocab_get_attr(self.vocab, i) for i in range(self.n_vocab))
+            chosen = [token for token, each in zip(tokens, attributes, strict=True) if each & special]
+            self._spellings = Spellings(tokens, chosen)
+        unknown = self._spellings.unknown(raw)
+        if unknown:
+            raise self._no_token(unknown)
+
+    def _no_token(self, character: str) -> PromptError:
+        return PromptError(
+            f"{self.path.name} has no token for {character!r}: leave it out, or use another model."
+        )
 
     def _only_characters(self) -> frozenset[str]:
         """The characters that the vocabulary can spell; empty: all, through its bytes."""
@@ -130,8 +174,13 @@ class Model(Handle):
         return frozenset(text for text in texts if len(text) == 1)
 
     def token_to_piece(self, token: int, *, special: bool = False) -> bytes:
-        """Bytes, not text: one token may hold part of a character. special: render control tokens too."""
+        """Bytes, not text: one token may hold part of a character. special: render control tokens too.
+
+        Empty for a model without a vocabulary.
+        """
         self._check_token(token)
+        if not self.has_vocabulary:
+            return b""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -173,6 +222,8 @@ class Model(Handle):
 def check_gguf(path: Path) -> None:
     """llama.cpp's own messages for these are about its internals."""
     try:
+        if path.is_fifo() or path.is_char_device():
+            raise ModelFileError(f"{path} is a pipe or a device: give a file.")
         with open(path, "rb") as file:
             magic = file.read(4)
     except OSError as error:

@@ -89,11 +89,12 @@ class Sampler(Handle):
 
     @staticmethod
     def _grammar(model: Model, text: str) -> object:
+        if not text.strip():  # would give a stage that allows everything
+            raise LocalsteerError("the grammar can't be parsed: it is empty.")
         log.clear()
         with _stderr_kept() as kept:
             stage = lc.llama_sampler_init_grammar(model.vocab, text.encode("utf-8"), b"root")
-        # an empty text would give a stage that allows everything
-        if not stage or not text.strip():
+        if not stage:
             why = re.search(r"error parsing grammar: (.*)", kept.text)
             raise LocalsteerError(f"the grammar can't be parsed: {why[1] if why else log.why()}.")
         return stage
@@ -104,6 +105,9 @@ class Sampler(Handle):
         if not np.isfinite(logits.max()):
             raise LocalsteerError("the model gave no finite logits: lower the strength of the steering.")
         token = self._candidates.choose(self.pointer, logits)
+        if token is None:
+            why = "the grammar allows no token here" if self._has_grammar else "the penalties leave no token"
+            raise LocalsteerError(f"{why}.")
         lc.llama_sampler_accept(self.pointer, token)
         return token
 
@@ -115,7 +119,8 @@ class _Candidates:
         self._data = np.zeros(n_vocab, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)])
         self._ids = np.arange(n_vocab, dtype=np.int32)
 
-    def choose(self, sampler: object, logits: np.ndarray) -> int:
+    def choose(self, sampler: object, logits: np.ndarray) -> int | None:
+        """None where every token is ruled out: to accept one that the grammar forbids ends the process."""
         self._data["id"], self._data["logit"], self._data["p"] = self._ids, logits, 0.0
         array = lc.llama_token_data_array(
             data=ctypes.cast(self._data.ctypes.data, lc.llama_token_data_p),
@@ -125,7 +130,4 @@ class _Candidates:
         )
         lc.llama_sampler_apply(sampler, ctypes.byref(array))
         chosen = array.data[array.selected] if 0 <= array.selected < array.size else None
-        # accepting a token that the grammar forbids would end the process
-        if chosen is None or not np.isfinite(chosen.logit):
-            raise LocalsteerError("the grammar allows no token here.")
-        return int(chosen.id)
+        return None if chosen is None or not np.isfinite(chosen.logit) else int(chosen.id)
