@@ -1,26 +1,19 @@
-"""Many replies at once: one decode a step for all, each sequence with its own plan and sampler."""
+"""Many replies at once, from first to last; loop.py decodes them together."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from .engine import position_classes
 from .errors import LocalsteerError, PromptError
-from .generate import Clock, Reply, Sampling, check_room, check_stop, largest, new_sampler, reply_budget
-from .plan import Plan, PositionClass
+from .generate import Reply, Sampling, Timings, check_stop
+from .loop import Loop, Request, new_request
+from .plan import Plan
 from .vector import ControlVector
 
 if TYPE_CHECKING:
-    from .bridge import Sampler
     from .engine import Engine, Prompt, Steer
-
-_GENERATION = int(PositionClass.GENERATION)  # a plain number: an enum costs time at every token
 
 
 def generate_batch(
@@ -43,187 +36,67 @@ def generate_batch(
     for all, where prompt i gets seed + i, or one each. on_progress: called with (replies done, prompts).
     Raises PromptError, naming the prompt by its index, before anything is decoded.
     """
-    plans = _plans_of(engine, steer, len(prompts))
-    samplings = _samplings_of(sampling, len(prompts))
-    stops = [text.encode("utf-8") for text in check_stop(stop)]
-    waiting = deque(
-        _sequence(engine, i, prompt, raw, max_tokens, plan, drawn)
-        for i, (prompt, plan, drawn) in enumerate(zip(prompts, plans, samplings, strict=True))
-    )
     replies: list[Reply | None] = [None] * len(prompts)
-    batch = _Batch(engine, waiting, stops)
-    try:
-        for n, (index, reply) in enumerate(batch.run(), 1):
-            replies[index] = reply
-            if on_progress:
-                on_progress(n, len(prompts))
-    finally:
-        batch.close()
+    ended = stream_batch(
+        engine, prompts, steer=steer, max_tokens=max_tokens, sampling=sampling, stop=stop, raw=raw
+    )
+    for n, (index, reply) in enumerate(ended, 1):
+        replies[index] = reply
+        if on_progress:
+            on_progress(n, len(prompts))
     return replies
 
 
-@dataclass(eq=False)
-class _Sequence:
-    """One prompt on its way to a reply. pending: tokens that are not decoded yet, prompt or last drawn."""
-
-    index: int
-    pending: list[int]
-    n_prompt: int
-    budget: int
-    plan: Plan | None
-    sampling: Sampling
-    clock: Clock
-    slot: int = -1  # llama.cpp's sequence id while it is live
-    n_past: int = 0
-    tokens: list[int] = field(default_factory=list)
-    tail: bytes = b""  # the text's last bytes, where a stop string may be
-    sampler: Sampler | None = None
-
-    @property
-    def n_cells(self) -> int:
-        return self.n_prompt + self.budget
-
-
-class _Batch:
-    """Slots of the context that sequences pass through: one joins as soon as another ends."""
-
-    def __init__(self, engine: Engine, waiting: deque[_Sequence], stops: Sequence[bytes]) -> None:
-        self.engine = engine
-        self.waiting = waiting
-        self.stops = stops
-        self.tail_bytes = max(map(len, stops), default=0)
-        self.live: list[_Sequence] = []
-        self.free_slots = list(range(engine.n_seq_max))[::-1]
-        self.free_cells = engine.n_cells
-
-    def run(self) -> Iterator[tuple[int, Reply]]:
-        """(index, reply) of each sequence as it ends."""
-        run = self.engine.begin()
-        while self.waiting or self.live:
-            self.engine.check_run(run)
-            yield from self._join()
-            if self.live:
-                yield from self._step()
-
-    def close(self) -> None:
-        for sequence in self.live:
-            if sequence.sampler:
-                sequence.sampler.close()
-
-    def _join(self) -> Iterator[tuple[int, Reply]]:
-        """Let in what fits. Cells are reserved for whole replies: a live sequence never runs out of them."""
-        while self.waiting and self.free_slots and self.waiting[0].n_cells <= self.free_cells:
-            sequence = self.waiting.popleft()
-            if sequence.budget == 0:
-                yield sequence.index, self._reply(sequence, "length")
-                continue
-            sequence.slot = self.free_slots.pop()
-            self.free_cells -= sequence.n_cells
-            sequence.clock.started = time.perf_counter()
-            sequence.sampler = new_sampler(self.engine, sequence.sampling)
-            self.live.append(sequence)
-
-    def _step(self) -> Iterator[tuple[int, Reply]]:
-        """One decode: the last token of every reply, and of prompts as much as there is room for."""
-        tokens, positions, slots, outputs, classes = [], [], [], [], []
-        plans: list[Plan | None] = []
-        drawing = []
-        # replies first, so that a long prompt can't starve them; llama.cpp wants a sequence's tokens together
-        self.live.sort(key=lambda sequence: len(sequence.pending) > 1)
-        room = self.engine.context.n_batch
-        for sequence in self.live:
-            n = min(len(sequence.pending), room)
-            if n == 0:
-                break
-            room -= n
-            start, sequence.n_past = sequence.n_past, sequence.n_past + n
-            tokens += sequence.pending[:n]
-            sequence.pending = sequence.pending[n:]
-            positions += range(start, start + n)
-            slots += [sequence.slot] * n
-            outputs += [False] * (n - 1) + [not sequence.pending]
-            plans += [sequence.plan] * n
-            classes += _classes(start, n, sequence.n_prompt)
-            if not sequence.pending:
-                drawing.append(sequence)
-        rows = self.engine.context.decode(tokens, positions, slots, outputs, plans=plans, classes=classes)
-        if drawing:
-            yield from self._draw(drawing, rows.logits)
-
-    def _draw(self, drawing: Sequence[_Sequence], logits: np.ndarray) -> Iterator[tuple[int, Reply]]:
-        """Row i of `logits` is the next token of drawing[i]."""
-        ended = []
-        for i, (sequence, token) in enumerate(zip(drawing, largest(logits).tolist(), strict=True)):
-            if sequence.sampler:
-                token = sequence.sampler.sample(self.engine.context, i)
-            sequence.clock.tick()
-            reason = self._accept(sequence, token)
-            if reason:
-                self._leave(sequence)
-                ended.append((sequence.index, self._reply(sequence, reason)))
-        yield from ended
-
-    def _accept(self, sequence: _Sequence, token: int) -> str | None:
-        """Take a token in. Returns the finish reason when it was the last."""
-        if self.engine.ends(token):
-            return "stop"
-        sequence.tokens.append(token)
-        if self.stops:
-            piece = self.engine.piece(token)
-            seen = sequence.tail + piece
-            if any(stop in seen for stop in self.stops):
-                return "stop"
-            sequence.tail = seen[-self.tail_bytes :]
-        if len(sequence.tokens) == sequence.budget:
-            return "length"
-        sequence.pending = [token]
-        return None
-
-    def _leave(self, sequence: _Sequence) -> None:
-        self.live.remove(sequence)
-        self.free_slots.append(sequence.slot)
-        self.free_cells += sequence.n_cells
-        self.engine.context.seq_rm(sequence.slot)
-        if sequence.sampler:
-            sequence.sampler.close()
-
-    def _reply(self, sequence: _Sequence, reason: str) -> Reply:
-        text = b"".join(map(self.engine.piece, sequence.tokens))
-        cuts = [at for at in map(text.find, self.stops) if at >= 0]
-        return Reply(
-            text=text[: min(cuts, default=None)].decode("utf-8", "replace"),
-            tokens=sequence.tokens,
-            finish_reason=reason,
-            timings=sequence.clock.timings(len(sequence.tokens)),
-        )
-
-
-def _classes(start: int, n: int, n_prompt: int) -> list[int]:
-    if start >= n_prompt:
-        return [_GENERATION] * n
-    return position_classes(np.arange(start, start + n), n_prompt).tolist()
-
-
-def _sequence(
+def stream_batch(
     engine: Engine,
-    index: int,
-    prompt: Prompt,
-    raw: bool,
-    max_tokens: int | None,
-    plan: Plan | None,
-    sampling: Sampling,
-) -> _Sequence:
+    prompts: Sequence[Prompt],
+    *,
+    steer: Steer | Sequence[Steer] = (),
+    max_tokens: int | None = 512,
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    stop: Sequence[str] = (),
+    raw: bool = False,
+) -> Iterator[tuple[int, Reply]]:
+    """`generate_batch` as (index of the prompt, reply), each as soon as it ends."""
+    if isinstance(prompts, str):
+        raise PromptError("one text is no list of prompts: put it into a list, or call `generate`.")
+    plans = plans_of(engine, steer, len(prompts))
+    samplings = _samplings_of(sampling, len(prompts))
+    check_stop(stop)
+    requests = [
+        _request(engine, i, prompt, raw, plan, max_tokens=max_tokens, sampling=drawn, stop=stop)
+        for i, (prompt, plan, drawn) in enumerate(zip(prompts, plans, samplings, strict=True))
+    ]
+    index_of = {id(request): i for i, request in enumerate(requests)}
+    texts = [""] * len(requests)
+    loop = Loop(engine)
+    for request in requests:
+        loop.add(request)
     try:
-        tokens = engine.prompt_tokens(prompt, raw)
-        check_room(engine, len(tokens))
+        while loop.busy:
+            for request, event in loop.step():
+                if isinstance(event, LocalsteerError):
+                    raise event
+                index = index_of[id(request)]
+                texts[index] += event.text
+                if event.finish_reason:
+                    timings = event.timings or Timings()
+                    yield index, Reply(texts[index], request.tokens, event.finish_reason, timings)
+    finally:
+        loop.close()
+
+
+def _request(
+    engine: Engine, index: int, prompt: Prompt, raw: bool, plan: Plan | None, **settings: Any
+) -> Request:
+    try:
+        return new_request(engine, engine.prompt_tokens(prompt, raw), plan, **settings)
     except PromptError as error:
         raise PromptError(f"prompt {index}: {error}") from error
-    budget = reply_budget(engine, len(tokens), max_tokens)
-    clock = Clock(time.perf_counter(), len(tokens))
-    return _Sequence(index, tokens, len(tokens), budget, plan, sampling, clock)
 
 
-def _plans_of(engine: Engine, steer: Steer | Sequence[Steer], n: int) -> list[Plan | None]:
+def plans_of(engine: Engine, steer: Steer | Sequence[Steer], n: int) -> list[Plan | None]:
+    """The plan of each of n prompts; None where nothing is changed."""
     one_for_all = (
         steer is None
         or isinstance(steer, (Plan, ControlVector))

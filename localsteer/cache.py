@@ -27,10 +27,21 @@ _ADVICE = "choose another folder, or set LOCALSTEER_CACHE for cached files."
 
 
 def cache_folder() -> Path:
-    """Where the cache is; it is not made here. Rules: XDG on Linux, Library/Caches, LOCALAPPDATA."""
+    """Where the cache is; it is not made here. Rules: XDG on Linux, Library/Caches, LOCALAPPDATA.
+
+    Raises LocalsteerError where there is no home folder to put it in.
+    """
     chosen = os.environ.get("LOCALSTEER_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
+    try:
+        return Path(chosen).expanduser() if chosen else _usual_folder()
+    except RuntimeError:
+        what = f"LOCALSTEER_CACHE={chosen}" if chosen else "this user"
+        raise LocalsteerError(
+            f"{what} has no home folder: set LOCALSTEER_CACHE to a folder for cached files."
+        ) from None
+
+
+def _usual_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "localsteer"
     if sys.platform == "win32":
@@ -133,7 +144,7 @@ def _index_path() -> Path:
 def _read_index() -> dict[str, object]:
     try:
         index = json.loads(_index_path().read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, LocalsteerError):
         return {}  # missing or damaged: it is only a memory of what can be computed again
     return index if isinstance(index, dict) else {}
 

@@ -6,35 +6,31 @@ which alone knows llama.cpp.
 
 from __future__ import annotations
 
-import logging
 import os
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .bridge import Context, Model
-from .errors import LocalsteerError, MismatchError, PlanError, PromptError, VectorFileError
-from .plan import Plan
+from .attach import Attaching, Notices, Steer
+from .bridge import Context, Model, check_threads
+from .errors import LocalsteerError, PlanError, PromptError
 from .templates import ChatTemplate, Message
-from .vector import ControlVector, check_model
 
 if TYPE_CHECKING:
     from .bridge import Rows
     from .generate import Chunk, Reply, Sampling
+    from .plan import Plan
 
-Steer = Plan | ControlVector | Sequence[ControlVector] | None
 Prompt = str | Sequence[Message]
 
 DEFAULT_N_CTX = 4096  # tokens of one sequence, where the model would allow more: its cache costs memory
 DEFAULT_N_SEQ_MAX = 8
 POOL_BYTES = 512 << 20  # of KV cache that several sequences may take together beyond one whole sequence
 WIDE_BYTES = 64 << 20  # of logits that one decode may return when every token is an output
-
-logger = logging.getLogger("localsteer")  # without a handler Python prints warnings to stderr as they are
 
 
 class Piece(NamedTuple):
@@ -54,7 +50,9 @@ class Engine:
     path: a GGUF model. n_ctx: tokens that one sequence may hold, prompt and reply together; at most, and by
     default up to 4096 of, what the model was trained for. n_seq_max: sequences decoded together by the calls
     that take many. n_cells: tokens that all of them may hold together (None: chosen by memory).
-    exact: F32 KV cache and no flash attention, for comparisons. on_progress: called with 0.0 to 1.0 on load.
+    exact: F32 KV cache and no flash attention, for comparisons. plain_prompts: `Q: ...` / `A:` in place
+    of the file's chat template, which a base model has often inherited without ever having read it.
+    on_progress: called with 0.0 to 1.0 on load.
     Raises ModelFileError, UnsupportedModelError.
     """
 
@@ -69,18 +67,20 @@ class Engine:
         n_cells: int | None = None,
         n_gpu_layers: int = 0,
         exact: bool = False,
+        plain_prompts: bool = False,
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
         self.path = Path(path)
         for name, value in {"n_seq_max": n_seq_max, "n_batch": n_batch, "n_cells": n_cells}.items():
             if value is not None and value < 1:
                 raise LocalsteerError(f"{name} must be at least 1, not {value}.")
+        check_threads(n_threads)
         self._closed = False
-        self._checked: weakref.WeakSet[ControlVector] = weakref.WeakSet()
-        self._told: set[str] = set()
+        self.notice = Notices()
         self._pieces: dict[int, bytes] = {}
         self._ends: dict[int, bool] = {}
         self._run = 0
+        self._leaving: list[Callable[[], None]] = []
         self.model = Model(path, n_gpu_layers=n_gpu_layers, on_progress=on_progress)
         try:
             self.n_ctx = self._context_length(n_ctx)
@@ -98,15 +98,31 @@ class Engine:
             raise
         self.n_cells = self.context.n_ctx
         self.template = ChatTemplate(
-            self.model.chat_template, bos=self._token_text("bos"), eos=self._token_text("eos")
+            None if plain_prompts else self.model.chat_template,
+            bos=self._token_text("bos"),
+            eos=self._token_text("eos"),
+        )
+        self._attaching = Attaching(
+            self.path,
+            shape=(self.model.n_layer, self.model.n_embd, self.model.architecture),
+            template_hash=self.template.template_hash,
+            tokenize=partial(_rendered_tokens, self.model, self.template),
+            probe=self.context.probe,
+            notice=self.notice,
         )
 
     def close(self) -> None:
         """Free the context, then the model. A second call does nothing."""
         if not self._closed:
+            for leave in self._leaving:
+                leave()
             self._closed = True
             self.context.close()
             self.model.close()
+
+    def before_close(self, leave: Callable[[], None]) -> None:
+        """Call a function before the context goes: who decodes in a thread must stop first."""
+        self._leaving.append(leave)
 
     def __enter__(self) -> Engine:
         return self
@@ -190,16 +206,16 @@ class Engine:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return self.rendered_tokens(prompt if raw else self.render(messages))
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The text of messages as the model reads it, ready for its reply."""
-        if self.template.is_fallback:
+    def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The text of messages as the model reads it, ready for its reply. tools: see ChatTemplate.render."""
+        if self.template.is_fallback and not self.model.chat_template:
             self.notice(f"{self.path.name} has no chat template: prompts are sent as `Q: ...` and `A:`.")
-        return self.template.render(messages)
+        return self.template.render(messages, tools=tools)
 
     def rendered_tokens(self, text: str) -> list[int]:
         """Tokens of a text that a template rendered. This is how a vector's probes are tokenised too."""
         self._check_open()
-        tokens = self.model.tokenize(text, add_special=self.template.adds_special(text), parse_special=True)
+        tokens = _rendered_tokens(self.model, self.template, text)
         if not tokens:
             raise PromptError("the prompt is empty: it has no tokens.")
         return tokens
@@ -229,54 +245,7 @@ class Engine:
         Raises MismatchError for a vector of another model, PlanError, UnsupportedModelError.
         """
         self._check_open()
-        plan = steer if isinstance(steer, Plan) else self._plan_of_vectors(steer)
-        if plan.is_empty:
-            return None
-        for text in plan.notices:
-            self.notice(text)
-        self._check_plan(plan)
-        return plan
-
-    def notice(self, text: str) -> None:
-        """Tell the user something once for each engine."""
-        if text not in self._told:
-            self._told.add(text)
-            logger.warning(text)
-
-    def _plan_of_vectors(self, steer: ControlVector | Sequence[ControlVector] | None) -> Plan:
-        vectors = [steer] if isinstance(steer, ControlVector) else list(steer or ())
-        for vector in vectors:
-            if not isinstance(vector, ControlVector):
-                raise PlanError(f"steer takes control vectors or a plan, not {type(vector).__name__}.")
-            if vector not in self._checked:
-                self._check_vector(vector)
-                self._checked.add(vector)
-        return Plan.from_vectors(vectors)
-
-    def _check_vector(self, vector: ControlVector) -> None:
-        check_model(vector, self.model.n_layer, self.model.n_embd, self.model.architecture)
-        for text, ids in _probes(vector):
-            ours = self.rendered_tokens(text)
-            if ours != ids:
-                raise MismatchError(
-                    f"{vector.label} was extracted with another tokenizer: {_brief(text)} is "
-                    f"{_brief_ids(ours)} in {self.path.name} and {_brief_ids(ids)} in the vector: "
-                    "extract the vector from this model."
-                )
-        theirs = vector.provenance.get("template_hash")
-        if theirs and theirs != self.template.template_hash:
-            self.notice(
-                f"{vector.label} was extracted with another chat template than that of {self.path.name}: "
-                "check that it still steers, or extract it from this model."
-            )
-
-    def _check_plan(self, plan: Plan) -> None:
-        if plan.n_embd != self.model.n_embd:
-            raise MismatchError(
-                f"the plan's directions are {plan.n_embd} wide but {self.path.name} is {self.model.n_embd} "
-                "wide: use vectors of this model."
-            )
-        self.context.probe(plan.layers)
+        return self._attaching.plan(steer)
 
     # -- numbers -----------------------------------------------------------------------------------
 
@@ -471,7 +440,7 @@ class Engine:
         if len(tokens) > self.n_ctx:
             raise PromptError(
                 f"{len(tokens)} tokens are more than the context of {self.n_ctx} tokens: shorten the prompt, "
-                "or raise n_ctx."
+                "or raise n_ctx (-c)."
             )
         if tokens.min() < 0 or tokens.max() >= self.model.n_vocab:
             raise PromptError(f"token ids must be 0 to {self.model.n_vocab - 1}.")
@@ -530,6 +499,10 @@ class _Joined:
         )
 
 
+def _rendered_tokens(model: Model, template: ChatTemplate, text: str) -> list[int]:
+    return model.tokenize(text, add_special=template.adds_special(text), parse_special=True)
+
+
 def position_classes(positions: np.ndarray, n_prompt: np.ndarray | int) -> np.ndarray:
     """PositionClass of each position, as int8, in a request whose first n_prompt tokens are prompt."""
     return (positions >= n_prompt - 1).astype(np.int8) + (positions >= n_prompt)
@@ -556,29 +529,9 @@ def pack(lengths: Sequence[int], size: int, n_seq_max: int) -> Iterator[list[Pie
         yield batch
 
 
-def _probes(vector: ControlVector) -> list[tuple[str, list[int]]]:
-    """Templated texts and their tokens, as the extraction saw them. Raises VectorFileError."""
-    probes = vector.provenance.get("probes") or ()
-    try:
-        return [(str(text), [int(token) for token in ids]) for text, ids in probes]
-    except (TypeError, ValueError):
-        raise VectorFileError(
-            f"{vector.label} has probes that can't be read: extract the vector again."
-        ) from None
-
-
 def _log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """(n,) float64: log softmax of each row at its token."""
     logits = logits.astype(np.float64)
     peak = logits.max(axis=1, keepdims=True)
     total = np.log(np.exp(logits - peak).sum(axis=1)) + peak[:, 0]
     return logits[np.arange(len(tokens)), tokens] - total
-
-
-def _brief(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:37]}...")
-
-
-def _brief_ids(ids: Sequence[int]) -> str:
-    shown = ", ".join(map(str, list(ids)[:6]))
-    return f"[{shown}{', ...' if len(ids) > 6 else ''}]"

@@ -86,17 +86,39 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class TokenScores:
+    """Natural log-probabilities under the model as it is steered, before temperature and other samplers.
+
+    logprob: of the token that was drawn. top: (token, log-probability) of the likeliest, the best first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def of(cls, logits: np.ndarray, token: int, n_top: int) -> TokenScores:
+        """logits: (n_vocab,)."""
+        logits = logits.astype(np.float64)
+        peak = logits.max()
+        logprobs = logits - peak - np.log(np.exp(logits - peak).sum())
+        best = np.argsort(-logprobs, kind="stable")[:n_top]
+        return cls(float(logprobs[token]), tuple((int(each), float(logprobs[each])) for each in best))
+
+
+@dataclass(frozen=True)
 class Chunk:
     """One token of a reply. `text` holds whole characters only, so it may be empty, or finish earlier tokens.
 
     token: None for the end-of-generation token, which is no part of the reply. finish_reason: set in the
     last chunk alone, "stop" (the model ended, or a stop string came) or "length"; timings likewise.
+    scores: where the request asked for them, at every token of the reply.
     """
 
     text: str
     token: int | None
     finish_reason: str | None = None
     timings: Timings | None = None
+    scores: TokenScores | None = None
 
 
 @dataclass(frozen=True)
@@ -250,7 +272,7 @@ def check_room(engine: Engine, n_prompt: int) -> None:
     if n_prompt >= engine.n_ctx:
         raise PromptError(
             f"the prompt has {n_prompt} tokens and the context {engine.n_ctx}, reply included: "
-            "shorten the prompt, or raise n_ctx if the model allows more."
+            "shorten the prompt, or raise n_ctx (-c) if the model allows more."
         )
 
 

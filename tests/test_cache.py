@@ -112,3 +112,11 @@ def test_names_are_safe_and_unique():
     names = [cache.file_name(name) for name in ("Answer!", "answer?", "../../etc", "", "日本", "x" * 300)]
     assert len(set(names)) == len(names)
     assert all(name and "/" not in name and not name.startswith(".") and len(name) < 80 for name in names)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    for name in ("LOCALSTEER_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user id without a name
+    with pytest.raises(LocalsteerError, match="no home folder: set LOCALSTEER_CACHE"):
+        cache.cache_folder()

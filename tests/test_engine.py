@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -406,3 +407,18 @@ def test_every_public_name_can_be_had():
             assert getattr(localsteer, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = localsteer.nonsense
+
+
+def test_a_model_without_a_tokenizer_takes_token_ids_and_refuses_text(tmp_path, monkeypatch):
+    """llama.cpp ends the process when it is asked for the text of a token that has none."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import decode_overhead
+
+    for name, value in {"N_LAYER": 2, "N_EMBD": 64, "N_FF": 128, "N_HEAD": 2, "N_VOCAB": 96}.items():
+        monkeypatch.setattr(decode_overhead, name, value)
+    decode_overhead.write_random_model(tmp_path / "ids.gguf")
+    with open_engine(tmp_path / "ids.gguf") as engine:
+        assert engine.logits([1, 2, 3]).shape == (3, 96)
+        assert engine.piece(5) == b""
+        with pytest.raises(PromptError, match="no tokenizer"):
+            engine.generate("hi")

@@ -379,3 +379,20 @@ def test_timings_tell_speeds(engine):
 
 def test_a_chunk_may_have_no_text():
     assert Chunk("", 5).finish_reason is None
+
+
+def test_one_text_is_no_list_of_prompts(engine):
+    with pytest.raises(PromptError, match="put it into a list"):
+        engine.generate_batch("Hi")
+
+
+@pytest.mark.parametrize("n_threads", [-1, 513, 100_000])
+def test_a_number_of_threads_that_would_end_the_process_is_refused(tiny_llama, n_threads):
+    with pytest.raises(LocalsteerError, match=f"1 to 512, not {n_threads}"):
+        open_engine(tiny_llama.gguf_path, n_threads=n_threads)
+
+
+def test_a_character_without_a_token_is_named(real_data):
+    refused = pytest.raises(PromptError, match="no token for '日': leave it out")
+    with open_engine(real_data / "craftgpt-chat-5m-f16.gguf") as engine, refused:
+        engine.generate("a 日本", raw=True)

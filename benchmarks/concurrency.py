@@ -1,0 +1,178 @@
+"""Many requests with different steering in one engine: what it costs, and what it saves.
+
+    python benchmarks/concurrency.py [--rounds 5] [--threads 2] [-m MODEL.gguf]
+
+Without -m it writes a random llama of 0.4 billion parameters in Q4_0. In the decode phase: 8 sequences with 8
+different plans against 8 unsteered ones in the same engine, against bare llama.cpp decoding 8 sequences, and
+against the same 8 one after another; then a search of 12 settings on 8 prompts, as many sequences at once as
+`localsteer tune` takes, against one reply at a time. What is compared takes turns in one run; medians of
+ratios. Beside them, what llama.cpp itself gains on this machine from eight rows in one matrix product: no
+batching can gain more. The last line is JSON. Exit status 1 below a bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import llama_cpp.llama_cpp as lc
+import numpy as np
+from decode_overhead import random_vector, write_random_model
+
+from localsteer import ControlVector, Engine
+from localsteer.bridge import Context, default_threads, system_info
+from localsteer.cli.tune import N_SEQ_MAX as N_SEQ_SEARCH
+from localsteer.generate import GREEDY
+from localsteer.loop import Loop, new_request
+from localsteer.plan import Plan
+
+N_SEQ, N_PROMPT, N_REPLY = 8, 32, 48
+N_SETTINGS, N_QUERIES, N_SEARCH_REPLY = 12, 8, 24
+CEILING = "bare llama.cpp, 8 tokens of one sequence / one at a time"
+BOUNDS = {
+    "8 plans / 8 unsteered": 0.95,
+    "8 plans / bare llama.cpp": 0.85,
+    "8 plans / one after another": 2.5,
+    "search in batches / one at a time": 2.0,
+}
+
+
+def prompts(n: int, n_vocab: int) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, n_vocab, N_PROMPT).tolist() for _ in range(n)]
+
+
+def plans(vector: ControlVector, n: int) -> list[Plan]:
+    """n that differ in block, positions and strength."""
+    where = ("all", "last", "generation")
+    return [
+        Plan.from_vectors(
+            [vector.at(layer=1 + 2 * i % (vector.n_layer - 1), positions=where[i % 3], strength=0.5 + i / 20)]
+        )
+        for i in range(n)
+    ]
+
+
+def decode_seconds(engine: Engine, texts: list[list[int]], steers: list[Plan | None]) -> float:
+    """Wall time of all steps but those that read prompts; each sequence draws N_REPLY tokens."""
+    loop = Loop(engine)
+    requests = [
+        new_request(engine, tokens, plan, max_tokens=N_REPLY, sampling=GREEDY, stop=())
+        for tokens, plan in zip(texts, steers, strict=True)
+    ]
+    for request in requests:
+        loop.add(request)
+    while not all(request.tokens for request in requests):
+        list(loop.step())
+    started = time.perf_counter()
+    while loop.busy:
+        list(loop.step())
+    seconds = time.perf_counter() - started
+    if any(len(request.tokens) != N_REPLY for request in requests):
+        raise RuntimeError("a reply ended early: take another model")
+    return seconds
+
+
+def bare_seconds(context: Context, texts: list[list[int]]) -> float:
+    """The same with llama.cpp's own functions, as a C program would call them: batched decode and argmax."""
+    n, n_vocab = len(texts), context.model.n_vocab
+    context.clear()
+    for seq, tokens in enumerate(texts):
+        batch = context._batch.filled(tokens, np.arange(len(tokens)), seq, 0)
+        batch.logits[len(tokens) - 1] = 1
+        lc.llama_decode(context.pointer, batch)
+    drawn = np.ones(n, np.int32)
+    started = time.perf_counter()
+    for step in range(N_REPLY - 1):
+        batch = context._batch.filled(drawn, np.full(n, N_PROMPT + step), np.arange(n), np.ones(n))
+        if lc.llama_decode(context.pointer, batch) != 0:
+            raise RuntimeError("llama.cpp could not decode a batch")
+        logits = np.ctypeslib.as_array(lc.llama_get_logits(context.pointer), shape=(n, n_vocab))
+        drawn = logits.argmax(axis=1)
+    return time.perf_counter() - started
+
+
+def bare_gain(context: Context) -> float:
+    """Tokens per second of one sequence, N_SEQ at once against one at a time."""
+    seconds = []
+    for width in (1, N_SEQ):
+        context.clear()
+        started = time.perf_counter()
+        for at in range(0, N_REPLY, width):
+            batch = context._batch.filled(np.ones(width, np.int32), np.arange(at, at + width), 0, 1)
+            if lc.llama_decode(context.pointer, batch) != 0:
+                raise RuntimeError("llama.cpp could not decode a batch")
+        seconds.append(time.perf_counter() - started)
+    return seconds[0] / seconds[1]
+
+
+def one_by_one(engine: Engine, texts: list[list[int]], steers: list[Plan | None]) -> float:
+    return sum(decode_seconds(engine, [text], [plan]) for text, plan in zip(texts, steers, strict=True))
+
+
+def search_seconds(engine: Engine, texts: list[list[int]], steers: list[Plan], together: bool) -> float:
+    """Every setting on every prompt, prompts included."""
+    cells = [(tokens, plan) for plan in steers for tokens in texts]
+    started = time.perf_counter()
+    for batch in [cells] if together else [[cell] for cell in cells]:
+        loop = Loop(engine)
+        for tokens, plan in batch:
+            loop.add(new_request(engine, tokens, plan, max_tokens=N_SEARCH_REPLY, sampling=GREEDY, stop=()))
+        while loop.busy:
+            list(loop.step())
+    return time.perf_counter() - started
+
+
+def measure(path: Path, n_threads: int, rounds: int) -> dict[str, float]:
+    options = {"n_ctx": 256, "n_threads": n_threads}
+    with (
+        Engine(path, **options, n_cells=1024, n_seq_max=N_SEQ) as engine,
+        Engine(path, **options, n_cells=2048, n_seq_max=N_SEQ_SEARCH) as searching,
+    ):
+        vector = random_vector(engine.model)
+        texts, steers = prompts(N_SEQ, engine.model.n_vocab), plans(vector, N_SEQ)
+        bare = Context(engine.model, n_ctx=1024, n_seq_max=N_SEQ, n_threads=n_threads, steering=False)
+        found: dict[str, list[float]] = {name: [] for name in [*BOUNDS, CEILING]}
+        for done in range(rounds):
+            print(f"round {done + 1} of {rounds}", file=sys.stderr)
+            steered = decode_seconds(engine, texts, steers)
+            plain = decode_seconds(engine, texts, [None] * N_SEQ)
+            raw = bare_seconds(bare, texts)
+            again = decode_seconds(engine, texts, steers)
+            mine = (steered + again) / 2
+            found["8 plans / 8 unsteered"].append(plain / mine)
+            found["8 plans / bare llama.cpp"].append(raw / mine)
+            found["8 plans / one after another"].append(one_by_one(engine, texts, steers) / mine)
+            found[CEILING].append(bare_gain(bare))
+        settings = plans(vector, N_SETTINGS)
+        for _ in range(2):
+            alone = search_seconds(engine, texts[:N_QUERIES], settings, together=False)
+            together = search_seconds(searching, texts[:N_QUERIES], settings, together=True)
+            found["search in batches / one at a time"].append(alone / together)
+    return {name: round(float(np.median(values)), 3) for name, values in found.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-m", "--model", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=default_threads())
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = arguments.model or Path(folder) / "random-0.4b-q4_0.gguf"
+        if arguments.model is None:
+            write_random_model(path)
+        found = measure(path, arguments.threads, arguments.rounds)
+    for name, ratio in found.items():
+        print(f"{name:58} {ratio:6.3f}" + (f"   at least {BOUNDS[name]}" if name in BOUNDS else ""))
+    document = {"model": path.name, "threads": arguments.threads, "rounds": arguments.rounds}
+    print(json.dumps({**document, "ratios": found, "bounds": BOUNDS, "machine": system_info()}))
+    return 0 if all(found[name] >= bound for name, bound in BOUNDS.items()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

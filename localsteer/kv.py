@@ -1,0 +1,100 @@
+"""What the KV cache holds: each sequence's tokens, and the edits that each was computed under.
+
+A cached position is right for another request only if token AND edits are the same, there and at every
+position before it. The plan alone does not tell: what was a reply in the first turn of a chat is prompt in
+the second, and under positions `prompt`, `last` or `generation` that makes another state of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .plan import PositionClass
+
+if TYPE_CHECKING:
+    from .bridge import Context
+    from .plan import Plan
+
+NO_KEYS = (b"", b"", b"")
+
+
+class _Cell:
+    """One position of the cache; several sequences may share it."""
+
+    __slots__ = ("key", "refs", "token")
+
+    def __init__(self, token: int, key: bytes) -> None:
+        self.token, self.key, self.refs = token, key, 1
+
+
+def class_keys(plan: Plan | None) -> tuple[bytes, bytes, bytes]:
+    """What is applied to a token of each PositionClass, as a key that is equal where the edits are."""
+    return NO_KEYS if plan is None else tuple(plan.class_key(cls) for cls in PositionClass)  # type: ignore
+
+
+class CachedSequences:
+    """Keeps count of the cache of one Context, and is the only one to change it but for decodes.
+
+    n_used: cells that hold something, those that several sequences share counted once.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._sequences: list[list[_Cell]] = [[] for _ in range(context.n_seq_max)]
+        self.n_used = 0
+
+    def length(self, seq: int) -> int:
+        return len(self._sequences[seq])
+
+    def common(self, seq: int, tokens: Sequence[int], keys: Sequence[bytes] | None) -> int:
+        """How many of the first positions of a sequence are right for these tokens and keys.
+
+        keys: None takes positions whatever they were computed under. Their own keys stay with them, so that
+        nobody else is given them for something else.
+        """
+        n = 0
+        for i, (cell, token) in enumerate(zip(self._sequences[seq], tokens, strict=False)):
+            if cell.token != token or (keys is not None and cell.key != keys[i]):
+                break
+            n += 1
+        return n
+
+    def own_cells(self, seq: int, start: int = 0) -> int:
+        """Cells from `start` on that no other sequence shares: what forgetting them would free."""
+        return sum(cell.refs == 1 for cell in self._sequences[seq][start:])
+
+    def append(self, seq: int, tokens: Sequence[int], keys: Sequence[bytes]) -> None:
+        """Positions that are being decoded now."""
+        self._sequences[seq] += [_Cell(token, key) for token, key in zip(tokens, keys, strict=True)]
+        self.n_used += len(tokens)
+
+    def cut(self, seq: int, n: int) -> int:
+        """Forget all but the first n positions. Returns how many are left: a recurrent state can't be cut."""
+        if n >= self.length(seq):
+            return self.length(seq)
+        if n and not self._context.seq_rm(seq, n):
+            n = 0
+        if n == 0:
+            self._context.seq_rm(seq)
+        for cell in self._sequences[seq][n:]:
+            cell.refs -= 1
+            self.n_used -= cell.refs == 0
+        del self._sequences[seq][n:]
+        return n
+
+    def share(self, src: int, dst: int, n: int) -> None:
+        """Let dst begin with the first n positions of src; nothing is copied."""
+        self.cut(dst, 0)
+        if n:
+            self._context.seq_cp(src, dst, 0, n)
+        shared = self._sequences[src][:n]
+        for cell in shared:
+            cell.refs += 1
+        self._sequences[dst] = list(shared)
+
+    def clear(self) -> None:
+        """Forget everything, as after a decode that failed."""
+        self._context.clear()
+        self._sequences = [[] for _ in self._sequences]
+        self.n_used = 0

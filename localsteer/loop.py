@@ -1,0 +1,329 @@
+"""Many replies at once: one decode a step for all of them, each with its own plan, sampler and stop strings.
+
+Sequences join and leave between steps. A prompt that begins like what the cache already holds, tokens and
+edits alike (kv.py), takes that part from there. batch.py runs a loop to its end, scheduler.py one for ever.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .engine import position_classes
+from .errors import LocalsteerError
+from .generate import (
+    Chunk,
+    Clock,
+    Sampling,
+    TextStream,
+    TokenScores,
+    check_room,
+    new_sampler,
+    reply_budget,
+)
+from .kv import CachedSequences, class_keys
+from .plan import Plan, PositionClass
+
+if TYPE_CHECKING:
+    from .bridge import Sampler
+    from .engine import Engine
+
+_GENERATION = int(PositionClass.GENERATION)  # a plain number: an enum costs time at every token
+
+Event = tuple["Request", Chunk | LocalsteerError]
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way to a reply. pending: tokens that are not decoded yet, prompt or last drawn.
+
+    n_cached: tokens of the prompt that were taken from the cache. n_top: None, or how many of the likeliest
+    tokens its chunks tell the log-probabilities of, beside that of the token drawn. keep_cache: take what is
+    cached of these tokens whatever it was computed under, so that a changed plan reads nothing again.
+    """
+
+    prompt: list[int]
+    budget: int
+    plan: Plan | None
+    sampling: Sampling
+    text: TextStream
+    clock: Clock
+    slot: int = -1  # llama.cpp's request id while it is live
+    n_past: int = 0
+    n_cached: int = 0
+    pending: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    sampler: Sampler | None = None
+    n_top: int | None = None
+    keep_cache: bool = False
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def known(self) -> list[int]:
+        """Its tokens so far; the model has yet to read the last one."""
+        return self.prompt + self.tokens
+
+    @property
+    def n_ahead(self) -> int:
+        """Cells that it may still take."""
+        return self.n_prompt + self.budget - self.n_past
+
+
+def new_request(
+    engine: Engine,
+    tokens: list[int],
+    plan: Plan | None,
+    *,
+    max_tokens: int | None,
+    sampling: Sampling,
+    stop: Sequence[str],
+    n_top: int | None = None,
+) -> Request:
+    """Raises PromptError for a prompt that leaves no room for a reply."""
+    check_room(engine, len(tokens))
+    budget = reply_budget(engine, len(tokens), max_tokens)
+    clock = Clock(time.perf_counter(), len(tokens))
+    return Request(tokens, budget, plan, sampling, TextStream(stop), clock, n_top=n_top)
+
+
+class Loop:
+    """prefill_chunk: prompt tokens in one step while others are replying, so that they don't stall; None: as
+    many as fit. An engine's other calls end the loop: its next step raises LocalsteerError."""
+
+    def __init__(self, engine: Engine, *, prefill_chunk: int | None = None) -> None:
+        self.engine = engine
+        self.prefill_chunk = prefill_chunk or engine.context.n_batch
+        self.waiting: deque[Request] = deque()
+        self.live: list[Request] = []
+        self.cache = CachedSequences(engine.context)
+        self._idle = deque(range(engine.n_seq_max))  # slots, the one that was left longest ago first
+        self._run = engine.begin()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.live)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def step(self) -> Iterator[Event]:
+        """One decode, and what came of it: a chunk of each request that drew a token, or its error.
+
+        A request leaves with its last chunk or its error. An error of the decode itself is everybody's.
+        """
+        self.engine.check_run(self._run)
+        yield from self._admit()
+        if not self.live:
+            return
+        try:
+            drawing, logits = self._decode()
+        except LocalsteerError as error:
+            yield from self._fail(error)
+            return
+        if drawing:
+            yield from self._draw(drawing, logits)
+
+    def drop(self, request: Request) -> None:
+        """Let one go before its end; what it has decoded stays in the cache for others."""
+        if request in self.live:
+            self._leave(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+            _end(request)
+
+    def begin_again(self) -> None:
+        """After other calls on the engine: what was live reads its tokens once more, and goes on."""
+        self._run = self.engine.begin()
+        self.cache.clear()
+        for request in reversed(self.live):
+            self._idle.append(request.slot)
+            request.slot, request.n_past = -1, 0
+            self.waiting.appendleft(request)
+        self.live.clear()
+
+    def close(self) -> None:
+        for request in [*self.live, *self.waiting]:
+            self.drop(request)
+
+    # -- joining and leaving ------------------------------------------------------------------------
+
+    def _admit(self) -> Iterator[Event]:
+        """Let in what fits. Cells are reserved for whole replies: a live request never runs out of them."""
+        while self.waiting and self._idle:
+            request = self.waiting[0]
+            if request.budget == 0:
+                self.waiting.popleft()
+                yield request, Chunk("", None, "length", request.clock.timings(0))
+                continue
+            if not self._place(request):
+                return
+            self.waiting.popleft()
+            try:
+                request.sampler = request.sampler or new_sampler(self.engine, request.sampling)
+            except LocalsteerError as error:  # a grammar that can't be parsed
+                self._idle.append(request.slot)
+                yield request, error
+                continue
+            self.live.append(request)
+
+    def _place(self, request: Request) -> bool:
+        """Give it a slot with as much of its prompt as the cache holds; False while there is no room."""
+        known = request.known
+        keys = None if request.keep_cache else _keys(request.plan, _classes(0, len(known), request.n_prompt))
+        slots = range(self.engine.n_seq_max)
+        found = {slot: self.cache.common(slot, known, keys) for slot in slots}
+        source = max(slots, key=lambda slot: (found[slot], slot in self._idle))
+        # the last token is decoded in any case: its logits are wanted
+        n_common = min(found[source], len(known) - 1)
+        slot = self._slot_for(source, n_common)
+        wanted = request.n_prompt + request.budget - n_common
+        if not self._make_room(wanted, source, slot, n_common):
+            slot = source
+            if slot not in self._idle or not self._make_room(wanted, source, slot, n_common):
+                return False
+        if slot != source:
+            self.cache.share(source, slot, n_common)
+        n_common = self.cache.cut(slot, n_common)
+        self._idle.remove(slot)
+        request.slot, request.n_past, request.n_cached = slot, n_common, n_common
+        request.pending = known[n_common:]
+        if not request.tokens:
+            request.clock.started = time.perf_counter()
+        return True
+
+    def _slot_for(self, source: int, n_common: int) -> int:
+        """The source itself, where that loses less than half of what it holds; else an idle slot that is
+        empty, or was left longest ago, so that the source may serve others yet."""
+        if source in self._idle and 2 * n_common >= self.cache.length(source):
+            return source
+        others = [slot for slot in self._idle if slot != source] or [source]
+        return min(others, key=lambda slot: self.cache.length(slot) > 0)  # the first of equals
+
+    def _make_room(self, wanted: int, source: int, slot: int, n_common: int) -> bool:
+        """Forget idle sequences, those left longest ago first, until `wanted` cells are free for sure."""
+        promised = sum(each.n_ahead for each in self.live)
+
+        def fits() -> bool:
+            given_up = self.cache.own_cells(slot, n_common if slot == source else 0)
+            return self.cache.n_used - given_up + promised + wanted <= self.engine.n_cells
+
+        for other in list(self._idle):
+            if fits():
+                break
+            if other not in (source, slot):
+                self.cache.cut(other, 0)
+        return fits()
+
+    def _leave(self, request: Request) -> None:
+        self.live.remove(request)
+        self._idle.append(request.slot)
+        _end(request)
+
+    def _fail(self, error: LocalsteerError) -> Iterator[Event]:
+        """A decode that failed leaves rows that can't be trusted."""
+        self.cache.clear()
+        for request in list(self.live):
+            self._leave(request)
+            yield request, error
+
+    # -- one step -----------------------------------------------------------------------------------
+
+    def _decode(self) -> tuple[list[Request], np.ndarray]:
+        """The last token of every reply, and of prompts as much as there is room for."""
+        tokens, positions, slots, outputs, classes = [], [], [], [], []
+        plans: list[Plan | None] = []
+        drawing = []
+        # replies first, so that a long prompt can't starve them; llama.cpp wants a request's tokens together
+        self.live.sort(key=lambda request: not request.tokens)
+        room = self.engine.context.n_batch
+        chunk = self.prefill_chunk if self.live[0].tokens else room
+        for request in self.live:
+            n = min(len(request.pending), room, room if request.tokens else chunk)
+            if n == 0:
+                break
+            room -= n
+            chunk -= 0 if request.tokens else n
+            start, request.n_past = request.n_past, request.n_past + n
+            taken, request.pending = request.pending[:n], request.pending[n:]
+            found = _classes(start, n, request.n_prompt)
+            self.cache.append(request.slot, taken, _keys(request.plan, found))
+            tokens += taken
+            positions += range(start, start + n)
+            slots += [request.slot] * n
+            outputs += [False] * (n - 1) + [not request.pending]
+            plans += [request.plan] * n
+            classes += found
+            if not request.pending:
+                drawing.append(request)
+        rows = self.engine.context.decode(tokens, positions, slots, outputs, plans=plans, classes=classes)
+        return drawing, rows.logits if drawing else np.empty(0)
+
+    def _draw(self, drawing: Sequence[Request], logits: np.ndarray) -> Iterator[Event]:
+        """Row i of `logits` is the next token of drawing[i]."""
+        likeliest = logits.argmax(axis=1).tolist()
+        finite = np.isfinite(logits[np.arange(len(likeliest)), likeliest]).tolist()
+        events: list[Event] = []
+        for i, request in enumerate(drawing):
+            try:
+                if not finite[i]:
+                    raise LocalsteerError(
+                        "the model gave no finite logits: lower the strength of the steering."
+                    )
+                token = likeliest[i]
+                if request.sampler:
+                    token = request.sampler.sample(self.engine.context, i)
+                chunk = self._accept(request, token)
+                if request.n_top is not None and chunk.token is not None:
+                    chunk = replace(chunk, scores=TokenScores.of(logits[i], token, request.n_top))
+            except LocalsteerError as error:
+                self._leave(request)
+                events.append((request, error))
+                continue
+            if chunk.finish_reason:
+                self._leave(request)
+            events.append((request, chunk))
+        # only now: whoever hears of them may take the context
+        yield from events
+
+    def _accept(self, request: Request, token: int) -> Chunk:
+        """Take a token in. The chunk has a finish reason when it was the last."""
+        request.clock.tick()
+        if self.engine.ends(token):
+            return self._last(request, request.text.finish(), None, "stop")
+        request.tokens.append(token)
+        text = request.text.push(self.engine.piece(token))
+        if request.text.stopped:
+            return self._last(request, text, token, "stop")
+        if len(request.tokens) == request.budget:
+            return self._last(request, text + request.text.finish(), token, "length")
+        request.pending = [token]
+        return Chunk(text, token)
+
+    @staticmethod
+    def _last(request: Request, text: str, token: int | None, reason: str) -> Chunk:
+        return Chunk(text, token, reason, request.clock.timings(len(request.tokens)))
+
+
+def _end(request: Request) -> None:
+    if request.sampler:
+        request.sampler.close()
+        request.sampler = None
+
+
+def _classes(start: int, n: int, n_prompt: int) -> list[int]:
+    if start >= n_prompt:
+        return [_GENERATION] * n
+    return position_classes(np.arange(start, start + n), n_prompt).tolist()
+
+
+def _keys(plan: Plan | None, classes: Sequence[int]) -> list[bytes]:
+    keys = class_keys(plan)
+    return [keys[cls] for cls in classes]

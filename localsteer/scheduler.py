@@ -1,0 +1,291 @@
+"""One engine, many requests at once, each with its own plan, sampler, stop strings and grammar.
+
+    with Scheduler(engine) as scheduler:
+        first = scheduler.submit("Tell me about foxes.", steer=[json])
+        second = scheduler.submit("And hares?")
+        for chunk in first: ...
+        reply = second.result()
+        async for chunk in scheduler.submit("Tell me about owls."): ...
+
+One thread decodes; any thread may submit, read and cancel. While a scheduler is open its engine belongs to
+it: `paused` lends it for anything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from .errors import LocalsteerError, QueueFullError, SchedulerClosedError
+from .generate import Chunk, Reply, Sampling, Timings, check_stop
+from .loop import Loop, Request, new_request
+
+if TYPE_CHECKING:
+    from .engine import Engine, Prompt, Steer
+
+MAX_QUEUE = 64
+# Prompt tokens of one step while others reply: more finish a prompt sooner and hold the others up longer.
+PREFILL_CHUNK = 128
+
+
+class Ticket:
+    """A reply on its way. Iterate it for chunks, in a thread or with `async for`; once, by one reader.
+
+    The last chunk's finish_reason: "stop", "length", "cancelled" (`cancel`, or the scheduler was closed with
+    no time left) or "deadline". Raises the error that ended the reply, if one did.
+    """
+
+    def __init__(self, scheduler: Scheduler, request: Request, deadline: float | None) -> None:
+        self._scheduler, self._request = scheduler, request
+        self._events: SimpleQueue[Chunk | LocalsteerError] = SimpleQueue()
+        self._listener: Callable[[Chunk | LocalsteerError], None] | None = None
+        self._lock = threading.Lock()
+        self.deadline = deadline
+        self.finish_reason: str | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._request.n_prompt
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that did not have to be computed; known with the first chunk."""
+        return self._request.n_cached
+
+    @property
+    def tokens(self) -> list[int]:
+        """The reply's tokens so far."""
+        return list(self._request.tokens)
+
+    def cancel(self) -> None:
+        """End it now; the slot is free within one decode step. After the end this does nothing."""
+        self._scheduler._cancel(self, "cancelled")
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while True:
+            chunk = _chunk(self._events.get())
+            yield chunk
+            if chunk.finish_reason:
+                return
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        loop, events = asyncio.get_running_loop(), asyncio.Queue()
+        self._listen(lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        while True:
+            chunk = _chunk(await events.get())
+            yield chunk
+            if chunk.finish_reason:
+                return
+
+    def result(self) -> Reply:
+        """The whole reply, waiting for its end."""
+        return self._reply(list(self))
+
+    async def aresult(self) -> Reply:
+        return self._reply([chunk async for chunk in self])
+
+    def _reply(self, chunks: Sequence[Chunk]) -> Reply:
+        last = chunks[-1]
+        text = "".join(chunk.text for chunk in chunks)
+        return Reply(text, self.tokens, last.finish_reason or "", last.timings or Timings())
+
+    def _listen(self, listener: Callable[[Chunk | LocalsteerError], None]) -> None:
+        """Send what comes, and what came, to a function in place of the queue."""
+        with self._lock:
+            while not self._events.empty():
+                listener(self._events.get())
+            self._listener = listener
+
+    def _put(self, event: Chunk | LocalsteerError) -> None:
+        if isinstance(event, Chunk):
+            self.finish_reason = event.finish_reason
+        else:
+            self.finish_reason = "error"
+        with self._lock:
+            (self._listener or self._events.put)(event)
+
+
+def _chunk(event: Chunk | LocalsteerError) -> Chunk:
+    if isinstance(event, LocalsteerError):
+        raise event
+    return event
+
+
+class Scheduler:
+    """max_queue: requests that may wait for a slot; one more raises QueueFullError. prefill_chunk: as in
+    Loop."""
+
+    def __init__(
+        self, engine: Engine, *, max_queue: int = MAX_QUEUE, prefill_chunk: int = PREFILL_CHUNK
+    ) -> None:
+        self.engine = engine
+        self.max_queue = max_queue
+        self._prefill_chunk = prefill_chunk
+        self._loop = Loop(engine, prefill_chunk=prefill_chunk)
+        self._tickets: dict[int, Ticket] = {}  # by id of the request, until its end
+        self._work = threading.Condition()
+        self._cancelled: dict[int, tuple[Ticket, str]] = {}
+        self._closing = False
+        self._stepping = False
+        self._guests = 0  # calls of `paused` that wait for the engine or have it
+        self._guest = threading.Lock()  # one of them has it
+        self._thread = threading.Thread(target=self._serve, name="localsteer-scheduler", daemon=True)
+        self._thread.start()
+        engine.before_close(self.close)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        steer: Steer = (),
+        max_tokens: int | None = 512,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+        tokens: Sequence[int] | None = None,
+        n_top: int | None = None,
+        deadline: float | None = None,
+        keep_cache: bool = False,
+    ) -> Ticket:
+        """Everything is checked here, in the caller's thread. deadline: seconds from now. keep_cache: as in
+        loop.Request; wrong for anything but a deliberate mix of two plans in one conversation.
+
+        tokens: the prompt's ids, in the place of a text. n_top: as Request has it.
+        Raises PromptError, MismatchError, PlanError, QueueFullError, SchedulerClosedError.
+        """
+        settings: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling or Sampling()}
+        settings |= {"stop": check_stop(stop), "n_top": n_top}
+        if tokens is None:
+            ids = self.engine.prompt_tokens(prompt, raw)
+        else:
+            ids = self.engine._checked_tokens(tokens).tolist()
+        request = new_request(self.engine, ids, self.engine.plan(steer), **settings)
+        request.keep_cache = keep_cache
+        ends = None if deadline is None else time.monotonic() + deadline
+        ticket = Ticket(self, request, ends)
+        with self._work:
+            if self._closing:
+                raise SchedulerClosedError("the model is being closed: no new requests.")
+            if len(self._loop.waiting) >= self.max_queue:
+                raise QueueFullError(f"{self.max_queue} requests are waiting already: try again later.")
+            self._tickets[id(request)] = ticket
+            self._loop.add(request)
+            self._work.notify_all()
+        return ticket
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many requests wait and run, and how many cells of the cache are in use."""
+        with self._work:
+            loop = self._loop
+            return {
+                "waiting": len(loop.waiting),
+                "running": len(loop.live),
+                "slots": self.engine.n_seq_max,
+                "cells_used": loop.cache.n_used,
+                "cells": self.engine.n_cells,
+            }
+
+    @contextmanager
+    def paused(self) -> Iterator[Engine]:
+        """The engine for other calls of its own, between two steps; requests that run are begun again after.
+
+        So wait for a quiet moment where there is one: `counts` tells.
+        """
+        with self._work:
+            self._guests += 1
+            self._work.wait_for(lambda: not self._stepping)
+        try:
+            with self._guest:
+                yield self.engine
+                self._loop.begin_again()
+        finally:
+            with self._work:
+                self._guests -= 1
+                self._work.notify_all()
+
+    def close(self, grace: float = 0.0) -> None:
+        """Take no more requests, let those that are here finish for `grace` seconds, cancel the rest."""
+        with self._work:
+            self._closing = True
+            self._work.notify_all()
+        self._thread.join(max(grace, 0.0))
+        if self._thread.is_alive():
+            for ticket in list(self._tickets.values()):
+                ticket.cancel()
+            self._thread.join()
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    # -- the thread that decodes --------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        while self._begin_step():
+            try:
+                self._drop_ended()
+                for request, event in self._loop.step():
+                    self._tell(request, event)
+            except LocalsteerError as error:  # the engine was closed, or used behind our back
+                self._fail(error)
+            finally:
+                self._end_step()
+        self._loop.close()
+
+    def _begin_step(self) -> bool:
+        """Wait until there is something to do; False when there is nothing and never will be."""
+        with self._work:
+            while self._guests or not (self._loop.busy or self._cancelled):
+                if self._closing and not self._loop.busy:
+                    return False
+                self._work.wait()
+            self._stepping = True
+            return True
+
+    def _end_step(self) -> None:
+        with self._work:
+            self._stepping = False
+            self._work.notify_all()
+
+    def _drop_ended(self) -> None:
+        """Requests that were cancelled, or are past their deadline."""
+        now = time.monotonic()
+        with self._work:
+            late = [each for each in self._tickets.values() if each.deadline and now >= each.deadline]
+            ended = [*self._cancelled.values(), *((ticket, "deadline") for ticket in late)]
+            self._cancelled.clear()
+            for ticket, reason in ended:
+                if self._tickets.pop(id(ticket._request), None):
+                    self._loop.drop(ticket._request)
+                    request = ticket._request
+                    timings = request.clock.timings(len(request.tokens))
+                    ticket._put(Chunk(request.text.finish(), None, reason, timings))
+
+    def _tell(self, request: Request, event: Chunk | LocalsteerError) -> None:
+        ended = isinstance(event, LocalsteerError) or event.finish_reason
+        with self._work:
+            ticket = self._tickets.pop(id(request), None) if ended else self._tickets.get(id(request))
+        if ticket:
+            ticket._put(event)
+
+    def _fail(self, error: LocalsteerError) -> None:
+        with self._work:
+            tickets, self._tickets = list(self._tickets.values()), {}
+            self._loop.close()
+            self._closing = True
+        for ticket in tickets:
+            ticket._put(error)
+
+    def _cancel(self, ticket: Ticket, reason: str) -> None:
+        with self._work:
+            if id(ticket._request) in self._tickets:
+                self._cancelled[id(ticket._request)] = (ticket, reason)
+                self._work.notify_all()
