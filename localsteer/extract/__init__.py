@@ -20,7 +20,7 @@ import numpy as np
 
 from localsteer.catalog import Instruction, Query, load_catalog
 from localsteer.errors import UnsupportedModelError
-from localsteer.vector import ControlVector
+from localsteer.vector import ControlVector, checked_layers
 
 from .pairs import DEFAULT_PAIRS, Pair, build_pairs
 from .statistics import KEPT_STATES, ProjectionSpread, RunningMeans
@@ -66,7 +66,7 @@ def extract(
     queries: Sequence[Query | str] | None = None,
     *,
     n_pairs: int | None = None,
-    layer: int | None = None,
+    layer: int | Sequence[int] | None = None,
     mode: str | None = None,
     positions: str = "all",
     name: str | None = None,
@@ -77,17 +77,19 @@ def extract(
 
     source: a GGUF file, a transformers folder or hub name, an Engine, or an open backend (`open_backend`,
     which also says what `options` may hold). instruction: of a catalog, or the user's own words. queries:
-    base queries; None takes the instruction's own, or the general ones. layer: the block that the vector
+    base queries; None takes the instruction's own, or the general ones. layer: the blocks that the vector
     starts with, the middle one by default; tuning chooses better. mode: "add" for lengths and words, else
     "project". on_progress is called with prompts done and prompts in all.
 
-    Raises CatalogError, ModelFileError, UnsupportedModelError, PromptError.
+    Raises CatalogError, ModelFileError, UnsupportedModelError, PromptError, PlanError.
     """
     instruction = Instruction.from_text(instruction) if isinstance(instruction, str) else instruction.fill()
     if queries is None:
         queries = load_catalog().queries_for(instruction, "extraction")
     pairs = build_pairs(instruction, queries, n_pairs)
     with open_backend(source, **options) as backend:
+        n_layer = backend.n_layer
+        layers = checked_layers(n_layer // 2 if layer is None else layer, n_layer, backend.model_name)
         prompts = _Prompts(backend, pairs, on_progress)
         means, spread = _statistics(backend, prompts)
         return ControlVector(
@@ -96,7 +98,7 @@ def extract(
             mean_without=means.projections[0],
             std_with=spread.deviations[1],
             std_without=spread.deviations[0],
-            layers=(backend.n_layer // 2 if layer is None else layer,),
+            layers=layers,
             mode=mode or ("add" if instruction.group in ADDED_GROUPS else "project"),
             positions=positions,
             name=name or instruction.id,

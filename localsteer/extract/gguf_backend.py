@@ -13,12 +13,13 @@ from localsteer.engine import Engine
 
 
 class GgufBackend:
-    """exact: F32 KV cache and no flash attention, for comparisons. An Engine given stays its owner's."""
+    """exact: F32 KV cache and no flash attention, for comparisons. An Engine, or what stands for one, stays
+    its owner's."""
 
     def __init__(
         self, source: str | os.PathLike[str] | Engine, *, exact: bool = False, n_threads: int | None = None
     ) -> None:
-        self._owned = not isinstance(source, Engine)
+        self._owned = isinstance(source, (str, os.PathLike))
         self.engine = Engine(source, exact=exact, n_threads=n_threads) if self._owned else source
         model = self.engine.model
         self.n_layer, self.n_embd = model.n_layer, model.n_embd

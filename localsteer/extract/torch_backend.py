@@ -39,7 +39,8 @@ class TorchBackend:
 
     source: a folder saved by transformers, or a name on the hub (which may download). dtype: "auto" is
     float32 on a CPU and the checkpoint's own type elsewhere. device: "cpu", "cuda", ...; None takes CUDA when
-    there is one. n_threads: of torch, for the whole process. Raises ModelFileError, UnsupportedModelError.
+    there is one. n_threads: of torch, for the whole process. Raises ModelFileError, UnsupportedModelError,
+    and LocalsteerError for a device that is not there.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class TorchBackend:
         if n_threads is not None:
             torch.set_num_threads(n_threads)
         self.source = str(source)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device)
         self.model = _load_model(self.source, _dtype(dtype, self.device)).to(self.device).eval()
         self.tokenizer = _load(transformers.AutoTokenizer, self.source)
         config = self.model.config.get_text_config(decoder=True)
@@ -162,6 +163,17 @@ def gguf_architecture(model_type: str) -> str | None:
     return name if name in gguf.MODEL_ARCH_NAMES.values() else None
 
 
+def _device(name: str | None) -> Any:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)  # what this build or machine lacks is said before the model is loaded
+    except Exception as error:  # every backend of torch raises a type of its own
+        raise LocalsteerError(
+            f"device {name!r} can't be used ({one_line(error)}): use cpu, or leave it out."
+        ) from error
+    return device
+
+
 def _dtype(name: str, device: Any) -> Any:
     if name not in DTYPES:
         raise LocalsteerError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
@@ -186,7 +198,8 @@ def _load(kind: Any, source: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(source, **options)
     except Exception as error:  # a folder from anywhere: transformers raises nearly every type
-        raise ModelFileError(f"transformers can't load {source}: {one_line(error)}") from error
+        folder = "" if Path(source).is_dir() else ", which is no folder here"
+        raise ModelFileError(f"transformers can't load {source}{folder}: {one_line(error)}") from error
 
 
 def _template(tokenizer: Any) -> ChatTemplate:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from localsteer.plan import Plan, PositionClass, Program
@@ -28,6 +28,28 @@ def steer_hooks(model: Any, plan: Plan, n_prompt: int | None = None) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+
+
+def greedy_tokens(
+    model: Any, ids: Sequence[int], plans: Sequence[Plan], *, max_tokens: int, ends: Callable[[int], bool]
+) -> list[int]:
+    """A greedy reply, each plan applied to what the ones before it left: one after the other at one block,
+    which no single Plan does (it solves jointly). ends: whether a token ends the reply, as no part of it.
+    """
+    reply: list[int] = []
+    given, cache = torch.tensor([list(ids)], device=model.device), None
+    with torch.inference_mode(), ExitStack() as stack:
+        for plan in plans:
+            stack.enter_context(steer_hooks(model, plan, n_prompt=len(ids)))
+        while len(reply) < max_tokens:
+            found = model(input_ids=given, past_key_values=cache, use_cache=True)
+            cache = found.past_key_values
+            token = int(found.logits[0, -1].argmax())
+            if ends(token):
+                break
+            reply.append(token)
+            given = torch.tensor([[token]], device=model.device)
+    return reply
 
 
 class _Position:
