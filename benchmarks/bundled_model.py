@@ -30,9 +30,10 @@ from localsteer.catalog import load_catalog
 from localsteer.demo import GROUPS
 from localsteer.engine import Engine
 from localsteer.evaluate.conditions import Outcome
+from localsteer.evaluate.intervals import interval
 from localsteer.evaluate.pick import POSITIONS, Pick, middle_blocks
 from localsteer.evaluate.quality import is_degenerate, subject_kept
-from localsteer.evaluate.study import MAX_TOKENS, N_CTX, N_SEQ_MAX, Study
+from localsteer.evaluate.study import N_CTX, N_SEQ_MAX, Study
 from localsteer.evaluate.workers import Workers
 from localsteer.generate import GREEDY, Reply
 
@@ -42,8 +43,8 @@ import world  # noqa: E402
 
 QUANTS = ("Q8_0", "Q4_K_M")
 SEED = 5
-N_BOOTSTRAP = 2000
 CHUNK = 200  # prompts of one piece of work
+MAX_TOLD = 200  # tokens: eight sentences of Spanish or German take 140
 WORD_KINDS = ("include_word", "exclude_word")
 
 
@@ -58,7 +59,7 @@ class Size:
     n_other: int
 
 
-FULL = Size(told=20, pairs=120, test=20, n_random=1, n_other=1)
+FULL = Size(told=20, pairs=600, test=20, n_random=1, n_other=1)
 QUICK = Size(told=6, pairs=30, test=8, n_random=1, n_other=1)
 
 
@@ -109,7 +110,7 @@ def _pair(rng: random.Random) -> list[world.Instruction]:
     kinds = list(world.SLOT)
     while not world.compatible(*(chosen := rng.sample(kinds, 2))):
         pass
-    return [world.Instruction(kind, world.draw_args(kind, rng)) for kind in chosen]
+    return world.with_arguments(chosen, rng)
 
 
 def ask_in_words(workers: Workers, size: Size) -> list[Told]:
@@ -135,7 +136,7 @@ def ask_in_words(workers: Workers, size: Size) -> list[Told]:
 
 
 def _greedy(engine: Engine, prompts: Sequence[str]) -> list[Reply]:
-    return engine.generate_batch(prompts, max_tokens=MAX_TOKENS, sampling=GREEDY)
+    return engine.generate_batch(prompts, max_tokens=MAX_TOLD, sampling=GREEDY)
 
 
 def _follows(sample: world.Sample, text: str, finish_reason: str) -> bool:
@@ -235,15 +236,6 @@ def steer_all(workers: Workers, study: Study, regime: Regime, size: Size) -> lis
     return workers.map(work, wanted, lambda done, total: note(f"    {done} of {total}"))
 
 
-def interval(values: np.ndarray, seed: int = 0) -> list[float]:
-    """95% of the mean, (n_instructions, n_queries) values; questions are drawn again, for all alike."""
-    if not values.size:
-        return [float("nan")] * 2
-    drawn = np.random.default_rng(seed).integers(0, values.shape[1], (N_BOOTSTRAP, values.shape[1]))
-    means = values[:, drawn].mean(axis=(0, 2))
-    return [float(value) for value in np.quantile(means, (0.025, 0.975))]
-
-
 def steered_row(each: Steering) -> dict[str, Any]:
     setting, steered = each.picked.setting, each.outcomes["steered"]
     shares = {
@@ -306,6 +298,12 @@ def bars(document: dict[str, Any]) -> list[dict[str, Any]]:
         _bar("told, trained phrasings: mean", told["trained phrasings"]["followed"], at_least=0.95),
         _bar(
             "told, phrasings never trained: mean", told["phrasings never trained"]["followed"], at_least=0.80
+        ),
+        _bar("told, two instructions: both", told["pairs, trained phrasings"]["followed"], at_least=0.95),
+        _bar(
+            "told, two instructions, phrasings never trained: both",
+            told["pairs, phrasings never trained"]["followed"],
+            at_least=0.80,
         ),
         _bar("told, trained phrasings: subject named", told["trained phrasings"]["named"], at_least=0.95),
     ]
@@ -468,7 +466,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def steer(workers: Workers, quant: str, size: Size) -> dict[str, Any]:
     catalog = load_catalog(bundled.CATALOG)
-    study = Study.prepare(workers, catalog, list(catalog.instructions.values()), n=size.test)
+    ready = [each for each in catalog.instructions.values() if each.verifier and not each.open_slots]
+    study = Study.prepare(workers, catalog, ready, n=size.test)
     regimes = {}
     for regime in REGIMES:
         note(f"steered, {quant}, {regime.name}")

@@ -231,7 +231,7 @@ def test_halving_finds_a_good_candidate_among_noisy_ones() -> None:
 
 
 def test_the_model_alone_is_tried_on_every_query_of_the_winner() -> None:
-    order, tried = run_on(np.random.default_rng(0).random((17, 24)))
+    order, tried = run_on(np.random.default_rng(0).random((17, 48)))
     assert tried[0].sum() == tried[order[0]].sum() == ROUNDS[-1].n_queries
 
 

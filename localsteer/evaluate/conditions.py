@@ -101,7 +101,7 @@ def run_conditions(
     asked = [name for name in wanted if name != "none" or plain is None]
     phrasings = phrasings or instruction.phrasings
     replies = engine.generate_batch(
-        [text for name in asked for text in _prompts(queries, phrasings if _is_told(name) else ())],
+        [text for name in asked for text in told_prompts(queries, phrasings if _is_told(name) else ())],
         steer=[steers[name] for name in asked for _ in queries],
         max_tokens=max_tokens,
         sampling=GREEDY,
@@ -132,7 +132,7 @@ def told_replies(
     max_tokens: int = MAX_TOKENS,
 ) -> dict[str, list[Reply]]:
     """Replies of the model alone when each instruction stands in the prompt, by instruction id."""
-    prompts = [text for each in instructions for text in _prompts(queries, each.phrasings)]
+    prompts = [text for each in instructions for text in told_prompts(queries, each.phrasings)]
     replies = engine.generate_batch(prompts, max_tokens=max_tokens, sampling=GREEDY)
     n = len(queries)
     return {each.id: replies[i * n : (i + 1) * n] for i, each in enumerate(instructions)}
@@ -228,8 +228,8 @@ def _is_told(condition: str) -> bool:
     return condition in ("instructed", "both")
 
 
-def _prompts(queries: Sequence[Query], phrasings: Sequence[str]) -> list[str]:
-    """Each query, with one of the phrasings after it where there are any."""
+def told_prompts(queries: Sequence[Query], phrasings: Sequence[str]) -> list[str]:
+    """Each query, with one of the phrasings after it, in turn, where there are any."""
     if not phrasings:
         return [query.text for query in queries]
     return [f"{query.text} {phrasings[i % len(phrasings)]}" for i, query in enumerate(queries)]

@@ -51,8 +51,13 @@ class Judged:
 ENDLESS = "endless"  # beside the reasons of quality.py
 
 
+def why_degenerate(reply: Reply, *, must_end: bool = False) -> str | None:
+    """must_end: a reply that was cut at its longest is degenerate, where the limit leaves ample room."""
+    return is_degenerate(reply.text) or (ENDLESS if must_end and reply.finish_reason == "length" else None)
+
+
 def judge(instruction: Instruction, query: Query, reply: Reply, *, must_end: bool = False) -> Judged:
-    """must_end: a reply that was cut at its longest is degenerate, where the limit leaves ample room.
+    """must_end: as in `why_degenerate`.
 
     Raises CatalogError for an instruction whose verifier does not exist or lacks an argument.
     """
@@ -60,14 +65,13 @@ def judge(instruction: Instruction, query: Query, reply: Reply, *, must_end: boo
     if instruction.verifier is not None:
         kwargs = instruction.kwargs_for(query.text)
         verified = verify(instruction.verifier, reply.text, kwargs, prompt=query.text)
-    cut = reply.finish_reason == "length"
     return Judged(
         query=query.text,
         subject=query.subject,
         text=reply.text,
         tokens=tuple(reply.tokens),
         verified=verified,
-        degenerate=is_degenerate(reply.text) or (ENDLESS if must_end and cut else None),
+        degenerate=why_degenerate(reply, must_end=must_end),
         subject_kept=None if query.subject is None else subject_kept(reply.text, query.subject),
         repetition=repetition(reply.text),
     )

@@ -21,6 +21,7 @@ from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
+    from localsteer.generate import Reply
 
 # Up to this depth every block is tried; deeper models get the paper's grid (section 3.1).
 FEW_BLOCKS = 12
@@ -36,8 +37,8 @@ class Round(NamedTuple):
     n_queries: int
 
 
-# the first round sees every setting
-ROUNDS = (Round(10**6, 2), Round(8, 8), Round(4, 20))
+# The first round sees every setting; the last is to tell a rare degenerate reply, which twenty may not hold.
+ROUNDS = (Round(10**6, 2), Round(8, 8), Round(4, 20), Round(2, 40))
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,25 @@ class Setting:
 
 @dataclass
 class Trial:
-    """One setting, or none (the model alone), and how its replies were. score: share of good replies."""
+    """One setting, or none (the model alone), and how its replies were.
+
+    score: share of good replies. strict: one degenerate reply makes it 0 (the paper's rule, section 3.1).
+    """
 
     setting: Setting | None
+    strict: bool = False
     replies: list[Judged] = field(default_factory=list)
     perplexity: float | None = None
 
     @property
+    def n_degenerate(self) -> int:
+        return sum(reply.degenerate is not None for reply in self.replies)
+
+    @property
     def score(self) -> float:
-        return sum(reply.good for reply in self.replies) / len(self.replies) if self.replies else 0.0
+        if not self.replies or (self.strict and self.n_degenerate):
+            return 0.0
+        return sum(reply.good for reply in self.replies) / len(self.replies)
 
     def row(self) -> dict[str, object]:
         """For JSON: the setting's fields are None for the model alone."""
@@ -99,10 +110,11 @@ def pick(
     blocks: Iterable[int] | None = None,
     positions: Sequence[str] = POSITIONS,
     strengths: Sequence[float] = STRENGTHS,
-    mode: str = "project",
+    mode: str | Sequence[str] = "project",
     rounds: Sequence[Round] = ROUNDS,
     max_tokens: int = MAX_TOKENS,
     must_end: bool = False,
+    plain: Sequence[Reply] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Pick:
     """The setting whose replies to `queries` (validation ones) are most often good; without a verifier the
@@ -110,35 +122,113 @@ def pick(
 
     Good: the verifier passes, the reply is not degenerate, and it names the query's subject. Among equals the
     replies that the unsteered model finds likeliest win, then the lowest block; the model alone wins against
-    settings that are no better. blocks: 0-based, `default_blocks` if not given. must_end: as in `judge`.
-    on_progress: called with (round, rounds). Raises PlanError when nothing is left to try.
+    settings that are no better. blocks: 0-based, `default_blocks` if not given. mode: one, or several to
+    choose from. The rest as `search` has it. Raises PlanError when nothing is left to try.
     """
     if instruction.verifier is None:
-        return _paper_default(vector, mode)
+        return _paper_default(vector, mode if isinstance(mode, str) else mode[0])
     if not queries:
         raise PlanError(f"no validation queries to choose settings for {instruction.id} with.")
     settings = settings_of(vector, blocks, positions, strengths, mode)
-    plans = [None, *(Plan.from_vectors([setting.of(vector)]) for setting in settings)]
-    trials = [Trial(setting) for setting in (None, *settings)]
+    trials = search(
+        engine,
+        vector,
+        instruction,
+        queries,
+        settings,
+        rounds=rounds,
+        max_tokens=max_tokens,
+        must_end=must_end,
+        plain=plain,
+        on_progress=on_progress,
+    )
+    return _picked(vector, instruction, trials)
 
-    def run(cells: Sequence[tuple[int, int]]) -> None:
+
+def search(
+    engine: Engine,
+    vector: ControlVector,
+    instruction: Instruction,
+    queries: Sequence[Query],
+    settings: Sequence[Setting],
+    *,
+    rounds: Sequence[Round],
+    max_tokens: int,
+    must_end: bool = False,
+    plain: Sequence[Reply] | None = None,
+    strict: bool = False,
+    guard: Callable[[Trial], None] | None = None,
+    order: Callable[[Trial], tuple[object, ...]] | None = None,
+    call_size: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Trial]:
+    """The model alone and every setting, in their final order, many of them in one batch.
+
+    One round of all settings is the full search. must_end: as in `judge`. plain: replies of the model alone
+    to `queries`, where they are known. strict: a degenerate reply makes a setting worth nothing, and it is
+    dropped at once: no later reply could mend that. guard: may mark replies of a setting that so far does
+    better than the model alone as degenerate. order: sort key of the last round, `likeliest_first` by
+    default. call_size: replies in one call of the engine, which is what a journal repeats after a kill; None:
+    a round. on_progress: called with (replies, of how many at most).
+    """
+    trials = [Trial(setting, strict) for setting in (None, *settings)]
+    total = runs_of(len(trials), len(queries), rounds) - (len(plain) if plain else 0)
+    advance = Advance(max(1, total), on_progress)
+    plans = [None, *(Plan.from_vectors([setting.of(vector)]) for setting in settings)]
+
+    def ask(cells: Sequence[tuple[int, int]]) -> list[Reply]:
         replies = engine.generate_batch(
             [queries[j].text for _, j in cells],
             steer=[plans[i] for i, _ in cells],
             max_tokens=max_tokens,
             sampling=GREEDY,
+            on_progress=advance.within,
         )
-        for (i, j), reply in zip(cells, replies, strict=True):
-            trials[i].replies.append(judge(instruction, queries[j], reply, must_end=must_end))
+        advance.by(len(cells))
+        return replies
+
+    def run(cells: Sequence[tuple[int, int]]) -> None:
+        found = {(0, j): plain[j] for i, j in cells if i == 0} if plain else {}
+        asked = [cell for cell in cells if cell not in found]
+        size = call_size or max(1, len(asked))
+        for start in range(0, len(asked), size):
+            part = asked[start : start + size]
+            found |= zip(part, ask(part), strict=True)
+        for i, j in cells:
+            trials[i].replies.append(judge(instruction, queries[j], found[i, j], must_end=must_end))
 
     def rank(live: Sequence[int], keep: int) -> list[int]:
+        for i in live:
+            if guard and i != 0 and trials[i].score > trials[0].score:
+                guard(trials[i])
         if keep > 1:
-            return _spread_ties(live, [trials[i].score for i in live], keep)
+            live = [i for i in live if i == 0 or not (strict and trials[i].n_degenerate)]
+            return spread_ties(live, [trials[i].score for i in live], keep)
         _settle_ties(engine, [trials[i] for i in live])
-        return sorted(live, key=lambda i: _order(trials[i]))
+        return sorted(live, key=lambda i: (order or likeliest_first)(trials[i]))
 
-    order = halve(len(trials), len(queries), rounds, run, rank, on_progress=on_progress)
-    return _picked(vector, instruction, [trials[i] for i in order])
+    found = halve(len(trials), len(queries), rounds, run, rank)
+    advance.end()
+    return [trials[i] for i in found]
+
+
+class Advance:
+    """Replies done over several calls of the engine."""
+
+    def __init__(self, total: int, on_progress: Callable[[int, int], None] | None) -> None:
+        self._done, self._total, self._on_progress = 0, total, on_progress
+
+    def within(self, done: int, _of: int) -> None:
+        if self._on_progress:
+            self._on_progress(min(self._done + done, self._total), self._total)
+
+    def by(self, n: int) -> None:
+        self._done += n
+        self.within(0, 0)
+
+    def end(self) -> None:
+        self._done = self._total
+        self.within(0, 0)
 
 
 def halve(
@@ -147,19 +237,18 @@ def halve(
     rounds: Sequence[Round],
     run: Callable[[Sequence[tuple[int, int]]], None],
     rank: Callable[[Sequence[int], int], list[int]],
-    *,
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[int]:
     """Successive halving: candidates in their final order, those that stayed longest first.
 
     run: tries (candidate, query) pairs, each once. rank: orders candidates that were tried on the same
-    queries, the best first; its second argument is how many of them matter from here on. Candidate 0 (the
-    model alone) stays to the end: what wins is compared with it.
+    queries, the best first; its second argument is how many of them matter from here on, and those that it
+    leaves out are not tried again. Candidate 0 (the model alone) stays to the end: what wins is compared
+    with it.
     """
     live, dropped = list(range(n_candidates)), []
     done = 0
     keeps = [keep for keep, _ in rounds[1:]] + [1]
-    for number, ((keep, until), next_keep) in enumerate(zip(rounds, keeps, strict=True), 1):
+    for (keep, until), next_keep in zip(rounds, keeps, strict=True):
         kept = [i for i in live if i != 0][:keep]
         dropped = [i for i in live if i != 0 and i not in kept] + dropped
         live = [0, *kept]
@@ -168,10 +257,20 @@ def halve(
         if cells:
             run(cells)
         done = max(done, until)
-        live = rank(live, next_keep)
-        if on_progress:
-            on_progress(number, len(rounds))
+        ranked = rank(live, next_keep)
+        dropped = [i for i in live if i not in ranked] + dropped
+        live = ranked
     return live + dropped
+
+
+def runs_of(n_candidates: int, n_queries: int, rounds: Sequence[Round]) -> int:
+    """How many (candidate, query) pairs `halve` tries at most; candidate 0 is one of the candidates."""
+    runs, live, done = 0, n_candidates, 0
+    for keep, until in rounds:
+        live, until = min(live, keep + 1), min(until, n_queries)
+        runs += live * max(0, until - done)
+        done = max(done, until)
+    return runs
 
 
 def settings_of(
@@ -179,12 +278,13 @@ def settings_of(
     blocks: Iterable[int] | None = None,
     positions: Sequence[str] = POSITIONS,
     strengths: Sequence[float] = STRENGTHS,
-    mode: str = "project",
+    mode: str | Sequence[str] = "project",
 ) -> list[Setting]:
     """Every combination, in order of blocks; blocks without a direction are left out."""
     wanted = default_blocks(vector.n_layer) if blocks is None else sorted(set(blocks))
     usable = [layer for layer in wanted if layer in vector.blocks]
-    settings = [Setting(*values, mode) for values in product(usable, positions, strengths)]
+    modes = (mode,) if isinstance(mode, str) else mode
+    settings = [Setting(*values) for values in product(usable, positions, strengths, modes)]
     if not settings:
         raise PlanError(f"{vector.label} has no direction at any of the blocks to choose from.")
     return settings
@@ -213,7 +313,7 @@ def _paper_default(vector: ControlVector, mode: str) -> Pick:
     return Pick(setting.of(vector), setting, [], notice)
 
 
-def _spread_ties(live: Sequence[int], scores: Sequence[float], keep: int) -> list[int]:
+def spread_ties(live: Sequence[int], scores: Sequence[float], keep: int) -> list[int]:
     """Candidates by score; of those that tie for the last of `keep` places, some at equal distances first.
 
     After few queries many settings are equal. The likeliest replies would be a bad guide then: a setting that
@@ -234,15 +334,15 @@ def _settle_ties(engine: Engine, trials: Sequence[Trial]) -> None:
     """Perplexities of the settings that share the best score; nothing else needs them."""
     best = max(trial.score for trial in trials)
     tied = [trial for trial in trials if trial.setting and trial.score == best > 0]
-    if len(tied) < 2:
+    if len(tied) < 2 or all(trial.perplexity is not None for trial in tied):
         return
     logs = iter(log_perplexities(engine, [reply for trial in tied for reply in trial.replies]))
     for trial in tied:
         trial.perplexity = perplexity([next(logs) for _ in trial.replies])
 
 
-def _order(trial: Trial) -> tuple[float, bool, float, int]:
-    """Sort key: the model alone before its equals, then perplexity, then the lowest block."""
+def likeliest_first(trial: Trial) -> tuple[float, bool, float, int]:
+    """Sort key: score, the model alone before its equals, then perplexity, then the lowest block."""
     if trial.setting is None:
         return (-trial.score, False, 0.0, 0)
     unknown = float("inf") if trial.perplexity is None else trial.perplexity

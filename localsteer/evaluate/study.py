@@ -28,11 +28,10 @@ from localsteer.evaluate.conditions import (
 from localsteer.evaluate.judge import perplexity
 from localsteer.evaluate.pick import Pick, pick
 from localsteer.evaluate.workers import Workers
-from localsteer.extract import Backend, extract, open_backend
+from localsteer.extract import Backend, batches, build_pairs, extract, open_backend, render
 from localsteer.generate import Reply
 from localsteer.vector import ControlVector
 
-N_PAIRS = 50
 N_TOLD = 6  # validation queries that show how long replies are, and which instructions make a fair control
 N_CTX = 256  # tokens: the longest prompt and reply of the bundled model together stay below 160
 N_SEQ_MAX = 8  # more sequences pay more for each other's cells in the shared cache than they save
@@ -53,7 +52,7 @@ class Study:
 
     told: replies of the model alone to the first validation queries, with each instruction in words.
     plain: its replies to the test queries, of perplexity plain_perplexity. plain_mean: (n_layer, n_embd), the
-    mean state of plain prompts at their last token.
+    mean state of plain prompts at their last token. max_tokens: of a reply; must_end: as in `judge`.
     """
 
     instructions: tuple[Instruction, ...]
@@ -65,6 +64,8 @@ class Study:
     plain_perplexity: float | None
     plain_mean: np.ndarray
     seed: int = 0
+    max_tokens: int = MAX_TOKENS
+    must_end: bool = True
 
     @classmethod
     def prepare(
@@ -84,27 +85,30 @@ class Study:
         with stage("extracting vectors") as advance:
             vectors = extract_all(checkpoint or workers, instructions, catalog, advance)
         with stage("asking in words") as advance:
-            told = workers.map(lambda engine, each: _told(engine, each, validation), instructions, advance)
-            (alone,) = workers.map(_alone, [(test, validation)])
+            told = workers.map(
+                lambda engine, each: ask_in_words(engine, each, validation), instructions, advance
+            )
+            (found,) = workers.map(lambda engine, queries: alone(engine, queries), [(test, validation)])
         return cls(
             tuple(instructions),
             tuple(validation),
             tuple(test),
             vectors,
             dict(zip(vectors, told, strict=True)),
-            *alone,
+            *found,
             seed,
         )
 
     def pick(self, engine: Engine, instruction: Instruction, **options: Any) -> Pick:
         """Settings chosen on validation queries. options: of evaluate.pick.pick."""
-        vector, limit = self.vectors[instruction.id], self.longest(instruction)
-        return pick(engine, vector, instruction, self.validation, max_tokens=limit, must_end=True, **options)
+        queries = instruction.queries.get("validation") or self.validation
+        given = {"max_tokens": self.longest(instruction), "must_end": self.must_end} | options
+        return pick(engine, self.vectors[instruction.id], instruction, queries, **given)
 
     def longest(self, instruction: Instruction) -> int:
         """Tokens of a reply beyond which it is endless: a quarter more than replies have when told."""
         longest = max(len(reply.tokens) for reply in (*self.told[instruction.id], *self.plain))
-        return min(MAX_TOKENS, longest * 5 // 4 + 8)
+        return min(self.max_tokens, longest * 5 // 4 + 8)
 
     def others(self, instruction: Instruction, n: int = 1) -> list[Instruction]:
         """Whose vectors are controls, chosen by what the model says when told, on validation queries."""
@@ -133,8 +137,8 @@ class Study:
             vector,
             self.test,
             plain=self.plain,
-            max_tokens=MAX_TOKENS,
-            must_end=True,
+            max_tokens=self.max_tokens,
+            must_end=self.must_end,
             **given,
         )
         return outcomes | {"none": replace(outcomes["none"], perplexity=self.plain_perplexity)}
@@ -150,18 +154,31 @@ def extract_all(
 ) -> dict[str, ControlVector]:
     """A vector for each instruction, from the same queries: plain prompts go through the model once."""
     states: dict[tuple[int, ...], np.ndarray] = {}
+    queries = {each.id: catalog.queries_for(each, "extraction") for each in instructions}
+
+    def remember_plain(model: Engine | Backend) -> None:
+        pairs = [build_pairs(each, queries[each.id]) for each in instructions]
+        with open_backend(model) as backend:
+            for texts in dict.fromkeys(tuple(pair.plain for pair in each) for each in pairs):
+                tokens = [tuple(backend.tokenize(render(backend, text))) for text in dict.fromkeys(texts)]
+                for batch in batches([len(each) for each in tokens]):
+                    chosen = [tokens[i] for i in batch]
+                    states.update(zip(chosen, backend.last_hidden_states(chosen), strict=True))
 
     def extract_one(model: Engine | Backend, instruction: Instruction) -> ControlVector:
-        queries = catalog.queries_for(instruction, "extraction")
         with open_backend(model) as backend:
             remembering = _Remembering(backend, states)
-            return extract(remembering, instruction, queries, n_pairs=N_PAIRS, mode="project")
+            return extract(remembering, instruction, queries[instruction.id], mode="project")
 
+    # plain prompts first and by themselves: a batch's states depend a little on what else is in it, and the
+    # vectors should not on how many instructions and workers there are
     if isinstance(source, Workers):
+        source.map(lambda engine, _: remember_plain(engine), [None])
         vectors = source.map(extract_one, instructions, advance)
     else:
         # float32: the bundled checkpoint is small, and its states are then exact
         with open_backend(source, dtype="float32") as backend:
+            remember_plain(backend)
             vectors = [extract_one(backend, each) for each in instructions]
     return {each.id: vector for each, vector in zip(instructions, vectors, strict=True)}
 
@@ -186,16 +203,19 @@ class _Remembering:
         return np.stack([self._states[key] for key in keys])
 
 
-def _told(engine: Engine, instruction: Instruction, validation: Sequence[Query]) -> list[Reply]:
-    return told_replies(engine, [instruction], validation[:N_TOLD], max_tokens=MAX_TOKENS)[instruction.id]
+def ask_in_words(
+    engine: Engine, instruction: Instruction, validation: Sequence[Query], max_tokens: int = MAX_TOKENS
+) -> list[Reply]:
+    """`told` of one instruction."""
+    return told_replies(engine, [instruction], validation[:N_TOLD], max_tokens=max_tokens)[instruction.id]
 
 
-def _alone(
-    engine: Engine, queries: tuple[Sequence[Query], Sequence[Query]]
+def alone(
+    engine: Engine, queries: tuple[Sequence[Query], Sequence[Query]], max_tokens: int = MAX_TOKENS
 ) -> tuple[list[Reply], float | None, np.ndarray]:
-    """The model's own replies, their perplexity, and its mean state."""
+    """The model's own replies to test queries, their perplexity, and its mean state on validation queries."""
     test, validation = queries
-    plain = plain_replies(engine, test, max_tokens=MAX_TOKENS)
+    plain = plain_replies(engine, test, max_tokens=max_tokens)
     asked = zip(test, plain, strict=True)
     pairs = [(engine.prompt_tokens(query.text), reply.tokens) for query, reply in asked if reply.tokens]
     return plain, perplexity([-score for score in engine.score(pairs)]), mean_state(engine, validation)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from localsteer.engine import Engine
 from localsteer.errors import LocalsteerError
+from localsteer.evaluate.journal import Journal, Remembered
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,15 +25,28 @@ MAX_WORKERS = 8  # each has a copy of the model
 
 
 class Workers:
-    """n: threads, at most MAX_WORKERS of them. options: of each Engine."""
+    """n: engines, at most MAX_WORKERS of them, each with n_threads threads. journal: where their replies are
+    kept, so that a run that was stopped goes on. stop: as in Remembered, with a journal. options: of each
+    Engine."""
 
-    def __init__(self, path: str | Path, n: int, **options: Any) -> None:
-        self._free: SimpleQueue[Engine] = SimpleQueue()
+    def __init__(
+        self,
+        path: str | Path,
+        n: int,
+        *,
+        journal: Journal | None = None,
+        stop: Sequence[str] = (),
+        n_threads: int = 1,
+        **options: Any,
+    ) -> None:
+        self.path = Path(path)
+        self._free: SimpleQueue[Engine | Remembered] = SimpleQueue()
         self._stopped = Event()
         n = max(1, min(n, MAX_WORKERS))
         with ExitStack() as stack:
             for _ in range(n):
-                self._free.put(stack.enter_context(Engine(path, n_threads=1, **options)))
+                engine = stack.enter_context(Engine(path, n_threads=n_threads, **options))
+                self._free.put(engine if journal is None else Remembered(engine, journal, stop))
             self._pool = ThreadPoolExecutor(n, thread_name_prefix="localsteer")
             self._engines = stack.pop_all()
 

@@ -86,3 +86,17 @@ def pattern(expression: str, flags: int = 0) -> re.Pattern[str]:
         return re.compile(expression, flags)
     except re.error:
         return re.compile(re.escape(expression), flags)
+
+
+def describe(checker: Checker) -> str:
+    """What an argument may be, in a few words."""
+    return {
+        count: "a whole number, 0 or more",
+        position: "a whole number, 1 or more",
+        relation: " or ".join(map(repr, RELATIONS)),
+        text: "text",
+        lower_text: "text, in any case",
+        texts: "a list of texts",
+        letter: "one character",
+        language: f"an ISO 639-1 code: {', '.join(LANGUAGES)}",
+    }[checker]

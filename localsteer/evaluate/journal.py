@@ -1,0 +1,238 @@
+"""What a long run has done so far: one JSON line for each piece of work, read again when the run goes on.
+
+    journal = Journal(Path("run/replies.jsonl"), {"model": sha256})
+    engine = Remembered(engine, journal)   # an Engine whose greedy replies and scores are kept
+
+A run that was killed is started again from its beginning and finds its replies here: no other state of it
+needs keeping, because everything between two replies is quick and gives the same answer every time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localsteer.batch import plans_of, stream_batch
+from localsteer.errors import LocalsteerError
+from localsteer.generate import Reply
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine, Prompt, Steer
+    from localsteer.generate import Sampling
+    from localsteer.plan import Plan
+
+FORMAT = 1
+
+
+class Journal:
+    """Records by key, in a file that only grows. Thread-safe; one process at a time.
+
+    path: made, with its folder, if need be; None keeps everything in memory. identity: what the records hold
+    for, the model's sha256 first of all; a file with records of another one is refused.
+    Half a line at the end, which a killed run leaves, is dropped. Raises LocalsteerError for any other line
+    that can't be read.
+    """
+
+    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self._records: dict[str, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+        self._file = None
+        if path is not None:
+            header = {"localsteer": "journal", "format": FORMAT, **identity}
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._read(path, header)
+                # no buffer: what could not be written must not be tried again when the file is closed
+                self._file = path.open("ab", buffering=0)
+            except OSError as error:
+                raise LocalsteerError(
+                    f"{path} can't be used ({error.strerror or error}): choose another folder."
+                ) from error
+            if not path.stat().st_size:
+                self._append(header)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self._records.get(key)
+
+    def put(self, key: str, record: Mapping[str, Any]) -> None:
+        """Keep a record. Raises LocalsteerError when the disk takes no more; what was kept stays."""
+        with self._lock:
+            if key not in self._records:
+                self._append({"key": key, **record})
+                self._records[key] = dict(record)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        """What is in the file survives a kill of this process."""
+        if self._file is None:
+            return
+        line, before = _line(record), self._file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(before)  # half a line would spoil the next one
+            raise LocalsteerError(
+                f"{self.path} can't be written ({error.strerror or error}): what is done is kept; make room "
+                "and run the same command again."
+            ) from error
+
+    def _read(self, path: Path, header: Mapping[str, Any]) -> None:
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if not whole and not _line(header).startswith(content):
+            raise LocalsteerError(f"{path} is no journal of a run: choose another folder, or delete it.")
+        lines = content[:whole].splitlines()
+        for number, line in enumerate(lines, 1):
+            record = _parsed(line, path, number)
+            if len(lines) == 1 and record.get("localsteer") == header["localsteer"]:
+                whole = 0  # nothing was kept, as by a run that was refused: another one may have the file
+            elif number == 1:
+                self._check(record, header)
+            else:
+                self._records[record.pop("key")] = record
+        # last of all: a file that is not ours stays as it is
+        if whole < len(content):
+            with path.open("r+b") as file:
+                file.truncate(whole)
+
+    def _check(self, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+        for name, wanted in header.items():
+            if found.get(name) != wanted:
+                raise LocalsteerError(
+                    f"{self.path} belongs to another run ({name} {found.get(name)!r}, now {wanted!r}): "
+                    "choose another folder, or delete this one to begin anew."
+                )
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    # surrogatepass: json.loads reads them so
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:  # UnicodeDecodeError and JSONDecodeError
+        record = None
+    if not isinstance(record, dict) or not (number == 1 or isinstance(record.get("key"), str)):
+        raise LocalsteerError(f"{path}, line {number}: this is no record of a run; remove the line.")
+    return record
+
+
+class Remembered:
+    """An Engine that answers from a journal what it has answered before; all else is the engine's own.
+
+    Only greedy replies are kept: others differ each time. Equal requests in one call are decoded once. A call
+    that was cut short is decoded again whole: neighbours in a batch change a reply a little, and a run that
+    goes on must end as one that was never stopped.
+
+    stop: stop strings of every greedy reply whose call names none. n_decoded: greedy replies that were not
+    in the journal.
+    """
+
+    def __init__(self, engine: Engine, journal: Journal, stop: Sequence[str] = ()) -> None:
+        self._engine, self._journal, self._stop = engine, journal, tuple(stop)
+        self.n_decoded = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        steer: Steer | Sequence[Steer] = (),
+        max_tokens: int | None = 512,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Reply]:
+        """As Engine.generate_batch; what is known already counts as done at once."""
+        stop = stop or self._stop
+        given = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop, "raw": raw}
+        if not getattr(sampling, "is_argmax", False):
+            return self._engine.generate_batch(prompts, steer=steer, **given, on_progress=on_progress)
+        plans = plans_of(self._engine, steer, len(prompts))
+        settings = (max_tokens, list(stop))
+        keys = [
+            _key("reply", self._engine.prompt_tokens(prompt, raw), _plan_key(plan), *settings)
+            for prompt, plan in zip(prompts, plans, strict=True)
+        ]
+        call = _key(keys)
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        asked = sorted(first[key] for key in self._missing(keys, call))
+        ended = stream_batch(
+            self._engine, [prompts[i] for i in asked], steer=[plans[i] for i in asked], **given
+        )
+        for left, (k, reply) in zip(range(len(asked) - 1, -1, -1), ended, strict=True):
+            i = asked[k]
+            self.n_decoded += self._journal.get(keys[i]) is None
+            self._journal.put(keys[i], _reply_record(prompts[i], plans[i], reply) | {"call": call})
+            if on_progress:
+                on_progress(len(prompts) - left, len(prompts))
+        return [_reply(self._journal.get(key)) for key in keys]
+
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """As Engine.score."""
+        keys = [_key("score", list(map(int, prompt)), list(map(int, reply))) for prompt, reply in pairs]
+        call = _key(keys)
+        missing = set(self._missing(keys, call))
+        new = [i for i, key in enumerate(keys) if key in missing]
+        for i, value in zip(new, self._engine.score([pairs[i] for i in new]) if new else [], strict=True):
+            self._journal.put(keys[i], {"kind": "score", "score": value, "call": call})
+        return [self._journal.get(key)["score"] for key in keys]
+
+    def _missing(self, keys: Sequence[str], call: str) -> list[str]:
+        """What this call has to ask for: all that is new to it, unless all of that is known by now."""
+        records = {key: self._journal.get(key) for key in dict.fromkeys(keys)}
+        new = [key for key, record in records.items() if record is None or record.get("call") == call]
+        return new if any(records[key] is None for key in new) else []
+
+
+def _key(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _plan_key(plan: Plan | None) -> str:
+    return "" if plan is None else plan.key.hex()
+
+
+def _reply_record(prompt: Prompt, plan: Plan | None, reply: Reply) -> dict[str, Any]:
+    keys = ("name", "layer", "mode", "positions", "strength")
+    edits = [{key: getattr(edit, key) for key in keys} for edit in (plan.edits if plan else ())]
+    return {
+        "kind": "reply",
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "steer": edits,
+        "text": reply.text,
+        "tokens": list(reply.tokens),
+        "finish_reason": reply.finish_reason,
+    }
+
+
+def _reply(record: Mapping[str, Any]) -> Reply:
+    return Reply(record["text"], list(record["tokens"]), record["finish_reason"])

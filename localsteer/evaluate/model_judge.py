@@ -1,0 +1,100 @@
+"""A local model as a judge beside the verifiers: is it told that the reply follows, does it say yes or no?
+
+A judge is only as good as the model: a small one says yes to everything. Its agreement with the verifier, and
+how much of that is more than chance, is shown beside its verdicts, which change no figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from localsteer.evaluate.suites.cells import Result
+from localsteer.evaluate.workers import Workers
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+
+QUESTION = """\
+Here is an instruction, and a reply that was meant to follow it.
+
+Instruction: {wording}
+
+Reply:
+{reply}
+
+Does the reply follow the instruction? Answer with one word, yes or no."""
+YES, NO = ("Yes", "yes", " Yes", " yes"), ("No", "no", " No", " no")
+CHUNK = 32  # replies of one piece of work
+
+
+class ModelJudge:
+    """workers: engines of the judge. wording: the instruction in words, of results whose cell has none."""
+
+    def __init__(self, workers: Workers, name: str, wording: Callable[[str], str | None]) -> None:
+        self.workers, self.name, self._wording = workers, name, wording
+
+    def verdicts(self, results: Sequence[Result]) -> list[bool | None]:
+        """Whether the judge thinks that each reply follows; None where there is no wording to ask about, and
+        for an exchange that is too long for the judge."""
+        parts = [results[start : start + CHUNK] for start in range(0, len(results), CHUNK)]
+        return [each for part in self.workers.map(self._judge, parts) for each in part]
+
+    def section(self, results: Sequence[Result]) -> dict[str, Any]:
+        """For a report: what the judge says by condition, and how often the verifier says the same."""
+        judged = [result for result in results if result.verdict.strict is not None]
+        found = [
+            (result, verdict)
+            for result, verdict in zip(judged, self.verdicts(judged), strict=True)
+            if verdict is not None
+        ]
+        conditions = list(dict.fromkeys(result.cell.condition for result, _ in found))
+        rows = [_row(name, [each for each in found if each[0].cell.condition == name]) for name in conditions]
+        text = (
+            f"{self.name} was asked of {len(found)} replies whether each follows its instruction (yes or no, "
+            "whichever it finds likelier). Kappa: agreement beyond chance, 1 is perfect, 0 is none; below "
+            "0.6 believe the verifier. The judge's verdicts enter no other figure."
+        )
+        columns = ["condition", "n", "judge: follows", "verifier: follows", "agreement", "kappa"]
+        table = {"columns": columns, "rows": [*rows, _row("all", found)]}
+        return {"title": "The judge", "text": text, "tables": [table], "plots": []}
+
+    def _judge(self, engine: Engine, results: Sequence[Result]) -> list[bool | None]:
+        questions = [self._question(result) for result in results]
+        prompts = [None if each is None else engine.prompt_tokens(each) for each in questions]
+        rows = [i for i, each in enumerate(prompts) if each and len(each) + 4 <= engine.n_ctx]
+        answers = [
+            engine.model.tokenize(text, add_special=False, parse_special=False) for text in (*YES, *NO)
+        ]
+        scores = engine.score([(prompts[i], answer) for i in rows for answer in answers])
+        found: list[bool | None] = [None] * len(results)
+        for k, i in enumerate(rows):
+            own = scores[k * len(answers) :][: len(answers)]
+            # a score is a mean over tokens: an answer of several is compared by its whole
+            totals = [value * len(answer) for value, answer in zip(own, answers, strict=True)]
+            found[i] = max(totals[: len(YES)]) > max(totals[len(YES) :])
+        return found
+
+    def _question(self, result: Result) -> str | None:
+        wording = result.cell.wording or self._wording(result.cell.instruction)
+        return QUESTION.format(wording=wording, reply=result.reply.text) if wording else None
+
+
+def kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:
+    """Cohen's kappa of two yes-or-no judges; None where chance alone would make them agree always."""
+    n = len(pairs)
+    if not n:
+        return None
+    agreed = sum(a == b for a, b in pairs) / n
+    a, b = (sum(pair[k] for pair in pairs) / n for k in (0, 1))
+    chance = a * b + (1 - a) * (1 - b)
+    return None if chance >= 1 else (agreed - chance) / (1 - chance)
+
+
+def _row(name: str, found: Sequence[tuple[Result, bool]]) -> list[Any]:
+    pairs = [(verdict, bool(result.verdict.strict)) for result, verdict in found]
+    if not pairs:
+        return [name, 0, None, None, None, None]
+    shares = [sum(values) / len(pairs) for values in zip(*pairs, strict=True)]
+    agreed = sum(a == b for a, b in pairs) / len(pairs)
+    return [name, len(pairs), *({"share": each} for each in (*shares, agreed)), kappa(pairs)]

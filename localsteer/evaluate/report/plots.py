@@ -1,0 +1,371 @@
+"""Pictures of the plots that results.json describes: lines, bars, heatmap. matplotlib is loaded here alone.
+
+    draw({"kind": "lines", "title": ..., "x_label": ..., "y_label": ..., "x": [], "series": {}}, "c.png")
+
+Values are numbers, None for a gap, or shares ({"share", "low", "high"}): then the axis is in per cents, and
+intervals are drawn.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from io import BytesIO
+from typing import IO, TYPE_CHECKING, Any
+
+from localsteer.errors import LocalsteerError
+from localsteer.evaluate.report import shape
+from localsteer.evaluate.report.figures import is_share, known, number, percent, showable, value_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INSTALL = 'pip install "localsteer[plot]"'
+INK, LINE, PAPER = "#1f2329", "#d0d6de", "#fdfefe"  # also found again in the SVG, so used for nothing else
+# The same colour for the same condition everywhere; all are readable on white and on black.
+COLOURS = {
+    "none": "#8b949e",
+    "steered": "#2f81d6",
+    "instructed": "#dd8a14",
+    "both": "#2ea373",
+    "random": "#b58ad6",
+    "other": "#c9727f",
+}
+CYCLE = ("#2f81d6", "#dd8a14", "#2ea373", "#cf4f5b", "#8f6bc9", "#8a6d53", "#3bb0c0", "#8b949e")
+WIDTH = 10.9  # inches: 785 points, the width of the page
+BAR = 0.095  # inches
+TWO_PANELS = 14  # more rows of bars than this stand in two columns
+MAX_LABEL, MAX_AXIS_LABEL = 34, 60  # characters
+MAX_UPRIGHT = 10  # characters over a cell of a heat map
+MAX_ANNOTATED = 400  # cells of a heat map that carry their figure
+MAX_VECTOR_CELLS = 4000  # above this a heat map's cells are pixels, or the file grows too large
+
+logger = logging.getLogger("localsteer")
+
+
+def available() -> bool:
+    """Whether matplotlib is there. Says so once, in the log, when it is not."""
+    if not _has_matplotlib():
+        _say_once()
+        return False
+    return True
+
+
+@cache
+def _has_matplotlib() -> bool:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@cache
+def _say_once() -> None:
+    logger.warning("the report has no plots, since matplotlib is not installed: %s adds it.", INSTALL)
+
+
+def draw(plot: Mapping[str, Any], file: str | os.PathLike[str] | IO[bytes]) -> None:
+    """Into a file whose suffix says how (svg, png, pdf), or as SVG into an open binary file.
+
+    Raises LocalsteerError without matplotlib, for a broken plot, and for a file that can't be written.
+    """
+    _save(plot, file, None if isinstance(file, (str, os.PathLike)) else "svg", titled=True)
+
+
+def svg(plot: Mapping[str, Any], salt: str = "") -> str:
+    """An <svg> element for an HTML page: it takes the page's colours and fonts, and has no title of its own.
+
+    salt: another one for each plot of a page, so that their inner ids differ.
+    """
+    buffer = BytesIO()
+    _save(plot, buffer, "svg", titled=False, salt=salt)
+    return _inline(buffer.getvalue().decode("utf-8"))
+
+
+def _inline(text: str) -> str:
+    text = text[text.index("<svg") :].strip()
+    for colour, wanted in ((INK, "currentColor"), (LINE, "var(--line)"), (PAPER, "none")):
+        text = re.sub(rf"(fill|stroke): {colour}", rf"\1: {wanted}", text)
+    return re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+
+
+def _save(plot: Mapping[str, Any], file: Any, format: str | None, *, titled: bool, salt: str = "") -> None:
+    _check(plot)
+    plot = showable(plot)
+    with _style(salt):
+        made = figure(plot, titled=titled)
+        bare = (
+            {"Date": None} if format == "svg" or str(file).endswith(".svg") else {}
+        )  # the same file each time
+        try:
+            made.savefig(file, format=format, dpi=150, metadata=bare)
+        except ValueError as error:  # an ending that is no picture format
+            raise LocalsteerError(f"{file} can't be drawn: {error}.") from None
+        except OSError as error:
+            raise LocalsteerError(f"{file} can't be written: {error.strerror or error}.") from error
+
+
+def _check(plot: Mapping[str, Any]) -> None:
+    if not _has_matplotlib():
+        raise LocalsteerError(f"plots need matplotlib: {INSTALL}.")
+    shape.check({"format": shape.FORMAT, "sections": [{"plots": [plot]}]})
+
+
+@contextmanager
+def _style(salt: str) -> Iterator[None]:
+    import matplotlib
+
+    style = {
+        "svg.fonttype": "none",  # text stays text: small files, any script, can be searched
+        "svg.hashsalt": f"localsteer {salt}",
+        "text.parse_math": False,  # a dollar in an instruction's name is a dollar
+        "font.family": "sans-serif",
+        "font.size": 9,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+        **dict.fromkeys(("axes.edgecolor", "grid.color", "legend.edgecolor"), LINE),
+        **dict.fromkeys(("figure.facecolor", "savefig.facecolor", "axes.facecolor"), PAPER),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # a glyph that the measuring font lacks is drawn by the reader's own fonts
+        warnings.filterwarnings("ignore", message="Glyph")
+        warnings.filterwarnings("ignore", message=".*constrained_layout not applied")
+        yield
+
+
+def figure(plot: Mapping[str, Any], *, titled: bool = True) -> Figure:
+    """matplotlib's Figure of a plot."""
+    made = {"lines": _lines, "bars": _bars, "heatmap": _heatmap}[plot["kind"]](plot)
+    if titled and plot.get("title"):
+        made.suptitle(plot["title"], fontsize=10, fontweight="bold")
+    return made
+
+
+# --- points ------------------------------------------------------------------------------------------------
+
+
+def _whiskers(points: Sequence[Any]) -> list[list[float]] | None:
+    """How far below and above its value each interval reaches; None where no point has one."""
+    pairs = [_reach(point) for point in points]
+    if not any(below or above for below, above in pairs):
+        return None
+    return [[below for below, _ in pairs], [above for _, above in pairs]]
+
+
+def _reach(point: Any) -> tuple[float, float]:
+    if not isinstance(point, Mapping) or not all(known(point.get(key)) for key in ("share", "low", "high")):
+        return 0.0, 0.0
+    return max(0.0, point["share"] - point["low"]), max(0.0, point["high"] - point["share"])
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """Those of known conditions; else in turn, none of them twice before all are used."""
+    if all(name in COLOURS for name in names):
+        return {name: COLOURS[name] for name in names}
+    return {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
+
+
+def _short(text: Any, longest: int = MAX_LABEL) -> str:
+    text = text if isinstance(text, str) else f"{text:g}"
+    text = " ".join(text.split())
+    text = text if len(text) <= longest else text[: longest - 1] + "…"
+    # matplotlib leaves labels out that start with an underscore
+    return "\u200b" + text if text.startswith("_") else text
+
+
+def _axis_label(plot: Mapping[str, Any], axis: str) -> str:
+    return _short(plot.get(f"{axis}_label") or "", MAX_AXIS_LABEL)
+
+
+def _value_axis(axis: Any, shares: bool) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    if shares:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+
+
+def _legend(made: Figure, axes: Axes, n: int) -> None:
+    """Above the plot, in one row where it fits."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) > 1:
+        made.legend(handles, labels, loc="outside upper left", ncols=min(n, 6), fontsize=9, handlelength=1.2)
+
+
+# --- kinds -------------------------------------------------------------------------------------------------
+
+
+def _lines(plot: Mapping[str, Any]) -> Figure:
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = made.subplots()
+    x, series = plot["x"], plot["series"]
+    numeric = all(known(each) for each in x)
+    at = [float(each) for each in x] if numeric else list(range(len(x)))
+    for name, colour in _colours(list(series)).items():
+        _line(axes, at, series[name], colour, _short(name))
+    if not numeric:
+        axes.set_xticks(
+            at,
+            [_short(each) for each in x],
+            rotation=30 if _is_long(x) else 0,
+            ha="right" if _is_long(x) else "center",
+        )
+    elif len(set(at)) <= 12:
+        axes.set_xticks(sorted(set(at)), [f"{each:g}" for each in sorted(set(at))])
+    shares = is_share([point for points in series.values() for point in points])
+    if shares:
+        axes.set_ylim(-0.03, 1.03)
+    _value_axis(axes.yaxis, shares)
+    axes.grid(axis="y", linewidth=0.6)
+    axes.set(xlabel=_axis_label(plot, "x"), ylabel=_axis_label(plot, "y"))
+    _legend(made, axes, len(series))
+    return made
+
+
+def _is_long(labels: Sequence[Any]) -> bool:
+    return sum(len(_short(each)) for each in labels) > 90
+
+
+def _line(axes: Axes, at: Sequence[float], points: Sequence[Any], colour: str, label: str) -> None:
+    values = [value_of(point) for point in points]
+    axes.plot(at, values, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=label)
+    reach = _whiskers(points)
+    if reach is not None:
+        low = [value - below for value, below in zip(values, reach[0], strict=True)]
+        high = [value + above for value, above in zip(values, reach[1], strict=True)]
+        axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _bars(plot: Mapping[str, Any]) -> Figure:
+    """Lying bars, so that long names can be read; many rows stand in two columns."""
+    from matplotlib.figure import Figure
+
+    x, series = plot["x"], plot["series"]
+    n_panels = 2 if len(x) > TWO_PANELS else 1
+    per_panel = max(1, math.ceil(len(x) / n_panels))
+    height = per_panel * (BAR * max(2, len(series)) + 0.09) + 0.9
+    made = Figure(figsize=(WIDTH, height), layout="constrained")
+    panels = made.subplots(1, n_panels, squeeze=False)[0]
+    limits = _limits(series)
+    for k, axes in enumerate(panels):
+        part = slice(k * per_panel, (k + 1) * per_panel)
+        _panel(axes, x[part], {name: points[part] for name, points in series.items()}, per_panel)
+        # the names stand on the upright axis: the labels change places
+        axes.set(
+            xlim=limits,
+            xlabel=_axis_label(plot, "y"),
+            ylabel="" if k else _short(plot.get("x_label") or "", int(9 * height)),
+        )
+        _value_axis(axes.xaxis, is_share([point for points in series.values() for point in points]))
+    _legend(made, panels[0], len(series))
+    return made
+
+
+def _limits(series: Mapping[str, Sequence[Any]]) -> tuple[float, float]:
+    """From 0, and all of 0 to 1 for shares: bars that do not begin at nothing mislead."""
+    points = [point for found in series.values() for point in found]
+    values = [value for value in map(value_of, points) if math.isfinite(value)]
+    low, high = min([0.0, *values]), max([0.0, *values])
+    if is_share(points) or low == high:
+        return 0.0, 1.02
+    room = 0.05 * (high - low) or 1.0
+    return (low - room if low < 0 else 0.0), (high + room if high > 0 else 0.0)
+
+
+def _panel(axes: Axes, labels: Sequence[Any], series: Mapping[str, Sequence[Any]], n_rows: int) -> None:
+    height = 0.82 / max(1, len(series))
+    for i, (name, colour) in enumerate(_colours(list(series)).items()):
+        at = [row + (i - (len(series) - 1) / 2) * height for row in range(len(labels))]
+        points = series[name]
+        axes.barh(at, [value_of(point) for point in points], height * 0.9, color=colour, label=_short(name))
+        reach = _whiskers(points)
+        if reach is not None:
+            values = [value_of(point) for point in points]
+            axes.errorbar(values, at, xerr=reach, fmt="none", ecolor=INK, elinewidth=0.6, alpha=0.6)
+    axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
+    axes.set_ylim(n_rows - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", linewidth=0.6)
+
+
+def _heatmap(plot: Mapping[str, Any]) -> Figure:
+    from matplotlib.figure import Figure
+
+    rows, columns = plot["rows"], plot["columns"]
+    values = [[value_of(point) for point in row] for row in plot["values"]]
+    shares = is_share([point for row in plot["values"] for point in row])
+    longest = max((len(_short(row)) for row in rows), default=0)
+    width = min(WIDTH, 1.6 + 0.06 * longest + 0.62 * max(1, len(columns)))
+    made = Figure(figsize=(max(3.6, width), 1.1 + 0.27 * max(1, len(rows))), layout="constrained")
+    axes = made.subplots()
+    if rows and columns:
+        _mesh(made, axes, values, shares)
+    long = max((len(_short(column)) for column in columns), default=0) > MAX_UPRIGHT
+    axes.set_xticks(
+        range(len(columns)),
+        [_short(each) for each in columns],
+        rotation=40 if long else 0,
+        ha="right" if long else "center",
+    )
+    axes.set_yticks(range(len(rows)), [_short(each) for each in rows])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel=_axis_label(plot, "x"), ylabel=_axis_label(plot, "y"))
+    return made
+
+
+def _mesh(made: Figure, axes: Axes, values: list[list[float]], shares: bool) -> None:
+    """Cells in colour, each with its figure where there is room. A gap shows the page."""
+    import numpy as np
+
+    grid = np.ma.masked_invalid(np.array(values, np.float64))
+    low, high = (float(grid.min()), float(grid.max())) if grid.count() else (0.0, 1.0)
+    if shares:
+        colours, low, high = "viridis", 0.0, 1.0
+    elif low < 0:  # no effect is the middle of the colours
+        colours, high = "RdBu_r", max(-low, high)
+        low = -high
+    else:
+        colours = "viridis"
+    if high <= low:
+        high = low + 1.0
+    mesh = axes.pcolormesh(
+        np.arange(grid.shape[1] + 1) - 0.5, np.arange(grid.shape[0] + 1) - 0.5, grid,
+        cmap=colours, vmin=low, vmax=high, rasterized=grid.size > MAX_VECTOR_CELLS,
+    )  # fmt: skip
+    axes.invert_yaxis()
+    bar = made.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02)
+    bar.outline.set_visible(False)
+    _value_axis(bar.ax.yaxis, shares)
+    if grid.size <= MAX_ANNOTATED:
+        _annotate(axes, grid, mesh, shares)
+
+
+def _annotate(axes: Axes, grid: Any, mesh: Any, shares: bool) -> None:
+    for (row, column), value in _known_cells(grid):
+        red, green, blue, _ = mesh.cmap(mesh.norm(value))
+        light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
+        text = percent(value) if shares else number(value)
+        axes.text(
+            column, row, text, ha="center", va="center", fontsize=7.5, color="#000000" if light else "#ffffff"
+        )
+
+
+def _known_cells(grid: Any) -> Iterator[tuple[tuple[int, int], float]]:
+    import numpy as np
+
+    for place, value in np.ndenumerate(grid.filled(math.nan)):
+        if math.isfinite(value):
+            yield place, float(value)

@@ -1,0 +1,195 @@
+"""Is an instruction a direction? A linear probe beside a non-linear one, and steering, block by block.
+
+Two things are read from the state at the last prompt token: `present`, was the instruction in the prompt at
+all, and `which`, was it this one or another. Where only the non-linear probe reads it, the instruction is no
+direction there, and a difference in means should not steer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from localsteer.catalog import Instruction
+from localsteer.evaluate.probe import GAUSSIAN, LINEAR, PROBES, accuracy
+from localsteer.evaluate.similarity import MIN_PAIRS, probe_groups
+from localsteer.evaluate.states import States
+from localsteer.evaluate.studies.common import Job, accuracy_of, cells_for, heatmap, lines, section, table
+from localsteer.evaluate.studies.layers import correlate
+from localsteer.evaluate.suites.bench import Bench
+from localsteer.extract import build_pairs, open_backend
+from localsteer.vector import ControlVector
+
+NAME = "linear"
+TITLE = "Linear or not"
+INSTRUCTIONS = (
+    "json", "lowercase", "uppercase", "bullets", "title", "no_comma", "one_sentence", "two_sentences",
+    "four_sentences", "five_sentences", "concise", "verbose",
+)  # fmt: skip
+N_PAIRS, QUICK_PAIRS = 50, 12
+N_QUERIES, QUICK_QUERIES = 10, 2
+POSITIONS = ("prompt", "all")
+TASKS = ("present", "which")
+APART = 0.05  # balanced accuracy by which the non-linear probe must lead
+CEILING = 0.98  # above it two probes can't be told apart
+READS = 0.95
+WORKS = 0.5  # share of replies above which steering is said to work
+
+
+def run(job: Job) -> dict[str, Any]:
+    with job.bench() as bench:
+        instructions = job.instructions(INSTRUCTIONS)
+        raw = bench.raw(instructions)
+        probes = probe_all(bench, instructions, QUICK_PAIRS if job.quick else N_PAIRS)
+        steered = _steered(bench, instructions, raw, QUICK_QUERIES if job.quick else N_QUERIES)
+        model = bench.model
+    ids = [each.id for each in instructions]
+    advice = where_they_part(probes, steered)
+    return {
+        "model": model,
+        "figures": {
+            "instructions": ids,
+            "probes": {f"{task} {probe}": found.tolist() for (task, probe), found in probes.items()},
+            "steered": steered.tolist(),
+            "advice": advice,
+        },
+        "sections": _sections(ids, probes, steered, advice),
+    }
+
+
+def probe_all(
+    bench: Bench, instructions: Sequence[Instruction], n_pairs: int
+) -> dict[tuple[str, str], np.ndarray]:
+    """(k, n_layer) accuracies for each task and probe. `which` needs two instructions or more."""
+    assert n_pairs >= MIN_PAIRS
+    pairs = [
+        build_pairs(each, bench.catalog.queries_for(each, "extraction"), n_pairs) for each in instructions
+    ]
+
+    def read(engine: Any, _: None) -> list[tuple[np.ndarray, np.ndarray]]:
+        with open_backend(engine) as backend:
+            states = States(backend)
+            states.of([text for each in pairs for pair in each for text in (pair.plain, pair.instructed)])
+            return [states.of_pairs(each) for each in pairs]
+
+    with bench.stage("reading states"):
+        (found,) = bench.workers.map(read, [None])
+    groups = [probe_groups(each) for each in pairs]
+    queries = [[pair.plain for pair in each] for each in pairs]
+    jobs = [(task, probe, k) for task in _tasks(instructions) for probe in PROBES for k in range(len(pairs))]
+
+    def probe_one(_engine: Any, job: tuple[str, str, int]) -> list[float]:
+        task, probe, k = job
+        if task == "present":
+            states, labels = np.concatenate(found[k]), np.repeat([True, False], n_pairs)
+            return _by_block(states, labels, [*groups[k], *groups[k]], probe)
+        states = np.concatenate([found[k][0], *(found[j][0] for j in range(len(found)) if j != k)])
+        labels = np.arange(len(states)) < n_pairs
+        others = [name for j in range(len(found)) if j != k for name in queries[j]]
+        return _by_block(states, labels, [*queries[k], *others], probe)
+
+    with bench.stage("probing") as advance:
+        rows = bench.workers.map(probe_one, jobs, advance)
+    table_of: dict[tuple[str, str], list[list[float]]] = {}
+    for (task, probe, _), row in zip(jobs, rows, strict=True):
+        table_of.setdefault((task, probe), []).append(row)
+    return {key: np.array(rows) for key, rows in table_of.items()}
+
+
+def _tasks(instructions: Sequence[Instruction]) -> Sequence[str]:
+    return TASKS if len(instructions) > 1 else TASKS[:1]
+
+
+def _by_block(states: np.ndarray, labels: np.ndarray, groups: Sequence[str], probe: str) -> list[float]:
+    return [accuracy(states[:, il], labels, groups, probe) for il in range(states.shape[1])]
+
+
+def _steered(
+    bench: Bench, instructions: Sequence[Instruction], raw: dict[str, ControlVector], n: int
+) -> np.ndarray:
+    """(k, n_layer): the share of replies to n validation queries that follow, at the better positions."""
+    cells, n_layer = [], bench.model["n_layer"]
+    for each in instructions:
+        for where in POSITIONS:
+            for il in range(n_layer):
+                vector = raw[each.id].at(layer=il, positions=where, mode="project", strength=1.0)
+                queries = bench.queries(each, "validation")[:n]
+                cells += cells_for(bench, each, f"{where} {il}", [vector], queries=queries)
+    results = bench.run(cells, what="steering at each block", score=False)
+    shares = [accuracy_of(results[i : i + n]) for i in range(0, len(results), n)]
+    return np.array(shares, dtype=float).reshape(len(instructions), len(POSITIONS), n_layer).max(axis=1)
+
+
+def where_they_part(probes: dict[tuple[str, str], np.ndarray], steered: np.ndarray) -> str:
+    """In words, from the figures: how often the non-linear probe leads, and whether steering fails there."""
+    sentences = [_part(task, probes, steered) for task in dict.fromkeys(task for task, _ in probes)]
+    readable = probes["present", LINEAR] >= READS
+    idle = readable & (steered < WORKS)
+    sentences.append(
+        f"A linear probe reads whether the instruction was present in {readable.sum()} of {readable.size} "
+        f"cases, and in {idle.sum()} of those steering does not work: that a direction can be read does not "
+        "mean that the model still uses it."
+    )
+    return " ".join(sentences)
+
+
+def _part(task: str, probes: dict[tuple[str, str], np.ndarray], steered: np.ndarray) -> str:
+    means, linear, gaussian = (probes[task, probe] for probe in PROBES)
+    gap = gaussian - linear
+    apart = gap >= APART
+    text = f"{task.capitalize()}: along the difference of means {means.mean():.1%}, linear "
+    text += (
+        f"{linear.mean():.1%}, non-linear {gaussian.mean():.1%}, on average over blocks and instructions. "
+    )
+    if min(linear.min(), gaussian.min()) >= CEILING:
+        return text + "Both probes are at the ceiling everywhere: nothing here speaks against one direction."
+    text += f"The non-linear one leads by {APART:.0%} or more in {apart.sum()} of {gap.size} cases. "
+    if apart.any() and not apart.all():
+        text += f"There steering works ({WORKS:.0%} of replies or more) in "
+        text += (
+            f"{np.mean(steered[apart] >= WORKS):.0%}, elsewhere in {np.mean(steered[~apart] >= WORKS):.0%}. "
+        )
+    return text + (
+        f"Over all cases the share of replies that follow correlates with the linear accuracy at "
+        f"{_number(correlate(linear, steered))}, with the lead at {_number(correlate(gap, steered))}."
+    )
+
+
+def _number(value: float) -> str:
+    return "nothing (one of them does not vary)" if np.isnan(value) else f"{value:+.2f}"
+
+
+def _sections(
+    ids: Sequence[str], probes: dict[tuple[str, str], np.ndarray], steered: np.ndarray, advice: str
+) -> list[dict[str, Any]]:
+    blocks = list(range(steered.shape[1]))
+    series = {f"{task}, {probe}": [{"share": float(v)} for v in found.mean(axis=0)]
+              for (task, probe), found in probes.items()}  # fmt: skip
+    series["steered replies that follow"] = [{"share": float(v)} for v in steered.mean(axis=0)]
+    rows = [[il, *(found[il] for found in series.values())] for il in blocks]
+    maps = []
+    for task in dict.fromkeys(task for task, _ in probes):
+        gap = probes[task, GAUSSIAN] - probes[task, LINEAR]
+        maps.append(
+            heatmap(f"{task}: linear probe", "block", "", ids, blocks, probes[task, LINEAR].round(3).tolist())
+        )
+        maps.append(
+            heatmap(f"{task}: lead of the non-linear probe", "block", "", ids, blocks, gap.round(3).tolist())
+        )
+    maps.append(heatmap("Steered replies that follow", "block", "", ids, blocks, steered.round(3).tolist()))
+    return [
+        section("Where they part", advice),
+        section(
+            "By block",
+            "Present: was the instruction in the prompt? Which: was it this one or another? Balanced "
+            "accuracy (50% is chance) on queries that the probe has not seen, for `present` also in wordings "
+            "that it has not seen; means: along the difference of means, linear: ridge classifier, gaussian: "
+            "kernel ridge classifier. Steered: strength 1 at this block, the better of positions prompt and "
+            "all, on validation queries. Means over the instructions.",
+            [table(("block", *series), rows)],
+            [lines("Probes and steering", "block", "share", blocks, series)],
+        ),
+        section("By instruction and block", "", [], maps),
+    ]

@@ -1,0 +1,33 @@
+"""The experiments that `localsteer eval` runs, by name; each is a module with NAME, TITLE and `run`.
+
+    run(bench: Bench, **options) -> SuiteReport
+
+A SuiteReport is a plain dict, one entry of `suites` in results.json (docs/evaluation.md): title, conditions,
+instructions, all, sections.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from localsteer.errors import LocalsteerError
+
+SuiteReport = dict[str, Any]
+
+MODULES = {
+    "format": "format",
+    "length": "length",
+    "words": "words",
+    "composition": "composition",
+    "cross-model": "cross_model",
+    "ifeval": "ifeval",
+}
+
+
+def suite(name: str) -> ModuleType:
+    """The module of a suite. Raises LocalsteerError for an unknown name."""
+    if name not in MODULES:
+        raise LocalsteerError(f"unknown suite {name!r}: choose from {', '.join(MODULES)}, or all.")
+    return import_module(f"{__name__}.{MODULES[name]}")

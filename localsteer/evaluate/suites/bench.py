@@ -1,0 +1,523 @@
+"""One model under evaluation: what the suites share. Vectors, queries, controls, and the cells that are run.
+
+    with open_bench(path, catalog, out=Path("run")) as bench:
+        report = suite("format").run(bench)
+
+Vectors are the files that the user gave, or are extracted from this model on extraction queries and picked on
+validation queries; figures come from test queries. Replies are kept in out/replies.jsonl and vectors in
+out/vectors: a run that was stopped is started again from its beginning and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localsteer.cache import file_hash, file_name
+from localsteer.catalog import Catalog, Instruction, Query
+from localsteer.errors import CatalogError, LocalsteerError, ModelFileError, VectorFileError
+from localsteer.evaluate.journal import Journal
+from localsteer.evaluate.study import MAX_TOKENS as BUNDLED_MAX_TOKENS
+from localsteer.evaluate.study import N_CTX as BUNDLED_N_CTX
+from localsteer.evaluate.study import N_SEQ_MAX as BUNDLED_N_SEQ_MAX
+from localsteer.evaluate.study import Stage, Study, extract_all, silent, spread
+from localsteer.evaluate.suites.cells import Cell, Result, run_cells, tables
+from localsteer.evaluate.workers import Workers
+from localsteer.vector import ControlVector, check_model
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+    from localsteer.evaluate.model_judge import ModelJudge
+    from localsteer.evaluate.pick import Pick
+    from localsteer.extract.recipes import Recipe
+
+PARTNERS = ("json", "lowercase", "title")  # a control needs other instructions, also where few are wanted
+BASE = "base"  # folder of the base model's run, within the model's
+# a base model is asked as the paper asks one, and goes on with a next question if nothing stops it
+PLAIN: dict[str, Any] = {"plain_prompts": True, "stop": ("\nQ:",)}
+SMALL_MODEL = 256 << 20  # bytes of a file; below, an engine for each core, above, one with all cores
+DIGEST = "eval_digest"  # of a kept vector's provenance: what it was extracted from
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long prompts and replies may be, in tokens. must_end: a reply that is cut at max_tokens is
+    degenerate, because the limit leaves ample room."""
+
+    n_ctx: int | None = None
+    max_tokens: int = 512
+    must_end: bool = False
+    n_seq_max: int = 8
+
+
+BUNDLED_LIMITS = Limits(BUNDLED_N_CTX, BUNDLED_MAX_TOKENS, True, BUNDLED_N_SEQ_MAX)
+
+
+@contextmanager
+def open_bench(
+    path: Path,
+    catalog: Catalog,
+    out: Path,
+    *,
+    limits: Limits | None = None,
+    n_threads: int | None = None,
+    base: Path | None = None,
+    **options: Any,
+) -> Iterator[Bench]:
+    """A Bench on a GGUF, closed when the block ends. base: its base model, for cross-model: a bench of its
+    own in out/base. options: of Bench.
+
+    Raises LocalsteerError when `out` holds another model's run.
+    """
+    limits = limits or Limits()
+    with ExitStack() as stack:
+        workers = _open_workers(stack, path, out, limits, n_threads)
+        bench = Bench(workers, catalog, out, limits=limits, **options)
+        if base is not None:
+            workers = _open_workers(stack, base, out / BASE, limits, n_threads, **PLAIN)
+            bench.base = Bench(workers, catalog, out / BASE, limits=limits, **{**options, "given": ()})
+        yield bench
+
+
+@contextmanager
+def open_judge(path: Path, bench: Bench, *, n_threads: int | None = None) -> Iterator[ModelJudge]:
+    """Another local model, to judge this bench's replies; what it says is kept in out/judge."""
+    from localsteer.evaluate.model_judge import ModelJudge
+
+    with ExitStack() as stack:
+        workers = _open_workers(stack, path, bench.out / "judge", Limits(), n_threads)
+        name = workers.map(lambda engine, _: model_info(engine), [None])[0]["name"]
+        yield ModelJudge(workers, name, bench.wording)
+
+
+def _open_workers(
+    stack: ExitStack, path: Path, out: Path, limits: Limits, n_threads: int | None, **more: Any
+) -> Workers:
+    from localsteer.bridge import default_threads
+
+    if not path.is_file():
+        raise ModelFileError(f"there is no model {path}.")
+    journal = stack.enter_context(Journal(out / "replies.jsonl", {"model": file_hash(path)}))
+    n = n_threads or default_threads()
+    small = path.stat().st_size <= SMALL_MODEL
+    more |= {"n_ctx": limits.n_ctx, "n_seq_max": limits.n_seq_max, "journal": journal}
+    return stack.enter_context(Workers(path, n if small else 1, n_threads=1 if small else n, **more))
+
+
+class Bench:
+    """What the suites share.
+
+    validation, test: queries of the catalogue; `queries(instruction, split)` knows an instruction's own.
+    base: the bench of the base model, if the run has one. max_tokens: of a reply, for every Cell. given:
+    vectors of the user by instruction id, with their settings. wanted: ids to evaluate (None: the suite's own
+    choice). test: queries in place of the catalogue's. stage: gives a progress bar for a piece of work.
+    results: all that `run` has found since they were last taken.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        catalog: Catalog,
+        out: Path,
+        *,
+        n: int = 20,
+        seed: int = 0,
+        limits: Limits | None = None,
+        given: Sequence[tuple[Path, ControlVector]] = (),
+        wanted: Sequence[str] | None = None,
+        test: Sequence[Query] | None = None,
+        stage: Stage = silent,
+    ) -> None:
+        self.workers, self.catalog, self.out = workers, catalog, Path(out)
+        self.n, self.seed, self.stage = n, seed, stage
+        self.limits = limits or Limits()
+        self.max_tokens = self.limits.max_tokens
+        self.base: Bench | None = None
+        self.results: list[Result] = []
+        self.model = workers.map(lambda engine, _: model_info(engine), [None])[0]
+        self.validation = tuple(catalog.queries.get("validation", ()))
+        self.test = self._test_queries(test)
+        self.files: dict[str, Path] = {}
+        self._instructions: dict[str, Instruction] = {}
+        self._raw: dict[str, ControlVector] = {}
+        self._told: dict[str, list[Any]] = {}
+        self._picked: dict[str, ControlVector] = {}
+        self._alone: tuple[Any, ...] | None = None
+        self._plain_validation: list[Any] | None = None
+        self.given = self._take(given)
+        self.wanted = None if wanted is None else list(dict.fromkeys(wanted))
+
+    # -- what is evaluated ---------------------------------------------------------------------------
+
+    def instruction(self, wanted: str | Instruction) -> Instruction:
+        """By id: of a given vector, else of the catalogue, slots at their defaults. Raises CatalogError."""
+        if isinstance(wanted, Instruction):
+            return wanted
+        return self._instructions.get(wanted) or self.catalog.get(wanted)
+
+    def wording(self, label: str) -> str | None:
+        """The instruction of a row in words, for a judge: `json + one_sentence` is two of them."""
+        try:
+            return " ".join(self.instruction(each).phrasings[0] for each in label.split(" + "))
+        except CatalogError:
+            return None
+
+    def instructions(self, groups: Sequence[str]) -> list[Instruction]:
+        """The ones asked for; else those of the given vectors; else the catalogue's of these groups that have
+        a verifier and need no slot. Raises CatalogError for one without a verifier."""
+        ids = self.wanted if self.wanted is not None else list(self.given)
+        if not ids:
+            found = [each for each in self.catalog.instructions.values() if each.group in groups]
+            return [each.fill() for each in found if each.verifier and not _lacks_slots(each)]
+        chosen = [self.instruction(each) for each in ids]
+        for each in chosen:
+            if each.verifier is None:
+                raise CatalogError(
+                    f"{each.id!r} has no verifier, so nothing tells whether a reply follows it: name one "
+                    "in the catalogue (`verifier = ...`), or leave it out."
+                )
+        return chosen
+
+    def queries(self, instruction: Instruction, split: str) -> tuple[Query, ...]:
+        """Validation or test queries of an instruction: its own, or those of all. Test: at most n."""
+        own = instruction.queries.get(split, ())
+        if not own:
+            return self.test if split == "test" else self.validation
+        return tuple(spread(own, min(self.n, len(own)))) if split == "test" else tuple(own)
+
+    # -- vectors -------------------------------------------------------------------------------------
+
+    def vectors(self, instructions: Sequence[str | Instruction]) -> dict[str, ControlVector]:
+        """With settings applied, by id: the user's files, or extracted, picked and kept in out/vectors.
+
+        Strength 0 where no setting did better than the model alone.
+        """
+        chosen = [self.instruction(each) for each in instructions]
+        new = [each for each in chosen if each.id not in self._picked]
+        self.prepare(chosen)
+        picks = self.pick([(each, self._raw[each.id]) for each in new])
+        for each, picked in zip(new, picks, strict=True):
+            kept = {"validation": picked.table[:2], "notice": picked.notice or None}
+            vector = replace(picked.vector, provenance={**picked.vector.provenance, **kept})
+            self._picked[each.id] = self._save(each, vector)
+        return {each.id: self._picked[each.id] for each in chosen}
+
+    def pick(self, pairs: Sequence[tuple[Instruction, ControlVector]], **options: Any) -> list[Pick]:
+        """Settings for this model of any vectors of these instructions, chosen on validation queries.
+        options: of evaluate.pick.pick."""
+        chosen = [instruction for instruction, _ in pairs]
+        self.prepare(chosen)
+        study = self._study()
+        study = replace(study, vectors={**study.vectors, **{each.id: vector for each, vector in pairs}})
+
+        def work(engine: Engine, instruction: Instruction) -> Pick:
+            plain = None if "validation" in instruction.queries else self._plain_validation
+            return study.pick(engine, instruction, plain=plain, on_progress=self.workers.check, **options)
+
+        with self.stage("picking settings") as advance:
+            return self.workers.map(work, chosen, advance) if chosen else []
+
+    def raw(self, instructions: Sequence[str | Instruction]) -> dict[str, ControlVector]:
+        """As extracted, no setting chosen. A given file comes with its own settings."""
+        chosen = [self.instruction(each) for each in instructions]
+        missing = [each for each in chosen if each.id not in self._raw]
+        found = {each.id: self._kept(each) for each in missing}
+        new = [each for each in missing if found[each.id] is None]
+        with self.stage("extracting vectors") as advance:
+            found |= extract_all(self.workers, new, self.catalog, advance) if new else {}
+        for each in missing:
+            self._raw[each.id] = self._save(each, found[each.id]) if each in new else found[each.id]
+        return {each.id: self._raw[each.id] for each in chosen}
+
+    def extract(self, recipes: Sequence[Recipe]) -> dict[str, ControlVector]:
+        """As `raw`, of lengths and words, by the id of what a vector makes the model do."""
+        new = [each for each in recipes if each.target.id not in self._raw]
+
+        def work(engine: Engine, recipe: Recipe) -> ControlVector:
+            return recipe.extract(engine, self.catalog.queries_for(recipe.instruction, "extraction"))
+
+        with self.stage("extracting vectors") as advance:
+            made = self.workers.map(work, new, advance) if new else []
+        for recipe, vector in zip(new, made, strict=True):
+            self._instructions[recipe.target.id], self._raw[recipe.target.id] = recipe.target, vector
+        return {each.target.id: self._raw[each.target.id] for each in recipes}
+
+    def use(self, instruction: Instruction, vector: ControlVector) -> ControlVector:
+        """Keep a vector with settings that a suite chose by itself; it is in `vector_records` from now on."""
+        self._instructions[instruction.id] = instruction
+        # its pairs may be another number than `raw` takes: no digest, so that no later run mistakes it
+        self._picked[instruction.id] = self._save(instruction, vector, digest="")
+        return self._picked[instruction.id]
+
+    def prepare(self, instructions: Sequence[str | Instruction]) -> None:
+        """Raw vectors and told replies of these and, where they are few, of others for their controls."""
+        chosen = [self.instruction(each) for each in instructions]
+        known = dict.fromkeys([*self._told, *(each.id for each in chosen)])
+        if len(known) < len(PARTNERS):
+            partners = [each for each in PARTNERS if each in self.catalog.instructions and each not in known]
+            chosen += [self.catalog.get(each) for each in partners]
+        self._instructions |= {each.id: each for each in chosen}
+        self.raw(chosen)
+        new = [each for each in chosen if each.id not in self._told]
+        with self.stage("asking in words") as advance:
+            told = self.workers.map(self._ask_in_words, new, advance) if new else []
+        self._told |= {each.id: replies for each, replies in zip(new, told, strict=True)}
+
+    def controls(
+        self, instruction: Instruction, vector: ControlVector, n_random: int = 1, n_other: int = 1
+    ) -> dict[str, ControlVector]:
+        """`random`: a random direction of equal norm; `other`: another instruction's vector; same block,
+        positions and strength. More of them are `random 1`, `other 1`, ..."""
+        self.prepare([instruction])
+        return self._study().controls(instruction, vector, n_random, n_other)
+
+    def other(self, instruction: Instruction) -> str | None:
+        """Whose vector the control `other` is."""
+        self.prepare([instruction])
+        return next((each.id for each in self._study().others(instruction)), None)
+
+    def plain_mean(self) -> Any:
+        """(n_layer, n_embd) float64: mean state of plain validation prompts at their last token."""
+        return self._plain()[2]
+
+    # -- cells ---------------------------------------------------------------------------------------
+
+    def run(self, cells: Sequence[Cell], *, what: str = "asking", score: bool = True) -> list[Result]:
+        """Results in the order of the cells. score: their perplexities are wanted."""
+        with self.stage(what) as advance:
+            options = {"must_end": self.limits.must_end, "score": score, "advance": advance}
+            found = run_cells(self.workers, cells, **options) if cells else []
+        self.results += found
+        return found
+
+    def take_results(self) -> list[Result]:
+        """All that this bench and its base have run since the last time."""
+        found, self.results = self.results, []
+        return found + (self.base.take_results() if self.base else [])
+
+    def tables(self, results: Sequence[Result], conditions: Sequence[str]) -> dict[str, Any]:
+        """`conditions`, `instructions` and `all` of a SuiteReport, with the file hashes of the vectors."""
+        made = tables(results, conditions)
+        hashes = {each.name: file_hash(self.files[name]) for name, each in self._picked.items()}
+        for row in made["instructions"].values():
+            for figure in row.values():
+                figure["vector_sha256"] = _hashes_of(figure["settings"], hashes)
+        for figure in made["all"].values():
+            figure["vector_sha256"] = None
+        return made
+
+    # -- records -------------------------------------------------------------------------------------
+
+    def vector_records(self) -> dict[str, Any]:
+        """For results.json: file hash and settings of every vector that was used, by instruction id."""
+        return {
+            name: {
+                "sha256": file_hash(self.files[name]),
+                "layer": list(vector.layers),
+                "positions": vector.positions,
+                "mode": vector.mode,
+                "strength": vector.strength,
+                "source_sha256": vector.provenance.get("source_hash"),
+                "given": name in self.given,
+            }
+            for name, vector in self._picked.items()
+        }
+
+    # -- within --------------------------------------------------------------------------------------
+
+    def _test_queries(self, given: Sequence[Query] | None) -> tuple[Query, ...]:
+        queries = tuple(given if given is not None else self.catalog.queries.get("test", ()))
+        for split, found in (("validation", self.validation), ("test", queries)):
+            if not found:
+                raise CatalogError(f"{self.catalog.source} has no {split} queries: add some.")
+        if not 1 <= self.n <= len(queries):
+            raise LocalsteerError(
+                f"n must be 1 to {len(queries)}, the number of test queries, not {self.n}: give a smaller "
+                "one, or more queries."
+            )
+        if given is not None:
+            _refuse_overlap(queries, self.catalog)
+        return tuple(spread(queries, self.n))
+
+    def _take(self, given: Sequence[tuple[Path, ControlVector]]) -> dict[str, ControlVector]:
+        found: dict[str, ControlVector] = {}
+        for path, vector in given:
+            check_model(vector, self.model["n_layer"], self.model["n_embd"], self.model["architecture"])
+            # the tokenizer too, before any work is done
+            self.workers.map(lambda engine, each: engine.plan(each), [vector])
+            instruction = instruction_of(vector, self.catalog, path)
+            if instruction.id in found:
+                raise VectorFileError(
+                    f"two vectors of {instruction.id!r} are given, {path} the second: give one."
+                )
+            found[instruction.id] = vector
+            self._instructions[instruction.id], self.files[instruction.id] = instruction, path
+        self._raw |= found
+        self._picked |= found
+        return found
+
+    def _study(self) -> Study:
+        instructions = tuple(self._instructions[each] for each in self._told)
+        plain, plain_perplexity, plain_mean = self._plain()
+        return Study(
+            instructions,
+            self.validation,
+            self.test,
+            {each.id: self._raw[each.id] for each in instructions},
+            self._told,
+            plain,
+            plain_perplexity,
+            plain_mean,
+            self.seed,
+            self.max_tokens,
+            self.limits.must_end,
+        )
+
+    def _plain(self) -> tuple[Any, ...]:
+        """The model alone: replies to test queries, their perplexity, its mean state; and to validation."""
+        from localsteer.evaluate.conditions import plain_replies
+        from localsteer.evaluate.study import alone
+
+        if self._alone is None:
+            queries = (self.test, self.validation)
+            (self._alone,) = self.workers.map(lambda e, _: alone(e, queries, self.max_tokens), [None])
+            # once for all instructions: each picks against these
+            (self._plain_validation,) = self.workers.map(
+                lambda e, _: plain_replies(e, self.validation, max_tokens=self.max_tokens), [None]
+            )
+        return self._alone
+
+    def _ask_in_words(self, engine: Engine, instruction: Instruction) -> list[Any]:
+        from localsteer.evaluate.study import ask_in_words
+
+        return ask_in_words(engine, instruction, self.validation, self.max_tokens)
+
+    def _path(self, instruction: Instruction) -> Path:
+        return self.out / "vectors" / f"{file_name(instruction.id)}.gguf"
+
+    def _save(
+        self, instruction: Instruction, vector: ControlVector, digest: str | None = None
+    ) -> ControlVector:
+        digest = self._digest(instruction) if digest is None else digest
+        vector = replace(vector, provenance={**vector.provenance, DIGEST: digest})
+        path = self.files[instruction.id] = self._path(instruction)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            vector.save(path)
+        except OSError as error:
+            raise LocalsteerError(
+                f"{path} can't be written ({error.strerror or error}): what is done is kept; make room and "
+                "run the same command again."
+            ) from error
+        return vector
+
+    def _kept(self, instruction: Instruction) -> ControlVector | None:
+        """The vector of an earlier, stopped run, without its settings: the journal knows how to pick them."""
+        path = self._path(instruction)
+        if not path.is_file():
+            return None
+        try:
+            vector = ControlVector.load(path)
+        except VectorFileError:
+            return None
+        if vector.provenance.get(DIGEST) != self._digest(instruction):
+            return None
+        self.files[instruction.id] = path
+        return vector.at(layer=vector.n_layer // 2, positions="all", mode="project", strength=1.0)
+
+    def _digest(self, instruction: Instruction) -> str:
+        queries = [query.text for query in self.catalog.queries_for(instruction, "extraction")]
+        content = [self.model["sha256"], list(instruction.phrasings), queries]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def model_info(engine: Engine) -> dict[str, Any]:
+    """What results.json says of a model."""
+    model = engine.model
+    return {
+        "name": model.metadata.get("general.name") or engine.path.stem,
+        "sha256": file_hash(engine.path),
+        "architecture": model.architecture,
+        "quantization": quantization(model.metadata),
+        "n_layer": model.n_layer,
+        "n_embd": model.n_embd,
+    }
+
+
+def quantization(metadata: Mapping[str, str]) -> str | None:
+    """llama.cpp's name of a file's quantization, as `Q4_K_M`; None where the file does not say."""
+    import gguf
+
+    try:
+        name = gguf.LlamaFileType(int(metadata["general.file_type"])).name
+    except (KeyError, ValueError):
+        return None
+    return name.removeprefix("MOSTLY_").removeprefix("ALL_")
+
+
+def instruction_of(vector: ControlVector, catalog: Catalog, path: Path) -> Instruction:
+    """The instruction that a vector file is of: the catalogue's of its id, filled as the file says.
+
+    Raises CatalogError for a vector that names no instruction, or one that the catalogue lacks and whose file
+    does not hold its wording.
+    """
+    origin = vector.provenance
+    name = str(origin.get("instruction_id") or vector.name)
+    known = catalog.instructions.get(name.partition(":")[0]) or catalog.instructions.get(name)
+    phrasings = tuple(map(str, origin.get("phrasings") or ()))
+    if phrasings:
+        group, verifier, kwargs = origin.get("group"), origin.get("verifier"), origin.get("kwargs")
+        made = known or Instruction(name, phrasings, group=str(group or "format"))
+        if known and known.id == name and not known.open_slots:
+            return known.fill()
+        return replace(
+            made,
+            id=name,
+            phrasings=phrasings,
+            verifier=verifier,
+            kwargs=dict(kwargs or {}),
+            literal=True,
+            held_out_phrasings=(),
+        )
+    if known is None:
+        raise CatalogError(
+            f"{path} does not say which instruction it is of, and {catalog.source} has no {name!r}: name it "
+            "after an instruction (`localsteer convert import --name ID`), or extract it from this model."
+        )
+    return known.fill()
+
+
+def _hashes_of(settings: Any, hashes: Mapping[str, str]) -> Any:
+    if settings is None:
+        return None
+    if isinstance(settings, list):
+        return [hashes.get(each["name"]) for each in settings]
+    return hashes.get(settings["name"])
+
+
+def _refuse_overlap(queries: Sequence[Query], catalog: Catalog) -> None:
+    """Figures on queries that a vector or its settings were made with are worthless."""
+    seen = {
+        _plain_text(query.text): split
+        for split in ("extraction", "validation")
+        for query in catalog.queries.get(split, ())
+    }
+    for query in queries:
+        if _plain_text(query.text) in seen:
+            raise CatalogError(
+                f"query {query.text!r} is to be a test query and is in {seen[_plain_text(query.text)]} of "
+                f"{catalog.source} too: leave it out."
+            )
+
+
+def _plain_text(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _lacks_slots(instruction: Instruction) -> bool:
+    return any(slot not in instruction.slots for slot in instruction.open_slots)

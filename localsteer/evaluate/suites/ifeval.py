@@ -1,0 +1,233 @@
+"""A file of IFEval-form prompts, one JSON object on each line: IFEval's own, the paper's test set, or yours.
+
+    {"prompt": ..., "instruction_id_list": [...], "kwargs": [{...}, ...], "prompt_without_instruction": ...}
+
+Each line is judged by its own ids and arguments. Without `prompt_without_instruction` (or where it is null)
+there is no unsteered or steered reply to compare, only `instructed` and `both`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localsteer.catalog import Instruction, Query
+from localsteer.errors import CatalogError, LocalsteerError, PlanError
+from localsteer.evaluate.conditions import applied_like
+from localsteer.evaluate.suites.cells import Cell, Check, applied
+from localsteer.evaluate.verify import check_arguments
+from localsteer.plan import Plan
+from localsteer.vector import ControlVector
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+    from localsteer.evaluate.suites import SuiteReport
+    from localsteer.evaluate.suites.bench import Bench
+
+NAME = "ifeval"
+TITLE = "IFEval-form prompts"
+CONDITIONS = ("none", "steered", "instructed", "both")
+SEVERAL = "several at once"
+CASELESS = ("section_spliter",)  # arguments that a vector need not have in the same case
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line. base: the prompt without the instruction, None where the file has none."""
+
+    number: int
+    prompt: str
+    base: str | None
+    checks: tuple[Check, ...]
+
+    @property
+    def label(self) -> str:
+        return self.checks[0].verifier if len(self.checks) == 1 else SEVERAL
+
+
+def read_items(path: Path) -> list[Item]:
+    """Raises LocalsteerError for a file that can't be read or is empty, and names the line that is wrong."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise LocalsteerError(f"{path} can't be read ({error.strerror or error}).") from error
+    items = [_item(line, number, path) for number, line in enumerate(lines, 1) if line.strip()]
+    if not items:
+        raise LocalsteerError(f"{path} holds no prompt: write one JSON object on each line.")
+    return items
+
+
+def _item(line: bytes, number: int, path: Path) -> Item:
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise LocalsteerError(f"{path}, line {number}: not readable as JSON ({error}).") from None
+    try:
+        return _checked(record, number)
+    except (LocalsteerError, ValueError) as error:
+        raise LocalsteerError(f"{path}, line {number}: {error}") from None
+
+
+def _checked(record: Any, number: int) -> Item:
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object with prompt, instruction_id_list and kwargs.")
+    prompt, base = record.get("prompt"), record.get("prompt_without_instruction")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("prompt must be a text that is not empty.")
+    if not (base is None or (isinstance(base, str) and base.strip())):
+        raise ValueError("prompt_without_instruction must be a text that is not empty, or null.")
+    ids, kwargs = record.get("instruction_id_list"), record.get("kwargs")
+    if not isinstance(ids, list) or not ids:
+        raise ValueError("instruction_id_list must be a list of at least one IFEval id.")
+    if not isinstance(kwargs, list) or len(kwargs) != len(ids):
+        raise ValueError("kwargs must be a list with a table for each id.")
+    checks = []
+    for name, arguments in zip(ids, kwargs, strict=True):
+        checks.append(Check(name, check_arguments(name, arguments, prompt=base or prompt)))
+    return Item(number, prompt, base, tuple(checks))
+
+
+# --- running -----------------------------------------------------------------------------------------------
+
+
+def run(bench: Bench, *, ifeval: Path | None = None, **_options: Any) -> SuiteReport:
+    if ifeval is None:
+        raise LocalsteerError("suite ifeval needs a file of prompts: give it with --ifeval FILE.jsonl.")
+    items = read_items(Path(ifeval))
+    fitting = _fitting(bench, items)
+    plan = {each.number: _matches(bench, each) for each in fitting}
+    usable = [each for each in fitting if plan[each.number]]
+    if not usable:
+        raise LocalsteerError(
+            f"{ifeval}: no line has an instruction that there is a vector for ({len(items)} lines, "
+            f"{len(items) - len(fitting)} of them too long for the context)."
+        )
+    vectors = _vectors(bench, [match for each in usable for match in plan[each.number]])
+    cells, alone = [], 0
+    for item in usable:
+        steer = tuple(vectors[match.id] for match in plan[item.number])
+        steer, dropped = _joinable([each for each in steer if applied(each)])
+        alone += dropped
+        cells += _cells(bench, item, steer)
+    results = bench.run(cells, what="IFEval-form prompts")
+    text = _coverage(items, fitting, usable, alone)
+    section = {"title": "What was asked", "text": text, "tables": [_used(plan, usable)], "plots": []}
+    return {"title": TITLE, **bench.tables(results, CONDITIONS), "sections": [section]}
+
+
+def _cells(bench: Bench, item: Item, steer: tuple[ControlVector, ...]) -> list[Cell]:
+    query = Query(item.base or item.prompt)
+    asked = {"none": (item.base, ()), "steered": (item.base, steer)}
+    asked |= {"instructed": (item.prompt, ()), "both": (item.prompt, steer)}
+    return [
+        Cell(item.label, name, query, prompt, vectors, item.checks, bench.max_tokens, wording=item.prompt)
+        for name, (prompt, vectors) in asked.items()
+        if prompt is not None
+    ]
+
+
+def _fitting(bench: Bench, items: Sequence[Item]) -> list[Item]:
+    """Those whose prompts leave room for a whole reply."""
+
+    def work(engine: Engine, _: None) -> list[Item]:
+        room = engine.n_ctx - bench.max_tokens
+        texts = [(each, [each.prompt, *([each.base] if each.base else [])]) for each in items]
+        return [each for each, found in texts if max(len(engine.prompt_tokens(t)) for t in found) <= room]
+
+    return bench.workers.map(work, [None])[0]
+
+
+def _joinable(vectors: Sequence[ControlVector]) -> tuple[tuple[ControlVector, ...], int]:
+    """The vectors that can be applied together: the first alone where directions are nearly parallel."""
+    try:
+        Plan.from_vectors(vectors)
+    except PlanError:
+        return (vectors[0],), 1
+    return tuple(vectors), 0
+
+
+# --- which vector ------------------------------------------------------------------------------------------
+
+
+def _matches(bench: Bench, item: Item) -> list[Instruction]:
+    found = [_match(bench, check) for check in item.checks]
+    return list({each.id: each for each in found if each is not None}.values())
+
+
+def _match(bench: Bench, check: Check) -> Instruction | None:
+    """The given vector's instruction, or the catalogue's, with this verifier and these texts among its
+    arguments; numbers may differ, since a direction is that of a kind (three bullets, five bullets)."""
+    known = [bench.instruction(each) for each in bench.given]
+    if not known:
+        known = list(bench.catalog.instructions.values())
+    if bench.wanted is not None:
+        known = [each for each in known if each.id in bench.wanted]
+    same = [each for each in known if each.verifier == check.verifier]
+    filled = [found for each in same for found in [_filled(each, check)] if found is not None]
+    fitting = [each for each in filled if _texts(each.kwargs) == _texts(check.kwargs)]
+    exact = [each for each in fitting if dict(each.kwargs) == dict(check.kwargs)]
+    return next(iter(exact or fitting), None)
+
+
+def _filled(instruction: Instruction, check: Check) -> Instruction | None:
+    """The catalogue's instruction with the line's own texts in its slots, and its defaults elsewhere."""
+    slots = instruction.open_slots
+    values = {
+        template[1:-1]: check.kwargs[name]
+        for name, template in instruction.kwargs.items()
+        if template in [f"{{{slot}}}" for slot in slots] and isinstance(check.kwargs.get(name), str)
+    }
+    try:
+        return instruction.fill(**values)
+    except CatalogError:  # a slot without a default that the line does not fill
+        return None
+
+
+def _texts(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.lower() if name in CASELESS else value
+        for name, value in kwargs.items()
+        if not isinstance(value, (int, float)) and name != "prompt_to_repeat"
+    }
+
+
+def _vectors(bench: Bench, matches: Sequence[Instruction]) -> dict[str, ControlVector]:
+    """By id. One whose slots were filled by a line takes the settings picked for the catalogue's defaults:
+    picking for each phrase would take longer than all the rest."""
+    defaults = {each.id: each.id.partition(":")[0] for each in matches}
+    whole = [each for each in matches if defaults[each.id] == each.id or each.id in bench.given]
+    picked = bench.vectors(list({each.id: each for each in whole}.values()))
+    varied = {each.id: each for each in matches if each.id not in picked}
+    kinds = bench.vectors(sorted({defaults[name] for name in varied}))
+    raw = bench.raw(list(varied.values()))
+    return picked | {name: applied_like(raw[name], kinds[defaults[name]]) for name in varied}
+
+
+# --- what is said ------------------------------------------------------------------------------------------
+
+
+def _coverage(items: Sequence[Item], fitting: Sequence[Item], usable: Sequence[Item], alone: int) -> str:
+    text = f"{len(usable)} of {len(items)} lines are asked."
+    if len(fitting) < len(items):
+        text += f" {len(items) - len(fitting)} are too long for the context."
+    if len(usable) < len(fitting):
+        text += f" {len(fitting) - len(usable)} have no instruction that there is a vector for."
+    if alone:
+        text += f" {alone} are steered by one vector alone, because their directions are nearly parallel."
+    if any(each.base is None for each in usable):
+        n = sum(each.base is None for each in usable)
+        text += f" {n} have no prompt without the instruction: they are asked `instructed` and `both` alone."
+    return text
+
+
+def _used(plan: Mapping[int, Sequence[Instruction]], usable: Sequence[Item]) -> dict[str, Any]:
+    counts: dict[tuple[str, str], int] = {}
+    for item in usable:
+        for match in plan[item.number]:
+            key = (match.verifier or "", match.id)
+            counts[key] = counts.get(key, 0) + 1
+    rows = [[*key, n] for key, n in sorted(counts.items())]
+    return {"columns": ["IFEval id", "vector", "lines"], "rows": rows}

@@ -1,0 +1,325 @@
+"""How long replies are: conciseness and verbosity added with growing weight, and the five levels.
+
+The paper's section 4: x <- x + c u at one block, a sweep of c, mean words of the replies. Block and positions
+are chosen on validation queries; no verifier says how long a concise reply may be, so words are counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from localsteer.catalog import Query
+from localsteer.errors import PlanError
+from localsteer.evaluate.conditions import random_control, told_prompts
+from localsteer.evaluate.intervals import interval
+from localsteer.evaluate.pick import default_blocks
+from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures
+from localsteer.extract.levels import DIRECTIONS, LEVELS, length
+from localsteer.extract.recipes import Recipe
+from localsteer.vector import ControlVector
+
+if TYPE_CHECKING:
+    from localsteer.evaluate.suites import SuiteReport
+    from localsteer.evaluate.suites.bench import Bench
+
+NAME = "length"
+TITLE = "Length: conciseness and verbosity"
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)  # of `add`: 1 is the whole difference that the instruction makes
+TRIED = (0.5, 0.75, 1.0)  # strengths that block and positions are chosen with
+POSITIONS = ("prompt", "all")
+N_TRIED = 4  # validation queries for each setting
+MAX_DEGENERATE = 0.05
+SIGNS = {"conciseness": -1, "verbosity": 1}
+MIN_MONOTONE = 3  # strengths in a row that make a trend
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One direction at its chosen block and positions, and the results at each strength, 0 first."""
+
+    name: str
+    vector: ControlVector
+    steered: Mapping[float, Sequence[Result]]
+    random: Mapping[float, Sequence[Result]]
+
+    @property
+    def words(self) -> list[float]:
+        return [mean_words(found) for found in self.steered.values()]
+
+    @property
+    def n_monotone(self) -> int:
+        """How many strengths, from the lowest on, take mean words strictly further the direction's way."""
+        steps = (SIGNS[self.name] * (b - a) > 0 for a, b in pairwise(self.words[1:]))
+        return 1 + len(list(takewhile(bool, steps)))
+
+    @property
+    def worst_degenerate(self) -> float:
+        found = [result.verdict.degenerate is not None for each in self.steered.values() for result in each]
+        n = len(next(iter(self.steered.values())))
+        return max(sum(found[start : start + n]) / n for start in range(0, len(found), n))
+
+
+def run(bench: Bench, **_options: Any) -> SuiteReport:
+    recipes = {name: length(bench.catalog, name) for name in (*DIRECTIONS, *LEVELS)}
+    vectors = bench.extract(list(recipes.values()))
+    chosen = {name: _chosen(bench, recipes[name], vectors[name]) for name in DIRECTIONS}
+    cells = [cell for name in DIRECTIONS for cell in sweep_cells(bench, recipes[name], chosen[name])]
+    cells += [
+        cell
+        for level in LEVELS
+        for cell in level_cells(bench, recipes[level], like(vectors[level], chosen[direction_of(level)]))
+    ]
+    results = bench.run(cells, what="sweeping lengths")
+    sweeps = [sweep_of(name, chosen[name], results) for name in DIRECTIONS]
+    levels = {level: vectors[level] for level in LEVELS}
+    conditions = list(dict.fromkeys(cell.condition for cell in cells))
+    return {
+        "title": TITLE,
+        **bench.tables(results, conditions),
+        "sections": [swept(sweeps), compared(results), cosines(levels, chosen["conciseness"].layers[0])],
+    }
+
+
+# --- settings ----------------------------------------------------------------------------------------------
+
+
+def _chosen(bench: Bench, recipe: Recipe, vector: ControlVector) -> ControlVector:
+    """The given file as it is, or the block and positions that move the length of replies furthest."""
+    name = recipe.target.id
+    if name not in bench.given:
+        vector = choose(bench, name, vector)
+    return bench.use(recipe.target, vector)
+
+
+def choose(bench: Bench, name: str, vector: ControlVector) -> ControlVector:
+    """On validation queries: the block and positions where replies that are still good get shorter (longer)
+    by the largest factor, on average over TRIED strengths. Among equals the lowest block.
+
+    A setting with more than 5% degenerate replies is out; a degenerate reply, or one that has lost its
+    subject, counts as no change. Raises PlanError when every setting is out.
+    """
+    queries = bench.validation[:N_TRIED]
+    plain = bench.run(_cells(bench, name, "none", queries), what="choosing a block", score=False)
+    settings = [
+        vector.at(layer=layer, positions=positions, mode="add")
+        for layer in default_blocks(vector.n_layer)
+        for positions in POSITIONS
+        if layer in vector.blocks
+    ]
+    cells = [
+        cell
+        for setting in settings
+        for strength in TRIED
+        for cell in _cells(bench, name, "tried", queries, setting.at(strength=strength))
+    ]
+    results = bench.run(cells, what="choosing a block", score=False)
+    size = len(TRIED) * len(queries)
+    scores = [
+        change(results[k * size : (k + 1) * size], list(plain) * len(TRIED), SIGNS[name])
+        for k in range(len(settings))
+    ]
+    best = max(range(len(scores)), key=lambda k: (scores[k], -k), default=None)
+    if best is None or scores[best] == -math.inf:
+        raise PlanError(f"no block can be steered by {name}: every setting gives degenerate replies.")
+    return settings[best].at(strength=1.0)
+
+
+def change(steered: Sequence[Result], plain: Sequence[Result], sign: int) -> float:
+    """Mean log ratio of words the wanted way; minus infinity where too many replies are degenerate."""
+    if sum(each.verdict.degenerate is not None for each in steered) > MAX_DEGENERATE * len(steered):
+        return -math.inf
+    ratios = [
+        sign * math.log((ours.verdict.n_words + 1) / (theirs.verdict.n_words + 1))
+        if ours.verdict.degenerate is None and ours.verdict.subject_kept is not False
+        else 0.0
+        for ours, theirs in zip(steered, plain, strict=True)
+    ]
+    return sum(ratios) / len(ratios)
+
+
+def like(vector: ControlVector, other: ControlVector) -> ControlVector:
+    return vector.at(layer=other.layers, positions=other.positions, mode="add", strength=1.0)
+
+
+def direction_of(level: str) -> str:
+    """The direction whose settings a level is steered with; moderate takes verbosity's."""
+    return "conciseness" if level in DIRECTIONS["conciseness"] else "verbosity"
+
+
+# --- cells -------------------------------------------------------------------------------------------------
+
+
+def _cells(
+    bench: Bench, name: str, condition: str, queries: Sequence[Query], *steer: ControlVector
+) -> list[Cell]:
+    limit = bench.max_tokens
+    return [Cell(name, condition, query, query.text, steer, max_tokens=limit) for query in queries]
+
+
+def sweep_cells(bench: Bench, recipe: Recipe, vector: ControlVector) -> list[Cell]:
+    """The model alone, each strength of the vector and of a random direction, and told in words."""
+    name, told = recipe.target.id, told_prompts(bench.test, recipe.target.phrasings)
+    control = random_control(vector, bench.plain_mean(), bench.seed)
+    cells = _cells(bench, name, "none", bench.test)
+    for strength in STRENGTHS:
+        cells += _cells(bench, name, label(strength), bench.test, vector.at(strength=strength))
+        cells += _cells(bench, name, f"random {strength:g}", bench.test, control.at(strength=strength))
+    pairs = zip(bench.test, told, strict=True)
+    return cells + [
+        Cell(name, "instructed", query, text, max_tokens=bench.max_tokens) for query, text in pairs
+    ]
+
+
+def level_cells(bench: Bench, recipe: Recipe, vector: ControlVector) -> list[Cell]:
+    """One level: none, steered by its own vector, told in words."""
+    told = told_prompts(bench.test, recipe.target.phrasings)
+    return [
+        Cell(
+            recipe.target.id, name, query, text, steer, checks_of(recipe.target, query), bench.max_tokens,
+            wording=recipe.target.phrasings[0],
+        )
+        for i, query in enumerate(bench.test)
+        for name, text, steer in (
+            ("none", query.text, ()), ("steered", query.text, (vector,)), ("instructed", told[i], ())
+        )
+    ]  # fmt: skip
+
+
+def label(strength: float) -> str:
+    return f"strength {strength:g}"
+
+
+# --- sections ----------------------------------------------------------------------------------------------
+
+
+def sweep_of(name: str, vector: ControlVector, results: Sequence[Result]) -> Sweep:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        if result.cell.instruction == name:
+            found.setdefault(result.cell.condition, []).append(result)
+    steered = {0.0: found["none"]} | {each: found[label(each)] for each in STRENGTHS}
+    random = {0.0: found["none"]} | {each: found[f"random {each:g}"] for each in STRENGTHS}
+    return Sweep(name, vector, steered, random)
+
+
+def mean_words(results: Sequence[Result]) -> float:
+    return sum(result.verdict.n_words for result in results) / len(results)
+
+
+def swept(sweeps: Sequence[Sweep]) -> dict[str, Any]:
+    rows = [_sweep_row(sweep, strength) for sweep in sweeps for strength in sweep.steered]
+    series = {sweep.name: sweep.words for sweep in sweeps}
+    series |= {
+        f"random for {sweep.name}": [mean_words(found) for found in sweep.random.values()] for sweep in sweeps
+    }
+    return {
+        "title": "Mean words against the weight",
+        "text": " ".join([*map(verdict, sweeps), _EXPLAINED]),
+        "tables": [{"columns": _COLUMNS, "rows": rows}],
+        "plots": [
+            {
+                "kind": "lines",
+                "title": "Mean words against strength",
+                "x_label": "strength (c / |v|)",
+                "y_label": "words",
+                "x": [0.0, *STRENGTHS],
+                "series": series,
+            }
+        ],
+    }
+
+
+_COLUMNS = [
+    "direction", "strength", "c", "words", "95% of words", "degenerate", "subject kept", "perplexity ratio",
+    "words, random",
+]  # fmt: skip
+_EXPLAINED = (
+    "`c` is the paper's weight, strength times |v|; `words, random` is a random direction of the same length "
+    "at the same block and positions. The subject is kept when the reply names what was asked about."
+)
+
+
+def verdict(sweep: Sweep) -> str:
+    """The answer in a sentence."""
+    way = "fall" if SIGNS[sweep.name] < 0 else "rise"
+    steered = sweep.words[1:]
+    how = "NOT monotonically"
+    if sweep.n_monotone >= MIN_MONOTONE:
+        how = "monotonically"
+    if MIN_MONOTONE <= sweep.n_monotone < len(STRENGTHS):
+        how += f" up to strength {STRENGTHS[sweep.n_monotone - 1]:g} ({steered[sweep.n_monotone - 1]:.1f})"
+    return (
+        f"{sweep.name.capitalize()}: mean words {way} {how} with the weight, from {sweep.words[0]:.1f} "
+        f"unsteered to {steered[-1]:.1f} at strength {STRENGTHS[-1]:g} (block {sweep.vector.layers[0]}, "
+        f"positions {sweep.vector.positions}); at most {sweep.worst_degenerate:.0%} of replies degenerate."
+    )
+
+
+def _sweep_row(sweep: Sweep, strength: float) -> list[Any]:
+    results = sweep.steered[strength]
+    quality = figures(results, sweep.steered[0.0])["quality"]
+    norm = float(np.linalg.norm(sweep.vector.directions[sweep.vector.layers[0]].astype(np.float64)))
+    return [
+        sweep.name,
+        strength,
+        strength * norm,
+        quality["words"],
+        words_interval(results),
+        {"share": quality["degenerate"]},
+        {"share": quality["subject_kept"]},
+        quality["perplexity_ratio"],
+        mean_words(sweep.random[strength]),
+    ]
+
+
+def words_interval(results: Sequence[Result]) -> str:
+    low, high = interval([[result.verdict.n_words for result in results]])
+    return f"{low:.1f} to {high:.1f}"
+
+
+def compared(results: Sequence[Result]) -> dict[str, Any]:
+    """Each level told in words and steered by its own vector."""
+
+    def words(level: str, condition: str) -> float:
+        cells = [(each.cell.instruction, each.cell.condition) for each in results]
+        return mean_words(
+            [each for each, cell in zip(results, cells, strict=True) if cell == (level, condition)]
+        )
+
+    rows = [[level, *(words(level, name) for name in ("none", "instructed", "steered"))] for level in LEVELS]
+    columns = ("model alone", "told in words", "steered")
+    return {
+        "title": "The five levels",
+        "text": "Mean words when each level is said in the prompt, and when its own vector is added with "
+        "strength 1 at the block and positions of its direction.",
+        "tables": [{"columns": ["level", *columns], "rows": rows}],
+        "plots": [
+            {
+                "kind": "bars",
+                "title": "Mean words of the five levels",
+                "x_label": "level",
+                "y_label": "words",
+                "x": list(LEVELS),
+                "series": {name: [row[i + 1] for row in rows] for i, name in enumerate(columns)},
+            }
+        ],
+    }
+
+
+def cosines(vectors: Mapping[str, ControlVector], layer: int) -> dict[str, Any]:
+    units = np.stack([each.unit(layer).astype(np.float64) for each in vectors.values()])
+    plot = {
+        "kind": "heatmap",
+        "title": f"Cosine of the levels' directions at block {layer}",
+        "rows": list(vectors),
+        "columns": list(vectors),
+        "values": (units @ units.T).tolist(),
+    }
+    text = "How far the five levels share one direction: 1 is the same, 0 unrelated, -1 opposite."
+    return {"title": "The levels' directions", "text": text, "tables": [], "plots": [plot]}

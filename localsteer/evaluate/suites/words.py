@@ -1,0 +1,338 @@
+"""Words that replies should hold, and words that they should not.
+
+The paper's section 5: a vector of each word from 20 examples, added; minus the vector of including a word
+excludes it. A word can be excluded only where replies use it, so the words to exclude are those that this
+model's own replies to validation queries use most.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from localsteer.catalog import Instruction
+from localsteer.evaluate.conditions import applied_like, random_control, told_prompts
+from localsteer.evaluate.suites.cells import Cell, Result, applied, checks_of, figures, share_cell
+from localsteer.extract.recipes import WORD_PAIRS, Recipe, exclude_word, include_word
+from localsteer.vector import ControlVector
+
+if TYPE_CHECKING:
+    from localsteer.evaluate.suites import SuiteReport
+    from localsteer.evaluate.suites.bench import Bench
+
+NAME = "words"
+TITLE = "Words: included and excluded"
+CONDITIONS = ("none", "steered", "random", "other", "own", "instructed", "both")
+STRENGTHS = (0.5, 1.0, 2.0)  # tried on validation queries
+SWEEP = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the picked strength's block and positions
+POSITIONS = ("prompt", "all")
+INCLUDED = ("music", "river", "winter", "garden", "mirror")  # where the catalogue names no words
+N_EXCLUDED = 4
+MIN_LETTERS = 3
+EXISTENCE, FORBIDDEN = "keywords:existence", "keywords:forbidden_words"
+_COMMON = """
+about after also and any are because been before being between but can could did does each for from
+get had has have her here him his how into its just like made make many may more most much must not
+now off one only other our out over own she should some such than that the their them then there
+these they this those through too under upon use used very was were what when where which while who
+will with would you your near often every
+"""
+COMMON = frozenset(_COMMON.split())  # words of grammar: a reply without one of them is another kind of text
+
+
+@dataclass(frozen=True)
+class Task:
+    """One word, with the vector that was picked for it. own: that of the instruction in its own words, for a
+    word to exclude, or None."""
+
+    word: str
+    instruction: Instruction
+    raw: ControlVector
+    vector: ControlVector
+    own: ControlVector | None = None
+
+
+def run(
+    bench: Bench,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    **_options: Any,
+) -> SuiteReport:
+    """include, exclude: words in place of the suite's own choice."""
+    wanted = {
+        EXISTENCE: list(include if include is not None else words_to_include(bench)),
+        FORBIDDEN: list(exclude if exclude is not None else words_to_exclude(bench)),
+    }
+    tasks = tasks_of(bench, wanted)
+    cells = [cell for task in tasks for cell in task_cells(bench, task, tasks)]
+    results = bench.run(cells, what="including and excluding words")
+    swept = bench.run(
+        [cell for task in tasks for cell in sweep_cells(bench, task)], what="sweeping strengths", score=False
+    )
+    sections = [
+        section(kind, [task for task in tasks if task.instruction.verifier == kind], results, swept)
+        for kind in (EXISTENCE, FORBIDDEN)
+    ]
+    sections.append(cosines(tasks))
+    return {
+        "title": TITLE,
+        **bench.tables(results, CONDITIONS),
+        "sections": [each for each in sections if each],
+    }
+
+
+# --- which words -------------------------------------------------------------------------------------------
+
+
+def words_to_include(bench: Bench) -> list[str]:
+    """Those of the ids asked for, or of the catalogue's instructions to include a word, or INCLUDED."""
+    return _named(bench, EXISTENCE, "keywords") or list(INCLUDED)
+
+
+def words_to_exclude(bench: Bench) -> list[str]:
+    """Those of the ids asked for, or the words that the model's own replies use most."""
+    asked = _named(bench, FORBIDDEN, "forbidden_words") if bench.wanted else []
+    return asked or [word for word, _ in words_used(bench)[:N_EXCLUDED]]
+
+
+def words_used(bench: Bench, *steer: ControlVector) -> list[tuple[str, float]]:
+    """(word, share of the validation replies that use it), the most used first; no words of grammar, of the
+    queries, or of less than three letters. steer: nothing for the model's own replies."""
+    cells = [
+        Cell("plain", "none", query, query.text, steer, max_tokens=bench.max_tokens)
+        for query in bench.validation
+    ]
+    counts: Counter[str] = Counter()
+    for result in bench.run(cells, what="asking", score=False):
+        counts.update(set(_words(result.reply.text)) - set(_words(result.cell.query.text)))
+    return [
+        (word, n / len(cells)) for word, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def _words(text: str) -> list[str]:
+    found = re.findall(r"[^\W\d_]+", text.lower())
+    return [word for word in found if len(word) >= MIN_LETTERS and word not in COMMON]
+
+
+def _named(bench: Bench, verifier: str, argument: str) -> list[str]:
+    if bench.wanted is not None:
+        known = [bench.instruction(each) for each in bench.wanted]
+    else:
+        known = [each for each in bench.catalog.instructions.values() if not each.open_slots]
+    found = [each.kwargs[argument] for each in known if each.verifier == verifier]
+    return list(dict.fromkeys(words[0] for words in found if len(words) == 1))
+
+
+# --- vectors -----------------------------------------------------------------------------------------------
+
+
+def tasks_of(bench: Bench, wanted: Mapping[str, Sequence[str]]) -> list[Task]:
+    """A vector for each word: from 20 examples, block, positions and strength picked on validation."""
+    catalog = bench.catalog
+    recipes = [include_word(catalog, word) for word in wanted[EXISTENCE]]
+    recipes += [exclude_word(catalog, word) for word in wanted[FORBIDDEN]]
+    named = [*wanted[EXISTENCE], *wanted[FORBIDDEN]]
+    raw = bench.extract(recipes)
+    told = [Recipe(_own(recipe.target)) for recipe in recipes if recipe.excludes is not None]
+    raw |= bench.extract(told)
+    picked = _pick(bench, [recipe.target for recipe in (*recipes, *told)], raw)
+    return [
+        Task(word, recipe.target, raw[recipe.target.id], picked[recipe.target.id], picked.get(own_id(recipe)))
+        for word, recipe in zip(named, recipes, strict=True)
+    ]
+
+
+def excluding(bench: Bench, word: str) -> tuple[Instruction, ControlVector]:
+    """The instruction to avoid one word and minus the vector of including it, picked as the suite does."""
+    recipe = exclude_word(bench.catalog, word)
+    picked = _pick(bench, [recipe.target], bench.extract([recipe]))
+    return recipe.target, picked[recipe.target.id]
+
+
+def own_id(recipe: Recipe) -> str:
+    return _own(recipe.target).id
+
+
+def _own(instruction: Instruction) -> Instruction:
+    """The instruction to avoid a word, under another name than minus the vector of including it."""
+    return replace(instruction, id=f"told_{instruction.id}")
+
+
+def _pick(
+    bench: Bench, instructions: Sequence[Instruction], raw: Mapping[str, ControlVector]
+) -> dict[str, ControlVector]:
+    new = [each for each in instructions if each.id not in bench.given]
+    modes = {"mode": "add", "positions": POSITIONS, "strengths": STRENGTHS}
+    picks = bench.pick([(each, raw[each.id]) for each in new], **modes)
+    found = {each.id: bench.use(each, picked.vector) for each, picked in zip(new, picks, strict=True)}
+    return {
+        name: bench.use(bench.instruction(name), raw[name]) for name in raw if name in bench.given
+    } | found
+
+
+# --- cells -------------------------------------------------------------------------------------------------
+
+
+def task_cells(bench: Bench, task: Task, tasks: Sequence[Task]) -> list[Cell]:
+    """The conditions of one word. other: another word's vector of the same kind in its place, `own`: the
+    vector of telling the model to avoid the word; both where there is one."""
+    on = applied(task.vector)
+    steers: dict[str, tuple[ControlVector, ...]] = {"none": (), "steered": on, "instructed": (), "both": on}
+    if on:
+        steers["random"] = (random_control(task.vector, bench.plain_mean(), bench.seed),)
+        others = [
+            each
+            for each in tasks
+            if each.instruction.verifier == task.instruction.verifier and each.word != task.word
+        ]
+        if others:
+            steers["other"] = (applied_like(others[0].raw, task.vector),)
+    if task.own is not None:
+        steers["own"] = applied(task.own)
+    told = told_prompts(bench.test, task.instruction.phrasings)
+    return [
+        _cell(bench, task, name, i, steers[name], told[i] if name in ("instructed", "both") else None)
+        for name in CONDITIONS
+        if name in steers
+        for i in range(len(bench.test))
+    ]
+
+
+def sweep_cells(bench: Bench, task: Task) -> list[Cell]:
+    if not task.vector.strength:
+        return []
+    return [
+        _cell(bench, task, f"{strength:g}", i, (task.vector.at(strength=strength),))
+        for strength in SWEEP
+        for i in range(len(bench.test))
+    ]
+
+
+def _cell(
+    bench: Bench,
+    task: Task,
+    condition: str,
+    i: int,
+    steer: tuple[ControlVector, ...],
+    prompt: str | None = None,
+) -> Cell:
+    query, instruction = bench.test[i], task.instruction
+    checks, limit = checks_of(instruction, query), bench.max_tokens
+    wording = instruction.phrasings[0]
+    return Cell(instruction.id, condition, query, prompt or query.text, steer, checks, limit, wording=wording)
+
+
+# --- sections ----------------------------------------------------------------------------------------------
+
+
+TEXTS = {
+    EXISTENCE: (
+        "Inclusion",
+        f"Share of replies that hold the word. A vector of each word from {WORD_PAIRS} examples, added at "
+        "the block, positions and strength that did best on validation queries. `other` is another word's "
+        "vector in its place: where it does as well, steering asks for some word and not for this one.",
+    ),
+    FORBIDDEN: (
+        "Exclusion",
+        "Share of replies WITHOUT the word, for words that the model's own replies use most. `steered` is "
+        f"minus the vector of including the word ({WORD_PAIRS} examples), `other` minus that of another "
+        "word, `own` the vector of telling the model to avoid the word. A random direction that changes "
+        "replies avoids words too: only what is beyond `random` and `other` is about this word.",
+    ),
+}
+
+
+def section(
+    kind: str, tasks: Sequence[Task], results: Sequence[Result], swept: Sequence[Result]
+) -> dict[str, Any]:
+    if not tasks:
+        return {}
+    title, text = TEXTS[kind]
+    idle = [task.word for task in tasks if not task.vector.strength]
+    if idle:
+        text += f" No setting did better than the model alone for {', '.join(idle)}: nothing was applied."
+    names = {task.instruction.id for task in tasks}
+    found = [result for result in results if result.cell.instruction in names]
+    conditions = [name for name in CONDITIONS if any(each.cell.condition == name for each in found)]
+    rows = [_row(task.word, _settings(task), found, task.instruction.id, conditions) for task in tasks]
+    rows.append(_row("all", "", found, None, conditions))
+    series = {task.word: curve(task, results, swept) for task in tasks if task.vector.strength}
+    plot = {
+        "kind": "lines",
+        "title": f"{title} against strength",
+        "x_label": "strength (c / |v|)",
+        "y_label": "share of replies",
+        "x": [0.0, *SWEEP],
+        "series": series,
+    }
+    return {
+        "title": title,
+        "text": text,
+        "tables": [{"columns": ["word", "block, positions, strength", *conditions], "rows": rows}],
+        "plots": [plot] if series else [],
+    }
+
+
+def _row(
+    word: str, settings: str, results: Sequence[Result], instruction: str | None, conditions: Sequence[str]
+) -> list[Any]:
+    row: list[Any] = [word, settings]
+    for name in conditions:
+        chosen = [
+            each
+            for each in results
+            if each.cell.condition == name and instruction in (None, each.cell.instruction)
+        ]
+        row.append(share_cell(figures(chosen)) if chosen else None)
+    return row
+
+
+def _settings(task: Task) -> str:
+    vector = task.vector
+    return f"{vector.layers[0]}, {vector.positions}, {vector.strength:g}" if vector.strength else "none"
+
+
+def curve(task: Task, results: Sequence[Result], swept: Sequence[Result]) -> list[float]:
+    """Shares at strength 0 (the model alone) and at each of SWEEP."""
+
+    def share(found: Sequence[Result], condition: str) -> float:
+        verdicts = [
+            bool(each.verdict.strict)
+            for each in found
+            if each.cell.instruction == task.instruction.id and each.cell.condition == condition
+        ]
+        return sum(verdicts) / len(verdicts)
+
+    return [share(results, "none"), *(share(swept, f"{strength:g}") for strength in SWEEP)]
+
+
+def cosines(tasks: Sequence[Task]) -> dict[str, Any]:
+    """Whether the vectors of two words differ at all: mean cosine between words, by block."""
+    raw = [task.raw for task in tasks if task.instruction.verifier == EXISTENCE]
+    if len(raw) < 2:
+        return {}
+    blocks = [il for il in range(raw[0].n_layer) if all(il in each.blocks for each in raw)]
+    means = []
+    for il in blocks:
+        units = np.stack([each.unit(il).astype(np.float64) for each in raw])
+        means.append(float((units @ units.T)[np.triu_indices(len(raw), 1)].mean()))
+    plot = {
+        "kind": "lines",
+        "title": "Mean cosine between the vectors of two words",
+        "x_label": "block",
+        "y_label": "cosine",
+        "x": blocks,
+        "series": {"words": means},
+    }
+    text = (
+        "What the vectors of including different words have in common. At 1 they are one vector, that of "
+        "being asked for a word at all; what makes the one word come is in what is left."
+    )
+    return {"title": "How much of a vector is about its word", "text": text, "tables": [], "plots": [plot]}

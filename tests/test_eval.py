@@ -1,0 +1,513 @@
+"""Cells, figures, benches and suites: what is counted, what is compared, and that a run can go on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from localsteer import bundled
+from localsteer.catalog import Instruction, Query, load_catalog
+from localsteer.errors import CatalogError, LocalsteerError, MismatchError
+from localsteer.evaluate.diff import compare, differences
+from localsteer.evaluate.intervals import N_BOOTSTRAP, clustered, interval
+from localsteer.evaluate.model_judge import kappa
+from localsteer.evaluate.report import shape
+from localsteer.evaluate.suites import MODULES, suite
+from localsteer.evaluate.suites.bench import (
+    BUNDLED_LIMITS,
+    Bench,
+    instruction_of,
+    open_bench,
+    open_judge,
+    quantization,
+)
+from localsteer.evaluate.suites.cells import (
+    Cell,
+    Check,
+    Result,
+    applied,
+    checks_of,
+    difference,
+    figures,
+    judge_cell,
+    tables,
+)
+from localsteer.evaluate.suites.format import FOLLOWED_BADLY, badly_followed, condition_cells, paraphrases_of
+from localsteer.evaluate.suites.ifeval import read_items
+from localsteer.generate import Reply
+from localsteer.vector import ControlVector
+
+CATALOG = load_catalog(bundled.CATALOG)
+JSON, LOWERCASE = CATALOG.get("json"), CATALOG.get("lowercase")
+FOX, OWL = Query("Tell me about the fox.", "fox"), Query("Describe the owl.", "owl")
+IDS = ("json", "lowercase")
+
+
+# --- intervals ---------------------------------------------------------------------------------------------
+
+
+def test_the_interval_holds_the_mean_and_narrows_with_more_queries():
+    draw = np.random.default_rng(0)
+    few, many = ((draw.random((1, n)) < 0.7).astype(float) for n in (10, 1000))
+    low, high = interval(few)
+    assert low < few.mean() < high
+    assert interval(many)[1] - interval(many)[0] < (high - low) / 4
+    assert interval(few) == interval(few)
+
+
+def test_rows_on_the_same_queries_are_no_more_evidence():
+    values = (np.random.default_rng(1).random((1, 20)) < 0.5).astype(float)
+    assert interval(np.repeat(values, 10, axis=0)) == pytest.approx(interval(values))
+
+
+def test_the_bootstrap_agrees_with_the_normal_approximation():
+    values = (np.arange(400) % 4 < 3).astype(float)[None]
+    low, high = interval(values)
+    assert (low + high) / 2 == pytest.approx(0.75, abs=0.005)
+    assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(0.75 * 0.25 / 400), rel=0.1)
+
+
+def test_queries_with_several_values_are_drawn_whole():
+    sums, counts = [3.0, 0.0, 1.0], [3, 1, 2]
+    low, high = clustered(sums, counts)
+    assert 0.0 <= low < 4 / 6 < high <= 1.0
+    assert N_BOOTSTRAP >= 1000
+    assert all(np.isnan(clustered([], [])))
+    assert all(np.isnan(interval(np.zeros((0, 0)))))
+
+
+# --- cells and figures -------------------------------------------------------------------------------------
+
+
+def cell(query: Query = FOX, condition: str = "none", instruction: Instruction = LOWERCASE) -> Cell:
+    return Cell(instruction.id, condition, query, query.text, (), checks_of(instruction, query))
+
+
+def result(text: str, *, log: float | None = 1.0, finish: str = "stop", **options) -> Result:
+    asked = cell(**options)
+    return Result(asked, *_judged(asked, Reply(text, [1], finish), log))
+
+
+def _judged(asked: Cell, reply: Reply, log: float | None) -> tuple:
+    return reply, judge_cell(asked, reply, must_end=True, log_perplexity=log)
+
+
+def test_a_cell_follows_when_all_of_its_checks_pass():
+    both = replace(cell(), checks=(*cell().checks, Check("punctuation:no_comma")))
+    assert judge_cell(both, Reply("the fox runs.", [1], "stop")).strict is True
+    assert judge_cell(both, Reply("the fox, it runs.", [1], "stop")).strict is False
+    assert judge_cell(replace(both, checks=()), Reply("x", [1], "stop")).strict is None
+
+
+def test_the_loose_rule_forgives_a_first_line_and_no_degenerate_reply():
+    greeted = result("HERE YOU ARE:\nthe fox runs over the small bridge and it sleeps there.").verdict
+    assert (greeted.strict, greeted.loose) == (False, True)
+    looping = result("the fox " * 40).verdict
+    assert (looping.strict, looping.loose, looping.degenerate) == (False, False, "locked at its start")
+    assert result("the fox runs", finish="length").verdict.degenerate == "endless"
+
+
+def test_figures_count_what_they_say():
+    found = figures(
+        [
+            result("the fox runs over the bridge.", log=2.0),
+            result("The owl sleeps.", log=1.0, query=OWL),
+        ],
+        [result("The fox.", log=0.5), result("The owl.", log=0.5, query=OWL)],
+    )
+    assert found["n"] == 2
+    assert found["strict"]["accuracy"] == 0.5
+    assert (found["strict"]["low"], found["strict"]["high"]) == (0.0, 1.0)
+    assert found["quality"]["perplexity"] == pytest.approx(np.exp(1.5))
+    assert found["quality"]["perplexity_ratio"] == pytest.approx(np.exp(1.0))
+    assert found["quality"]["words"] == pytest.approx(4.5)
+    assert found["quality"]["subject_kept"] == 1.0
+    assert found["settings"] is None
+
+
+def test_figures_without_verdicts_or_scores_are_none():
+    found = figures([Result(replace(cell(), checks=()), *_judged(cell(), Reply("", [], "stop"), None))])
+    assert found["quality"]["perplexity"] is found["quality"]["perplexity_ratio"] is None
+    assert figures([])["strict"] == {"accuracy": None, "low": None, "high": None}
+
+
+def test_tables_put_instructions_by_conditions():
+    results = [
+        result("the fox runs over the bridge.", condition="steered"),
+        result("The fox runs."),
+        result('{"name": "fox"}', instruction=JSON),
+    ]
+    made = tables(results, ("none", "steered", "both"))
+    assert made["conditions"] == ["none", "steered"]
+    assert list(made["instructions"]) == ["lowercase", "json"]
+    assert made["instructions"]["lowercase"]["steered"]["strict"]["accuracy"] == 1.0
+    assert made["all"]["none"]["n"] == 2
+    assert made["all"]["none"]["strict"]["accuracy"] == 0.5
+
+
+def test_a_difference_is_paired_by_query():
+    passes, fails = ("the fox runs over the bridge.", "The fox runs.")
+    queries = [Query(f"Question {i}?") for i in range(12)]
+    ours = [result(passes if i < 9 else fails, query=query) for i, query in enumerate(queries)]
+    theirs = [result(passes if i < 6 else fails, query=query) for i, query in enumerate(queries)]
+    found = difference(ours, theirs)
+    assert found["share"] == pytest.approx(0.25)
+    # the two agree on nine of twelve queries: unpaired, the interval would be twice as wide
+    assert 0.0 <= found["low"] < 0.25 < found["high"] < 0.55
+    assert difference(ours, ours) == {"share": 0.0, "low": 0.0, "high": 0.0}
+    assert difference([], [])["share"] is None
+
+
+# --- suites by name ----------------------------------------------------------------------------------------
+
+
+def test_suites_have_names_and_titles():
+    from localsteer.cli.eval import SUITES
+
+    assert tuple(MODULES) == SUITES
+    for name in ("format", "ifeval", "cross-model"):
+        assert name == suite(name).NAME
+        assert suite(name).TITLE
+    with pytest.raises(LocalsteerError, match="unknown suite 'rhymes'"):
+        suite("rhymes")
+
+
+# --- which instruction a vector is of ----------------------------------------------------------------------
+
+
+def named(**provenance) -> ControlVector:
+    ones = np.ones(2, np.float32)
+    return ControlVector(
+        np.ones((2, 3)), ones, 0 * ones, ones, ones, layers=(1,), name="json", provenance=provenance
+    )
+
+
+def test_a_vector_is_of_the_instruction_that_its_file_names():
+    path = Path("x.gguf")
+    assert instruction_of(named(instruction_id="lowercase"), CATALOG, path) == LOWERCASE
+    assert instruction_of(named(), CATALOG, path) == JSON
+    own = named(
+        instruction_id="bullets:5", phrasings=["Use five bullets."], group="format",
+        verifier="detectable_format:number_bullet_lists", kwargs={"num_bullets": 5},
+    )  # fmt: skip
+    found = instruction_of(own, CATALOG, path)
+    assert (found.id, found.phrasings, dict(found.kwargs)) == (
+        "bullets:5",
+        ("Use five bullets.",),
+        {"num_bullets": 5},
+    )
+    with pytest.raises(CatalogError, match="does not say which instruction"):
+        instruction_of(replace(named(), name="x"), CATALOG, path)
+
+
+def test_a_file_says_how_it_is_quantized():
+    assert quantization({"general.file_type": "7"}) == "Q8_0"
+    assert quantization({"general.file_type": "15"}) == "Q4_K_M"
+    assert quantization({"general.file_type": "0"}) == "F32"
+    assert quantization({}) is quantization({"general.file_type": "999"}) is None
+
+
+# --- paraphrases -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bundled", "general"])
+def test_every_judged_instruction_has_paraphrases_without_open_slots(name):
+    catalog = load_catalog(name)
+    for each in catalog.instructions.values():
+        if each.verifier and each.group in ("format", "fixed", "length"):
+            found = paraphrases_of(each.fill())
+            assert len(found) >= 2, each.id
+            assert not set(found) & set(each.fill().phrasings)
+            assert all("{" not in text for text in found), found
+    assert "I only speak Spanish." in paraphrases_of(CATALOG.get("spanish"))
+
+
+# --- IFEval files ------------------------------------------------------------------------------------------
+
+GOOD = {
+    "prompt": "Tell me of foxes. No commas.",
+    "instruction_id_list": ["punctuation:no_comma"],
+    "kwargs": [{}],
+    "prompt_without_instruction": "Tell me of foxes.",
+}
+
+
+def write_lines(path: Path, *records: object) -> Path:
+    lines = [each if isinstance(each, str) else json.dumps(each) for each in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_a_line_becomes_its_prompts_and_checks(tmp_path):
+    two = GOOD | {
+        "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+        "kwargs": [{}, {"relation": "less than", "num_words": 9}],
+        "prompt_without_instruction": None,
+    }
+    first, second = read_items(write_lines(tmp_path / "f.jsonl", GOOD, "", two))
+    assert (first.number, first.base, first.label) == (1, "Tell me of foxes.", "punctuation:no_comma")
+    assert (second.number, second.base, second.label) == (3, None, "several at once")
+    assert second.checks[1] == Check(
+        "length_constraints:number_words", {"relation": "less than", "num_words": 9}
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{broken", "not readable as JSON"),
+        ("[1]", "not a JSON object"),
+        (GOOD | {"prompt": " "}, "prompt must be a text"),
+        (GOOD | {"prompt_without_instruction": 3}, "prompt_without_instruction"),
+        (GOOD | {"instruction_id_list": []}, "instruction_id_list"),
+        (GOOD | {"kwargs": [{}, {}]}, "kwargs"),
+        (GOOD | {"instruction_id_list": ["punctuation:no_coma"]}, "did you mean punctuation:no_comma"),
+        (GOOD | {"kwargs": [{"word": "x"}]}, "unknown argument 'word'"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(tmp_path, line, says):
+    path = write_lines(tmp_path / "f.jsonl", GOOD, line)
+    with pytest.raises(LocalsteerError, match=f"f.jsonl, line 2: .*{says}"):
+        read_items(path)
+
+
+def test_an_empty_or_missing_file_of_prompts(tmp_path):
+    with pytest.raises(LocalsteerError, match="holds no prompt"):
+        read_items(write_lines(tmp_path / "f.jsonl", ""))
+    with pytest.raises(LocalsteerError, match="can't be read"):
+        read_items(tmp_path / "none.jsonl")
+
+
+def test_the_files_of_ifeval_are_read(real_data):
+    assert len(read_items(real_data / "ifeval_format_163.jsonl")) == 163
+    whole = read_items(real_data / "ifeval_input_data.jsonl")
+    assert len(whole) == 541
+    assert all(each.base is None for each in whole)
+
+
+# --- on the bundled model ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    if not bundled.is_available():
+        pytest.skip("this copy of the package holds no bundled model")
+    return bundled.gguf_path("instruct", "Q8_0")
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory) -> tuple[Bench, dict]:
+    """A bench and its report of the format suite, of two instructions."""
+    out = tmp_path_factory.mktemp("run")
+    options = {"limits": BUNDLED_LIMITS, "n": 10, "n_threads": 1, "wanted": IDS}
+    with open_bench(model, CATALOG, out, **options) as bench:
+        yield bench, suite("format").run(bench, paraphrases=False)
+
+
+def test_steering_works_and_its_controls_do_not(run):
+    bench, report = run
+    assert report["conditions"] == ["none", "steered", "random", "other", "instructed", "both"]
+    assert list(report["instructions"]) == list(IDS)
+    for name, row in report["instructions"].items():
+        accuracy = {condition: figure["strict"]["accuracy"] for condition, figure in row.items()}
+        assert accuracy["steered"] >= 0.7 and accuracy["instructed"] >= 0.9, name
+        assert max(accuracy["none"], accuracy["random"], accuracy["other"]) <= 0.1, name
+        assert row["none"]["quality"]["perplexity_ratio"] == 1.0
+        assert 0.5 < row["steered"]["quality"]["perplexity_ratio"] < 5
+        assert all(each["n"] == 10 for each in row.values())
+        assert row["steered"]["settings"]["layer"] == list(bench.vectors([name])[name].layers)
+        assert row["none"]["settings"] is row["none"]["vector_sha256"] is None
+        assert row["steered"]["vector_sha256"] == bench.vector_records()[name]["sha256"]
+    assert report["all"]["steered"]["n"] == 20
+    shape.check({"format": 1, "suites": {"format": report}})
+
+
+def test_vectors_are_kept_with_their_settings(run):
+    bench, _ = run
+    for name, vector in bench.vectors(IDS).items():
+        kept = ControlVector.load(bench.out / "vectors" / f"{name}.gguf")
+        assert (kept.layers, kept.positions, kept.strength) == (
+            vector.layers,
+            vector.positions,
+            vector.strength,
+        )
+        assert kept.provenance["validation"][0]["followed"] >= 0.7
+        assert bench.vector_records()[name]["source_sha256"] == bench.model["sha256"]
+
+
+def test_replies_are_kept_as_lines(run):
+    bench, _ = run
+    records = [json.loads(line) for line in (bench.out / "replies.jsonl").read_text("utf-8").splitlines()]
+    replies = [record for record in records if record.get("kind") == "reply"]
+    assert {"prompt", "steer", "text", "tokens", "finish_reason"} <= set(replies[0])
+    assert any(record["steer"] for record in replies)
+
+
+def test_equal_requests_are_asked_once_and_a_second_time_not_at_all(run):
+    bench, _ = run
+    cells = condition_cells(bench, JSON, bench.vectors(["json"])["json"], ("none", "steered"))
+    before = (bench.out / "replies.jsonl").read_bytes()
+    first = bench.run([*cells, *cells])
+    assert [each.reply.text for each in first[: len(cells)]] == [
+        each.reply.text for each in first[len(cells) :]
+    ]
+    assert (bench.out / "replies.jsonl").read_bytes() == before
+
+
+def test_paraphrases_come_from_validation_and_are_asked_on_test_queries(run, monkeypatch):
+    bench, _ = run
+    wordings = ["Answer in JSON format.", "Squeeze it between curly things."]
+    monkeypatch.setattr("localsteer.evaluate.suites.format.paraphrases_of", lambda _: wordings)
+    bench.results.clear()
+    (section,) = badly_followed(bench, [JSON], bench.vectors(["json"]))
+    asked = {each.cell.query.text for each in bench.results if each.cell.condition in ("instructed", "both")}
+    assert asked == {query.text for query in bench.test}
+    tried = {each.cell.query.text for each in bench.results if each.cell.condition in wordings}
+    assert tried <= {query.text for query in bench.validation}
+    followed, name, wording = section["tables"][1]["rows"][0]
+    assert (name, wording) == ("json", wordings[1])
+    assert followed["share"] < FOLLOWED_BADLY
+    instruction, counted, told, both, gain = section["tables"][0]["rows"][0]
+    assert (instruction, counted) == ("json", "1 of 2")
+    assert gain["share"] == pytest.approx(both["share"] - told["share"])
+
+
+def test_what_steering_does_not_help_is_left_alone_and_said(run):
+    bench, _ = run
+    from localsteer.evaluate.suites.format import without_effect
+
+    vector = bench.vectors(["json"])["json"]
+    assert without_effect({"json": vector}) == []
+    (section,) = without_effect({"json": vector.at(strength=0.0)})
+    assert "json" in section["text"]
+    assert applied(vector.at(strength=0.0)) == ()
+    assert applied(vector) == (vector,)
+
+
+def test_a_judge_is_compared_with_the_verifier(run, model):
+    bench, _ = run
+    vector = bench.vectors(["json"])["json"]
+    results = bench.run(condition_cells(bench, JSON, vector, ("none", "steered")))
+    with open_judge(model, bench, n_threads=1) as judge:
+        section = judge.section(results)
+        assert judge.section(results) == section
+    rows = section["tables"][0]["rows"]
+    assert [row[0] for row in rows] == ["none", "steered", "all"]
+    assert rows[-1][1] == len(results)
+    assert rows[1][3]["share"] >= 0.7
+    assert 0 <= rows[-1][4]["share"] <= 1
+
+
+def test_kappa_is_agreement_beyond_chance():
+    same = [(True, True)] * 5 + [(False, False)] * 5
+    assert kappa(same) == 1.0
+    assert kappa([(True, each) for each in (True, False)] * 5) == pytest.approx(0.0)
+    assert kappa([(not a, b) for a, b in same]) == -1.0
+    assert kappa([]) is kappa([(True, True)]) is None
+
+
+def test_lines_of_a_file_are_steered_by_the_vectors_of_their_ids(run, tmp_path):
+    bench, _ = run
+    base = bench.test[0].text
+    lines = [
+        {
+            "prompt": f"{base} {each.phrasings[0]}",
+            "prompt_without_instruction": base,
+            "instruction_id_list": [each.verifier],
+            "kwargs": [dict(each.kwargs)],
+        }
+        for each in (JSON, LOWERCASE, CATALOG.get("title"))
+    ]
+    lines.append(lines[0] | {"prompt_without_instruction": None})
+    lines.append(lines[0] | {"prompt": "word " * 300})
+    report = suite("ifeval").run(bench, ifeval=write_lines(tmp_path / "f.jsonl", *lines))
+    assert set(report["instructions"]) == {JSON.verifier, LOWERCASE.verifier}
+    row = report["instructions"][JSON.verifier]
+    assert (row["none"]["n"], row["instructed"]["n"]) == (1, 2)
+    assert row["none"]["strict"]["accuracy"] == 0.0
+    assert row["steered"]["strict"]["accuracy"] == 1.0
+    assert row["steered"]["settings"]["name"] == "json"
+    text = report["sections"][0]["text"]
+    assert "3 of 5 lines are asked. 1 are too long" in text
+    assert "1 have no instruction that there is a vector for" in text
+    with pytest.raises(LocalsteerError, match="no line has an instruction"):
+        suite("ifeval").run(bench, ifeval=write_lines(tmp_path / "g.jsonl", lines[2]))
+
+
+def test_given_vectors_are_used_as_they_are(run, model, tmp_path):
+    first, _ = run
+    path = tmp_path / "mine.gguf"
+    first.vectors(["json"])["json"].at(strength=0.7).save(path)
+    given = [(path, ControlVector.load(path))]
+    options = {"limits": BUNDLED_LIMITS, "n": 2, "n_threads": 1}
+    with open_bench(model, CATALOG, tmp_path / "run", given=given, **options) as bench:
+        assert [each.id for each in bench.instructions(("format",))] == ["json"]
+        assert bench.vectors(["json"])["json"].strength == 0.7
+        assert bench.vector_records()["json"]["given"] is True
+        assert not (tmp_path / "run" / "vectors" / "json.gguf").exists()
+    with (
+        pytest.raises(LocalsteerError, match="two vectors of 'json'"),
+        open_bench(model, CATALOG, tmp_path / "again", given=given * 2, **options),
+    ):
+        pass
+    broken = replace(given[0][1], provenance={"instruction_id": "json", "probes": [["fox", [1, 2]]]})
+    with (
+        pytest.raises(MismatchError, match="another tokenizer"),
+        open_bench(model, CATALOG, tmp_path / "third", given=[(path, broken)], **options),
+    ):
+        pass
+
+
+def test_instruct_vectors_are_tried_on_the_base_model(model, tmp_path):
+    base = bundled.gguf_path("base", "Q8_0")
+    options = {"limits": BUNDLED_LIMITS, "n": 2, "n_threads": 1, "wanted": ["json"], "base": base}
+    with open_bench(model, CATALOG, tmp_path, **options) as bench:
+        assert bench.base.workers.map(lambda engine, _: engine.template.is_fallback, [None]) == [True]
+        report = suite("cross-model").run(bench)
+    assert report["conditions"] == ["none", "own", "instruct", "random", "instructed"]
+    assert report["instructions"]["json"]["none"]["quality"]["degenerate"] == 0
+    assert [section["title"] for section in report["sections"]] == [
+        "Whose vectors lift the base model",
+        "What the two models share",
+    ]
+    assert len(report["sections"][1]["plots"][0]["values"][0]) == bench.model["n_layer"]
+    shape.check({"format": 1, "suites": {"cross-model": report}})
+
+
+def test_cross_model_wants_a_base_model(run):
+    with pytest.raises(LocalsteerError, match="--base"):
+        suite("cross-model").run(run[0])
+
+
+# --- comparing two runs ------------------------------------------------------------------------------------
+
+
+def results_of(accuracy: float, spread: float, **more) -> dict:
+    strict = {"accuracy": accuracy, "low": accuracy - spread, "high": accuracy + spread}
+    figure = {"n": 20, "strict": strict, "loose": strict, "quality": {}, "settings": None}
+    one = {"title": "T", "conditions": ["steered"], "instructions": {"json": {"steered": figure}},
+           "all": {"steered": figure}, "sections": []}  # fmt: skip
+    return {
+        "format": 1, "seconds": 3.0, "model": {"name": "m", "quantization": "Q8_0"}, "settings": {"n": 20},
+        "vectors": {}, "suites": {"format": one}, **more,
+    }  # fmt: skip
+
+
+def test_two_runs_are_compared_by_settings_and_by_figures():
+    a = results_of(0.5, 0.05)
+    b = results_of(0.9, 0.05, model={"name": "m", "quantization": "Q4_K_M"}, seconds=9.0)
+    assert differences(a, b) == [["model.quantization", "Q8_0", "Q4_K_M"]]
+    found = compare(a, b)
+    shape.check(found)
+    row = found["sections"][1]["tables"][0]["rows"][0]
+    assert row[:2] == ["all", "steered"]
+    assert row[4]["share"] == pytest.approx(0.4)
+    assert row[5] == "better"
+    assert compare(b, a)["sections"][1]["tables"][0]["rows"][0][5] == "worse"
+    assert compare(a, results_of(0.52, 0.05))["sections"][1]["tables"][0]["rows"][0][5] is None
+    alone = compare(a, a | {"suites": {}})["sections"]
+    assert "same settings" in alone[0]["text"] and "Only run A" in alone[1]["text"]

@@ -1,0 +1,252 @@
+"""The suites length, words and composition, small, on the bundled model; and the sums that they rest on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from engines import GREEDY, open_engine, random_vector
+
+from localsteer import ControlVector, bundled
+from localsteer.catalog import Catalog, Query, load_catalog
+from localsteer.errors import CatalogError, LocalsteerError
+from localsteer.evaluate.report.shape import check
+from localsteer.evaluate.suites import composition, length, words
+from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, open_bench
+from localsteer.evaluate.suites.cells import Cell, Result, Verdict
+from localsteer.generate import Reply
+from localsteer.plan import Plan
+
+CATALOG = load_catalog("bundled")
+N_TEST = 4
+
+
+@pytest.fixture(scope="module")
+def small() -> Catalog:
+    """The bundled catalogue with few queries."""
+    queries = {"extraction": 24, "validation": 4, "test": N_TEST}
+    return replace(CATALOG, queries={split: CATALOG.queries[split][:n] for split, n in queries.items()})
+
+
+@pytest.fixture(scope="module")
+def bench(small, tmp_path_factory):
+    if not bundled.is_available():
+        pytest.skip("this copy has no bundled model")
+    out = tmp_path_factory.mktemp("run")
+    path = bundled.gguf_path("instruct")
+    with open_bench(path, small, out, limits=BUNDLED_LIMITS, n_threads=1, n=N_TEST) as opened:
+        yield opened
+
+
+def results_of(words: list[int], *, degenerate: str | None = None, kept: bool = True) -> list[Result]:
+    verdicts = [Verdict(None, None, degenerate, kept, n, 0.0) for n in words]
+    cell = Cell("verbosity", "x", Query("Tell me."), "Tell me.")
+    return [Result(cell, Reply("", [], "stop"), verdict) for verdict in verdicts]
+
+
+def report_of(name: str, module, bench, **options):
+    """A suite's report, in the shape that is shown, with figures for every query."""
+    report = module.run(bench, **options)
+    check({"format": 1, "suites": {name: report}})
+    for row in report["instructions"].values():
+        assert all(figure["n"] == N_TEST for figure in row.values())
+    return report
+
+
+# --- length ------------------------------------------------------------------------------------------------
+
+
+def test_length_sweeps_both_directions(bench, monkeypatch):
+    monkeypatch.setattr(length, "TRIED", (0.75,))
+    monkeypatch.setattr(length, "POSITIONS", ("prompt",))
+    monkeypatch.setattr(length, "N_TRIED", 2)
+    report = report_of("length", length, bench)
+    rows = report["instructions"]
+    assert {"conciseness", "verbosity", *length.LEVELS} == set(rows)
+    plain, *_, strongest = (
+        rows["conciseness"][name]["quality"]["words"] for name in ("none", "strength 0.5", "strength 1")
+    )
+    assert strongest < 0.7 * plain < plain < 0.8 * rows["verbosity"]["strength 1"]["quality"]["words"]
+    swept, levels, cosines = report["sections"]
+    assert "mean words fall" in swept["text"] and "mean words rise" in swept["text"]
+    assert len(swept["tables"][0]["rows"]) == 2 * (1 + len(length.STRENGTHS))
+    assert [row[0] for row in levels["tables"][0]["rows"]] == list(length.LEVELS)
+    assert len(cosines["plots"][0]["values"]) == len(length.LEVELS)
+    records = bench.vector_records()
+    assert records["verbosity"]["mode"] == "add" and records["verbosity"]["positions"] == "prompt"
+
+
+def test_c_is_strength_times_the_direction_s_length(bench):
+    vector = bench.extract([length.length(bench.catalog, "verbosity")])["verbosity"].at(layer=2)
+    plain = results_of([20] * 4)
+    sweep = length.Sweep("verbosity", vector, {0.0: plain, 0.5: plain}, {0.0: plain, 0.5: plain})
+    row = length._sweep_row(sweep, 0.5)
+    assert row[2] == pytest.approx(0.5 * np.linalg.norm(vector.directions[2].astype(float)))
+
+
+@pytest.mark.parametrize(
+    ("mean", "n_monotone", "said"),
+    [
+        ([20, 21, 30, 40, 50], 4, "rise monotonically with"),
+        ([20, 19, 30, 40, 50], 4, "rise monotonically with"),
+        ([20, 21, 30, 40, 39], 3, "rise monotonically up to strength 0.75 (40.0) with"),
+        ([20, 21, 21, 40, 50], 1, "rise NOT monotonically"),
+        ([20, 21, 30, 29, 50], 2, "rise NOT monotonically"),
+    ],
+)
+def test_monotone_is_from_each_strength_to_the_next(mean, n_monotone, said):
+    steered = dict(zip((0.0, *length.STRENGTHS), (results_of([n]) for n in mean), strict=True))
+    vector = ControlVector(np.ones((1, 2)), None, None, None, None, layers=(0,), mode="add")
+    sweep = length.Sweep("verbosity", vector, steered, steered)
+    assert sweep.n_monotone == n_monotone
+    assert said in length.verdict(sweep)
+    assert "NOT monotonically" in length.verdict(length.Sweep("conciseness", vector, steered, steered))
+
+
+def test_degenerate_replies_count_against_a_setting():
+    plain, longer = results_of([9] * 4), results_of([19] * 4)
+    assert length.change(longer, plain, 1) == pytest.approx(math.log(2))
+    assert length.change(longer, plain, -1) == pytest.approx(-math.log(2))
+    assert length.change(results_of([19] * 4, kept=False), plain, 1) == 0
+    assert length.change([*longer[:3], *results_of([99], degenerate="looping")], plain, 1) == -math.inf
+
+
+# --- words -------------------------------------------------------------------------------------------------
+
+
+def test_words_are_included_and_excluded_beside_their_controls(bench, monkeypatch):
+    monkeypatch.setattr(words, "STRENGTHS", (1.0,))
+    monkeypatch.setattr(words, "POSITIONS", ("all",))
+    monkeypatch.setattr(words, "SWEEP", (1.0, 2.0))
+    used = words.words_used(bench)[0][0]
+    report = report_of("words", words, bench, include=["moon", "horse"], exclude=[used])
+    rows = report["instructions"]
+    assert set(rows) == {"include_word:moon", "include_word:horse", f"exclude_word:{used}"}
+    excluded = rows[f"exclude_word:{used}"]
+    assert excluded["none"]["strict"]["accuracy"] <= 0.5
+    assert excluded["steered"]["strict"]["accuracy"] >= excluded["none"]["strict"]["accuracy"]
+    assert rows["include_word:moon"]["none"]["strict"]["accuracy"] == 0
+    assert rows["include_word:moon"]["instructed"]["strict"]["accuracy"] >= 0.5
+    titles = [section["title"] for section in report["sections"]]
+    assert titles == ["Inclusion", "Exclusion", "How much of a vector is about its word"]
+    assert bench.vector_records()[f"exclude_word:{used}"]["mode"] == "add"
+
+
+def test_words_to_exclude_are_those_that_replies_use(bench):
+    used = words.words_used(bench)
+    shares = [share for _, share in used]
+    assert shares == sorted(shares, reverse=True) and shares[0] >= 0.5
+    named = {word for word, _ in used}
+    assert not named & words.COMMON
+    assert not named & set(" ".join(query.text for query in bench.validation).lower().split())
+
+
+def test_the_catalogue_names_the_words_to_include(bench):
+    listed = [each for each in CATALOG.instructions.values() if each.verifier == words.EXISTENCE]
+    expected = [each.kwargs["keywords"][0] for each in listed if not each.open_slots]
+    assert words.words_to_include(bench) == expected
+
+
+# --- composition -------------------------------------------------------------------------------------------
+
+
+def test_two_instructions_hold_at_once(bench, monkeypatch):
+    monkeypatch.setattr(composition, "PAIRS", (("json", "one_sentence"),))
+    monkeypatch.setattr(composition, "CASE", "none of them")
+    monkeypatch.setattr(composition, "POSITIONS", ("prompt",))
+    monkeypatch.setattr(composition, "N_TRIED", 2)
+    monkeypatch.setattr(composition, "N_REPLIES", 2)
+    pytest.importorskip("torch", reason="one edit after the other is answered by PyTorch")
+    report = report_of("composition", composition, bench)
+    both = {
+        name: figure["strict"]["accuracy"]
+        for name, figure in report["instructions"]["json + one_sentence"].items()
+    }
+    assert both["none"] == both["first alone"] == both["second alone"] == both["random"] == 0
+    assert both["same block"] >= 0.6 and both["different blocks"] >= 0.6
+    together, in_turn = report["sections"]
+    rows = {row[1]: row[3:] for row in together["tables"][0]["rows"]}
+    assert [each["share"] for each in rows["first alone"]] == [1.0, 0.0, 0.0]
+    (miss,), replies = (table["rows"] for table in in_turn["tables"])
+    assert miss[3] < 1e-5  # the joint solve reaches both targets
+    assert replies[0][1]["share"] >= 0.5
+
+
+def test_in_turn_the_second_moves_the_first_by_the_cosine():
+    rng = np.random.default_rng(0)
+    u = rng.standard_normal(16)
+    v = 0.6 * u / np.linalg.norm(u) + 0.8 * _orthogonal(rng.standard_normal(16), u)
+    made = [
+        ControlVector(each[None, :], [5.0], [5.0 - np.linalg.norm(each)], None, None, layers=(0,), name=name)
+        for each, name in ((u, "u"), (v, "v"))
+    ]
+    rows = rng.standard_normal((7, 16)).astype(np.float32)
+    joint, turns = (composition.edited(rows, 0, steps) for steps in ([made], [[made[0]], [made[1]]]))
+    assert max(composition.missed(joint, each, 0) for each in made) < 1e-5
+    assert composition.missed(turns, made[1], 0) < 1e-5
+    first = composition.edited(rows, 0, [[made[0]]]).astype(float)
+    change = 5.0 - first @ made[1].unit(0).astype(float)
+    expected = np.abs(0.6 * change).mean() / np.linalg.norm(u)
+    assert composition.missed(turns, made[0], 0) == pytest.approx(expected, rel=1e-4)
+
+
+def _orthogonal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    rest = a - (a @ b) / (b @ b) * b
+    return rest / np.linalg.norm(rest)
+
+
+def test_nearly_parallel_vectors_are_not_put_at_one_block():
+    rng = np.random.default_rng(1)
+    directions = rng.standard_normal((4, 8))
+    a = ControlVector(directions, np.ones(4), np.zeros(4), None, None, layers=(1,), name="a")
+    found = composition.arrangements(a, replace(a, name="b", layers=(2,)))
+    assert found and all(x.layers != y.layers for x, y in found)
+    other = ControlVector(
+        rng.standard_normal((4, 8)), np.ones(4), np.zeros(4), None, None, layers=(2,), name="c"
+    )
+    assert any(x.layers == y.layers for x, y in composition.arrangements(a, other))
+
+
+def test_pytorch_s_greedy_reply_is_llama_cpp_s(tiny_llama):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    from localsteer.extract.torch_steering import greedy_tokens
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama.hf_dir, dtype=torch.float32).eval()
+    with open_engine(tiny_llama.gguf_path) as engine:
+        first, second = (random_vector(engine, seed, positions="prompt") for seed in (1, 2))
+        # at a cosine well above 0, so that the order matters
+        vectors = [first, replace(second, directions=first.directions + second.directions)]
+        prompt = "Tell me about foxes."
+        ids = engine.prompt_tokens(prompt)
+        given = {"max_tokens": 12, "ends": engine.ends}
+        ours = engine.generate(prompt, steer=vectors, max_tokens=12, sampling=GREEDY).tokens
+        joint = greedy_tokens(model, ids, [Plan.from_vectors(vectors)], **given)
+        alone = [Plan.from_vectors([each]) for each in vectors]
+        in_turn, reverse = (
+            greedy_tokens(model, ids, alone, **given),
+            greedy_tokens(model, ids, alone[::-1], **given),
+        )
+    assert joint == ours
+    assert in_turn != reverse
+
+
+# --- bad input ---------------------------------------------------------------------------------------------
+
+
+def test_a_catalogue_without_levels_or_words_is_named(bench, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[[instruction]]\nid = 'rhyme'\nphrasings = ['Answer in rhyme.']\n")
+    with pytest.raises(CatalogError, match=r"'extremely_concise': .*mine\.toml has rhyme"):
+        length.length(load_catalog(path), "conciseness")
+    with pytest.raises(CatalogError, match="is not a word"):
+        words.run(bench, include=["two words"], exclude=[])
+
+
+def test_nothing_to_combine_is_said(bench, monkeypatch):
+    monkeypatch.setattr(bench, "wanted", ["quotation"])
+    with pytest.raises(LocalsteerError, match=r"nothing to combine: the suite composition knows json \+ one"):
+        composition.run(bench)
