@@ -1,0 +1,476 @@
+"""What steering does, token by token: projections before and after, target, dynamic weight, and the effect.
+
+    trace = localsteer.trace.trace(engine, "Tell me about foxes.", vector)
+    trace.lines[0].after          # (n_tokens,): the projection at the vector's block, steered
+    trace.effect                  # (n_tokens,): how far steering moved what the model says there
+
+Pictures of it: terminal.py, plot.py (PNG), html.py. What it means in words: diagnosis.py.
+
+The state before an edit is not read back from the state after it, which has lost it. A block's state at one
+token depends on the blocks below alone, at this token and the earlier ones, never on the edits at the block
+itself. So one more pass over the same tokens, without the edits at this block and above it, gives it exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from localsteer.errors import LocalsteerError, PlanError, PromptError
+from localsteer.generate import GREEDY, reply_budget, token_steps
+from localsteer.plan import Plan, PositionClass, active
+from localsteer.steering import dynamic_weights
+from localsteer.vector import ControlVector
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine, Prompt
+    from localsteer.generate import Sampling
+
+Vectors = ControlVector | Sequence[ControlVector]
+Blocks = Sequence[int] | Literal["all"] | None
+DEFAULT_MAX_TOKENS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One vector at one block. Arrays: (n_tokens,) float64, residual-stream units, NaN where there is none.
+
+    plain: the projection in the run without any steering. before: in the steered run, as this block computed
+    it. after: what the next block reads. target: where the projection should be, strength included; only at
+    steered tokens, and not for `add`. weight: how much of the unit direction was added, 0 where none was.
+    """
+
+    vector: ControlVector
+    block: int
+    plain: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether the vector edits this block at all, or is only watched there."""
+        return self.vector.strength != 0 and self.block in self.vector.layers
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """The projections that count as 0 and 1 of `share`: the means without and with the instruction.
+
+        A vector without means (an import) is scaled by what was seen here.
+        """
+        low, high = self.mean("without"), self.mean("with")
+        if low is None or high is None or low == high:
+            seen = np.concatenate([self.plain, self.after])
+            low, high = float(np.nanmin(seen)), float(np.nanmax(seen))
+        return (low, high) if high != low else (low, low + 1.0)
+
+    def mean(self, side: str) -> float | None:
+        """The mean projection `with` or `without` the instruction, as the extraction saw it."""
+        means = getattr(self.vector, f"mean_{side}")
+        return None if means is None else float(means[self.block])
+
+    def share(self, values: np.ndarray) -> np.ndarray:
+        """Projections from 0, as without the instruction, to 1, as with it; beyond both where they are."""
+        low, high = self.scale
+        return (values - low) / (high - low)
+
+    def to_dict(self) -> dict[str, Any]:
+        vector, arrays = self.vector, ("plain", "before", "after", "target", "weight")
+        head = {
+            "vector": vector.name,
+            "block": self.block,
+            "steered": self.is_steered,
+            "mode": vector.mode,
+            "positions": vector.positions,
+            "strength": vector.strength,
+            "mean_with": self.mean("with"),
+            "mean_without": self.mean("without"),
+        }
+        return head | {name: _numbers(getattr(self, name)) for name in arrays}
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A prompt and its steered reply, and for each token what steering did.
+
+    pieces: the text of each token, special tokens written out. classes: (n_tokens,) int8, PositionClass.
+    lines: by vector, then by block.
+    effect: (n_tokens,) float64, nats: the Kullback-Leibler divergence of the steered from the plain
+        distribution that this token was drawn from, after the same tokens; NaN for the prompt.
+    effect_here: (n_lines, n_tokens), the effect on the same tokens if that line's vector steered at that
+        line's block alone; NaN unless blocks were asked for.
+    plain_tokens, steered_tokens: what each of the two holds likeliest there, -1 for the prompt.
+    plain_pieces: the texts of the former, empty for the prompt.
+    finish_reason: `stop` (the last token ends the reply, and was never read by the model), `length`, `given`.
+    """
+
+    model: str
+    n_prompt: int
+    tokens: tuple[int, ...]
+    pieces: tuple[str, ...]
+    reply: str
+    finish_reason: str
+    vectors: tuple[ControlVector, ...]
+    lines: tuple[Line, ...]
+    effect: np.ndarray
+    effect_here: np.ndarray
+    plain_tokens: np.ndarray
+    steered_tokens: np.ndarray
+    plain_pieces: tuple[str, ...]
+
+    @property
+    def classes(self) -> np.ndarray:
+        from localsteer.engine import position_classes
+
+        return position_classes(np.arange(len(self.tokens)), self.n_prompt)
+
+    @property
+    def differs(self) -> np.ndarray:
+        """(n_tokens,) bool: where the plain model would rather say another token than the steered one."""
+        return self.plain_tokens != self.steered_tokens
+
+    def covers(self, line: Line) -> np.ndarray:
+        """(n_tokens,) bool: the tokens that the line's edit applies to."""
+        wanted = [cls for cls in PositionClass if line.is_steered and active(line.vector.positions, cls)]
+        return np.isin(self.classes, wanted) & np.isfinite(line.after)
+
+    def of_vector(self, vector: ControlVector) -> list[Line]:
+        """The lines of one of `vectors`, by block."""
+        return [line for line in self.lines if line.vector is vector]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON-able values; None for what is not a number."""
+        from .diagnosis import diagnose
+
+        return {
+            "model": self.model,
+            "reply": self.reply,
+            "finish_reason": self.finish_reason,
+            "n_prompt": self.n_prompt,
+            "diagnosis": [{"kind": finding.kind, "text": finding.text} for finding in diagnose(self)],
+            "tokens": [self._token_dict(i) for i in range(len(self.tokens))],
+            "effect": _numbers(self.effect),
+            "lines": [
+                line.to_dict() | {"effect_here": _numbers(effect)}
+                for line, effect in zip(self.lines, self.effect_here, strict=True)
+            ],
+        }
+
+    def _token_dict(self, i: int) -> dict[str, Any]:
+        cls = PositionClass(self.classes[i])
+        made = {"id": self.tokens[i], "text": self.pieces[i], "class": cls.name.lower()}
+        if i < self.n_prompt:
+            return made
+        plain, steered = int(self.plain_tokens[i]), int(self.steered_tokens[i])
+        return made | {"plain_id": plain, "plain_text": self.plain_pieces[i], "steered_id": steered}
+
+
+def trace(
+    engine: Engine,
+    prompt: Prompt,
+    steer: Vectors,
+    *,
+    max_tokens: int | None = DEFAULT_MAX_TOKENS,
+    sampling: Sampling = GREEDY,
+    reply: str | None = None,
+    blocks: Blocks = None,
+    ridge: float = 0.0,
+    raw: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Trace:
+    """Let the model answer, steered, and look at every token of prompt and reply.
+
+    reply: a text in the place of the model's own answer. blocks: where to look: None = where each vector
+    steers, `all` = wherever it has a direction; each block costs one more pass over the tokens.
+    ridge: as Plan.from_vectors has it.
+    Raises PromptError, MismatchError, PlanError.
+    """
+    tokens = engine.prompt_tokens(prompt, raw)
+    plan = _plan(engine, _listed(steer), ridge)
+    if reply is not None:
+        answer, reason = reply_tokens(engine, prompt, reply, raw), "given"
+    else:
+        answer, reason = _draw(engine, tokens, plan, max_tokens, sampling)
+    return trace_tokens(
+        engine,
+        [*tokens, *answer],
+        len(tokens),
+        steer,
+        blocks=blocks,
+        ridge=ridge,
+        finish_reason=reason,
+        on_progress=on_progress,
+    )
+
+
+def trace_tokens(
+    engine: Engine,
+    tokens: Sequence[int],
+    n_prompt: int,
+    steer: Vectors,
+    *,
+    blocks: Blocks = None,
+    ridge: float = 0.0,
+    finish_reason: str = "given",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Trace:
+    """The same for tokens that are known, the first n_prompt of which are prompt. Decodes nothing new."""
+    vectors = _listed(steer)
+    plan = _plan(engine, vectors, ridge)
+    if not 1 <= n_prompt <= len(tokens):
+        raise PromptError(f"n_prompt must be 1 to the {len(tokens)} tokens given, not {n_prompt}.")
+    ended = len(tokens) > n_prompt and engine.ends(tokens[-1])
+    read = engine._checked_tokens(tokens[:-1] if ended else tokens)
+    places = [(vector, block) for vector in vectors for block in _watched(engine, vector, blocks)]
+    run = _Run(engine, read, n_prompt, plan, places)
+    effect, plain_tokens, steered_tokens = run.effect(len(tokens))
+    here = np.full((len(places), len(tokens)), np.nan)
+    if blocks is not None:
+        for i in range(len(places)):
+            here[i] = run.effect_here(i, vectors, len(tokens))
+            if on_progress:
+                on_progress(i + 1, len(places))
+    pieces = [engine.model.token_to_piece(int(token), special=True) for token in tokens]
+    return Trace(
+        model=engine.path.name,
+        n_prompt=n_prompt,
+        tokens=tuple(map(int, tokens)),
+        pieces=tuple(_text(piece) for piece in pieces),
+        reply=engine.text(list(tokens[n_prompt:])),
+        finish_reason=finish_reason,
+        vectors=tuple(vectors),
+        lines=tuple(run.line(i, len(tokens)) for i in range(len(places))),
+        effect=effect,
+        effect_here=here,
+        plain_tokens=plain_tokens,
+        steered_tokens=steered_tokens,
+        plain_pieces=tuple(
+            _text(engine.model.token_to_piece(int(token), special=True)) if token >= 0 else ""
+            for token in plain_tokens
+        ),
+    )
+
+
+def reply_tokens(engine: Engine, prompt: Prompt, reply: str, raw: bool = False) -> list[int]:
+    """A given reply as the tokens behind the prompt, cut as in one text where the tokenizer allows it."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    rendered = str(prompt) if raw else engine.render(messages)
+    ours = engine.prompt_tokens(prompt, raw)
+    whole = engine.rendered_tokens(rendered + reply)
+    if whole[: len(ours)] == ours:
+        return whole[len(ours) :]
+    return list(engine.model.tokenize(reply, add_special=False, parse_special=True))
+
+
+def _listed(steer: Vectors) -> list[ControlVector]:
+    """Raises PlanError where there is nothing to look at."""
+    vectors = [steer] if isinstance(steer, ControlVector) else list(steer)
+    if not vectors or not all(isinstance(vector, ControlVector) for vector in vectors):
+        raise PlanError("a trace follows the projections on control vectors: give at least one.")
+    return vectors
+
+
+def _plan(engine: Engine, vectors: Sequence[ControlVector], ridge: float) -> Plan:
+    for vector in vectors:
+        engine.plan(vector)  # checks that it belongs to this model, which a ready plan no longer tells
+    plan = Plan.from_vectors(vectors, ridge=ridge)
+    engine.plan(plan)
+    return plan
+
+
+def _watched(engine: Engine, vector: ControlVector, blocks: Blocks) -> tuple[int, ...]:
+    """The blocks that were asked for, and those that the vector steers."""
+    if blocks is None:
+        return vector.layers
+    if blocks == "all":
+        return vector.blocks
+    chosen = engine._checked_layers(sorted(set(blocks)))
+    for block in chosen:
+        vector.unit(block)  # raises where there is no direction
+    return tuple(sorted({*chosen, *vector.layers}))
+
+
+def _draw(
+    engine: Engine, prompt: list[int], plan: Plan, max_tokens: int | None, sampling: Sampling
+) -> tuple[list[int], str]:
+    """The reply's tokens, the one that ends it included, and why it ended."""
+    drawn: list[int] = []
+    budget = reply_budget(engine, len(prompt), max_tokens)
+    steps = token_steps(engine, prompt, plan=engine.plan(plan), sampling=sampling)
+    with closing(steps):
+        for token in islice(steps, budget):
+            drawn.append(token)
+            if engine.ends(token):
+                return drawn, "stop"
+    return drawn, "length"
+
+
+class _Run:
+    """The passes over the tokens: plain, one up to each steered block but the first, and the steered one.
+
+    All of them decode the same pieces, so that what no edit reaches is equal to the last bit.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokens: np.ndarray,
+        n_prompt: int,
+        plan: Plan,
+        places: Sequence[tuple[ControlVector, int]],
+    ) -> None:
+        from localsteer.engine import position_classes
+
+        self.engine, self.tokens, self.n_prompt, self.plan = engine, tokens, n_prompt, plan
+        self.places = places
+        self.blocks = sorted({block for _, block in places})
+        self.classes = position_classes(np.arange(len(tokens)), n_prompt)
+        self.units = [vector.unit(block).astype(np.float64) for vector, block in places]
+        shape = (len(places), len(tokens))
+        self.plain, self.before, self.after = (np.full(shape, np.nan) for _ in range(3))
+        self.target, self.weight = np.full(shape, np.nan), np.zeros(shape)
+        self.log_probs: list[np.ndarray] = []
+        self.divergence: list[float] = []
+        self.plain_best: list[int] = []
+        self.steered_best: list[int] = []
+        self._run_plain()
+        self._run_steered()
+
+    def line(self, i: int, n_tokens: int) -> Line:
+        vector, block = self.places[i]
+        arrays = (self.plain, self.before, self.after, self.target, self.weight)
+        return Line(vector, block, *(_padded(array[i], n_tokens) for array in arrays))
+
+    def effect(self, n_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(effect, plain_tokens, steered_tokens): the row at one token is what the next is drawn from."""
+        likeliest = [np.full(n_tokens, -1), np.full(n_tokens, -1)]
+        for tokens, found in zip(likeliest, (self.plain_best, self.steered_best), strict=True):
+            tokens[self.n_prompt :] = found[: n_tokens - self.n_prompt]
+        return self._drawn(self.divergence, n_tokens), *likeliest
+
+    def effect_here(self, i: int, vectors: Sequence[ControlVector], n_tokens: int) -> np.ndarray:
+        """(n_tokens,): the effect if the vector of line i steered at its block alone; the others stay."""
+        vector, block = self.places[i]
+        moved = [other.at(layer=block) if other is vector else other for other in vectors]
+        try:
+            plan = Plan.from_vectors(moved, ridge=self.plan.ridge)
+        except PlanError:  # nearly parallel to another vector there
+            return np.full(n_tokens, np.nan)
+        divergence: list[float] = []
+        for _, _, logits in self._pass(plan, []):
+            self._diverge(divergence, logits)
+        return self._drawn(divergence, n_tokens)
+
+    def _drawn(self, divergence: Sequence[float], n_tokens: int) -> np.ndarray:
+        effect = np.full(n_tokens, np.nan)
+        effect[self.n_prompt :] = divergence[: n_tokens - self.n_prompt]
+        return effect
+
+    def _run_plain(self) -> None:
+        lowest = min(self.plan.layers, default=self.engine.model.n_layer)
+        for positions, states, logits in self._pass(None, self.blocks):
+            self._project(self.plain, positions, states)
+            self.plain_best += logits.argmax(axis=1).tolist()
+            self.log_probs += list(_log_softmax(logits))
+            if lowest in states:
+                self._meet(positions, {lowest: states[lowest]})
+
+    def _run_steered(self) -> None:
+        for block in self.plan.layers[1:]:
+            if block in self.blocks:
+                for positions, states, _ in self._pass(self._below(block), [block]):
+                    self._meet(positions, states)
+        for positions, states, logits in self._pass(self.plan, self.blocks):
+            self.steered_best += logits.argmax(axis=1).tolist()
+            self._project(self.after, positions, states)
+            self._diverge(self.divergence, logits)
+        unedited = [i for i, (_, block) in enumerate(self.places) if block not in self.plan.layers]
+        self.before[unedited] = self.after[unedited]
+
+    def _below(self, block: int) -> Plan:
+        edits = [edit for edit in self.plan.edits if edit.layer < block]
+        return Plan(edits, ridge=self.plan.ridge, n_embd=self.plan.n_embd)
+
+    def _pass(
+        self, plan: Plan | None, blocks: Sequence[int]
+    ) -> Iterator[tuple[slice, Mapping[int, np.ndarray], np.ndarray]]:
+        """Positions of a piece, its states, and the logits of those from the last prompt token on."""
+        last = self.n_prompt - 1
+        first = 0 if self.engine.model.n_layer - 1 in self.blocks else last  # it keeps rows of outputs alone
+        for piece, rows, taken, outputs in self.engine._evaluate(
+            [self.tokens],
+            [first],
+            plan=plan if plan is not None and not plan.is_empty else None,
+            n_prompt=self.n_prompt,
+            capture=blocks,
+            size=self.engine._wide_size,
+        ):
+            wanted = max(0, last - max(first, piece.start))
+            states = {block: rows.states[block][taken] for block in blocks}
+            yield slice(piece.start, piece.stop), states, rows.logits[outputs][wanted:]
+
+    def _diverge(self, divergence: list[float], logits: np.ndarray) -> None:
+        """Append the divergence of these next rows from the plain run's. Raises LocalsteerError for NaN."""
+        if not np.isfinite(logits.max(axis=1)).all():
+            raise LocalsteerError("the model gave no finite logits: lower the strength of the steering.")
+        for row in _log_softmax(logits):
+            plain, row = (x.astype(np.float64) for x in (self.log_probs[len(divergence)], row))
+            said = np.exp(row) > 0  # a logit may be minus infinity, in both
+            divergence.append(max(0.0, float(np.exp(row[said]) @ (row[said] - plain[said]))))
+
+    def _project(self, into: np.ndarray, positions: slice, states: Mapping[int, np.ndarray]) -> None:
+        for i, (_, block) in enumerate(self.places):
+            if block in states:
+                into[i, positions] = states[block].astype(np.float64) @ self.units[i]
+
+    def _meet(self, positions: slice, states: Mapping[int, np.ndarray]) -> None:
+        """What the edits of these blocks find, and what they do about it."""
+        self._project(self.before, positions, states)
+        for block, rows in states.items():
+            for cls in PositionClass:
+                program = self.plan.program(block, cls)
+                here = np.flatnonzero(self.classes[positions] == cls)
+                if program is not None and len(here):
+                    self._weigh(block, cls, positions.start + here, dynamic_weights(rows[here], program))
+
+    def _weigh(self, block: int, cls: PositionClass, at: np.ndarray, weights: np.ndarray) -> None:
+        edits = [edit for edit in self.plan.edits if edit.layer == block and active(edit.positions, cls)]
+        solved = [edit.digest for edit in edits if edit.mode != "add"]
+        for i, (vector, place) in enumerate(self.places):
+            own = Plan.from_vectors([vector.at(layer=block)]).edits if place == block else ()
+            if not own or block not in vector.layers or not active(vector.positions, cls):
+                continue
+            (edit,) = own
+            if edit.mode == "add":
+                self.weight[i, at] = edit.strength * np.linalg.norm(edit.direction.astype(np.float64))
+                continue
+            p = self.before[i, at]
+            self.target[i, at] = p + edit.strength * (edit.mean_projection - p)
+            self.weight[i, at] = weights[:, solved.index(edit.digest)]
+
+
+def _padded(values: np.ndarray, n_tokens: int) -> np.ndarray:
+    """With NaN for the token that ends the reply: it is drawn, but the model never reads it."""
+    return np.concatenate([values, np.full(n_tokens - len(values), np.nan)])
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float32, computed in float64: a whole reply's rows are kept, and a vocabulary is large."""
+    logits = logits.astype(np.float64)
+    peak = logits.max(axis=1, keepdims=True)
+    return (logits - peak - np.log(np.exp(logits - peak).sum(axis=1, keepdims=True))).astype(np.float32)
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [float(value) if math.isfinite(value) else None for value in values]
+
+
+def _text(piece: bytes) -> str:
+    return piece.decode("utf-8", "replace")
