@@ -1,0 +1,356 @@
+"""Steer only when needed: a plain reply first, and steered ones only where that does not do.
+
+    ensured = ensure(engine, "Tell me about foxes.", [json])
+    ensured.reply.text, ensured.passed, ensured.notice
+
+A reply that follows by itself is kept as it is, so steering can't cost it any quality. Each vector brings its
+own verifier (`provenance`). Greedy, the first steered try is the reply of `steer=[json]`, so that no fewer
+replies follow than with steering alone.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from .catalog import Instruction
+from .errors import LocalsteerError, PlanError
+from .evaluate.quality import is_degenerate
+from .evaluate.verifiers.early import hopeless
+from .evaluate.verify import check_arguments, verify
+from .generate import Chunk, Reply, Sampling, Timings
+from .plan import Plan
+from .vector import ControlVector
+
+if TYPE_CHECKING:
+    from .engine import Engine, Prompt
+    from .scheduler import Scheduler
+
+TRIES = 3
+BOUNDS = (0.5, 1.5)  # of a vector's own strength, where its tuning tried no others
+STOPPED = "stopped"  # finish_reason of a try that could not pass any more
+ENDED = ("cancelled", "deadline")  # finish reasons after which nothing is tried again
+
+
+@dataclass(frozen=True)
+class Try:
+    """One reply. factor: what each vector's own strength was multiplied by, 0 for the plain reply; strengths
+    come of it. failed: names of the vectors whose verifiers it fails, only those that are certain when its
+    finish_reason is "stopped". degenerate: why it is no reply (quality.py), or None."""
+
+    reply: Reply
+    factor: float
+    strengths: tuple[float, ...]
+    failed: tuple[str, ...]
+    degenerate: str | None
+
+    @property
+    def passed(self) -> bool:
+        return not self.failed and self.degenerate is None
+
+    @property
+    def stopped(self) -> bool:
+        return self.reply.finish_reason == STOPPED
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        head = {"strengths": list(self.strengths), "failed": list(self.failed), "degenerate": self.degenerate}
+        reply = self.reply
+        return head | {"finish_reason": reply.finish_reason, "n_tokens": len(reply.tokens)}
+
+
+@dataclass(frozen=True)
+class Ensured:
+    """reply: the first that passed, or the best. tries: in their order, repeated ones included.
+
+    steered_strength: the strength that `reply` was steered with; 0 when it is plain. Of several vectors,
+    what their own strengths were multiplied by. notice: one line for the user where none passed, else "".
+    """
+
+    reply: Reply
+    tries: tuple[Try, ...]
+    passed: bool
+    steered_strength: float
+    notice: str = ""
+
+    @property
+    def n_tokens(self) -> int:
+        """Generated in all tries together."""
+        return sum(len(each.reply.tokens) for each in self.tries)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON, without the reply."""
+        head = {"passed": self.passed, "steered_strength": self.steered_strength, "notice": self.notice}
+        return head | {"n_tokens": self.n_tokens, "tries": [each.record() for each in self.tries]}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One vector's verifier with its arguments, ready for use."""
+
+    name: str
+    verifier: str
+    arguments: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, vector: ControlVector, asked: str) -> Check:
+        """asked: the user's words, which some verifiers compare with. Raises PlanError, CatalogError."""
+        known = vector.provenance
+        if not known.get("verifier"):
+            raise PlanError(
+                f"{vector.label} names no verifier, so nothing tells whether a reply follows it: steer by it "
+                "(-s), or tune it with --verifier first."
+            )
+        bare = Instruction(vector.label, (), kwargs=known.get("kwargs") or {})
+        arguments = check_arguments(known["verifier"], bare.kwargs_for(asked), prompt=asked)
+        return cls(vector.label, known["verifier"], arguments)
+
+    def passes(self, text: str) -> bool:
+        return verify(self.verifier, text, self.arguments)
+
+    def is_hopeless(self, text: str) -> bool:
+        return hopeless(self.verifier, text, self.arguments)
+
+
+def ensure(
+    source: Engine | Scheduler,
+    prompt: Prompt,
+    vectors: ControlVector | Sequence[ControlVector],
+    *,
+    steer: Sequence[ControlVector] = (),
+    tries: int = TRIES,
+    strengths: Sequence[float] | None = None,
+    sampling: Sampling | None = None,
+    max_tokens: int | None = 512,
+    stop: Sequence[str] = (),
+    raw: bool = False,
+    ridge: float = 0.0,
+    deadline: float | None = None,
+    cancel: Event | None = None,
+    on_try: Callable[[int, float], None] | None = None,
+) -> Ensured:
+    """A reply that each vector's verifier passes and that is not degenerate, if one of `tries` replies is.
+
+    The plain reply comes first, then steered ones: at the vectors' own strengths, then stronger, up to what
+    their tuning tried (`provenance["validation"]`), else half as much again; after a degenerate reply weaker
+    instead. A reply is stopped as soon as it can't pass any more. If none passes: the one that fails the
+    fewest verifiers, rather not degenerate, rather plain; one that had been stopped is generated once more.
+
+    steer: vectors that are applied in every try, unverified. tries: replies at most, the plain one included.
+    strengths: multiples of the vectors' own strengths to try in place of those above. deadline: seconds for
+    everything; cancel: ends it from another thread; both give what there is by then. on_try: called with
+    (number of the try, its multiple, 0 = plain). The rest as Engine.stream has it; one seed serves all tries.
+
+    Raises PlanError for a vector without a verifier, and what Engine.stream and Scheduler.submit raise.
+    """
+    vectors = [vectors] if isinstance(vectors, ControlVector) else list(vectors)
+    if not vectors:
+        raise PlanError("there is nothing to ensure: give at least one vector.")
+    if tries < 1:
+        raise LocalsteerError(f"tries must be at least 1, not {tries}.")
+    sampling = _with_seed(sampling or Sampling())
+    asked = asked_of(prompt)
+    run = _Run(
+        source,
+        prompt,
+        vectors,
+        [Check.of(vector, asked) for vector in vectors],
+        list(steer),
+        ridge,
+        {"sampling": sampling, "max_tokens": max_tokens, "stop": stop, "raw": raw},
+        None if deadline is None else time.monotonic() + deadline,
+        cancel or Event(),
+        on_try or (lambda _number, _factor: None),
+    )
+    run.check_plans()
+    for factor in _Ladder(vectors, tries, strengths, run):
+        made = run.attempt(factor)
+        if made.passed or made.reply.finish_reason in ENDED:
+            break
+    return run.result()
+
+
+def asked_of(prompt: Prompt) -> str:
+    """The user's own words: the text, or the last message of the user."""
+    if isinstance(prompt, str):
+        return prompt
+    said = [message["content"] for message in prompt if message["role"] == "user"]
+    return said[-1] if said else ""
+
+
+def bounds_of(vector: ControlVector) -> tuple[float, float]:
+    """The weakest and the strongest strength that its tuning found usable with these settings, its own
+    included; where tuning tried one strength only, or there was none, half and half as much again."""
+    own = vector.strength
+    tried = [row["strength"] for row in _tuning_rows(vector) if _is_like(row, vector)]
+    known = sorted({own, *(each for each in tried if each * own > 0)}, key=abs)
+    if len(known) > 1:
+        return known[0], known[-1]
+    return BOUNDS[0] * own, BOUNDS[1] * own
+
+
+def _tuning_rows(vector: ControlVector) -> list[Mapping[str, Any]]:
+    """The settings that were tried, as first use (a list) or `tune` (a table with columns) keeps them."""
+    kept = vector.provenance.get("validation") or ()
+    if isinstance(kept, Mapping):
+        columns = kept.get("columns") or ()
+        kept = [dict(zip(columns, row, strict=False)) for row in kept.get("table") or ()]
+    return [row for row in kept if isinstance(row, Mapping) and isinstance(row.get("strength"), (int, float))]
+
+
+def _is_like(row: Mapping[str, Any], vector: ControlVector) -> bool:
+    """The same place and mode, and some replies that followed without becoming degenerate."""
+    same = row.get("layer") in vector.layers and row.get("positions") == vector.positions
+    return same and row.get("mode") == vector.mode and not row.get("degenerate") and bool(row.get("score"))
+
+
+class _Ladder:
+    """Multiples of the vectors' own strengths: 0, 1, then up to the bounds; down after a degenerate reply."""
+
+    def __init__(
+        self, vectors: Sequence[ControlVector], tries: int, given: Sequence[float] | None, run: _Run
+    ) -> None:
+        self.vectors, self.n, self.given, self.run = vectors, tries - 1, given, run
+
+    def __iter__(self) -> Iterator[float]:
+        yield 0.0
+        steered = [vector for vector in self.vectors if vector.strength]
+        if not steered:
+            return
+        if self.given is not None:
+            yield from self.given[: self.n]
+            return
+        bounds = [[bound / vector.strength for bound in bounds_of(vector)] for vector in steered]
+        low, high = max(low for low, _ in bounds), min(high for _, high in bounds)
+        for k in range(self.n):
+            if k == 0:
+                yield 1.0
+                end = low if self.run.tries[-1].degenerate else high
+            else:
+                yield 1.0 + (end - 1.0) * k / (self.n - 1)
+                if end == high and self.run.tries[-1].degenerate:
+                    return  # stronger still would be worse
+
+
+@dataclass
+class _Run:
+    """What the tries of one call share. ends: on time.monotonic's clock."""
+
+    source: Engine | Scheduler
+    prompt: Prompt
+    vectors: Sequence[ControlVector]
+    checks: Sequence[Check]
+    base: Sequence[ControlVector]
+    ridge: float
+    settings: Mapping[str, Any]
+    ends: float | None
+    cancel: Event
+    on_try: Callable[[int, float], None]
+    tries: list[Try] = field(default_factory=list)
+
+    def check_plans(self) -> None:
+        """Before a token is generated: a vector of another model, directions that are nearly parallel."""
+        engine = getattr(self.source, "engine", self.source)
+        for vector in (*self.base, *self.vectors):
+            engine.plan(vector)
+        engine.plan(self.plan(1.0))
+
+    def plan(self, factor: float) -> Plan:
+        return Plan.from_vectors([*self.base, *self._at(factor)], ridge=self.ridge)
+
+    def attempt(self, factor: float, *, whole: bool = False) -> Try:
+        """Generate and judge one reply; whole: also where it can't pass."""
+        self.on_try(len(self.tries) + 1, factor)
+        reply, hopeless_names = self._generate(factor, whole)
+        failed = hopeless_names or tuple(check.name for check in self.checks if not check.passes(reply.text))
+        strengths = tuple(vector.strength for vector in self._at(factor))
+        made = Try(reply, factor, strengths, failed, is_degenerate(reply.text))
+        self.tries.append(made)
+        return made
+
+    def result(self) -> Ensured:
+        """The best try. A stopped one may fail more verifiers than it had by then: it is judged whole."""
+        candidates = list(self.tries)
+        best = min(candidates, key=_rank)
+        while best.stopped and not self._is_over():
+            candidates.remove(best)
+            candidates.append(self.attempt(best.factor, whole=True))
+            best = min(candidates, key=_rank)
+        single = len(self.vectors) == 1
+        strength = best.strengths[0] if single and best.strengths else best.factor
+        return Ensured(best.reply, tuple(self.tries), best.passed, strength, self._notice(best))
+
+    def _at(self, factor: float) -> list[ControlVector]:
+        if factor == 0:
+            return []
+        return [vector.at(strength=vector.strength * factor) for vector in self.vectors]
+
+    def _generate(self, factor: float, whole: bool) -> tuple[Reply, tuple[str, ...]]:
+        """The reply, and who can't pass it any more where that ended it."""
+        texts: list[str] = []
+        tokens: list[int] = []
+        reason, timings = "", Timings()
+        with closing(self._chunks(factor)) as chunks:
+            for chunk in chunks:
+                texts.append(chunk.text)
+                tokens += [] if chunk.token is None else [chunk.token]
+                if chunk.finish_reason:
+                    reason, timings = chunk.finish_reason, chunk.timings or timings
+                    break
+                if reason := self._why_over():
+                    break
+                if not whole and chunk.text and (names := self._hopeless("".join(texts))):
+                    return Reply("".join(texts), tokens, STOPPED), names
+        return Reply("".join(texts), tokens, reason, timings), ()
+
+    def _chunks(self, factor: float) -> Iterator[Chunk]:
+        settings = {**self.settings, "steer": self.plan(factor)}
+        if not hasattr(self.source, "submit"):
+            with closing(self.source.stream(self.prompt, **settings)) as chunks:
+                yield from chunks
+            return
+        left = None if self.ends is None else max(0.0, self.ends - time.monotonic())
+        ticket = self.source.submit(self.prompt, **settings, deadline=left)
+        try:
+            yield from ticket
+        finally:
+            ticket.cancel()
+
+    def _hopeless(self, text: str) -> tuple[str, ...]:
+        return tuple(check.name for check in self.checks if check.is_hopeless(text))
+
+    def _why_over(self) -> str:
+        if self.cancel.is_set():
+            return "cancelled"
+        return "deadline" if self.ends is not None and time.monotonic() >= self.ends else ""
+
+    def _is_over(self) -> bool:
+        return bool(self._why_over()) or self.tries[-1].reply.finish_reason in ENDED
+
+    def _notice(self, best: Try) -> str:
+        if best.passed:
+            return ""
+        n = len({each.factor for each in self.tries})  # some may have been generated twice
+        why = f"fails {', '.join(best.failed)}" if best.failed else f"is {best.degenerate}"
+        how = f"steered at {', '.join(f'{s:g}' for s in best.strengths)}" if best.strengths else "plain"
+        unsteered = [vector.label for vector in self.vectors if not vector.strength]
+        more = f"; {', '.join(unsteered)} has strength 0" if unsteered else ""
+        replies = "the only reply" if n == 1 else f"none of {n} replies passes; the best one"
+        return f"{replies} ({how}) {why}{more}."
+
+
+def _rank(made: Try) -> tuple[int, bool, float]:
+    """The better, the lower. A stopped try counts as failing what is certain, so it may still fall behind."""
+    return len(made.failed), made.degenerate is not None, made.factor
+
+
+def _with_seed(sampling: Sampling) -> Sampling:
+    """A reply that was stopped must be the same when it is generated again."""
+    if sampling.seed is not None or sampling.is_argmax:
+        return sampling
+    return replace(sampling, seed=random.randrange(2**32 - 1))
