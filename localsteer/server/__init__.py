@@ -1,0 +1,12 @@
+"""`localsteer serve`: the OpenAI API over HTTP, each request with its own steering.
+
+    app.py        puts the parts together            run.py       uvicorn, signals, grace
+    schemas.py    what a request may hold            limits.py    how much of it
+    models.py     the models that are served         steering.py  the folder of vectors
+    replies.py    from a request to tickets          answers.py   from tickets to JSON, streaming.py to events
+    chat.py, ensured.py, completions.py, embeddings.py, vectors.py, pages.py: routes
+    security.py   who may ask                        errors.py    how a refusal looks
+    formats.py    response_format                    tools.py     tool calls        metrics.py   Prometheus
+
+Needs the extra: pip install "localsteer[serve]". docs/server.md shows it from outside.
+"""

@@ -1,0 +1,79 @@
+"""From chunks to the documents that OpenAI's clients read; chat.py and completions.py say which."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from localsteer import __version__
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+    from localsteer.generate import Chunk, TokenScores
+
+FINGERPRINT = f"localsteer-{__version__}"
+REASONS = {"stop": "stop", "length": "length", "deadline": "length"}
+
+
+def envelope(kind: str, prefix: str, model: str) -> dict[str, Any]:
+    """What all documents of one answer share."""
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": FINGERPRINT,
+    }
+
+
+@dataclass
+class Whole:
+    """One choice, gathered."""
+
+    text: str = ""
+    scores: list[tuple[int, TokenScores]] = field(default_factory=list)
+    reason: str = "stop"
+
+    def add(self, chunk: Chunk) -> None:
+        self.text += chunk.text
+        self.scores += scored(chunk)
+        if chunk.finish_reason:
+            self.reason = REASONS.get(chunk.finish_reason, "stop")
+
+
+def scored(chunk: Chunk) -> list[tuple[int, TokenScores]]:
+    return [] if chunk.scores is None or chunk.token is None else [(chunk.token, chunk.scores)]
+
+
+def piece(engine: Engine, token: int) -> bytes:
+    return engine.model.token_to_piece(token, special=True)
+
+
+def chat_logprobs(engine: Engine, scores: Sequence[tuple[int, TokenScores]]) -> dict[str, Any]:
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        raw = piece(engine, token)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
+
+    content = [
+        one(token, each.logprob) | {"top_logprobs": [one(*top) for top in each.top]} for token, each in scores
+    ]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(
+    engine: Engine, scores: Sequence[tuple[int, TokenScores]], offset: int = 0
+) -> dict[str, Any]:
+    """The older shape, of /v1/completions. offset: characters of the reply before these tokens."""
+    made: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token, each in scores:
+        text = piece(engine, token).decode("utf-8", "replace")
+        made["tokens"].append(text)
+        made["token_logprobs"].append(each.logprob)
+        tops = {piece(engine, top).decode("utf-8", "replace"): score for top, score in reversed(each.top)}
+        made["top_logprobs"].append(tops)
+        made["text_offset"].append(offset)
+        offset += len(text)
+    return made

@@ -1,0 +1,76 @@
+"""Puts the parts together: models in, an ASGI application out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from localsteer import __version__
+from localsteer.engine import Engine
+from localsteer.scheduler import MAX_QUEUE, Scheduler
+
+from . import chat, completions, embeddings, errors, pages, vectors
+from .limits import Limits
+from .metrics import CountRequests, Metrics
+from .models import Served, State
+from .security import Access, BodyLimit, Guard
+from .steering import VectorFolder
+
+DESCRIPTION = "The OpenAI API on quantized GGUF models, each request with its own steering."
+
+
+def create_app(
+    engines: Mapping[str, Engine],
+    *,
+    folder: Path | None = None,
+    access: Access | None = None,
+    limits: Limits | None = None,
+    max_queue: int = MAX_QUEUE,
+) -> Callable[..., Any]:
+    """An ASGI application on engines that belong to it until it is closed; `state_of` gives its insides.
+
+    folder: of the vectors. Raises LocalsteerError for a folder that can't be read, and for an access that
+    would be open to everybody.
+    """
+    access, limits = access or Access(), limits or Limits()
+    access.check()
+    folder_of_vectors = VectorFolder(folder, engines, limits)
+    served = {
+        name: Served(name, engine, Scheduler(engine, max_queue=max_queue)) for name, engine in engines.items()
+    }
+    metrics = Metrics()
+    metrics.watch(served.values())
+    app = FastAPI(
+        title="localsteer",
+        version=__version__,
+        description=DESCRIPTION,
+        docs_url=None,  # FastAPI's own pages load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+    )
+    app.state.localsteer = State(served, folder_of_vectors, limits, metrics)
+    errors.install(app)
+    for routes in (chat, completions, embeddings, vectors, pages):
+        app.include_router(routes.router)
+    return CountRequests(Guard(BodyLimit(app, limits), access), metrics)
+
+
+def state_of(application: Any) -> State:
+    """The State behind the middleware."""
+    while not isinstance(application, FastAPI):
+        application = application.app
+    return application.state.localsteer
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    # readers of tickets live in this event loop: the schedulers must be done before it ends
+    for served in app.state.localsteer.models.values():
+        await run_in_threadpool(served.scheduler.close)

@@ -1,0 +1,150 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from localsteer.errors import LocalsteerError
+
+from .answers import REASONS, Whole, chat_logprobs, envelope, scored
+from .ensured import ensured_chat
+from .errors import ApiError, Json
+from .formats import grammar_of
+from .models import Served, State
+from .replies import ClientGone, Job, Order, begin, samplings, unless_gone
+from .schemas import ChatRequest, Tool
+from .streaming import event, stream
+from .tools import CallHold, forced_grammar, offered, parse, template_message, template_tools
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", tags=["OpenAI"], summary="Answer a conversation")
+async def chat(body: ChatRequest, request: Request) -> Response:
+    state: State = request.app.state.localsteer
+    tools = offered(body, state.served(body.model)[0])
+    if body.ensured:
+        return await ensured_chat(state, body, tools, request)
+    order = await run_in_threadpool(_order, state, body, tools)
+    job = await begin(state, order)
+    if body.stream:
+        return await stream(request, _events(body, job, tools), job.end, state.limits.write_seconds)
+    try:
+        return Json(await unless_gone(request, _document(body, job, tools)))
+    except ClientGone:
+        return Response(status_code=499)
+    finally:
+        job.end()
+
+
+def _order(state: State, body: ChatRequest, tools: list[Tool]) -> Order:
+    served, steer = state.steering(body.model, body.items)
+    return Order(
+        served=served,
+        prompts=[_rendered(served, body, tools)],
+        steer=tuple(steer.values()),
+        samplings=samplings(body, _grammar(body, tools)),
+        max_tokens=body.most_tokens(state.limits.predict),
+        stop=body.stops,
+        n_top=body.n_top,
+    )
+
+
+def _rendered(served: Served, body: ChatRequest, tools: list[Tool]) -> str:
+    messages = [template_message(message) for message in body.messages]
+    begun = messages.pop()["content"] if body.continue_final_message else ""
+    try:
+        return served.engine.render(messages, tools=template_tools(tools) or None) + begun
+    except LocalsteerError as error:
+        raise ApiError(f"messages: {error}", param="messages") from None
+
+
+def _grammar(body: ChatRequest, tools: list[Tool]) -> str | None:
+    grammar = grammar_of(body.response_format)
+    if tools and grammar is not None:
+        raise ApiError(
+            "response_format: excludes tools here: send `tool_choice: none`, or no response_format.",
+            param="response_format",
+        )
+    return grammar if grammar is not None else forced_grammar(body, tools)
+
+
+def _head(body: ChatRequest, job: Job, kind: str) -> dict[str, Any]:
+    return envelope(kind, "chatcmpl", body.model or job.order.served.name)
+
+
+# -- at once ------------------------------------------------------------------------------------------------
+
+
+async def _document(body: ChatRequest, job: Job, tools: list[Tool]) -> dict[str, Any]:
+    choices = [Whole() for _ in job.tickets]
+    async for i, chunk in job.chunks():
+        choices[i].add(chunk)
+    found = [_choice(i, choice, body, job, tools) for i, choice in enumerate(choices)]
+    return _head(body, job, "chat.completion") | {"choices": found, "usage": job.usage}
+
+
+def _choice(i: int, choice: Whole, body: ChatRequest, job: Job, tools: list[Tool]) -> dict[str, Any]:
+    text, calls = parse(choice.text, tools) if tools else (choice.text, [])
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if calls:
+        message |= {"content": text or None, "tool_calls": [call.document() for call in calls]}
+    scores = chat_logprobs(job.order.served.engine, choice.scores) if body.logprobs else None
+    reason = "tool_calls" if calls and choice.reason == "stop" else choice.reason
+    return {"index": i, "message": message, "logprobs": scores, "finish_reason": reason}
+
+
+# -- as it comes --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Streamed:
+    """One choice on its way to the client."""
+
+    tools: list[Tool]
+    hold: CallHold = field(default_factory=CallHold)
+
+    def push(self, text: str) -> str:
+        return self.hold.push(text) if self.tools else text
+
+    def end(self, reason: str) -> tuple[dict[str, Any] | None, str]:
+        """The last delta, if anything was held back, and the reason."""
+        held = self.hold.rest()
+        if not held:
+            return None, reason
+        text, calls = parse(held, self.tools)
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if calls:
+            delta["tool_calls"] = [{"index": k} | call.document() for k, call in enumerate(calls)]
+        return delta, "tool_calls" if calls and reason == "stop" else reason
+
+
+async def _events(body: ChatRequest, job: Job, tools: list[Tool]) -> AsyncIterator[bytes]:
+    head, engine = _head(body, job, "chat.completion.chunk"), job.order.served.engine
+    choices = [_Streamed(tools) for _ in job.tickets]
+
+    def made(i: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
+        choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return event(head | {"choices": [choice]} | ({"usage": None} if body.with_usage else {}))
+
+    begun: set[int] = set()
+    async for i, chunk in job.chunks():
+        if i not in begun:
+            begun.add(i)
+            yield made(i, {"role": "assistant", "content": ""})
+        text, scores = choices[i].push(chunk.text), scored(chunk)
+        if text or scores:
+            yield made(i, {"content": text}, logprobs=chat_logprobs(engine, scores) if scores else None)
+        if chunk.finish_reason:
+            delta, reason = choices[i].end(REASONS[chunk.finish_reason])
+            if delta:
+                yield made(i, delta)
+            yield made(i, {}, reason)
+    if body.with_usage:
+        yield event(head | {"choices": [], "usage": job.usage})

@@ -1,0 +1,96 @@
+"""POST /v1/completions: a text is continued, without the chat template."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from .answers import REASONS, Whole, envelope, scored, text_logprobs
+from .errors import ApiError, Json
+from .models import State
+from .replies import ClientGone, Job, Order, begin, samplings, unless_gone
+from .schemas import CompletionRequest
+from .streaming import event, stream
+
+router = APIRouter()
+DEFAULT_TOKENS = 16  # as OpenAI has it
+
+
+@router.post("/v1/completions", tags=["OpenAI"], summary="Continue a text")
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    state: State = request.app.state.localsteer
+    job = await begin(state, _order(state, body))
+    if body.stream:
+        return await stream(request, _events(body, job), job.end, state.limits.write_seconds)
+    try:
+        return Json(await unless_gone(request, _document(body, job)))
+    except ClientGone:
+        return Response(status_code=499)
+    finally:
+        job.end()
+
+
+def _order(state: State, body: CompletionRequest) -> Order:
+    if body.ensured:
+        raise ApiError("ensure: needs a chat: send it to /v1/chat/completions.", param="ensure")
+    served, steer = state.steering(body.model, body.items)
+    if any(not prompt for prompt in body.prompts):
+        raise ApiError("prompt: must not be empty: give a text to continue.", param="prompt")
+    return Order(
+        served=served,
+        prompts=body.prompts,
+        steer=tuple(steer.values()),
+        samplings=samplings(body),
+        max_tokens=body.most_tokens(DEFAULT_TOKENS),
+        stop=body.stops,
+        n_top=body.logprobs,
+    )
+
+
+def _head(body: CompletionRequest, job: Job) -> dict[str, Any]:
+    return envelope("text_completion", "cmpl", body.model or job.order.served.name)
+
+
+def _echo(body: CompletionRequest, job: Job, i: int) -> str:
+    if not body.echo:
+        return ""
+    prompt = body.prompts[i // len(job.order.samplings)]
+    return prompt if isinstance(prompt, str) else job.order.served.engine.text(prompt)
+
+
+async def _document(body: CompletionRequest, job: Job) -> dict[str, Any]:
+    choices = [Whole() for _ in job.tickets]
+    async for i, chunk in job.chunks():
+        choices[i].add(chunk)
+    engine, wanted = job.order.served.engine, body.logprobs is not None
+    found = [
+        {
+            "index": i,
+            "text": _echo(body, job, i) + choice.text,
+            "logprobs": text_logprobs(engine, choice.scores) if wanted else None,
+            "finish_reason": choice.reason,
+        }
+        for i, choice in enumerate(choices)
+    ]
+    return _head(body, job) | {"choices": found, "usage": job.usage}
+
+
+async def _events(body: CompletionRequest, job: Job) -> AsyncIterator[bytes]:
+    head, engine = _head(body, job), job.order.served.engine
+    texts = [_echo(body, job, i) for i in range(len(job.tickets))]
+    offsets = [0] * len(job.tickets)
+    async for i, chunk in job.chunks():
+        scores = scored(chunk)
+        text, texts[i] = texts[i] + chunk.text, ""
+        if not (text or scores or chunk.finish_reason):
+            continue
+        logprobs = text_logprobs(engine, scores, offsets[i]) if scores else None
+        offsets[i] += sum(len(token) for token in logprobs["tokens"]) if logprobs else 0
+        reason = REASONS.get(chunk.finish_reason or "")
+        choice = {"index": i, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        yield event(head | {"choices": [choice]} | ({"usage": None} if body.with_usage else {}))
+    if body.with_usage:
+        yield event(head | {"choices": [], "usage": job.usage})

@@ -1,0 +1,162 @@
+"""Refusals in the shape that OpenAI's clients read: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from localsteer.errors import LocalsteerError, QueueFullError, SchedulerClosedError
+
+logger = logging.getLogger("localsteer.server")
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+SHOWN = 80  # characters of a value that an error quotes
+
+
+class Json(JSONResponse):
+    """A lone surrogate, which a request may hold and UTF-8 can't, is written as its JSON escape."""
+
+    def render(self, content: Any) -> bytes:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "backslashreplace")
+
+
+class ApiError(Exception):
+    """A refusal. param: the request's field that is to blame."""
+
+    def __init__(
+        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    @property
+    def document(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {
+            "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code},
+        }
+
+    def response(self) -> Json:
+        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
+        return Json(self.document, self.status, headers)
+
+
+def api_error(error: BaseException, param: str | None = None) -> ApiError:
+    """The refusal that an error of ours becomes; any other is a bug, told without its insides."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ApiError(str(error), status=429, code="queue_full")
+    if isinstance(error, SchedulerClosedError):
+        return ApiError(str(error), status=503, code="closing")
+    if isinstance(error, LocalsteerError):
+        return ApiError(str(error), param=param)
+    logger.error("a request failed", exc_info=error)
+    return ApiError("the server failed at this request: its log says why.", status=500, code="internal")
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut short."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def install(app: FastAPI) -> None:
+    """Every way in which a request can fail ends in the one shape."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: RequestValidationError) -> Json:
+        return _validation_error(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(_request: Request, error: HTTPException) -> Json:
+        made = ApiError(f"{error.detail}.".replace("..", "."), status=error.status_code)
+        if error.status_code in (404, 405):
+            made = ApiError(
+                f"{_request.method} {shown(_request.url.path)} is not served: /docs lists what is.",
+                status=error.status_code,
+                code="unknown_url",
+            )
+        response = made.response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(ApiError)
+    async def refused(_request: Request, error: ApiError) -> Json:
+        return error.response()
+
+    @app.exception_handler(LocalsteerError)
+    async def ours(_request: Request, error: LocalsteerError) -> Json:
+        return api_error(error).response()
+
+    @app.exception_handler(Exception)
+    async def bug(_request: Request, error: Exception) -> Json:
+        return api_error(error).response()
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """One of pydantic's complaints, with the field as the client wrote it, and the value."""
+    first = _most_telling(error)
+    if first["type"] == "json_invalid":
+        return ApiError(f"the body is not JSON: {first.get('ctx', {}).get('error', 'it ends early')}.")
+    where = _path(first["loc"], error.body, missing=first["type"] == "missing")
+    if not where and first["type"] == "value_error":  # of the whole: the message names the fields
+        message = first["msg"].removeprefix("Value error, ")
+        return ApiError(f"{message}.", param=message.split()[0].rstrip(":"))
+    if not where or where == "body":
+        return ApiError(
+            "the body must be a JSON object, sent with `Content-Type: application/json`.", param="body"
+        )
+    if first["type"] == "missing":
+        return ApiError(f"{where} is missing: it is required.", param=where)
+    message, value = first["msg"], shown(first.get("input"))
+    if first["type"] == "value_error":
+        return ApiError(f"{where}: {message.removeprefix('Value error, ')} (it is {value}).", param=where)
+    message = re.sub(r"^(Input|List|String|Value|Dictionary|Set) should ", "must ", message)
+    message = re.sub(r", not \d+$", "", message)
+    return ApiError(f"{where}: {message[0].lower() + message[1:]}, not {value}.", param=where)
+
+
+def _most_telling(error: RequestValidationError) -> dict[str, Any]:
+    """Of a field that may be one of several types pydantic complains once for each: not the mismatches,
+    and the one that got furthest into the value."""
+    found = list(error.errors())
+    same = [each for each in found if each["loc"][:2] == found[0]["loc"][:2]]
+
+    def rank(each: dict[str, Any]) -> tuple[bool, int]:
+        return not each["type"].endswith("_type"), len(_path(each["loc"], error.body, missing=True))
+
+    return max(same, key=rank)
+
+
+def _path(loc: tuple[Any, ...], body: Any, *, missing: bool) -> str:
+    """`messages.0.content`: pydantic's path without the names of the types that it tried."""
+    source, *steps = loc
+    if source != "body":
+        return ".".join(map(str, steps))
+    names, at = [], body
+    for i, step in enumerate(steps):
+        known = (isinstance(at, dict) and step in at) or (
+            isinstance(at, list) and isinstance(step, int) and 0 <= step < len(at)
+        )
+        if known:
+            names.append(str(step))
+            at = at[step]
+        elif missing and i == len(steps) - 1:
+            names.append(str(step))
+    return ".".join(names)

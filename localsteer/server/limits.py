@@ -1,0 +1,40 @@
+"""How much one request may hold. A refusal names the field, the bound and the value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_MESSAGES = 1000
+MAX_TEXT = 1 << 20  # characters of one text; the context bounds it further
+MAX_PROMPTS = 32  # of one call to /v1/completions
+MAX_INPUTS = 2048  # texts of one call to /v1/embeddings, as OpenAI has it: clients send documents whole
+MAX_N = 16  # choices
+MAX_STOP = 16
+MAX_STOP_TEXT = 256
+MAX_TOKENS = 1 << 20
+MAX_TOP_LOGPROBS = 20
+MAX_TOOLS = 128  # as OpenAI has it: a front end's own tools and its users' come to more than 64
+MAX_VECTORS = 16  # that steer one request
+MAX_STRENGTH = 100.0
+MAX_NAME = 64  # characters of a vector's name
+MAX_MODEL_NAME = 512
+MAX_SCHEMA = 64 << 10  # bytes of a JSON schema
+MAX_GRAMMAR = 256 << 10  # bytes of what it becomes
+MAX_TRACE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the command line sets. Bytes and seconds.
+
+    body_seconds: for a request's body to arrive. write_seconds: that one piece of a reply may wait for a
+    client that does not read. predict: tokens of a reply where the request names no bound; None: until the
+    context is full.
+    """
+
+    max_body: int = 4 << 20
+    max_upload: int = 64 << 20
+    max_files: int = 1000
+    body_seconds: float = 30.0
+    write_seconds: float = 60.0
+    predict: int | None = 1024

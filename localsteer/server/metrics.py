@@ -1,0 +1,96 @@
+"""Figures for Prometheus, in a registry of this server's own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+
+if TYPE_CHECKING:
+    from .models import Served
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+# of Scheduler.counts
+GAUGES = {
+    "waiting": "Requests that wait for a slot.",
+    "running": "Requests that hold a slot.",
+    "slots": "Slots: sequences that are decoded together at most.",
+    "cells_used": "Tokens in the KV cache.",
+    "cells": "Tokens that the KV cache can hold.",
+}
+
+
+class Metrics:
+    """Requests are counted by the middleware, tokens at the end of each reply; gauges are read on demand."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "localsteer_requests", "HTTP requests.", ["path", "method", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "localsteer_request_seconds", "Time from a request to the end of its answer.",
+            ["path"], buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.first_token = Histogram(
+            "localsteer_first_token_seconds", "Time from joining a batch to the first token.",
+            ["model"], buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.tokens = Counter(
+            "localsteer_tokens", "Tokens: of prompts, of them found in the cache, of replies.",
+            ["model", "kind"], registry=self.registry,
+        )  # fmt: skip
+        self.choices = Counter(
+            "localsteer_choices", "Replies that ended, by reason.", ["model", "reason"],
+            registry=self.registry,
+        )  # fmt: skip
+
+    def watch(self, models: Iterable[Served]) -> None:
+        self.registry.register(_Gauges(list(models)))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _Gauges:
+    """Asks the schedulers when somebody asks for the figures."""
+
+    def __init__(self, models: list[Served]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        counts = {served.name: served.scheduler.counts for served in self._models}
+        for key, text in GAUGES.items():
+            family = GaugeMetricFamily(f"localsteer_{key}", text, labels=["model"])
+            for name, values in counts.items():
+                family.add_metric([name], values[key])
+            yield family
+
+
+class CountRequests:
+    """ASGI middleware. Paths are those of the routes, so that their number is bounded."""
+
+    def __init__(self, app: Callable[..., Any], metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started, status = time.perf_counter(), 499  # nothing was sent: the client had gone
+
+        async def watched(message: dict[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "OPTIONS") else "other"
+            self.metrics.requests.labels(path, method, str(status)).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - started)

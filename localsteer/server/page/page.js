@@ -1,0 +1,251 @@
+"use strict";
+// The page at /: chat with vectors to switch on, the plain reply beside the steered one, and what steering
+// does to each token. Plain JavaScript, nothing from elsewhere; all text goes in as text, never as HTML.
+
+const by = (id) => document.getElementById(id);
+const histories = { plain: [], steered: [] };
+let vectors = [];
+let stopping = null;
+
+function element(name, text, kind) {
+  const made = document.createElement(name);
+  if (text !== undefined) made.textContent = text;
+  if (kind) made.className = kind;
+  return made;
+}
+
+// -- the server ---------------------------------------------------------------------------------------------
+
+async function call(path, options = {}) {
+  const headers = { ...options.headers };
+  if (by("key").value) headers.Authorization = `Bearer ${by("key").value}`;
+  if (options.json) headers["Content-Type"] = "application/json";
+  const body = options.json ? JSON.stringify(options.json) : options.body;
+  const answer = await fetch(path, { ...options, headers, body });
+  if (answer.ok) return answer;
+  by("access").hidden = answer.status !== 401;
+  const said = await answer.json().catch(() => null);
+  throw new Error(said && said.error ? said.error.message : `${path} answered ${answer.status}`);
+}
+
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const parts = (held + value).split("\n\n");
+    held = parts.pop();
+    for (const part of parts) {
+      const data = part.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+// -- models and vectors -------------------------------------------------------------------------------------
+
+async function load() {
+  const chosen = by("model").value;
+  const models = (await (await call("/v1/models")).json()).data.filter((each) => !each.parent);
+  by("model").replaceChildren(...models.map((each) => new Option(each.id, each.id)));
+  if (models.some((each) => each.id === chosen)) by("model").value = chosen;
+  const kept = new Map(steering().map((each) => [each.name, each.strength]));
+  vectors = (await (await call("/v1/steering")).json()).data;
+  showVectors(kept);
+  by("access").hidden = true;
+}
+
+function showVectors(kept) {
+  const fitting = vectors.filter((each) => each.models.includes(by("model").value));
+  by("vectors").replaceChildren(...fitting.map((each) => vectorBox(each, kept.get(each.name))));
+  by("no-vectors").hidden = fitting.length > 0;
+}
+
+function vectorBox(vector, strength) {
+  const box = element("div", undefined, "vector");
+  box.dataset.name = vector.name;
+  const label = element("label");
+  const on = element("input");
+  on.type = "checkbox";
+  on.setAttribute("role", "switch");
+  on.checked = strength !== undefined;
+  label.append(on, element("span", vector.name, "name"));
+  const slider = element("input");
+  Object.assign(slider, { type: "range", min: Math.min(0, 2 * vector.settings.strength), step: 0.05 });
+  slider.max = Math.max(2, 2 * vector.settings.strength);
+  slider.value = strength === undefined ? vector.settings.strength : strength;
+  slider.setAttribute("aria-label", `strength of ${vector.name}`);
+  const shown = element("output", Number(slider.value).toFixed(2));
+  slider.addEventListener("input", () => { shown.textContent = Number(slider.value).toFixed(2); });
+  const row = element("div", undefined, "strength");
+  row.append(slider, shown);
+  const { layer, mode, positions } = vector.settings;
+  const blocks = `block${layer.length > 1 ? "s" : ""} ${layer.join(", ")}`;
+  box.append(label, row, element("p", `${blocks}, ${mode}, positions ${positions}`, "note"));
+  const figures = figuresOf(vector.validation);
+  if (figures) box.append(element("p", figures, "figures"));
+  return box;
+}
+
+// What tuning (a record) or first use (a list of settings, the best first) left in the file.
+function figuresOf(validation) {
+  const percent = (share) => `${Math.round(100 * share)}%`;
+  if (Array.isArray(validation) && validation[0] && typeof validation[0].score === "number") {
+    return `followed by ${percent(validation[0].score)} of validation replies`;
+  }
+  const scores = validation && validation.scores;
+  if (!scores || typeof scores.steered !== "number") return "";
+  const plain = typeof scores.none === "number" ? `, ${percent(scores.none)} without` : "";
+  return `followed by ${percent(scores.steered)} of validation replies${plain}`;
+}
+
+function steering() {
+  return [...document.querySelectorAll(".vector")]
+    .filter((box) => box.querySelector("[role=switch]").checked)
+    .map((box) => ({ name: box.dataset.name, strength: Number(box.querySelector("[type=range]").value) }));
+}
+
+async function upload() {
+  const [file] = by("upload").files;
+  if (!file) return;
+  const name = encodeURIComponent(file.name.replace(/\.gguf$/i, ""));
+  await call(`/v1/steering?name=${name}`, { method: "POST", body: file });
+  by("upload").value = "";
+  await load();
+}
+
+// -- a turn -------------------------------------------------------------------------------------------------
+
+function replyBox(kind, title) {
+  const box = element("div", undefined, `reply ${kind}`);
+  const text = element("p", "", "text");
+  box.append(element("p", title, "who"), text);
+  return { box, text };
+}
+
+async function reply(kind, question, applied, place) {
+  const messages = [...histories[kind], { role: "user", content: question }];
+  const request = {
+    model: by("model").value, messages, stream: true, temperature: Number(by("temperature").value),
+  };
+  if (kind === "steered") request.steering = applied;
+  const answer = await call("/v1/chat/completions", {
+    method: "POST", json: request, signal: stopping.signal,
+  });
+  try {
+    for await (const each of events(answer)) {
+      if (each.error) throw new Error(each.error.message);
+      const delta = each.choices[0] && each.choices[0].delta.content;
+      if (delta) place.text.textContent += delta;
+      by("chat").scrollTop = by("chat").scrollHeight;
+    }
+  } finally {
+    histories[kind].push({ role: "user", content: question });
+    histories[kind].push({ role: "assistant", content: place.text.textContent });
+  }
+  if (kind === "steered" && by("projection").checked && place.text.textContent) {
+    const trace = await call("/v1/steering/trace", {
+      method: "POST", signal: stopping.signal,
+      json: { model: request.model, messages, steering: applied, reply: place.text.textContent },
+    });
+    place.box.append(projection(await trace.json()));
+  }
+}
+
+// Each token on a ground that deepens from 0, the projection without the instruction, to 1, with it.
+function projection(trace) {
+  const box = element("div", undefined, "projection");
+  for (const line of trace.lines) {
+    box.append(element("p", `${line.vector}, block ${line.block}: projection of each token`));
+    const tokens = element("div", undefined, "tokens");
+    trace.tokens.forEach((token, i) => {
+      const share = line.share[i];
+      const made = element("span", token.text, i < trace.n_prompt ? "token prompt" : "token");
+      if (i === trace.n_prompt) made.classList.add("first");
+      if (share !== null && share !== undefined) {
+        made.classList.toggle("below", share < 0);
+        made.style.setProperty("--share", Math.min(1, Math.abs(share)).toFixed(3));
+        const plain = line.plain_share[i];
+        made.title = `${share.toFixed(2)} steered` + (plain === null ? "" : `, ${plain.toFixed(2)} plain`);
+      }
+      tokens.append(made);
+    });
+    box.append(tokens);
+  }
+  box.append(element("p", "No colour: 0, the mean without the instruction. Full blue: 1, the mean with it. Orange: below 0."));
+  return box;
+}
+
+async function ask(question) {
+  const applied = steering();
+  const kinds = applied.length === 0 ? ["plain"] : by("compare").checked ? ["plain", "steered"] : ["steered"];
+  const names = applied.map((each) => `${each.name} ${each.strength.toFixed(2)}`).join(" + ");
+  const turn = element("div", undefined, "turn");
+  const replies = element("div", undefined, "replies");
+  turn.append(element("p", question, "question"), replies);
+  by("chat").append(turn);
+  stopping = new AbortController();
+  busy(true);
+  // one conversation goes on whichever way the earlier turns were answered
+  if (!kinds.includes("plain")) histories.plain = histories.steered;
+  if (!kinds.includes("steered")) histories.steered = histories.plain;
+  if (kinds.length === 2 && histories.plain === histories.steered) histories.steered = [...histories.plain];
+  const working = kinds.map((kind) => {
+    const place = replyBox(kind, kind === "plain" ? "plain" : names);
+    replies.append(place.box);
+    return reply(kind, question, applied, place).catch((error) => {
+      const words = error.name === "AbortError" ? "stopped" : error.message;
+      place.box.append(element("p", words, "error"));
+    });
+  });
+  await Promise.all(working);
+  busy(false);
+}
+
+function busy(is) {
+  by("send").disabled = is;
+  by("stop").hidden = !is;
+  document.body.dataset.busy = is;
+}
+
+// -- wiring -------------------------------------------------------------------------------------------------
+
+function guarded(action) {
+  return async (...given) => {
+    by("trouble").textContent = "";
+    try {
+      await action(...given);
+    } catch (error) {
+      by("trouble").textContent = error.message;
+    }
+  };
+}
+
+by("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const question = by("question").value.trim();
+  if (!question || by("send").disabled) return;
+  by("question").value = "";
+  ask(question);
+});
+by("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    by("ask").requestSubmit();
+  }
+});
+by("stop").addEventListener("click", () => stopping.abort());
+by("clear").addEventListener("click", () => {
+  histories.plain = [];
+  histories.steered = [];
+  by("chat").replaceChildren();
+});
+by("model").addEventListener("change", () => showVectors(new Map(steering().map((e) => [e.name, e.strength]))));
+by("upload").addEventListener("change", guarded(upload));
+by("access").addEventListener("submit", (event) => {
+  event.preventDefault();
+  guarded(load)();
+});
+guarded(load)();

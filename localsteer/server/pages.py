@@ -1,0 +1,78 @@
+"""The page at /, the description of the API, and what watches over the server: /health, /metrics."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from localsteer import __version__
+
+from .errors import ApiError, Json
+from .models import State
+
+router = APIRouter()
+TYPES = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+# nothing from elsewhere is loaded, nothing inline is run, and no other site can frame the page
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+FILES = ("index.html", "page.css", "page.js", "docs.html", "docs.js")
+
+
+def _file(name: str) -> Response:
+    if name not in FILES:
+        raise ApiError(f"there is no page {name!r:.80}.", status=404)
+    data = files("localsteer.server").joinpath("page", name).read_bytes()
+    return Response(data, media_type=TYPES[name.rpartition(".")[2]], headers=HEADERS)
+
+
+@router.get("/", include_in_schema=False)
+async def index() -> Response:
+    return _file("index.html")
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs() -> Response:
+    return _file("docs.html")
+
+
+@router.get("/page/{name}", include_in_schema=False)
+async def page(name: str) -> Response:
+    return _file(name)
+
+
+@router.get("/health", tags=["Server"], summary="Whether it is ready, and what its models are doing")
+async def health(request: Request) -> Response:
+    state: State = request.app.state.localsteer
+    counts = {name: served.scheduler.counts for name, served in state.models.items()}
+    return Json({"status": "ok", "version": __version__, "models": counts})
+
+
+@router.get("/metrics", tags=["Server"], summary="Figures for Prometheus")
+async def metrics(request: Request) -> Response:
+    state: State = request.app.state.localsteer
+    return Response(state.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@router.get("/v1/models", tags=["OpenAI"], summary="Models, and each with each vector that fits it")
+async def models(request: Request) -> Response:
+    state: State = request.app.state.localsteer
+    return Json({"object": "list", "data": state.listed()})
+
+
+@router.get("/v1/models/{name:path}", tags=["OpenAI"], summary="One of them")
+async def model(name: str, request: Request) -> Response:
+    state: State = request.app.state.localsteer
+    served, vectors = state.served(name)
+    return Json(state._entry(name, served.name, None) | {"steering": vectors})

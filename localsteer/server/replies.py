@@ -1,0 +1,180 @@
+"""From a request to tickets, and what a client that hangs up does to them: they are cancelled at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from localsteer.generate import Chunk, Sampling
+
+from .errors import ApiError, api_error
+
+if TYPE_CHECKING:
+    from localsteer.scheduler import Ticket
+    from localsteer.vector import ControlVector
+
+    from .models import Served, State
+    from .schemas import SamplingFields
+
+Result = TypeVar("Result")
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked of the scheduler. prompts: rendered texts, or token ids; n replies to each."""
+
+    served: Served
+    prompts: Sequence[str | Sequence[int]]
+    steer: tuple[ControlVector, ...]
+    samplings: Sequence[Sampling]  # one for each of the n replies
+    max_tokens: int | None
+    stop: Sequence[str] = ()
+    n_top: int | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """The replies of one request under way: those to the first prompt, then those to the second, ..."""
+
+    state: State
+    order: Order
+    tickets: list[Ticket] = field(default_factory=list)
+    ended: bool = False
+
+    def end(self) -> None:
+        """Cancel what still runs, and count the tokens. A second call does nothing."""
+        if self.ended:
+            return
+        self.ended = True
+        name, metrics = self.order.served.name, self.state.metrics
+        for ticket in self.tickets:
+            reason = ticket.finish_reason or "cancelled"
+            ticket.cancel()
+            metrics.choices.labels(name, reason).inc()
+            metrics.tokens.labels(name, "reply").inc(len(ticket.tokens))
+            metrics.tokens.labels(name, "prompt").inc(ticket.prompt_tokens)
+            metrics.tokens.labels(name, "cached").inc(ticket.cached_tokens)
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """A prompt with several replies counts once."""
+        n = len(self.order.samplings)
+        prompts = [ticket.prompt_tokens for ticket in self.tickets[::n]]
+        cached = [ticket.cached_tokens for ticket in self.tickets[::n]]
+        reply = sum(len(ticket.tokens) for ticket in self.tickets)
+        return {
+            "prompt_tokens": sum(prompts),
+            "completion_tokens": reply,
+            "total_tokens": sum(prompts) + reply,
+            "prompt_tokens_details": {"cached_tokens": sum(cached)},
+        }
+
+    async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
+        """(index of the choice, chunk) as they come, to the end of the last choice. Raises ApiError."""
+        events: asyncio.Queue[tuple[int, Chunk | Exception]] = asyncio.Queue()
+
+        async def pump(i: int, ticket: Ticket) -> None:
+            try:
+                async for chunk in ticket:
+                    events.put_nowait((i, chunk))
+            except Exception as error:
+                events.put_nowait((i, error))
+
+        pumps = [asyncio.create_task(pump(i, ticket)) for i, ticket in enumerate(self.tickets)]
+        try:
+            left = len(pumps)
+            while left:
+                i, event = await events.get()
+                if isinstance(event, Exception):
+                    raise api_error(event)
+                if event.finish_reason == "cancelled":
+                    raise ApiError("the server is closing: the reply was cut.", status=503, code="closing")
+                if event.finish_reason and event.timings:
+                    name = self.order.served.name
+                    self.state.metrics.first_token.labels(name).observe(event.timings.first_token_seconds)
+                left -= bool(event.finish_reason)
+                yield i, event
+        finally:
+            for task in pumps:
+                task.cancel()
+
+
+async def begin(state: State, order: Order) -> Job:
+    """Hand everything to the scheduler; all of it or nothing. Raises ApiError."""
+    job = Job(state, order)
+    try:
+        await run_in_threadpool(_submit, job)
+    except BaseException:
+        job.end()
+        raise
+    return job
+
+
+def _submit(job: Job) -> None:
+    order = job.order
+    for prompt in order.prompts:
+        given: dict[str, Any] = {"raw": True} if isinstance(prompt, str) else {"tokens": prompt}
+        for sampling in order.samplings:
+            try:
+                ticket = order.served.scheduler.submit(
+                    prompt if isinstance(prompt, str) else "",
+                    steer=order.steer,
+                    max_tokens=order.max_tokens,
+                    sampling=sampling,
+                    stop=order.stop,
+                    n_top=order.n_top,
+                    **given,
+                )
+            except Exception as error:
+                raise api_error(error) from None
+            job.tickets.append(ticket)
+
+
+def samplings(request: SamplingFields, grammar: str | None = None) -> list[Sampling]:
+    """One for each choice; with a seed each has its own, or all would be equal."""
+    names = {
+        "temp": request.temperature,
+        "top_k": request.top_k,
+        "top_p": request.top_p,
+        "min_p": request.min_p,
+        "repeat_penalty": request.repeat_penalty,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "grammar": grammar,
+    }
+    given = {name: value for name, value in names.items() if value is not None}
+    seeds = [None if request.seed is None else (request.seed + i) % 2**32 for i in range(request.n or 1)]
+    return [Sampling(**given, seed=seed) for seed in seeds]
+
+
+# -- clients that hang up -----------------------------------------------------------------------------------
+
+
+async def until_gone(request: Request) -> None:
+    """Return when the client has hung up; the request's body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """The result of `work`, or ClientGone as soon as the client hangs up."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(until_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)

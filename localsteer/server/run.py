@@ -1,0 +1,110 @@
+"""uvicorn around an application: signals, grace, and an address that is known once it listens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+from localsteer.errors import LocalsteerError
+
+from .app import state_of
+
+MAX_CONNECTIONS = 512
+CLOSING_SECONDS = 5.0  # for the last events of cancelled replies to be read
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: uvicorn would send them to the process again at the end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Running:
+    """One server. `serve` runs until `stop`, or a signal where it may take them."""
+
+    def __init__(self, application: Any, host: str, port: int, grace: float = 10.0) -> None:
+        self.state = state_of(application)
+        self.grace = grace
+        self.socket = _bound(host, port)
+        self.address = self.socket.getsockname()[:2]
+        self.signal: int | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._server = _Server(
+            uvicorn.Config(
+                application,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                ws="none",
+                lifespan="on",
+                limit_concurrency=MAX_CONNECTIONS,
+                timeout_graceful_shutdown=int(grace + CLOSING_SECONDS + 1),
+            )
+        )
+
+    @property
+    def url(self) -> str:
+        host, port = self.address
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def serve(self, *, on_ready: Callable[[], None] | None = None, signals: bool = True) -> int | None:
+        """Returns the signal that ended it, None for `stop`."""
+        asyncio.run(self._serve(on_ready, signals))
+        return self.signal
+
+    def stop(self) -> None:
+        """From any thread: no new requests; those under way have the grace to finish."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end, None)
+
+    async def _serve(self, on_ready: Callable[[], None] | None, signals: bool) -> None:
+        self._loop = asyncio.get_running_loop()
+        if signals:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._loop.add_signal_handler(number, self._end, number)
+        ready = asyncio.create_task(self._tell(on_ready))
+        try:
+            await self._server.serve(sockets=[self.socket])
+        finally:
+            ready.cancel()
+            self.socket.close()
+
+    async def _tell(self, on_ready: Callable[[], None] | None) -> None:
+        while not self._server.started:
+            await asyncio.sleep(0.01)
+        if on_ready:
+            on_ready()
+
+    def _end(self, number: int | None) -> None:
+        """The first time gently; the second at once."""
+        again = self._server.should_exit
+        self.signal = self.signal or number
+        self._server.should_exit = True
+        grace = 0.0 if again else self.grace
+        for served in self.state.models.values():
+            threading.Thread(target=served.scheduler.close, args=(grace,), daemon=True).start()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Bound and listening here, so that a port that is taken is an error before anything is loaded."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, proto)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LocalsteerError(
+            f"can't listen on {host} port {port} ({why}): choose others with --host and --port."
+        ) from None
+    return made

@@ -1,0 +1,308 @@
+"""What a request may hold, as pydantic checks it and /openapi.json describes it.
+
+Fields that are not named here are let through and ignored: clients send many of their own (`metadata`,
+`session_id`, `user`, ...). Inside `steering`, where a misspelt setting would change nothing silently, they
+are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from . import limits
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=limits.MAX_TEXT)]
+StopText = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_TEXT)]
+Name = Annotated[str, Field(min_length=1, max_length=limits.MAX_NAME)]
+Block = Annotated[int, Field(ge=0, le=100_000)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+MostTokens = Annotated[int, Field(ge=-2, le=limits.MAX_TOKENS)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class SteeringItem(BaseModel):
+    """One vector of the folder, with settings in the place of the file's own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Name
+    strength: Annotated[Finite, Field(ge=-limits.MAX_STRENGTH, le=limits.MAX_STRENGTH)] | None = None
+    layer: Block | Annotated[list[Block], Field(min_length=1, max_length=1000)] | None = None
+    positions: Literal["all", "prompt", "last", "generation"] | None = None
+    mode: Literal["project", "add", "ablate"] | None = None
+    one_sided: bool | None = None
+    cap: Annotated[Finite, Field(gt=0)] | None = None
+
+
+class EnsureSteering(BaseModel):
+    """Steer only where the plain reply does not follow: the names of instructions with a verifier."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ensure: Annotated[list[Name], Field(min_length=1, max_length=limits.MAX_VECTORS)]
+
+
+Items = Annotated[list[SteeringItem | Name], Field(max_length=limits.MAX_VECTORS)]
+
+
+def as_items(given: Sequence[SteeringItem | str]) -> list[SteeringItem]:
+    """A bare name stands for the vector as its file has it."""
+    return [SteeringItem(name=each) if isinstance(each, str) else each for each in given]
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+
+
+class SamplingFields(_Body):
+    """What chat and completions have in common."""
+
+    model: Annotated[str, Field(max_length=limits.MAX_MODEL_NAME)] | None = Field(
+        None, description="MODEL, or MODEL+json+lowercase to steer; the first model served by default."
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: MostTokens | None = Field(None, description="-1 and -2: until the context is full.")
+    temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
+    repeat_penalty: Annotated[Finite, Field(gt=0, le=10)] | None = None
+    seed: Seed | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=limits.MAX_STOP)] | None = None
+    n: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
+    logit_bias: dict[str, Finite] | None = None
+    steering: Items | EnsureSteering | None = None
+    ensure: Annotated[list[Name], Field(max_length=limits.MAX_VECTORS)] | None = None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _no_bias(cls, value: Any) -> None:
+        # an empty text is what front ends send for a bias that was opened and not filled in
+        if value not in (None, "", {}):
+            raise ValueError("this server has no logit_bias: leave it out")
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _without_empty(cls, value: Any) -> Any:
+        # front ends split a line at its commas: one at the end leaves an empty text
+        return [each for each in value if each != ""] if isinstance(value, list) else value
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def most_tokens(self, default: int | None) -> int | None:
+        """Of the reply. None: until the context is full, which llama.cpp's clients ask for as -1 or -2."""
+        if self.asked_tokens is None:
+            return default
+        return None if self.asked_tokens < 0 else self.asked_tokens
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def items(self) -> list[SteeringItem]:
+        if self.steering is None or isinstance(self.steering, EnsureSteering):
+            return []
+        return as_items(self.steering)
+
+    @property
+    def ensured(self) -> list[str]:
+        asked = self.steering.ensure if isinstance(self.steering, EnsureSteering) else []
+        return list(dict.fromkeys([*asked, *(self.ensure or ())]))
+
+    @property
+    def with_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ContentPart(_Body):
+    type: str
+    text: Text | None = None
+
+    @model_validator(mode="after")
+    def _text_only(self) -> ContentPart:
+        if self.type not in ("text", "input_text", "refusal") or self.text is None:
+            raise ValueError(f"only parts of type text are read here, not {self.type!r:.40}")
+        return self
+
+
+class CalledFunction(_Body):
+    name: Annotated[str, Field(max_length=256)]
+    arguments: Text | dict[str, Any] = ""
+
+
+class ToolCall(_Body):
+    id: Annotated[str, Field(max_length=256)] | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(_Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[ContentPart], Field(max_length=1000)] | None = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=limits.MAX_TOOLS)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+
+    @property
+    def text(self) -> str | None:
+        if isinstance(self.content, list):
+            return "".join(part.text or "" for part in self.content)
+        return self.content
+
+
+class JsonSchema(_Body):
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    name: Annotated[str, Field(max_length=256)] | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(_Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type json_schema needs json_schema: {name, schema}")
+        return self
+
+
+class Function(_Body):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(_Body):
+    type: Literal["function"]
+    function: Function
+
+
+class ChosenFunction(_Body):
+    name: Annotated[str, Field(max_length=64)]
+
+
+class ToolChoice(_Body):
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class ChatRequest(SamplingFields):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
+    max_completion_tokens: MostTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=limits.MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    functions: Any = None
+    continue_final_message: bool | None = Field(
+        None, description="Go on with the last message, the assistant's: the reply is what follows it."
+    )
+
+    @field_validator("functions")
+    @classmethod
+    def _no_functions(cls, value: Any) -> None:
+        if value:
+            raise ValueError("functions are out of use: send tools")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.continue_final_message and not self._can_continue:
+            raise ValueError(
+                "continue_final_message: the last message must be a text of the assistant's, after others"
+            )
+        return self
+
+    @property
+    def _can_continue(self) -> bool:
+        last = self.messages[-1]
+        is_text = last.text is not None and not last.tool_calls
+        return len(self.messages) > 1 and last.role == "assistant" and is_text
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def n_top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=limits.MAX_TEXT)]
+
+
+class CompletionRequest(SamplingFields):
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=limits.MAX_PROMPTS)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=limits.MAX_PROMPTS)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
+    suffix: str | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> CompletionRequest:
+        if self.suffix:
+            raise ValueError("suffix: this server continues texts and fills none in: leave it out")
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError("best_of: every choice is returned: leave it out, or make it equal to n")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo and logprobs exclude each other: the prompt has no log-probabilities here")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class EmbeddingRequest(_Body):
+    model: Annotated[str, Field(max_length=limits.MAX_MODEL_NAME)] | None = None
+    input: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=limits.MAX_INPUTS)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=limits.MAX_INPUTS)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        if isinstance(self.input, str) or isinstance(self.input[0], int):
+            return [self.input]
+        return list(self.input)
+
+
+class TraceRequest(_Body):
+    """A prompt, the steering to look at, and a reply in the place of the model's own."""
+
+    model: Annotated[str, Field(max_length=limits.MAX_MODEL_NAME)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
+    steering: Items = []
+    reply: Text | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=limits.MAX_TRACE_TOKENS)] = 64

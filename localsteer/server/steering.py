@@ -1,0 +1,243 @@
+"""The folder of vectors, by name, while the server runs: read, added to, reloaded, removed from.
+
+A request takes its vectors out at its start, as objects that never change: what happens to the folder later
+is nothing to it. A name is looked up in memory and never becomes a path, so it can't lead out of the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localsteer.cache import atomic_path
+from localsteer.errors import LocalsteerError, PlanError
+from localsteer.vector import ControlVector
+
+from .errors import ApiError, shown
+from .limits import Limits
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+
+    from .schemas import SteeringItem
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # no plus: it joins names in MODEL+json+lowercase
+SUFFIX = ".gguf"
+
+logger = logging.getLogger("localsteer")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file. misfits: {model: why it can't be steered by this one}; error: why the file can't be read."""
+
+    name: str
+    sha256: str
+    size: int
+    vector: ControlVector | None = None
+    error: str | None = None
+    misfits: Mapping[str, str] = field(default_factory=dict)
+    stamp: tuple[int, int, int] = (0, 0, 0)
+
+    def fits(self, model: str) -> bool:
+        return self.vector is not None and model not in self.misfits
+
+
+class VectorFolder:
+    """folder: None = there is none, and no upload is taken. engines: of the models served, by name."""
+
+    def __init__(self, folder: Path | None, engines: Mapping[str, Engine], limits: Limits) -> None:
+        self.folder, self.engines, self.limits = folder, engines, limits
+        self._lock = threading.Lock()  # held by who writes; readers take `entries` as it is
+        self.entries: Mapping[str, Entry] = {}
+        self.reload()
+
+    # -- what is there ------------------------------------------------------------------------------
+
+    def of_model(self, model: str) -> list[str]:
+        """Names of the vectors that this model can be steered by."""
+        return [entry.name for entry in self.entries.values() if entry.fits(model)]
+
+    def vector(self, name: str, model: str, param: str) -> ControlVector:
+        """Raises ApiError, which names the vectors there are."""
+        entry = self.entries.get(name)
+        if entry is None:
+            known = ", ".join(self.of_model(model)) or "there is none"
+            raise ApiError(
+                f"{param}: there is no vector {shown(name)}: choose one of {known}.",
+                param=param,
+                code="unknown_vector",
+            )
+        why = entry.error or entry.misfits.get(model)
+        if why:
+            raise ApiError(f"{param}: {name} can't steer {model}: {why}", param=param, code="unfit_vector")
+        return entry.vector
+
+    def chosen(
+        self, model: str, names: Sequence[str], items: Sequence[SteeringItem]
+    ) -> dict[str, ControlVector]:
+        """Vectors of the model's name and of the field `steering`; the field wins where both name one."""
+        found = {name: self.vector(name, model, "model") for name in names}
+        for i, item in enumerate(items):
+            param = f"steering.{i}"
+            settings = item.model_dump(exclude={"name"}, exclude_none=True)
+            try:
+                found[item.name] = self.vector(item.name, model, f"{param}.name").at(**settings)
+            except PlanError as error:
+                raise ApiError(f"{param}: {error}", param=param) from None
+        return found
+
+    # -- what changes it ----------------------------------------------------------------------------
+
+    def reload(self) -> list[Entry]:
+        """Read what is new or changed, forget what is gone. Raises LocalsteerError for a missing folder."""
+        if self.folder is None:
+            return []
+        with self._lock:
+            found: dict[str, Entry] = {}
+            for path in self._files():
+                before = self.entries.get(path.stem)
+                entry = before if before and before.stamp == _stamp(path) else self._read(path)
+                found[entry.name] = entry
+            self.entries = found
+        return list(found.values())
+
+    def add(self, name: str, data: bytes, *, replace: bool) -> Entry:
+        """Write DIR/name.gguf in one step, once it has been read well and fits a model. Raises ApiError."""
+        folder = self._writable(name)
+        with self._lock:
+            if name in self.entries and not replace:
+                raise ApiError(
+                    f"name: there is a vector {name!r} already: send replace=true to put this in its place.",
+                    status=409, param="name", code="exists",
+                )  # fmt: skip
+            if name not in self.entries and len(self.entries) >= self.limits.max_files:
+                raise ApiError(f"the folder holds {len(self.entries)} vectors already: remove some.")
+            with atomic_path(folder / f"{name}{SUFFIX}") as temporary:
+                temporary.write_bytes(data)
+                entry = self._read(temporary, name)
+                self._check(entry)
+            entry = self._read(folder / f"{name}{SUFFIX}")
+            self.entries = dict(sorted({**self.entries, name: entry}.items()))
+        return entry
+
+    def remove(self, name: str) -> Entry:
+        """Delete a vector's file. Raises ApiError for a name that is not there."""
+        with self._lock:
+            entry = self.entries.get(name)
+            if entry is None or self.folder is None:
+                raise ApiError(f"name: there is no vector {shown(name)}.", status=404, param="name")
+            (self.folder / f"{name}{SUFFIX}").unlink(missing_ok=True)
+            self.entries = {key: each for key, each in self.entries.items() if key != name}
+        return entry
+
+    def _writable(self, name: str) -> Path:
+        if self.folder is None:
+            raise ApiError("this server has no folder of vectors: start it with --vectors DIR.", status=409)
+        if not NAME.fullmatch(name):
+            raise ApiError(
+                f"name: must be letters, digits, dots, dashes and underscores, not {shown(name)}.",
+                param="name",
+            )
+        return self.folder
+
+    def _check(self, entry: Entry) -> None:
+        if entry.error:
+            raise ApiError(f"the upload is refused: {entry.error}", code="invalid_vector")
+        if len(entry.misfits) == len(self.engines):
+            why = next(iter(entry.misfits.values()))
+            raise ApiError(f"the upload is refused, no model here can use it: {why}", code="invalid_vector")
+
+    # -- files --------------------------------------------------------------------------------------
+
+    def _files(self) -> list[Path]:
+        assert self.folder is not None
+        try:
+            found = sorted(path for path in self.folder.iterdir() if path.suffix == SUFFIX)
+        except OSError as error:
+            raise LocalsteerError(
+                f"the folder of vectors {self.folder} can't be read: {error.strerror or error}."
+            ) from None
+        for path in found:
+            if not NAME.fullmatch(path.stem):
+                logger.warning("%s is left out: a vector's name has no %r.", path.name, _odd(path.stem))
+        return [path for path in found if NAME.fullmatch(path.stem)][: self.limits.max_files]
+
+    def _read(self, path: Path, name: str | None = None) -> Entry:
+        """An entry in any case: a file that can't be read is listed with the reason."""
+        shown_as = f"{name or path.stem}{SUFFIX}"
+        try:
+            stamp = _stamp(path)
+            if stamp[0] > self.limits.max_upload:
+                raise LocalsteerError(f"{path} has {stamp[0]} bytes: too large for a vector.")
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            vector = ControlVector.load(path)
+        except (OSError, LocalsteerError) as error:
+            why = str(error).replace(str(path), shown_as)
+            return Entry(name or path.stem, "", 0, error=why)
+        return Entry(name or path.stem, digest, stamp[0], vector, misfits=self._misfits(vector), stamp=stamp)
+
+    def _misfits(self, vector: ControlVector) -> dict[str, str]:
+        found = {}
+        for model, engine in self.engines.items():
+            try:
+                engine.plan(vector)
+            except LocalsteerError as error:
+                found[model] = str(error)
+        return found
+
+
+def document(entry: Entry, models: Sequence[str]) -> dict[str, Any]:
+    """What GET /v1/steering says of one vector: settings, and the figures that tuning left in the file."""
+    made: dict[str, Any] = {"object": "steering.vector", "name": entry.name}
+    if entry.vector is None:
+        return made | {"models": [], "error": entry.error}
+    vector = entry.vector
+    provenance = vector.provenance
+    return made | {
+        "models": [model for model in models if entry.fits(model)],
+        "misfits": dict(entry.misfits),
+        "settings": {
+            "layer": list(vector.layers),
+            "mode": vector.mode,
+            "positions": vector.positions,
+            "strength": vector.strength,
+            "one_sided": vector.one_sided,
+            "cap": vector.cap,
+        },
+        "instruction": plain(provenance.get("instruction_id")),
+        "text": plain((provenance.get("phrasings") or [None])[0]),
+        "can_ensure": bool(provenance.get("verifier")),
+        "validation": plain(provenance.get("validation")),
+        "n_layer": vector.n_layer,
+        "n_embd": vector.n_embd,
+        "sha256": entry.sha256,
+        "bytes": entry.size,
+    }
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold; a file's provenance is anybody's."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def _odd(name: str) -> str:
+    return next((each for each in name if not re.match(r"[A-Za-z0-9._-]", each)), name[:1])

@@ -1,0 +1,221 @@
+"""Tool calls: what the template shows of tools, and what in a reply is a call of one.
+
+Templates teach models several ways to write a call; these are read:
+
+    <tool_call>{"name": ..., "arguments": {...}}</tool_call>          Hermes, Qwen, Granite
+    <function=NAME>{...}</function>, <parameter=KEY>VALUE</parameter>  Llama 3.1 functions, Qwen coder
+    [TOOL_CALLS] [{"name": ..., "arguments": {...}}]                   Mistral
+    {"name": ..., "parameters": {...}}, alone or in a list             Llama 3.x
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import ApiError, shown
+from .formats import grammar_of_schema
+from .schemas import ChatMessage, ChatRequest, Tool, ToolChoice
+
+if TYPE_CHECKING:
+    from .models import Served
+
+MARKS = ("<tool_call>", "<function=", "[TOOL_CALLS]", "<|python_tag|>")
+_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
+_FUNCTION = re.compile(r"<function=([\w.-]+)>\s*(.*?)\s*(?:</function>|$)", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([\w.-]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Call:
+    name: str
+    arguments: str  # JSON, as OpenAI's clients expect it
+
+    def document(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+# -- into the prompt ----------------------------------------------------------------------------------------
+
+
+def offered(body: ChatRequest, served: Served) -> list[Tool]:
+    """The tools that this reply may call. Raises ApiError for a choice that does not go with them.
+
+    Front ends offer tools with every message, whatever the model. One whose template shows none never hears
+    of them and answers in words, which `auto` allows; a call that must be made is refused.
+    """
+    tools, choice = list(body.tools or ()), body.tool_choice
+    if choice not in (None, "none", "auto") and not tools:
+        raise ApiError("tool_choice: needs tools: send them too.", param="tool_choice")
+    if choice == "none":
+        return []
+    if isinstance(choice, ToolChoice):
+        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+        if not tools:
+            raise ApiError(
+                f"tool_choice: there is no tool {shown(choice.function.name)} among tools.",
+                param="tool_choice",
+            )
+    if not tools or served.engine.template.takes_tools:
+        return tools
+    if choice not in (None, "auto"):
+        raise ApiError(
+            f"tools: the chat template of {served.name} has none: leave them out, or serve another model.",
+            param="tools", code="tools_unsupported",
+        )  # fmt: skip
+    served.engine.notice(f"{served.name} has a chat template without tools: those of requests are left out.")
+    return []
+
+
+def forced_grammar(body: ChatRequest, tools: Sequence[Tool]) -> str | None:
+    """For tool_choice `required` or a function's name: a grammar that allows nothing but one call."""
+    if not tools or body.tool_choice in (None, "auto"):
+        return None
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool.function.name},
+                "arguments": tool.function.parameters or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+        }
+        for tool in tools
+    ]
+    return grammar_of_schema(calls[0] if len(calls) == 1 else {"anyOf": calls}, "tools")
+
+
+def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    return [tool.model_dump(exclude_none=True) for tool in tools]
+
+
+def template_message(message: ChatMessage) -> dict[str, Any]:
+    """As chat templates read them; an OpenAI client's `developer` is everybody else's `system`."""
+    role = "system" if message.role == "developer" else message.role
+    made: dict[str, Any] = {"role": role, "content": message.text}
+    if message.tool_calls:
+        made["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _loaded(call.function.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+        made["content"] = message.text or ""
+    if message.role == "tool":
+        # templates ask whether there is a name, and would write None as one
+        given = {"tool_call_id": message.tool_call_id, "name": message.name}
+        made |= {key: value for key, value in given.items() if value is not None}
+    return made
+
+
+def _loaded(arguments: str | dict[str, Any]) -> Any:
+    # templates write them with tojson: a text would be quoted twice
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
+
+
+# -- out of the reply ---------------------------------------------------------------------------------------
+
+
+def parse(text: str, tools: Sequence[Tool]) -> tuple[str, list[Call]]:
+    """The text beside the calls, and the calls; what calls no tool that was offered stays text."""
+    names = {tool.function.name for tool in tools}
+    if "<tool_call>" in text:
+        calls = [call for body in _TAGGED.findall(text) for call in _calls_in(body)]
+        rest = _TAGGED.sub("", text)
+    elif "<function=" in text:
+        calls, rest = _functions(text), _FUNCTION.sub("", text)
+    else:
+        for mark in MARKS:
+            text = text.replace(mark, "", 1) if text.lstrip().startswith(mark) else text
+        calls, rest = _json_calls(text), ""
+    if not calls or any(call.name not in names for call in calls):
+        return text, []
+    return rest.strip(), calls
+
+
+def _calls_in(body: str) -> list[Call]:
+    return _functions(body) or _json_calls(body)
+
+
+def _functions(text: str) -> list[Call]:
+    return [Call(name, _arguments(body)) for name, body in _FUNCTION.findall(text)]
+
+
+def _arguments(body: str) -> str:
+    found = _PARAMETER.findall(body)
+    if not found:
+        return body if _is_json(body) else "{}"
+    return json.dumps({key: _loaded(value) for key, value in found}, ensure_ascii=False)
+
+
+def _json_calls(text: str) -> list[Call]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    calls = []
+    for each in found if isinstance(found, list) else [found]:
+        if not isinstance(each, dict) or not isinstance(each.get("name"), str):
+            return []
+        given = each.get("arguments", each.get("parameters"))
+        if not isinstance(given, (dict, str)):
+            return []
+        calls.append(Call(each["name"], given if isinstance(given, str) else json.dumps(given)))
+    return calls
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+class CallHold:
+    """Lets a streamed reply's text through as long as no call can have begun in it; keeps the rest."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._calling = False
+        self._begun = False
+
+    def push(self, text: str) -> str:
+        """What is certain to be text."""
+        self._held += text
+        if self._calling:
+            return ""
+        start = self._held.lstrip()
+        if not self._begun and (not start or start[0] in "{["):
+            self._calling = bool(start)
+            return ""
+        self._begun = True
+        cut = min((at for at in map(self._held.find, MARKS) if at >= 0), default=-1)
+        self._calling = cut >= 0
+        if cut < 0:
+            cut = len(self._held) - _possible_mark(self._held)
+        ready, self._held = self._held[:cut], self._held[cut:]
+        return ready
+
+    def rest(self) -> str:
+        """At the end of the reply."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _possible_mark(text: str) -> int:
+    """Length of the longest end of the text that begins a mark."""
+    for n in range(min(max(map(len, MARKS)) - 1, len(text)), 0, -1):
+        if any(mark.startswith(text[-n:]) for mark in MARKS):
+            return n
+    return 0

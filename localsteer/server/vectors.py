@@ -1,0 +1,114 @@
+"""/v1/steering: the vectors that requests may name, and what they do to each token."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Query, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from localsteer.errors import LocalsteerError
+
+from .errors import ApiError, Json, api_error
+from .models import State
+from .schemas import TraceRequest, as_items
+from .steering import document, plain
+from .tools import template_message
+
+router = APIRouter(tags=["Steering"])
+VectorName = Annotated[str, Query(description="Its name: the file in DIR without .gguf.", max_length=128)]
+
+
+def _state(request: Request) -> State:
+    return request.app.state.localsteer
+
+
+def _list(state: State) -> Json:
+    entries = [document(entry, list(state.models)) for entry in state.vectors.entries.values()]
+    return Json({"object": "list", "data": entries})
+
+
+@router.get("/v1/steering", summary="List vectors, their settings and validation figures")
+async def list_vectors(request: Request) -> Response:
+    return _list(_state(request))
+
+
+@router.get("/v1/steering/{name}", summary="One vector")
+async def one_vector(name: str, request: Request) -> Response:
+    state = _state(request)
+    entry = state.vectors.entries.get(name)
+    if entry is None:
+        raise ApiError(f"name: there is no vector {name!r:.80}.", status=404, param="name")
+    return Json(document(entry, list(state.models)))
+
+
+@router.post(
+    "/v1/steering",
+    summary="Add a vector: the file is the body",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        }
+    },
+)
+async def add_vector(name: VectorName, request: Request, replace: bool = False) -> Response:
+    """A control-vector GGUF that fits a model served here; `replace` lets it take another's place."""
+    state = _state(request)
+    data = await request.body()
+    entry = await run_in_threadpool(state.vectors.add, name, data, replace=replace)
+    return Json(document(entry, list(state.models)), 201)
+
+
+@router.post("/v1/steering/reload", summary="Read the folder again")
+async def reload_vectors(request: Request) -> Response:
+    state = _state(request)
+    await run_in_threadpool(state.vectors.reload)
+    return _list(state)
+
+
+@router.delete("/v1/steering/{name}", summary="Remove a vector and its file")
+async def remove_vector(name: str, request: Request) -> Response:
+    state = _state(request)
+    await run_in_threadpool(state.vectors.remove, name)
+    return Json({"object": "steering.vector.deleted", "name": name, "deleted": True})
+
+
+@router.post("/v1/steering/trace", summary="What steering does to each token of a prompt and its reply")
+async def trace(body: TraceRequest, request: Request) -> Response:
+    """Lends the engine: replies of this model stop meanwhile, and go on after."""
+    state = _state(request)
+    served, vectors = state.steering(body.model, as_items(body.steering))
+    if not vectors:
+        raise ApiError("steering: a trace needs at least one vector.", param="steering")
+    messages = [template_message(message) for message in body.messages]
+
+    def run() -> dict[str, Any]:
+        from localsteer.trace import trace as trace_reply
+
+        with served.scheduler.paused() as engine:
+            try:
+                made = trace_reply(
+                    engine,
+                    messages,
+                    list(vectors.values()),
+                    reply=body.reply or None,
+                    max_tokens=body.max_tokens,
+                )
+            except LocalsteerError as error:
+                raise api_error(error) from None
+        shares = [_numbers(line.share(line.after)) for line in made.lines]
+        plains = [_numbers(line.share(line.plain)) for line in made.lines]
+        found = made.to_dict()
+        for line, share, before in zip(found["lines"], shares, plains, strict=True):
+            line |= {"share": share, "plain_share": before}
+        return plain(found) | {"model": body.model or served.name}
+
+    async with state.tracing:
+        return Json(await run_in_threadpool(run))
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]
