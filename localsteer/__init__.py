@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .generate import Chunk as Chunk
     from .generate import Reply as Reply
     from .generate import Sampling as Sampling
+    from .llama import SteeredLlama as SteeredLlama
     from .plan import Plan as Plan
     from .plan import PositionClass as PositionClass
     from .templates import ChatTemplate as ChatTemplate
@@ -32,6 +33,7 @@ _HOMES = {
     "Plan": "plan",
     "PositionClass": "plan",
     "Engine": "engine",
+    "SteeredLlama": "llama",
     "Sampling": "generate",
     "Reply": "generate",
     "Chunk": "generate",
@@ -45,9 +47,9 @@ _HOMES = {
     "UnsupportedModelError": "errors",
     "CatalogError": "errors",
 }
-# `localsteer.extract` is the package: a function of that name here would vanish whenever the package is
-# imported first, because the import system sets the attribute too. Call localsteer.extract.extract(...).
-_MODULES = ("errors", "extract")
+# `ensure`, `extract` and `trace` are modules: a function of that name here would vanish whenever the module
+# is imported first, because the import system sets the attribute too. Call localsteer.extract.extract(...).
+_MODULES = ("ensure", "errors", "extract", "trace")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

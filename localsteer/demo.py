@@ -88,7 +88,8 @@ def run_demo(
 
 def _chosen(catalog: Catalog, ids: Sequence[str] | None) -> list[Instruction]:
     if ids is None:
-        ids = [each.id for each in catalog.instructions.values() if each.group in GROUPS]
+        # without a verifier there is nothing to show
+        ids = [each.id for each in catalog.instructions.values() if each.group in GROUPS and each.verifier]
     found = [catalog.get(each) for each in dict.fromkeys(ids)]
     if not found:
         raise LocalsteerError("no instruction is named: leave --instructions out for all of them.")

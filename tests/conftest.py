@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,11 @@ from tiny_models import ARCHITECTURES, TinyModel, write_tiny  # noqa: E402
 
 # Tokenizers are used from forked helpers in some tests; their thread pool warns about it otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# A shell that starts a job in the background lets it ignore Ctrl-C, and what the job starts inherits that.
+# Children of a process with a handler of its own get the default back.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
 
 import numpy as np
 import pytest
-from cli_runs import invoke, program, write_vector
+from cli_runs import command_line, invoke, program, write_vector
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +48,12 @@ def refused(*args, input=""):
         (["run", "--slot", "n", "Hi"], "'n' is not NAME=VALUE"),
         (["run", "Tell", "me"], "unexpected extra argument"),
         (["run", "--compare", "Hi"], "--compare needs"),
+        (["run", "--strength", "0.5", "Hi"], "--strength needs something to steer by"),
+        (["run", "--layer", "3", "Hi"], "--layer needs something to steer by"),
+        (["run", "--ridge", "0.1", "Hi"], "--ridge needs something to steer by"),
+        (["run", "--slot", "n=5", "-s", "json.gguf", "Hi"], "--slot needs --instruction"),
+        (["run", "--pairs", "5", "Hi"], "--pairs needs --instruction"),
+        (["run", "--tries", "4", "Hi"], "--tries needs --ensure"),
         (["run", "--raw", "--system", "Be brief.", "Hi"], "--raw"),
         (["run", "--top-p", "1.5", "Hi"], "top_p must be 0 to 1, not 1.5"),
         (["run", "--temp", "nan", "Hi"], "temp must be a finite number"),
@@ -97,11 +106,24 @@ def test_a_truncated_model(folder, tiny_llama):
 
 def test_a_folder_as_a_model(tiny_llama):
     assert "is a folder: give a GGUF file" in refused("run", "-m", tiny_llama.hf_dir, "Hi")
+    assert "no model is named" in refused("run", "-m", "", "Hi")
 
 
 def test_a_vector_as_a_model(folder):
     write_vector(folder / "vector.gguf")
-    assert "vector.gguf" in refused("run", "-m", "vector.gguf", "Hi")
+    assert "vector.gguf is a control vector" in refused("run", "-m", "vector.gguf", "Hi")
+
+
+def test_more_threads_than_ggml_is_made_for(model):
+    assert "1 to 512, not 100000" in refused("run", "-m", model, "-t", "100000", "Hi")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_in_the_place_of_a_file(folder, model):
+    os.mkfifo(folder / "pipe.gguf")
+    assert "pipe.gguf is a pipe" in refused("run", "-m", "pipe.gguf", "Hi")
+    assert "pipe.gguf is a pipe" in refused("run", "-m", model, "-s", "pipe.gguf", "Hi")
+    assert "pipe.gguf is a pipe" in refused("inspect", "pipe.gguf")
 
 
 def test_a_context_that_the_model_does_not_have(model):
@@ -127,6 +149,12 @@ def test_an_empty_stop_text(model):
 
 def test_a_broken_grammar(model):
     assert "grammar can't be parsed" in refused("run", "-m", model, "--grammar", "root ::= (", "Hi")
+    assert "grammar can't be parsed: it is empty" in refused("run", "-m", model, "--grammar", " ", "Hi")
+
+
+def test_penalties_that_leave_no_token_are_no_grammar(model):
+    done = invoke("run", "-m", model, "-n", "9", "--repeat-penalty", "1e-40", "Hi")
+    assert (done.status, done.err) == (2, "localsteer: the penalties leave no token.\n")
 
 
 # --- vectors -----------------------------------------------------------------------------------------------
@@ -188,6 +216,12 @@ def test_a_strength_that_is_no_number(folder, model):
     write_vector(folder / "v.gguf")
     assert "'much' is not a strength" in refused("run", "-m", model, "-s", "v.gguf:much", "Hi")
     assert "finite" in refused("run", "-m", model, "-s", "v.gguf", "--strength", "nan", "Hi")
+
+
+def test_a_strength_beyond_every_number(folder, model):
+    write_vector(folder / "json.gguf")
+    said = refused("run", "-m", model, "-s", "json.gguf:1e300", "--mode", "add", "Hi")
+    assert "json:1e+300 adds more than a state can hold" in said
 
 
 def test_an_import_can_not_project(folder, model):
@@ -273,3 +307,32 @@ def test_json_is_not_printed_half(model):
     assert (done.status, done.out) == (2, "")
     with pytest.raises(json.JSONDecodeError):
         json.loads(done.out)
+
+
+# --- where the answer and the cache go ----------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
+@pytest.mark.parametrize("options", [(), ("--json",), ("--no-stream",)])
+def test_no_room_for_the_answer(model, options):
+    with open("/dev/full", "wb") as full:
+        args = command_line("run", "-m", model, "-n", "4", *options, "Hi")
+        done = subprocess.run(args, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr == b"localsteer: standard output can't be written: No space left on device.\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes the stream")
+@pytest.mark.parametrize(("closed", "status"), [(">&-", 0), ("2>&-", 0), ("<&-", 0)])
+def test_a_closed_stream_is_an_empty_one(model, closed, status):
+    line = shlex.join(command_line("run", "-m", model, "-n", "4", "Hi"))
+    done = subprocess.run(f"{line} {closed}", shell=True, capture_output=True)
+    assert (done.returncode, b"Traceback" in done.stderr) == (status, False), done.stderr
+    chat = shlex.join(command_line("chat", "-m", model))
+    assert subprocess.run(f"{chat} {closed}", shell=True, input=b"", capture_output=True).returncode == 0
+
+
+def test_a_cache_in_a_home_that_is_none(monkeypatch, model):
+    monkeypatch.setenv("LOCALSTEER_CACHE", "~nobody-of-this-name/cache")
+    assert "~nobody-of-this-name/cache has no home folder" in refused("vectors")
+    assert invoke("run", "-m", model, "-n", "2", "Hi").status == 0  # what needs no cache does not ask for it

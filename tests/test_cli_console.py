@@ -35,6 +35,19 @@ def test_notices_of_the_library_are_lines_on_stderr(capsys):
     assert said.err.startswith("localsteer: once [bold]only[/bold] word") and said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("columns", ["30", "50", "80"])
+def test_a_number_is_never_cut_off(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    console._consoles.cache_clear()
+    names = ("block", "cosine", "mean before", "mean now", "length before")
+    made = console.table(*names, "", numbers=names)
+    numbers = ["0", "0.9975", "1002.263", "-99.983", "1354.137"]
+    made.add_row(*numbers, "steered")
+    console.answer().print(made)
+    console._consoles.cache_clear()
+    assert set(numbers) <= set(capsys.readouterr().out.split())
+
+
 @pytest.fixture
 def terminal(monkeypatch):
     from rich.console import Console
@@ -60,6 +73,50 @@ def test_long_work_shows_a_bar_that_goes_away_whatever_ends_it(terminal, monkeyp
     seen = terminal.getvalue()
     assert "loading" in seen and "1/2" in seen
     assert seen.rfind("\x1b[?25h") > seen.rfind("\x1b[?25l")
+
+
+def test_the_time_left_follows_the_latest_minute():
+    pace = console.Pace()
+    assert pace.left(0) is None
+    pace.add(0.0, 0, 1000)
+    assert pace.left(0.5) is None
+    pace.add(1.0, 500, 1000)  # what a journal held
+    for second in range(2, 102):
+        pace.add(float(second), 500 + second, 1000)
+    assert pace.left(101.0) == pytest.approx(399)
+    assert pace.left(111.0) == pytest.approx(389)  # it counts down between two advances
+    assert pace.left(9999.0) == 0
+
+
+def test_pieces_that_last_longer_than_the_window_give_an_estimate_too():
+    pace = console.Pace()
+    for k in range(3):
+        pace.add(k * 10 * console.PACE_SECONDS, k, 4)
+    assert pace.left(20 * console.PACE_SECONDS) == pytest.approx(20 * console.PACE_SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.2, "1 s"),
+        (89.5, "90 s"),
+        (91, "2 min"),
+        (5339, "89 min"),
+        (5400, "1 h 30 min"),
+        (7500, "2 h 05 min"),
+    ],
+)
+def test_durations_are_as_exact_as_an_estimate_deserves(seconds, said):
+    assert console.duration(seconds) == said
+
+
+def test_a_bar_shows_the_time_left(terminal, monkeypatch):
+    monkeypatch.setattr(console, "QUIET_SECONDS", 0.01)
+    with console.progress("tuning") as advance:
+        for done in range(4):
+            advance(done, 1000)
+            time.sleep(0.1)
+    assert " left" in terminal.getvalue()
 
 
 def test_a_load_goes_on_until_ctrl_c(monkeypatch):

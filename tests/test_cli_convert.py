@@ -67,6 +67,11 @@ def test_a_folder_without_a_checkpoint(folder):
     assert "config.json" in invoke("convert", "model", folder, "-o", "model.gguf").complaint()
 
 
+def test_a_file_is_no_checkpoint(folder):
+    write_vector(folder / "v.gguf")
+    assert "give a folder" in invoke("convert", "model", "v.gguf", "-o", "model.gguf").complaint()
+
+
 def test_a_repeng_file_is_imported(folder):
     write_foreign(folder / "happy.gguf")
     assert convert("import", "happy.gguf", "--from", "repeng", "-o", "ours.gguf").out == "ours.gguf\n"
@@ -115,3 +120,10 @@ def test_a_static_export_is_the_direction_times_the_strength(folder):
 def test_block_zero_can_not_be_exported(folder):
     write_vector(folder / "v.gguf", layers=(0,))
     assert "block 0" in invoke("convert", "export", "v.gguf", "-o", "static.gguf").complaint()
+
+
+def test_an_export_does_not_replace_its_source(folder):
+    before = write_vector(folder / "v.gguf").read_bytes()
+    args = ("convert", "export", "v.gguf", "--layer", "1", "-o", folder / "v.gguf")
+    assert "is the vector itself" in invoke(*args).complaint()
+    assert (folder / "v.gguf").read_bytes() == before

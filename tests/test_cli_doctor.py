@@ -119,3 +119,10 @@ def test_a_cache_that_can_not_be_written_is_a_warning(monkeypatch, folder):
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
     done = invoke("doctor", "--json")
     assert statuses(done)["cache"] == "warn"
+
+
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_a_file_in_the_place_of_the_cache_is_a_warning(tiny_llama, folder, monkeypatch, below):
+    (folder / "file").touch()
+    monkeypatch.setenv("LOCALSTEER_CACHE", str(folder / "file" / below))
+    assert statuses(invoke("doctor", "-m", tiny_llama.gguf_path, "--json"))["cache"] == "warn"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,3 +96,35 @@ def test_without_torch_one_line_names_the_extra(monkeypatch, tiny_llama):
 def test_a_checkpoint_that_is_not_there(folder):
     (folder / "empty").mkdir()
     assert "empty" in invoke("extract", "--model", "empty", "-i", "json", "-o", "v.gguf").complaint()
+
+
+@pytest.mark.parametrize("device", ["gpu0", "cuda:99"])
+def test_a_device_that_is_not_there(tiny_llama, device):
+    args = ("extract", "--model", tiny_llama.hf_dir, "-i", "json", "-o", "v.gguf", "--device", device)
+    assert f"device '{device}' can't be used" in invoke(*args).complaint()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["-i", "json", "--layer", "99"], "layer 99 is out of range"),
+        (["-i", "json", "--strength", "nan"], "'nan' is not a finite number"),
+        (["-i", "bullets", "--slot", "n=many"], "the verifier of 'bullets:many'"),
+        (["-i", "shout", "--catalog", "own.toml"], "the verifier of 'shout': unknown instruction id"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_state_is_computed(tiny_llama, folder, monkeypatch, args, says):
+    from localsteer.engine import Engine
+
+    monkeypatch.setattr(Engine, "last_hidden_states", lambda *_: pytest.fail("a state was computed"))
+    (folder / "own.toml").write_text(
+        '[[instruction]]\nid = "shout"\nphrasings = ["Shout."]\nverifier = "change_case:loud"\n'
+    )
+    assert says in invoke("extract", "--gguf", tiny_llama.gguf_path, *args, "-o", "v.gguf").complaint()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder here that nobody can write to")
+def test_a_folder_that_takes_no_file_is_refused_before_the_work(tiny_llama):
+    done = invoke("extract", "--gguf", tiny_llama.gguf_path, "-i", "json", "-o", "/proc/self/v.gguf")
+    assert "/proc/self/v.gguf can't be written" in done.complaint()
+    assert "chat template" not in done.err and "choose another folder" in done.err

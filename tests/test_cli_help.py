@@ -1,8 +1,7 @@
-"""Help: at once, for every command, with an example, and the same as docs/cli.md."""
+"""Help: at once, for every command, with an example."""
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,18 +66,6 @@ def test_every_command_has_its_own_file():
     for names in COMMANDS.values():
         for name in names:
             assert (folder / f"{name}.py").is_file()
-
-
-def test_the_reference_is_what_the_live_command_line_says():
-    script = CHECKOUT / "docs" / "make_cli.py"
-    if not script.is_file():
-        pytest.skip("not run from a checkout")
-    spec = importlib.util.spec_from_file_location("make_cli", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (CHECKOUT / "docs" / "cli.md").read_text("utf-8") == module.reference(), (
-        "run python docs/make_cli.py"
-    )
 
 
 def test_choices_written_down_for_speed_are_those_of_the_library():

@@ -86,3 +86,14 @@ def test_without_matplotlib_one_line_names_the_extra(vector, monkeypatch):
 def test_a_picture_of_no_known_kind_is_refused(vector, tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     assert "can't be drawn" in invoke("inspect", vector, "--plot", tmp_path / "json.xyz").complaint()
+
+
+@pytest.mark.parametrize("name", ["picture", "", "picture.xyz"])
+def test_a_picture_needs_an_ending_that_says_its_format(vector, name, tmp_path):
+    pytest.importorskip("matplotlib")
+    before = sorted(tmp_path.iterdir())
+    assert (
+        "its ending must be one of"
+        in invoke("inspect", vector, "--plot", tmp_path / name if name else "").complaint()
+    )
+    assert sorted(tmp_path.iterdir()) == before

@@ -287,3 +287,13 @@ def test_a_quick_search_tries_few_blocks_in_the_middle(n_layer):
     assert blocks == sorted(set(blocks)) and len(blocks) <= FEW_BLOCKS
     assert blocks[0] >= n_layer // 4 or n_layer <= FEW_BLOCKS
     assert blocks[-1] <= 3 * n_layer // 4 or n_layer <= FEW_BLOCKS
+
+
+# --- both replies of --compare ------------------------------------------------------------------------------
+
+
+def test_compare_says_which_reply_was_cut_and_how_long_each_took(tiny_llama, vector):
+    said = run(tiny_llama, "-s", vector, "--compare", "--timings", "Hi").err.splitlines()
+    assert [line.split(":")[1].strip() for line in said] == ["plain", "plain", "steered", "steered"]
+    assert said[0] == "localsteer: plain: the reply was cut after 12 tokens: -n allows more."
+    assert "tokens, " in said[1] and "per second" in said[3]

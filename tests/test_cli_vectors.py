@@ -84,3 +84,19 @@ def test_a_damaged_file_is_listed_and_can_be_removed():
     assert "unreadable" in invoke("vectors").out
     assert invoke("vectors", "remove", "json-12345678").status == 0
     assert names() == []
+
+
+def test_json_may_stand_before_the_subcommand():
+    keep("a" * 64, "json")
+    assert invoke("vectors", "--json", "list").json == invoke("vectors", "list", "--json").json
+    assert invoke("vectors", "--json", "remove", "json").json["removed"] == [f"{'a' * 16}/json-12345678"]
+
+
+def test_a_key_is_on_one_line_whatever_the_other_columns_take():
+    keep(
+        "a" * 64,
+        "a_name_of_forty_characters_or_even_more_of_them",
+        "a-model-with-a-name-as-long-as-models-have",
+    )
+    key = invoke("vectors", "--json").json["vectors"][0]["key"]
+    assert key in invoke("vectors").out

@@ -17,7 +17,7 @@ from cli_runs import environment, invoke
 from localsteer import bundled
 from localsteer.bundled import checkpoint_hash, gguf_path
 from localsteer.catalog import load_catalog
-from localsteer.demo import GROUPS, mean, run_demo
+from localsteer.demo import GROUPS, _chosen, mean, run_demo
 from localsteer.engine import Engine
 from localsteer.errors import CatalogError, LocalsteerError, ModelFileError
 from localsteer.evaluate.conditions import CONDITIONS
@@ -250,6 +250,7 @@ def test_a_bad_request_on_the_command_line_is_one_line() -> None:
 
 
 def test_the_demo_shows_every_format_and_length() -> None:
-    shown = [each for each in CATALOG.instructions.values() if each.group in GROUPS]
+    shown = _chosen(CATALOG, None)
     assert len(shown) >= 20
+    assert {each.group for each in shown} == set(GROUPS)
     assert all(each.verifier for each in shown)

@@ -9,6 +9,8 @@ import os
 import re
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -24,11 +26,18 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 120
 QUIET_SECONDS = 0.5  # a bar for less than this would only flicker
+PACE_SECONDS = 60.0  # of work that the time left is estimated from
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 def prepare_streams() -> None:
-    """What a terminal's encoding lacks is shown as `?`: a reply must not end in UnicodeEncodeError."""
+    """What a terminal's encoding lacks is shown as `?`: a reply must not end in UnicodeEncodeError.
+
+    A stream that was closed (`>&-`) becomes the null device, or a model file would be opened in its place.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -38,10 +47,16 @@ def prepare_streams() -> None:
 def _consoles() -> tuple[Console, Console]:
     from rich.console import Console
 
+    class Uncropped(Console):
+        """A line that is too long runs over: a number that is cut off is another number."""
+
+        def print(self, *objects: Any, crop: bool = False, **options: Any) -> None:
+            super().print(*objects, crop=crop, **options)
+
     plain = {"highlight": False, "markup": False, "emoji": False}
     # in a pipe there is no width to fit: a table should not be squeezed into 80 columns there
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH
-    return Console(width=width, **plain), Console(stderr=True, **plain)
+    return Uncropped(width=width, **plain), Console(stderr=True, **plain)
 
 
 def answer() -> Console:
@@ -60,10 +75,17 @@ def note(message: str) -> None:
 
 
 class NoticeHandler(logging.Handler):
-    """The package's notices (logger `localsteer`), as one line each on stderr."""
+    """The package's notices (logger `localsteer`), as one line each on stderr, none of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
+        message = record.getMessage()
+        if message not in self._told:
+            self._told.add(message)
+            note(message)
 
 
 def print_json(document: Any) -> None:
@@ -90,13 +112,26 @@ def shown(text: str) -> str:
 
 
 def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None) -> Table:
-    """An empty table in the house style; the columns named in `numbers` are aligned to the right."""
+    """An empty table in the house style; the columns named in `numbers` are aligned to the right.
+
+    Where it is too wide, headers and texts are folded, numbers never.
+    """
+    from rich.cells import cell_len
     from rich.table import Table
 
-    made = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", header_style="bold")
+    class WholeNumbers(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            super().add_row(*cells, **options)
+            for column, cell in zip(self.columns, cells, strict=False):
+                if column.justify == "right":
+                    column.min_width = max(column.min_width or 1, cell_len(str(cell)))
+
+    made = WholeNumbers(
+        box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", header_style="bold"
+    )
     for name in columns:
         number = name in numbers
-        made.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
+        made.add_column(name, justify="right" if number else "left", overflow="fold")
     return made
 
 
@@ -104,12 +139,14 @@ def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr while the block runs, if that is a terminal: call it with (done, total).
 
-    It appears once the work has taken half a second. One at a time.
+    It appears once the work has taken half a second, with the time that is left. One at a time.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=talk(), transient=True, disable=not talk().is_terminal)
+    pace = Pace()
+    shown = (*columns, _time_left_column(pace))
+    bar = Progress(*shown, console=talk(), transient=True, disable=not talk().is_terminal)
     task = bar.add_task(what, total=None)
     ended, starting = threading.Event(), threading.Lock()
 
@@ -119,13 +156,63 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
                 if not ended.is_set():
                     bar.start()
 
+    def advance(done: int, total: int) -> None:
+        pace.add(time.monotonic(), done, total)
+        bar.update(task, completed=done, total=total)
+
     threading.Thread(target=start_later, daemon=True).start()
     try:
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield advance
     finally:
         ended.set()
         with starting:
             bar.stop()
+
+
+class Pace:
+    """How long work will still take, from its latest minute: what a journal already holds passes at once, and
+    a mean over the whole run would promise far too much after it."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()
+        self._total = 0
+
+    def add(self, now: float, done: int, total: int) -> None:
+        """now: seconds of any clock that never goes back."""
+        # a slow piece may last longer than the window: two points always stay
+        while len(self._seen) > 1 and self._seen[1][0] <= now - PACE_SECONDS:
+            self._seen.popleft()
+        self._seen.append((now, done))
+        self._total = total
+
+    def left(self, now: float) -> float | None:
+        """Seconds, or None while there is nothing to go by."""
+        if len(self._seen) < 2:
+            return None
+        (start, before), (latest, done) = self._seen[0], self._seen[-1]
+        if done <= before or latest <= start:
+            return None
+        return max(0.0, (self._total - done) * (latest - start) / (done - before) - (now - latest))
+
+
+def _time_left_column(pace: Pace) -> Any:
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class TimeLeft(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            left = None if task.finished else pace.left(time.monotonic())
+            return Text("" if left is None else f"{duration(left)} left", style="progress.remaining")
+
+    return TimeLeft()
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3 h 05 min`: as exact as an estimate deserves."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 @contextmanager

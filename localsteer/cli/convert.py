@@ -12,7 +12,7 @@ from localsteer.errors import ModelFileError
 
 from . import options
 from .console import note, print_json
-from .extract import refuse_to_replace
+from .extract import refuse_source, refuse_to_replace
 
 FTYPES = ("F32", "F16", "BF16")  # as localsteer.convert.checkpoint has them
 CONVENTIONS = ("repeng", "cvector-generator", "blocks", "hidden_states")  # as localsteer.convert has them
@@ -170,6 +170,7 @@ def export_command(
     from localsteer.vector import ControlVector
 
     vector = ControlVector.load(file)
+    refuse_source(Path(output), file)
     static_one = static_vector(vector, layer, strength)
     if (vector.mode, vector.positions) != ("add", "all"):
         note(

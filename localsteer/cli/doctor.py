@@ -154,7 +154,7 @@ def _cache() -> Iterator[Check]:
 
     folder = cache_folder()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(nearest, os.W_OK):
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         yield Check("cache", "warn", f"{folder} can't be written: set LOCALSTEER_CACHE to a folder that can.")
     else:
         yield Check("cache", "ok", f"{folder}, {len(cached_vectors())} vectors")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +18,35 @@ from .inspect import settings_line
 from .models import catalog_of, extraction_queries, find_instruction, model_file
 
 if TYPE_CHECKING:
-    from localsteer.catalog import Instruction
+    from localsteer.catalog import Catalog, Instruction
+    from localsteer.extract.recipes import Recipe
     from localsteer.vector import ControlVector
 
+# localsteer.extract.levels has these too, but importing it brings in numpy; a test keeps the two equal
+LENGTHS = (
+    "extremely_concise",
+    "concise",
+    "moderate",
+    "verbose",
+    "extremely_verbose",
+    "conciseness",
+    "verbosity",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # as localsteer.extract.torch_backend has them
 
 
 @click.command("extract", short_help="Make a control vector of an instruction.")
+@click.option("-i", "--instruction", metavar="ID_OR_TEXT", help="An id of the catalogue, or your own words.")
+@click.option("--include-word", metavar="WORD", help="Replies that hold this word.")
+@click.option("--exclude-word", metavar="WORD", help="Replies without it: minus the vector of including it.")
 @click.option(
-    "-i",
-    "--instruction",
-    "text",
-    required=True,
-    metavar="ID_OR_TEXT",
-    help="An id of the catalogue, or your own words.",
+    "--length",
+    type=click.Choice(LENGTHS),
+    metavar="LEVEL",
+    help="Replies of this length: extremely_concise, concise, moderate, verbose, extremely_verbose; or the "
+    "directions conciseness and verbosity, whose --strength says how far to go.",
 )
+@click.option("--language", metavar="NAME", help="Replies in this language: es, Spanish, ...")
 @click.option("--gguf", metavar="GGUF", help="Extract with llama.cpp from this GGUF, or from `bundled`.")
 @click.option(
     "--model", "checkpoint", metavar="HF", help="Extract with PyTorch from this transformers folder or name."
@@ -46,7 +62,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")  # as localsteer.extract.tor
 @click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
 @options.as_json
 def command(
-    text: str,
+    instruction: str | None,
+    include_word: str | None,
+    exclude_word: str | None,
+    length: str | None,
+    language: str | None,
     gguf: str | None,
     checkpoint: str | None,
     output: str | None,
@@ -61,13 +81,17 @@ def command(
     last prompt token, on average over prompts with and without it.
 
     From a GGUF with llama.cpp alone, or from a transformers model with PyTorch. --layer, --mode, --positions
-    and --strength are stored in the file, and can be changed whenever it is used.
+    and --strength are stored in the file, and can be changed whenever it is used. Lengths and words are added
+    to the state (mode add, where a strength of 2 goes twice as far), everything else is projected.
 
     \b
     Examples:
       localsteer extract --gguf MODEL.gguf --instruction json -o json.gguf
       localsteer extract --gguf MODEL.gguf --instruction bullets --slot n=5 --pairs 100
       localsteer extract --gguf MODEL.gguf --instruction "Answer in rhyme." --queries my.txt -o rhyme.gguf
+      localsteer extract --gguf MODEL.gguf --include-word fox
+      localsteer extract --gguf MODEL.gguf --length conciseness --strength 0.5
+      localsteer extract --gguf MODEL.gguf --language es
       localsteer extract --gguf MODEL.gguf --catalog my.toml --instruction pirate
       localsteer extract --model Qwen/Qwen2.5-0.5B-Instruct --instruction json -o json.gguf
     """
@@ -75,29 +99,76 @@ def command(
 
     if (gguf is None) == (checkpoint is None):
         raise click.UsageError("give either --gguf MODEL.gguf or --model HF_FOLDER_OR_NAME.")
+    wanted = {
+        "--instruction": instruction,
+        "--include-word": include_word,
+        "--exclude-word": exclude_word,
+        "--length": length,
+        "--language": language,
+    }
     found = catalog_of(gguf, catalog)
-    instruction = find_instruction(found, text, slots)
-    base_queries = extraction_queries(found, instruction, queries)
-    path = output_path(output, instruction)
+    recipe = recipe_of(found, wanted, slots)
+    base_queries = extraction_queries(found, recipe.instruction, queries)
+    path = output_path(output, recipe.target)
     source = checkpoint if gguf is None else model_file(gguf)
-    vector = _extract(source, instruction, base_queries, pairs, given)
-    vector = vector.at(layer=given["layer"], strength=given["strength"])
+    vector = _extract(source, recipe, base_queries, pairs, given)
+    vector = vector.at(strength=given["strength"])
     vector.save(path)
     described = describe(vector)
     if as_json:
         print_json({"file": str(path), **described})
     else:
         click.echo(path)
-        note(f"{vector.provenance['n_pairs']} pairs; {settings_line(described)}.")
+        n_pairs = vector.provenance["n_pairs"]
+        note(f"{n_pairs} pair{'s' * (n_pairs != 1)}; {settings_line(described)}.")
+
+
+def recipe_of(
+    catalog: Catalog, wanted: Mapping[str, str | None], slots: tuple[tuple[str, Any], ...]
+) -> Recipe:
+    """wanted: by option, None where it was not given. Raises click.UsageError unless exactly one was."""
+    given = {option: text for option, text in wanted.items() if text is not None}
+    if len(given) != 1:
+        raise click.UsageError(f"give exactly one of {', '.join(wanted)}: it says what to extract.")
+    ((option, text),) = given.items()
+    if slots and option != "--instruction":
+        raise click.UsageError(f"--slot belongs to --instruction, and {option} fills its own.")
+    from localsteer.extract import levels, recipes
+
+    made = {
+        "--include-word": recipes.include_word,
+        "--exclude-word": recipes.exclude_word,
+        "--length": levels.length,
+        "--language": recipes.language,
+    }
+    if option in made:
+        return made[option](catalog, text)
+    return recipes.Recipe(find_instruction(catalog, text, slots))
 
 
 def output_path(output: str | None, instruction: Instruction) -> Path:
     """Where the vector goes. A file that is there and no vector, a model say, is not overwritten."""
     path = Path(output or f"{re.sub(r'[^a-z0-9._-]+', '-', instruction.id.lower())}.gguf")
+    check_output(path)
+    return path
+
+
+def check_output(path: Path) -> None:
+    """Raise VectorFileError now where a vector can't or shouldn't be written after the work."""
     refuse_to_replace(path)
+    check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """Raise VectorFileError where no file can be written beside `path`."""
     if not path.parent.is_dir():
         raise VectorFileError(f"{path} can't be written: there is no folder {path.parent}.")
-    return path
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass  # permissions do not tell: a file system may be read-only
+    except OSError as error:
+        reason = error.strerror or error
+        raise VectorFileError(f"{path} can't be written ({reason}): choose another folder.") from None
 
 
 def refuse_to_replace(path: Path) -> None:
@@ -114,17 +185,21 @@ def refuse_to_replace(path: Path) -> None:
         ) from None
 
 
-def _extract(
-    source: Any, instruction: Instruction, queries: Any, n_pairs: int | None, given: dict[str, Any]
-) -> ControlVector:
-    from localsteer.extract import extract
+def refuse_source(path: Path, source: str) -> None:
+    """Raise VectorFileError where what is made from `source` would take its place: it holds less."""
+    if path.exists() and path.samefile(source):
+        raise VectorFileError(f"{path} is the vector itself, which would be lost: choose another name.")
 
-    with progress(f"extracting {instruction.id}") as on_progress:
-        return extract(
+
+def _extract(
+    source: Any, recipe: Recipe, queries: Any, n_pairs: int | None, given: dict[str, Any]
+) -> ControlVector:
+    with progress(f"extracting {recipe.target.id}") as on_progress:
+        return recipe.extract(
             source,
-            instruction,
             queries,
             n_pairs=n_pairs,
+            layer=given["layer"],
             mode=given["mode"],
             positions=given["positions"] or "all",
             dtype=given["dtype"],

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from localsteer.errors import LocalsteerError
 
 from . import options
 from .console import answer, note, print_json, table
@@ -56,6 +53,10 @@ def command(file: str, plot: str | None, as_json: bool) -> None:
     """
     from localsteer.vector import ControlVector, describe
 
+    if plot is not None:
+        from localsteer.evaluate.heatmap import check_picture
+
+        check_picture(plot)
     vector = ControlVector.load(file)
     described = describe(vector)
     if plot is not None:
@@ -162,11 +163,9 @@ def strip(block: dict[str, Any]) -> str:
 
 def draw(described: dict[str, Any], path: str) -> None:
     """Norms, and projections with their spreads, over the blocks. Raises LocalsteerError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise LocalsteerError('--plot needs matplotlib: pip install "localsteer[plot]".') from None
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    from localsteer.evaluate.heatmap import new_figure, save_figure
+
+    figure = new_figure(9, 6)
     norms, projections = figure.subplots(2, 1, sharex=True)
     blocks = described["blocks"]
     numbers = [block["block"] for block in blocks]
@@ -182,7 +181,7 @@ def draw(described: dict[str, Any], path: str) -> None:
             axes.axvline(block, color="tab:red", linestyle=":", linewidth=1)
     if projections.lines:
         projections.legend()
-    _save(figure, Path(path))
+    save_figure(figure, path)
 
 
 def _draw_side(axes: Any, blocks: list[dict[str, Any]], side: str, colour: str) -> None:
@@ -196,12 +195,3 @@ def _draw_side(axes: Any, blocks: list[dict[str, Any]], side: str, colour: str) 
     low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
     high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
     axes.fill_between(numbers, low, high, color=colour, alpha=0.2)
-
-
-def _save(figure: Any, path: Path) -> None:
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:  # an ending that is no picture format
-        raise LocalsteerError(f"{path} can't be drawn: {error}.") from None
-    except OSError as error:
-        raise LocalsteerError(f"{path} can't be written: {error.strerror}.") from None

@@ -29,6 +29,12 @@ def pressed() -> bool:
     return _presses > 0
 
 
+def forgive() -> None:
+    """Begin counting presses anew: one that stopped a reply of a chat is not meant for the program."""
+    global _presses
+    _presses = 0
+
+
 @contextmanager
 def handled() -> Iterator[None]:
     """Take over SIGINT, unless it is ignored (nohup, a shell's `&`) or this is not the main thread."""

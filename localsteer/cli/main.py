@@ -1,7 +1,7 @@
 """The program `localsteer`: its list of commands, and the one place where errors become exit statuses.
 
-0 done, 1 a check failed (doctor) or the reader of stdout went away, 2 bad input, 130 Ctrl-C. A traceback is
-a bug, never an answer to what somebody typed.
+0 done, 1 a check failed (doctor, verify) or the reader of stdout went away, 2 bad input or no room for the
+answer, 130 Ctrl-C. A traceback is a bug, never an answer to what somebody typed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from .console import NoticeHandler, prepare_streams
 # Title -> commands, in the order of `localsteer --help`. Command `x` is `command` in localsteer/cli/x.py.
 COMMANDS = {
     "Start here": ("demo", "doctor"),
-    "Steer": ("run",),
-    "Vectors": ("extract", "inspect", "vectors", "convert"),
+    "Steer": ("run", "chat", "serve", "trace"),
+    "Vectors": ("extract", "tune", "calibrate", "transfer", "inspect", "vectors", "convert"),
+    "Measure": ("eval", "verify", "similarity", "study"),
 }
 HELP_WIDTH = 100  # columns, where the terminal has them
 
@@ -85,15 +86,25 @@ def _run(args: Sequence[str] | None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return interrupt.EXIT_STATUS
     except BrokenPipeError:
-        # nobody reads the rest; without this Python complains when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 1
+    except OSError as error:
+        if error.filename is not None:
+            raise  # of some file: who opened it should have said so
+        _drop_stdout()
+        click.echo(f"localsteer: standard output can't be written: {error.strerror or error}.", err=True)
+        return 2
     except (click.ClickException, LocalsteerError) as error:
         if interrupt.pressed():  # a load that Ctrl-C cut short reports an error of its own
             return interrupt.EXIT_STATUS
         click.echo(f"localsteer: {_one_line(error)}", err=True)
         return error.exit_code
     return status if isinstance(status, int) else 0
+
+
+def _drop_stdout() -> None:
+    """Nobody takes the rest; without this Python complains when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: click.ClickException | LocalsteerError) -> str:

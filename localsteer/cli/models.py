@@ -35,6 +35,8 @@ def model_file(model: str) -> Path:
         return bundled.gguf_path(
             "base" if base else "instruct", quant or bundled.DEFAULT_QUANT, on_making=note
         )
+    if not model:
+        raise ModelFileError("no model is named: give a GGUF file, or `bundled`.")
     path = Path(model)
     if path.is_dir():
         raise ModelFileError(
@@ -83,12 +85,26 @@ def find_instruction(catalog: Catalog, text: str, slots: tuple[tuple[str, Any], 
     from localsteer.catalog import Instruction
 
     if text in catalog.instructions:
-        return catalog.get(text, **dict(slots))
+        instruction = catalog.get(text, **dict(slots))
+        _check_rule(instruction)
+        return instruction
     if not re.search(r"\s", text.strip()) and text.strip():
         catalog.get(text)  # raises, with the ids there are
     if slots:
         raise CatalogError(f"--slot fills a slot of a catalogue's instruction, and {text!r} is not one.")
     return Instruction.from_text(text)
+
+
+def _check_rule(instruction: Instruction) -> None:
+    """A wrong verifier or argument is named before the work, not by the first reply that it judges."""
+    if instruction.verifier is None:
+        return
+    from localsteer.evaluate.verify import check_arguments
+
+    try:
+        check_arguments(instruction.verifier, instruction.kwargs_for("?"), prompt="?")
+    except CatalogError as error:
+        raise CatalogError(f"the verifier of {instruction.id!r}: {error}") from None
 
 
 def extraction_queries(catalog: Catalog, instruction: Instruction, path: str | None) -> tuple[Query, ...]:

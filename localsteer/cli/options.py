@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -63,6 +64,16 @@ class Slot(click.ParamType):
             self.fail(f"{value!r} is not NAME=VALUE, as in n=5.", param, ctx)
         is_number = re.fullmatch(r"-?\d{1,15}", text.strip(), re.ASCII)
         return name.strip(), int(text) if is_number else text
+
+
+class Finite(click.types.FloatParamType):
+    """A number that is neither NaN nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -130,11 +141,30 @@ sampling = all_of(
     click.option("--grammar-file", type=click.Path(), metavar="FILE", help="The same, from a file."),
 )
 
+vectors = all_of(
+    click.option(
+        "-s",
+        "--steer",
+        "specs",
+        multiple=True,
+        metavar="VECTOR",
+        help="A vector file: FILE[:STRENGTH][@BLOCK[,BLOCK]]; repeat for several.",
+    ),
+    click.option(
+        "-i",
+        "--instruction",
+        "instructions",
+        multiple=True,
+        metavar="ID_OR_TEXT",
+        help="Steer by a vector made on first use: an id of the catalogue, or words of yours.",
+    ),
+)
+
 settings = all_of(
     click.option("--layer", type=Blocks(), metavar="BLOCKS", help="Blocks to steer: 12, 3,4 or 3-5."),
     click.option("--mode", type=click.Choice(MODES), help="What is done to the residual stream."),
     click.option("--positions", type=click.Choice(POSITIONS), help="Which tokens are steered."),
-    click.option("--strength", type=float, metavar="X", help="1 is the full effect, 0 none."),
+    click.option("--strength", type=Finite(), metavar="X", help="1 is the full effect, 0 none."),
 )
 
 instruction_data = all_of(

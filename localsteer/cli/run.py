@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,31 +20,38 @@ from .vector_spec import VectorSpec
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine, Prompt
+    from localsteer.ensure import Ensured
     from localsteer.generate import Chunk, Reply, Sampling
     from localsteer.plan import Plan
     from localsteer.vector import ControlVector
 
 SETTINGS = ("layer", "mode", "positions", "strength")
+INSTRUCTION_DATA = ("catalog", "slots", "queries", "pairs")
+TRIES = 3
 
 
 @click.command("run", short_help="Answer a prompt, steered, and stream the reply.")
 @click.argument("prompt", required=False)
 @options.model
+@options.vectors
 @click.option(
-    "-s",
-    "--steer",
-    "specs",
+    "--ensure",
+    "ensured",
     multiple=True,
-    metavar="VECTOR",
-    help="A vector file: FILE[:STRENGTH][@BLOCK[,BLOCK]]; repeat for several.",
+    metavar="ID_OR_FILE",
+    help="Steer by this one only where the plain reply fails its verifier: an instruction of the "
+    "catalogue, or a vector file.",
 )
 @click.option(
-    "-i",
-    "--instruction",
-    "instructions",
-    multiple=True,
-    metavar="ID_OR_TEXT",
-    help="Steer by a vector made on first use: an id of the catalogue, or words of yours.",
+    "--tries",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Replies at most with --ensure, the plain one included. [default: 3]",
+)
+@click.option(
+    "--stream/--no-stream",
+    default=True,
+    help="Show the reply as it comes, or at its end; with --ensure always the accepted one alone.",
 )
 @click.option("--compare", is_flag=True, help="The plain and the steered reply side by side.")
 @options.settings
@@ -83,6 +92,9 @@ def command(
     model: str,
     specs: tuple[str, ...],
     instructions: tuple[str, ...],
+    ensured: tuple[str, ...],
+    tries: int | None,
+    stream: bool,
     compare: bool,
     ridge: float,
     as_json: bool,
@@ -101,23 +113,49 @@ def command(
       localsteer run -m MODEL.gguf -s json.gguf "Tell me about foxes."
       localsteer run -m MODEL.gguf -s json.gguf:0.8@12 -s lower.gguf --temp 0 "Tell me about foxes."
       localsteer run -m MODEL.gguf -s json.gguf --compare "Tell me about foxes."
+      localsteer run --ensure json "Tell me about foxes."
       cat notes.txt | localsteer run -m MODEL.gguf -i "Answer in rhyme." "Sum this up."
     """
+    if compare and ensured:
+        raise click.UsageError(
+            "--ensure chooses between the plain and the steered reply: leave --compare out."
+        )
     if compare and not (specs or instructions):
         raise click.UsageError("--compare needs something to steer by: give -s VECTOR or --instruction.")
+    something = "something to steer by: give -s VECTOR or --instruction"
+    _refuse_idle(given | {"ridge": ridge or None}, something, specs + instructions + ensured)
+    _refuse_idle(given, "--instruction or --ensure ID", instructions + ensured, INSTRUCTION_DATA)
+    _refuse_idle({"tries": tries}, "--ensure", ensured, ("tries",))
     sampling = sampling_of(given)
     vectors = load_vectors(specs, given)
     message = message_of(read_prompt(prompt), given.pop("system"), given["raw"])
     loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
     vectors += [vector_of(model, text, given, loading) for text in instructions]
+    checked = [vector_to_ensure(model, text, given, loading) for text in ensured]
     with open_engine(model, **loading, n_seq_max=1) as engine:
         request = Request(engine, message, plan_of(engine, vectors, ridge), sampling, given)
-        if as_json:
-            print_json(document(request, model, vectors, compare))
+        if checked:
+            found = ensure_reply(request, vectors, checked, tries or TRIES, ridge)
+            if as_json:
+                steering = [*vectors, *steered_by(found, checked)]
+                print_json(document(request, model, steering, found.reply) | {"ensure": found.record()})
+            else:
+                show_ensured(request, found, timings)
+        elif as_json:
+            print_json(document(request, model, vectors, request.reply()) | plain_document(request, compare))
         elif compare:
-            show_both(request, vectors)
+            show_both(request, vectors, timings)
         else:
-            show_reply(request, timings)
+            show_reply(request, timings, stream)
+
+
+def _refuse_idle(
+    given: dict[str, Any], need: str, there: tuple[str, ...], names: Sequence[str] = (*SETTINGS, "ridge")
+) -> None:
+    """Raise click.UsageError for an option that would do nothing, since what it belongs to is not `there`."""
+    for name in () if there else names:
+        if given[name] not in (None, ()):
+            raise click.UsageError(f"--{name.removesuffix('s') if name == 'slots' else name} needs {need}.")
 
 
 @dataclass(frozen=True)
@@ -192,6 +230,54 @@ def vector_of(model: str, text: str, given: dict[str, Any], loading: dict[str, A
     return vector.at(**{name: given[name] for name in SETTINGS})
 
 
+def vector_to_ensure(model: str, text: str, given: dict[str, Any], loading: dict[str, Any]) -> ControlVector:
+    """A vector file, or the vector of an instruction, made on first use; `json:0.8@3` sets what it says."""
+    spec = VectorSpec.parse(text)
+    if os.path.exists(spec.path) or Path(spec.path).suffix == ".gguf":
+        return spec.load(**{name: given[name] for name in SETTINGS})
+    catalog = catalog_of(model, given["catalog"])
+    if find_instruction(catalog, spec.path, given["slots"]).verifier is None:
+        raise click.UsageError(
+            f"{spec.path!r} has no verifier, so nothing tells whether a reply follows it: steer by it with "
+            "--instruction."
+        )
+    return vector_of(model, spec.path, given, loading).at(strength=spec.strength, layer=spec.blocks)
+
+
+def ensure_reply(
+    request: Request,
+    vectors: Sequence[ControlVector],
+    checked: Sequence[ControlVector],
+    tries: int,
+    ridge: float,
+) -> Ensured:
+    from localsteer.ensure import ensure
+
+    how = {**request._how(False), "steer": vectors, "tries": tries, "ridge": ridge}
+    return ensure(request.engine, request.prompt, checked, **how)
+
+
+def steered_by(found: Ensured, checked: Sequence[ControlVector]) -> list[ControlVector]:
+    """The vectors at the strengths that the accepted reply was steered with; none for a plain one."""
+    chosen = next(each for each in found.tries if each.reply is found.reply)
+    return [vector.at(strength=s) for vector, s in zip(checked, chosen.strengths, strict=False)]
+
+
+def show_ensured(request: Request, found: Ensured, timings: bool) -> None:
+    """The accepted reply alone, and on stderr how it came about."""
+    text = found.reply.text
+    click.echo(shown(text), nl=not text.endswith("\n"))
+    if found.notice:
+        note(found.notice)
+    elif found.steered_strength:
+        failed = ", ".join(found.tries[0].failed) or "itself"
+        note(f"the plain reply fails {failed}: this one is steered at strength {found.steered_strength:g}.")
+    if found.reply.finish_reason == "length":
+        note(_why_cut(request, len(found.reply.tokens)))
+    if timings:
+        note(f"{len(found.tries)} replies of {found.n_tokens} tokens together")
+
+
 def plan_of(engine: Engine, vectors: Sequence[ControlVector], ridge: float) -> Plan:
     from localsteer.plan import Plan
 
@@ -200,40 +286,46 @@ def plan_of(engine: Engine, vectors: Sequence[ControlVector], ridge: float) -> P
     return Plan.from_vectors(vectors, ridge=ridge)
 
 
-def show_reply(request: Request, timings: bool) -> None:
+def show_reply(request: Request, timings: bool, stream: bool = True) -> None:
     """Text as it comes, and a newline behind it whatever ends it; nothing for an empty reply."""
-    text = "\n"
+    text, held = "\n", ""
     try:
         for chunk in request.stream():
-            if chunk.text:
-                text = chunk.text
+            held += chunk.text
+            if held and (stream or chunk.finish_reason):
+                text, held = held, ""
                 sys.stdout.write(shown(text))
                 sys.stdout.flush()
     finally:
         if not text.endswith("\n"):
             click.echo()
-    if chunk.finish_reason == "length":
-        note(_why_cut(request, chunk))
+    _say_how_it_went(request, chunk, timings)
+
+
+def _say_how_it_went(request: Request, last: Chunk | Reply, timings: bool, whose: str = "") -> None:
+    """whose: `plain: ` or `steered: ` where there are two replies."""
+    spent = last.timings
+    if last.finish_reason == "length":
+        note(whose + _why_cut(request, spent.reply_tokens))
     if timings:
-        spent = chunk.timings
         note(
-            f"prompt {spent.prompt_tokens} tokens, {spent.prompt_per_second:.1f} per second; "
+            f"{whose}prompt {spent.prompt_tokens} tokens, {spent.prompt_per_second:.1f} per second; "
             f"reply {spent.reply_tokens} tokens, {spent.decode_per_second:.1f} per second"
         )
 
 
-def _why_cut(request: Request, last: Chunk) -> str:
-    n, predict = last.timings.reply_tokens, request.settings["predict"]
+def _why_cut(request: Request, n: int) -> str:
+    predict = request.settings["predict"]
     if n == predict:
         return f"the reply was cut after {n} tokens: -n allows more."
     return f"the context of {request.engine.n_ctx} tokens is full: the reply was cut after {n} tokens."
 
 
-def show_both(request: Request, vectors: Sequence[ControlVector]) -> None:
+def show_both(request: Request, vectors: Sequence[ControlVector], timings: bool) -> None:
     """Two columns, filled one after the other; while they fill, only a terminal shows them."""
     from rich.live import Live
 
-    texts = ["", ""]
+    texts, lasts = ["", ""], []
     titles = ("plain", " + ".join(map(_title, vectors)))
 
     def columns() -> Any:
@@ -250,9 +342,13 @@ def show_both(request: Request, vectors: Sequence[ControlVector]) -> None:
                 for chunk in request.stream(steered=steered):
                     texts[side] += chunk.text
                     live.update(columns())
+                lasts.append(chunk)
     else:
-        texts = [request.reply(steered=steered).text for steered in (False, True)]
+        lasts = [request.reply(steered=steered) for steered in (False, True)]
+        texts = [reply.text for reply in lasts]
     answer().print(columns())
+    for whose, last in zip(("plain: ", "steered: "), lasts, strict=True):
+        _say_how_it_went(request, last, timings, whose)
 
 
 def _title(vector: ControlVector) -> str:
@@ -260,7 +356,7 @@ def _title(vector: ControlVector) -> str:
     return f"{vector.label}:{vector.strength:g}@{blocks} {vector.mode} {vector.positions}"
 
 
-def document(request: Request, model: str, vectors: Sequence[ControlVector], compare: bool) -> dict[str, Any]:
+def document(request: Request, model: str, vectors: Sequence[ControlVector], reply: Reply) -> dict[str, Any]:
     """What `--json` prints."""
     steering = [
         {
@@ -273,10 +369,11 @@ def document(request: Request, model: str, vectors: Sequence[ControlVector], com
         for vector in vectors
     ]
     made = {"model": model, "prompt": request.prompt, "steering": steering, "seed": request.sampling.seed}
-    made |= _reply_document(request.reply())
-    if compare:
-        made["plain"] = _reply_document(request.reply(steered=False))
-    return made
+    return made | _reply_document(reply)
+
+
+def plain_document(request: Request, compare: bool) -> dict[str, Any]:
+    return {"plain": _reply_document(request.reply(steered=False))} if compare else {}
 
 
 def _reply_document(reply: Reply) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def list_command(as_json: bool) -> None:
     Example:
       localsteer vectors list --json
     """
-    _list(as_json)
+    _list(as_json or _group_as_json())
 
 
 @command.command("remove", short_help="Delete some or all of them.")
@@ -79,10 +79,15 @@ def remove_command(names: tuple[str, ...], everything: bool, as_json: bool) -> N
     chosen = found if everything else [_choose(found, name) for name in dict.fromkeys(names)]
     for cached in chosen:
         remove_vector(cached.path)
-    if as_json:
+    if as_json or _group_as_json():
         print_json({"removed": [cached.key for cached in chosen]})
     else:
         note(f"{len(chosen)} removed.")
+
+
+def _group_as_json() -> bool:
+    """Whether `--json` stands before the subcommand: `vectors --json list`."""
+    return click.get_current_context().parent.params["as_json"]
 
 
 def _list(as_json: bool) -> None:
@@ -98,6 +103,7 @@ def _list(as_json: bool) -> None:
         note(f"no vectors yet in {cache_folder()}: `localsteer run --instruction ID` makes them.")
         return
     made = table("name", "model", "blocks", "mode", "positions", "strength", "key", numbers=("strength",))
+    made.columns[-1].no_wrap = True  # to be copied
     for cached in found:
         values = cached.settings or {}
         blocks = ",".join(map(str, values.get("layers", ())))

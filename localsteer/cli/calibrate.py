@@ -1,0 +1,148 @@
+"""`localsteer calibrate`: a vector's mean projections, measured on the model that will run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options
+from .console import answer, note, print_json, progress, table
+from .extract import check_output
+from .models import catalog_of, find_instruction, open_engine
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from localsteer.engine import Engine
+    from localsteer.evaluate.calibrate import Calibration
+    from localsteer.extract import Pair
+    from localsteer.vector import ControlVector
+
+LOW_COSINE = 0.9  # of a steered block: below it the model's own direction is another one
+
+
+@click.command("calibrate", short_help="Re-measure a vector on the quantized model that will run.")
+@click.argument("vector", metavar="VECTOR", type=click.Path())
+@options.model
+@click.option(
+    "-o", "--output", type=click.Path(), metavar="GGUF", help="The calibrated file. [default: VECTOR itself]"
+)
+@click.option("--dry-run", is_flag=True, help="Report, and write nothing.")
+@click.option(
+    "-i",
+    "--instruction",
+    "text",
+    metavar="ID_OR_TEXT",
+    help="What the vector was made from, where it does not say.",
+)
+@options.instruction_data
+@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@options.as_json
+def command(
+    vector: str,
+    model: str,
+    output: str | None,
+    dry_run: bool,
+    text: str | None,
+    catalog: str | None,
+    slots: tuple[tuple[str, Any], ...],
+    queries: str | None,
+    pairs: int | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure the mean projections and spreads of VECTOR again on MODEL, the very quantization that will run.
+    Directions and settings stay as they are. No torch.
+
+    The pairs are those that the vector was made from: its own phrasings, with the catalogue's queries or
+    --queries. The table says, for each block, the cosine between the stored direction and the one that this
+    model would give (1: the same), and how far the mean projection has drifted, in units of the distance that
+    the instruction moves it (0: not at all).
+
+    \b
+    Examples:
+      localsteer calibrate -m MODEL.Q4_0.gguf json.gguf
+      localsteer calibrate -m MODEL.Q2_K.gguf json.gguf -o json-q2.gguf
+      localsteer calibrate -m bundled:Q3_K_M json.gguf --dry-run --json
+    """
+    from localsteer.vector import ControlVector
+
+    stored = ControlVector.load(vector)
+    path = Path(output or vector)
+    if not dry_run and output is not None:
+        check_output(path)
+    chosen = _pairs(stored, model, catalog, text, slots, queries, pairs)
+    with open_engine(model, threads=threads) as engine:
+        done = _calibrate(engine, stored, chosen)
+    if not dry_run:
+        done.vector.save(path)
+    if as_json:
+        file = None if dry_run else str(path)
+        print_json({"file": file, "n_pairs": len(chosen), "blocks": done.rows()})
+        return
+    answer().print(_table(done))
+    note(_summary(done) + ("" if dry_run else f" Written to {path}."))
+
+
+def _pairs(
+    vector: ControlVector,
+    model: str,
+    catalog: str | None,
+    text: str | None,
+    slots: tuple[tuple[str, Any], ...],
+    queries: str | None,
+    n_pairs: int | None,
+) -> list[Pair]:
+    from localsteer.catalog import load_queries
+    from localsteer.evaluate.calibrate import pairs_of
+
+    if slots and text is None:
+        raise click.UsageError("--slot fills a slot of --instruction: name the instruction, too.")
+    found = catalog_of(model, catalog)
+    instruction = find_instruction(found, text, slots) if text else None
+    given = load_queries(queries) if queries else None
+    return pairs_of(vector, found, instruction=instruction, queries=given, n_pairs=n_pairs)
+
+
+def _calibrate(engine: Engine, vector: ControlVector, pairs: list[Pair]) -> Calibration:
+    from localsteer.evaluate.calibrate import calibrate, pairs_match
+    from localsteer.extract import open_backend
+
+    engine.plan(vector)  # refuses a vector of another model
+    with open_backend(engine) as backend, progress("calibrating") as on_progress:
+        if pairs_match(vector, backend, pairs) is False:
+            note(
+                "these are other pairs than the vector was made from: what differs may be theirs. "
+                "--queries and --catalog name the ones of its extraction."
+            )
+        return calibrate(backend, vector, pairs, on_progress=on_progress)
+
+
+def _table(done: Calibration) -> Table:
+    numbers = ("block", "cosine", "drift", "mean before", "mean now", "spread", "length before", "here")
+    made = table(*numbers, "", numbers=numbers)
+    keys = ("cosine", "drift", "mean_with_before", "mean_with", "std_with", "norm_before", "norm_here")
+    formats = (".4f", "+.3f", ".3f", ".3f", ".3f", ".3f", ".3f")
+    for row in done.rows():
+        cells = [
+            "-" if row[key] is None else format(row[key], f) for key, f in zip(keys, formats, strict=True)
+        ]
+        made.add_row(str(row["block"]), *cells, "steered" if row["chosen"] else "")
+    return made
+
+
+def _summary(done: Calibration) -> str:
+    """What the figures of the steered blocks mean, in a sentence."""
+    rows = [row for row in done.rows() if row["chosen"]]
+    where = ", ".join(str(row["block"]) for row in rows)
+    cosine = min((row["cosine"] for row in rows if row["cosine"] is not None), default=None)
+    drifts = [abs(row["drift"]) for row in rows if row["drift"] is not None]
+    if cosine is None:
+        return f"Block {where}: the instruction moves nothing in this model."
+    text = f"Block {where}: cosine {cosine:.3f}"
+    text += f", mean projection moved by {max(drifts):.1%} of the way." if drifts else "; it can project now."
+    if cosine < LOW_COSINE:
+        text += " This model's own direction is another one: extract the vector from it instead."
+    return text

@@ -1,0 +1,442 @@
+"""`localsteer chat`: a conversation in the terminal, steered differently from turn to turn."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from localsteer.errors import LocalsteerError
+
+from . import interrupt, options
+from .console import answer, note, print_json, progress, shown, table
+from .models import open_engine
+from .vector_spec import VectorSpec
+
+if TYPE_CHECKING:
+    from localsteer.chat import Chat
+    from localsteer.vector import ControlVector
+
+N_SEQ_MAX = 2  # /compare answers twice at once
+EXTRA = 'chat in a terminal needs prompt_toolkit: pip install "localsteer[chat]".'
+GREETING = "/help lists the commands, Alt-Enter begins a new line, Ctrl-D leaves."
+
+
+@click.command("chat", short_help="Talk with a model, steered differently from turn to turn.")
+@options.model
+@options.vectors
+@click.option("--vectors", "folder", metavar="DIR", help="A folder of vector files that /steer can name.")
+@click.option(
+    "--ensure",
+    "ensured",
+    multiple=True,
+    metavar="NAME",
+    help="Steer by this one only where the plain reply fails its verifier.",
+)
+@click.option(
+    "--tries",
+    type=click.IntRange(min=1),
+    default=3,
+    metavar="N",
+    help="Replies at most with --ensure, the plain one included. [default: 3]",
+)
+@click.option(
+    "--keep-cache",
+    is_flag=True,
+    help="A change of steering leaves what the model has read already as it was computed.",
+)
+@options.settings
+@click.option(
+    "--ridge",
+    type=float,
+    default=0.0,
+    metavar="X",
+    help="Allow nearly parallel vectors at one block; try 0.1. [default: 0]",
+)
+@click.option("--system", "-sys", metavar="TEXT", help="A system message before the conversation.")
+@click.option(
+    "-n",
+    "--predict",
+    "--n-predict",
+    type=click.IntRange(min=-1),
+    default=512,
+    metavar="N",
+    help="Tokens of a reply at most; -1 = until the context is full. [default: 512]",
+)
+@click.option(
+    "-r", "--reverse-prompt", "--stop", "stop", multiple=True, metavar="TEXT", help="End a reply before TEXT."
+)
+@options.sampling
+@options.engine
+@options.instruction_data
+@click.option("--no-history", is_flag=True, help="Don't keep the lines that are typed in the cache folder.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="At the end one JSON document on stdout, no replies before."
+)
+def command(
+    model: str,
+    specs: tuple[str, ...],
+    instructions: tuple[str, ...],
+    folder: str | None,
+    ensured: tuple[str, ...],
+    tries: int,
+    keep_cache: bool,
+    no_history: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Talk with a model. What begins with a slash is a command: /steer json:0.8 steers from the next reply
+    on, /compare shows the last question plain and steered, /help lists them all.
+
+    Steering that changes in the middle counts for the whole conversation, which is read again under it.
+    Ctrl-C stops a reply, Ctrl-D leaves. Without a terminal, each line of the standard input is a question or
+    a command.
+
+    \b
+    Examples:
+      localsteer chat --instruction json
+      localsteer chat -m MODEL.gguf -s json.gguf:0.8 --vectors vectors/
+      printf '%s\\n' "Tell me about foxes." "/steer json" "And hares?" | localsteer chat --temp 0
+    """
+    from localsteer.chat import Chat
+
+    from .run import load_vectors, sampling_of, vector_of
+
+    lines = _piped_lines() if not sys.stdin.isatty() else None
+    if lines is None:
+        _require_prompt_toolkit()
+    sampling = sampling_of(given)
+    names = [Path(VectorSpec.parse(spec).path).stem for spec in specs]
+    vectors = load_vectors(specs, given)
+    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    shelf = Shelf(model, given, loading)
+    shelf.add_folder(folder)
+    vectors += [vector_of(model, text, given, loading) for text in instructions]
+    names += [vector.name for vector in vectors[len(names) :]]
+    predict = given["predict"]
+    with (
+        open_engine(model, **loading, n_seq_max=N_SEQ_MAX) as engine,
+        Chat(
+            engine,
+            system=given["system"],
+            sampling=sampling,
+            max_tokens=None if predict < 0 else predict,
+            stop=given["stop"],
+            ridge=given["ridge"],
+            keep_cache=keep_cache,
+            tries=tries,
+            on_note=note,
+        ) as chat,
+    ):
+        session = Session(chat, shelf, quiet=as_json)
+        session.begin(names, vectors, ensured)
+        if lines is None:
+            note(f"{engine.path.name}: {GREETING}")
+            lines = _typed_lines(session, None if no_history else _history_file())
+        session.run(lines)
+        if as_json:
+            print_json(chat.document())
+
+
+class Shelf:
+    """Vectors that the chat may be asked for by name and has not loaded yet."""
+
+    def __init__(self, model: str, given: dict[str, Any], loading: dict[str, Any]) -> None:
+        self.model, self.given, self.loading = model, given, loading
+        self.files: dict[str, Path] = {}
+
+    def add_folder(self, folder: str | None) -> None:
+        """The vector files of a folder, by their names without the suffix."""
+        if folder is None:
+            return
+        if not Path(folder).is_dir():
+            raise click.UsageError(f"--vectors {folder}: there is no such folder.")
+        self.files = {path.stem: path for path in sorted(Path(folder).glob("*.gguf"))}
+        if not self.files:
+            raise click.UsageError(f"--vectors {folder}: there is no vector file (*.gguf) in it.")
+
+    def find(self, name: str) -> tuple[str, ControlVector] | None:
+        """(name, vector) of a file in the folder, a file by its path, or an instruction of the catalogue."""
+        from localsteer.vector import ControlVector
+
+        from .models import catalog_of
+        from .run import SETTINGS, vector_of
+
+        settings = {key: self.given[key] for key in SETTINGS}
+        path = self.files.get(name) or Path(name)
+        if path.is_file():
+            return path.stem, ControlVector.load(path).at(**settings)
+        if name in catalog_of(self.model, self.given["catalog"]).instructions:
+            return name, vector_of(self.model, name, self.given, self.loading)
+        return None
+
+
+class Session:
+    """Lines in, replies and notes out. quiet: no replies on stdout. Commands are its methods `do_NAME`."""
+
+    def __init__(self, chat: Chat, shelf: Shelf, *, quiet: bool = False) -> None:
+        self.chat, self.shelf, self.quiet = chat, shelf, quiet
+        self.left = False
+
+    def begin(self, names: list[str], vectors: list[ControlVector], ensured: tuple[str, ...]) -> None:
+        """What the command line steers by; a name that is taken gets a number."""
+        for name, vector in zip(names, vectors, strict=True):
+            again = sum(known.partition("#")[0] == name for known in self.chat.vectors)
+            unique = f"{name}#{again + 1}" if again else name
+            self.chat.add(unique, vector)
+            self.chat.steer(unique)
+        if ensured:
+            self.chat.ensure(*map(self._find, ensured))
+
+    def run(self, lines: Iterator[str]) -> None:
+        """Every line in turn; a bad one is one line on stderr, and Ctrl-C stops what runs, not the chat."""
+        for line in lines:
+            try:
+                self._take(line)
+            except (LocalsteerError, click.ClickException) as error:
+                note(
+                    " ".join(
+                        (error.message if isinstance(error, click.ClickException) else str(error)).split()
+                    )
+                )
+            except KeyboardInterrupt:
+                note("stopped.")
+            interrupt.forgive()
+            if self.left:
+                return
+
+    def _take(self, line: str) -> None:
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, rest = line[1:].strip().partition(" ")
+            act = COMMANDS.get(name)
+            if act is None:
+                raise LocalsteerError(
+                    f"unknown command /{name}: /help lists them; // begins a question with /."
+                )
+            act(self, rest.strip())
+        elif line.strip():
+            self._ask(line[1:] if line.startswith("//") else line)
+
+    def _ask(self, question: str) -> None:
+        last = "\n"
+
+        def write(text: str) -> None:
+            nonlocal last
+            last = text
+            if not self.quiet:
+                sys.stdout.write(shown(text))
+                sys.stdout.flush()
+
+        notes: list[str] = []
+        tell, self.chat.on_note = (
+            self.chat.on_note,
+            lambda text: notes.append(text) if last != "\n" else tell(text),
+        )
+        try:
+            turn = self.chat.ask(question, on_text=write)
+        finally:
+            self.chat.on_note = tell
+            if not last.endswith("\n") and not self.quiet:
+                click.echo()
+        for text in notes:
+            note(text)
+        if turn.finish_reason == "cancelled":
+            note("the reply was stopped.")
+
+    # -- commands -----------------------------------------------------------------------------------
+
+    def do_steer(self, text: str) -> None:
+        """NAME[:STRENGTH][@BLOCK] ...: steer by these too, or change their settings."""
+        for spec in map(VectorSpec.parse, self._words(text, "/steer NAME, as in /steer json:0.8")):
+            vector = self.chat.steer(self._find(spec.path), strength=spec.strength, layer=spec.blocks)
+            note(f"steering by {_described(vector)}.")
+
+    def do_unsteer(self, text: str) -> None:
+        """[NAME ...]: leave these out; without a name, all."""
+        names = self.chat.unsteer(*text.split())
+        note(f"no longer steering by {', '.join(names)}." if names else "nothing was steered.")
+
+    def do_vectors(self, text: str) -> None:
+        """List the vectors that are here, and what steers."""
+        chat = self.chat
+        made = table("vector", "", "strength", "blocks", "positions", "mode", numbers=("strength",))
+        for name, known in chat.vectors.items():
+            vector = chat.active.get(name, known)
+            state = "steers" if name in chat.active else "ensured" if name in chat.ensured else ""
+            blocks = ",".join(map(str, vector.layers))
+            made.add_row(name, state, f"{vector.strength:g}", blocks, vector.positions, vector.mode)
+        for name in self.shelf.files:
+            if name not in chat.vectors:
+                made.add_row(name, "", "", "", "", "")
+        answer().print(
+            made if made.row_count else "no vectors: /steer takes a file, or an instruction's name."
+        )
+
+    def do_strength(self, text: str) -> None:
+        """[NAME] X: of one vector that steers, or of all."""
+        *name, value = self._words(text, "/strength 0.8, or /strength json 0.8", most=2)
+        self._change(name, strength=value)
+
+    def do_positions(self, text: str) -> None:
+        """[NAME] all|prompt|last|generation: of one vector that steers, or of all."""
+        *name, value = self._words(text, "/positions prompt, or /positions json prompt", most=2)
+        self._change(name, positions=value)
+
+    def do_ensure(self, text: str) -> None:
+        """[NAME ...]: steer by these only where a reply fails; without a name, off."""
+        self.chat.ensure(*map(self._find, text.split()))
+        names = ", ".join(self.chat.ensured)
+        note(f"{names}: steered only where the plain reply fails." if names else "ensuring nothing.")
+
+    def do_compare(self, text: str) -> None:
+        """The last question once more, plain and steered side by side."""
+        plain, steered = self.chat.compare()
+        made = table("plain", " + ".join(map(_described, self.chat.active.values())))
+        for column in made.columns:
+            column.ratio = 1
+        made.expand = True
+        made.add_row(shown(plain.text), shown(steered.text))
+        answer().print(made)
+
+    def do_trace(self, text: str) -> None:
+        """What steering did to the last reply, token by token."""
+        from localsteer.trace.terminal import print_trace
+
+        with progress("tracing") as on_progress:
+            made = self.chat.trace(on_progress)
+        print_trace(made, answer())
+
+    def do_save(self, text: str) -> None:
+        """FILE: write the conversation, with the steering of each turn, as JSON."""
+        (path,) = self._words(text, "/save FILE", most=1)
+        self.chat.save(path)
+        note(f"wrote {path}: {_turns(len(self.chat.turns))}.")
+
+    def do_load(self, text: str) -> None:
+        """FILE: take up a saved conversation in the place of this one."""
+        (path,) = self._words(text, "/load FILE", most=1)
+        self.chat.load(path)
+        steering = ", ".join(map(_described, self.chat.active.values())) or "nothing"
+        note(f"read {path}: {_turns(len(self.chat.turns))}; steering by {steering}.")
+
+    def do_undo(self, text: str) -> None:
+        """Take the last question and its reply back."""
+        turn = self.chat.undo()
+        note(f"took back {_short(turn.question)!r}; {_turns(len(self.chat.turns))} left.")
+
+    def do_clear(self, text: str) -> None:
+        """Forget the conversation; steering stays."""
+        note(f"forgot {_turns(self.chat.clear())}.")
+
+    def do_help(self, text: str) -> None:
+        """List the commands."""
+        made = table("command", "")
+        for name, act in COMMANDS.items():
+            what, colon, rest = (act.__doc__ or "").strip().partition(": ")
+            usage, said = (f"/{name} {what}", rest) if colon else (f"/{name}", what)
+            made.add_row(usage, said[:1].upper() + said[1:])
+        answer().print(made)
+
+    def do_quit(self, text: str) -> None:
+        """Leave, as Ctrl-D does."""
+        self.left = True
+
+    def _change(self, name: list[str], **settings: Any) -> None:
+        for changed in self.chat.change(*name, **settings):
+            note(f"steering by {_described(self.chat.active[changed])}.")
+
+    def _find(self, name: str) -> str:
+        """The name of a vector that the chat knows from now on. Raises LocalsteerError."""
+        if name in self.chat.vectors:
+            return name
+        found = self.shelf.find(name)
+        if found is None:
+            known = ", ".join(dict.fromkeys([*self.chat.vectors, *self.shelf.files])) or "none"
+            raise LocalsteerError(
+                f"there is no vector {name!r}: choose one of {known}, a file, or an instruction of the "
+                "catalogue."
+            )
+        stem, vector = found
+        unique = name if stem in self.chat.vectors else stem  # another file of the same name
+        self.chat.add(unique, vector)
+        return unique
+
+    @staticmethod
+    def _words(text: str, usage: str, most: int = 100) -> list[str]:
+        try:
+            words = shlex.split(text) if os.name == "posix" else text.split()
+        except ValueError:
+            words = []
+        if not 1 <= len(words) <= most:
+            raise LocalsteerError(f"write {usage}.")
+        return words
+
+
+COMMANDS: dict[str, Callable[[Session, str], None]] = {
+    name.removeprefix("do_"): act for name, act in vars(Session).items() if name.startswith("do_")
+}
+
+
+def _described(vector: ControlVector) -> str:
+    blocks = ",".join(map(str, vector.layers))
+    return f"{vector.name}:{vector.strength:g}@{blocks} {vector.mode} {vector.positions}"
+
+
+def _turns(n: int) -> str:
+    return "1 turn" if n == 1 else f"{n} turns"
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 40 else f"{line[:37]}..."
+
+
+# --- where lines come from ---------------------------------------------------------------------------------
+
+
+def _piped_lines() -> Iterator[str]:
+    """Lines of the standard input, as they come."""
+    for number, raw in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            note(f"line {number} of the standard input is not UTF-8 text (byte {error.start}): left out.")
+
+
+def _require_prompt_toolkit() -> None:
+    try:
+        import prompt_toolkit  # noqa: F401
+    except ImportError:
+        raise LocalsteerError(EXTRA) from None
+
+
+def _history_file() -> Path | None:
+    """Readable by its owner alone; None where the cache folder can't be written."""
+    from localsteer.cache import cache_folder
+
+    try:
+        path = cache_folder() / "chat-history"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except (OSError, LocalsteerError):
+        return None
+    return path if path.is_file() else None
+
+
+def _typed_lines(session: Session, history: Path | None) -> Iterator[str]:
+    """Lines of the terminal, with editing, history and completion, until Ctrl-D."""
+    from .chat_prompt import Prompt
+
+    prompt = Prompt(session.chat, session.shelf, list(COMMANDS), history)
+    while True:
+        with suppress(KeyboardInterrupt):
+            try:
+                yield prompt.ask()
+            except EOFError:
+                return

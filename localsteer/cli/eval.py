@@ -1,0 +1,299 @@
+"""`localsteer eval`: does steering help on this model? All conditions, controls, intervals, in one report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from localsteer.errors import LocalsteerError
+
+from . import options
+from .console import answer, note, print_json, progress
+from .models import catalog_of, is_bundled, model_file
+
+if TYPE_CHECKING:
+    from localsteer.catalog import Query
+    from localsteer.evaluate.model_judge import ModelJudge
+    from localsteer.evaluate.suites.bench import Bench, Limits
+    from localsteer.vector import ControlVector
+
+# as localsteer.evaluate.suites has them
+SUITES = ("format", "length", "words", "composition", "cross-model", "ifeval")
+MAX_TOKENS = 512
+
+
+@click.command("eval", short_help="Find out whether steering helps on a model, with controls.")
+@click.argument("vectors", nargs=-1, metavar="[VECTOR]...")
+@options.model
+@click.option(
+    "--suite",
+    "suites",
+    multiple=True,
+    metavar="NAME",
+    help=f"{', '.join(SUITES)}, or all; may be given several times. [default: format]",
+)
+@click.option("--instructions", metavar="ID,ID", help="Only these. [default: the vectors' own, or all]")
+@click.option(
+    "-n",
+    default=20,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Test queries for each instruction; suite ifeval asks every line.",
+)
+@click.option(
+    "-o", "--out", type=click.Path(), metavar="DIR", help="Where all is kept. [default: eval-MODEL]"
+)
+@click.option("--ifeval", type=click.Path(), metavar="JSONL", help="Prompts for suite ifeval, in its form.")
+@click.option("--base", metavar="GGUF", help="The base model, for suite cross-model.")
+@click.option("--judge", metavar="GGUF", help="A local model that says what it thinks of each reply.")
+@click.option(
+    "--catalog", metavar="TOML", help="Instructions and queries. [default: that of the model, or `general`]"
+)
+@click.option("--queries", type=click.Path(), metavar="TXT", help="Test queries of yours, one on each line.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"Of a reply. [default: {MAX_TOKENS}; less for the bundled model]",
+)
+@click.option("-c", "--ctx-size", type=click.IntRange(min=1), metavar="N", help="Of a prompt and its reply.")
+@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@click.option("--seed", default=0, show_default=True, type=int, help="Of the random controls.")
+@click.option("--no-paraphrases", is_flag=True, help="Leave the search for badly followed wordings out.")
+@click.option(
+    "--diff", nargs=2, type=click.Path(), metavar="A B", help="Compare two runs: folders or results.json."
+)
+@options.as_json
+def command(
+    vectors: tuple[str, ...],
+    model: str,
+    suites: tuple[str, ...],
+    diff: tuple[str, str] | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Compare a model's replies without an instruction, steered, instructed, and both, with a random
+    direction and another instruction's vector as controls; strict and loose, with a quality figure beside
+    each and 95% intervals over the queries.
+
+    VECTORs are files of this model, used as they were tuned. Without any, vectors are extracted from the
+    model and their settings picked on validation queries. Everything is kept in --out: report.html,
+    report.md, results.json, the replies in replies.jsonl, the vectors. A run that was stopped goes on when
+    the same command is given again.
+
+    \b
+    Examples:
+      localsteer eval --instructions json,lowercase
+      localsteer eval -m MODEL.gguf json.gguf lowercase.gguf -o run-q4
+      localsteer eval -m MODEL.gguf --suite ifeval --ifeval ifeval_input_data.jsonl
+      localsteer eval -m MODEL.gguf --suite cross-model --base BASE.gguf --instructions json
+      localsteer eval --suite all
+      localsteer eval --diff run-q8 run-q4
+    """
+    if diff:
+        _show(_diff(*diff, given["out"]), as_json)
+        return
+    names = _suites(suites, bundled=is_bundled(model), given=given)
+    results = _evaluate(vectors, model, names, given)
+    _show(results, as_json)
+
+
+def _diff(a: str, b: str, out: str | None) -> dict[str, Any]:
+    from localsteer.evaluate import report
+    from localsteer.evaluate.diff import compare
+    from localsteer.evaluate.results import NAME, read
+
+    found = compare(read(a), read(b))
+    if out and (Path(out) / NAME).exists():
+        raise LocalsteerError(f"{out} holds a run, whose report would be replaced: choose another folder.")
+    if out:
+        report.write(found, out)
+    return found
+
+
+def _show(results: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(results)
+        return
+    from localsteer.evaluate.report.terminal import print_report
+
+    print_report(results, answer())
+
+
+def _suites(asked: Sequence[str], *, bundled: bool, given: dict[str, Any]) -> list[str]:
+    """The names, checked before anything is loaded. `all`: those that have what they need."""
+    names = list(dict.fromkeys(part.strip() for each in asked or ("format",) for part in each.split(",")))
+    for name in names:
+        if name not in (*SUITES, "all"):
+            raise LocalsteerError(f"unknown suite {name!r}: choose from {', '.join(SUITES)}, or all.")
+    ready = {"cross-model": bundled or given["base"], "ifeval": given["ifeval"]}
+    if "all" in names:
+        return [name for name in SUITES if ready.get(name, True)]
+    wanted = {"cross-model": "--base MODEL.gguf", "ifeval": "--ifeval FILE.jsonl"}
+    for name in names:
+        if not ready.get(name, True):
+            raise LocalsteerError(f"suite {name} needs {wanted[name]}.")
+    return names
+
+
+# --- one evaluation ----------------------------------------------------------------------------------------
+
+
+def _evaluate(
+    vectors: Sequence[str], model: str, names: Sequence[str], given: dict[str, Any]
+) -> dict[str, Any]:
+    from localsteer.evaluate import report, results
+    from localsteer.evaluate.suites import suite
+
+    started = time.perf_counter()
+    modules = {name: suite(name) for name in names}
+    files = _files(model, given)
+    catalog = catalog_of(model, given["catalog"])
+    loaded = _load_vectors(vectors)
+    _check_names(catalog, loaded, given["instructions"])
+    path = model_file(model)
+    base = _base_of(model, given["base"]) if "cross-model" in names else None
+    out = Path(given["out"] or f"eval-{path.stem}")
+    results.refuse_others(out, None)
+    settings = _settings(names, model, given)
+    extra = {"ifeval": given["ifeval"], "paraphrases": not given["no_paraphrases"]}
+    reports: dict[str, Any] = {}
+    with _opened(path, catalog, out, base, loaded, given, is_bundled(model)) as (bench, judge):
+        for name, module in modules.items():
+            reports[name] = module.run(bench, **extra)
+            found = bench.take_results()
+            if judge:
+                reports[name]["sections"].append(judge.section(found))
+            document = results.document(
+                bench,
+                reports,
+                command=shlex.join(["localsteer", *sys.argv[1:]]),
+                seconds=time.perf_counter() - started,
+                settings=settings,
+                files=files,
+            )
+            # after each suite: what is done can be read while the next one runs
+            results.write(document, out)
+    report.write(document, out)
+    note(f"kept in {out}: report.html, report.md, results.json, replies.jsonl, vectors.")
+    return document
+
+
+@contextmanager
+def _opened(
+    path: Path,
+    catalog: Any,
+    out: Path,
+    base: Path | None,
+    vectors: list[tuple[Path, ControlVector]],
+    given: dict[str, Any],
+    bundled: bool,
+) -> Iterator[tuple[Bench, ModelJudge | None]]:
+    from localsteer.evaluate.suites.bench import open_bench, open_judge
+
+    limits = _limits(bundled, given)
+    arguments = {
+        "limits": limits,
+        "n_threads": given["threads"],
+        "base": base,
+        "n": given["n"],
+        "seed": given["seed"],
+        "given": vectors,
+        "wanted": _ids(given["instructions"]),
+        "test": _test_queries(given["queries"]),
+        "stage": progress,
+    }
+    with open_bench(path, catalog, out, **arguments) as bench:
+        if given["judge"] is None:
+            yield bench, None
+            return
+        with open_judge(model_file(given["judge"]), bench, n_threads=given["threads"]) as judge:
+            yield bench, judge
+
+
+def _limits(bundled: bool, given: dict[str, Any]) -> Limits:
+    from dataclasses import replace
+
+    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, Limits
+
+    asked = {"max_tokens": given["max_tokens"], "n_ctx": given["ctx_size"]}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    limits = replace(BUNDLED_LIMITS if bundled else Limits(max_tokens=MAX_TOKENS), **asked)
+    if limits.n_ctx is not None and limits.max_tokens >= limits.n_ctx:
+        raise LocalsteerError(
+            f"--max-tokens {limits.max_tokens} leaves no room for a prompt in a context of {limits.n_ctx}: "
+            "give fewer, or a larger --ctx-size."
+        )
+    return limits
+
+
+def _ids(text: str | None) -> list[str] | None:
+    """Raises LocalsteerError for a list without any name."""
+    if text is None:
+        return None
+    ids = [each.strip() for each in text.split(",") if each.strip()]
+    if not ids:
+        raise LocalsteerError("no instruction is named: leave --instructions out for all of them.")
+    return ids
+
+
+def _check_names(catalog: Any, vectors: Sequence[tuple[Path, Any]], instructions: str | None) -> None:
+    """Unknown instructions are refused before a model is loaded."""
+    from localsteer.evaluate.suites.bench import instruction_of
+
+    known = {instruction_of(vector, catalog, path).id for path, vector in vectors}
+    for each in _ids(instructions) or ():
+        if each not in known:
+            catalog.get(each)
+
+
+def _test_queries(path: str | None) -> tuple[Query, ...] | None:
+    from localsteer.catalog import load_queries
+
+    return None if path is None else load_queries(path)
+
+
+def _load_vectors(texts: Sequence[str]) -> list[tuple[Path, ControlVector]]:
+    from .vector_spec import VectorSpec
+
+    specs = [VectorSpec.parse(text) for text in texts]
+    return [(Path(spec.path), spec.load()) for spec in specs]
+
+
+def _base_of(model: str, base: str | None) -> Path:
+    """The base model; that of a bundled model is bundled too, in the same quantization."""
+    if base is None:
+        base = model.replace("bundled", "bundled-base", 1)
+    return model_file(base)
+
+
+def _files(model: str, given: dict[str, Any]) -> dict[str, Path]:
+    """What a run reads beside models and vectors; their hashes are recorded."""
+    from localsteer.catalog import catalog_file
+
+    found = {"catalog": catalog_file(catalog_of(model, given["catalog"]).source)}
+    found |= {name: Path(given[name]) for name in ("ifeval", "queries") if given[name]}
+    for path in found.values():
+        if not path.is_file():
+            raise LocalsteerError(f"there is no file {path}.")
+    return found | ({"judge": model_file(given["judge"])} if given["judge"] else {})
+
+
+def _settings(names: Sequence[str], model: str, given: dict[str, Any]) -> dict[str, Any]:
+    limits = _limits(is_bundled(model), given)
+    return {
+        "suites": list(names),
+        "n": None if list(names) == ["ifeval"] else given["n"],  # it asks its own queries, all of them
+        "seed": given["seed"],
+        "max_tokens": limits.max_tokens,
+        "n_ctx": limits.n_ctx,
+        "instructions": _ids(given["instructions"]),
+        "paraphrases": not given["no_paraphrases"],
+    }

@@ -1,0 +1,182 @@
+"""`localsteer serve`: the OpenAI API over HTTP."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from localsteer.errors import LocalsteerError
+
+from . import interrupt, options
+from .console import note, print_json
+from .models import is_bundled, model_file, open_engine
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+    from localsteer.server.run import Running
+
+EXTRA = ("fastapi", "uvicorn", "prometheus_client")
+MAX_PORT = 65535
+
+
+@click.command("serve", short_help="Serve the OpenAI API, each request with its own steering.")
+@click.option(
+    "-m",
+    "--model",
+    "models",
+    multiple=True,
+    default=("bundled",),
+    metavar="GGUF",
+    help="A model: a GGUF file, or `bundled`; repeat for several. [default: bundled]",
+)
+@click.option(
+    "--vectors", "folder", type=click.Path(), metavar="DIR", help="The folder of the vector files to offer."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, MAX_PORT),
+    default=8080,
+    metavar="N",
+    help="0 takes a free one. [default: 8080]",
+)
+@click.option(
+    "--api-key",
+    envvar="LOCALSTEER_API_KEY",
+    metavar="KEY",
+    help="Clients must send it; required for any address but this machine's own. Also LOCALSTEER_API_KEY.",
+)
+@click.option(
+    "--allow-host", "hosts", multiple=True, metavar="NAME", help="A name that this server is reached by."
+)
+@click.option(
+    "--cors", "origins", multiple=True, metavar="ORIGIN", help="A site whose pages may call this server."
+)
+@click.option(
+    "-n",
+    "--predict",
+    type=click.IntRange(min=-1),
+    default=1024,
+    metavar="N",
+    help="Tokens of a reply where the request says nothing; -1 = until the context is full. [default: 1024]",
+)
+@click.option(
+    "-np",
+    "--parallel",
+    type=click.IntRange(1, 256),
+    default=8,
+    metavar="N",
+    help="Replies that are decoded together. [default: 8]",
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(0, 100_000),
+    default=64,
+    metavar="N",
+    help="Requests that may wait for a place. [default: 64]",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(0, 3600),
+    default=10.0,
+    metavar="SECONDS",
+    help="For replies under way when the server is told to end. [default: 10]",
+)
+@options.engine
+@options.as_json
+def command(models: tuple[str, ...], folder: str | None, as_json: bool, **given: Any) -> int:
+    """Serve models over the OpenAI API, with a page to try them at /.
+
+    A request chooses its steering by the field `steering`, or by the model's name: MODEL+json+lowercase.
+    GET /v1/models lists these names, GET /v1/steering the vectors with their figures. SIGTERM and Ctrl-C let
+    replies finish for --grace seconds; a second Ctrl-C does not wait.
+
+    \b
+    Examples:
+      localsteer serve --vectors vectors/
+      localsteer serve -m instruct.gguf -m base.gguf --vectors vectors/ --port 9000
+      curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "Tell me about foxes."}], "steering": ["json"]}'
+    """
+    _check_extra()
+    from localsteer.server.security import Access
+
+    _log_failures()
+    origins = [origin.rstrip("/") for origin in given["origins"]]
+    access = Access(given["host"], given["api_key"] or None, given["hosts"], origins)
+    access.check()
+    with _opened(models, given) as engines:
+        running = _application(engines, folder, access, given)
+        ended = running.serve(on_ready=lambda: _tell(running, as_json))
+    return interrupt.EXIT_STATUS if ended == 2 else 0  # 2: SIGINT
+
+
+def _check_extra() -> None:
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LocalsteerError(f'serve needs {missing[0]}: pip install "localsteer[serve]".')
+
+
+def _log_failures() -> None:
+    """A bug's traceback goes to stderr, never into a reply; the program's own notices have no room for it."""
+    logger = logging.getLogger("localsteer.server")
+    logger.handlers[:], logger.propagate = [logging.StreamHandler()], False
+
+
+def model_names(models: Sequence[str]) -> dict[str, str]:
+    """{name in the API: what -m said}. Raises LocalsteerError for two models of one name."""
+    names: dict[str, str] = {}
+    for model in models:
+        name = model if is_bundled(model) else Path(model).stem
+        if name in names:
+            raise LocalsteerError(f"two models are named {name!r}: rename a file, its name is the model's.")
+        names[name] = model
+    return names
+
+
+@contextmanager
+def _opened(models: Sequence[str], given: dict[str, Any]) -> Iterator[dict[str, Engine]]:
+    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    names = model_names(models)
+    for model in models:
+        model_file(model)  # a slip in the second name should not wait for the first model
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(open_engine(model, **loading, n_seq_max=given["parallel"]))
+            for name, model in names.items()
+        }
+
+
+def _application(
+    engines: dict[str, Engine], folder: str | None, access: Any, given: dict[str, Any]
+) -> Running:
+    from localsteer.server.app import create_app
+    from localsteer.server.limits import Limits
+    from localsteer.server.run import Running
+
+    application = create_app(
+        engines,
+        folder=Path(folder) if folder is not None else None,
+        access=access,
+        limits=Limits(predict=None if given["predict"] < 0 else given["predict"]),
+        max_queue=given["max_queue"],
+    )
+    return Running(application, given["host"], given["port"], given["grace"])
+
+
+def _tell(running: Running, as_json: bool) -> None:
+    state = running.state
+    if as_json:
+        names = [entry["id"] for entry in state.listed()]
+        print_json({"url": running.url, "models": names, "vectors": list(state.vectors.entries)})
+    for entry in state.vectors.entries.values():
+        if not any(entry.fits(model) for model in state.models):
+            why = entry.error or next(iter(entry.misfits.values()))
+            note(f"{entry.name} is not offered: {why}")
+    note(f"{', '.join(state.models)} at {running.url} (Ctrl-C ends it); the API is at {running.url}/v1")

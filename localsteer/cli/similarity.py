@@ -1,0 +1,177 @@
+"""`localsteer similarity`: does an instruction move the state the same way whatever the query?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options
+from .console import answer, note, print_json, progress, table
+from .models import catalog_of, extraction_queries, find_instruction, open_engine
+
+if TYPE_CHECKING:
+    from localsteer.catalog import Catalog, Instruction
+    from localsteer.evaluate.similarity import Similarity
+
+N_PAIRS = 20
+N_INSTRUCTIONS = 12  # when none are named
+GROUPS = ("format", "length")
+
+
+@click.command("similarity", short_help="Check that an instruction is one direction, with probes.")
+@click.argument("instructions", nargs=-1, metavar="[INSTRUCTION]...")
+@options.model
+@click.option(
+    "--block", type=click.IntRange(min=0), metavar="N", help="Of the second heat map. [default: the clearest]"
+)
+@click.option(
+    "--plot", type=click.Path(), metavar="PNG", help="Draw both heat maps and the probes into a picture."
+)
+@click.option(
+    "--catalog", metavar="TOML", help="Instructions and queries. [default: the model's, as for extract]"
+)
+@click.option("--queries", type=click.Path(), metavar="TXT", help="Base queries of yours, one on each line.")
+@click.option(
+    "--pairs",
+    type=click.IntRange(min=1),
+    default=N_PAIRS,
+    show_default=True,
+    metavar="N",
+    help="Prompt pairs for each instruction.",
+)
+@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@options.as_json
+def command(
+    instructions: tuple[str, ...],
+    model: str,
+    block: int | None,
+    plot: str | None,
+    catalog: str | None,
+    queries: str | None,
+    pairs: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Compare what instructions do to the model's state at the last prompt token, pair by pair: the cosine
+    between pair differences of one instruction (high where it is one direction) and of different instructions
+    (low where they are told apart), block by block.
+
+    Beside it how often a probe tells a state with the instruction from one without, on queries and wordings
+    that it has not seen: `linear` a ridge classifier, `gaussian` a kernel that can draw any boundary. Without
+    names: the first formats and lengths of the catalogue.
+
+    \b
+    Examples:
+      localsteer similarity json lowercase one_sentence
+      localsteer similarity -m MODEL.gguf --pairs 50 --plot similarity.png
+      localsteer similarity -m MODEL.gguf json "Answer in rhyme." --json
+    """
+    from localsteer.evaluate.similarity import similarity
+    from localsteer.evaluate.states import States
+    from localsteer.extract import build_pairs, open_backend
+
+    if plot is not None:
+        from localsteer.evaluate.heatmap import check_picture
+
+        check_picture(plot)
+    found = catalog_of(model, catalog)
+    chosen = _chosen(found, instructions)
+    made = [build_pairs(each, extraction_queries(found, each, queries), pairs) for each in chosen]
+    with open_engine(model, threads=threads) as engine, open_backend(engine) as backend:
+        block = _checked(block, backend.n_layer)
+        with progress("reading states") as on_progress:
+            states = States(backend, on_progress)
+            states.of([text for each in made for pair in each for text in (pair.plain, pair.instructed)])
+        with progress("comparing"):
+            done = similarity(states, chosen, made)
+        name = backend.model_name
+    block = done.clearest if block is None else block
+    if plot is not None:
+        _draw(done, block, plot, name)
+        note(f"drew {plot}")
+    if as_json:
+        print_json(_document(done, block, name))
+    else:
+        _print(done, block, name)
+
+
+def _chosen(catalog: Catalog, names: tuple[str, ...]) -> list[Instruction]:
+    if names:
+        return [find_instruction(catalog, name, ()) for name in dict.fromkeys(names)]
+    usual = [each for each in catalog.instructions.values() if each.group in GROUPS]
+    return [each.fill() for each in usual if set(each.open_slots) <= set(each.slots)][:N_INSTRUCTIONS]
+
+
+def _checked(block: int | None, n_layer: int) -> int | None:
+    if block is not None and block >= n_layer:
+        raise click.UsageError(f"--block {block} is out of range: the model has blocks 0 to {n_layer - 1}.")
+    return block
+
+
+def _document(done: Similarity, block: int, name: str) -> dict[str, Any]:
+    return {
+        "model": name,
+        "n_pairs": done.n_pairs,
+        "blocks": done.rows(),
+        "instructions": [
+            {
+                "id": each,
+                "within": done.within[k].tolist(),
+                "between": done.between[k].tolist(),
+                "linear": done.linear[k].tolist(),
+                "gaussian": done.gaussian[k].tolist(),
+            }
+            for k, each in enumerate(done.instructions)
+        ],
+        "matrix": {"block": block, "cosines": done.matrix[block].tolist()},
+    }
+
+
+def _print(done: Similarity, block: int, name: str) -> None:
+    from localsteer.evaluate.heatmap import terminal_heatmap
+
+    console = answer()
+    title = f"{name}: cosine between pair differences within an instruction, by block"
+    blocks = range(done.n_layer)
+    console.print(terminal_heatmap(title, done.instructions, blocks, done.within.tolist(), low=0, high=1))
+    console.print()
+    title = f"block {block}: within (diagonal) and between instructions, in the same order"
+    columns = [each[:6] for each in done.instructions]
+    values = done.matrix[block].tolist()
+    console.print(terminal_heatmap(title, done.instructions, columns, values, low=0, high=1))
+    console.print()
+    numbers = ("block", "within", "between", "linear probe", "gaussian probe")
+    made = table(*numbers, numbers=numbers)
+    for row in done.rows():
+        between = "-" if row["between"] is None else f"{row['between']:.2f}"
+        probes = (f"{row[key]:.0%}" for key in ("linear", "gaussian"))
+        made.add_row(str(row["block"]), f"{row['within']:.2f}", between, *probes)
+    console.print(made)
+
+
+def _draw(done: Similarity, block: int, path: str, name: str) -> None:
+    from localsteer.evaluate.heatmap import draw_heatmap, new_figure, save_figure
+
+    k = len(done.instructions)
+    height = 2.5 + max(0.32 * k, 2.0)
+    figure = new_figure(6.0 + 0.5 * done.n_layer + 1.2 * max(k, 4) + 4, height)
+    within, matrix, lines = figure.subplots(
+        1, 3, width_ratios=[done.n_layer * 0.6 + 1, max(k, 4) * 0.7 + 1, 5]
+    )
+    blocks = list(range(done.n_layer))
+    draw_heatmap(within, done.instructions, blocks, done.within.tolist(), low=0, high=1)
+    within.set(title=f"{name}: within an instruction", xlabel="block")
+    values = done.matrix[block].tolist()
+    draw_heatmap(matrix, done.instructions, done.instructions, values, low=0, high=1)
+    matrix.set_title(f"within and between, block {block}")
+    rows = done.rows()
+    for key in ("within", "between", "linear", "gaussian"):
+        label = f"{key} probe" if key in ("linear", "gaussian") else f"cosine {key}"
+        # the probes often lie on one another
+        style = "--" if key == "gaussian" else "-"
+        values = [row[key] if row[key] is not None else float("nan") for row in rows]
+        lines.plot(blocks, values, style, label=label)
+    lines.set(title="means over instructions", xlabel="block", ylim=(-0.1, 1.05))
+    lines.legend()
+    save_figure(figure, path)

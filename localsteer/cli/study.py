@@ -1,0 +1,166 @@
+"""`localsteer study`: the open questions, asked of a model of your own."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options
+from .console import answer, note, print_json, progress
+from .models import catalog_of, is_bundled, model_file
+
+NAMES = ("quantization", "pairs", "compound", "linear", "layers")  # as evaluate.studies has them
+N_TEST, N_QUICK = 20, 4
+
+
+@click.command("study", short_help="Quantization, pairs, compound, linear, layers: one question each.")
+@click.argument("name", type=click.Choice(NAMES))
+@options.model
+@click.option(
+    "-o", "--out", type=click.Path(), metavar="DIR", help="Where everything is kept. [default: study-NAME]"
+)
+@click.option(
+    "--gguf",
+    "files",
+    multiple=True,
+    type=click.Path(),
+    metavar="GGUF",
+    help="quantization: a file of the checkpoint, the most exact first; give several. [default: bundled]",
+)
+@click.option("--checkpoint", metavar="HF", help="layers: the transformers folder of MODEL.")
+@click.option("-i", "--instructions", metavar="ID,ID", help="In place of the study's own choice.")
+@click.option("-n", type=click.IntRange(min=1), metavar="N", help=f"Test questions each. [default: {N_TEST}]")
+@click.option("--quick", is_flag=True, help="Everything small, to see that it works.")
+@click.option("--catalog", metavar="TOML", help="Instructions and queries. [default: the model's]")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of everything random.")
+@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@options.as_json
+def command(
+    name: str,
+    model: str,
+    out: str | None,
+    files: tuple[str, ...],
+    checkpoint: str | None,
+    instructions: str | None,
+    n: int | None,
+    quick: bool,
+    catalog: str | None,
+    seed: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure one question on MODEL; DIR gets results.json, NAME.md, pictures, and every reply in JSONL.
+
+    \b
+    NAME asks:
+      quantization  what each quantization does to directions, projections and steering
+      pairs         how many prompt pairs a vector needs, and in how many wordings
+      compound      three instructions at once
+      linear        a linear probe beside a non-linear one, and steering, block by block
+      layers        which blocks can be steered, by PyTorch and by the engine (needs torch)
+
+    Killed, it is started again with the same command and goes on where it was. With the bundled model each
+    takes some minutes on two cores.
+
+    \b
+    Examples:
+      localsteer study quantization --quick
+      localsteer study quantization --gguf M.F16.gguf --gguf M.Q8_0.gguf --gguf M.Q4_K_M.gguf
+      localsteer study pairs -m MODEL.gguf -i json,lowercase -o study-pairs
+      localsteer study layers -m MODEL.Q8_0.gguf --checkpoint HF_FOLDER
+    """
+    from localsteer.evaluate.studies.common import Job, run_study
+    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, Limits
+
+    _check_options(name, files, checkpoint)
+    found = catalog_of(None if files else model, catalog) if files else catalog_of(model, catalog)
+    bundled = is_bundled(model) and not files
+    named = _files(name, files, bundled, quick)
+    job = Job(
+        catalog=found,
+        out=Path(out or f"study-{name}"),
+        model=named[0][1] if named else model_file(model),
+        limits=BUNDLED_LIMITS if bundled else Limits(),
+        n=n or (N_QUICK if quick else N_TEST),
+        seed=seed,
+        wanted=_ids(instructions),
+        quick=quick,
+        n_threads=threads,
+        files=named,
+        checkpoint=_checkpoint(checkpoint, model) if name == "layers" else None,
+        stage=progress,
+    )
+    document = run_study(name, job, command=shlex.join(["localsteer", *sys.argv[1:]]))
+    if as_json:
+        print_json(document)
+        return
+    _print(document)
+    note(f"{job.out / f'{name}.md'} has the whole report, {job.out / 'results.json'} all figures.")
+
+
+def _check_options(name: str, files: tuple[str, ...], checkpoint: str | None) -> None:
+    if files and name != "quantization":
+        raise click.UsageError("--gguf belongs to `study quantization`; name the model with -m.")
+    if checkpoint is not None and name != "layers":
+        raise click.UsageError("--checkpoint belongs to `study layers`.")
+    if len(files) == 1:
+        raise click.UsageError("give --gguf twice or more: a study of quantization compares files.")
+
+
+def _ids(instructions: str | None) -> tuple[str, ...] | None:
+    if instructions is None:
+        return None
+    ids = tuple(each.strip() for each in instructions.split(",") if each.strip())
+    if not ids:
+        raise click.UsageError("--instructions names none: leave it out for the study's own choice.")
+    return ids
+
+
+def _files(name: str, files: tuple[str, ...], bundled: bool, quick: bool) -> tuple[tuple[str, Path], ...]:
+    """Label and path of each file of `study quantization`."""
+    if name != "quantization":
+        return ()
+    if files:
+        labels = [_label(Path(file)) for file in files]
+        # each file has a folder of its own name in OUT
+        unique = [name if labels.count(name) == 1 else f"{k}-{name}" for k, name in enumerate(labels)]
+        return tuple(zip(unique, map(Path, files), strict=True))
+    if not bundled:
+        raise click.UsageError("name the files with --gguf, the most exact first; -m is one file alone.")
+    from localsteer.bundled import gguf_path
+    from localsteer.evaluate.studies.quantization import QUANTS, QUICK_QUANTS
+
+    quants = QUICK_QUANTS if quick else QUANTS
+    return tuple((quant, gguf_path("instruct", quant, on_making=note)) for quant in quants)
+
+
+def _label(path: Path) -> str:
+    """`Q4_K_M` of `model.Q4_K_M.gguf`, else the file's name without its ending."""
+    found = re.search(r"(?i)(?<![a-z0-9])(b?f(?:16|32)|i?q\d\w*)$", path.stem)
+    return found[1].upper() if found else path.stem
+
+
+def _checkpoint(checkpoint: str | None, model: str) -> Path:
+    if checkpoint is not None:
+        return Path(checkpoint)
+    if not is_bundled(model):
+        raise click.UsageError(
+            "give --checkpoint HF_FOLDER, the transformers model that MODEL was made from."
+        )
+    from localsteer import bundled
+
+    return bundled.checkpoint_folder("base" if "base" in model.split(":")[0] else "instruct")
+
+
+def _print(document: dict[str, Any]) -> None:
+    from localsteer.evaluate.report import terminal
+
+    terminal.print_report(document, answer())
+
+
+__all__ = ["NAMES", "command"]

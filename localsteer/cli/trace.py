@@ -1,0 +1,142 @@
+"""`localsteer trace`: what steering does to every token of a prompt and its reply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from localsteer.errors import LocalsteerError
+
+from . import options
+from .console import answer, note, print_json, progress
+from .models import open_engine
+from .prompt_input import read_prompt
+
+
+class Watched(options.Blocks):
+    """Blocks, or `all`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "all" else super().convert(value, param, ctx)
+
+
+@click.command("trace", short_help="Show what steering does, token by token.")
+@click.argument("prompt", required=False)
+@options.model
+@options.vectors
+@options.settings
+@click.option(
+    "--blocks",
+    type=Watched(),
+    metavar="BLOCKS",
+    help="Look at these blocks too, steered or not, and what steering there would do: 3, 2-5 or `all`.",
+)
+@click.option(
+    "--reply", metavar="TEXT", help="Trace this reply to the prompt instead of one by the steered model."
+)
+@click.option(
+    "--ridge",
+    type=float,
+    default=0.0,
+    metavar="X",
+    help="Allow nearly parallel vectors at one block; try 0.1. [default: 0]",
+)
+@click.option("--system", "-sys", metavar="TEXT", help="A system message before the prompt.")
+@click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
+@click.option(
+    "-n",
+    "--predict",
+    "--n-predict",
+    type=click.IntRange(min=-1),
+    default=64,
+    metavar="N",
+    help="Tokens of the reply at most; -1 = until the context is full. [default: 64]",
+)
+@click.option("--temp", type=float, default=0.0, metavar="X", help="Temperature; 0 is greedy. [default: 0]")
+@click.option("--seed", type=int, metavar="N", help="[default: another one each time]")
+@options.engine
+@options.instruction_data
+@click.option("--plot", type=click.Path(), metavar="PNG", help="Draw it into a picture too.")
+@click.option(
+    "--html", type=click.Path(), metavar="HTML", help="Write it as a page too: one file, no network needed."
+)
+@options.as_json
+def command(
+    prompt: str | None,
+    model: str,
+    specs: tuple[str, ...],
+    instructions: tuple[str, ...],
+    plot: str | None,
+    html: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Answer PROMPT, steered, and show for each token of prompt and reply the projection on the vector's
+    direction before and after the edit, its target and the dynamic weight.
+
+    Below it stands the effect: how far steering moves what the model says there, in nats, and the token that
+    the plain model would rather say. The last lines say what it means: a block that is wrong, a reply that is
+    locked at its start, a vector that does nothing.
+
+    \b
+    Examples:
+      localsteer trace --instruction json "Tell me about foxes."
+      localsteer trace -m MODEL.gguf -s json.gguf "Tell me about foxes."
+      localsteer trace -m MODEL.gguf -s json.gguf@12 --blocks all --plot trace.png "Tell me about foxes."
+      localsteer trace -m MODEL.gguf -s json.gguf --reply "A fox is red." --html trace.html "What is a fox?"
+    """
+    from localsteer.generate import Sampling
+    from localsteer.trace import trace
+
+    from .run import load_vectors, message_of, vector_of
+
+    if not (specs or instructions):
+        raise click.UsageError("there is nothing to trace: give -s VECTOR or --instruction.")
+    for path in (plot, html):
+        _check_folder(path)
+    sampling = Sampling(temp=given["temp"], seed=given["seed"])
+    vectors = load_vectors(specs, given)
+    message = message_of(read_prompt(prompt), given["system"], given["raw"])
+    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    vectors += [vector_of(model, text, given, loading) for text in instructions]
+    with open_engine(model, **loading, n_seq_max=1) as engine, progress("tracing") as on_progress:
+        made = trace(
+            engine,
+            message,
+            vectors,
+            max_tokens=None if given["predict"] < 0 else given["predict"],
+            sampling=sampling,
+            reply=given["reply"],
+            blocks=given["blocks"],
+            ridge=given["ridge"],
+            raw=given["raw"],
+            on_progress=on_progress,
+        )
+    _write_pictures(made, plot, html)
+    if as_json:
+        print_json({"prompt": message, **made.to_dict()})
+        return
+    from localsteer.trace.terminal import print_trace
+
+    print_trace(made, answer())
+
+
+def _check_folder(path: str | None) -> None:
+    """Before the model's time is spent on a picture that has no place to go."""
+    if path is not None and not Path(path).parent.is_dir():
+        raise LocalsteerError(f"{path} can't be written: there is no folder {Path(path).parent}.")
+
+
+def _write_pictures(made: Any, plot: str | None, html: str | None) -> None:
+    if plot is not None:
+        from localsteer.trace.plot import draw_trace
+
+        draw_trace(made, plot)
+        note(f"drew {plot}")
+    if html is not None:
+        from localsteer.trace.html import write_page
+
+        write_page(made, html)
+        note(f"wrote {html}")

@@ -1,0 +1,277 @@
+"""`localsteer transfer`: a vector of one model for another one, and whether it does anything there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from localsteer.errors import MismatchError
+
+from . import options
+from .console import answer, note, print_json, progress, table
+from .extract import check_output, refuse_source
+from .models import catalog_of, is_bundled, open_engine
+
+if TYPE_CHECKING:
+    from localsteer.catalog import Catalog, Instruction
+    from localsteer.engine import Engine
+    from localsteer.evaluate.transfer import BlockMap, Examined
+    from localsteer.extract import Backend, Pair
+    from localsteer.vector import ControlVector
+
+N_SEQ_MAX = 8
+N_PROMPTS = 400  # as evaluate.transfer has it
+
+
+@click.command("transfer", short_help="Try a vector in another model, with controls.")
+@click.argument("vector", metavar="VECTOR", type=click.Path())
+@options.model
+@click.option("-o", "--output", type=click.Path(), metavar="GGUF", help="Write the vector for MODEL here.")
+@click.option("--map", "mapped", is_flag=True, help="Through a ridge map between the models' states.")
+@click.option("--from", "source", metavar="GGUF", help="With --map: the model that VECTOR was made from.")
+@click.option(
+    "--prompts",
+    type=click.IntRange(min=1),
+    default=N_PROMPTS,
+    show_default=True,
+    metavar="N",
+    help="With --map: prompts that both models read.",
+)
+@click.option(
+    "--qa",
+    is_flag=True,
+    help="Prompt MODEL as `Q: ...` and `A:`, whatever chat template it has: for base models.",
+)
+@click.option("--test/--no-test", default=True, help="Measure what it does in MODEL. [default: test]")
+@click.option(
+    "-n", default=20, show_default=True, type=click.IntRange(min=1), metavar="N", help="Test questions."
+)
+@click.option(
+    "--catalog", metavar="TOML", help="Instructions and queries. [default: the model's, as for extract]"
+)
+@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@options.as_json
+def command(
+    vector: str,
+    model: str,
+    output: str | None,
+    mapped: bool,
+    source: str | None,
+    prompts: int,
+    qa: bool,
+    test: bool,
+    n: int,
+    catalog: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Use VECTOR in MODEL, another one than it was made from, and say plainly whether it does anything there.
+
+    Another quantization, or the base model of an instruct model: as it is. Another model of the same width:
+    as it is, blocks by depth, mean projections measured again, with a warning. Another width: with --map, a
+    ridge map from the states of --from to those of MODEL, fitted on prompts that hold other instructions.
+
+    The test picks block and positions on validation questions and compares on test questions: MODEL alone,
+    the transferred vector, MODEL's own vector, a random direction, and for a map also the numbers unmapped
+    and a map fitted on shuffled prompts.
+
+    \b
+    Examples:
+      localsteer transfer json.gguf -m bundled-base --qa
+      localsteer transfer json.gguf -m MODEL.Q2_K.gguf -o json-q2.gguf
+      localsteer transfer json.gguf --map --from SMALL.gguf -m LARGE.gguf -o json-large.gguf
+    """
+    from localsteer.evaluate.calibrate import instruction_of
+    from localsteer.templates import ChatTemplate
+    from localsteer.vector import ControlVector
+
+    if mapped != (source is not None):
+        raise click.UsageError("--map and --from belong together: --map --from MODEL.gguf.")
+    stored = ControlVector.load(vector)
+    if output is not None:
+        check_output(Path(output))
+        refuse_source(Path(output), vector)
+    found = catalog_of(model, catalog)
+    if test or mapped:
+        instruction_of(stored)  # refuses a vector that does not say what it is of
+    job = _Job(stored, found, model, source, prompts, threads)
+    with job.open(model) as engine:
+        if qa:
+            engine.template = ChatTemplate(None, engine.template.bos, engine.template.eos)
+        sent = job.send(engine)
+        examined = _examine(job, engine, sent, n) if test else None
+    written = sent.vector if examined is None else examined.vector
+    if output is not None:
+        written.save(output)
+    if as_json:
+        print_json(_document(job, sent, examined, written, output))
+        return
+    _print(sent, examined)
+    if output is not None:
+        note(f"written to {output}.")
+
+
+class _Job:
+    """What is sent where."""
+
+    def __init__(
+        self,
+        vector: ControlVector,
+        catalog: Catalog,
+        model: str,
+        source: str | None,
+        n_prompts: int,
+        threads: int | None,
+    ) -> None:
+        self.vector, self.catalog, self.model, self.source = vector, catalog, model, source
+        self.n_prompts, self.threads = n_prompts, threads
+
+    def open(self, model: str) -> Any:
+        return open_engine(model, threads=self.threads, n_seq_max=N_SEQ_MAX)
+
+    @property
+    def instruction(self) -> Instruction:
+        from localsteer.evaluate.calibrate import instruction_of
+
+        return instruction_of(self.vector)
+
+    def pairs(self) -> list[Pair]:
+        from localsteer.evaluate.calibrate import pairs_of
+
+        return pairs_of(self.vector, self.catalog)
+
+    def send(self, engine: Engine) -> _Sent:
+        """The vector for the engine's model. Raises MismatchError for another width without a map."""
+        from localsteer.evaluate import transfer
+        from localsteer.extract import open_backend
+
+        with open_backend(engine) as target:
+            if self.source is not None:
+                return self._send_through_map(target)
+            way = transfer.relation(self.vector, target)
+            if way == transfer.MAPPED:
+                raise MismatchError(
+                    f"{self.vector.label} is {self.vector.n_embd} wide but {target.model_name} is "
+                    f"{target.n_embd}: give --map --from MODEL.gguf, the model that it was made from."
+                )
+            if way == transfer.AS_IS:
+                return _Sent(way, transfer.carry(self.vector, target))
+            note(
+                f"{self.vector.label} is of another model than {target.model_name}, of the same width: its "
+                "directions need not mean anything there. Mean projections are measured again."
+            )
+            return _Sent(way, transfer.carry_to_other_model(self.vector, target, self.pairs()))
+
+    def _send_through_map(self, target: Backend) -> _Sent:
+        from localsteer.evaluate import transfer
+        from localsteer.extract import open_backend
+
+        prompts = transfer.shared_prompts(self.catalog, self.instruction, self.n_prompts)
+        with self.open(self.source) as engine, open_backend(engine) as source:
+            engine.plan(self.vector)  # refuses a source that the vector was not made from
+            asked, prompts = len(prompts), transfer.readable(prompts, source, target)
+            left_out = asked - len(prompts)
+            if left_out:
+                note(f"{left_out} of {asked} prompts hold what a model has no tokens for: left out.")
+            texts = [pair.instructed for pair in prompts]
+            with progress(f"reading states of {source.model_name}") as on_progress:
+                theirs = transfer.all_states(source, texts, on_progress)
+                means = transfer.mean_states(source, self.pairs())
+        with progress(f"reading states of {target.model_name}") as on_progress:
+            ours = transfer.all_states(target, texts, on_progress)
+        queries = [pair.plain for pair in prompts]
+        maps = transfer.fit_maps(theirs, ours, queries)
+        sent = transfer.send_through(self.vector, target, maps, means)
+        wrong = transfer.fit_maps(theirs, ours, queries, shuffle=True)
+        control = transfer.send_through(self.vector, target, wrong, means)
+        return _Sent(transfer.MAPPED, sent, maps, control)
+
+
+class _Sent:
+    """The transferred vector; of a map also its fits, and the vector of the shuffled map."""
+
+    def __init__(
+        self,
+        way: str,
+        vector: ControlVector,
+        maps: list[BlockMap] | None = None,
+        shuffled: ControlVector | None = None,
+    ) -> None:
+        self.way, self.vector, self.maps, self.shuffled = way, vector, maps or [], shuffled
+
+
+def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
+    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS
+    from localsteer.evaluate.transfer import examine, unmapped
+
+    if job.instruction.verifier is None:
+        note(f"{job.vector.label} has no verifier, so nothing tells whether a reply follows it: not tested.")
+        return None
+    limits: dict[str, Any] = {}
+    if is_bundled(job.model):
+        limits = {"max_tokens": BUNDLED_LIMITS.max_tokens, "must_end": BUNDLED_LIMITS.must_end}
+
+    def controls(plain_mean: Any) -> dict[str, ControlVector]:
+        if sent.shuffled is None:
+            return {}
+        return {"unmapped": unmapped(job.vector, sent.vector, plain_mean), "shuffled map": sent.shuffled}
+
+    with progress("picking settings") as on_progress:
+        return examine(
+            engine,
+            job.instruction,
+            sent.vector,
+            job.catalog,
+            controls=controls,
+            n=n,
+            on_progress=on_progress,
+            **limits,
+        )
+
+
+def _document(
+    job: _Job, sent: _Sent, examined: Examined | None, vector: ControlVector, output: str | None
+) -> dict[str, Any]:
+    return {
+        "file": output,
+        "model": job.model,
+        "way": sent.way,
+        "map": [{"block": t, **_fit(each)} for t, each in enumerate(sent.maps)],
+        "layer": list(vector.layers),
+        "positions": vector.positions,
+        "helped_in_validation": None if examined is None else examined.helped,
+        "conditions": [] if examined is None else examined.rows(),
+        "lifts": {} if examined is None else {name: list(each) for name, each in examined.lifts.items()},
+        "verdict": None if examined is None else examined.verdict,
+    }
+
+
+def _fit(each: BlockMap) -> dict[str, Any]:
+    return {"source": each.source, "ridge": each.ridge, "r2": each.r2}
+
+
+def _print(sent: _Sent, examined: Examined | None) -> None:
+    console = answer()
+    if sent.maps:
+        made = table("block", "from block", "R2 held out", "ridge", numbers=("block", "from block", "ridge"))
+        for t, each in enumerate(sent.maps):
+            made.add_row(str(t), str(each.source), f"{each.r2:.3f}", f"{each.ridge:g}")
+        console.print(made)
+        console.print()
+    if examined is None:
+        console.print(f"{sent.vector.label}: {sent.way}, not tested", soft_wrap=True)
+        return
+    numbers = ("follow", "95%", "kept", "degenerate")
+    vector = examined.vector
+    blocks = ", ".join(map(str, vector.layers))
+    title = f"{vector.label}, {sent.way}: block {blocks}, positions {vector.positions}"
+    made = table("condition", *numbers, numbers=numbers, title=title)
+    for row in examined.rows():
+        spread = f"{row['low']:.0%}-{row['high']:.0%}"
+        cells = ["-" if row[key] is None else f"{row[key]:.0%}" for key in ("subject_kept", "degenerate")]
+        made.add_row(row["condition"], f"{row['followed']:.0%}", spread, *cells)
+    console.print(made)
+    console.print()
+    console.print(examined.verdict, soft_wrap=True)

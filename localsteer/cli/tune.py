@@ -1,0 +1,429 @@
+"""`localsteer tune`: choose block, positions, mode and strength of a vector, and write them into its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from localsteer.errors import CatalogError, LocalsteerError, VectorFileError
+
+from . import options
+from .console import note, print_json, progress
+from .extract import check_folder, check_output, output_path, refuse_to_replace
+from .models import catalog_of, extraction_queries, find_instruction, open_engine
+from .tune_shown import draw, show
+
+if TYPE_CHECKING:
+    from localsteer.catalog import Catalog, Instruction, Query
+    from localsteer.engine import Engine
+    from localsteer.evaluate.journal import Journal, Remembered
+    from localsteer.evaluate.tune import Tuned
+    from localsteer.vector import ControlVector
+
+N_SEQ_MAX = 16  # sequences in one decode
+
+
+class Names(click.ParamType):
+    """`all,prompt`: some of a few words, as a tuple."""
+
+    name = "names"
+
+    def __init__(self, known: Sequence[str]) -> None:
+        self.known = known
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        names = value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(","))
+        for name in names:
+            if name not in self.known:
+                self.fail(f"{name!r} is none of {', '.join(self.known)}.", param, ctx)
+        return tuple(dict.fromkeys(names))
+
+
+class Numbers(click.ParamType):
+    """`0.5,1,2`, none of them 0, as a tuple."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(dict.fromkeys(float(part) for part in value.split(",")))
+        except ValueError:
+            numbers = (math.nan,)
+        if not all(math.isfinite(number) and number for number in numbers):
+            self.fail(f"{value!r} is no list of strengths: write 0.5,1,2 (0 steers nothing).", param, ctx)
+        return numbers
+
+
+@click.command("tune", short_help="Choose a vector's settings, and measure what they are worth.")
+@click.argument("vectors", nargs=-1, metavar="VECTOR...", type=click.Path())
+@options.model
+@click.option(
+    "-i",
+    "--instruction",
+    "text",
+    metavar="ID_OR_TEXT",
+    help="Instead of a file: extract the vector of this instruction, then tune it.",
+)
+@click.option("--quick", is_flag=True, help="A third of the replies: most settings see few queries.")
+@click.option("-n", "n", default=8, show_default=True, type=click.IntRange(min=1), help="Validation queries.")
+@click.option(
+    "--blocks", type=options.Blocks(), metavar="BLOCKS", help="Blocks to try: 12, 3,4 or 3-5. [default: all "
+    "of at most 12, else every second one from a fifth of the depth on]",
+)  # fmt: skip
+@click.option(
+    "--positions",
+    type=Names(options.POSITIONS),
+    default="all,prompt,last",
+    show_default=True,
+    metavar="LIST",
+    help="Positions to try.",
+)
+@click.option(
+    "--modes", type=Names(options.MODES), metavar="LIST", help="Modes to try. [default: the vector's own]"
+)
+@click.option(
+    "--strengths",
+    type=Numbers(),
+    metavar="LIST",
+    help="Strengths to try. [default: 1; for add 0.25,0.5,1,1.5,2]",
+)
+@click.option("--verifier", metavar="ID", help="How replies are judged, where the file does not say: an "
+              "IFEval id, as keywords:existence.")  # fmt: skip
+@click.option("--kwargs", metavar="JSON", help="The verifier's arguments, as IFEval writes them.")
+@click.option(
+    "--catalog",
+    metavar="TOML",
+    help="Instructions and queries: a file of yours, or `general`, or `bundled`. "
+    "[default: bundled for the bundled model, else general]",
+)
+@click.option(
+    "--queries", type=click.Path(), metavar="TXT", help="Validation queries of yours, one on each line."
+)
+@click.option(
+    "--max-tokens", default=384, show_default=True, type=click.IntRange(min=1), help="Of a reply, at most."
+)
+@click.option(
+    "-o", "--output", type=click.Path(), metavar="PATH", help="Write there, a file or a folder, not in place."
+)
+@click.option("--dry-run", is_flag=True, help="Write no vector file.")
+@click.option("--plot", type=click.Path(), metavar="PNG", help="Draw the heat maps into a picture too.")
+@options.engine
+@options.as_json
+def command(vectors: tuple[str, ...], model: str, as_json: bool, **given: Any) -> None:
+    """Search block x positions x mode x strength on validation queries, and write the winner INTO each VECTOR
+    file, with what it was worth there.
+
+    A reply counts when the file's verifier passes it and it names the query's subject. A setting with one
+    degenerate reply (empty, looping, without end, or far less probable than anything the model says by
+    itself) scores 0. The model alone wins ties, then the lower block. Every score is measured twice, without
+    the instruction in the prompt and with it: steering can spoil what the model does when it is told.
+
+    Replies are kept in the cache folder as they come: a search that was stopped goes on where it was.
+
+    \b
+    Examples:
+      localsteer tune -m MODEL.gguf json.gguf
+      localsteer tune -m MODEL.gguf json.gguf lowercase.gguf --quick -o tuned/
+      localsteer tune -m MODEL.gguf concise.gguf --modes add --strengths 1,2,4 --blocks 8-20
+      localsteer tune -m MODEL.gguf rhyme.gguf --verifier keywords:existence --kwargs '{"keywords": ["moon"]}'
+      localsteer tune --instruction json -o json.gguf --plot json.png
+    """
+    jobs = _jobs(vectors, model, given)
+    if given["plot"]:
+        from localsteer.evaluate.heatmap import check_picture
+
+        check_picture(given["plot"])
+    documents = []
+    done: list[tuple[Job, Tuned]] = []
+    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    with open_engine(model, n_seq_max=N_SEQ_MAX, **loading) as engine:
+        jobs = [_with_vector(engine, job) for job in jobs]
+        for job in jobs:
+            engine.plan(job.vector)  # of all of them, before the first search
+        for job in jobs:
+            tuned, document = _tune(engine, job, given)
+            if not as_json:
+                show(job.label, tuned)
+            document["written"] = _write(job, tuned, given["dry_run"])
+            documents.append(document)
+            done.append((job, tuned))
+    if given["plot"]:
+        draw([(job.label, tuned) for job, tuned in done], given["plot"])
+        note(f"drew {given['plot']}")
+    if as_json:
+        print_json({"model": model, "vectors": documents})
+
+
+# --- what is asked for -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One vector on its way. path: None for one that is extracted here, whose vector is None until then.
+    extraction: what it is extracted from."""
+
+    path: Path | None
+    target: Path
+    vector: ControlVector | None
+    instruction: Instruction
+    queries: tuple[Query, ...]
+    extraction: tuple[Query, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return self.instruction.id
+
+
+def _jobs(vectors: Sequence[str], model: str, given: dict[str, Any]) -> list[Job]:
+    """Everything that can be refused without the model is refused here."""
+    if bool(vectors) == (given["text"] is not None):
+        raise click.UsageError("give vector files, or --instruction ID to make one.")
+    catalog = catalog_of(model, given["catalog"])
+    rule = _rule(given["verifier"], given["kwargs"])
+    if given["text"] is not None:
+        instruction = find_instruction(catalog, given["text"], ())
+        target = output_path(given["output"], instruction)
+        extraction = extraction_queries(catalog, instruction, None)
+        return [_job(None, target, None, instruction, catalog, rule, given, extraction)]
+    files = [Path(name) for name in dict.fromkeys(vectors)]
+    targets = _targets(files, given["output"], given["dry_run"])
+    return [_loaded_job(*each, catalog, rule, given) for each in zip(files, targets, strict=True)]
+
+
+def _loaded_job(
+    path: Path, target: Path, catalog: Catalog, rule: dict[str, Any], given: dict[str, Any]
+) -> Job:
+    from localsteer.catalog import Instruction
+    from localsteer.evaluate.suites.bench import instruction_of
+    from localsteer.vector import ControlVector
+
+    vector = ControlVector.load(path)
+    try:
+        instruction = instruction_of(vector, catalog, path)
+    except CatalogError:
+        if not rule:
+            raise _no_verifier(str(path)) from None
+        # its wording is not known: it is tuned without it in the prompt
+        instruction = Instruction(vector.name or path.stem, (), literal=True)
+    return _job(path, target, vector, instruction, catalog, rule, given)
+
+
+def _job(
+    path: Path | None,
+    target: Path,
+    vector: ControlVector | None,
+    instruction: Instruction,
+    catalog: Catalog,
+    rule: dict[str, Any],
+    given: dict[str, Any],
+    extraction: tuple[Query, ...] = (),
+) -> Job:
+    from localsteer.evaluate.tune import grid
+    from localsteer.evaluate.verify import check_arguments
+
+    instruction = replace(instruction, **rule)
+    if instruction.verifier is None:
+        raise _no_verifier(str(path or instruction.id))
+    queries = _validation(catalog, instruction, given)
+    check_arguments(instruction.verifier, instruction.kwargs_for(queries[0].text), prompt=queries[0].text)
+    if vector is not None:
+        grid(vector, **_grid_options(vector, given))
+    return Job(path, target, vector, instruction, queries, extraction)
+
+
+def _grid_options(vector: ControlVector, given: dict[str, Any]) -> dict[str, Any]:
+    found = {name: given[name] for name in ("blocks", "positions", "modes", "strengths")}
+    return found | {"modes": given["modes"] or (vector.mode,)}
+
+
+def _no_verifier(what: str) -> CatalogError:
+    return CatalogError(
+        f"{what} names no verifier, so nothing tells whether a reply follows it: give --verifier ID --kwargs "
+        """JSON, as --verifier keywords:existence --kwargs '{"keywords": ["moon"]}'."""
+    )
+
+
+def _rule(verifier: str | None, kwargs: str | None) -> dict[str, Any]:
+    """What --verifier and --kwargs put in the place of the file's."""
+    if verifier is None:
+        if kwargs is not None:
+            raise click.UsageError("--kwargs are the arguments of --verifier: give both.")
+        return {}
+    try:
+        arguments = json.loads(kwargs or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise click.UsageError(
+            f"""--kwargs {kwargs} is no JSON object: write it as '{{"keywords": ["moon"]}}'."""
+        )
+    return {"verifier": verifier, "kwargs": arguments}
+
+
+def _validation(catalog: Catalog, instruction: Instruction, given: dict[str, Any]) -> tuple[Query, ...]:
+    """`n` queries at equal distances, so that few of them still hold every kind."""
+    from localsteer.catalog import load_queries
+    from localsteer.evaluate.study import spread
+
+    if given["queries"] is None:
+        found = catalog.queries_for(instruction, "validation")
+    else:
+        found = load_queries(given["queries"])
+        _refuse_overlap(found, catalog, given["queries"])
+    if len(found) < given["n"]:
+        note(f"there are {len(found)} validation queries for {instruction.id}, not {given['n']}.")
+    return tuple(spread(found, min(given["n"], len(found))))
+
+
+def _refuse_overlap(queries: Sequence[Query], catalog: Catalog, path: str) -> None:
+    """Settings chosen on queries of the test would flatter it; those of the extraction flatter the choice."""
+    for split in ("extraction", "test"):
+        known = {_plain(query.text) for query in catalog.queries.get(split, ())}
+        for query in queries:
+            if _plain(query.text) in known:
+                raise CatalogError(
+                    f"{path}: {query.text!r} is among the {split} queries of {catalog.source}: tune with "
+                    "others."
+                )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _targets(files: Sequence[Path], output: str | None, dry_run: bool) -> list[Path]:
+    """Where each goes, checked before the search rather than after it."""
+    if output is None:
+        for path in () if dry_run else filter(Path.exists, files):
+            check_folder(path)
+        return list(files)
+    folder = Path(output)
+    if len(files) == 1 and not folder.is_dir() and not output.endswith(("/", os.sep)):
+        targets = [folder]
+    else:
+        if not dry_run:
+            _make_folder(folder)
+        targets = [folder / path.name for path in files]
+    if len(set(targets)) < len(targets):
+        raise VectorFileError(f"two of the files would be the same one in {folder}: give them other names.")
+    for target in targets:
+        (refuse_to_replace if dry_run else check_output)(target)
+    return targets
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VectorFileError(f"can't make {folder} ({error.strerror or error}): give another -o.") from error
+
+
+# --- the work ----------------------------------------------------------------------------------------------
+
+
+def _with_vector(engine: Engine, job: Job) -> Job:
+    if job.vector is not None:
+        return job
+    from localsteer.extract import extract
+
+    with progress(f"extracting {job.label}") as on_progress:
+        vector = extract(engine, job.instruction, job.extraction, on_progress=on_progress)
+    return replace(job, vector=vector)
+
+
+def _tune(engine: Engine, job: Job, given: dict[str, Any]) -> tuple[Tuned, dict[str, Any]]:
+    from localsteer.evaluate.journal import Remembered
+    from localsteer.evaluate.suites.bench import model_info
+    from localsteer.evaluate.tune import tune
+
+    started = time.perf_counter()
+    model = {key: model_info(engine)[key] for key in ("name", "sha256", "quantization")}
+    with _journal(job.vector, model["sha256"]) as journal:
+        if len(journal):
+            note(f"going on with what {journal.path} holds.")
+        remembered = Remembered(engine, journal)
+        with progress(f"tuning {job.label}") as on_progress:
+            tuned = tune(
+                remembered,
+                job.vector,
+                job.instruction,
+                job.queries,
+                **_grid_options(job.vector, given),
+                quick=given["quick"],
+                max_tokens=given["max_tokens"],
+                source={"model": model},
+                on_progress=on_progress,
+            )
+    return tuned, _document(job, tuned, remembered, time.perf_counter() - started)
+
+
+def _journal(vector: ControlVector, model_hash: str) -> Journal:
+    """Of this search; in memory alone where the cache folder can't be written. Raises LocalsteerError for a
+    file that is damaged."""
+    from localsteer.evaluate.journal import Journal
+
+    identity = {"model": model_hash}
+    try:
+        return Journal(journal_path(vector, model_hash), identity)
+    except LocalsteerError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        note(f"a search that is stopped will begin anew: {error}")
+        return Journal(None, identity)
+
+
+def journal_path(vector: ControlVector, model_hash: str) -> Path:
+    """One file for each vector and model: another search of the same finds the first one's replies.
+
+    Versions are in the name: replies of another llama.cpp are not those that would be given now.
+    """
+    import importlib.metadata
+
+    from localsteer import __version__
+    from localsteer.cache import HASH_CHARS, cache_folder, file_name
+
+    digest = hashlib.sha256(f"{__version__} {importlib.metadata.version('llama-cpp-python')}".encode())
+    digest.update(vector.directions.tobytes())
+    for column in (vector.mean_with, vector.mean_without):
+        digest.update(b"" if column is None else column.tobytes())
+    name = f"{file_name(vector.label)}-{digest.hexdigest()[:8]}.jsonl"
+    return cache_folder() / "tune" / model_hash[:HASH_CHARS] / name
+
+
+def _document(job: Job, tuned: Tuned, engine: Remembered, seconds: float) -> dict[str, Any]:
+    return {
+        "file": None if job.path is None else str(job.path),
+        "instruction": job.label,
+        "verifier": job.instruction.verifier,
+        "helps": tuned.helps,
+        "setting": None if tuned.setting is None else vars(tuned.setting),
+        **{key: tuned.record[key] for key in ("search", "n", "scores", "with_instruction", "advice")},
+        "table": [trial.row() for trial in tuned.trials],
+        "replies": {"asked": tuned.record["replies"], "new": engine.n_decoded},
+        "model": tuned.record["model"],
+        "seconds": round(seconds, 1),
+    }
+
+
+def _write(job: Job, tuned: Tuned, dry_run: bool) -> str | None:
+    if dry_run:
+        note("nothing is written (--dry-run).")
+        return None
+    tuned.vector.save(job.target)
+    note(f"written to {job.target}.")
+    return str(job.target)

@@ -1,0 +1,381 @@
+"""`localsteer verify`: IFEval's verdict on a reply, or on a file of replies. No model, no network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from localsteer.errors import CatalogError, LocalsteerError
+
+from . import options
+from .console import answer, note, print_json, progress, table
+
+RULES = ("strict", "loose")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a JSONL file, with the arguments of its instructions checked. number: 1-based."""
+
+    number: int
+    response: str
+    prompt: str | None
+    instructions: tuple[tuple[str, Mapping[str, Any]], ...]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Whether a reply follows each of its instructions, by both rules."""
+
+    row: Row
+    strict: tuple[bool, ...]
+    loose: tuple[bool, ...]
+
+
+@click.command("verify", short_help="Check whether a reply follows an instruction, as IFEval does.")
+@click.argument("file", required=False, type=click.Path())
+@click.option(
+    "-i",
+    "--instruction",
+    "ids",
+    multiple=True,
+    metavar="ID",
+    help="IFEval's id of what the reply must follow; --list shows all. May be given several times.",
+)
+@click.option(
+    "--kwargs",
+    "arguments",
+    multiple=True,
+    metavar="JSON",
+    help="Its arguments, as in IFEval. With several instructions, one for each, in the same order; "
+    "'{}' where there are none.",
+)
+@click.option("--prompt", metavar="TEXT", help="What was asked: combination:repeat_prompt compares with it.")
+@click.option("--prompt-file", type=click.Path(), metavar="FILE", help="The same, from a file.")
+@click.option("--loose", is_flag=True, help="IFEval's loose rule. [default: strict]")
+@click.option(
+    "--jsonl",
+    type=click.Path(),
+    metavar="FILE",
+    help="Many replies: lines with response, instruction_id_list, kwargs and prompt; - is standard input.",
+)
+@click.option("--list", "as_list", is_flag=True, help="The 25 ids and their arguments.")
+@options.as_json
+@click.pass_context
+def command(
+    ctx: click.Context,
+    file: str | None,
+    ids: tuple[str, ...],
+    arguments: tuple[str, ...],
+    prompt: str | None,
+    prompt_file: str | None,
+    loose: bool,
+    jsonl: str | None,
+    as_list: bool,
+    as_json: bool,
+) -> None:
+    """Check whether the reply in FILE, or on standard input, follows one instruction of IFEval or several.
+
+    The exit status is 0 when every reply follows every instruction, and 1 otherwise. With --jsonl both rules
+    are shown, with the accuracy over prompts and over instructions, and --loose says which one decides.
+
+    \b
+    Examples:
+      localsteer verify --instruction change_case:english_lowercase < reply.txt
+      localsteer verify -i startend:end_checker --kwargs '{"end_phrase": "Bye!"}' reply.txt
+      localsteer verify -i punctuation:no_comma -i detectable_format:json_format --loose reply.txt
+      localsteer verify --jsonl replies.jsonl --json
+      localsteer verify --list
+    """
+    _check_usage(file, ids, arguments, prompt, prompt_file, jsonl, as_list)
+    if as_list:
+        _list(as_json)
+    elif jsonl is not None:
+        ctx.exit(0 if _verify_many(jsonl, loose, as_json) else 1)
+    else:
+        asked = _asked(ids, arguments, prompt if prompt_file is None else _read(prompt_file))
+        ctx.exit(0 if _verify_one(_reply(file), asked, loose, as_json) else 1)
+
+
+def _check_usage(
+    file: str | None,
+    ids: Sequence[str],
+    arguments: Sequence[str],
+    prompt: str | None,
+    prompt_file: str | None,
+    jsonl: str | None,
+    as_list: bool,
+) -> None:
+    of_one = (file, ids, arguments, prompt, prompt_file)
+    if (as_list and jsonl is not None) or ((as_list or jsonl is not None) and any(of_one)):
+        name = "--list" if as_list else "--jsonl"
+        raise click.UsageError(f"{name} stands alone: it takes no reply, instruction or prompt beside it.")
+    if not (as_list or jsonl is not None or ids):
+        raise click.UsageError("name an --instruction, or give --jsonl, or --list.")
+    if prompt is not None and prompt_file is not None:
+        raise click.UsageError("--prompt and --prompt-file exclude each other.")
+
+
+# --- one reply ---------------------------------------------------------------------------------------------
+
+
+def _asked(
+    ids: Sequence[str], arguments: Sequence[str], prompt: str | None
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The instructions, each with its checked arguments. Raises LocalsteerError."""
+    from localsteer.evaluate import check_arguments
+
+    if len(arguments) > len(ids):
+        raise click.UsageError(
+            f"{len(arguments)} --kwargs for {len(ids)} --instruction: give one for each, in the same order."
+        )
+    given = [_table(text) for text in arguments] + [{}] * (len(ids) - len(arguments))
+    return [
+        (each, check_arguments(each, kwargs, prompt=prompt)) for each, kwargs in zip(ids, given, strict=True)
+    ]
+
+
+def _table(text: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "unreadable"
+        raise click.UsageError(
+            f"--kwargs {_short(text)} is no JSON ({reason}): write it as in "
+            """'{"num_words": 50, "relation": "at least"}'."""
+        ) from None
+    if not isinstance(found, dict):
+        raise click.UsageError(f"--kwargs {_short(text)} must be a JSON table of names and values.")
+    return found
+
+
+def _verify_one(
+    reply: str, asked: Sequence[tuple[str, Mapping[str, Any]]], loose: bool, as_json: bool
+) -> bool:
+    from localsteer.evaluate import verify
+
+    passes = [verify(each, reply, kwargs, loose=loose) for each, kwargs in asked]
+    if as_json:
+        verdicts = [
+            {"instruction_id": each, "kwargs": kwargs, "follows": passed}
+            for (each, kwargs), passed in zip(asked, passes, strict=True)
+        ]
+        print_json({"rule": RULES[loose], "follows": all(passes), "verdicts": verdicts})
+    else:
+        for (each, kwargs), passed in zip(asked, passes, strict=True):
+            click.echo("  ".join(filter(None, (_word(passed), each, _one_line(kwargs)))))
+    return all(passes)
+
+
+def _word(passed: bool) -> str:
+    return "pass" if passed else "fail"
+
+
+def _one_line(kwargs: Mapping[str, Any]) -> str:
+    """The arguments for the terminal, short."""
+    return ", ".join(f"{name}={_short(value)}" for name, value in kwargs.items())
+
+
+def _short(value: Any) -> str:
+    """ASCII, so that no control character reaches the terminal."""
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (str, tuple)) else str(value)
+    text = "".join(character if character.isprintable() else "\ufffd" for character in text)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def _reply(file: str | None) -> str:
+    """The reply, without the line break that ends a text file: a loose verdict drops the last line."""
+    text = _standard_input() if file in (None, "-") else _read(file)
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise click.UsageError("there is no reply: give a file, or pipe one in.")
+    if sys.stdin.isatty():
+        note("reading from standard input; end it with Ctrl-D.")
+    return _decoded(sys.stdin.buffer.read(), "standard input")
+
+
+def _read(file: str) -> str:
+    try:
+        return _decoded(Path(file).read_bytes(), file)
+    except OSError as error:
+        raise LocalsteerError(f"{file} can't be read: {error.strerror or error}.") from error
+
+
+def _decoded(raw: bytes, name: str) -> str:
+    """Raises LocalsteerError for what is no text; a NUL, too, stands in no reply."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LocalsteerError(f"{name} is not UTF-8 text (byte {error.start}): convert it first.") from None
+    if "\0" in text:
+        raise LocalsteerError(f"{name} is not text: it holds a NUL byte (byte {raw.index(0)}).")
+    return text
+
+
+# --- many replies ------------------------------------------------------------------------------------------
+
+
+def _verify_many(file: str, loose: bool, as_json: bool) -> bool:
+    """Every line is checked before the first verdict: a slip in line 900 shows at once."""
+    name = "standard input" if file == "-" else file
+    text = _standard_input() if file == "-" else _read(file)
+    rows = list(_rows(text, name))
+    if not rows:
+        raise LocalsteerError(f"{name} holds no line: give one JSON table for each reply.")
+    verdicts = []
+    with progress("verifying") as advance:
+        for row in rows:
+            verdicts.append(_judged(row))
+            advance(len(verdicts), len(rows))
+    document = _document(verdicts)
+    print_json(document) if as_json else _print_many(document)
+    return all(all(getattr(each, RULES[loose])) for each in verdicts)
+
+
+def _rows(text: str, name: str) -> Iterator[Row]:
+    # split at line feeds alone: JSON text may hold other line breaks, such as U+2028, as they are
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield _row(number, line)
+            except CatalogError as error:
+                raise CatalogError(f"{name}, line {number}: {error}") from None
+
+
+def _row(number: int, line: str) -> Row:
+    """Raises CatalogError with what is wrong in the line."""
+    from localsteer.evaluate import check_arguments
+
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = f" ({error.msg})" if isinstance(error, json.JSONDecodeError) else ""
+        raise CatalogError(f"no JSON{reason}: repair or remove the line.") from None
+    if not isinstance(record, dict):
+        raise CatalogError(f"a JSON table is wanted, not {_short(record)}.")
+    response, prompt = record.get("response"), record.get("prompt")
+    if not isinstance(response, str):
+        raise CatalogError("`response` must be the reply's text.")
+    if not (prompt is None or isinstance(prompt, str)):
+        raise CatalogError("`prompt` must be text.")
+    ids = _listed(record, "instruction_id_list")
+    kwargs = _listed(record, "kwargs") if record.get("kwargs") is not None else [{}] * len(ids)
+    if not ids or len(kwargs) != len(ids):
+        raise CatalogError(
+            f"{len(ids)} in `instruction_id_list`, {len(kwargs)} in `kwargs`: at least one of the first and "
+            "as many of the second are wanted."
+        )
+    checked = (check_arguments(each, given, prompt=prompt) for each, given in zip(ids, kwargs, strict=True))
+    return Row(number, response, prompt, tuple(zip(ids, checked, strict=True)))
+
+
+def _listed(record: Mapping[str, Any], key: str) -> list[Any]:
+    found = record.get(key)
+    if not isinstance(found, list):
+        raise CatalogError(f"`{key}` must be a list.")
+    return found
+
+
+def _judged(row: Row) -> Verdicts:
+    from localsteer.evaluate import verify
+
+    strict, loose = (
+        tuple(verify(each, row.response, kwargs, loose=rule) for each, kwargs in row.instructions)
+        for rule in (False, True)
+    )
+    return Verdicts(row, strict, loose)
+
+
+def _document(verdicts: Sequence[Verdicts]) -> dict[str, Any]:
+    """Accuracy `prompt`: the share of replies that follow all of their instructions; `instruction`: of all
+    instructions, each counted alike."""
+    rows = [
+        {
+            "line": each.row.number,
+            "instruction_id_list": [name for name, _ in each.row.instructions],
+            "strict": list(each.strict),
+            "loose": list(each.loose),
+        }
+        for each in verdicts
+    ]
+    accuracy = {
+        rule: {
+            "prompt": _share([all(row[rule]) for row in rows]),
+            "instruction": _share([passed for row in rows for passed in row[rule]]),
+        }
+        for rule in RULES
+    }
+    n = {"prompts": len(rows), "instructions": sum(len(row["strict"]) for row in rows)}
+    return {"n": n, "accuracy": accuracy, "by_instruction": _by_instruction(rows), "lines": rows}
+
+
+def _by_instruction(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, list[tuple[bool, bool]]] = {}
+    for row in rows:
+        for name, *passed in zip(row["instruction_id_list"], row["strict"], row["loose"], strict=True):
+            found.setdefault(name, []).append(tuple(passed))
+    return {
+        name: {"n": len(pairs), **{rule: _share([pair[i] for pair in pairs]) for i, rule in enumerate(RULES)}}
+        for name, pairs in sorted(found.items())
+    }
+
+
+def _share(passed: Sequence[bool]) -> float:
+    return sum(passed) / len(passed)
+
+
+def _print_many(document: Mapping[str, Any]) -> None:
+    lines = table("line", *RULES, "instructions", numbers=("line",))
+    for row in document["lines"]:
+        lines.add_row(
+            str(row["line"]),
+            *(_word(all(row[rule])) for rule in RULES),
+            ", ".join(row["instruction_id_list"]),
+        )
+    per_id = table("instruction", "n", *RULES, numbers=("n", *RULES))
+    for name, figures in document["by_instruction"].items():
+        per_id.add_row(name, str(figures["n"]), *(_percent(figures[rule]) for rule in RULES))
+    accuracy = table("accuracy over", "n", *RULES, numbers=("n", *RULES))
+    for level in ("prompt", "instruction"):
+        shares = [_percent(document["accuracy"][rule][level]) for rule in RULES]
+        accuracy.add_row(f"{level}s", str(document["n"][f"{level}s"]), *shares)
+    for made in (lines, per_id, accuracy):
+        answer().print(made)
+        if made is not accuracy:
+            answer().print()
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+# --- the list ----------------------------------------------------------------------------------------------
+
+
+def _list(as_json: bool) -> None:
+    from localsteer.evaluate.verifiers import VERIFIERS
+    from localsteer.evaluate.verifiers.parameters import describe
+
+    ids = {
+        name: {argument: describe(checker) for argument, checker in verifier.parameters.items()}
+        for name, verifier in VERIFIERS.items()
+    }
+    if as_json:
+        print_json(ids)
+        return
+    made = table("instruction", "arguments")
+    for name, found in ids.items():
+        made.add_row(name, "\n".join(f"{argument}: {wanted}" for argument, wanted in found.items()))
+    answer().print(made)
