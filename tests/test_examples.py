@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import serving
 from cli_runs import invoke, write_vector
 
 CHECKOUT = Path(__file__).parents[1]
@@ -37,6 +38,66 @@ def test_the_python_example_runs(tiny_llama, tmp_path):
     assert re.findall(r"^(plain|steered|strength [\d.]+):", done.stdout, re.M) == [
         "plain", "steered", "strength 0.5", "strength 1.0", "strength 1.5",
     ]  # fmt: skip
+
+
+def run_example(name, *args):
+    """What an example printed, {label: text}."""
+    command = [sys.executable, CHECKOUT / "examples" / name, *args]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return {label: text.strip() for label, text in re.findall(r"^([a-z ]+):(.*)$", done.stdout, re.M)}
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory):
+    """The bundled model and a folder with vectors that really steer it."""
+    from localsteer import bundled
+
+    if not bundled.is_available("instruct"):
+        pytest.skip("the bundled model is not in this copy")
+    return serving.model_path(), serving.write_vectors(tmp_path_factory.mktemp("steered") / "vectors")
+
+
+def starts_as_told(said, plain, steered):
+    """Plain text without the vector of JSON, an object with it."""
+    assert all(not said[label].startswith("{") for label in plain), said
+    assert all(said[label].startswith('{"name"') for label in steered), said
+
+
+def test_the_drop_in_example_steers(steered):
+    model, folder = steered
+    said = run_example("drop_in.py", model, folder / "json.gguf", serving.QUESTION)
+    starts_as_told(said, ["plain"], ["steered", "prompt"])
+
+
+def test_the_langchain_example_steers(steered):
+    if importlib.util.find_spec("langchain_community") is None:
+        pytest.skip("langchain-community is not installed")
+    model, folder = steered
+    said = run_example("langchain_steered.py", model, folder / "json.gguf", serving.QUESTION)
+    starts_as_told(said, ["plain"], ["steered", "stream"])
+    assert said["text"]
+
+
+def test_the_llamaindex_example_steers(steered):
+    if importlib.util.find_spec("llama_index") is None:
+        pytest.skip("llama-index-llms-llama-cpp is not installed")
+    model, folder = steered
+    said = run_example("llamaindex_steered.py", model, folder / "json.gguf", serving.QUESTION)
+    starts_as_told(said, ["plain"], ["steered", "chat", "stream"])
+
+
+def test_the_openai_example_and_the_models_of_llm_are_served(steered):
+    pytest.importorskip("fastapi", reason="the extra localsteer[serve] is not installed")
+    pytest.importorskip("openai", reason="the openai package is not installed")
+    config = (CHECKOUT / "examples" / "llm" / "extra-openai-models.yaml").read_text("utf-8")
+    with serving.serving(steered[1]) as server:
+        said = run_example("openai_client.py", f"{server.url}/v1", "json", serving.QUESTION)
+        starts_as_told(said, ["plain"], ["by name", "by field", "stream"])
+        served = {model.id for model in server.client().models.list()}
+    named = re.findall(r"^  model_name: (.+)$", config, re.M)
+    assert named == ["bundled", "bundled+json"]
+    assert set(named) <= served
 
 
 def commands_of(path):
