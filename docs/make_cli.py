@@ -19,8 +19,8 @@ HEAD = """# Command line
 Made by `python docs/make_cli.py` from the program itself: change the help texts, not this file.
 
 The answer goes to stdout, notices and progress to stderr. `--json` gives one JSON document on stdout. The
-exit status is 0, 1 where a check failed (`doctor`), 2 for bad input, with one line on stderr that says what
-to do, and 130 after Ctrl-C.
+exit status is 0, 1 where a check failed (`doctor`, `verify`), 2 for bad input, with one line on stderr that
+says what to do, and 130 after Ctrl-C.
 """
 
 

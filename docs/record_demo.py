@@ -17,6 +17,7 @@ def recorded(readme: str, output: str) -> str:
     if not end:
         raise SystemExit(f"{README.name} has no {BEGIN} ... {END}")
     text = "\n".join(line.rstrip() for line in output.strip("\n").splitlines())
+    text = text.replace(str(Path.home()), "~")
     return f"{before}{BEGIN}\n```text\n$ localsteer demo\n{text}\n```\n{END}{after}"
 
 

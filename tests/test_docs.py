@@ -1,0 +1,30 @@
+"""Pages that programs write are what those programs write today."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def written_by(script: str):
+    """The module docs/<script>.py."""
+    if not DOCS.is_dir():
+        pytest.skip("not run from a checkout")
+    spec = importlib.util.spec_from_file_location(script, DOCS / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_what_the_live_command_line_says():
+    page = written_by("make_cli").reference()
+    assert (DOCS / "cli.md").read_text("utf-8") == page, "run python docs/make_cli.py"
+
+
+def test_the_table_of_results_is_made_of_the_results():
+    page = written_by("make_results").page()
+    assert (DOCS / "results" / "README.md").read_text("utf-8") == page, "run python docs/make_results.py"
