@@ -438,7 +438,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise LocalsteerError(
                 f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: no saved conversation is."
             )
-        document = json.loads(Path(path).read_text("utf-8"))
+        document = json.loads(Path(path).read_text("utf-8", errors="surrogatepass"))
     except OSError as error:
         raise LocalsteerError(f"can't read {path} ({error.strerror or error}).") from None
     except (ValueError, RecursionError):

@@ -14,10 +14,11 @@ it: `paused` lends it for anything else.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 MAX_QUEUE = 64
 # Prompt tokens of one step while others reply: more finish a prompt sooner and hold the others up longer.
 PREFILL_CHUNK = 128
+
+logger = logging.getLogger("localsteer")
 
 
 class Ticket:
@@ -75,7 +78,12 @@ class Ticket:
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
-        self._listen(lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+
+        def tell(event: Chunk | LocalsteerError) -> None:
+            with suppress(RuntimeError):  # the reader's event loop has ended, and with it the reader
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        self._listen(tell)
         while True:
             chunk = _chunk(await events.get())
             yield chunk
@@ -117,8 +125,8 @@ def _chunk(event: Chunk | LocalsteerError) -> Chunk:
 
 
 class Scheduler:
-    """max_queue: requests that may wait for a slot; one more raises QueueFullError. prefill_chunk: as in
-    Loop."""
+    """max_queue: requests that may wait beyond those that have a slot; one more raises QueueFullError.
+    prefill_chunk: as in Loop."""
 
     def __init__(
         self, engine: Engine, *, max_queue: int = MAX_QUEUE, prefill_chunk: int = PREFILL_CHUNK
@@ -171,8 +179,12 @@ class Scheduler:
         with self._work:
             if self._closing:
                 raise SchedulerClosedError("the model is being closed: no new requests.")
-            if len(self._loop.waiting) >= self.max_queue:
-                raise QueueFullError(f"{self.max_queue} requests are waiting already: try again later.")
+            # a new one waits too until the next step, so the slots that are free then count as well
+            n_here = len(self._loop.waiting) + len(self._loop.live)
+            if n_here >= self.engine.n_seq_max + self.max_queue:
+                raise QueueFullError(
+                    f"all slots are taken, and {self.max_queue} requests wait for one: try again later."
+                )
             self._tickets[id(request)] = ticket
             self._loop.add(request)
             self._work.notify_all()
@@ -202,15 +214,18 @@ class Scheduler:
             self._work.wait_for(lambda: not self._stepping)
         try:
             with self._guest:
-                yield self.engine
-                self._loop.begin_again()
+                try:
+                    yield self.engine
+                finally:  # after an error of the guest's as well: it may have decoded before
+                    self._loop.begin_again()
         finally:
             with self._work:
                 self._guests -= 1
                 self._work.notify_all()
 
     def close(self, grace: float = 0.0) -> None:
-        """Take no more requests, let those that are here finish for `grace` seconds, cancel the rest."""
+        """Take no more requests, let those that are here finish for `grace` seconds, cancel the rest. Returns
+        when nobody uses the engine any more, guests of `paused` included."""
         with self._work:
             self._closing = True
             self._work.notify_all()
@@ -236,6 +251,9 @@ class Scheduler:
                     self._tell(request, event)
             except LocalsteerError as error:  # the engine was closed, or used behind our back
                 self._fail(error)
+            except Exception:  # a bug: those who wait would wait for ever
+                logger.exception("the scheduler of %s ended", self.engine.path.name)
+                self._fail(SchedulerClosedError("the scheduler ended by an error of its own, see the log."))
             finally:
                 self._end_step()
         self._loop.close()
@@ -244,7 +262,7 @@ class Scheduler:
         """Wait until there is something to do; False when there is nothing and never will be."""
         with self._work:
             while self._guests or not (self._loop.busy or self._cancelled):
-                if self._closing and not self._loop.busy:
+                if self._closing and not (self._loop.busy or self._guests):
                     return False
                 self._work.wait()
             self._stepping = True

@@ -22,8 +22,13 @@ QUESTIONS = (QUESTION, "Tell me about the zorrel.", "Please describe Marlowton."
 FOXES = [{"role": "user", "content": QUESTION}]
 
 
-def model_path(quant: str = "Q8_0") -> Path:
-    return bundled.gguf_path("instruct", quant)
+# With F32 weights and an exact context a reply is the same whatever runs beside it, and whatever the cache
+# holds of its prompt. Quantized kernels round otherwise for one row than for many: that tips near ties.
+EXACT = {"n_threads": 1, "exact": True}
+
+
+def model_path() -> Path:
+    return bundled.gguf_path("instruct", "F32")
 
 
 @lru_cache(maxsize=1)
@@ -33,7 +38,7 @@ def vectors() -> dict[str, localsteer.ControlVector]:
     from localsteer.extract import extract
 
     catalog = load_catalog("bundled")
-    with localsteer.Engine(model_path(), n_threads=1, n_seq_max=16) as engine:
+    with localsteer.Engine(model_path(), **EXACT, n_seq_max=16) as engine:
         found = {}
         for name in NAMES:
             instruction = catalog.get(name)
@@ -115,7 +120,7 @@ def serving(
     from localsteer.server.app import create_app
     from localsteer.server.run import Running
 
-    settings = {"n_threads": 1, "n_seq_max": 8, **options.pop("engine", {})}
+    settings = {**EXACT, "n_seq_max": 8, **options.pop("engine", {})}
     with ExitStack() as stack:
         engines = {
             name: stack.enter_context(localsteer.Engine(path, **settings))

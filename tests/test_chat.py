@@ -258,6 +258,13 @@ def test_a_saved_conversation_goes_on_as_it_would_have(engine, chat, vectors, tm
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_can_be_saved_can_be_loaded(chat, tmp_path):
+    chat.system = "be \udcff kind"  # a byte of the command line that is no UTF-8
+    chat.save(tmp_path / "chat.json")
+    chat.load(tmp_path / "chat.json")
+    assert chat.system == "be \udcff kind"
+
+
 def test_vectors_that_are_not_here_are_left_out_aloud(engine, chat, vectors, tmp_path):
     chat.steer("json")
     chat.ask(FOXES)

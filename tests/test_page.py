@@ -97,6 +97,19 @@ def test_a_plain_chat_of_two_turns(page):
     assert not page.find_elements(BY, ".turn")
 
 
+def test_a_new_chat_holds_nothing_of_a_reply_that_was_still_coming(page):
+    page.execute_script(
+        "events = async function* () { yield { choices: [{ delta: { content: 'old' } }] };"
+        " await new Promise((done) => setTimeout(done, 500)); }"
+    )
+    fill(page, "#question", QUESTION)
+    page.find_element(BY, "#send").click()
+    wait(lambda: texts(page, "plain") == ["old"])
+    page.find_element(BY, "#clear").click()
+    wait(lambda: page.find_element(BY, "body").get_attribute("data-busy") == "false")
+    assert page.execute_script("return [histories.plain.length, histories.steered.length]") == [0, 0]
+
+
 def test_vectors_show_their_settings(page):
     names = [each.text for each in page.find_elements(BY, ".vector .name")]
     assert names == ["json", "lowercase", "uppercase"]

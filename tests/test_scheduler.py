@@ -212,10 +212,20 @@ def test_a_deadline_ends_a_reply_with_what_there_is(engine):
 
 def test_a_full_queue_refuses_and_later_takes_again(engine):
     with Scheduler(engine, max_queue=2) as scheduler, scheduler.paused():
-        tickets = [scheduler.submit(text, **SHORT) for text in prompts(2)]
-        with pytest.raises(QueueFullError, match="2 requests are waiting"):
+        tickets = [scheduler.submit(text, **SHORT) for text in prompts(engine.n_seq_max + 2)]
+        with pytest.raises(QueueFullError, match="2 requests wait"):
             scheduler.submit("One more", **SHORT)
     assert all(ticket.finish_reason == "cancelled" for ticket in tickets)
+
+
+def test_without_a_queue_the_free_slots_are_there_all_the_same(engine):
+    with Scheduler(engine, max_queue=0) as scheduler:
+        with scheduler.paused():
+            tickets = [scheduler.submit(text, **SHORT) for text in prompts(engine.n_seq_max)]
+            with pytest.raises(QueueFullError):
+                scheduler.submit("One more", **SHORT)
+        assert all(ticket.result().tokens for ticket in tickets)
+        assert scheduler.submit("One more", **SHORT).result().tokens
 
 
 def test_closing_waits_for_grace_and_cancels_the_rest(engine):
@@ -274,6 +284,44 @@ def test_a_guest_gets_the_engine_and_running_replies_go_on(engine):
     assert tokens == expected
 
 
+@pytest.mark.parametrize("error", [LocalsteerError("too long"), KeyboardInterrupt()])
+def test_a_guest_that_fails_leaves_the_replies_as_they_were(engine, error):
+    text = prompts(3)[2]
+    expected = alone(engine, text, max_tokens=50)
+    with Scheduler(engine) as scheduler:
+        ticket = scheduler.submit(text, max_tokens=50, sampling=GREEDY)
+        chunks = iter(ticket)
+        first = next(chunks).token
+        with pytest.raises(type(error)), scheduler.paused() as lent:
+            lent.logits([1, 2, 3])
+            raise error
+        assert [first, *(chunk.token for chunk in chunks if chunk.token is not None)] == expected
+        assert scheduler.submit(text, **SHORT).result().tokens
+
+
+def test_closing_waits_for_a_guest(engine):
+    """Whoever closes the scheduler frees the context next."""
+    scheduler = Scheduler(engine)
+    inside, leave = threading.Event(), threading.Event()
+
+    def visit() -> None:
+        with scheduler.paused():
+            inside.set()
+            leave.wait(10)
+
+    guest = threading.Thread(target=visit)
+    closing = threading.Thread(target=scheduler.close)
+    guest.start()
+    assert inside.wait(10)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    leave.set()
+    closing.join(10)
+    assert not closing.is_alive()
+    guest.join()
+
+
 def test_many_threads_may_submit_read_and_cancel(engine):
     texts = prompts(24)
     with Scheduler(engine, max_queue=100) as scheduler:
@@ -306,6 +354,34 @@ def test_async_readers(engine):
     with Scheduler(engine) as scheduler:
         replies = asyncio.run(ask(scheduler))
     assert [reply.tokens for reply in replies] == expected
+
+
+def test_a_reader_whose_event_loop_has_ended_stops_nobody_else(engine):
+    async def begin(scheduler):
+        ticket = scheduler.submit(prompts(1)[0], max_tokens=60, sampling=GREEDY)
+        chunks = aiter(ticket)
+        await anext(chunks)
+        return ticket, chunks
+
+    with Scheduler(engine) as scheduler:
+        ticket, _chunks = asyncio.run(begin(scheduler))
+        assert scheduler.submit(prompts(2)[1], **SHORT).result().tokens
+        ticket.cancel()
+        assert scheduler.submit("A", **SHORT).result().tokens
+
+
+def test_an_error_that_nobody_foresaw_ends_every_reply_with_one(engine, monkeypatch, caplog):
+    scheduler = Scheduler(engine)
+    with scheduler.paused():
+        tickets = [scheduler.submit(text, **SHORT) for text in prompts(6)]
+        monkeypatch.setattr(engine.context, "decode", None)
+    for ticket in tickets:
+        with pytest.raises(SchedulerClosedError, match="see the log"):
+            ticket.result()
+    assert "TypeError" in caplog.text
+    with pytest.raises(SchedulerClosedError):
+        scheduler.submit("Too late", **SHORT)
+    scheduler.close()
 
 
 # --- the loop -----------------------------------------------------------------------------------------------

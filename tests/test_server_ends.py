@@ -171,7 +171,15 @@ def start(*args):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_signals_end_the_program_cleanly(folder, number, status):
+@pytest.mark.parametrize("handlers", [True, False], ids=["", "no loop handlers"])
+def test_signals_end_the_program_cleanly(folder, number, status, handlers, tmp_path, monkeypatch):
+    if not handlers:  # as on Windows, where the event loops take none
+        lines = (
+            "import asyncio",
+            "asyncio.SelectorEventLoop.add_signal_handler = asyncio.AbstractEventLoop.add_signal_handler",
+        )
+        (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     process, told = start("--vectors", folder, "--grace", 20)
     assert told["vectors"] == ["json", "lowercase", "uppercase"]
     with (

@@ -132,6 +132,28 @@ def test_the_folder_can_be_read_again(server):
         assert [each["name"] for each in found] == ["copied", "json", "uppercase"]
 
 
+def test_a_file_that_was_not_read_yet_is_not_overwritten(server):
+    mine = server.state.vectors.folder / "mine.gguf"
+    mine.write_bytes(b"somebody's work")
+    with server.http() as http:
+        answer = upload(http, "mine", file_of(server, "json"))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "exists")
+        assert mine.read_bytes() == b"somebody's work"
+        assert upload(http, "mine", file_of(server, "json"), replace="true").status_code == 201
+
+
+def test_a_folder_that_can_t_be_changed_is_told_without_its_path(folder):
+    with serving(folder) as server, server.http() as http:
+        data = file_of(server, "json")
+        shutil.rmtree(folder)
+        folder.write_text("no folder any more")
+        for answer in (upload(http, "mine", data), http.delete("/v1/steering/json")):
+            assert answer.status_code == 409, answer.text
+            assert "can't be changed" in answer.json()["error"]["message"]
+            assert str(folder) not in answer.text
+        assert names(http) == list(vectors())
+
+
 @pytest.mark.parametrize("change", ["remove", "replace"])
 def test_a_request_under_way_keeps_what_it_started_with(server, change):
     """The engine is held while the vector goes: the request has been taken, and not one token is drawn."""
@@ -225,13 +247,13 @@ def test_a_trace_tells_the_projection_at_each_token(server):
 # --- ensure -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", [{"ensure": ["uppercase"]}, {"steering": {"ensure": ["uppercase"]}}])
+@pytest.mark.parametrize("field", [{"ensure": ["json"]}, {"steering": {"ensure": ["json"]}}])
 def test_ensure_steers_where_the_plain_reply_does_not_follow(server, field):
     client = server.client()
     reply = client.chat.completions.create(
         model="bundled", messages=FOXES, temperature=0, max_tokens=80, extra_body=field
     )
-    assert is_loud(text_of(reply))
+    assert json.loads(text_of(reply))
     record = reply.model_extra["ensure"]
     assert record["passed"] and record["steered_strength"] > 0 and len(record["tries"]) >= 2
     text, reasons, _ = streamed(
@@ -250,17 +272,39 @@ def test_ensure_that_can_t_be(server):
             ({"ensure": ["json"], "logprobs": True}, "logprobs"),
             ({"steering": {"ensure": []}}, "steering.ensure"),
             ({"steering": {"ensured": ["json"]}}, "steering"),
+            ({"ensure": ["json"], "messages": [{"role": "user"}]}, "messages"),
         ):
             answer = http.post("/v1/chat/completions", json={"messages": FOXES, **change})
             assert answer.status_code == 400, answer.text
             assert answer.json()["error"]["param"].startswith(param)
 
 
+def test_tries_that_are_given_up_before_they_begin_leave_their_place(monkeypatch):
+    """The client hung up while every thread was busy."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from localsteer.server import ensured
+
+    leave = threading.Event()
+    with ThreadPoolExecutor(1) as busy:
+        busy.submit(leave.wait, 10)
+        monkeypatch.setattr(ensured, "_threads", busy)
+        monkeypatch.setattr(ensured, "_free", threading.BoundedSemaphore(1))
+
+        async def hang_up():
+            ensured._begin(lambda: None).cancel()
+            await asyncio.sleep(0)
+
+        asyncio.run(hang_up())
+        leave.set()
+    assert ensured._free.acquire(blocking=False)
+
+
 # --- two models ---------------------------------------------------------------------------------------------
 
 
 def test_two_models_from_one_process(folder):
-    models = {"instruct": model_path(), "base": bundled.gguf_path("base", "Q8_0")}
+    models = {"instruct": model_path(), "base": bundled.gguf_path("base", "F32")}
     with serving(folder, models=models) as server:
         client = server.client()
         ids = [model.id for model in client.models.list()]
@@ -305,11 +349,7 @@ def test_many_clients_at_once_each_steered_its_own_way(server):
             return await asyncio.gather(*jobs)
 
     found = asyncio.run(everybody())
-    same = sum(
-        text == wanted for text, wanted in zip(found, [a for a in alone.values() for _ in "12"], strict=True)
-    )
-    # quantized kernels differ between one row and many, so a few replies may part (DESIGN 4b)
-    assert same >= 0.75 * len(found)
+    assert found == [text for text in alone.values() for _ in "12"]
     for (kind, _), text in zip([key for key in alone for _ in "12"], found, strict=True):
         if kind.endswith("uppercase"):
             assert sum(map(str.islower, text)) <= 0.1 * len(text)

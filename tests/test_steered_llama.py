@@ -293,6 +293,8 @@ def test_a_context_of_the_model_s_own_size(model):
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_two_turns_of_a_steered_chat_are_engine_s(model, positions):
+    # quantized kernels round otherwise for the one token behind a cached prompt than for the whole of it
+    model = bundled.gguf_path("instruct", "F32")
     with (
         closing(SteeredLlama(model, **EXACT)) as llama,
         localsteer.Engine(model, n_threads=1, exact=True, n_ctx=512) as engine,

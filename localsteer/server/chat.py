@@ -10,17 +10,15 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from localsteer.errors import LocalsteerError
-
 from .answers import REASONS, Whole, chat_logprobs, envelope, scored
 from .ensured import ensured_chat
 from .errors import ApiError, Json
 from .formats import grammar_of
-from .models import Served, State
+from .models import State
 from .replies import ClientGone, Job, Order, begin, samplings, unless_gone
 from .schemas import ChatRequest, Tool
 from .streaming import event, stream
-from .tools import CallHold, forced_grammar, offered, parse, template_message, template_tools
+from .tools import CallHold, forced_grammar, offered, parse, rendered
 
 router = APIRouter()
 
@@ -47,22 +45,13 @@ def _order(state: State, body: ChatRequest, tools: list[Tool]) -> Order:
     served, steer = state.steering(body.model, body.items)
     return Order(
         served=served,
-        prompts=[_rendered(served, body, tools)],
+        prompts=[rendered(served, body.messages, tools, go_on=bool(body.continue_final_message))],
         steer=tuple(steer.values()),
         samplings=samplings(body, _grammar(body, tools)),
         max_tokens=body.most_tokens(state.limits.predict),
         stop=body.stops,
         n_top=body.n_top,
     )
-
-
-def _rendered(served: Served, body: ChatRequest, tools: list[Tool]) -> str:
-    messages = [template_message(message) for message in body.messages]
-    begun = messages.pop()["content"] if body.continue_final_message else ""
-    try:
-        return served.engine.render(messages, tools=template_tools(tools) or None) + begun
-    except LocalsteerError as error:
-        raise ApiError(f"messages: {error}", param="messages") from None
 
 
 def _grammar(body: ChatRequest, tools: list[Tool]) -> str | None:

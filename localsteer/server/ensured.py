@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,7 +24,7 @@ from .models import State
 from .replies import ClientGone, samplings, unless_gone
 from .schemas import ChatRequest, Tool
 from .streaming import event, stream
-from .tools import template_message
+from .tools import rendered, template_message
 
 if TYPE_CHECKING:
     from localsteer.ensure import Ensured
@@ -38,7 +39,7 @@ async def ensured_chat(state: State, body: ChatRequest, tools: list[Tool], reque
     _check(body, tools)
     body.model = body.model or state.default.name
     cancel = threading.Event()
-    work = _begin(state, body, cancel)
+    work = _begin(await run_in_threadpool(_tries, state, body, cancel))
     if body.stream:
         events = _events(body, work)
         return await stream(request, events, cancel.set, state.limits.write_seconds)
@@ -64,7 +65,8 @@ def _check(body: ChatRequest, tools: list[Tool]) -> None:
             )
 
 
-def _begin(state: State, body: ChatRequest, cancel: threading.Event) -> asyncio.Future[Ensured]:
+def _tries(state: State, body: ChatRequest, cancel: threading.Event) -> Callable[[], Ensured]:
+    """What a thread has to do, with everything checked that can be checked before."""
     from localsteer.ensure import ensure
 
     served, vectors = state.steering(body.model, body.items)
@@ -78,6 +80,7 @@ def _begin(state: State, body: ChatRequest, cancel: threading.Event) -> asyncio.
         "stop": body.stops,
         "cancel": cancel,
     }
+    rendered(served, body.messages)  # to refuse what the template does not take
     messages = [template_message(message) for message in body.messages]
 
     def run() -> Ensured:
@@ -85,18 +88,22 @@ def _begin(state: State, body: ChatRequest, cancel: threading.Event) -> asyncio.
             found = ensure(served.scheduler, messages, wanted, **settings)
         except LocalsteerError as error:
             raise api_error(error, "ensure") from None
-        finally:
-            _free.release()
         state.metrics.tokens.labels(served.name, "reply").inc(found.n_tokens)
         if found.reply.finish_reason == "cancelled" and not cancel.is_set():
             raise ApiError("the server is closing: the reply was cut.", status=503, code="closing")
         return found
 
+    return run
+
+
+def _begin(run: Callable[[], Ensured]) -> asyncio.Future[Ensured]:
     if not _free.acquire(blocking=False):
         raise ApiError(
             f"{MAX_AT_ONCE} requests with ensure run already: try again later.", status=429, code="queue_full"
         )
-    return asyncio.get_running_loop().run_in_executor(_threads, run)
+    work = _threads.submit(run)
+    work.add_done_callback(lambda _work: _free.release())  # also of one that is cancelled before it begins
+    return asyncio.wrap_future(work)
 
 
 def _usage(found: Ensured) -> dict[str, Any]:

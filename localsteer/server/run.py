@@ -70,14 +70,20 @@ class Running:
     async def _serve(self, on_ready: Callable[[], None] | None, signals: bool) -> None:
         self._loop = asyncio.get_running_loop()
         if signals:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._loop.add_signal_handler(number, self._end, number)
+            self._take_signals(self._loop)
         ready = asyncio.create_task(self._tell(on_ready))
         try:
             await self._server.serve(sockets=[self.socket])
         finally:
             ready.cancel()
             self.socket.close()
+
+    def _take_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                loop.add_signal_handler(number, self._end, number)
+            except NotImplementedError:  # the event loops of Windows take none
+                signal.signal(number, lambda got, _frame: loop.call_soon_threadsafe(self._end, got))
 
     async def _tell(self, on_ready: Callable[[], None] | None) -> None:
         while not self._server.started:

@@ -35,7 +35,7 @@ class Access:
     origins: Collection[str] = ()
 
     def check(self) -> None:
-        """Raises LocalsteerError for what would be open to everybody."""
+        """Raises LocalsteerError for what would be open to everybody, and for what no request could match."""
         if self.api_key is not None and len(self.api_key) < MIN_KEY:
             raise LocalsteerError(f"--api-key must have at least {MIN_KEY} characters.")
         if not is_loopback(self.bind) and not self.api_key:
@@ -43,6 +43,15 @@ class Access:
                 f"--host {self.bind} can be reached from other machines: give --api-key KEY too "
                 "(or LOCALSTEER_API_KEY), or leave --host out."
             )
+        for name in self.hosts:
+            if host_name(name) != name.lower() or "*" in name:
+                raise LocalsteerError(f"--allow-host {name}: must be one name, without scheme, port or `*`.")
+        for origin in self.origins:
+            parts = urlsplit(origin)
+            if origin != f"{parts.scheme}://{parts.netloc}" or not (parts.scheme and parts.netloc):
+                raise LocalsteerError(
+                    f"--cors {origin}: must be one site as its pages name it, like https://chat.example:3000."
+                )
 
     def allows_host(self, header: str) -> bool:
         name = host_name(header)

@@ -11,7 +11,8 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,20 +112,21 @@ class VectorFolder:
 
     def add(self, name: str, data: bytes, *, replace: bool) -> Entry:
         """Write DIR/name.gguf in one step, once it has been read well and fits a model. Raises ApiError."""
-        folder = self._writable(name)
-        with self._lock:
-            if name in self.entries and not replace:
+        path = self._writable(name) / f"{name}{SUFFIX}"
+        with self._lock, _changing_the_folder():
+            # a file that came after the last reload is somebody's too
+            if (name in self.entries or path.exists()) and not replace:
                 raise ApiError(
                     f"name: there is a vector {name!r} already: send replace=true to put this in its place.",
                     status=409, param="name", code="exists",
                 )  # fmt: skip
             if name not in self.entries and len(self.entries) >= self.limits.max_files:
                 raise ApiError(f"the folder holds {len(self.entries)} vectors already: remove some.")
-            with atomic_path(folder / f"{name}{SUFFIX}") as temporary:
+            with atomic_path(path) as temporary:
                 temporary.write_bytes(data)
                 entry = self._read(temporary, name)
                 self._check(entry)
-            entry = self._read(folder / f"{name}{SUFFIX}")
+            entry = self._read(path)
             self.entries = dict(sorted({**self.entries, name: entry}.items()))
         return entry
 
@@ -134,7 +136,8 @@ class VectorFolder:
             entry = self.entries.get(name)
             if entry is None or self.folder is None:
                 raise ApiError(f"name: there is no vector {shown(name)}.", status=404, param="name")
-            (self.folder / f"{name}{SUFFIX}").unlink(missing_ok=True)
+            with _changing_the_folder():
+                (self.folder / f"{name}{SUFFIX}").unlink(missing_ok=True)
             self.entries = {key: each for key, each in self.entries.items() if key != name}
         return entry
 
@@ -232,6 +235,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+@contextmanager
+def _changing_the_folder() -> Iterator[None]:
+    """A disk that is full, or a folder that can't be written, becomes an ApiError, without its path."""
+    try:
+        yield
+    except (OSError, LocalsteerError) as error:  # atomic_path has made the one of the other
+        cause = error.__cause__ or error
+        why = getattr(cause, "strerror", None) or type(cause).__name__
+        raise ApiError(f"the folder of vectors can't be changed ({why}).", status=409) from None
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

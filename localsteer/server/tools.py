@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from localsteer.errors import LocalsteerError
+
 from .errors import ApiError, shown
 from .formats import grammar_of_schema
 from .schemas import ChatMessage, ChatRequest, Tool, ToolChoice
@@ -90,8 +92,20 @@ def forced_grammar(body: ChatRequest, tools: Sequence[Tool]) -> str | None:
     return grammar_of_schema(calls[0] if len(calls) == 1 else {"anyOf": calls}, "tools")
 
 
-def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    return [tool.model_dump(exclude_none=True) for tool in tools]
+def rendered(
+    served: Served, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), *, go_on: bool = False
+) -> str:
+    """The conversation as the model reads it; go_on: its last message is to be continued.
+
+    Raises ApiError for messages that the model's template refuses.
+    """
+    given = [template_message(message) for message in messages]
+    begun = given.pop()["content"] if go_on else ""
+    shown_tools = [tool.model_dump(exclude_none=True) for tool in tools]
+    try:
+        return served.engine.render(given, tools=shown_tools or None) + begun
+    except LocalsteerError as error:
+        raise ApiError(f"messages: {error}", param="messages") from None
 
 
 def template_message(message: ChatMessage) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .errors import ApiError, Json, api_error
 from .models import State
 from .schemas import TraceRequest, as_items
 from .steering import document, plain
-from .tools import template_message
+from .tools import rendered, template_message
 
 router = APIRouter(tags=["Steering"])
 VectorName = Annotated[str, Query(description="Its name: the file in DIR without .gguf.", max_length=128)]
@@ -83,6 +83,7 @@ async def trace(body: TraceRequest, request: Request) -> Response:
     served, vectors = state.steering(body.model, as_items(body.steering))
     if not vectors:
         raise ApiError("steering: a trace needs at least one vector.", param="steering")
+    rendered(served, body.messages)  # to refuse what the template does not take
     messages = [template_message(message) for message in body.messages]
 
     def run() -> dict[str, Any]:

@@ -126,7 +126,8 @@ function replyBox(kind, title) {
 }
 
 async function reply(kind, question, applied, place) {
-  const messages = [...histories[kind], { role: "user", content: question }];
+  const history = histories[kind];  // of this chat, also where a new one begins meanwhile
+  const messages = [...history, { role: "user", content: question }];
   const request = {
     model: by("model").value, messages, stream: true, temperature: Number(by("temperature").value),
   };
@@ -142,8 +143,8 @@ async function reply(kind, question, applied, place) {
       by("chat").scrollTop = by("chat").scrollHeight;
     }
   } finally {
-    histories[kind].push({ role: "user", content: question });
-    histories[kind].push({ role: "assistant", content: place.text.textContent });
+    history.push({ role: "user", content: question });
+    history.push({ role: "assistant", content: place.text.textContent });
   }
   if (kind === "steered" && by("projection").checked && place.text.textContent) {
     const trace = await call("/v1/steering/trace", {
@@ -238,6 +239,7 @@ by("question").addEventListener("keydown", (event) => {
 });
 by("stop").addEventListener("click", () => stopping.abort());
 by("clear").addEventListener("click", () => {
+  if (stopping) stopping.abort();
   histories.plain = [];
   histories.steered = [];
   by("chat").replaceChildren();
