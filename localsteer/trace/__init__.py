@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from localsteer.errors import LocalsteerError, PlanError, PromptError
-from localsteer.generate import GREEDY, reply_budget, token_steps
+from localsteer.generate import GREEDY, check_room, reply_budget, token_steps
 from localsteer.plan import Plan, PositionClass, active
 from localsteer.steering import dynamic_weights
 from localsteer.vector import ControlVector
@@ -302,6 +302,7 @@ def _draw(
 ) -> tuple[list[int], str]:
     """The reply's tokens, the one that ends it included, and why it ended."""
     drawn: list[int] = []
+    check_room(engine, len(prompt))
     budget = reply_budget(engine, len(prompt), max_tokens)
     steps = token_steps(engine, prompt, plan=engine.plan(plan), sampling=sampling)
     with closing(steps):
