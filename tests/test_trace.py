@@ -343,7 +343,7 @@ def test_bad_input_is_refused(engine, vectors, tiny_llama):
         trace(engine, PROMPT, vector, blocks=[8])
     with pytest.raises(PromptError, match="n_prompt must be 1 to the 3 tokens"):
         trace_tokens(engine, [1, 2, 3], 4, vector)
-    with pytest.raises(PromptError, match="the prompt has .* tokens and the context"):
+    with pytest.raises(PromptError, match="tokens and the context"):
         trace(engine, "foxes " * engine.n_ctx, vector)
     with pytest.raises(PromptError, match="max_tokens"):
         trace(engine, PROMPT, vector, max_tokens=-1)
