@@ -49,7 +49,7 @@ def _read_npz(path: str | os.PathLike[str], wanted: Collection[str]) -> dict[str
                 with archive.open(members[name]) as member:
                     arrays[name] = _read_npy(member, name, members[name])
             return arrays
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError):
         raise _Damaged("is not a readable .npz file: save it again with numpy.savez.") from None
 
 

@@ -22,6 +22,7 @@ from gguf.utility import LocalTensor, SafetensorsLocal
 from localsteer.errors import ModelFileError, UnsupportedModelError
 
 from .checkpoint_vocab import read_json, read_vocabulary
+from .keys import MAX_BLOCKS
 
 FTYPES = {
     "F32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -30,7 +31,10 @@ FTYPES = {
 }
 SAFETENSORS_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 # What gguf's reader raises on a file that is cut short or is something else
-DAMAGED = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, MemoryError, OverflowError)
+DAMAGED = (
+    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, MemoryError, OverflowError,
+    RecursionError,
+)  # fmt: skip
 NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 
 
@@ -68,7 +72,10 @@ class Checkpoint:
 
     @property
     def n_layer(self) -> int:
-        return self.integer("num_hidden_layers")
+        n_layer = self.integer("num_hidden_layers")
+        if n_layer > MAX_BLOCKS:
+            raise self._bad("num_hidden_layers", n_layer, f"at most {MAX_BLOCKS}")
+        return n_layer
 
     @property
     def n_head(self) -> int:
@@ -86,6 +93,8 @@ class Checkpoint:
     def rope(self) -> Mapping[str, Any]:
         """Rotary settings under their names of transformers 5, whatever version wrote the file."""
         stored = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        if not isinstance(stored, dict):
+            raise self._bad("rope_parameters (or rope_scaling)", stored, "an object")
         kind = stored.get("rope_type", stored.get("type", "default"))
         theta = stored.get("rope_theta", self.config.get("rope_theta", 10000.0))
         partial = stored.get("partial_rotary_factor", self.config.get("partial_rotary_factor", 1.0))
@@ -98,19 +107,21 @@ class Checkpoint:
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.config.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or value <= 0:
-            raise self._bad(key, value, "a positive integer")
+        if type(value) is not int or not 0 < value < 2**31:
+            raise self._bad(key, value, "a positive integer of 32 bits")
         return value
 
     def number(self, key: str, settings: Mapping[str, Any] | None = None) -> float:
         """A number of config.json, or of `settings`, one of its tables."""
         value = (self.config if settings is None else settings).get(key)
-        if not isinstance(value, (int, float)) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value < math.inf:
             raise self._bad(key, value, "a positive number")
         return float(value)
 
     def _bad(self, key: str, value: Any, expected: str) -> ModelFileError:
-        return ModelFileError(f"{self.directory / 'config.json'}: {key} is {value!r}, expected {expected}")
+        return ModelFileError(
+            f"{self.directory / 'config.json'}: {key} is {value!r:.80}, expected {expected}"
+        )
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     """The folder's config.json, refused unless llama.cpp computes the same function from it."""
     config = read_json(directory / "config.json")
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"{directory}: architecture {model_type!r} can't be converted here "
             f"({', '.join(ARCHITECTURES)} can): use llama.cpp's convert_hf_to_gguf.py"
@@ -227,18 +238,21 @@ def _add_hparams(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_vocab_size(checkpoint.integer("vocab_size"))
     writer.add_key_length(checkpoint.head_dim)
     writer.add_value_length(checkpoint.head_dim)
-    writer.add_rope_dimension_count(int(checkpoint.rope["partial_rotary_factor"] * checkpoint.head_dim))
+    rotated = checkpoint.number("partial_rotary_factor", checkpoint.rope)
+    writer.add_rope_dimension_count(int(rotated * checkpoint.head_dim))
     writer.add_rope_freq_base(checkpoint.number("rope_theta", checkpoint.rope))
     if checkpoint.rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(checkpoint.number("factor", checkpoint.rope))
     if checkpoint.kind.arch == gguf.MODEL_ARCH.GEMMA2:
-        writer.add_attn_logit_softcapping(checkpoint.config.get("attn_logit_softcapping", 50.0))
-        writer.add_final_logit_softcapping(checkpoint.config.get("final_logit_softcapping", 30.0))
+        caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **checkpoint.config}
+        writer.add_attn_logit_softcapping(checkpoint.number("attn_logit_softcapping", caps))
+        writer.add_final_logit_softcapping(checkpoint.number("final_logit_softcapping", caps))
         writer.add_sliding_window(checkpoint.integer("sliding_window", 4096))
     if checkpoint.kind.arch == gguf.MODEL_ARCH.PHI3:
         writer.add_rope_scaling_orig_ctx_len(checkpoint.integer("original_max_position_embeddings", 4096))
-        writer.add_sliding_window(checkpoint.config.get("sliding_window") or 0)
+        has_window = checkpoint.config.get("sliding_window")
+        writer.add_sliding_window(checkpoint.integer("sliding_window") if has_window else 0)
 
 
 def _weights(checkpoint: Checkpoint, matrix_type: gguf.GGMLQuantizationType) -> list[Weight]:
@@ -253,7 +267,7 @@ def _weights(checkpoint: Checkpoint, matrix_type: gguf.GGMLQuantizationType) -> 
             raise UnsupportedModelError(f"{checkpoint.directory}: llama.cpp has no place for {source}")
         dtype = matrix_type if len(tensor.shape) > 1 else gguf.GGMLQuantizationType.F32
         weights.append(Weight(name, source, tensor, dtype))
-    _check_complete(checkpoint, {weight.name for weight in weights})
+    _check_complete(checkpoint, {weight.name: weight for weight in weights})
     return weights
 
 
@@ -262,14 +276,20 @@ def _natural(item: tuple[str, Any]) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", item[0])]
 
 
-def _check_complete(checkpoint: Checkpoint, names: set[str]) -> None:
+def _check_complete(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> None:
     wanted = ["token_embd.weight", "output_norm.weight"] + ([] if checkpoint.tied else ["output.weight"])
     for il in range(checkpoint.n_layer):
         wanted += [f"blk.{il}.{tensor}.weight" for tensor in checkpoint.kind.block_tensors.split()]
-    missing = [name for name in wanted if name not in names]
+    missing = [name for name in wanted if name not in weights]
     if missing:
         raise ModelFileError(
             f"{checkpoint.directory} lacks {len(missing)} tensors, the first is {missing[0]}"
+        )
+    # before tokens are made up for all the rows that config.json claims
+    n_rows, n_vocab = weights["token_embd.weight"].tensor.shape[0], checkpoint.integer("vocab_size")
+    if n_rows != n_vocab:
+        raise ModelFileError(
+            f"{checkpoint.directory}: config.json says vocab_size {n_vocab}, the weights have {n_rows} rows"
         )
 
 
@@ -277,7 +297,10 @@ def _stored_tensors(directory: Path) -> dict[str, LocalTensor]:
     index = directory / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
+            raise ModelFileError(f"{index} can't be read: expected a weight_map of file names")
+        shards = sorted(set(weight_map.values()))
     tensors: dict[str, LocalTensor] = {}
     for shard in shards:
         tensors.update(_read_safetensors(directory / shard))

@@ -71,6 +71,8 @@ def read_vocabulary(directory: Path, n_vocab: int) -> Vocabulary:
         _refuse_other_bpe(tokenizer, pre, directory)
         tokens, types = _tokens(tokenizer, n_vocab, directory)
         special = gguf.SpecialVocab(directory, True, SPECIAL_TOKENS, n_vocab)
+        if not all(isinstance(merge, str) for merge in special.merges):
+            raise TypeError("a merge is no text")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{path} is not a readable tokenizer file: {error!r}") from error
     return Vocabulary(
@@ -88,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         message = f"{path.parent} holds no {path.name}: give a folder saved by transformers"
         raise ModelFileError(message) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path} can't be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelFileError(f"{path} can't be read: expected a JSON object")
@@ -144,6 +146,8 @@ def _tokens(tokenizer: Mapping[str, Any], n_vocab: int, directory: Path) -> tupl
     for token in _added(tokenizer):
         kind = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
         by_id[token["id"]] = (token["content"], kind)
+    if not all(isinstance(text, str) for text, _ in by_id.values()):
+        raise TypeError("the text of an added token is no string")
     if not by_id or max(by_id) >= n_vocab:
         last = max(by_id, default=None)
         raise ModelFileError(f"{directory}: tokenizer.json goes up to token {last}, the model has {n_vocab}")

@@ -97,17 +97,14 @@ def _request(
 
 def plans_of(engine: Engine, steer: Steer | Sequence[Steer], n: int) -> list[Plan | None]:
     """The plan of each of n prompts; None where nothing is changed."""
-    one_for_all = (
-        steer is None
-        or isinstance(steer, (Plan, ControlVector))
-        or all(isinstance(each, ControlVector) for each in steer)
-    )
-    if one_for_all:
+    steer = _listed(steer)
+    if not isinstance(steer, list) or all(isinstance(each, ControlVector) for each in steer):
         return [engine.plan(steer)] * n
     if len(steer) != n:
         raise PromptError(f"steer has {len(steer)} entries for {n} prompts: give one each, or one for all.")
     # the same vectors for many prompts make one plan object, which the hook then compiles once
     plans: dict[tuple[int, ...], Plan | None] = {}
+    steer = [_listed(each) for each in steer]
     keys = [_identity(each) for each in steer]
     for key, each in zip(keys, steer, strict=True):
         if key not in plans:
@@ -115,10 +112,13 @@ def plans_of(engine: Engine, steer: Steer | Sequence[Steer], n: int) -> list[Pla
     return [plans[key] for key in keys]
 
 
+def _listed(steer: Steer) -> Steer:
+    """Several things as a list: they are looked at twice, and a generator would be empty by then."""
+    return steer if steer is None or isinstance(steer, (Plan, ControlVector)) else list(steer)
+
+
 def _identity(steer: Steer) -> tuple[int, ...]:
-    if steer is None or isinstance(steer, (Plan, ControlVector)):
-        return (id(steer),)
-    return tuple(map(id, steer))
+    return tuple(map(id, steer)) if isinstance(steer, list) else (id(steer),)
 
 
 def _samplings_of(sampling: Sampling | Sequence[Sampling] | None, n: int) -> list[Sampling]:

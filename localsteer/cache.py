@@ -13,8 +13,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,22 +57,28 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise.
 
     Two processes that write one file at once both succeed, and a reader sees one whole file or the other.
-    Raises LocalsteerError when the folder can't be written.
+    Raises LocalsteerError when the folder can't be written, or `path` is one.
     """
     path = Path(path)
-    try:
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
+    with _one_line_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        raise LocalsteerError(f"can't write {path} ({error.strerror or error}): {_ADVICE}") from error
-    os.close(handle)
-    temporary = Path(name)
+        # not by mkstemp, whose files only their owner can read: a model or vector is no secret
+        temporary.touch(exist_ok=False)
     try:
         yield temporary
-        _give_usual_permissions(temporary)
-        os.replace(temporary, path)
+        with _one_line_for(path):
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _one_line_for(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LocalsteerError(f"can't write {path} ({error.strerror or error}): {_ADVICE}") from error
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
@@ -128,13 +134,6 @@ def file_name(name: str) -> str:
     if plain and plain == name:
         return plain
     return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
-
-
-def _give_usual_permissions(path: Path) -> None:
-    # mkstemp makes files that only their owner can read; a model or vector is no secret
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def _index_path() -> Path:

@@ -1,7 +1,7 @@
 """One loaded model: prompts, plans and decodes. What turns decodes into text is generate.py and batch.py.
 
-Every call here decodes through `_evaluate` or, token by token, through generate.py; both go to bridge.py,
-which alone knows llama.cpp.
+Every call here decodes through `_evaluate` or, token by token, through generate.py; both go to bridge/, which
+alone knows llama.cpp.
 """
 
 from __future__ import annotations

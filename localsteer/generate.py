@@ -220,7 +220,7 @@ def stream(
     stop: Sequence[str] = (),
     raw: bool = False,
 ) -> Iterator[Chunk]:
-    """A reply as it comes. Prompt, plan and settings are checked here and now, before the first chunk.
+    """A reply as it comes. Prompt, plan and settings are checked here and now; a grammar at the first chunk.
 
     prompt: a question, messages, or with `raw` a text that goes in as it is. max_tokens: None = until the
     context is full. Exactly one chunk, the last, has a finish_reason. Raises PromptError, MismatchError.

@@ -46,8 +46,9 @@ static void add_scaled(float * x, const float * u, float scale, size_t n) {
     }
 }
 
+// the order of the arguments lets a NaN through: std::min and std::max return the first where neither is less
 static double clip(double value, double cap) {
-    return std::max(-cap, std::min(cap, value));
+    return std::max(std::min(value, cap), -cap);
 }
 
 // Cholesky, in place in the lower triangle of a (n x n, row-major); false if a is not positive definite

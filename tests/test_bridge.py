@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import os
 import re
+import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -272,6 +276,20 @@ def test_width_and_depth_are_checked(model: Model, context: Context) -> None:
         context.probe([-1])
 
 
+def test_ctrl_c_leaves_no_hook_at_work(model: Model, context: Context, monkeypatch) -> None:
+    plain = run(context).logits
+    begin = Hook.begin
+
+    def interrupted(hook, *arguments):
+        begin(hook, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Hook, "begin", interrupted)
+        run(context, Plan.from_vectors([vector(model)]))
+    assert (run(context).logits == plain).all()
+
+
 def _reshaped(vector: ControlVector, n_layer: int | None = None, n_embd: int | None = None) -> ControlVector:
     from dataclasses import replace
 
@@ -285,7 +303,7 @@ def _reshaped(vector: ControlVector, n_layer: int | None = None, n_embd: int | N
 
 def test_a_context_without_steering_refuses_plans(model: Model) -> None:
     with Context(model, n_ctx=64, n_threads=1, steering=False) as context:
-        run(context)
+        assert (run(context).logits == run(context, Plan.none()).logits).all()
         with pytest.raises(UnsupportedModelError, match="steering is off"):
             run(context, Plan.from_vectors([vector(model)]))
 
@@ -423,6 +441,19 @@ def test_truncated_files_are_one_line_and_no_abort(tiny_llama, tmp_path: Path, p
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("n_blocks", [513, 2**32 - 1])
+def test_too_many_blocks_are_one_line_and_no_abort(tiny_llama, tmp_path: Path, n_blocks: int) -> None:
+    whole, key = tiny_llama.gguf_path.read_bytes(), b".block_count\x04\0\0\0"
+    at = whole.index(key) + len(key)
+    path = tmp_path / "deep.gguf"
+    path.write_bytes(whole[:at] + n_blocks.to_bytes(4, "little") + whole[at + 4 :])
+    with pytest.raises(ModelFileError, match="claims more than 512 blocks"):
+        bridge.check_gguf(path)  # Model does this first; without it llama.cpp would end this very process
+    path.write_bytes(whole[:at] + (512).to_bytes(4, "little") + whole[at + 4 :])
+    with pytest.raises(ModelFileError, match="can't be loaded"):
+        Model(path)
+
+
 def test_a_control_vector_is_no_model(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "vector.gguf"
     vector(model).save(path)
@@ -463,6 +494,23 @@ def test_dropped_objects_are_freed(tiny_llama) -> None:
     del context
     assert not free_context.alive
     assert not free_model.alive
+
+
+def test_a_cycle_is_freed_in_the_right_order(tiny_llama, monkeypatch) -> None:
+    """The garbage collector takes a cycle's objects in any order; a context frees parts of its model."""
+    freed = []
+    for name in ("llama_sampler_free", "llama_free", "llama_model_free"):
+        free = getattr(lc, name)
+        monkeypatch.setattr(
+            lc, name, lambda pointer, name=name, free=free: (freed.append(name), free(pointer))
+        )
+    model = Model(tiny_llama.gguf_path)
+    handles = [model, Context(model, n_ctx=64, n_threads=1), Sampler(model)]
+    handles.append(handles)
+    del model, handles
+    gc.collect()
+    assert sorted(freed) == ["llama_free", "llama_model_free", "llama_sampler_free"]
+    assert freed[-1] == "llama_model_free"
 
 
 def test_one_llama_and_one_ggml_in_the_process(tiny_llama) -> None:
@@ -562,6 +610,32 @@ def test_a_broken_grammar_is_one_line(model: Model, capfd) -> None:
     assert capfd.readouterr().err == ""
 
 
+def test_grammars_in_two_threads_leave_stderr_where_it_was() -> None:
+    from localsteer.bridge.sampler import _stderr_kept
+
+    before = os.fstat(2).st_ino
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+
+    def first() -> None:
+        with _stderr_kept():
+            first_in.set()
+            second_in.wait(0.2)  # in vain: the second has to wait for us
+        first_out.set()
+
+    def second() -> None:
+        first_in.wait()
+        with _stderr_kept():
+            second_in.set()
+            first_out.wait(0.2)
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert os.fstat(2).st_ino == before
+
+
 def test_broken_logits_are_an_error(model: Model, context: Context, monkeypatch) -> None:
     run(context)
     monkeypatch.setattr(context, "logits", lambda _: np.full(model.n_vocab, np.nan, np.float32))
@@ -619,6 +693,14 @@ def test_quantized_models_load_and_are_smaller(tiny_llama, tmp_path: Path, ftype
     with Model(path) as model, Context(model, n_ctx=64, n_threads=1) as context:
         assert np.isfinite(run(context, Plan.from_vectors([vector(model)])).logits).all()
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
+def test_a_quantized_model_has_the_permissions_of_any_other_file(tiny_llama, tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    bridge.quantize(tiny_llama.gguf_path, tmp_path / "small.gguf", "Q8_0", n_threads=1)
+    modes = {stat.S_IMODE(os.stat(path).st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
 
 
 def test_quantizing_fails_cleanly(tiny_llama, tmp_path: Path) -> None:

@@ -47,9 +47,11 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
-def test_a_file_has_the_permissions_of_any_other(tmp_path):
+def test_a_file_has_the_permissions_of_any_other(tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.touch()
+    # what other threads write meanwhile would have the mask that is set to read it
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the mask belongs to all threads"))
     with cache.atomic_path(tmp_path / "file"):
         pass
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
@@ -59,6 +61,13 @@ def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(LocalsteerError, match="LOCALSTEER_CACHE"), cache.atomic_path(tmp_path / "file" / "x"):
         pass
+
+
+def test_a_folder_in_the_files_place_is_one_line_and_stays(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(LocalsteerError, match=r"can't write .*taken"), cache.atomic_path(tmp_path / "taken"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_a_hash_is_read_once_and_again_when_the_file_changes(tmp_path, monkeypatch):

@@ -376,6 +376,7 @@ def refusal(folder: Path, out_dir: Path, kind: type[LocalsteerError] = Unsupport
     ("arch", "config", "words"),
     [
         ("llama", {"model_type": "t5"}, "architecture 't5' can't be converted"),
+        ("llama", {"model_type": ["llama"]}, "architecture ['llama'] can't be converted"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantized already"),
         ("llama", {"hidden_act": "relu"}, "activation 'relu'"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotary scaling 'yarn'"),
@@ -400,7 +401,13 @@ def test_what_llama_cpp_computes_differently_is_refused(tiny, tmp_path, arch, co
         ({"num_hidden_layers": None}, "num_hidden_layers is None"),
         ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
-        ({"vocab_size": 100}, "goes up to token 511, the model has 100"),
+        ({"vocab_size": 100}, "says vocab_size 100, the weights have 512 rows"),
+        ({"vocab_size": 10**9}, "says vocab_size 1000000000, the weights have 512 rows"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected at most 4096"),
+        ({"num_attention_heads": True}, "num_attention_heads is True"),
+        ({"intermediate_size": 10**30}, "intermediate_size is 1000"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_parameters": "default"}, "rope_scaling) is 'default', expected an object"),
         ({"num_hidden_layers": 5}, "lacks 9 tensors, the first is blk.4.attn_norm.weight"),
         ({"tie_word_embeddings": False}, "lacks 1 tensors, the first is output.weight"),
         ({"num_attention_heads": 7, "head_dim": 16}, "64 rows does not make 7 heads"),
@@ -409,6 +416,26 @@ def test_what_llama_cpp_computes_differently_is_refused(tiny, tmp_path, arch, co
 )
 def test_a_configuration_that_does_not_fit_is_named(tiny_llama, tmp_path, config, words):
     assert words in refusal(edited(tiny_llama.hf_dir, tmp_path / "model", config), tmp_path, ModelFileError)
+
+
+@pytest.mark.parametrize(
+    ("arch", "key"),
+    [
+        ("gemma2", "attn_logit_softcapping"),
+        ("gemma2", "final_logit_softcapping"),
+        ("phi3", "sliding_window"),
+    ],
+)
+def test_a_setting_of_one_architecture_that_is_no_number_is_named(tiny, tmp_path, arch, key):
+    folder = edited(tiny(arch).hf_dir, tmp_path / "model", {key: "x"})
+    assert f"{key} is 'x', expected a positive" in refusal(folder, tmp_path, ModelFileError)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"model.norm.weight": 5}])
+def test_a_damaged_list_of_shards_is_one_line(tiny_llama, tmp_path, weight_map):
+    folder = shutil.copytree(tiny_llama.hf_dir, tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "expected a weight_map of file names" in refusal(folder, tmp_path, ModelFileError)
 
 
 def test_fewer_blocks_than_stored_is_refused(tiny_llama, tmp_path):
@@ -462,13 +489,21 @@ def test_a_tokenizer_that_llama_cpp_can_not_follow_is_refused(tiny_llama, tmp_pa
         lambda t: t.pop("model"),
         lambda t: t.update(pre_tokenizer=[1]),
         lambda t: t["model"].update(merges=[1, 2]),
+        lambda t: t["model"]["merges"].__setitem__(0, "x"),
         lambda t: t.update(added_tokens=[{}]),
+        lambda t: t["added_tokens"][0].update(content=None),
     ],
 )
 def test_a_damaged_tokenizer_is_one_line(tiny_llama, tmp_path, change):
     folder = shutil.copytree(tiny_llama.hf_dir, tmp_path / "model")
     edit_json(folder / "tokenizer.json", change)
     assert "not a readable tokenizer file" in refusal(folder, tmp_path, ModelFileError)
+
+
+def test_a_token_beyond_the_weights_is_named(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama.hf_dir, tmp_path / "model")
+    edit_json(folder / "tokenizer.json", lambda t: t["added_tokens"][0].update(id=600))
+    assert "goes up to token 600, the model has 512" in refusal(folder, tmp_path, ModelFileError)
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tiny_llama, tmp_path):
@@ -484,7 +519,7 @@ def test_a_missing_file_is_named(tiny_llama, tmp_path, name):
     assert f"holds no {name}" in refusal(folder, tmp_path, ModelFileError)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
 def test_a_damaged_configuration_is_one_line(tiny_llama, tmp_path, content):
     folder = shutil.copytree(tiny_llama.hf_dir, tmp_path / "model")
     (folder / "config.json").write_bytes(content)
@@ -504,6 +539,7 @@ def header(**entry) -> bytes:
         (b"\xff" * 64, "not a whole safetensors file"),
         ((4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc", "not a whole safetensors file"),
         ((2).to_bytes(8, "little") + b"[]", "not a whole safetensors file"),
+        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "not a whole safetensors file"),
         (header(dtype="F32"), "not a whole safetensors file"),
         (header(dtype="F32", shape=[2], data_offsets=[0, 8]), "truncated or damaged at model.norm.weight"),
         (header(dtype="F32", shape=[2], data_offsets=[0, 4]) + b"1234", "truncated or damaged"),

@@ -543,6 +543,7 @@ def head(shape: str, descr: str = "<f4") -> str:
     [
         (b"PK\x03\x04 and nothing more", "not a readable .npz"),
         (zipped(b"", "other.npy"), "holds no vector"),
+        (zipped(b"", "é.npy").replace("é".encode(), b"\xff\xff"), "not a readable .npz"),  # says: UTF-8
         (zipped(b"not numpy"), "no readable header"),
         (zipped(npy(head(f"({2**40}, {2**20})"))), "claims"),
         (zipped(npy(head("(-4, 8)"))), "claims -128 bytes"),

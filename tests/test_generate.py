@@ -101,6 +101,15 @@ def test_batched_sequences_with_different_plans_are_as_each_alone(engine):
     assert [told(reply) for reply in together] == alone
 
 
+def test_vectors_from_a_generator_steer_a_batch_too(engine):
+    vector = random_vector(engine)
+    options = {"sampling": GREEDY, "max_tokens": 8}
+    expected = [told(reply) for reply in engine.generate_batch(PROMPTS[:2], steer=[vector], **options)]
+    for steer in ((each for each in [vector]), [(each for each in [vector]) for _ in range(2)]):
+        replies = engine.generate_batch(PROMPTS[:2], steer=steer, **options)
+        assert [told(reply) for reply in replies] == expected
+
+
 def test_the_order_of_prompts_does_not_matter(engine):
     prompts = [f"{prompt} {i}" for i in range(3) for prompt in PROMPTS]
     options = {"steer": random_vector(engine), "sampling": GREEDY, "max_tokens": 12}

@@ -19,8 +19,9 @@ from localsteer.steering import steer
 torch = pytest.importorskip("torch", reason="the PyTorch hook is what is tested")
 
 from localsteer.extract.torch_backend import observe_blocks  # noqa: E402
-from localsteer.extract.torch_steering import apply_program, steer_hooks  # noqa: E402
+from localsteer.extract.torch_steering import apply_program, cache_argument, greedy_tokens, steer_hooks  # noqa: E402
 
+PROMPT = PositionClass.PROMPT
 N_PROMPT = 12
 IDS = np.random.default_rng(3).integers(4, 512, 20).tolist()
 
@@ -89,6 +90,14 @@ def test_pytorch_computes_what_numpy_computes(vectors, seed):
     assert np.abs(apply_program(torch.from_numpy(x), program).numpy() - oracle(x, program)).max() < 1e-5
 
 
+def test_a_broken_row_is_broken_alike():
+    program = Plan.from_vectors([random_vector(layers=(0,), one_sided=True, cap=1.0)]).program(0, PROMPT)
+    x = np.ones((2, 64), dtype=np.float32)
+    x[0, 5] = np.nan
+    ours, theirs = apply_program(torch.from_numpy(x), program).numpy(), oracle(x, program)
+    assert np.array_equal(np.isnan(ours), np.isnan(theirs)) and np.isnan(theirs[0]).all()
+
+
 def test_other_types_keep_their_type_and_shape():
     program = Plan.from_vectors([random_vector(layers=(0,))]).program(0, PositionClass.LAST)
     x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
@@ -118,17 +127,17 @@ def test_the_hook_edits_the_rows_that_the_oracle_edits(pair, positions):
 
 def test_a_cached_pass_is_steered_like_a_whole_one(pair):
     """generate() feeds one token at a time: classes follow positions, not places in the batch."""
+    from transformers import DynamicCache
+
     model, _ = pair("llama")
     plan = Plan.from_vectors(
         [random_vector(positions="last"), random_vector(1, layers=(2,), positions="prompt")]
     )
     whole = torch_logits(model, plan, N_PROMPT)
+    cache = {cache_argument(model): DynamicCache()}
     with torch.no_grad(), steer_hooks(model, plan, N_PROMPT):
-        first = model(torch.tensor([IDS[:N_PROMPT]]), use_cache=True)
-        rows, cache = [first.logits[0]], first.past_key_values
-        for token in IDS[N_PROMPT:]:
-            step = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-            rows.append(step.logits[0])
+        parts = [IDS[:N_PROMPT], *([token] for token in IDS[N_PROMPT:])]
+        rows = [model(torch.tensor([part]), use_cache=True, **cache).logits[0] for part in parts]
     assert np.abs(torch.cat(rows).numpy() - whole).max() < 1e-4
 
 
@@ -214,16 +223,20 @@ def test_an_extracted_vector_steers_both_alike(tiny_model, pair):
     assert np.abs(engine.logits(IDS, steer=[vector]) - theirs).max() <= 1e-3 + 2 * unsteered
 
 
-def test_greedy_replies_are_the_same(pair):
+@pytest.mark.parametrize("positions", ["all", "prompt", "last", "generation"])
+def test_greedy_replies_are_the_same(pair, positions):
     """A whole reply, token by token with the cache, on both engines."""
     from engines import GREEDY
 
     model, engine = pair("llama")
-    vector = random_vector(layers=(2,), strength=0.5)
+    vector = random_vector(layers=(2,), strength=0.5, positions=positions)
     ids = engine.prompt_tokens("Tell me about the fox.")
     reply = engine.generate("Tell me about the fox.", steer=[vector], max_tokens=24, sampling=GREEDY)
     with torch.no_grad(), steer_hooks(model, Plan.from_vectors([vector]), len(ids)):
         generated = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[
             0, len(ids) :
         ].tolist()
+    assert len(reply.tokens) > 5, "too short a reply to compare"
     assert generated[: len(reply.tokens)] == list(reply.tokens)
+    plan = Plan.from_vectors([vector])
+    assert greedy_tokens(model, ids, [plan], max_tokens=24, ends=engine.ends) == list(reply.tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -120,8 +119,7 @@ class Context(Handle):
 
     def _take(self, pointer: object, free: Callable[[object, Hook | None], object]) -> None:
         self._pointer = pointer
-        self._free = weakref.finalize(self, free, pointer, self._hook)
-        self.model._dependents.add(self)
+        self._depend_on(self.model, free, pointer, self._hook)
         self.n_decodes = 0
         self._outputs = np.zeros(0, dtype=np.int64)  # batch index of each output row
         self._memory = lc.llama_get_memory(pointer)
@@ -157,8 +155,8 @@ class Context(Handle):
             return frozenset(), why
         n = min(3, self.n_batch)
         outputs = np.arange(n) == n - 1
-        self._hook.begin(outputs.astype(np.uint8), None, range(self.model.n_layer), None)
         try:
+            self._hook.begin(outputs.astype(np.uint8), None, range(self.model.n_layer), None)
             self._llama_decode(np.full(n, max(self.model.bos, 0)), np.arange(n), np.zeros(n), outputs)
         finally:
             self._hook.end()
@@ -221,7 +219,8 @@ class Context(Handle):
         tokens, positions, seq_ids = (np.asarray(a, dtype=np.int64) for a in (tokens, positions, seq_ids))
         outputs = np.asarray(outputs, dtype=bool)
         self._check_batch(tokens, positions, seq_ids, outputs)
-        plans = plans if plans is not None and any(plan is not None for plan in plans) else None
+        if plans is not None and all(plan is None or plan.is_empty for plan in plans):
+            plans = None
         capture = sorted(set(capture or ()))
         if plans is None and not capture:
             self._llama_decode(tokens, positions, seq_ids, outputs)
@@ -229,9 +228,11 @@ class Context(Handle):
         mask = (
             np.ones(len(outputs), dtype=bool) if capture_tokens is None else np.asarray(capture_tokens, bool)
         )
-        self._begin(plans, classes, outputs, capture, mask)
-        trusted = False
+        self._check_blocks(capture)
+        routes = None if plans is None else self._routes(plans, classes, len(outputs))
         try:
+            # in here, so that Ctrl-C leaves no hook behind that is still at work in the next decode
+            self._hook.begin(outputs.astype(np.uint8), routes, capture, mask.astype(np.uint8))
             self._llama_decode(tokens, positions, seq_ids, outputs)
         finally:
             trusted = self._hook.end()
@@ -240,17 +241,12 @@ class Context(Handle):
         states = {layer: self._captured(layer, outputs, mask) for layer in capture}
         return Rows(self, int(outputs.sum()), states)
 
-    def _begin(self, plans, classes, outputs: np.ndarray, capture: Sequence[int], mask: np.ndarray) -> None:
-        self._check_blocks(capture)
-        routes = None
-        if plans is not None:
-            for plan in {id(plan): plan for plan in plans if plan is not None}.values():
-                self._check_plan(plan)
-            if classes is None or len(classes) != len(outputs) or len(plans) != len(outputs):
-                raise LocalsteerError("plans and classes need one entry per token.")
-            routes = self._hook.routes(plans, classes) if self._hook else None
-        if self._hook:
-            self._hook.begin(outputs.astype(np.uint8), routes, capture, mask.astype(np.uint8))
+    def _routes(self, plans, classes, n_tokens: int) -> np.ndarray:
+        for plan in {id(plan): plan for plan in plans if plan is not None}.values():
+            self._check_plan(plan)
+        if classes is None or len(classes) != n_tokens or len(plans) != n_tokens:
+            raise LocalsteerError("plans and classes need one entry per token.")
+        return self._hook.routes(plans, classes)
 
     def _captured(self, layer: int, outputs: np.ndarray, mask: np.ndarray) -> np.ndarray:
         rows = self._hook.captured(layer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Sequence
 
 import llama_cpp.llama_cpp as lc
@@ -50,10 +49,9 @@ class Embedder(Handle):
         self._pointer = lc.llama_init_from_model(model.pointer, params)
         if not self._pointer:
             raise LocalsteerError(f"no context for embeddings of {model.path.name}: {log.why()}.")
-        self._free = weakref.finalize(self, lc.llama_free, self._pointer)
+        self._depend_on(model, lc.llama_free, self._pointer)
         self._batch = _Batch(self.n_ctx)
         self._lock = threading.Lock()
-        model._dependents.add(self)
 
     def embed(self, tokens: Sequence[int]) -> np.ndarray:
         """(n_embd_out,) float32 of length 1. Raises PromptError for no tokens, or too many."""

@@ -9,10 +9,15 @@ import os
 import re
 import weakref
 from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import llama_cpp.llama_cpp as lc
 
 from ..errors import LocalsteerError
+
+if TYPE_CHECKING:
+    from .model import Model
 
 # Notices for the user; without a handler Python prints warnings to stderr as they are.
 logger = logging.getLogger("localsteer")
@@ -142,6 +147,12 @@ class Handle:
             raise LocalsteerError(f"this {self._what} is closed.")
         return self._pointer
 
+    def _depend_on(self, model: Model, free: Callable[..., object], *arguments: object) -> None:
+        """To be freed by free(*arguments), and before the model, whichever of them is closed or dropped."""
+        # the finalizer holds the model: the garbage collector takes the objects of a cycle in any order
+        self._free = weakref.finalize(self, _free_before, model, free, *arguments)
+        model._dependents.add(self)
+
     def close(self) -> None:
         """Free it; a second call does nothing."""
         self._free()
@@ -151,3 +162,7 @@ class Handle:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+
+def _free_before(_model: Model, free: Callable[..., object], *arguments: object) -> None:
+    free(*arguments)

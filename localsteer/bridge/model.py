@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import re
-import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import llama_cpp.llama_cpp as lc
 
+from ..cache import atomic_path
 from ..errors import ModelFileError, PromptError
 from .library import Handle, check_version, choose_extra_bufts, default_threads, log, notice_once, text_of
 from .rwkv import Spellings
+
+MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS: llama.cpp ends the process for more
+_HEAD_BYTES = 1 << 16  # of a file, where its numbers of blocks, heads, ... stand, before the vocabulary
 
 
 class Model(Handle):
@@ -116,8 +118,8 @@ class Model(Handle):
         self._check_characters(text)
         self._check_bytes(raw)
         tokens = self._tokens(raw, add_special, parse_special)
-        if min(tokens, default=0) < 0:
-            unknown = next((c for c in text if min(self._tokens(c.encode(), False, False)) < 0), text)
+        if -1 in tokens:
+            unknown = next((c for c in text if -1 in self._tokens(c.encode(), False, False)), text)
             raise self._no_token(unknown)
         return tokens
 
@@ -225,11 +227,14 @@ def check_gguf(path: Path) -> None:
         if path.is_fifo() or path.is_char_device():
             raise ModelFileError(f"{path} is a pipe or a device: give a file.")
         with open(path, "rb") as file:
-            magic = file.read(4)
+            head = file.read(_HEAD_BYTES)
     except OSError as error:
         raise ModelFileError(f"{path} can't be read: {error.strerror or error}.") from None
-    if magic != b"GGUF":
+    if head[:4] != b"GGUF":
         raise ModelFileError(f"{path} is not a GGUF file: give a model in llama.cpp's format.")
+    blocks = re.search(rb"\.block_count\x04\0\0\0(.{4})", head, re.DOTALL)  # 4: UINT32
+    if blocks and int.from_bytes(blocks[1], "little") > MAX_BLOCKS:
+        raise ModelFileError(f"{path} claims more than {MAX_BLOCKS} blocks: it is damaged, copy it again.")
 
 
 def quantization_types() -> dict[str, int]:
@@ -258,13 +263,7 @@ def quantize(
     params = lc.llama_model_quantize_default_params()
     params.ftype = types[ftype.upper()]
     params.nthread = n_threads or default_threads()
-    handle, temporary = tempfile.mkstemp(prefix=f".{dst.name}.", suffix=".part", dir=dst.parent)
-    os.close(handle)
-    try:
+    with atomic_path(dst) as temporary:
         log.clear()
         if lc.llama_model_quantize(os.fsencode(src), os.fsencode(temporary), ctypes.byref(params)) != 0:
             raise ModelFileError(f"{src} can't be quantized to {ftype}: {log.why()}.")
-        os.replace(temporary, dst)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)

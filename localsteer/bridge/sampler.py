@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import tempfile
-import weakref
+import threading
 from collections.abc import Iterator
 
 import llama_cpp.llama_cpp as lc
@@ -18,6 +18,9 @@ from ..errors import LocalsteerError
 from .context import Context
 from .library import Handle, log
 from .model import Model
+
+# descriptor 2 is the whole process's: whoever saved it while another had it would put the wrong one back
+_stderr_lock = threading.Lock()
 
 
 class _Kept:
@@ -29,7 +32,7 @@ def _stderr_kept() -> Iterator[_Kept]:
     """llama.cpp's grammar parser prints its errors past its own log: catch descriptor 2 meanwhile."""
     kept = _Kept()
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as file:
+    with _stderr_lock, tempfile.TemporaryFile() as file:
         before = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:
@@ -84,8 +87,7 @@ class Sampler(Handle):
         self._pointer = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())
         for stage in stages:
             lc.llama_sampler_chain_add(self._pointer, stage)
-        self._free = weakref.finalize(self, lc.llama_sampler_free, self._pointer)
-        model._dependents.add(self)
+        self._depend_on(model, lc.llama_sampler_free, self._pointer)
 
     @staticmethod
     def _grammar(model: Model, text: str) -> object:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from localsteer.plan import Plan, PositionClass, Program
 
-from .torch_backend import block_output, decoder_blocks, torch
+from .torch_backend import block_output, decoder_blocks, torch, transformers
 
 
 @contextmanager
@@ -37,14 +38,13 @@ def greedy_tokens(
     which no single Plan does (it solves jointly). ends: whether a token ends the reply, as no part of it.
     """
     reply: list[int] = []
-    given, cache = torch.tensor([list(ids)], device=model.device), None
+    given = torch.tensor([list(ids)], device=model.device)
+    cache = {cache_argument(model): transformers.DynamicCache()}  # every pass adds to it
     with torch.inference_mode(), ExitStack() as stack:
         for plan in plans:
             stack.enter_context(steer_hooks(model, plan, n_prompt=len(ids)))
         while len(reply) < max_tokens:
-            found = model(input_ids=given, past_key_values=cache, use_cache=True)
-            cache = found.past_key_values
-            token = int(found.logits[0, -1].argmax())
+            token = int(model(input_ids=given, use_cache=True, **cache).logits[0, -1].argmax())
             if ends(token):
                 break
             reply.append(token)
@@ -52,14 +52,20 @@ def greedy_tokens(
     return reply
 
 
+def cache_argument(model: Any) -> str:
+    """What the forward pass of a model calls its KV cache: newer transformers have another name for it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class _Position:
     """Where the tokens of the current forward pass begin: after those that the KV cache holds."""
 
     start = 0
 
-    def update(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        self.start = cache.get_seq_length() if cache is not None else 0
+    def update(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # known by what it can do: its name depends on the version, and a wrong position steers silently
+        cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
+        self.start = int(cache.get_seq_length()) if cache is not None else 0
 
 
 class _Hook:
@@ -104,7 +110,7 @@ def _weights(rows: Any, program: Program) -> Any:
     units = _tensor(program.units, rows)
     p = rows @ units.T
     wanted = _tensor(program.strengths, rows) * (_tensor(program.targets, rows) - p)
-    joins = ~torch.as_tensor(program.one_sided.copy(), device=rows.device) | (wanted > 0)
+    joins = ~torch.as_tensor(program.one_sided.copy(), device=rows.device) | ~(wanted <= 0)  # NaN joins
     gram = units @ units.T + program.ridge * torch.eye(len(units), dtype=rows.dtype, device=rows.device)
     weights = torch.zeros_like(p)
     for pattern in torch.unique(joins, dim=0):
