@@ -67,7 +67,7 @@ def _body(text: str) -> str:
 
 
 def _row(option: click.Option) -> str:
-    names = ", ".join(f"`{name}`" for name in option.opts)
+    names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
     if not option.is_flag:
         value = "|".join(option.type.choices) if isinstance(option.type, click.Choice) else option.metavar
         names += f" `{value or option.type.name.upper()}`"

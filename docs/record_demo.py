@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
+COLUMNS = "80"  # of a usual terminal
 BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
 
 
@@ -24,6 +26,7 @@ def recorded(readme: str, output: str) -> str:
 def main() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "localsteer", "demo"],
+        env={**os.environ, "COLUMNS": COLUMNS},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         check=True,

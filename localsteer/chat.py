@@ -362,7 +362,15 @@ class Chat:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the conversation, replacing the file in one step. Raises LocalsteerError."""
+        """Write the conversation, replacing a saved one in one step. Raises LocalsteerError, also for a file
+        that is there and is something else."""
+        if os.path.exists(path) and os.path.getsize(path):
+            try:
+                _read(path)
+            except LocalsteerError:
+                raise LocalsteerError(
+                    f"{path} is there already and is no saved conversation: choose another name."
+                ) from None
         with atomic_path(path) as temporary:
             try:
                 text = json.dumps(self.document(), indent=2, ensure_ascii=False)

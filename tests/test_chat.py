@@ -265,6 +265,19 @@ def test_what_can_be_saved_can_be_loaded(chat, tmp_path):
     assert chat.system == "be \udcff kind"
 
 
+def test_saving_replaces_conversations_alone(chat, vectors, tmp_path):
+    path = tmp_path / "json.gguf"
+    vectors["json"].save(path)
+    before = path.read_bytes()
+    with pytest.raises(LocalsteerError, match="no saved conversation: choose another name"):
+        chat.save(path)
+    assert path.read_bytes() == before
+    chat.save(tmp_path / "chat.json")
+    chat.system = "Be kind."
+    chat.save(tmp_path / "chat.json")
+    assert "Be kind." in (tmp_path / "chat.json").read_text("utf-8")
+
+
 def test_vectors_that_are_not_here_are_left_out_aloud(engine, chat, vectors, tmp_path):
     chat.steer("json")
     chat.ask(FOXES)
@@ -366,7 +379,7 @@ def test_a_piped_conversation(folder, conversation, tmp_path):
     assert notes[1].startswith("steering changed: ")
     assert notes[2:] == [
         "unknown command /foo: /help lists them; // begins a question with /.",
-        "there is no vector 'jsn': choose one of json, lowercase, title, a file, or an instruction of the "
+        "there is no vector 'jsn': choose json, lowercase, title, a file, or an instruction of the "
         "catalogue.",
         "strength 'x' is not a number.",
         "unknown positions 'sideways': choose one of all, prompt, last, generation.",

@@ -48,6 +48,19 @@ def test_a_number_is_never_cut_off(columns, capsys, monkeypatch):
     assert set(numbers) <= set(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_names_are_folded_no_more_than_numbers_and_sentences_are(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    console._consoles.cache_clear()
+    made = console.table("instruction", "strength", "positions", "reply", numbers=("strength",))
+    made.add_row("extremely_concise", "0.75", "generation", "The fox is a small animal. " * 4)
+    console.answer().print(made)
+    console._consoles.cache_clear()
+    lines = capsys.readouterr().out.splitlines()
+    words = ["instruction", "strength", "positions", "extremely_concise", "0.75", "generation"]
+    assert set(words) <= set(" ".join(lines).split()) and len(lines) > 2
+
+
 @pytest.fixture
 def terminal(monkeypatch):
     from rich.console import Console

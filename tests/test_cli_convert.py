@@ -127,3 +127,12 @@ def test_an_export_does_not_replace_its_source(folder):
     args = ("convert", "export", "v.gguf", "--layer", "1", "-o", folder / "v.gguf")
     assert "is the vector itself" in invoke(*args).complaint()
     assert (folder / "v.gguf").read_bytes() == before
+
+
+@pytest.mark.parametrize("output", ["none/v.gguf", "notes.gguf"])
+def test_what_can_not_be_written_is_said_first_and_alone(folder, output):
+    write_vector(folder / "v.gguf")
+    (folder / "notes.gguf").write_text("precious")
+    assert output in invoke("convert", "export", "v.gguf", "-o", output).complaint()
+    assert output in invoke("convert", "import", "missing.npz", "-o", output).complaint()
+    assert (folder / "notes.gguf").read_text() == "precious"

@@ -128,3 +128,19 @@ def test_a_folder_that_takes_no_file_is_refused_before_the_work(tiny_llama):
     done = invoke("extract", "--gguf", tiny_llama.gguf_path, "-i", "json", "-o", "/proc/self/v.gguf")
     assert "/proc/self/v.gguf can't be written" in done.complaint()
     assert "chat template" not in done.err and "choose another folder" in done.err
+
+
+def test_a_file_that_is_no_gguf_is_not_taken_for_a_checkpoint_s_name(folder):
+    (folder / "model.bin").write_bytes(b"")
+    for name, why in {"model.bin": "is not a GGUF file", "none.bin": "can't be read"}.items():
+        assert f"{name} {why}" in invoke("extract", "--gguf", name, "-i", "json").complaint()
+
+
+@pytest.mark.parametrize(
+    ("source", "option"),
+    [("--gguf", ("--dtype", "float32")), ("--gguf", ("--device", "cpu")), ("--model", ("--exact",))],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_an_option_of_the_other_backend_is_refused(source, option):
+    says = invoke("extract", source, "model.gguf", "-i", "json", *option).complaint()
+    assert says.startswith(f"{option[0]} is for ")

@@ -10,7 +10,7 @@ import pytest
 from cli_runs import invoke, write_vector
 
 from localsteer import ControlVector
-from localsteer.cli import inspect
+from localsteer.cli import console, inspect
 
 
 @pytest.fixture
@@ -24,6 +24,15 @@ def test_it_says_where_the_vector_comes_from_and_how_it_is_applied(vector):
     assert re.search(r"^instruction +Answer in JSON format\.", out, re.M)
     assert re.search(r"^settings +project at block 2, positions all, strength 0\.5", out, re.M)
     assert re.search(r"^pairs +50", out, re.M)
+
+
+def test_a_hash_is_never_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    console._consoles.cache_clear()
+    digest = "0123456789abcdef" * 4
+    out = invoke("inspect", write_vector(tmp_path / "v.gguf", provenance={"source_hash": digest})).out
+    console._consoles.cache_clear()
+    assert digest in re.sub(r"\s", "", out)
 
 
 def test_every_block_has_a_row_and_the_chosen_one_a_mark(vector):

@@ -201,3 +201,12 @@ def test_a_reader_that_never_reads_leaves_no_traceback(tmp_path):
     os.close(write)
     assert done.returncode in (1, 128 + signal.SIGPIPE)
     assert done.stderr == b""
+
+
+def test_ctrl_c_while_modules_load_leaves_no_traceback(tmp_path):
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command_line("--help"), env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

@@ -103,8 +103,9 @@ def test_json_is_one_document_with_everything_to_repeat_the_reply(tiny_llama, re
 def test_one_seed_gives_one_reply(tiny_llama):
     args = ("run", "-m", tiny_llama.gguf_path, "-n", "12", "--temp", "1.5")
     assert invoke(*args, "--seed", "7", "Hi").out == invoke(*args, "--seed", "7", "Hi").out
-    seeds = {invoke(*args, "--json", "Hi").json["seed"] for _ in range(2)}
-    assert len(seeds) == 2
+    for another in ((), ("--seed", "-1")):  # -1 asks for one at random, as in llama.cpp
+        seeds = {invoke(*args, *another, "--json", "Hi").json["seed"] for _ in range(2)}
+        assert len(seeds) == 2 and min(seeds) >= 0
 
 
 def test_compare_shows_both_replies_side_by_side(tiny_llama, replies, vector):

@@ -217,6 +217,7 @@ def test_an_instruction_of_the_catalogue_is_traced_at_once():
         (["-s", "strong.gguf@9", "Foxes"], "layer 9 is out of range"),
         (["-s", "strong.gguf", "--plot", "none/a.png", "Foxes"], "there is no folder none"),
         (["-s", "strong.gguf", "--html", "none/a.html", "Foxes"], "there is no folder none"),
+        (["-s", "strong.gguf", "--html", "strong.gguf", "Foxes"], "does not end in .html"),
         (["-s", "strong.gguf", "--plot", "a.docx", "Foxes"], "a.docx can't be drawn"),
         (["-s", "strong.gguf", "--temp", "nan", "Foxes"], "temp must be a finite number"),
         (["-s", "strong.gguf", "-n", "-2", "Foxes"], "-2 is not in the range"),

@@ -100,3 +100,10 @@ def test_a_key_is_on_one_line_whatever_the_other_columns_take():
     )
     key = invoke("vectors", "--json").json["vectors"][0]["key"]
     assert key in invoke("vectors").out
+
+
+def test_one_that_can_not_be_removed_is_named(folder):
+    path = keep("a" * 64, "json")
+    path.unlink()
+    path.mkdir()  # a folder is not unlinked, not even by root
+    assert f"{path} can't be used" in invoke("vectors", "remove", "--all").complaint()

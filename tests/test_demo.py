@@ -245,6 +245,32 @@ def test_the_command_prints_a_table_and_what_to_type_next(bundled_model, tmp_pat
     assert "localsteer run" in done.out
 
 
+def test_the_table_fits_a_terminal_of_80_columns() -> None:
+    from rich.console import Console
+
+    from localsteer.cli.demo import SHARES, results
+
+    names = [each.id for each in _chosen(CATALOG, None)]
+    figures = {
+        **dict.fromkeys(SHARES, 1.0),
+        "subject_kept": 1.0,
+        "quality_none": 1.3,
+        "quality_steered": 35.3,
+    }
+    picked = {"layer": 4, "strength": 1.0, "positions": "prompt"}
+    document = {
+        "model": "m", "quant": "Q8_0", "seconds": 1.0, "mean": figures,
+        "instructions": [{"id": name, **figures, **picked} for name in names],
+    }  # fmt: skip
+    console = Console(width=80)
+    with console.capture() as printed:
+        console.print(results(document))
+    lines = printed.get().splitlines()
+    assert len(lines) == len(names) + 3  # title, header and mean: nothing is folded
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[-2:] for line in lines[2:-1]] == [["1@4", "prompt"]] * len(names)
+
+
 def test_a_bad_request_on_the_command_line_is_one_line() -> None:
     assert "rhyme" in invoke("demo", "--instructions", "rhyme").complaint()
 

@@ -6,6 +6,9 @@ answer, stderr the talk (console.py); errors, Ctrl-C and closed pipes end in one
 
 from __future__ import annotations
 
-from .main import localsteer, main
+try:
+    from .main import localsteer, main
+except KeyboardInterrupt:  # before main can answer for it
+    raise SystemExit(130) from None
 
 __all__ = ["localsteer", "main"]

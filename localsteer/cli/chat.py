@@ -357,10 +357,10 @@ class Session:
             return name
         found = self.shelf.find(name)
         if found is None:
-            known = ", ".join(dict.fromkeys([*self.chat.vectors, *self.shelf.files])) or "none"
+            known = [*dict.fromkeys([*self.chat.vectors, *self.shelf.files])]
             raise LocalsteerError(
-                f"there is no vector {name!r}: choose one of {known}, a file, or an instruction of the "
-                "catalogue."
+                f"there is no vector {name!r}: choose {', '.join([*known, 'a file'])}, or an instruction of "
+                "the catalogue."
             )
         stem, vector = found
         unique = name if stem in self.chat.vectors else stem  # another file of the same name

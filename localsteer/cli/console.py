@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 120
 QUIET_SECONDS = 0.5  # a bar for less than this would only flicker
+LONGEST_NAME = 24  # characters of a cell without a blank that is never folded
 PACE_SECONDS = 60.0  # of work that the time left is estimated from
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
@@ -111,27 +112,34 @@ def shown(text: str) -> str:
     return _CONTROL.sub("\ufffd", text) if sys.stdout.isatty() else text
 
 
-def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None) -> Table:
+def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None, gap: int = 2) -> Table:
     """An empty table in the house style; the columns named in `numbers` are aligned to the right.
 
-    Where it is too wide, headers and texts are folded, numbers never.
+    Where it is too wide, texts and headers are folded between their words; numbers and names stay whole, and
+    a line runs over. gap: blanks between columns.
     """
     from rich.cells import cell_len
     from rich.table import Table
 
-    class WholeNumbers(Table):
+    class WholeWords(Table):
         def add_row(self, *cells: Any, **options: Any) -> None:
             super().add_row(*cells, **options)
             for column, cell in zip(self.columns, cells, strict=False):
-                if column.justify == "right":
-                    column.min_width = max(column.min_width or 1, cell_len(str(cell)))
+                text = str(cell)
+                is_name = len(text) <= LONGEST_NAME and not any(map(str.isspace, text))
+                if column.justify == "right" or is_name:
+                    column.min_width = max(column.min_width, cell_len(text))
 
-    made = WholeNumbers(
-        box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", header_style="bold"
+    made = WholeWords(
+        box=None, padding=(0, gap, 0, 0), title=title, title_justify="left", header_style="bold"
     )
     for name in columns:
-        number = name in numbers
-        made.add_column(name, justify="right" if number else "left", overflow="fold")
+        made.add_column(
+            name,
+            justify="right" if name in numbers else "left",
+            overflow="fold",
+            min_width=max((cell_len(word) for word in name.split() if len(word) <= LONGEST_NAME), default=1),
+        )
     return made
 
 

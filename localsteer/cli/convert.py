@@ -12,7 +12,7 @@ from localsteer.errors import ModelFileError
 
 from . import options
 from .console import note, print_json
-from .extract import refuse_source, refuse_to_replace
+from .extract import check_folder, check_output, refuse_source
 
 FTYPES = ("F32", "F16", "BF16")  # as localsteer.convert.checkpoint has them
 CONVENTIONS = ("repeng", "cvector-generator", "blocks", "hidden_states")  # as localsteer.convert has them
@@ -73,8 +73,7 @@ def model_command(
 def _check_output(path: Path, force: bool) -> None:
     if path.exists() and not force:
         raise ModelFileError(f"{path} is there already: choose another name, or --force to replace it.")
-    if not path.parent.is_dir():
-        raise ModelFileError(f"{path} can't be written: there is no folder {path.parent}.")
+    check_folder(path)
 
 
 def _quantized(folder: str, path: Path, ftype: str, quantization: str, name: str | None) -> None:
@@ -131,6 +130,7 @@ def import_command(
     """
     from localsteer.convert import import_vector
 
+    check_output(Path(output))
     vector = import_vector(file, convention=convention, n_layer=n_layer, layer=layer, name=name)
     vector = vector.at(mode=mode, positions=positions, strength=strength)
     _save(vector, output, as_json)
@@ -147,7 +147,9 @@ def import_command(
 @click.option(
     "--layer", type=options.Blocks(), metavar="BLOCKS", help="Blocks to keep. [default: the chosen ones]"
 )
-@click.option("--strength", type=float, metavar="X", help="Multiply by this. [default: the file's strength]")
+@click.option(
+    "--strength", type=options.Finite(), metavar="X", help="Multiply by this. [default: the file's strength]"
+)
 @options.as_json
 def export_command(
     file: str,
@@ -171,6 +173,7 @@ def export_command(
 
     vector = ControlVector.load(file)
     refuse_source(Path(output), file)
+    check_output(Path(output))
     static_one = static_vector(vector, layer, strength)
     if (vector.mode, vector.positions) != ("add", "all"):
         note(
@@ -182,7 +185,6 @@ def export_command(
 
 def _save(vector: Any, output: str, as_json: bool) -> None:
     path = Path(output)
-    refuse_to_replace(path)
     vector.save(path)
     _report(path, as_json, {"layers": list(vector.layers), "mode": vector.mode, "strength": vector.strength})
 

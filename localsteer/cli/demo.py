@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ N_EXAMPLES = 3
     help="Of the bundled catalogue. [default: all formats and lengths]",
 )
 @click.option(
-    "-n", default=20, show_default=True, type=click.IntRange(min=1), help="Test questions for each."
+    "-n", default=20, show_default=True, type=click.IntRange(min=1), metavar="N", help="Test questions each."
 )
 @click.option(
     "-o", "--out", type=click.Path(), metavar="DIR", help="Where vector files go. [default: the cache]"
@@ -66,6 +67,8 @@ def command(
       steered   the vector, not a word of it       both    told and steered
       random    a random direction in its place    other   another instruction's vector in its place
       kept      steered replies that still name what was asked about
+      ppl       perplexity of the replies to the unsteered model, plain and steered
+      settings  strength@block and positions that were picked
 
     \b
     Examples:
@@ -86,21 +89,27 @@ def command(
     console.print(results(document))
     console.print()
     console.print(examples(document["examples"]))
+    console.print()
     console.print(what_next(document), soft_wrap=True)
 
 
 def results(document: Mapping[str, Any]) -> Table:
     """A line for each instruction, and their mean."""
-    numbers = ("none", "steered", "random", "other", "told", "both", "kept", "ppl", "block", "strength")
+    numbers = ("none", "steered", "random", "other", "told", "both", "kept", "ppl")
     title = f"{document['model']} {document['quant']}, {document['seconds']:.0f} s"
-    made = table("instruction", *numbers, "positions", numbers=numbers, title=title)
+    # with gaps of one blank it fits a terminal of 80 columns
+    made = table("instruction", *numbers, "settings", numbers=numbers, title=title, gap=1)
+    made.columns[-1].no_wrap = True
     for row in document["instructions"]:
-        made.add_row(
-            row["id"], *_figures(row), *map(_cell, (row["layer"], row["strength"], row["positions"]))
-        )
+        made.add_row(row["id"], *_figures(row), _settings(row))
     made.add_section()
-    made.add_row("mean", *_figures(document["mean"]), "", "", "", style="bold")
+    made.add_row("mean", *_figures(document["mean"]), "", style="bold")
     return made
+
+
+def _settings(row: Mapping[str, Any]) -> str:
+    """`1@4 prompt`: strength and block as `-s FILE:1@4` takes them."""
+    return "-" if row["layer"] is None else f"{row['strength']:g}@{row['layer']} {row['positions']}"
 
 
 def _figures(row: Mapping[str, Any]) -> list[str]:
@@ -111,10 +120,6 @@ def _figures(row: Mapping[str, Any]) -> list[str]:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f}%"
-
-
-def _cell(value: object) -> str:
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def examples(found: Sequence[Mapping[str, str]]) -> Table:
@@ -132,7 +137,7 @@ def what_next(document: Mapping[str, Any]) -> str:
     first = document["instructions"][0]
     return f"""\
 Steer this model yourself, then your own:
-  localsteer run -s {first["file"]} "Tell me about foxes."
+  localsteer run -s {shlex.quote(first["file"])} "Tell me about foxes."
   localsteer run --instruction {first["id"]} --compare "Tell me about foxes."
   localsteer run -m MODEL.gguf --instruction json --compare "Tell me about foxes."
   localsteer extract --gguf MODEL.gguf --instruction "Answer in rhyme." -o rhyme.gguf"""

@@ -99,6 +99,7 @@ def command(
 
     if (gguf is None) == (checkpoint is None):
         raise click.UsageError("give either --gguf MODEL.gguf or --model HF_FOLDER_OR_NAME.")
+    _refuse_idle(given, gguf is not None)
     wanted = {
         "--instruction": instruction,
         "--include-word": include_word,
@@ -110,7 +111,7 @@ def command(
     recipe = recipe_of(found, wanted, slots)
     base_queries = extraction_queries(found, recipe.instruction, queries)
     path = output_path(output, recipe.target)
-    source = checkpoint if gguf is None else model_file(gguf)
+    source = checkpoint if gguf is None else _gguf_file(gguf)
     vector = _extract(source, recipe, base_queries, pairs, given)
     vector = vector.at(strength=given["strength"])
     vector.save(path)
@@ -121,6 +122,17 @@ def command(
         click.echo(path)
         n_pairs = vector.provenance["n_pairs"]
         note(f"{n_pairs} pair{'s' * (n_pairs != 1)}; {settings_line(described)}.")
+
+
+def _refuse_idle(given: Mapping[str, Any], is_gguf: bool) -> None:
+    """Raise click.UsageError for an option of the other backend, which would do nothing."""
+    if is_gguf and (given["device"] is not None or given["dtype"] != "auto"):
+        name = "--dtype" if given["device"] is None else "--device"
+        raise click.UsageError(
+            f"{name} is for PyTorch: give --model in the place of --gguf, or leave it out."
+        )
+    if given["exact"] and not is_gguf:
+        raise click.UsageError("--exact is for llama.cpp: give --gguf in the place of --model, or --dtype.")
 
 
 def recipe_of(
@@ -144,6 +156,15 @@ def recipe_of(
     if option in made:
         return made[option](catalog, text)
     return recipes.Recipe(find_instruction(catalog, text, slots))
+
+
+def _gguf_file(gguf: str) -> Path:
+    """Raises ModelFileError for a file that is none: it would be taken for a checkpoint's name."""
+    from localsteer.bridge import check_gguf
+
+    path = model_file(gguf)
+    check_gguf(path)
+    return path
 
 
 def output_path(output: str | None, instruction: Instruction) -> Path:

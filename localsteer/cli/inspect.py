@@ -74,6 +74,8 @@ def _head(file: str, vector: ControlVector, described: dict[str, Any]) -> Any:
     from rich.table import Table
 
     lines = Table.grid(padding=(0, 2))
+    lines.add_column(no_wrap=True)
+    lines.add_column(overflow="fold")  # a hash that is cut off is another hash
     lines.add_row("file", file)
     lines.add_row("vector", f"{vector.label}, {vector.n_layer} blocks x {vector.n_embd}")
     lines.add_row("settings", settings_line(described))

@@ -27,6 +27,8 @@ COMMANDS = {
     "Vectors": ("extract", "tune", "calibrate", "transfer", "inspect", "vectors", "convert"),
     "Measure": ("eval", "verify", "similarity", "study"),
 }
+# click 8.2 and newer: a group without a command is an error, whose message is the help
+NO_COMMAND = getattr(click.exceptions, "NoArgsIsHelpError", ())
 HELP_WIDTH = 100  # columns, where the terminal has them
 
 
@@ -89,11 +91,16 @@ def _run(args: Sequence[str] | None) -> int:
         _drop_stdout()
         return 1
     except OSError as error:
+        reason = error.strerror or error
         if error.filename is not None:
-            raise  # of some file: who opened it should have said so
+            click.echo(f"localsteer: {error.filename} can't be used: {reason}.", err=True)
+            return 2
         _drop_stdout()
-        click.echo(f"localsteer: standard output can't be written: {error.strerror or error}.", err=True)
+        click.echo(f"localsteer: standard output can't be written: {reason}.", err=True)
         return 2
+    except NO_COMMAND as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except (click.ClickException, LocalsteerError) as error:
         if interrupt.pressed():  # a load that Ctrl-C cut short reports an error of its own
             return interrupt.EXIT_STATUS

@@ -198,7 +198,7 @@ def sampling_of(given: dict[str, Any]) -> Sampling:
     return Sampling(
         **{name: given[name] for name in names},
         frequency_penalty=given["frequency_penalty"],
-        seed=random.randrange(2**32 - 1) if given["seed"] is None else given["seed"],
+        seed=random.randrange(2**32 - 1) if given["seed"] in (None, -1) else given["seed"],
         grammar=grammar,
     )
 

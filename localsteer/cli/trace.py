@@ -94,6 +94,10 @@ def command(
 
     if not (specs or instructions):
         raise click.UsageError("there is nothing to trace: give -s VECTOR or --instruction.")
+    if html is not None and Path(html).suffix.lower() not in (".html", ".htm"):
+        raise click.BadParameter(
+            f"{html!r} does not end in .html: give the page's own name.", param_hint="--html"
+        )
     for path in (plot, html):
         _check_folder(path)
     sampling = Sampling(temp=given["temp"], seed=given["seed"])
