@@ -103,6 +103,12 @@ class ControlVector:
         return self.name or "the vector"
 
     @property
+    def phrasings(self) -> tuple[str, ...]:
+        """The wordings that it was extracted with; empty where the file, which may be anybody's, holds none."""
+        kept = self.provenance.get("phrasings")
+        return tuple(text for text in kept if isinstance(text, str)) if isinstance(kept, (list, tuple)) else ()
+
+    @property
     def blocks(self) -> tuple[int, ...]:
         """The blocks that have a direction."""
         return tuple(int(il) for il in np.flatnonzero(self.directions.any(axis=1)))

@@ -143,6 +143,12 @@ def test_a_run_of_another_model_is_not_gone_on_with(whole):
     assert "belongs to another run" in said
 
 
+def test_a_run_with_another_context_is_not_gone_on_with(whole):
+    """Replies that a smaller context has cut short would stand under the larger one."""
+    said = invoke("eval", "--instructions", "json", "-c", "512", "-o", whole).complaint()
+    assert "n_ctx 256, now 512" in said and "choose another folder" in said
+
+
 # --- what is refused ---------------------------------------------------------------------------------------
 
 
@@ -235,7 +241,9 @@ def test_every_line_of_a_file_of_prompts_is_asked_whatever_n(folder):
 
 def test_results_that_are_none(folder, whole):
     (folder / "bad.json").write_text("{")
+    (folder / "deep.json").write_text("[" * 100_000)
     (folder / "old.json").write_text('{"format": 99}')
     assert "bad.json is no results.json" in invoke("eval", "--diff", "bad.json", whole).complaint()
+    assert "deep.json is no results.json" in invoke("eval", "--diff", "deep.json", whole).complaint()
     assert "format 99" in invoke("eval", "--diff", whole, "old.json").complaint()
     assert "no.json can't be read" in invoke("eval", "--diff", whole, "no.json").complaint()

@@ -275,6 +275,7 @@ def test_without_a_cache_folder_it_works_and_says_so(vector, folder, monkeypatch
         (["V", "-n", "0"], "0 is not in the range"),
         (["V", "--kwargs", "{}"], "--verifier"),
         (["V", "--verifier", "keywords:existence", "--kwargs", "moon"], "moon is no JSON object"),
+        (["V", "--verifier", "keywords:existence", "--kwargs", "[" * 100_000], "is no JSON object"),
         (["V", "--verifier", "keywords:existence"], "argument 'keywords' is missing"),
         (["V", "--verifier", "keyword:existence"], "did you mean keywords:existence"),
         (["V", "--queries", "none.txt"], "none.txt can't be read"),
@@ -302,6 +303,18 @@ def test_a_slip_is_one_line(vector, folder, args, says):
     (folder / "test.txt").write_text(load_catalog("bundled").queries["test"][3].text.upper())
     done = invoke("tune", *(vector if arg == "V" else arg for arg in args))
     assert says in done.complaint()
+
+
+def test_queries_that_an_instruction_s_own_test_holds_are_refused(folder):
+    """Those of a catalogue are not all: an instruction may have queries of its own."""
+    from localsteer.catalog import load_catalog
+
+    own = load_catalog("general").get("fixed_answer").queries["test"]
+    (folder / "own.txt").write_text(own[0].text)
+    done = invoke(
+        "tune", "-i", "fixed_answer", "--catalog", "general", "--queries", "own.txt", "-o", "f.gguf"
+    )
+    assert "is among the test queries of general" in done.complaint()
 
 
 def test_a_vector_of_another_model_is_refused_before_any_search(vector, no_comma, folder):

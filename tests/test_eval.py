@@ -13,7 +13,7 @@ from localsteer import bundled
 from localsteer.catalog import Instruction, Query, load_catalog
 from localsteer.errors import CatalogError, LocalsteerError, MismatchError
 from localsteer.evaluate.diff import compare, differences
-from localsteer.evaluate.intervals import N_BOOTSTRAP, clustered, interval
+from localsteer.evaluate.intervals import N_BOOTSTRAP, certain, clustered, interval
 from localsteer.evaluate.model_judge import kappa
 from localsteer.evaluate.report import shape
 from localsteer.evaluate.suites import MODULES, suite
@@ -78,6 +78,17 @@ def test_queries_with_several_values_are_drawn_whole():
     assert N_BOOTSTRAP >= 1000
     assert all(np.isnan(clustered([], [])))
     assert all(np.isnan(interval(np.zeros((0, 0)))))
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "expected"),
+    [(0.0, 1, (0.0, 0.95)), (0.0, 20, (0.0, 0.139)), (1.0, 20, (0.861, 1.0)), (0.5, 20, (0.5, 0.5))],
+)
+def test_no_claim_rests_on_the_point_that_equal_replies_give(share, n, expected):
+    figures = {"n": n, "strict": {"accuracy": share, "low": share, "high": share}}
+    assert certain(figures, "strict") == pytest.approx(expected, abs=0.001)
+    assert certain({"n": n, "strict": {"low": 0.2, "high": 0.4}}, "strict") == (0.2, 0.4)
+    assert certain({"n": n}, "strict") is None
 
 
 # --- cells and figures -------------------------------------------------------------------------------------
@@ -260,6 +271,7 @@ def test_a_line_becomes_its_prompts_and_checks(tmp_path):
     ("line", "says"),
     [
         ("{broken", "not readable as JSON"),
+        ("[" * 100_000, "not readable as JSON"),
         ("[1]", "not a JSON object"),
         (GOOD | {"prompt": " "}, "prompt must be a text"),
         (GOOD | {"prompt_without_instruction": 3}, "prompt_without_instruction"),
@@ -509,5 +521,7 @@ def test_two_runs_are_compared_by_settings_and_by_figures():
     assert row[5] == "better"
     assert compare(b, a)["sections"][1]["tables"][0]["rows"][0][5] == "worse"
     assert compare(a, results_of(0.52, 0.05))["sections"][1]["tables"][0]["rows"][0][5] is None
+    none, some = results_of(0.0, 0.0), results_of(0.2, 0.1)  # 0 and 4 of 20 may well be chance
+    assert compare(none, some)["sections"][1]["tables"][0]["rows"][0][5] is None
     alone = compare(a, a | {"suites": {}})["sections"]
     assert "same settings" in alone[0]["text"] and "Only run A" in alone[1]["text"]

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from engines import GREEDY, open_engine, random_vector
 
 from localsteer.errors import LocalsteerError
 from localsteer.evaluate.journal import Journal, Remembered
+from localsteer.evaluate.workers import Workers
 from localsteer.generate import Sampling
 
 IDENTITY = {"model": "0123abcd"}
@@ -76,7 +79,18 @@ def test_a_header_that_was_cut_short_begins_anew(path):
 
 
 @pytest.mark.parametrize(
-    "line", [b"{half", b"[1]", b'"text"', b'{"text": "no key"}', b'{"key": 5}', b"\xff\xfe", b"", b"null"]
+    "line",
+    [
+        b"{half",
+        b"[" * 100_000,
+        b"[1]",
+        b'"text"',
+        b'{"text": "no key"}',
+        b'{"key": 5}',
+        b"\xff\xfe",
+        b"",
+        b"null",
+    ],
 )
 def test_a_line_that_cant_be_read_is_named_by_its_number(path, line):
     lines = write(path).splitlines(keepends=True)
@@ -288,6 +302,35 @@ def test_scores_are_kept_too(engine, path):
     again = Remembered(counting, Journal(path, IDENTITY))
     assert again.score(pairs) == pytest.approx(expected, abs=1e-4)
     assert counting.scored == first
+
+
+def test_a_check_ends_a_call_between_two_replies_and_what_was_done_is_kept(engine, path):
+    def stop_after_two():
+        if len(journal) == 2:
+            raise LocalsteerError("the work was stopped.")
+
+    with Journal(path, IDENTITY) as journal:
+        with pytest.raises(LocalsteerError, match="stopped"):
+            ask(Remembered(engine, journal, check=stop_after_two), [*PROMPTS, "d", "e"])
+        assert len(journal) == 2
+    assert len(ask(engine)) == 4  # no sequence of the call is left behind
+
+
+def test_workers_that_are_closed_do_not_wait_for_a_call_of_many_replies(tiny_llama, path):
+    prompts = [a + b for a in "abcdefghijklmnopqrst" for b in "abcdefghijklmnopqrst"]
+    with (
+        ThreadPoolExecutor(1) as pool,
+        Journal(path, IDENTITY) as journal,
+        Workers(tiny_llama.gguf_path, 1, journal=journal, n_ctx=64) as workers,
+    ):
+        running = pool.submit(workers.map, lambda engine, _: ask(engine, prompts), [None])
+        while not len(journal):
+            assert not running.done(), running.exception()
+            time.sleep(0.001)
+        workers.close()
+        with pytest.raises(LocalsteerError, match="stopped"):
+            running.result()
+        assert len(journal) < len(prompts) // 2
 
 
 def test_progress_counts_what_was_known(engine):

@@ -391,6 +391,24 @@ def test_lines_have_a_gap_where_nothing_is_known():
     assert first.get_color() != second.get_color()
 
 
+@pytest.mark.parametrize("kind", ["lines", "bars"])
+def test_the_legend_does_not_lie_on_the_title(kind):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    series = {f"one of the series {i}": [0.0, 1.0] for i in range(8)}
+    made = plots.figure(report_cases.plot(kind, "All three hold at once", x=["a", "b"], series=series))
+    FigureCanvasAgg(made).draw()
+    titles = [axes.get_title(loc="left") and axes._left_title for axes in made.axes]
+    (title,) = (each.get_window_extent() for each in [*titles, made._suptitle] if each)
+    assert not title.overlaps(made.legends[0].get_window_extent())
+
+
+def test_a_line_that_others_lie_on_is_wider():
+    series = {"a": [1.0, 1.0, 0.5], "b": [1.0, 1.0, 1.0], "c": [0.0, 0.2, 0.3]}
+    lines = plots.figure(report_cases.plot("lines", "t", x=[0, 1, 2], series=series)).axes[0].lines
+    assert lines[0].get_linewidth() > lines[1].get_linewidth() == lines[2].get_linewidth()
+
+
 def test_bars_are_as_long_as_their_values():
     series = {
         "none": [{"share": 0.25, "low": 0.2, "high": 0.4}, None],

@@ -15,6 +15,8 @@ from localsteer.errors import CatalogError
 from localsteer.evaluate.probe import GAUSSIAN, LINEAR, MEANS
 from localsteer.evaluate.studies import NAMES, compound, layers, linear, pairs, quantization
 from localsteer.evaluate.studies.common import other_vector, run_study, working
+from localsteer.evaluate.suites.cells import Cell, Result, checks_of, judge_cell
+from localsteer.generate import Reply
 
 QUERIES = CATALOG.queries["extraction"]
 N_LAYER, N_EMBD = 6, 32
@@ -99,6 +101,19 @@ def test_ways_to_put_three_vectors_together():
     more = compound.candidates(three, own, raw, {"no_comma": vector(9)}, n_spread=5)
     assert len(more) == 1 + 3 * (len(ways) - 1)
     assert {way.vectors[2].strength for way in more if "include" in way.label} == {-1.0, -2.0}
+
+
+def test_a_reply_without_an_end_follows_none_of_the_three():
+    three = [CATALOG.get(name) for name in ("lowercase", "no_comma", "one_sentence")]
+    query = CATALOG.queries["test"][0]
+    checks = tuple(check for each in three for check in checks_of(each, query))
+    cell = Cell("three", "best", query, query.text, (), checks)
+    reply = Reply("the fox runs over the bridge and the", [1], "length")
+    endless = Result(cell, reply, judge_cell(cell, reply, must_end=True))
+    whole = Result(cell, reply, judge_cell(cell, reply))
+    assert compound._held(endless) == 0.0 < compound._held(whole)
+    found = compound.Found(tuple(three), {}, {}, [endless])
+    assert set(compound.parts(found, "best").values()) == {0.0}
 
 
 def test_parallel_directions_are_no_way():

@@ -9,7 +9,7 @@ from engines import open_engine
 
 from localsteer import ControlVector, bundled
 from localsteer.catalog import Instruction, load_catalog
-from localsteer.errors import CatalogError, MismatchError
+from localsteer.errors import CatalogError, LocalsteerError, MismatchError
 from localsteer.evaluate import transfer
 from localsteer.evaluate.transfer import (
     AS_IS,
@@ -275,6 +275,18 @@ def test_prompts_that_a_small_vocabulary_cant_spell_are_left_out(real_data, fold
 def test_the_table_ends_in_the_verdict(bundled_vector):
     done = invoke("transfer", bundled_vector, "-m", "bundled", "-n", 4, "-t", 1)
     assert "It carries over" in done.out.splitlines()[-1]
+
+
+def test_a_model_asked_as_q_and_a_is_stopped_at_its_next_question(monkeypatch, bundled_vector):
+    """A base model goes on with a question of its own, and a verdict on both would be one on neither."""
+
+    def look(engine, _instruction, vector, *_rest, **_options):
+        engine.plan(vector)
+        raise LocalsteerError(f"stops: {engine._stop}")
+
+    monkeypatch.setattr(transfer, "examine", look)
+    said = invoke("transfer", bundled_vector, "-m", "bundled", "--qa", "-t", 1).complaint()
+    assert r"stops: ('\nQ:',)" in said and "another chat template" not in said
 
 
 def test_bad_input_is_one_line(folder, bundled_vector, tiny_llama, vector):

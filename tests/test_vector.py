@@ -222,6 +222,12 @@ def test_a_description_of_an_import_has_no_projections():
     assert {block["mean_with"] for block in describe(imported_vector())["blocks"]} == {None}
 
 
+@pytest.mark.parametrize("kept", [None, 5, "json", {"a": 1}, [], [5]])
+def test_phrasings_are_texts_whatever_a_file_holds(kept):
+    assert make(provenance={"phrasings": kept}).phrasings == ()
+    assert make(provenance={"phrasings": ["Use JSON.", kept]}).phrasings[0] == "Use JSON."
+
+
 def test_a_vector_shows_its_settings_not_its_numbers():
     shown = repr(exact_vector(strength=0.75))
     assert shown == "ControlVector('json', 4 blocks x 8, project at block 2, strength 0.75, positions all)"

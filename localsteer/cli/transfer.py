@@ -84,7 +84,6 @@ def command(
       localsteer transfer json.gguf --map --from SMALL.gguf -m LARGE.gguf -o json-large.gguf
     """
     from localsteer.evaluate.calibrate import instruction_of
-    from localsteer.templates import ChatTemplate
     from localsteer.vector import ControlVector
 
     if mapped != (source is not None):
@@ -97,9 +96,7 @@ def command(
     if test or mapped:
         instruction_of(stored)  # refuses a vector that does not say what it is of
     job = _Job(stored, found, model, source, prompts, threads)
-    with job.open(model) as engine:
-        if qa:
-            engine.template = ChatTemplate(None, engine.template.bos, engine.template.eos)
+    with job.open(model, plain_prompts=qa) as engine:
         sent = job.send(engine)
         examined = _examine(job, engine, sent, n) if test else None
     written = sent.vector if examined is None else examined.vector
@@ -128,8 +125,8 @@ class _Job:
         self.vector, self.catalog, self.model, self.source = vector, catalog, model, source
         self.n_prompts, self.threads = n_prompts, threads
 
-    def open(self, model: str) -> Any:
-        return open_engine(model, threads=self.threads, n_seq_max=N_SEQ_MAX)
+    def open(self, model: str, **options: Any) -> Any:
+        return open_engine(model, threads=self.threads, n_seq_max=N_SEQ_MAX, **options)
 
     @property
     def instruction(self) -> Instruction:
@@ -203,12 +200,15 @@ class _Sent:
 
 
 def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
-    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS
+    from localsteer.evaluate.journal import Journal, Remembered
+    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, PLAIN
     from localsteer.evaluate.transfer import examine, unmapped
 
     if job.instruction.verifier is None:
         note(f"{job.vector.label} has no verifier, so nothing tells whether a reply follows it: not tested.")
         return None
+    # a base model that is asked as `Q: ...` goes on with a next question, which would spoil every verdict
+    stop = PLAIN["stop"] if engine.template.is_fallback else ()
     limits: dict[str, Any] = {}
     if is_bundled(job.model):
         limits = {"max_tokens": BUNDLED_LIMITS.max_tokens, "must_end": BUNDLED_LIMITS.must_end}
@@ -220,7 +220,7 @@ def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
 
     with progress("picking settings") as on_progress:
         return examine(
-            engine,
+            Remembered(engine, Journal(None, {}), stop),
             job.instruction,
             sent.vector,
             job.catalog,
@@ -269,7 +269,8 @@ def _print(sent: _Sent, examined: Examined | None) -> None:
     title = f"{vector.label}, {sent.way}: block {blocks}, positions {vector.positions}"
     made = table("condition", *numbers, numbers=numbers, title=title)
     for row in examined.rows():
-        spread = f"{row['low']:.0%}-{row['high']:.0%}"
+        # a bootstrap of equal replies is a point, which would look like certainty
+        spread = "" if row["low"] == row["high"] else f"{row['low']:.0%}-{row['high']:.0%}"
         cells = ["-" if row[key] is None else f"{row[key]:.0%}" for key in ("subject_kept", "degenerate")]
         made.add_row(row["condition"], f"{row['followed']:.0%}", spread, *cells)
     console.print(made)

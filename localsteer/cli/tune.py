@@ -266,7 +266,7 @@ def _rule(verifier: str | None, kwargs: str | None) -> dict[str, Any]:
         return {}
     try:
         arguments = json.loads(kwargs or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         raise click.UsageError(
@@ -284,16 +284,17 @@ def _validation(catalog: Catalog, instruction: Instruction, given: dict[str, Any
         found = catalog.queries_for(instruction, "validation")
     else:
         found = load_queries(given["queries"])
-        _refuse_overlap(found, catalog, given["queries"])
+        _refuse_overlap(found, catalog, instruction, given["queries"])
     if len(found) < given["n"]:
         note(f"there are {len(found)} validation queries for {instruction.id}, not {given['n']}.")
     return tuple(spread(found, min(given["n"], len(found))))
 
 
-def _refuse_overlap(queries: Sequence[Query], catalog: Catalog, path: str) -> None:
+def _refuse_overlap(queries: Sequence[Query], catalog: Catalog, instruction: Instruction, path: str) -> None:
     """Settings chosen on queries of the test would flatter it; those of the extraction flatter the choice."""
     for split in ("extraction", "test"):
-        known = {_plain(query.text) for query in catalog.queries.get(split, ())}
+        own = (*catalog.queries.get(split, ()), *instruction.queries.get(split, ()))
+        known = {_plain(query.text) for query in own}
         for query in queries:
             if _plain(query.text) in known:
                 raise CatalogError(

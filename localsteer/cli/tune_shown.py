@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from . import options
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from localsteer.evaluate.tune import Tuned
 
 SHARES = {"low": 0.0, "high": 1.0, "form": "{:.0%}"}  # the colours and figures of a heat map
+TITLE_CHARACTERS = 8  # in an inch of a picture
 SHOWN = 8  # settings in the table; all of them are in the heat map, in --json and in the file
 
 
@@ -95,7 +97,9 @@ class HeatMap:
         from localsteer.evaluate.heatmap import draw_heatmap
 
         draw_heatmap(axes, self.rows, self.columns, self.values, self.mark, **SHARES)
-        axes.set(title=self.title, ylabel="block")
+        # a title wider than the picture would be cut off at both ends
+        axes.set_title(fill(self.title, int(TITLE_CHARACTERS * axes.figure.get_figwidth())))
+        axes.set_ylabel("block")
 
 
 def heatmaps(label: str, tuned: Tuned) -> list[HeatMap]:

@@ -102,8 +102,8 @@ def calibrate(
 def instruction_of(vector: ControlVector) -> Instruction:
     """The instruction that a vector was made from, as its provenance has it. Raises VectorFileError."""
     known = vector.provenance
-    phrasings = known.get("phrasings") or []
-    if not phrasings or not all(isinstance(text, str) and text.strip() for text in phrasings):
+    phrasings = vector.phrasings
+    if not phrasings or not all(text.strip() for text in phrasings):
         raise VectorFileError(
             f"{vector.label} does not say which instruction it was made from (an import, perhaps): "
             "name it with --instruction."
@@ -111,7 +111,7 @@ def instruction_of(vector: ControlVector) -> Instruction:
     kwargs = known.get("kwargs")
     return Instruction(
         id=str(known.get("instruction_id") or vector.name or "instruction"),
-        phrasings=tuple(phrasings),
+        phrasings=phrasings,
         group=str(known.get("group") or "format"),
         verifier=known.get("verifier"),
         kwargs=kwargs if isinstance(kwargs, Mapping) else {},

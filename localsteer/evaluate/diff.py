@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from localsteer.evaluate.intervals import certain
+
 IGNORED = ("suites", "seconds", "command", "format")
 RULE = "strict"
 
@@ -91,8 +93,13 @@ def _row(label: str, condition: str, a: Mapping[str, Any], b: Mapping[str, Any])
     if ours["accuracy"] is None or theirs["accuracy"] is None:
         return [label, condition, *cells, None, None]
     change = theirs["accuracy"] - ours["accuracy"]
-    clear = "better" if theirs["low"] > ours["high"] else "worse" if theirs["high"] < ours["low"] else None
-    return [label, condition, *cells, {"share": change}, clear]
+    return [label, condition, *cells, {"share": change}, _clear(certain(a, RULE), certain(b, RULE))]
+
+
+def _clear(a: tuple[float, float] | None, b: tuple[float, float] | None) -> str | None:
+    if a is None or b is None:
+        return None
+    return "better" if b[0] > a[1] else "worse" if b[1] < a[0] else None
 
 
 def _in_one(name: str, is_in_a: bool) -> dict[str, Any]:

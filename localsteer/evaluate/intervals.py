@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,3 +35,18 @@ def clustered(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[floa
     means = np.concatenate([sums[part].sum(axis=1) / counts[part].sum(axis=1) for part in parts])
     low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return float(low), float(high)
+
+
+def certain(figures: Mapping[str, Any], rule: str) -> tuple[float, float] | None:
+    """The interval that a claim may rest on, of `figures` as results.json has them; None where it is unknown.
+
+    Where all replies are alike the bootstrap is a point: there the exact bound stands in, 1 - 0.05^(1/n).
+    """
+    found = figures.get(rule) or {}
+    low, high, n = found.get("low"), found.get("high"), figures.get("n")
+    if low is None or high is None:
+        return None
+    if low == high and n and n > 0:
+        reach = 1.0 - (1.0 - LEVEL) ** (1.0 / n)
+        return max(0.0, low - reach) if high >= 1.0 else low, min(1.0, high + reach) if low <= 0.0 else high
+    return low, high

@@ -135,7 +135,7 @@ def _line(record: Mapping[str, Any]) -> bytes:
 def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:  # UnicodeDecodeError and JSONDecodeError
+    except (ValueError, RecursionError):  # also UnicodeDecodeError and JSONDecodeError
         record = None
     if not isinstance(record, dict) or not (number == 1 or isinstance(record.get("key"), str)):
         raise LocalsteerError(f"{path}, line {number}: this is no record of a run; remove the line.")
@@ -149,12 +149,18 @@ class Remembered:
     that was cut short is decoded again whole: neighbours in a batch change a reply a little, and a run that
     goes on must end as one that was never stopped.
 
-    stop: stop strings of every greedy reply whose call names none. n_decoded: greedy replies that were not
-    in the journal.
+    stop: stop strings of every greedy reply whose call names none. check: called after each reply; what it
+    raises ends the call. n_decoded: greedy replies that were not in the journal.
     """
 
-    def __init__(self, engine: Engine, journal: Journal, stop: Sequence[str] = ()) -> None:
-        self._engine, self._journal, self._stop = engine, journal, tuple(stop)
+    def __init__(
+        self,
+        engine: Engine,
+        journal: Journal,
+        stop: Sequence[str] = (),
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._engine, self._journal, self._stop, self._check = engine, journal, tuple(stop), check
         self.n_decoded = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -188,12 +194,14 @@ class Remembered:
         ended = stream_batch(
             self._engine, [prompts[i] for i in asked], steer=[plans[i] for i in asked], **given
         )
-        for left, (k, reply) in zip(range(len(asked) - 1, -1, -1), ended, strict=True):
-            i = asked[k]
-            self.n_decoded += self._journal.get(keys[i]) is None
-            self._journal.put(keys[i], _reply_record(prompts[i], plans[i], reply) | {"call": call})
-            if on_progress:
-                on_progress(len(prompts) - left, len(prompts))
+        with contextlib.closing(ended):  # what ends it early must leave no sequence in the engine
+            for left, (k, reply) in zip(range(len(asked) - 1, -1, -1), ended, strict=True):
+                i = asked[k]
+                self.n_decoded += self._journal.get(keys[i]) is None
+                self._journal.put(keys[i], _reply_record(prompts[i], plans[i], reply) | {"call": call})
+                self._check()
+                if on_progress:
+                    on_progress(len(prompts) - left, len(prompts))
         return [_reply(self._journal.get(key)) for key in keys]
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:

@@ -73,7 +73,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise LocalsteerError(
             f"{file} can't be read ({error.strerror or error}): give the folder of a run, or its {NAME}."
         ) from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
         raise LocalsteerError(f"{file} is no {NAME} ({error}): run the evaluation again.") from None
     try:
         shape.check(found)
@@ -89,7 +89,7 @@ def refuse_others(folder: Path, study: str | None) -> None:
     """
     try:
         found = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return  # none, or damaged: nothing to lose
     other = found.get("study") if isinstance(found, dict) else None
     if other != study:

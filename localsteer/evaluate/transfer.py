@@ -125,8 +125,8 @@ def _arrays(vector: ControlVector) -> dict[str, Any]:
 
 def _probes(vector: ControlVector, target: Backend) -> list[list[Any]]:
     """Of the target's own template and tokens, so that a third model is refused."""
-    phrasings = vector.provenance.get("phrasings") or ["Answer briefly."]
-    texts = [render(target, text) for text in ("What is a river?", f"What is a river? {phrasings[0]}")]
+    phrasing = next(iter(vector.phrasings), "Answer briefly.")
+    texts = [render(target, text) for text in ("What is a river?", f"What is a river? {phrasing}")]
     return [[text, target.tokenize(text)] for text in texts]
 
 

@@ -46,7 +46,9 @@ class Workers:
         with ExitStack() as stack:
             for _ in range(n):
                 engine = stack.enter_context(Engine(path, n_threads=n_threads, **options))
-                self._free.put(engine if journal is None else Remembered(engine, journal, stop))
+                # asked after each reply: a call of many takes minutes, and Ctrl-C has to wait for it
+                engine = engine if journal is None else Remembered(engine, journal, stop, self.check)
+                self._free.put(engine)
             self._pool = ThreadPoolExecutor(n, thread_name_prefix="localsteer")
             self._engines = stack.pop_all()
 

@@ -216,7 +216,7 @@ def document(entry: Entry, models: Sequence[str]) -> dict[str, Any]:
             "cap": vector.cap,
         },
         "instruction": plain(provenance.get("instruction_id")),
-        "text": plain((provenance.get("phrasings") or [None])[0]),
+        "text": next(iter(vector.phrasings), None),
         "can_ensure": bool(provenance.get("verifier")),
         "validation": plain(provenance.get("validation")),
         "n_layer": vector.n_layer,
@@ -227,7 +227,7 @@ def document(entry: Entry, models: Sequence[str]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold; a file's provenance is anybody's."""
+    """What JSON can hold."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

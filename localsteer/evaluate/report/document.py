@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from localsteer.evaluate.intervals import certain
 from localsteer.evaluate.report import shape
 from localsteer.evaluate.report.figures import (
     NONE,
@@ -230,10 +231,10 @@ def _lifted(rows: Mapping[str, Any]) -> str:
     """How many instructions the vector helps for certain: the intervals lie apart."""
     lifted, n_known = 0, 0
     for row in rows.values():
-        low, high = _accuracy(row.get("steered")).get("low"), _accuracy(row.get("none")).get("high")
-        if low is not None and high is not None:
+        steered, none = (certain(row.get(name) or {}, "strict") for name in ("steered", "none"))
+        if steered and none:
             n_known += 1
-            lifted += low > high
+            lifted += steered[0] > none[1]
     return f"Steering lifts {lifted} of {n_known} instructions beyond their intervals." if n_known else ""
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
+from textwrap import fill
 from typing import IO, TYPE_CHECKING, Any
 
 from localsteer.errors import LocalsteerError
@@ -43,6 +44,8 @@ WIDTH = 10.9  # inches: 785 points, the width of the page
 BAR = 0.095  # inches
 TWO_PANELS = 14  # more rows of bars than this stand in two columns
 MAX_LABEL, MAX_AXIS_LABEL = 34, 60  # characters
+TITLE_CHARACTERS = 10  # in an inch
+LINE_WIDTH, WIDER = 1.6, 1.2  # points; wider for each later line that lies on this one
 MAX_UPRIGHT = 10  # characters over a cell of a heat map
 MAX_ANNOTATED = 400  # cells of a heat map that carry their figure
 MAX_VECTOR_CELLS = 4000  # above this a heat map's cells are pixels, or the file grows too large
@@ -148,7 +151,9 @@ def figure(plot: Mapping[str, Any], *, titled: bool = True) -> Figure:
     """matplotlib's Figure of a plot."""
     made = {"lines": _lines, "bars": _bars, "heatmap": _heatmap}[plot["kind"]](plot)
     if titled and plot.get("title"):
-        made.suptitle(plot["title"], fontsize=10, fontweight="bold")
+        # over the axes, not the figure: constrained layout would lay a figure's title on the legend
+        title = fill(plot["title"], int(TITLE_CHARACTERS * (made.get_figwidth() - 1.0)))
+        made.axes[0].set_title(title, fontsize=10, fontweight="bold", loc="left")
     return made
 
 
@@ -213,8 +218,9 @@ def _lines(plot: Mapping[str, Any]) -> Figure:
     x, series = plot["x"], plot["series"]
     numeric = all(known(each) for each in x)
     at = [float(each) for each in x] if numeric else list(range(len(x)))
-    for name, colour in _colours(list(series)).items():
-        _line(axes, at, series[name], colour, _short(name))
+    widths = _widths(list(series.values()))
+    for (name, colour), width in zip(_colours(list(series)).items(), widths, strict=True):
+        _line(axes, at, series[name], colour, width, _short(name))
     if not numeric:
         axes.set_xticks(
             at,
@@ -238,9 +244,25 @@ def _is_long(labels: Sequence[Any]) -> bool:
     return sum(len(_short(each)) for each in labels) > 90
 
 
-def _line(axes: Axes, at: Sequence[float], points: Sequence[Any], colour: str, label: str) -> None:
+def _widths(series: Sequence[Sequence[Any]]) -> list[float]:
+    """Wider where later lines lie on a line, so that none is hidden."""
+    values = [[value_of(point) for point in points] for points in series]
+    return [
+        LINE_WIDTH + WIDER * sum(_coincide(line, later) for later in values[i + 1 :])
+        for i, line in enumerate(values)
+    ]
+
+
+def _coincide(a: Sequence[float], b: Sequence[float]) -> bool:
+    """At half of the points or more."""
+    return 2 * sum(abs(x - y) < 0.01 * max(abs(x), abs(y), 1e-9) for x, y in zip(a, b, strict=True)) > len(a)
+
+
+def _line(
+    axes: Axes, at: Sequence[float], points: Sequence[Any], colour: str, width: float, label: str
+) -> None:
     values = [value_of(point) for point in points]
-    axes.plot(at, values, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=label)
+    axes.plot(at, values, color=colour, marker="o", markersize=3.5, linewidth=width, label=label)
     reach = _whiskers(points)
     if reach is not None:
         low = [value - below for value, below in zip(values, reach[0], strict=True)]

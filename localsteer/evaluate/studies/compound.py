@@ -18,6 +18,7 @@ import numpy as np
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError, PlanError
 from localsteer.evaluate.conditions import random_control
+from localsteer.evaluate.judge import ENDLESS
 from localsteer.evaluate.studies.common import (
     Job,
     accuracy_of,
@@ -29,7 +30,16 @@ from localsteer.evaluate.studies.common import (
     table,
 )
 from localsteer.evaluate.suites.bench import Bench
-from localsteer.evaluate.suites.cells import Cell, Result, applied, checks_of, figures, judge_cell
+from localsteer.evaluate.suites.cells import (
+    Cell,
+    Check,
+    Result,
+    Verdict,
+    applied,
+    checks_of,
+    figures,
+    judge_cell,
+)
 from localsteer.plan import Plan
 from localsteer.vector import ControlVector
 
@@ -191,8 +201,7 @@ def _minus(bench: Bench, instructions: Sequence[Instruction]) -> dict[str, Contr
 
 
 def _lacks(instruction: Instruction, plain: Sequence[Result]) -> float:
-    checked = (replace(result.cell, checks=checks_of(instruction, result.cell.query)) for result in plain)
-    verdicts = [judge_cell(cell, result.reply).strict for cell, result in zip(checked, plain, strict=True)]
+    verdicts = [_judged_by(result, checks_of(instruction, result.cell.query)).strict for result in plain]
     return float(np.mean([bool(each) for each in verdicts]))
 
 
@@ -315,10 +324,14 @@ def _good(results: Sequence[Result]) -> float:
 
 def _held(result: Result) -> float:
     """The share of a reply's checks that pass."""
-    verdicts = [
-        judge_cell(replace(result.cell, checks=(each,)), result.reply).strict for each in result.cell.checks
-    ]
+    verdicts = [_judged_by(result, (each,)).strict for each in result.cell.checks]
     return float(np.mean([bool(each) for each in verdicts]))
+
+
+def _judged_by(result: Result, checks: Sequence[Check]) -> Verdict:
+    """By some of its checks: a reply without an end follows none of them either."""
+    cell = replace(result.cell, checks=tuple(checks))
+    return judge_cell(cell, result.reply, must_end=result.verdict.degenerate == ENDLESS)
 
 
 # --- what is said ------------------------------------------------------------------------------------------
@@ -329,9 +342,8 @@ def parts(found: Found, condition: str) -> dict[str, float | None]:
     shares = {}
     for each in found.instructions:
         results = [
-            replace(result, verdict=judge_cell(cell, result.reply))
+            replace(result, verdict=_judged_by(result, checks_of(each, result.cell.query)))
             for result in found.of(condition)
-            for cell in [replace(result.cell, checks=checks_of(each, result.cell.query))]
         ]
         shares[each.id] = accuracy_of(results) if results else None
     return shares
@@ -365,7 +377,7 @@ def _sections(found: Sequence[Found], said: str) -> list[dict[str, Any]]:
         for one in found
         for name in ("none", "told", "best")
     ]
-    ways = [[one.name, kind, way.label, {"share": one.validation.get(kind)}]
+    ways = [[one.name, kind, way.label, one.validation.get(kind)]
             for one in found for kind, way in one.best.items() if kind != "best"]  # fmt: skip
     series = {name: [share_of(one.of(name)) for one in found] for name in CONDITIONS}
     plot = lines("All three hold", "", "share of replies", [one.name for one in found], series) | {

@@ -102,11 +102,22 @@ def _open_workers(
 
     if not path.is_file():
         raise ModelFileError(f"there is no model {path}.")
-    journal = stack.enter_context(Journal(out / "replies.jsonl", {"model": file_hash(path)}))
+    journal = stack.enter_context(Journal(out / "replies.jsonl", _identity(path, limits)))
     n = n_threads or default_threads()
     small = path.stat().st_size <= SMALL_MODEL
     more |= {"n_ctx": limits.n_ctx, "n_seq_max": limits.n_seq_max, "journal": journal}
     return stack.enter_context(Workers(path, n if small else 1, n_threads=1 if small else n, **more))
+
+
+def _identity(path: Path, limits: Limits) -> dict[str, Any]:
+    """What replies in a journal were given by: another version may give others, and a smaller context cuts
+    them short, so that a report would say of its replies what is not true."""
+    from importlib.metadata import version
+
+    from localsteer import __version__
+
+    versions = {"version": __version__, "llama_cpp": version("llama-cpp-python")}
+    return {"model": file_hash(path), **versions, "n_ctx": limits.n_ctx}
 
 
 class Bench:
@@ -469,7 +480,7 @@ def instruction_of(vector: ControlVector, catalog: Catalog, path: Path) -> Instr
     origin = vector.provenance
     name = str(origin.get("instruction_id") or vector.name)
     known = catalog.instructions.get(name.partition(":")[0]) or catalog.instructions.get(name)
-    phrasings = tuple(map(str, origin.get("phrasings") or ()))
+    phrasings = vector.phrasings
     if phrasings:
         group, verifier, kwargs = origin.get("group"), origin.get("verifier"), origin.get("kwargs")
         made = known or Instruction(name, phrasings, group=str(group or "format"))

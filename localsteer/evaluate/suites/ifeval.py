@@ -63,7 +63,7 @@ def read_items(path: Path) -> list[Item]:
 def _item(line: bytes, number: int, path: Path) -> Item:
     try:
         record = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
         raise LocalsteerError(f"{path}, line {number}: not readable as JSON ({error}).") from None
     try:
         return _checked(record, number)
