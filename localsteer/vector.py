@@ -104,9 +104,10 @@ class ControlVector:
 
     @property
     def phrasings(self) -> tuple[str, ...]:
-        """The wordings that it was extracted with; empty where the file, which may be anybody's, holds none."""
+        """The wordings it was extracted with; none where the file, which may be anybody's, names none."""
         kept = self.provenance.get("phrasings")
-        return tuple(text for text in kept if isinstance(text, str)) if isinstance(kept, (list, tuple)) else ()
+        texts = kept if isinstance(kept, (list, tuple)) else ()
+        return tuple(text for text in texts if isinstance(text, str))
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -149,6 +149,13 @@ def test_the_catalogue_names_the_words_to_include(bench):
     assert words.words_to_include(bench) == expected
 
 
+def test_words_that_plain_replies_use_anyway_are_not_asked_for(bench, monkeypatch):
+    (used, _), *_ = words.words_used(bench)
+    monkeypatch.setattr(words, "INCLUDED", (used, "mirror"))
+    monkeypatch.setattr(words, "_named", lambda *_: [])
+    assert words.words_to_include(bench) == ["mirror"]
+
+
 # --- composition -------------------------------------------------------------------------------------------
 
 

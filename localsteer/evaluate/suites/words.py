@@ -91,8 +91,12 @@ def run(
 
 
 def words_to_include(bench: Bench) -> list[str]:
-    """Those of the ids asked for, or of the catalogue's instructions to include a word, or INCLUDED."""
-    return _named(bench, EXISTENCE, "keywords") or list(INCLUDED)
+    """Those of the ids asked for, or of the catalogue's instructions to include a word, or those of INCLUDED
+    that the model's own replies do not use anyway."""
+    if named := _named(bench, EXISTENCE, "keywords"):
+        return named
+    used = dict(words_used(bench))
+    return [word for word in INCLUDED if word not in used]
 
 
 def words_to_exclude(bench: Bench) -> list[str]:
