@@ -97,6 +97,7 @@ _PAIR_WEIGHT = {
     "verbose": 2.0,
     "sentences": 2.0,
     "bullets": 2.0,
+    "capital_words": 2.0,
     "include_word": 2.0,
     "sections": 1.5,
     "end_phrase": 1.5,

@@ -87,7 +87,8 @@ def _keep(vector: ControlVector, path: Path) -> None:
         vector.save(path)
         note(f"kept in {cache_folder()}; `localsteer vectors` lists it.")
     except (OSError, LocalsteerError) as error:
-        note(f"the vector could not be kept, and is made again next time: {error}")
+        reason = getattr(error, "strerror", None) or error
+        note(f"the vector could not be kept, and is made again next time: {reason}")
 
 
 def _extract(
