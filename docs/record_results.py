@@ -2,7 +2,7 @@
 
 Each of COMMANDS runs as a user would run it, in the checkout; what it leaves is kept but for the replies and
 vectors, which are large and made again by the same command. About an hour and a half on two cores, so name
-what is wanted. benchmarks/bundled_model.py writes its own page; benchmarks/server_soak.py prints its figures.
+what is wanted. benchmarks/bundled_model.py writes its own page. docs/make_results.py then makes the tables.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COMMANDS = {
         "localsteer transfer json.gguf --map --from bundled -m bundled-base --qa",
     ),
 }
-BENCHMARKS = ("decode_overhead", "concurrency", "ensure", "tune_quick")
+BENCHMARKS = ("decode_overhead", "concurrency", "ensure", "tune_quick", "server_soak")
 KEPT = {"plots", "results.json", "report.md", "report.html"}
 
 

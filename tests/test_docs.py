@@ -25,6 +25,6 @@ def test_the_reference_is_what_the_live_command_line_says():
     assert (DOCS / "cli.md").read_text("utf-8") == page, "run python docs/make_cli.py"
 
 
-def test_the_table_of_results_is_made_of_the_results():
-    page = written_by("make_results").page()
-    assert (DOCS / "results" / "README.md").read_text("utf-8") == page, "run python docs/make_results.py"
+def test_the_tables_of_figures_are_made_of_the_results():
+    for path, page in written_by("make_results").pages().items():
+        assert path.read_text("utf-8") == page, f"{path.name}: run python docs/make_results.py"

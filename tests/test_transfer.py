@@ -193,7 +193,7 @@ def test_shared_prompts_never_hold_the_instruction_or_one_of_its_kind():
 # --- verdicts ---
 
 
-SHARES = {"none": 0.0, "transferred": 0.9, "own": 0.9, "random": 0.0, "instructed": 1.0}
+SHARES = {"none": 0.0, "transferred": 0.9, "own": 0.9, "random": 0.0, "unmapped": 0.9, "instructed": 1.0}
 SURE, EVEN, WORSE = (0.9, 0.8, 1.0), (0.0, -0.1, 0.1), (-0.4, -0.6, -0.2)
 
 
@@ -204,6 +204,11 @@ SURE, EVEN, WORSE = (0.9, 0.8, 1.0), (0.0, -0.1, 0.1), (-0.4, -0.6, -0.2)
         ({"none": SURE, "own": WORSE, "random": SURE}, "It carries over"),
         ({"none": EVEN, "own": EVEN, "random": EVEN}, "It does nothing"),
         ({"none": SURE, "own": EVEN, "random": EVEN}, "It changes replies"),
+        (
+            {"none": SURE, "own": EVEN, "random": SURE, "unmapped": EVEN},
+            "It carries over: 90% of replies follow",
+        ),
+        ({"none": SURE, "own": EVEN, "random": EVEN, "unmapped": EVEN}, "It changes replies"),
         ({"none": WORSE, "own": EVEN, "random": EVEN}, "It does harm"),
     ],
 )
@@ -212,6 +217,12 @@ def test_verdicts_are_plain(lifts, begins):
     assert ("surely more: extract" in verdict(SHARES, lifts)) == (
         begins == "It carries over" and lifts["own"] == WORSE
     )
+
+
+def test_a_map_that_adds_nothing_is_said_to():
+    lifts = {"none": SURE, "own": EVEN, "random": SURE, "unmapped": EVEN}
+    assert verdict(SHARES, lifts).endswith("so does the vector unmapped (90%): no map is needed.")
+    assert "no map is needed" not in verdict(SHARES, lifts | {"unmapped": SURE})
 
 
 def test_a_random_model_is_said_to_do_nothing(llama, vector):

@@ -202,7 +202,7 @@ class _Sent:
 def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
     from localsteer.evaluate.journal import Journal, Remembered
     from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, PLAIN
-    from localsteer.evaluate.transfer import examine, unmapped
+    from localsteer.evaluate.transfer import UNMAPPED, examine, unmapped
 
     if job.instruction.verifier is None:
         note(f"{job.vector.label} has no verifier, so nothing tells whether a reply follows it: not tested.")
@@ -216,7 +216,7 @@ def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
     def controls(plain_mean: Any) -> dict[str, ControlVector]:
         if sent.shuffled is None:
             return {}
-        return {"unmapped": unmapped(job.vector, sent.vector, plain_mean), "shuffled map": sent.shuffled}
+        return {UNMAPPED: unmapped(job.vector, sent.vector, plain_mean), "shuffled map": sent.shuffled}
 
     with progress("picking settings") as on_progress:
         return examine(

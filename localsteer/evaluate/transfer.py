@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from localsteer.engine import Engine
 
 AS_IS, OTHER_MODEL, MAPPED = "as is", "another model of the same width", "mapped"
+UNMAPPED = "unmapped"  # the control of a map: the source's own numbers
 KEPT = ("instruction_id", "instruction", "phrasings", "group", "verifier", "kwargs", "method", "n_pairs")
 ORIGIN = ("model_name", "architecture", "template_hash", "source_hash", "backend")
 N_PROMPTS = 400  # shared prompts that a map is fitted on
@@ -305,7 +306,7 @@ def unmapped(vector: ControlVector, mapped: ControlVector, plain_mean: np.ndarra
         directions=units * lengths[:, None],
         mean_with=bases + lengths,
         mean_without=bases,
-        name="unmapped",
+        name=UNMAPPED,
     )
 
 
@@ -389,11 +390,14 @@ def verdict(shares: Mapping[str, float | None], lifts: Mapping[str, tuple[float,
         return text
     controls = [name for name in lifts if name not in ("none", "own", "instructed")]
     for name in controls:
-        if lifts[name][1] <= 0:
+        if name != UNMAPPED and lifts[name][1] <= 0:
             return (
                 f"It changes replies ({figures}), but not surely more than the control `{name}` does "
                 f"({_percent(shares[name])}): it is not this direction that counts."
             )
+    if UNMAPPED in lifts and lifts[UNMAPPED][1] <= 0:
+        so_does = f"so does the vector unmapped ({_percent(shares[UNMAPPED])})"
+        return f"It carries over: {figures}, and {so_does}: no map is needed."
     own = shares.get("own")
     text = f"It carries over: {figures}, at most {_percent(max(shares[name] for name in controls))} with a "
     text += f"control. The model's own vector: {_percent(own)}"
