@@ -9,6 +9,7 @@ Subjects of extraction, validation and test queries are disjoint; none was seen 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ def run_demo(
     _check(backend, n, catalog)
     with stage("quantizing the bundled model"):
         path = bundled.gguf_path("instruct", quant, folder=checkpoint)
+    folder = Path(out) if out is not None else cache_folder() / "demo" / path.stem
+    _make_folder(folder)
     source = bundled.checkpoint_folder("instruct", folder=checkpoint) if backend == "torch" else None
     with Workers(path, n_threads or default_threads(), n_ctx=N_CTX, n_seq_max=N_SEQ_MAX) as workers:
         company = _with_partners(catalog, chosen)
@@ -72,7 +75,6 @@ def run_demo(
 
         with stage("picking settings, comparing conditions") as advance:
             found = dict(zip(ids, workers.map(work, chosen, advance), strict=True))
-    folder = Path(out) if out is not None else cache_folder() / "demo" / path.stem
     files = _save(folder, {name: picked for name, (picked, _) in found.items()})
     rows = [row(study, each, *found[each.id]) | {"file": files[each.id]} for each in chosen]
     return {
@@ -154,13 +156,19 @@ def _example(name: str, outcomes: Mapping[str, Outcome]) -> dict[str, str]:
     return {"id": name, "query": replies[k].query, **texts}
 
 
-def _save(folder: Path, picks: Mapping[str, Pick]) -> dict[str, str]:
+def _make_folder(folder: Path) -> None:
+    """Made and tried before the work, which would be lost."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise LocalsteerError(
-            f"can't make {folder} ({error.strerror or error}): give another --out."
+            f"{folder} can't be written ({error.strerror or error}): give another --out."
         ) from error
+
+
+def _save(folder: Path, picks: Mapping[str, Pick]) -> dict[str, str]:
     files = {name: folder / f"{name}.gguf" for name in picks}
     for name, path in files.items():
         picks[name].vector.save(path)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from localsteer.demo import GROUPS, _chosen, mean, run_demo
 from localsteer.engine import Engine
 from localsteer.errors import CatalogError, LocalsteerError, ModelFileError
 from localsteer.evaluate.conditions import CONDITIONS
-from localsteer.evaluate.study import extract_all, spread
+from localsteer.evaluate.study import Advance, extract_all, silent, spread
 from localsteer.evaluate.workers import Workers
 from localsteer.extract import extract
 from localsteer.vector import ControlVector
@@ -269,6 +270,19 @@ def test_the_table_fits_a_terminal_of_80_columns() -> None:
     assert len(lines) == len(names) + 3  # title, header and mean: nothing is folded
     assert max(map(len, lines)) <= 80
     assert [line.split()[-2:] for line in lines[2:-1]] == [["1@4", "prompt"]] * len(names)
+
+
+def test_a_folder_that_cant_be_written_is_found_before_the_work(bundled_model, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    stages: list[str] = []
+
+    def stage(what: str) -> AbstractContextManager[Advance]:
+        stages.append(what)
+        return silent(what)
+
+    with pytest.raises(LocalsteerError, match="file can't be written"):
+        run_demo(out=tmp_path / "file", stage=stage)
+    assert (tmp_path / "file").read_text() == "mine" and stages == ["quantizing the bundled model"]
 
 
 def test_a_bad_request_on_the_command_line_is_one_line() -> None:
