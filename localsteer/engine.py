@@ -18,7 +18,7 @@ import numpy as np
 from .attach import Attaching, Notices, Steer
 from .bridge import Context, Model, check_threads
 from .errors import LocalsteerError, PlanError, PromptError
-from .templates import ChatTemplate, Message
+from .templates import NO_TEMPLATE, ChatTemplate, Message
 
 if TYPE_CHECKING:
     from .bridge import Rows
@@ -206,10 +206,14 @@ class Engine:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return self.rendered_tokens(prompt if raw else self.render(messages))
 
+    def tell_of_template(self) -> None:
+        """A notice where the model has no chat template; none where plain prompts were asked for."""
+        if self.template.is_fallback and not self.model.chat_template:
+            self.notice(NO_TEMPLATE.format(self.path.name))
+
     def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The text of messages as the model reads it, ready for its reply. tools: see ChatTemplate.render."""
-        if self.template.is_fallback and not self.model.chat_template:
-            self.notice(f"{self.path.name} has no chat template: prompts are sent as `Q: ...` and `A:`.")
+        self.tell_of_template()
         return self.template.render(messages, tools=tools)
 
     def rendered_tokens(self, text: str) -> list[int]:

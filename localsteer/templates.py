@@ -20,6 +20,7 @@ Message = Mapping[str, Any]
 
 # How the paper prompts a base model. Its hash names this format in a vector's provenance.
 FALLBACK = "Q: {question}\nA:"
+NO_TEMPLATE = "{} has no chat template: prompts are sent as `Q: ...` and `A:`."
 ROLES = ("system", "user", "assistant")
 
 

@@ -9,7 +9,6 @@ the model's own chat template with the generation prompt added (Stolfo et al., a
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_PAIRS", "Backend", "Pair", "build_pairs", "extract", "open_backend"]
 
-logger = logging.getLogger("localsteer")
 
 BATCH_TOKENS = 4096  # padding included: bounds what one forward pass takes
 BATCH_PROMPTS = 32
@@ -150,8 +148,6 @@ class _Prompts:
     """The tokenised prompts of all pairs, and their states batch by batch, batches of similar lengths."""
 
     def __init__(self, backend: Backend, pairs: Sequence[Pair], on_progress: Progress | None) -> None:
-        if backend.template.is_fallback:
-            logger.warning(f"{backend.model_name} has no chat template: prompts are `Q: ...` and `A:`.")
         self._backend, self._on_progress = backend, on_progress
         texts = [(pair.instructed, True) for pair in pairs] + [(pair.plain, False) for pair in pairs]
         self._ids = [backend.tokenize(render(backend, text)) for text, _ in texts]

@@ -25,6 +25,7 @@ class GgufBackend:
         self.n_layer, self.n_embd = model.n_layer, model.n_embd
         self.architecture: str | None = model.architecture
         self.template = self.engine.template
+        self.engine.tell_of_template()
         path = Path(self.engine.path)
         self.model_name = model.metadata.get("general.name") or path.stem
         self.source_hash = file_hash(path)

@@ -4,6 +4,7 @@ torch_steering.py, nowhere else."""
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import numpy as np
 
 from localsteer.cache import file_hash
 from localsteer.errors import LocalsteerError, ModelFileError, PromptError, UnsupportedModelError
-from localsteer.templates import ChatTemplate, one_line
+from localsteer.templates import NO_TEMPLATE, ChatTemplate, one_line
 
 try:
     import torch
@@ -25,6 +26,8 @@ except ImportError as error:
         "extraction from a transformers model needs PyTorch: pip install 'localsteer[torch]', "
         f"or extract from a GGUF ({error})"
     ) from error
+
+logger = logging.getLogger("localsteer")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # model_type in config.json -> general.architecture in a GGUF, where the two differ
@@ -63,6 +66,8 @@ class TorchBackend:
         self.architecture = gguf_architecture(config.model_type)
         self.template = _template(self.tokenizer)
         self.model_name = Path(self.source).name
+        if self.template.is_fallback:
+            logger.warning(NO_TEMPLATE.format(self.model_name))
         self.source_hash = _source_hash(self.source, self.model.config)
         self.description = f"transformers {transformers.__version__}, {str(self.model.dtype)[6:]}"
 
