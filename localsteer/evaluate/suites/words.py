@@ -2,14 +2,15 @@
 
 The paper's section 5: a vector of each word from 20 examples, added; minus the vector of including a word
 excludes it. A word can be excluded only where replies use it, so the words to exclude are those that this
-model's own replies to validation queries use most.
+model's own replies to validation queries use most; and the words that can be included are excluded from the
+replies to prompts that ask for them.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ INCLUDED = ("music", "river", "winter", "garden", "mirror")  # where the catalog
 N_EXCLUDED = 4
 MIN_LETTERS = 3
 EXISTENCE, FORBIDDEN = "keywords:existence", "keywords:forbidden_words"
+INCLUDE, EXCLUDE, ASKED = "include", "exclude", "exclude, asked for"  # kinds of tasks
 _COMMON = """
 about after also and any are because been before being between but can could did does each for from
 get had has have her here him his how into its just like made make many may more most much must not
@@ -47,9 +49,11 @@ COMMON = frozenset(_COMMON.split())  # words of grammar: a reply without one of 
 
 @dataclass(frozen=True)
 class Task:
-    """One word, with the vector that was picked for it. own: that of the instruction in its own words, for a
-    word to exclude, or None."""
+    """One word, with the vector that was picked for it. kind: INCLUDE, EXCLUDE, or ASKED, where the prompts ask
+    for the word that replies should not hold. own: the vector of the instruction in its own words, for a word
+    to exclude, or None."""
 
+    kind: str
     word: str
     instruction: Instruction
     raw: ControlVector
@@ -65,19 +69,17 @@ def run(
     **_options: Any,
 ) -> SuiteReport:
     """include, exclude: words in place of the suite's own choice."""
-    wanted = {
-        EXISTENCE: list(include if include is not None else words_to_include(bench)),
-        FORBIDDEN: list(exclude if exclude is not None else words_to_exclude(bench)),
-    }
-    tasks = tasks_of(bench, wanted)
+    tasks = tasks_of(bench, INCLUDE, include if include is not None else words_to_include(bench))
+    can_be_included = [task.word for task in tasks if task.vector.strength]
+    tasks += tasks_of(bench, EXCLUDE, exclude if exclude is not None else words_to_exclude(bench))
+    tasks += tasks_of(bench, ASKED, can_be_included)
     cells = [cell for task in tasks for cell in task_cells(bench, task, tasks)]
     results = bench.run(cells, what="including and excluding words")
     swept = bench.run(
         [cell for task in tasks for cell in sweep_cells(bench, task)], what="sweeping strengths", score=False
     )
     sections = [
-        section(kind, [task for task in tasks if task.instruction.verifier == kind], results, swept)
-        for kind in (EXISTENCE, FORBIDDEN)
+        section(kind, [task for task in tasks if task.kind == kind], results, swept) for kind in TEXTS
     ]
     sections.append(cosines(tasks))
     return {
@@ -137,20 +139,38 @@ def _named(bench: Bench, verifier: str, argument: str) -> list[str]:
 # --- vectors -----------------------------------------------------------------------------------------------
 
 
-def tasks_of(bench: Bench, wanted: Mapping[str, Sequence[str]]) -> list[Task]:
+def tasks_of(bench: Bench, kind: str, words: Sequence[str]) -> list[Task]:
     """A vector for each word: from 20 examples, block, positions and strength picked on validation."""
-    catalog = bench.catalog
-    recipes = [include_word(catalog, word) for word in wanted[EXISTENCE]]
-    recipes += [exclude_word(catalog, word) for word in wanted[FORBIDDEN]]
-    named = [*wanted[EXISTENCE], *wanted[FORBIDDEN]]
-    raw = bench.extract(recipes)
-    told = [Recipe(_own(recipe.target)) for recipe in recipes if recipe.excludes is not None]
-    raw |= bench.extract(told)
+    recipes = [RECIPES[kind](bench, word) for word in words]
+    told = [Recipe(_own(recipe.target)) for recipe in recipes if kind == EXCLUDE]
+    raw = bench.extract([*recipes, *told])
     picked = _pick(bench, [recipe.target for recipe in (*recipes, *told)], raw)
     return [
-        Task(word, recipe.target, raw[recipe.target.id], picked[recipe.target.id], picked.get(own_id(recipe)))
-        for word, recipe in zip(named, recipes, strict=True)
+        Task(kind, word, each.target, raw[each.target.id], picked[each.target.id], picked.get(own_id(each)))
+        for word, each in zip(words, recipes, strict=True)
     ]
+
+
+def asked_for(bench: Bench, word: str) -> Recipe:
+    """Minus the vector of including a word, for queries that ask for it: these make a model use a word that it
+    would not use by itself, and steering has to win against the prompt."""
+    recipe = exclude_word(bench.catalog, word)
+    queries = {"validation": bench.validation, "test": bench.test}
+    asking = {
+        split: tuple(
+            replace(query, text=text)
+            for query, text in zip(found, told_prompts(found, recipe.instruction.phrasings), strict=True)
+        )
+        for split, found in queries.items()
+    }
+    return replace(recipe, excludes=replace(recipe.target, id=f"{recipe.target.id}:asked", queries=asking))
+
+
+RECIPES: dict[str, Callable[[Bench, str], Recipe]] = {
+    INCLUDE: lambda bench, word: include_word(bench.catalog, word),
+    EXCLUDE: lambda bench, word: exclude_word(bench.catalog, word),
+    ASKED: asked_for,
+}
 
 
 def excluding(bench: Bench, word: str) -> tuple[Instruction, ControlVector]:
@@ -186,26 +206,26 @@ def _pick(
 
 def task_cells(bench: Bench, task: Task, tasks: Sequence[Task]) -> list[Cell]:
     """The conditions of one word. other: another word's vector of the same kind in its place, `own`: the
-    vector of telling the model to avoid the word; both where there is one."""
+    vector of telling the model to avoid the word; both where there is one. A prompt that asks for a word is
+    not told to avoid it as well."""
     on = applied(task.vector)
-    steers: dict[str, tuple[ControlVector, ...]] = {"none": (), "steered": on, "instructed": (), "both": on}
+    steers: dict[str, tuple[ControlVector, ...]] = {"none": (), "steered": on}
     if on:
         steers["random"] = (random_control(task.vector, bench.plain_mean(), bench.seed),)
-        others = [
-            each
-            for each in tasks
-            if each.instruction.verifier == task.instruction.verifier and each.word != task.word
-        ]
+        others = [each for each in tasks if each.kind == task.kind and each.word != task.word]
         if others:
             steers["other"] = (applied_like(others[0].raw, task.vector),)
     if task.own is not None:
         steers["own"] = applied(task.own)
-    told = told_prompts(bench.test, task.instruction.phrasings)
+    if task.kind != ASKED:
+        steers |= {"instructed": (), "both": on}
+    queries = bench.queries(task.instruction, "test")
+    told = told_prompts(queries, task.instruction.phrasings)
     return [
-        _cell(bench, task, name, i, steers[name], told[i] if name in ("instructed", "both") else None)
+        _cell(bench, task, name, query, steers[name], words if name in ("instructed", "both") else None)
         for name in CONDITIONS
         if name in steers
-        for i in range(len(bench.test))
+        for query, words in zip(queries, told, strict=True)
     ]
 
 
@@ -213,9 +233,9 @@ def sweep_cells(bench: Bench, task: Task) -> list[Cell]:
     if not task.vector.strength:
         return []
     return [
-        _cell(bench, task, f"{strength:g}", i, (task.vector.at(strength=strength),))
+        _cell(bench, task, f"{strength:g}", query, (task.vector.at(strength=strength),))
         for strength in SWEEP
-        for i in range(len(bench.test))
+        for query in bench.queries(task.instruction, "test")
     ]
 
 
@@ -223,11 +243,11 @@ def _cell(
     bench: Bench,
     task: Task,
     condition: str,
-    i: int,
+    query: Query,
     steer: tuple[ControlVector, ...],
     prompt: str | None = None,
 ) -> Cell:
-    query, instruction = bench.test[i], task.instruction
+    instruction = task.instruction
     checks, limit = checks_of(instruction, query), bench.max_tokens
     wording = instruction.phrasings[0]
     return Cell(instruction.id, condition, query, prompt or query.text, steer, checks, limit, wording=wording)
@@ -237,18 +257,25 @@ def _cell(
 
 
 TEXTS = {
-    EXISTENCE: (
+    INCLUDE: (
         "Inclusion",
         f"Share of replies that hold the word. A vector of each word from {WORD_PAIRS} examples, added at "
         "the block, positions and strength that did best on validation queries. `other` is another word's "
         "vector in its place: where it does as well, steering asks for some word and not for this one.",
     ),
-    FORBIDDEN: (
+    EXCLUDE: (
         "Exclusion",
         "Share of replies WITHOUT the word, for words that the model's own replies use most. `steered` is "
         f"minus the vector of including the word ({WORD_PAIRS} examples), `other` minus that of another "
         "word, `own` the vector of telling the model to avoid the word. A random direction that changes "
         "replies avoids words too: only what is beyond `random` and `other` is about this word.",
+    ),
+    ASKED: (
+        "Exclusion of a word that the prompt asks for",
+        "Share of replies WITHOUT the word, to queries that ask for it in words, for the words that can be "
+        "included by steering. `none` is what the prompt makes the model say; `steered` is minus the vector "
+        "of including the word, `other` minus that of another word: where it does as well, steering undoes "
+        "being asked for a word at all and not for this one.",
     ),
 }
 
@@ -319,7 +346,7 @@ def curve(task: Task, results: Sequence[Result], swept: Sequence[Result]) -> lis
 
 def cosines(tasks: Sequence[Task]) -> dict[str, Any]:
     """Whether the vectors of two words differ at all: mean cosine between words, by block."""
-    raw = [task.raw for task in tasks if task.instruction.verifier == EXISTENCE]
+    raw = [task.raw for task in tasks if task.kind == INCLUDE]
     if len(raw) < 2:
         return {}
     blocks = [il for il in range(raw[0].n_layer) if all(il in each.blocks for each in raw)]
