@@ -50,6 +50,8 @@ class Engine:
     path: a GGUF model. n_ctx: tokens that one sequence may hold, prompt and reply together; at most, and by
     default up to 4096 of, what the model was trained for. n_seq_max: sequences decoded together by the calls
     that take many. n_cells: tokens that all of them may hold together (None: chosen by memory).
+    kv_unified: they share one cache; False gives each its own, of n_ctx tokens: many long sequences are
+    decoded faster, for more memory, and a prefix that two of them have is copied.
     exact: F32 KV cache and no flash attention, for comparisons. plain_prompts: `Q: ...` / `A:` in place
     of the file's chat template, which a base model has often inherited without ever having read it.
     on_progress: called with 0.0 to 1.0 on load.
@@ -65,6 +67,7 @@ class Engine:
         n_seq_max: int = DEFAULT_N_SEQ_MAX,
         n_batch: int = 512,
         n_cells: int | None = None,
+        kv_unified: bool = True,
         n_gpu_layers: int = 0,
         exact: bool = False,
         plain_prompts: bool = False,
@@ -74,6 +77,8 @@ class Engine:
         for name, value in {"n_seq_max": n_seq_max, "n_batch": n_batch, "n_cells": n_cells}.items():
             if value is not None and value < 1:
                 raise LocalsteerError(f"{name} must be at least 1, not {value}.")
+        if n_cells is not None and not kv_unified:
+            raise LocalsteerError("n_cells is for a unified cache: without one, each sequence has n_ctx tokens.")
         check_threads(n_threads)
         self._closed = False
         self.notice = Notices()
@@ -87,11 +92,12 @@ class Engine:
             self.n_seq_max = self._sequences(n_seq_max)
             self.context = Context(
                 self.model,
-                n_ctx=max(self.n_ctx, n_cells or self._cells(exact)),
+                n_ctx=max(self.n_ctx, n_cells or self._cells(exact, kv_unified)),
                 n_seq_max=self.n_seq_max,
                 n_batch=max(n_batch, self.n_seq_max),
                 n_threads=n_threads,
                 exact=exact,
+                kv_unified=kv_unified,
             )
         except BaseException:
             self.model.close()
@@ -378,7 +384,8 @@ class Engine:
         if capture:
             self.context.probe(capture)
         run = self.begin()
-        for batch in pack([len(tokens) for tokens in sequences], size, self.n_seq_max):
+        n_together = self.n_seq_max if self.context.kv_unified else 1
+        for batch in pack([len(tokens) for tokens in sequences], size, n_together):
             self.check_run(run)
             if batch[0].start == 0:
                 self.context.clear()
@@ -425,8 +432,10 @@ class Engine:
             return 1
         return asked
 
-    def _cells(self, exact: bool) -> int:
+    def _cells(self, exact: bool, kv_unified: bool) -> int:
         """Tokens that all sequences may hold together; keys and values of one cost `cell_bytes` at most."""
+        if not kv_unified:
+            return self.n_ctx * self.n_seq_max
         cell_bytes = 2 * (4 if exact else 2) * self.model.n_layer * self.model.n_embd
         return min(self.n_ctx * self.n_seq_max, POOL_BYTES // cell_bytes)
 

@@ -84,14 +84,18 @@ class CachedSequences:
         return n
 
     def share(self, src: int, dst: int, n: int) -> None:
-        """Let dst begin with the first n positions of src; nothing is copied."""
+        """Let dst begin with the first n positions of src: the same cells, or copies in separate caches."""
         self.cut(dst, 0)
         if n:
-            self._context.seq_cp(src, dst, 0, n)
+            self._context.seq_cp(src, dst, n)
         shared = self._sequences[src][:n]
-        for cell in shared:
-            cell.refs += 1
-        self._sequences[dst] = list(shared)
+        if self._context.kv_unified:
+            for cell in shared:
+                cell.refs += 1
+        else:
+            shared = [_Cell(cell.token, cell.key) for cell in shared]
+            self.n_used += n
+        self._sequences[dst] = shared
 
     def clear(self) -> None:
         """Forget everything, as after a decode that failed."""

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 _GENERATION = int(PositionClass.GENERATION)  # a plain number: an enum costs time at every token
+# With separate caches. A row more costs a decode about half of what a decode more would, so that up to so many idle
+# sequences in a row are decoded with the replies on both sides of them. A copied cache costs all its cells: a
+# prefix below this share of them is read again.
+MAX_GAP = 2
+MIN_COPIED = 1 / 64
 
 Event = tuple["Request", Chunk | LocalsteerError]
 
@@ -115,7 +120,8 @@ class Loop:
         self.waiting.append(request)
 
     def step(self) -> Iterator[Event]:
-        """One decode, and what came of it: a chunk of each request that drew a token, or its error.
+        """One decode (several with separate caches), and what came of it: a chunk of each request that drew a
+        token, or its error.
 
         A request leaves with its last chunk or its error. An error of the decode itself is everybody's.
         """
@@ -123,13 +129,17 @@ class Loop:
         yield from self._admit()
         if not self.live:
             return
-        try:
-            drawing, logits = self._decode()
-        except LocalsteerError as error:
-            yield from self._fail(error)
-            return
-        if drawing:
-            yield from self._draw(drawing, logits)
+        events: list[Event] = []
+        for parts in self._decodes():
+            try:
+                drawing, logits = self._decode(parts)
+            except LocalsteerError as error:
+                events += self._fail(error)
+                break
+            if drawing:
+                events += self._draw(drawing, logits)
+        # only now: whoever hears of them may take the context
+        yield from events
 
     def drop(self, request: Request) -> None:
         """Let one go before its end; what it has decoded stays in the cache for others."""
@@ -184,6 +194,8 @@ class Loop:
         # the last token is decoded in any case: its logits are wanted
         n_common = min(found[source], len(known) - 1)
         slot = self._slot_for(source, n_common)
+        if slot != source and not self._is_worth_sharing(n_common):
+            n_common = 0
         wanted = request.n_prompt + request.budget - n_common
         if not self._make_room(wanted, source, slot, n_common):
             slot = source
@@ -207,8 +219,14 @@ class Loop:
         others = [slot for slot in self._idle if slot != source] or [source]
         return min(others, key=lambda slot: self.cache.length(slot) > 0)  # the first of equals
 
+    def _is_worth_sharing(self, n_common: int) -> bool:
+        context = self.engine.context
+        return context.kv_unified or n_common >= MIN_COPIED * context.n_ctx_seq
+
     def _make_room(self, wanted: int, source: int, slot: int, n_common: int) -> bool:
         """Forget idle sequences, those left longest ago first, until `wanted` cells are free for sure."""
+        if not self.engine.context.kv_unified:
+            return True  # its own cache holds as much as a request may be long
         promised = sum(each.n_ahead for each in self.live)
 
         def fits() -> bool:
@@ -227,30 +245,63 @@ class Loop:
         self._idle.append(request.slot)
         _end(request)
 
-    def _fail(self, error: LocalsteerError) -> Iterator[Event]:
+    def _fail(self, error: LocalsteerError) -> list[Event]:
         """A decode that failed leaves rows that can't be trusted."""
         self.cache.clear()
-        for request in list(self.live):
+        failed = list(self.live)
+        for request in failed:
             self._leave(request)
-            yield request, error
+        return [(request, error) for request in failed]
 
     # -- one step -----------------------------------------------------------------------------------
 
-    def _decode(self) -> tuple[list[Request], np.ndarray]:
-        """The last token of every reply, and of prompts as much as there is room for."""
-        tokens, positions, slots, outputs, classes = [], [], [], [], []
-        plans: list[Plan | None] = []
-        drawing = []
+    def _parts(self) -> list[tuple[Request, int]]:
+        """Who is decoded in this step, and how many tokens of it: the last token of every reply, and of prompts
+        as much as there is room for."""
         # replies first, so that a long prompt can't starve them; llama.cpp wants a request's tokens together
         self.live.sort(key=lambda request: not request.tokens)
         room = self.engine.context.n_batch
         chunk = self.prefill_chunk if self.live[0].tokens else room
+        parts = []
         for request in self.live:
             n = min(len(request.pending), room, room if request.tokens else chunk)
             if n == 0:
                 break
             room -= n
             chunk -= 0 if request.tokens else n
+            parts.append((request, n))
+        return parts
+
+    def _decodes(self) -> list[list[tuple[Request, int]]]:
+        """The parts of this step that are decoded together. With separate caches (bridge/context.py) these are
+        single tokens of requests in slots that are near each other, or one request's."""
+        parts = self._parts()
+        if self.engine.context.kv_unified:
+            return [parts]
+        runs: list[list[tuple[Request, int]]] = []
+        singles = (part for part in parts if part[1] == 1)
+        for request, n in sorted(singles, key=lambda part: part[0].slot):
+            if runs and request.slot - runs[-1][-1][0].slot <= 1 + MAX_GAP:
+                runs[-1].append((request, n))
+            else:
+                runs.append([(request, n)])
+        return [*runs, *([part] for part in parts if part[1] > 1)]
+
+    def _decode(self, parts: Sequence[tuple[Request, int]]) -> tuple[list[Request], np.ndarray]:
+        """Who draws its next token now, and the logits for it, (requests, n_vocab)."""
+        tokens, positions, slots, outputs, classes = [], [], [], [], []
+        plans: list[Plan | None] = []
+        drawing, filled = [], []
+        for request, n in parts:
+            if slots and not self.engine.context.kv_unified:
+                for slot in range(slots[-1] + 1, request.slot):
+                    filled.append((slot, self._free_position(slot)))
+                    tokens.append(0)
+                    positions.append(filled[-1][1])
+                    slots.append(slot)
+                    outputs.append(False)
+                    plans.append(None)
+                    classes.append(_GENERATION)
             start, request.n_past = request.n_past, request.n_past + n
             taken, request.pending = request.pending[:n], request.pending[n:]
             found = _classes(start, n, request.n_prompt)
@@ -264,9 +315,16 @@ class Loop:
             if not request.pending:
                 drawing.append(request)
         rows = self.engine.context.decode(tokens, positions, slots, outputs, plans=plans, classes=classes)
+        for slot, position in filled:
+            self.engine.context.seq_rm(slot, position)
         return drawing, rows.logits if drawing else np.empty(0)
 
-    def _draw(self, drawing: Sequence[Request], logits: np.ndarray) -> Iterator[Event]:
+    def _free_position(self, slot: int) -> int:
+        """Where a token can stand for one decode, in a sequence that has no part in it."""
+        n = self.cache.length(slot)
+        return n if n < self.engine.context.n_ctx_seq else self.cache.cut(slot, n - 1)
+
+    def _draw(self, drawing: Sequence[Request], logits: np.ndarray) -> list[Event]:
         """Row i of `logits` is the next token of drawing[i]."""
         likeliest = logits.argmax(axis=1).tolist()
         finite = np.isfinite(logits[np.arange(len(likeliest)), likeliest]).tolist()
@@ -290,8 +348,7 @@ class Loop:
             if chunk.finish_reason:
                 self._leave(request)
             events.append((request, chunk))
-        # only now: whoever hears of them may take the context
-        yield from events
+        return events
 
     def _accept(self, request: Request, token: int) -> Chunk:
         """Take a token in. The chunk has a finish reason when it was the last."""

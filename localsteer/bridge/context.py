@@ -76,13 +76,18 @@ class Rows:
 class Context(Handle):
     """A llama_context whose graph can be steered and read, token by token.
 
-    The cache is unified and a decode never exceeds one micro-batch: then the k-th row of every block is the
-    k-th token of the batch (in the last block: the k-th output), which the hook relies on and checks.
+    A decode never exceeds one micro-batch: then the k-th row of every block is the k-th token of the batch (in
+    the last block: the k-th output), which the hook relies on and checks.
+    n_ctx: cells of all sequences together. kv_unified: they share one cache, and prefixes in it. Otherwise
+    each has its own of n_ctx / n_seq_max cells: a token then attends over a fraction of the cells, and a
+    shared prefix is copied. llama.cpp sorts the rows of such a decode by sequence, so a decode takes tokens of
+    one sequence, or one token each of sequences that follow one another: these are sorted already.
     exact: F32 cache and no flash attention, for comparisons; slower.
-    n_ctx: cells shared by all sequences. Raises UnsupportedModelError for models that do not generate text.
+    Raises UnsupportedModelError for models that do not generate text.
     """
 
     _what = "context"
+    kv_unified = True
 
     def __init__(
         self,
@@ -94,8 +99,10 @@ class Context(Handle):
         n_threads: int | None = None,
         exact: bool = False,
         steering: bool = True,
+        kv_unified: bool = True,
     ) -> None:
         self.model = model
+        self.kv_unified = kv_unified
         self.n_ctx = _context_size(model, n_ctx)
         _check_memory(model, self.n_ctx, exact)
         self.n_batch = max(1, min(n_batch, self.n_ctx))
@@ -120,6 +127,7 @@ class Context(Handle):
     def _take(self, pointer: object, free: Callable[[object, Hook | None], object]) -> None:
         self._pointer = pointer
         self._depend_on(self.model, free, pointer, self._hook)
+        self.n_ctx_seq = self.n_ctx if self.kv_unified else lc.llama_n_ctx_seq(pointer)
         self.n_decodes = 0
         self._outputs = np.zeros(0, dtype=np.int64)  # batch index of each output row
         self._memory = lc.llama_get_memory(pointer)
@@ -134,7 +142,7 @@ class Context(Handle):
         params.n_batch = params.n_ubatch = self.n_batch
         params.n_seq_max = self.n_seq_max
         params.n_threads = params.n_threads_batch = self.n_threads
-        params.kv_unified = True
+        params.kv_unified = self.kv_unified
         # the small sliding-window cache forgets what a shared prefix needs, and falls back to permuted rows
         params.swa_full = True
         params.no_perf = True
@@ -265,11 +273,14 @@ class Context(Handle):
         self.model._check_token(int(tokens.max()))
         self._check_seq(int(seq_ids.min()))
         self._check_seq(int(seq_ids.max()))
-        if not 0 <= positions.min() <= positions.max() < self.n_ctx:
+        if not 0 <= positions.min() <= positions.max() < self.n_ctx_seq:
             raise PromptError(
-                f"positions {positions.min()} to {positions.max()} do not fit into a context of {self.n_ctx} "
-                "tokens: shorten the prompt or ask for a larger context."
+                f"positions {positions.min()} to {positions.max()} do not fit into a context of "
+                f"{self.n_ctx_seq} tokens: shorten the prompt or ask for a larger context."
             )
+        steps = np.diff(seq_ids)
+        if not self.kv_unified and steps.any() and (steps != 1).any():
+            raise LocalsteerError("with separate caches a decode takes one sequence, or one token each in order.")
 
     def _check_seq(self, seq: int) -> None:
         # llama.cpp ends the process for a sequence that it does not have
@@ -311,11 +322,16 @@ class Context(Handle):
         self._check_seq(seq)
         return bool(lc.llama_memory_seq_rm(self._live_memory(), seq, p0, p1))
 
-    def seq_cp(self, src: int, dst: int, p0: int = 0, p1: int = -1) -> None:
-        """Share positions [p0, p1) of src with dst, without copying them."""
+    def seq_cp(self, src: int, dst: int, p1: int = -1) -> None:
+        """Let dst, which is empty, begin with positions [0, p1) of src. In a unified cache nothing is copied;
+        between separate ones llama.cpp knows no part: it copies all, at the next decode."""
         self._check_seq(src)
         self._check_seq(dst)
-        lc.llama_memory_seq_cp(self._live_memory(), src, dst, p0, p1)
+        if self.kv_unified:
+            lc.llama_memory_seq_cp(self._live_memory(), src, dst, 0, p1)
+        else:
+            lc.llama_memory_seq_cp(self._live_memory(), src, dst, -1, -1)
+            self.seq_rm(dst, p1 if p1 >= 0 else self.n_ctx_seq)
 
     def _live_memory(self) -> object:
         return self.pointer and self._memory
