@@ -2,14 +2,14 @@
 
     python benchmarks/concurrency.py [--rounds 5] [--threads 2] [-m MODEL.gguf]
 
-Without -m it writes a random llama of 0.4 billion parameters in Q4_0. In the decode phase, with a cache for each
-sequence (`Engine(kv_unified=False)`) and with one that all share: 8 sequences with 8 different plans against 8
-unsteered ones in the same engine, against bare llama.cpp decoding 8 sequences with the same kind of cache, and
-against the same 8 one after another; then a search of 12 settings on 8 prompts, as many sequences at once as
-`localsteer tune` takes, against one reply at a time. What is compared takes turns in one run; medians of
-ratios. Beside them, what bare llama.cpp gains on this machine from the same eight at once: no engine that is
-built on it can gain much more. Last, long prompts: the same 8 with separate caches against a shared one.
-The last line is JSON. Exit status 1 below a bound.
+Without -m it writes a random llama of 0.4 billion parameters in Q4_0. In the decode phase, with a cache for
+each sequence (`Engine(kv_unified=False)`) and with one that all share: 8 sequences with 8 different plans
+against 8 unsteered ones in the same engine, against bare llama.cpp decoding 8 sequences with the same kind of
+cache, and against the same 8 one after another; then a search of 12 settings on 8 prompts, as many sequences
+at once as `localsteer tune` takes, against one reply at a time. What is compared takes turns in one run;
+medians of ratios. Beside them, what bare llama.cpp gains on this machine from the same eight at once: no
+engine that is built on it can gain much more. Last, long prompts: the same 8 with separate caches against a
+shared one. The last line is JSON. Exit status 1 below a bound.
 """
 
 from __future__ import annotations
@@ -126,9 +126,7 @@ def compare_decoding(path: Path, n_threads: int, rounds: int, kv_unified: bool) 
     options = {"n_threads": n_threads, "kv_unified": kv_unified}
     with Engine(path, n_ctx=256, n_seq_max=N_SEQ, **options) as engine:
         texts, steers = prompts(N_SEQ, engine.model.n_vocab), plans(random_vector(engine.model), N_SEQ)
-        with Context(
-            engine.model, n_ctx=engine.n_cells, n_seq_max=N_SEQ, steering=False, **options
-        ) as bare:
+        with Context(engine.model, n_ctx=engine.n_cells, n_seq_max=N_SEQ, steering=False, **options) as bare:
             for done in range(rounds):
                 print(f"round {done + 1} of {rounds}", file=sys.stderr)
                 steered = decode_seconds(engine, texts, steers)

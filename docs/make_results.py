@@ -141,11 +141,11 @@ def _share(rows: Document, condition: str) -> float:
     return fmean(row[condition]["strict"]["accuracy"] for row in rows.values() if condition in row)
 
 
-def _shares(suite: str, prefix: str, *conditions: str) -> Callable[[Document], str]:
-    """Mean over the instructions whose id begins with prefix, for each condition."""
+def _shares(suite: str, pattern: str, *conditions: str) -> Callable[[Document], str]:
+    """Mean over the instructions whose id is like pattern, for each condition."""
 
     def figure(suites: Document) -> str:
-        rows = {id: row for id, row in suites[suite]["instructions"].items() if id.startswith(prefix)}
+        rows = {id: row for id, row in suites[suite]["instructions"].items() if re.fullmatch(pattern, id)}
         return ", ".join(f"{each} {percent(_share(rows, each))}" for each in conditions)
 
     return figure
@@ -174,16 +174,21 @@ STEERED = {
     "middle blocks, all positions (the paper's setting)": _regime("middle, all"),
 }
 SUITES = {
-    "instruction in the prompt": _shares("format", "", "instructed", "both"),
+    "instruction in the prompt": _shares("format", ".*", "instructed", "both"),
     "paraphrases that are followed badly": _paraphrases,
     "mean words, conciseness at growing strength": _words("conciseness"),
     "mean words, verbosity at growing strength": _words("verbosity"),
-    "a word included": _shares("words", "include", "none", "steered", "random", "other"),
-    "a word avoided": _shares("words", "exclude", "none", "steered", "random", "other", "own"),
-    "two instructions at once": _shares(
-        "composition", "", "none", "same block", "different blocks", "random"
+    "a word included": _shares("words", "include.*", "none", "steered", "random", "other"),
+    "a word avoided that the prompt asks for": _shares(
+        "words", "exclude.*:asked", "none", "steered", "random", "other"
     ),
-    "on the base model": _shares("cross-model", "", "none", "own", "instruct", "instructed"),
+    "a word avoided that replies hold by themselves": _shares(
+        "words", "exclude.*(?<!:asked)", "none", "steered", "random", "other", "own"
+    ),
+    "two instructions at once": _shares(
+        "composition", ".*", "none", "same block", "different blocks", "random"
+    ),
+    "on the base model": _shares("cross-model", ".*", "none", "own", "instruct", "instructed"),
 }
 
 

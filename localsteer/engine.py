@@ -78,7 +78,7 @@ class Engine:
             if value is not None and value < 1:
                 raise LocalsteerError(f"{name} must be at least 1, not {value}.")
         if n_cells is not None and not kv_unified:
-            raise LocalsteerError("n_cells is for a unified cache: without one, each sequence has n_ctx tokens.")
+            raise LocalsteerError("n_cells is for a unified cache: without one each sequence has n_ctx.")
         check_threads(n_threads)
         self._closed = False
         self.notice = Notices()

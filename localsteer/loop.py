@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 _GENERATION = int(PositionClass.GENERATION)  # a plain number: an enum costs time at every token
-# With separate caches. A row more costs a decode about half of what a decode more would, so that up to so many idle
-# sequences in a row are decoded with the replies on both sides of them. A copied cache costs all its cells: a
-# prefix below this share of them is read again.
+# With separate caches. Two rows more cost a decode less than a second decode does, so up to so many sequences
+# in a row are decoded for nothing, to join the replies on both sides of them. A copied cache costs all its
+# cells: a prefix below this share of them is read again.
 MAX_GAP = 2
 MIN_COPIED = 1 / 64
 
@@ -256,8 +256,8 @@ class Loop:
     # -- one step -----------------------------------------------------------------------------------
 
     def _parts(self) -> list[tuple[Request, int]]:
-        """Who is decoded in this step, and how many tokens of it: the last token of every reply, and of prompts
-        as much as there is room for."""
+        """Who is decoded in this step, and how many tokens of it: the last token of every reply, and of
+        prompts as much as there is room for."""
         # replies first, so that a long prompt can't starve them; llama.cpp wants a request's tokens together
         self.live.sort(key=lambda request: not request.tokens)
         room = self.engine.context.n_batch
@@ -273,8 +273,8 @@ class Loop:
         return parts
 
     def _decodes(self) -> list[list[tuple[Request, int]]]:
-        """The parts of this step that are decoded together. With separate caches (bridge/context.py) these are
-        single tokens of requests in slots that are near each other, or one request's."""
+        """The parts of this step that are decoded together. With separate caches (bridge/context.py) these
+        are single tokens of requests in slots that are near each other, or tokens of one request."""
         parts = self._parts()
         if self.engine.context.kv_unified:
             return [parts]
@@ -295,9 +295,10 @@ class Loop:
         for request, n in parts:
             if slots and not self.engine.context.kv_unified:
                 for slot in range(slots[-1] + 1, request.slot):
-                    filled.append((slot, self._free_position(slot)))
+                    # any token, after what the slot holds: there is room, the last one drawn is never decoded
+                    filled.append((slot, self.cache.length(slot)))
                     tokens.append(0)
-                    positions.append(filled[-1][1])
+                    positions.append(self.cache.length(slot))
                     slots.append(slot)
                     outputs.append(False)
                     plans.append(None)
@@ -318,11 +319,6 @@ class Loop:
         for slot, position in filled:
             self.engine.context.seq_rm(slot, position)
         return drawing, rows.logits if drawing else np.empty(0)
-
-    def _free_position(self, slot: int) -> int:
-        """Where a token can stand for one decode, in a sequence that has no part in it."""
-        n = self.cache.length(slot)
-        return n if n < self.engine.context.n_ctx_seq else self.cache.cut(slot, n - 1)
 
     def _draw(self, drawing: Sequence[Request], logits: np.ndarray) -> list[Event]:
         """Row i of `logits` is the next token of drawing[i]."""

@@ -257,6 +257,26 @@ def test_memory_of_one_sequence_is_forgotten_and_shared(model: Model, context: C
     np.testing.assert_allclose(again[0], whole[-1], atol=1e-3)
 
 
+def test_with_separate_caches_a_decode_is_one_sequence_or_one_token_each(model: Model) -> None:
+    """Anything else comes in an order of llama.cpp's own, and a row would get another token's steering."""
+    with Context(model, n_ctx=1024, n_seq_max=4, n_threads=1, exact=True, kv_unified=False) as context:
+        assert context.n_ctx_seq == 256
+        whole = run(context).logits
+        context.seq_cp(0, 2, 4)
+        rest = context.decode(TOKENS[4:], range(4, N), [2] * (N - 4), [True] * (N - 4)).logits
+        np.testing.assert_allclose(rest, whole[4:], atol=1e-3)
+        each = context.decode([TOKENS[0]] * 2, [0, N], [1, 2], [True, True], capture=[1]).states[1]
+        alone = context.decode([TOKENS[0]], [0], [3], [True], capture=[1]).states[1]
+        np.testing.assert_allclose(each[0], alone[0], atol=1e-4)
+        assert abs(each[1] - alone[0]).max() > 1e-2
+        for seq_ids in ([0, 2], [1, 0], [0, 0, 1]):
+            n = len(seq_ids)
+            with pytest.raises(LocalsteerError, match="separate caches"):
+                context.decode([1] * n, [99] * n, seq_ids, [True] * n)
+        with pytest.raises(PromptError, match="256 tokens"):
+            context.decode([1], [256], [0], [True])
+
+
 # --- refusals ---
 
 

@@ -20,9 +20,9 @@ POSITIONS = ("all", "prompt", "last", "generation")
 SHORT = {"max_tokens": 12, "sampling": GREEDY}
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_llama):
-    with open_engine(tiny_llama.gguf_path) as engine:
+@pytest.fixture(scope="module", params=[True, False], ids=["shared cache", "separate caches"])
+def engine(request, tiny_llama):
+    with open_engine(tiny_llama.gguf_path, kv_unified=request.param) as engine:
         yield engine
 
 
@@ -150,13 +150,76 @@ def test_a_prefix_is_shared_with_a_reply_that_is_still_running(engine):
     assert tokens == alone(engine, text)
 
 
+def test_a_short_prefix_is_not_worth_copying_a_cache(engine):
+    assert engine.n_ctx == 512
+    tokens = list(range(5, 25))
+    with Scheduler(engine) as scheduler:
+        running = scheduler.submit("", tokens=tokens, max_tokens=60, sampling=GREEDY)
+        next(iter(running))
+        near, far = (scheduler.submit("", tokens=[*tokens[:n], 99, 98], **SHORT) for n in (8, 7))
+        near.result(), far.result()
+        running.cancel()
+    assert near.cached_tokens == 8
+    assert far.cached_tokens == (7 if engine.context.kv_unified else 0)
+
+
+def test_slots_in_a_gap_keep_what_they_hold(engine):
+    """With separate caches an idle slot between two replies has a token decoded in it: it must not stay."""
+    held, first, last = ([k + 1, *range(5, 25)] for k in range(3))
+    with Scheduler(engine) as scheduler:
+        tickets = [scheduler.submit("", tokens=each, **SHORT) for each in (held, first, last)]
+        expected = [ticket.result().tokens for ticket in tickets]
+    loop = Loop(engine)
+
+    def begin(tokens, n):
+        request = new_request(engine, tokens, None, max_tokens=n, sampling=GREEDY, stop=())
+        loop.add(request)
+        list(loop.step())
+        return request
+
+    one, two, three = begin(first, 12), begin(held, 3), begin(last, 12)
+    assert (one.slot, two.slot, three.slot) == (0, 1, 2)
+    n_steps, n_decodes = 0, engine.context.n_decodes
+    while one in loop.live or three in loop.live:
+        list(loop.step())
+        n_steps += 1
+    assert engine.context.n_decodes - n_decodes == n_steps  # the gap is filled: it would be two a step
+    again = begin(held, 12)
+    assert again.n_cached == len(held) - 1
+    while loop.busy:
+        list(loop.step())
+    assert [again.tokens, one.tokens, three.tokens] == expected
+
+
+def test_a_slot_in_a_gap_may_be_full(tiny_llama):
+    with open_engine(tiny_llama.gguf_path, n_ctx=256, n_seq_max=3, kv_unified=False) as engine:
+        loop = Loop(engine)
+        lengths = (20, engine.context.n_ctx_seq - 1, 20)
+        requests = [
+            new_request(engine, [k + 1] * n, None, max_tokens=m, sampling=GREEDY, stop=())
+            for k, (n, m) in enumerate(zip(lengths, (9, 1, 9), strict=True))
+        ]
+        for request in requests:
+            loop.add(request)
+        while loop.busy:
+            events = [event for _, event in loop.step()]
+            assert not any(isinstance(event, LocalsteerError) for event in events)
+        assert [len(request.tokens) for request in requests] == [9, 1, 9]
+
+
+def test_separate_caches_have_no_cells_in_common(tiny_llama):
+    with pytest.raises(LocalsteerError, match="n_cells is for a unified cache"):
+        open_engine(tiny_llama.gguf_path, n_cells=512, kv_unified=False)
+
+
 def test_cells_that_are_shared_are_counted_once(engine):
     cache = CachedSequences(engine.context)
     engine.begin()
     engine.context.decode([1, 2, 3], [0, 1, 2], [0] * 3, [False, False, True])
     cache.append(0, [1, 2, 3], [b""] * 3)
     cache.share(0, 1, 2)
-    assert (cache.n_used, cache.own_cells(0), cache.own_cells(1)) == (3, 1, 0)
+    copied = not engine.context.kv_unified
+    assert (cache.n_used, cache.own_cells(0), cache.own_cells(1)) == ((5, 3, 2) if copied else (3, 1, 0))
     assert cache.common(1, [1, 2, 9], [b""] * 3) == 2
     assert cache.common(1, [1, 2], [b"", b"x"]) == 1
     cache.cut(0, 0)

@@ -191,3 +191,15 @@ def test_signals_end_the_program_cleanly(folder, number, status, handlers, tmp_p
     assert process.returncode == status, err
     assert "Traceback" not in err
     assert f"at {told['url']}" in err
+
+
+def test_each_slot_may_have_a_cache_of_its_own(folder):
+    process, told = start("--vectors", folder, "--no-kv-unified", "-np", 3, "-c", 512)
+    with httpx.Client(base_url=told["url"], timeout=60, trust_env=False) as http:
+        (counts,) = http.get("/health").json()["models"].values()
+        found = http.post("/v1/completions", json=ONE | {"n": 3, "max_tokens": 8, "temperature": 0}).json()
+        process.send_signal(signal.SIGTERM)
+    assert (counts["slots"], counts["cells"]) == (3, 3 * 512)
+    assert len({choice["text"] for choice in found["choices"]}) == 1
+    _out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err

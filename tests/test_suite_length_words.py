@@ -117,21 +117,38 @@ def test_degenerate_replies_count_against_a_setting():
 
 
 def test_words_are_included_and_excluded_beside_their_controls(bench, monkeypatch):
-    monkeypatch.setattr(words, "STRENGTHS", (1.0,))
+    monkeypatch.setattr(words, "STRENGTHS", (1.0, 2.0))
     monkeypatch.setattr(words, "POSITIONS", ("all",))
     monkeypatch.setattr(words, "SWEEP", (1.0, 2.0))
     used = words.words_used(bench)[0][0]
-    report = report_of("words", words, bench, include=["moon", "horse"], exclude=[used])
+    report = report_of("words", words, bench, include=["horse", "music"], exclude=[used])
     rows = report["instructions"]
-    assert set(rows) == {"include_word:moon", "include_word:horse", f"exclude_word:{used}"}
+    asked = {f"exclude_word:{word}:asked" for word in ("horse", "music")}
+    assert set(rows) == {"include_word:horse", "include_word:music", f"exclude_word:{used}", *asked}
     excluded = rows[f"exclude_word:{used}"]
     assert excluded["none"]["strict"]["accuracy"] <= 0.5
     assert excluded["steered"]["strict"]["accuracy"] >= excluded["none"]["strict"]["accuracy"]
-    assert rows["include_word:moon"]["none"]["strict"]["accuracy"] == 0
-    assert rows["include_word:moon"]["instructed"]["strict"]["accuracy"] >= 0.5
+    assert rows["include_word:horse"]["none"]["strict"]["accuracy"] == 0
+    assert rows["include_word:horse"]["instructed"]["strict"]["accuracy"] >= 0.5
+    for name in asked:  # the prompt makes the model say it, and minus the vector of including it wins
+        assert set(rows[name]) == {"none", "steered", "random", "other"}
+        assert rows[name]["none"]["strict"]["accuracy"] <= 0.25
+        assert rows[name]["random"]["strict"]["accuracy"] <= 0.25
+        assert rows[name]["steered"]["strict"]["accuracy"] >= 0.75
     titles = [section["title"] for section in report["sections"]]
-    assert titles == ["Inclusion", "Exclusion", "How much of a vector is about its word"]
+    in_place = "Exclusion of a word that the prompt asks for"
+    assert titles == ["Inclusion", "Exclusion", in_place, "How much of a vector is about its word"]
     assert bench.vector_records()[f"exclude_word:{used}"]["mode"] == "add"
+
+
+def test_prompts_that_ask_for_the_word_are_its_queries(bench):
+    recipe = words.asked_for(bench, "moon")
+    assert recipe.target.verifier == words.FORBIDDEN and recipe.instruction.verifier == words.EXISTENCE
+    for split, plain in (("validation", bench.validation), ("test", bench.test)):
+        asking = recipe.target.queries[split]
+        assert [each.subject for each in asking] == [each.subject for each in plain]
+        for query, short in zip(asking, plain, strict=True):
+            assert query.text.startswith(f"{short.text} ") and "moon" in query.text[len(short.text) :]
 
 
 def test_words_to_exclude_are_those_that_replies_use(bench):

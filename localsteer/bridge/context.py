@@ -76,12 +76,12 @@ class Rows:
 class Context(Handle):
     """A llama_context whose graph can be steered and read, token by token.
 
-    A decode never exceeds one micro-batch: then the k-th row of every block is the k-th token of the batch (in
-    the last block: the k-th output), which the hook relies on and checks.
+    A decode never exceeds one micro-batch: then the k-th row of every block is the k-th token of the batch
+    (in the last block: the k-th output), which the hook relies on and checks.
     n_ctx: cells of all sequences together. kv_unified: they share one cache, and prefixes in it. Otherwise
-    each has its own of n_ctx / n_seq_max cells: a token then attends over a fraction of the cells, and a
-    shared prefix is copied. llama.cpp sorts the rows of such a decode by sequence, so a decode takes tokens of
-    one sequence, or one token each of sequences that follow one another: these are sorted already.
+    each has its own of n_ctx / n_seq_max cells: attention then steps over no other's, and a common prefix is
+    copied. llama.cpp sorts the rows of such a decode by sequence, so it must hold tokens of one sequence, or
+    one token each of sequences that follow one another: these are sorted already.
     exact: F32 cache and no flash attention, for comparisons; slower.
     Raises UnsupportedModelError for models that do not generate text.
     """
@@ -280,7 +280,9 @@ class Context(Handle):
             )
         steps = np.diff(seq_ids)
         if not self.kv_unified and steps.any() and (steps != 1).any():
-            raise LocalsteerError("with separate caches a decode takes one sequence, or one token each in order.")
+            raise LocalsteerError(
+                "with separate caches a decode takes one sequence, or one token each of consecutive ones."
+            )
 
     def _check_seq(self, seq: int) -> None:
         # llama.cpp ends the process for a sequence that it does not have

@@ -75,6 +75,12 @@ MAX_PORT = 65535
     help="Replies that are decoded together. [default: 8]",
 )
 @click.option(
+    "--kv-unified/--no-kv-unified",
+    default=True,
+    help="One KV cache for all replies, or one of the whole context for each: faster with long "
+    "conversations, for more memory. [default: one]",
+)
+@click.option(
     "--max-queue",
     type=click.IntRange(0, 100_000),
     default=64,
@@ -142,7 +148,7 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def _opened(models: Sequence[str], given: dict[str, Any]) -> Iterator[dict[str, Engine]]:
-    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers", "kv_unified")}
     names = model_names(models)
     for model in models:
         model_file(model)  # a slip in the second name should not wait for the first model

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localsteer.catalog import Instruction
+from localsteer.catalog import Instruction, Query
 from localsteer.evaluate.conditions import applied_like, random_control, told_prompts
 from localsteer.evaluate.suites.cells import Cell, Result, applied, checks_of, figures, share_cell
 from localsteer.extract.recipes import WORD_PAIRS, Recipe, exclude_word, include_word
@@ -49,9 +49,9 @@ COMMON = frozenset(_COMMON.split())  # words of grammar: a reply without one of 
 
 @dataclass(frozen=True)
 class Task:
-    """One word, with the vector that was picked for it. kind: INCLUDE, EXCLUDE, or ASKED, where the prompts ask
-    for the word that replies should not hold. own: the vector of the instruction in its own words, for a word
-    to exclude, or None."""
+    """One word, with the vector that was picked for it. kind: INCLUDE, EXCLUDE, or ASKED, where the prompts
+    ask for the word that replies should not hold. own: the vector of the instruction in its own words, for a
+    word to exclude, or None."""
 
     kind: str
     word: str
@@ -152,8 +152,8 @@ def tasks_of(bench: Bench, kind: str, words: Sequence[str]) -> list[Task]:
 
 
 def asked_for(bench: Bench, word: str) -> Recipe:
-    """Minus the vector of including a word, for queries that ask for it: these make a model use a word that it
-    would not use by itself, and steering has to win against the prompt."""
+    """Minus the vector of including a word, for queries that ask for it: these make a model use a word that
+    it would not use by itself, and steering has to win against the prompt."""
     recipe = exclude_word(bench.catalog, word)
     queries = {"validation": bench.validation, "test": bench.test}
     asking = {
