@@ -1,6 +1,6 @@
 """Mixed clients against a real server for minutes: valid, invalid, cancelled and slow, all at once.
 
-    python benchmarks/server_soak.py [--minutes 10] [--clients 12] [-m MODEL.gguf]
+    python benchmarks/server_soak.py [--minutes 10] [--clients 12] [-m MODEL.gguf] [--no-kv-unified]
 
 Starts `localsteer serve` as a process on the bundled model with a few of its vectors. Valid requests must end
 as they should (a lost reply is one without its end), invalid ones be refused with 4xx, cancelled ones free
@@ -58,10 +58,10 @@ def write_vectors(model: Path, folder: Path) -> None:
             vector.at(layer=2, positions="prompt").save(folder / f"{name}.gguf")
 
 
-def start(model: Path, folder: Path, threads: int) -> tuple[subprocess.Popen, str]:
+def start(model: Path, folder: Path, threads: int, *more: str) -> tuple[subprocess.Popen, str]:
     """The server and its address."""
     command = [sys.executable, "-m", "localsteer", "serve", "-m", model, "--vectors", folder, "--port", "0"]
-    command += ["--json", "-t", str(threads), "--max-queue", "8", "--parallel", "4", "--predict", "80"]
+    command += ["--json", "-t", str(threads), "--max-queue", "8", "--parallel", "4", "--predict", "80", *more]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     text = ""
     while not text.endswith("}\n"):
@@ -217,13 +217,15 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-m", "--model", type=Path, help="default: the bundled model")
+    parser.add_argument("--no-kv-unified", action="store_true", help="a cache for each of the slots")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder, model = Path(temporary) / "vectors", Path(temporary) / "soak.gguf"
         folder.mkdir()
         model.symlink_to((args.model or bundled.gguf_path("instruct", "Q8_0")).resolve())
         write_vectors(model, folder)
-        process, url = start(model, folder, args.threads)
+        more = ["--no-kv-unified"] if args.no_kv_unified else []
+        process, url = start(model, folder, args.threads, *more)
         run = Soak(url, time.monotonic() + 60 * args.minutes, args.seed)
         run.folder = folder
         try:

@@ -53,6 +53,20 @@ def test_32_requests_with_mixed_plans_give_the_tokens_of_each_alone(engine):
     assert len({tuple(tokens) for tokens in expected}) > 16
 
 
+def test_separate_caches_on_every_architecture(tiny_model):
+    """The sliding window of gemma2 has a cache of its own, which llama.cpp splits by sequence too."""
+    with (
+        open_engine(tiny_model.gguf_path) as one,
+        open_engine(tiny_model.gguf_path, n_seq_max=6, n_ctx=256, kv_unified=False) as many,
+        Scheduler(many, prefill_chunk=16) as scheduler,
+    ):
+        texts, steers = prompts(12), plans(one, 12)
+        expected = [alone(one, text, steer=steer) for text, steer in zip(texts, steers, strict=True)]
+        pairs = zip(texts, steers, strict=True)
+        tickets = [scheduler.submit(text, steer=steer, **SHORT) for text, steer in pairs]
+        assert [ticket.result().tokens for ticket in tickets] == expected
+
+
 def test_requests_that_join_later_change_nothing(engine):
     first, second = prompts(2)
     steer = [random_vector(engine, 1)]
