@@ -327,11 +327,16 @@ class Engine:
                 on_progress(piece.index + 1, len(sequences))
         return result
 
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+    def score(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[float]:
         """Mean log-probability (natural) of each reply's tokens after its prompt, unsteered.
 
-        pairs: (prompt ids, reply ids). exp(-score) is the reply's perplexity. Raises PromptError for an empty
-        prompt or reply.
+        pairs: (prompt ids, reply ids). exp(-score) is the reply's perplexity. on_progress: called with (pair
+        at work, pairs) after each decode of it. Raises PromptError for an empty prompt or reply.
         """
         for prompt, reply in pairs:
             if not len(prompt) or not len(reply):
@@ -345,6 +350,8 @@ class Engine:
             first = max(piece.start, len(prompt) - 1) + 1 - len(prompt)
             wanted = np.asarray(reply[first : first + outputs.stop - outputs.start], np.int64)
             totals[piece.index] += _log_probabilities(rows.logits[outputs], wanted).sum()
+            if on_progress:
+                on_progress(piece.index + 1, len(pairs))
         return [float(total / len(reply)) for total, (_, reply) in zip(totals, pairs, strict=True)]
 
     # -- decoding ----------------------------------------------------------------------------------

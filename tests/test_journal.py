@@ -227,9 +227,9 @@ class Counting:
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
-    def score(self, pairs):
+    def score(self, pairs, **options):
         self.scored += len(pairs)
-        return self._engine.score(pairs)
+        return self._engine.score(pairs, **options)
 
 
 def ask(engine, prompts=PROMPTS, **options):
@@ -314,6 +314,22 @@ def test_a_check_ends_a_call_between_two_replies_and_what_was_done_is_kept(engin
             ask(Remembered(engine, journal, check=stop_after_two), [*PROMPTS, "d", "e"])
         assert len(journal) == 2
     assert len(ask(engine)) == 4  # no sequence of the call is left behind
+
+
+def test_a_check_ends_a_call_between_two_scores(engine, path):
+    """A large model scores for minutes, and Ctrl-C has to wait for the call."""
+    checked = []
+
+    def stop_at_the_second():
+        checked.append(1)
+        if len(checked) == 2:
+            raise LocalsteerError("the work was stopped.")
+
+    pairs = [([1] * 40, [2] * n) for n in range(1, 20)]
+    with Journal(path, IDENTITY) as journal:
+        with pytest.raises(LocalsteerError, match="stopped"):
+            Remembered(engine, journal, check=stop_at_the_second).score(pairs)
+        assert len(checked) == 2 and not len(journal)
 
 
 def test_workers_that_are_closed_do_not_wait_for_a_call_of_many_replies(tiny_llama, path):

@@ -149,8 +149,8 @@ class Remembered:
     that was cut short is decoded again whole: neighbours in a batch change a reply a little, and a run that
     goes on must end as one that was never stopped.
 
-    stop: stop strings of every greedy reply whose call names none. check: called after each reply; what it
-    raises ends the call. n_decoded: greedy replies that were not in the journal.
+    stop: stop strings of every greedy reply whose call names none. check: called after each reply and each
+    score; what it raises ends the call. n_decoded: greedy replies that were not in the journal.
     """
 
     def __init__(
@@ -210,7 +210,9 @@ class Remembered:
         call = _key(keys)
         missing = set(self._missing(keys, call))
         new = [i for i, key in enumerate(keys) if key in missing]
-        for i, value in zip(new, self._engine.score([pairs[i] for i in new]) if new else [], strict=True):
+        asked = [pairs[i] for i in new]
+        scores = self._engine.score(asked, on_progress=lambda *_: self._check()) if new else []
+        for i, value in zip(new, scores, strict=True):
             self._journal.put(keys[i], {"kind": "score", "score": value, "call": call})
         return [self._journal.get(key)["score"] for key in keys]
 
