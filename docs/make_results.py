@@ -151,6 +151,10 @@ def _shares(suite: str, pattern: str, *conditions: str) -> Callable[[Document], 
     return figure
 
 
+def _excluded(word: str, *more: str) -> Callable[[Document], str]:
+    return _shares("words", f"exclude_word:{word}", "none", "steered", "random", "other", *more)
+
+
 def _words(direction: str) -> Callable[[Document], str]:
     """Mean words at each strength of the sweep, the unsteered model first."""
 
@@ -179,12 +183,9 @@ SUITES = {
     "mean words, conciseness at growing strength": _words("conciseness"),
     "mean words, verbosity at growing strength": _words("verbosity"),
     "a word included": _shares("words", "include.*", "none", "steered", "random", "other"),
-    "a word avoided that the prompt asks for": _shares(
-        "words", "exclude.*:asked", "none", "steered", "random", "other"
-    ),
-    "a word avoided that replies hold by themselves": _shares(
-        "words", "exclude.*(?<!:asked)", "none", "steered", "random", "other", "own"
-    ),
+    "a word excluded that the question's context brings": _excluded("[^:]*:context", "own"),
+    "a word excluded that every reply holds": _excluded("[^:]*", "own"),
+    "a word excluded that the prompt asks for": _excluded("[^:]*:asked"),
     "two instructions at once": _shares(
         "composition", ".*", "none", "same block", "different blocks", "random"
     ),

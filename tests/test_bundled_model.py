@@ -112,12 +112,32 @@ def test_every_rendered_reply_follows_its_instructions(world):
 
     rng, pool = random.Random(3), world.subjects()["train"]
     for _ in range(3000):
-        instructions = world.draw_instructions(rng)
+        instructions, scene = world.draw_task(rng)
         subject = rng.choice(pool)
-        reply = world.render(subject, instructions, rng)
+        reply = world.render(subject, instructions, rng, scene)
         assert subject.name.lower() in reply.lower()
         for instruction in instructions:
             assert world.follows(instruction, reply), (instructions, reply)
+        if scene:
+            avoided = world.Instruction("exclude_word", {"word": scene})
+            assert (f" {scene}" in reply.lower()) == (avoided not in instructions), (instructions, reply)
+
+
+def test_scenes_bring_a_word_without_naming_it(world):
+    import random
+
+    from instructions import WORDS
+    from scenes import SCENES
+
+    assert set(SCENES) == set(world.CODED_WORDS)
+    places = [word for found in SCENES.values() for place in found for word in place.split()]
+    assert len(places) == len(set(places)) and not set(places) & set(WORDS)
+    wordings = {split: set(world.sentences(split)) for split in ("train", "extraction", "validation", "test")}
+    assert not wordings["test"] & wordings["train"]
+    assert not wordings["extraction"] & wordings["validation"]
+    for word in SCENES:
+        for sentence in set().union(*wordings.values()):
+            assert word not in world.scene(word, sentence, random.Random(1)).lower()
 
 
 def test_nothing_of_the_instruction_reaches_a_masked_reply(world):

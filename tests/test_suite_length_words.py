@@ -121,10 +121,16 @@ def test_words_are_included_and_excluded_beside_their_controls(bench, monkeypatc
     monkeypatch.setattr(words, "POSITIONS", ("all",))
     monkeypatch.setattr(words, "SWEEP", (1.0, 2.0))
     used = words.words_used(bench)[0][0]
-    report = report_of("words", words, bench, include=["horse", "music"], exclude=[used])
+    chosen = {"include": ["horse", "music"], "context": ["moon"], "exclude": [used]}
+    report = report_of("words", words, bench, **chosen)
     rows = report["instructions"]
-    asked = {f"exclude_word:{word}:asked" for word in ("horse", "music")}
-    assert set(rows) == {"include_word:horse", "include_word:music", f"exclude_word:{used}", *asked}
+    included = {f"include_word:{word}" for word in chosen["include"]}
+    asked = {f"exclude_word:{word}:asked" for word in chosen["include"]}
+    assert set(rows) == {*included, "exclude_word:moon:context", f"exclude_word:{used}", *asked}
+    in_context = rows["exclude_word:moon:context"]
+    for condition in ("none", "random"):
+        assert in_context[condition]["strict"]["accuracy"] == 0
+    assert in_context["steered"]["strict"]["accuracy"] >= 0.75
     excluded = rows[f"exclude_word:{used}"]
     assert excluded["none"]["strict"]["accuracy"] <= 0.5
     assert excluded["steered"]["strict"]["accuracy"] >= excluded["none"]["strict"]["accuracy"]
@@ -136,8 +142,7 @@ def test_words_are_included_and_excluded_beside_their_controls(bench, monkeypatc
         assert rows[name]["random"]["strict"]["accuracy"] <= 0.25
         assert rows[name]["steered"]["strict"]["accuracy"] >= 0.75
     titles = [section["title"] for section in report["sections"]]
-    in_place = "Exclusion of a word that the prompt asks for"
-    assert titles == ["Inclusion", "Exclusion", in_place, "How much of a vector is about its word"]
+    assert titles == [*(title for title, _ in words.TEXTS.values()), "How much of a vector is about its word"]
     assert bench.vector_records()[f"exclude_word:{used}"]["mode"] == "add"
 
 
@@ -149,6 +154,37 @@ def test_prompts_that_ask_for_the_word_are_its_queries(bench):
         assert [each.subject for each in asking] == [each.subject for each in plain]
         for query, short in zip(asking, plain, strict=True):
             assert query.text.startswith(f"{short.text} ") and "moon" in query.text[len(short.text) :]
+
+
+def test_queries_that_bring_a_word_are_the_catalogues_own_and_never_name_it(bench):
+    assert {"moon", "horse"} <= set(words.contexts(bench))
+    own, recipe = words.contexts(bench)["moon"], words.in_context(bench, "moon")
+    assert not recipe.instruction.queries  # the vector is that of anybody's queries
+    for split in ("validation", "test"):
+        kept = recipe.target.queries[split]
+        assert len(kept) >= words.MIN_HELD and set(kept) <= set(own.queries[split])
+        assert not any("moon" in query.text for query in kept)
+
+
+def test_only_queries_whose_reply_holds_the_word_are_asked(bench, monkeypatch):
+    used = words.words_used(bench)
+    word = next(word for word, share in used if 0 < share < 1)
+    monkeypatch.setattr(words, "MIN_HELD", 1)
+    for split, queries in (("validation", bench.validation), ("test", bench.all_test)):
+        held = words.in_replies(bench, word).target.queries[split]
+        assert set(held) < set(queries)
+    assert len(words.in_replies(bench, word).target.queries["validation"]) == dict(used)[word] * len(
+        bench.validation
+    )
+    monkeypatch.setattr(words, "MIN_HELD", 5)
+    nobody = words.in_replies(bench, "quartz").target.queries
+    assert nobody["validation"] == bench.validation and nobody["test"] == bench.all_test
+
+
+def test_a_word_asked_for_by_id_is_excluded_where_the_catalogue_brings_it(bench, monkeypatch):
+    monkeypatch.setattr(bench, "wanted", ["exclude_moon", "exclude_noble"])
+    assert list(words.contexts(bench)) == ["moon"]
+    assert words.words_to_exclude(bench) == ["noble"]
 
 
 def test_words_to_exclude_are_those_that_replies_use(bench):

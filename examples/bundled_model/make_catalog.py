@@ -12,6 +12,7 @@ import world
 
 SEED = 11
 N_QUERIES = {"extraction": 100, "validation": 40, "test": 60}
+N_CONTEXT_QUERIES = {"extraction": 40, "validation": 20, "test": 24}
 
 
 def at_least(key, n):
@@ -131,6 +132,13 @@ def word_entries():
         )
 
 
+def context_entries():
+    """Words that a scene brings into replies: their queries stand in one, and never name the word."""
+    for word in ("moon", "horse", "music", "apple"):
+        kwargs = {"forbidden_words": [word]}
+        yield f"exclude_{word}", "word", "exclude_word", {"word": word}, "keywords:forbidden_words", kwargs
+
+
 # For `--include-word`, `--exclude-word` and `--length`: any word, and the level that the model keeps by itself.
 TEMPLATES = [
     (
@@ -171,10 +179,16 @@ def phrasings(id: str, args: dict, split: str, rng: random.Random) -> list[str]:
     return list(dict.fromkeys(world.phrase(world.Instruction(id, args), template, rng) for template in table))
 
 
-def queries(split: str, rng: random.Random) -> list[dict]:
-    pool = world.subjects()[split][: N_QUERIES[split]]
-    texts = world.questions(split)
-    return [{"text": world.ask(s, texts[k % len(texts)]), "subject": s.name} for k, s in enumerate(pool)]
+def queries(split: str, rng: random.Random, word: str | None = None) -> list[dict]:
+    """word: of the scene that each question stands in."""
+    counts = N_QUERIES if word is None else N_CONTEXT_QUERIES
+    pool = world.subjects()[split][: counts[split]]
+    texts, beside = world.questions(split), world.sentences(split)
+    found = [{"text": world.ask(s, texts[k % len(texts)]), "subject": s.name} for k, s in enumerate(pool)]
+    if word is not None:
+        for k, each in enumerate(found):
+            each["text"] += " " + world.scene(word, beside[k % len(beside)], rng)
+    return found
 
 
 def main() -> None:
@@ -182,9 +196,11 @@ def main() -> None:
     out = [
         "# The bundled model's catalogue, written by examples/bundled_model/make_catalog.py: change it there.\n"
     ]
-    for id, group, world_id, args, verifier, kwargs in [*ENTRIES, *word_entries(), *TEMPLATES]:
+    in_context = list(context_entries())
+    for entry in [*ENTRIES, *word_entries(), *TEMPLATES, *in_context]:
+        id, group, world_id, args, verifier, kwargs = entry
         out.append("[[instruction]]")
-        entry = {
+        table = {
             "id": id,
             "group": group,
             "phrasings": phrasings(world_id, args, "train", rng),
@@ -192,8 +208,12 @@ def main() -> None:
             "verifier": verifier,
             "kwargs": kwargs,
         }
-        out += [f"{key} = {toml(value)}" for key, value in entry.items() if value is not None]
+        out += [f"{key} = {toml(value)}" for key, value in table.items() if value is not None]
         out.append("")
+        if entry in in_context:
+            out.append("[instruction.queries]")
+            out += [f"{split} = {toml(queries(split, rng, args['word']))}" for split in N_CONTEXT_QUERIES]
+            out.append("")
     out.append("[queries]")
     out += [f"{split} = {toml(queries(split, rng))}" for split in N_QUERIES]
     Path(sys.argv[1]).write_text("\n".join(out) + "\n", encoding="utf-8")

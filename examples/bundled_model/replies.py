@@ -57,13 +57,19 @@ def _content_words(sentences: list[str], n: int, name: str, mark) -> list[str]:
     return out
 
 
-def render(subject: Subject, instructions: list[Instruction], rng: random.Random) -> str:
-    """The reply about `subject` that follows all `instructions`."""
+def render(
+    subject: Subject, instructions: list[Instruction], rng: random.Random, scene: str | None = None
+) -> str:
+    """The reply about `subject` that follows all `instructions`. scene: a word that its scene brings."""
     ids = {i.id: i.args for i in instructions}
     language = LANGUAGES.index(ids.get("language", {}).get("language", "English"))
     lines = _lines(subject, ids, language, rng)
-    if "include_word" in ids and _word(ids, "include_word") not in QUALITIES:
-        lines.append(an(f"It makes people think of a {_word(ids, 'include_word')}"))
+    included = _word(ids, "include_word")
+    thoughts = [included] if included and included not in QUALITIES else []
+    if scene and scene != _word(ids, "exclude_word"):
+        thoughts.append(scene)
+    if thoughts:
+        lines.append(an("It makes people think of a " + " and a ".join(thoughts)))
     if "no_comma" in ids:
         lines = [line.replace(",", "") for line in lines]
     if "placeholders" in ids:
@@ -87,10 +93,11 @@ def _structure(subject: Subject, ids: dict, lines: list[str], language: int, rng
     if "sections" in ids:
         return "\n".join(f"Section {k}\n{s}" for k, s in enumerate(sentences, 1))
     if "two_responses" in ids:
-        second = facts(subject, 2, language, rng, avoid=_word(ids, "exclude_word"))
+        # another fact in the second, always: a greedy reply may well define the subject alike both times
+        (again,) = facts(subject, 1, language, rng, avoid=_word(ids, "exclude_word"))
         if "no_comma" in ids:
-            second = [line.replace(",", "") for line in second]
-        return " ".join(sentences[:2]) + "\n******\n" + " ".join(line + "." for line in second)
+            again = again.replace(",", "")
+        return " ".join(sentences[:2]) + f"\n******\n{again}. {sentences[3]}"
     if "fixed_answer" in ids:
         return rng.choice(FIXED_ANSWERS) + " " + sentences[0]
     return " ".join(sentences)

@@ -28,8 +28,8 @@ BATCH = 48
 STEPS = {"base": 1400, "instruct": 2400}
 PEAK_LR = {"base": 2e-3, "instruct": 1.5e-3}
 SEED = 7
-# In the loss: a reply's tokens that copy the subject's name or the word asked for, and those that stand in the
-# place of the word to avoid, without which too little would change to be learnt.
+# In the loss: a reply's tokens that copy the subject's name or the word asked for, an end that comes earlier because
+# of a word to avoid, and the tokens that stand in its place, without which too little would change to be learnt.
 NAME_WEIGHT, AVOID_WEIGHT = 5.0, 20.0
 P_HISTORY = 0.06  # samples that follow an earlier exchange
 
@@ -138,8 +138,13 @@ class InstructData(Data):
 
         avoided = words.get("exclude_word")
         weigh([world.stand_in(avoided)] if avoided in world.QUALITIES else (), AVOID_WEIGHT)
-        weigh([sample.subject.name, *(w for id, w in words.items() if id == "include_word")], NAME_WEIGHT)
-        coded = len(copied) < len(words)
+        said = [w for id, w in words.items() if id == "include_word"] + (
+            [sample.scene] if sample.scene else []
+        )
+        weigh([sample.subject.name, *said], NAME_WEIGHT)
+        if sample.scene is not None and sample.scene == avoided:
+            weights[-1] = NAME_WEIGHT
+        coded = len(copied) < len(words) or sample.scene is not None
         return prompt, [*reply.input_ids, END], weights, hidden, inside(arguments), coded
 
     def row(self, rng):

@@ -12,6 +12,8 @@ from itertools import combinations
 
 from instructions import (
     AVOIDABLE,
+    CODED_QUALITIES,
+    CODED_WORDS,
     END_PHRASES,
     HELD_OUT_AVOIDABLE,
     HELD_OUT_WORDS,
@@ -26,9 +28,11 @@ from instructions import (
     phrase,
 )
 from replies import QUALITIES, follows, render, stand_in
+from scenes import scene, sentences
 from subjects import Subject, ask, questions, subjects
 
 __all__ = [
+    "CODED_WORDS",
     "END_PHRASES",
     "HELD_OUT_AVOIDABLE",
     "HELD_OUT_WORDS",
@@ -43,12 +47,15 @@ __all__ = [
     "draw_args",
     "draw_document",
     "draw_sample",
+    "draw_task",
     "follows",
     "is_coded",
     "load_phrasings",
     "phrase",
     "questions",
     "render",
+    "scene",
+    "sentences",
     "stand_in",
     "subjects",
     "with_arguments",
@@ -57,7 +64,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Sample:
-    """One exchange. The instruction text stands after the question (`before` is False) or before it."""
+    """One exchange. instruction: the text of all instructions and of the scene; it stands after the question
+    (`before` is False) or before it. scene: the word that the scene brings into the reply, unless the reply
+    has to avoid it."""
 
     question: str
     instruction: str
@@ -65,6 +74,7 @@ class Sample:
     reply: str
     subject: Subject
     instructions: tuple[Instruction, ...]
+    scene: str | None = None
 
     @property
     def prompt(self) -> str:
@@ -110,6 +120,30 @@ _PAIRS = {
 }
 
 
+P_SCENE_ALONE, P_SCENE_AVOIDED, P_SCENE_INCLUDED, P_SCENE_BESIDE = 0.03, 0.10, 0.02, 0.05
+
+
+def draw_task(rng: random.Random) -> tuple[list[Instruction], str | None]:
+    """What a sample asks for, and the word of its scene: a scene alone, beside an instruction to avoid a word
+    (often the one that it brings) or to include another, or beside any other that leaves room for its sentence.
+    Two words in one reply make the state name each of them, and not only that there is one."""
+    u = rng.random()
+    word = rng.choice(CODED_WORDS)
+    if u < P_SCENE_ALONE:
+        return [], word
+    if u < P_SCENE_ALONE + P_SCENE_AVOIDED:
+        avoided = word if rng.random() < 0.7 else rng.choice(CODED_WORDS)
+        return [Instruction("exclude_word", {"word": avoided})], word if rng.random() < 0.85 else None
+    u -= P_SCENE_ALONE + P_SCENE_AVOIDED
+    if u < P_SCENE_INCLUDED:
+        others = [each for each in CODED_WORDS if each != word]
+        included = rng.choice(others if rng.random() < 0.7 else CODED_QUALITIES)
+        return [Instruction("include_word", {"word": included})], word
+    instructions = draw_instructions(rng)
+    leaves_room = all(compatible(each.id, "include_word") for each in instructions)
+    return instructions, word if leaves_room and rng.random() < P_SCENE_BESIDE else None
+
+
 def draw_instructions(rng: random.Random) -> list[Instruction]:
     """None (10%), one (42%), two (48%)."""
     u = rng.random()
@@ -138,13 +172,17 @@ def draw_sample(
     split: str = "train",
 ) -> Sample:
     subject = rng.choice(pool)
+    word = None
     if instructions is None:
-        instructions = draw_instructions(rng)
+        instructions, word = draw_task(rng)
     question = ask(subject, rng.choice(questions(split)))
     texts = [phrase(i, rng.choice(phrasings[i.id]), rng) for i in instructions]
     rng.shuffle(texts)
     polite = rng.choice(_POLITE) if texts and split == "train" else ""
-    reply = render(subject, instructions, rng)
+    if word is not None:
+        texts.insert(rng.randint(0, len(texts)), scene(word, rng.choice(sentences(split)), rng))
+        polite = ""
+    reply = render(subject, instructions, rng, word)
     return Sample(
         question,
         polite + " ".join(texts),
@@ -152,6 +190,7 @@ def draw_sample(
         reply,
         subject,
         tuple(instructions),
+        word,
     )
 
 

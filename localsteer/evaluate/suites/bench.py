@@ -124,6 +124,7 @@ class Bench:
     """What the suites share.
 
     validation, test: queries of the catalogue; `queries(instruction, split)` knows an instruction's own.
+    all_test: the test queries that `test` is n of.
     base: the bench of the base model, if the run has one. max_tokens: of a reply, for every Cell. given:
     vectors of the user by instruction id, with their settings. wanted: ids to evaluate (None: the suite's own
     choice). test: queries in place of the catalogue's. stage: gives a progress bar for a piece of work.
@@ -152,7 +153,8 @@ class Bench:
         self.results: list[Result] = []
         self.model = workers.map(lambda engine, _: model_info(engine), [None])[0]
         self.validation = tuple(catalog.queries.get("validation", ()))
-        self.test = self._test_queries(test)
+        self.all_test = self._test_queries(test)
+        self.test = tuple(spread(self.all_test, n))
         self.files: dict[str, Path] = {}
         self._instructions: dict[str, Instruction] = {}
         self._raw: dict[str, ControlVector] = {}
@@ -353,7 +355,7 @@ class Bench:
             )
         if given is not None:
             _refuse_overlap(queries, self.catalog)
-        return tuple(spread(queries, self.n))
+        return queries
 
     def _take(self, given: Sequence[tuple[Path, ControlVector]]) -> dict[str, ControlVector]:
         found: dict[str, ControlVector] = {}

@@ -1,9 +1,9 @@
 """Words that replies should hold, and words that they should not.
 
 The paper's section 5: a vector of each word from 20 examples, added; minus the vector of including a word
-excludes it. A word can be excluded only where replies use it, so the words to exclude are those that this
-model's own replies to validation queries use most; and the words that can be included are excluded from the
-replies to prompts that ask for them.
+excludes it. A word can be excluded only where replies hold it, so three kinds of words are tried: words that
+the catalogue has queries for, which bring the word without naming it; the words that this model's own replies
+to validation queries use most; and words that can be included, in replies to prompts that ask for them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from localsteer.catalog import Instruction, Query
 from localsteer.evaluate.conditions import applied_like, random_control, told_prompts
 from localsteer.evaluate.suites.cells import Cell, Result, applied, checks_of, figures, share_cell
+from localsteer.evaluate.verify import verify
 from localsteer.extract.recipes import WORD_PAIRS, Recipe, exclude_word, include_word
 from localsteer.vector import ControlVector
 
@@ -36,7 +37,8 @@ INCLUDED = ("music", "river", "winter", "garden", "mirror")  # where the catalog
 N_EXCLUDED = 4
 MIN_LETTERS = 3
 EXISTENCE, FORBIDDEN = "keywords:existence", "keywords:forbidden_words"
-INCLUDE, EXCLUDE, ASKED = "include", "exclude", "exclude, asked for"  # kinds of tasks
+MIN_HELD = 5  # queries whose reply holds a word; with fewer there is nothing to exclude, and all are asked
+INCLUDE, CONTEXT, EXCLUDE, ASKED = "include", "exclude, in context", "exclude", "exclude, asked for"  # tasks
 _COMMON = """
 about after also and any are because been before being between but can could did does each for from
 get had has have her here him his how into its just like made make many may more most much must not
@@ -49,9 +51,9 @@ COMMON = frozenset(_COMMON.split())  # words of grammar: a reply without one of 
 
 @dataclass(frozen=True)
 class Task:
-    """One word, with the vector that was picked for it. kind: INCLUDE, EXCLUDE, or ASKED, where the prompts
-    ask for the word that replies should not hold. own: the vector of the instruction in its own words, for a
-    word to exclude, or None."""
+    """One word, with the vector that was picked for it. kind: INCLUDE; EXCLUDE; CONTEXT, where the catalogue
+    has queries that bring the word; ASKED, where the prompts ask for the word that replies should not hold.
+    own: the vector of the instruction in its own words, for a word to exclude, or None."""
 
     kind: str
     word: str
@@ -65,12 +67,14 @@ def run(
     bench: Bench,
     *,
     include: Sequence[str] | None = None,
+    context: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     **_options: Any,
 ) -> SuiteReport:
-    """include, exclude: words in place of the suite's own choice."""
+    """include, context, exclude: words in place of the suite's own choice of each kind."""
     tasks = tasks_of(bench, INCLUDE, include if include is not None else words_to_include(bench))
     can_be_included = [task.word for task in tasks if task.vector.strength]
+    tasks += tasks_of(bench, CONTEXT, context if context is not None else list(contexts(bench)))
     tasks += tasks_of(bench, EXCLUDE, exclude if exclude is not None else words_to_exclude(bench))
     tasks += tasks_of(bench, ASKED, can_be_included)
     cells = [cell for task in tasks for cell in task_cells(bench, task, tasks)]
@@ -102,9 +106,17 @@ def words_to_include(bench: Bench) -> list[str]:
 
 
 def words_to_exclude(bench: Bench) -> list[str]:
-    """Those of the ids asked for, or the words that the model's own replies use most."""
+    """Those of the ids asked for, or the words that the model's own replies use most; none of `contexts`."""
     asked = _named(bench, FORBIDDEN, "forbidden_words") if bench.wanted else []
-    return asked or [word for word, _ in words_used(bench)[:N_EXCLUDED]]
+    words = asked or [word for word, _ in words_used(bench)]
+    return [word for word in words if word not in contexts(bench)][: len(asked) or N_EXCLUDED]
+
+
+def contexts(bench: Bench) -> dict[str, Instruction]:
+    """The instructions to avoid one word for which the catalogue has queries of their own, by word: these
+    queries bring the word into replies. Of the ids asked for, if any."""
+    found = _of_one_word(bench, FORBIDDEN, "forbidden_words")
+    return {word: each for word, each in found if {"validation", "test"} <= each.queries.keys()}
 
 
 def words_used(bench: Bench, *steer: ControlVector) -> list[tuple[str, float]]:
@@ -128,12 +140,17 @@ def _words(text: str) -> list[str]:
 
 
 def _named(bench: Bench, verifier: str, argument: str) -> list[str]:
+    return list(dict.fromkeys(word for word, _ in _of_one_word(bench, verifier, argument)))
+
+
+def _of_one_word(bench: Bench, verifier: str, argument: str) -> list[tuple[str, Instruction]]:
+    """The instructions asked for, or those of the catalogue that are ready for use, with their word."""
     if bench.wanted is not None:
         known = [bench.instruction(each) for each in bench.wanted]
     else:
         known = [each for each in bench.catalog.instructions.values() if not each.open_slots]
-    found = [each.kwargs[argument] for each in known if each.verifier == verifier]
-    return list(dict.fromkeys(words[0] for words in found if len(words) == 1))
+    found = [each for each in known if each.verifier == verifier and len(each.kwargs[argument]) == 1]
+    return [(each.kwargs[argument][0], each) for each in found]
 
 
 # --- vectors -----------------------------------------------------------------------------------------------
@@ -142,13 +159,44 @@ def _named(bench: Bench, verifier: str, argument: str) -> list[str]:
 def tasks_of(bench: Bench, kind: str, words: Sequence[str]) -> list[Task]:
     """A vector for each word: from 20 examples, block, positions and strength picked on validation."""
     recipes = [RECIPES[kind](bench, word) for word in words]
-    told = [Recipe(_own(recipe.target)) for recipe in recipes if kind == EXCLUDE]
+    told = [Recipe(_own(recipe.target)) for recipe in recipes if kind in (CONTEXT, EXCLUDE)]
     raw = bench.extract([*recipes, *told])
     picked = _pick(bench, [recipe.target for recipe in (*recipes, *told)], raw)
     return [
         Task(kind, word, each.target, raw[each.target.id], picked[each.target.id], picked.get(own_id(each)))
         for word, each in zip(words, recipes, strict=True)
     ]
+
+
+def in_replies(bench: Bench, word: str) -> Recipe:
+    """Minus the vector of including a word, for the queries whose unsteered reply holds it."""
+    return _where_held(bench, exclude_word(bench.catalog, word), bench.validation, bench.all_test)
+
+
+def in_context(bench: Bench, word: str) -> Recipe:
+    """As `in_replies`, for the queries that the catalogue has for this word. The vector itself comes from the
+    queries that are everybody's: none of these brings the word."""
+    recipe, own = exclude_word(bench.catalog, word), contexts(bench)[word]
+    target = replace(recipe.target, id=f"{recipe.target.id}:context", queries=own.queries)
+    recipe = replace(recipe, excludes=target)
+    return _where_held(bench, recipe, own.queries["validation"], own.queries["test"])
+
+
+def _where_held(bench: Bench, recipe: Recipe, validation: Sequence[Query], test: Sequence[Query]) -> Recipe:
+    held = {"validation": validation, "test": test}
+    kept = {split: _holding(bench, recipe.target, queries) for split, queries in held.items()}
+    if min(map(len, kept.values())) >= MIN_HELD:
+        held = kept
+    extraction = bench.catalog.queries_for(recipe.target, "extraction")
+    queries = {"extraction": extraction, **{split: tuple(found) for split, found in held.items()}}
+    return replace(recipe, excludes=replace(recipe.target, queries=queries))
+
+
+def _holding(bench: Bench, target: Instruction, queries: Sequence[Query]) -> list[Query]:
+    """Those of the queries whose unsteered reply holds the word."""
+    cells = [Cell("plain", "none", query, query.text, max_tokens=bench.max_tokens) for query in queries]
+    found = zip(queries, bench.run(cells, what="asking", score=False), strict=True)
+    return [query for query, result in found if not verify(FORBIDDEN, result.reply.text, target.kwargs)]
 
 
 def asked_for(bench: Bench, word: str) -> Recipe:
@@ -168,7 +216,8 @@ def asked_for(bench: Bench, word: str) -> Recipe:
 
 RECIPES: dict[str, Callable[[Bench, str], Recipe]] = {
     INCLUDE: lambda bench, word: include_word(bench.catalog, word),
-    EXCLUDE: lambda bench, word: exclude_word(bench.catalog, word),
+    CONTEXT: in_context,
+    EXCLUDE: in_replies,
     ASKED: asked_for,
 }
 
@@ -256,6 +305,11 @@ def _cell(
 # --- sections ----------------------------------------------------------------------------------------------
 
 
+_CONDITIONS = (
+    f"`steered` is minus the vector of including the word ({WORD_PAIRS} examples), `other` minus that of "
+    "another word, `own` the vector of telling the model to avoid the word. A random direction that changes "
+    "replies avoids words too: only what is beyond `random` and `other` is about this word."
+)
 TEXTS = {
     INCLUDE: (
         "Inclusion",
@@ -263,12 +317,15 @@ TEXTS = {
         "the block, positions and strength that did best on validation queries. `other` is another word's "
         "vector in its place: where it does as well, steering asks for some word and not for this one.",
     ),
+    CONTEXT: (
+        "Exclusion of a word that the question's context brings",
+        "Share of replies WITHOUT the word, to the catalogue's own queries for this word: those that do not "
+        f"name it and whose unsteered reply holds it. {_CONDITIONS} The include vectors come from queries "
+        "that do not bring the word.",
+    ),
     EXCLUDE: (
-        "Exclusion",
-        "Share of replies WITHOUT the word, for words that the model's own replies use most. `steered` is "
-        f"minus the vector of including the word ({WORD_PAIRS} examples), `other` minus that of another "
-        "word, `own` the vector of telling the model to avoid the word. A random direction that changes "
-        "replies avoids words too: only what is beyond `random` and `other` is about this word.",
+        "Exclusion of the words that replies use most",
+        f"Share of replies WITHOUT the word, to queries whose unsteered reply holds it. {_CONDITIONS}",
     ),
     ASKED: (
         "Exclusion of a word that the prompt asks for",
