@@ -128,8 +128,8 @@ def test_words_are_included_and_excluded_beside_their_controls(bench, monkeypatc
     asked = {f"exclude_word:{word}:asked" for word in chosen["include"]}
     assert set(rows) == {*included, "exclude_word:moon:context", f"exclude_word:{used}", *asked}
     in_context = rows["exclude_word:moon:context"]
-    for condition in ("none", "random"):
-        assert in_context[condition]["strict"]["accuracy"] == 0
+    assert set(in_context) == {"none", "steered", "random", "own", "instructed", "both"}  # no other word
+    assert in_context["none"]["strict"]["accuracy"] == 0
     assert in_context["steered"]["strict"]["accuracy"] >= 0.75
     excluded = rows[f"exclude_word:{used}"]
     assert excluded["none"]["strict"]["accuracy"] <= 0.5
@@ -170,12 +170,9 @@ def test_only_queries_whose_reply_holds_the_word_are_asked(bench, monkeypatch):
     used = words.words_used(bench)
     word = next(word for word, share in used if 0 < share < 1)
     monkeypatch.setattr(words, "MIN_HELD", 1)
-    for split, queries in (("validation", bench.validation), ("test", bench.all_test)):
-        held = words.in_replies(bench, word).target.queries[split]
-        assert set(held) < set(queries)
-    assert len(words.in_replies(bench, word).target.queries["validation"]) == dict(used)[word] * len(
-        bench.validation
-    )
+    held = words.in_replies(bench, word).target.queries["validation"]
+    assert set(held) < set(bench.validation)
+    assert len(held) == dict(used)[word] * len(bench.validation)
     monkeypatch.setattr(words, "MIN_HELD", 5)
     nobody = words.in_replies(bench, "quartz").target.queries
     assert nobody["validation"] == bench.validation and nobody["test"] == bench.all_test
