@@ -231,6 +231,15 @@ def test_two_instructions_hold_at_once(bench, monkeypatch):
     assert replies[0][1]["share"] >= 0.5
 
 
+def test_a_case_goes_with_a_word_that_its_own_queries_bring(bench, monkeypatch):
+    monkeypatch.setattr(composition, "PAIRS", ())
+    (pair,) = composition.pairs_of(bench)
+    assert pair.label == "lowercase + exclude_word:moon:context"
+    brought = words.contexts(bench)["moon"].queries
+    assert set(pair.queries(bench, "validation")) <= set(brought["validation"])
+    assert set(pair.queries(bench, "test")) <= set(brought["test"])
+
+
 def test_in_turn_the_second_moves_the_first_by_the_cosine():
     rng = np.random.default_rng(0)
     u = rng.standard_normal(16)

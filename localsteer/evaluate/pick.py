@@ -37,7 +37,7 @@ class Round(NamedTuple):
     n_queries: int
 
 
-# The first round sees every setting; the last is to tell a rare degenerate reply, which few queries may not hold.
+# The first round sees every setting; the last is to tell a rare degenerate reply, which twenty may not hold.
 ROUNDS = (Round(10**6, 2), Round(8, 8), Round(4, 40))
 
 

@@ -21,7 +21,7 @@ from localsteer.errors import LocalsteerError, PlanError
 from localsteer.evaluate.conditions import random_control
 from localsteer.evaluate.pick import FEW_BLOCKS
 from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures, judge_cell, share_cell
-from localsteer.evaluate.suites.words import excluding, words_used
+from localsteer.evaluate.suites.words import contexts, excluding, words_used
 from localsteer.generate import Reply
 from localsteer.plan import Plan, PositionClass
 from localsteer.steering import apply_program
@@ -59,6 +59,11 @@ class Pair:
     @cached_property
     def label(self) -> str:
         return " + ".join(each.id for each in self.instructions)
+
+    def queries(self, bench: Bench, split: str) -> tuple[Query, ...]:
+        """Those of an instruction that has its own, else those of all."""
+        first, second = self.instructions
+        return bench.queries(second if split in second.queries else first, split)
 
     def cell(
         self, bench: Bench, condition: str, query: Query, steer: Sequence[ControlVector] = (), told: int = -1
@@ -109,12 +114,13 @@ def pairs_of(bench: Bench) -> list[Pair]:
 
 
 def _case_and_word(bench: Bench) -> Iterator[Pair]:
-    """The word is one that replies use without the case and with it: a case may change what is said."""
+    """The word is one that the catalogue's own queries for it bring, or one that replies use without the case
+    and with it: a case may change what is said."""
     case = bench.instruction(CASE)
     cased = _on(bench.vectors([case])[CASE])
-    plain, steered = words_used(bench), dict(words_used(bench, cased))
-    if plain:
-        used, _ = max(plain, key=lambda item: min(item[1], steered.get(item[0], 0.0)))
+    steered = dict(words_used(bench, cased))
+    plain = sorted(words_used(bench), key=lambda item: -min(item[1], steered.get(item[0], 0.0)))
+    for used in [*contexts(bench), *(word for word, _ in plain)][:1]:
         word, vector = excluding(bench, used)
         yield Pair((case, word), (cased, _on(vector)))
 
@@ -129,13 +135,13 @@ def _on(vector: ControlVector) -> ControlVector:
 
 def choose(bench: Bench, pairs: Sequence[Pair]) -> list[Pair]:
     """Each pair with the arrangements of both kinds whose replies to validation queries are best."""
-    queries = bench.validation[:N_TRIED]
+    queries = {pair.label: pair.queries(bench, "validation")[:N_TRIED] for pair in pairs}
     tried = [(pair, steer) for pair in pairs for steer in arrangements(*pair.alone)]
-    cells = [pair.cell(bench, "tried", query, steer) for pair, steer in tried for query in queries]
-    results = bench.run(cells, what="choosing blocks", score=False)
-    scores = [
-        sum(map(_is_good, results[k * len(queries) : (k + 1) * len(queries)])) for k in range(len(tried))
+    cells = [
+        pair.cell(bench, "tried", query, steer) for pair, steer in tried for query in queries[pair.label]
     ]
+    results = iter(bench.run(cells, what="choosing blocks", score=False))
+    scores = [sum(_is_good(next(results)) for _ in queries[pair.label]) for pair, _ in tried]
     return [
         replace(pair, same=_best(pair, True, tried, scores), different=_best(pair, False, tried, scores))
         for pair in pairs
@@ -187,6 +193,7 @@ def _best(pair: Pair, same: bool, tried: Sequence[Any], scores: Sequence[int]) -
 
 def pair_cells(bench: Bench, pair: Pair) -> list[Cell]:
     a, b = pair.alone
+    queries = pair.queries(bench, "test")
     controls = [
         random_control(each, bench.plain_mean(), bench.seed + k)
         for k, each in enumerate(pair.same or pair.different)
@@ -197,9 +204,9 @@ def pair_cells(bench: Bench, pair: Pair) -> list[Cell]:
         pair.cell(bench, name, query, steers[name])
         for name in CONDITIONS
         if name in steers
-        for query in bench.test
+        for query in queries
     ]
-    return cells + [pair.cell(bench, "instructed", query, told=i) for i, query in enumerate(bench.test)]
+    return cells + [pair.cell(bench, "instructed", query, told=i) for i, query in enumerate(queries)]
 
 
 # --- sections ----------------------------------------------------------------------------------------------

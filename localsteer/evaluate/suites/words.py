@@ -224,7 +224,7 @@ RECIPES: dict[str, Callable[[Bench, str], Recipe]] = {
 
 def excluding(bench: Bench, word: str) -> tuple[Instruction, ControlVector]:
     """The instruction to avoid one word and minus the vector of including it, picked as the suite does."""
-    recipe = exclude_word(bench.catalog, word)
+    recipe = (in_context if word in contexts(bench) else in_replies)(bench, word)
     picked = _pick(bench, [recipe.target], bench.extract([recipe]))
     return recipe.target, picked[recipe.target.id]
 
