@@ -108,6 +108,18 @@ def test_several_strengths_have_a_map_for_each_of_the_positions(vector):
     assert [line.split() for line in lines].count(["block", "0.5", "1"]) == 2
 
 
+def test_settings_that_the_quick_search_did_not_need_are_dots(vector):
+    """Block 3 is good on every query at both positions, so block 7 can win nothing: it comes last."""
+    given = (vector, "-m", "bundled", "-n", "8", "--blocks", "1-7", "--positions", "prompt", "--max-tokens")
+    quick = tune(*given, "128", "--dry-run", "--quick")
+    rows = {line.split()[0]: line.split()[1:] for line in quick.out.splitlines()[2:9]}
+    assert rows["7"] == ["·"] and rows["1"] != ["·"]
+    full = tune(*given, "128", "--json", "--dry-run").json["vectors"][0]
+    found = tune(*given, "128", "--json", "--dry-run", "--quick").json["vectors"][0]
+    assert found["setting"] == full["setting"]
+    assert all(row["n"] > 0 for row in found["table"]) and len(found["table"]) < len(full["table"]) == 8
+
+
 def test_json_is_one_document(vector):
     document = tune(vector, *SMALL, "--json", "--dry-run").json
     (found,) = document["vectors"]

@@ -79,7 +79,9 @@ class Numbers(click.ParamType):
     metavar="ID_OR_TEXT",
     help="Instead of a file: extract the vector of this instruction, then tune it.",
 )
-@click.option("--quick", is_flag=True, help="A third of the replies: most settings see few queries.")
+@click.option(
+    "--quick", is_flag=True, help="Half of the replies or less: a setting that can't win is not asked on."
+)
 @click.option("-n", "n", default=8, show_default=True, type=click.IntRange(min=1), help="Validation queries.")
 @click.option(
     "--blocks", type=options.Blocks(), metavar="BLOCKS", help="Blocks to try: 12, 3,4 or 3-5. [default: all "
@@ -414,7 +416,7 @@ def _document(job: Job, tuned: Tuned, engine: Remembered, seconds: float) -> dic
         "helps": tuned.helps,
         "setting": None if tuned.setting is None else vars(tuned.setting),
         **{key: tuned.record[key] for key in ("search", "n", "scores", "with_instruction", "advice")},
-        "table": [trial.row() for trial in tuned.trials],
+        "table": [trial.row() for trial in tuned.trials if trial.replies],
         "replies": {"asked": tuned.record["replies"], "new": engine.n_decoded},
         "model": tuned.record["model"],
         "seconds": round(seconds, 1),

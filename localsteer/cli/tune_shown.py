@@ -37,7 +37,7 @@ def _best(tuned: Tuned) -> Any:
     made = table(
         *titles, numbers=("block", "strength", "score", "followed", "degenerate", "kept", "ppl", "n")
     )
-    shown = [trial for trial in tuned.trials if trial.setting is not None][:SHOWN]
+    shown = [trial for trial in tuned.trials if trial.setting is not None and trial.replies][:SHOWN]
     if tuned.setting is None:
         shown.insert(0, tuned.alone)
     else:
@@ -118,7 +118,7 @@ def heatmaps(label: str, tuned: Tuned) -> list[HeatMap]:
         }
         parts = [label, key[0] if several_modes else None, key[1], f"score on {n} queries"]
         title = ", ".join(part for part in parts if part)
-        title += " (quick: on fewer, where a setting was dropped)" if quick else ""
+        title += " (quick: on fewer, or none, where it could not win)" if quick else ""
         maps.append(_heatmap(title, chosen, tuned.setting, several_strengths))
     return maps
 
@@ -127,7 +127,9 @@ def _heatmap(title: str, trials: dict[Setting, Trial], winner: Setting | None, b
     column = (lambda setting: setting.strength) if by_strength else (lambda setting: setting.positions)
     rows = sorted({setting.layer for setting in trials})
     columns = sorted({column(setting) for setting in trials}, key=_rank)
-    found = {(setting.layer, column(setting)): trial.score for setting, trial in trials.items()}
+    found = {
+        (setting.layer, column(setting)): trial.score for setting, trial in trials.items() if trial.replies
+    }
     values = tuple(tuple(found.get((row, each)) for each in columns) for row in rows)
     mark = (rows.index(winner.layer), columns.index(column(winner))) if winner in trials else None
     names = tuple(f"{each:g}" if by_strength else each for each in columns)

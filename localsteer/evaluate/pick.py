@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import PlanError
+from localsteer.evaluate.best_first import best_first, most_runs
 from localsteer.evaluate.judge import Judged, judge, log_perplexities, perplexity, share
 from localsteer.generate import GREEDY
 from localsteer.plan import Plan
@@ -152,7 +153,7 @@ def search(
     queries: Sequence[Query],
     settings: Sequence[Setting],
     *,
-    rounds: Sequence[Round],
+    rounds: Sequence[Round] | None,
     max_tokens: int,
     must_end: bool = False,
     plain: Sequence[Reply] | None = None,
@@ -164,15 +165,16 @@ def search(
 ) -> list[Trial]:
     """The model alone and every setting, in their final order, many of them in one batch.
 
-    One round of all settings is the full search. must_end: as in `judge`. plain: replies of the model alone
-    to `queries`, where they are known. strict: a degenerate reply makes a setting worth nothing, and it is
-    dropped at once: no later reply could mend that. guard: may mark replies of a setting that so far does
-    better than the model alone as degenerate. order: sort key of the last round, `likeliest_first` by
-    default. call_size: replies in one call of the engine, which is what a journal repeats after a kill; None:
-    a round. on_progress: called with (replies, of how many at most).
+    One round of all settings is the full search. rounds None is best first: a setting that can no longer win
+    is not asked on, some are not asked at all, and of equals the lower block wins. must_end: as in `judge`.
+    plain: replies of the model alone to `queries`, where they are known. strict: a degenerate reply makes a
+    setting worth nothing, and it is dropped at once: no later reply could mend that. guard: may mark replies
+    of a setting that so far does better than the model alone as degenerate. order: sort key of the last
+    round, `likeliest_first` by default. call_size: replies in one call of the engine, which is what a journal
+    repeats after a kill; None: a round. on_progress: called with (replies, of how many at most).
     """
     trials = [Trial(setting, strict) for setting in (None, *settings)]
-    total = runs_of(len(trials), len(queries), rounds) - (len(plain) if plain else 0)
+    total = most_asked(len(trials), len(queries), rounds) - (len(plain) if plain else 0)
     advance = Advance(max(1, total), on_progress)
     plans = [None, *(Plan.from_vectors([setting.of(vector)]) for setting in settings)]
 
@@ -197,17 +199,40 @@ def search(
         for i, j in cells:
             trials[i].replies.append(judge(instruction, queries[j], found[i, j], must_end=must_end))
 
-    def rank(live: Sequence[int], keep: int) -> list[int]:
+    def watch(live: Iterable[int]) -> None:
         for i in live:
             if guard and i != 0 and trials[i].score > trials[0].score:
                 guard(trials[i])
-        if keep > 1:
-            live = [i for i in live if i == 0 or not (strict and trials[i].n_degenerate)]
-            return spread_ties(live, [trials[i].score for i in live], keep)
+
+    def settle(live: Sequence[int]) -> list[int]:
         _settle_ties(engine, [trials[i] for i in live])
         return sorted(live, key=lambda i: (order or likeliest_first)(trials[i]))
 
-    found = halve(len(trials), len(queries), rounds, run, rank)
+    def rank(live: Sequence[int], keep: int) -> list[int]:
+        watch(live)
+        if keep > 1:
+            live = [i for i in live if i == 0 or not (strict and trials[i].n_degenerate)]
+            return spread_ties(live, [trials[i].score for i in live], keep)
+        return settle(live)
+
+    def run_to_the_end(cells: Sequence[tuple[int, int]]) -> None:
+        run(cells)
+        watch(i for i in sorted({i for i, _ in cells}) if len(trials[i].replies) == len(queries))
+
+    def failures(i: int) -> int:
+        if strict and trials[i].n_degenerate:
+            return len(queries)
+        return sum(not reply.good for reply in trials[i].replies)
+
+    def level(i: int) -> int:
+        return -1 if i == 0 else trials[i].setting.layer
+
+    if rounds is None:
+        finished = settle(best_first(len(trials), len(queries), run_to_the_end, failures, level))
+        rest = [i for i in range(len(trials)) if i not in finished]
+        found = finished + sorted(rest, key=lambda i: -len(trials[i].replies))
+    else:
+        found = halve(len(trials), len(queries), rounds, run, rank)
     advance.end()
     return [trials[i] for i in found]
 
@@ -271,6 +296,13 @@ def runs_of(n_candidates: int, n_queries: int, rounds: Sequence[Round]) -> int:
         runs += live * max(0, until - done)
         done = max(done, until)
     return runs
+
+
+def most_asked(n_candidates: int, n_queries: int, rounds: Sequence[Round] | None) -> int:
+    """How many replies `search` asks for at most, those of the model alone among them."""
+    if rounds is None:
+        return most_runs(n_candidates, n_queries)
+    return runs_of(n_candidates, n_queries, rounds)
 
 
 def settings_of(

@@ -25,7 +25,7 @@ from localsteer.evaluate.pick import (
     Round,
     Setting,
     Trial,
-    runs_of,
+    most_asked,
     search,
     settings_of,
 )
@@ -53,7 +53,8 @@ WORSE, SAME, BETTER = "worse", "same", "better"
 @dataclass(frozen=True)
 class Tuned:
     """vector: with the settings that won, and `record` as provenance["validation"]; strength 0 when `setting`
-    is None, that is, when nothing did better than the model alone. trials: every setting, the best first.
+    is None, that is, when nothing did better than the model alone. trials: every setting, the best first; one
+    that the quick search did not need has no replies.
 
     scores: of `none`, `steered`, `instructed` (the instruction stands in the prompt) and `both`; None where
     it was not asked. record: JSON-able. advice: what the user should know, a sentence each.
@@ -91,7 +92,7 @@ def tune(
     source: Mapping[str, Any] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Tuned:
-    """Try every setting on every query; with `quick`, most of them on a few (successive halving).
+    """Try every setting on every query; with `quick`, none that can no longer win (best_first.py).
 
     queries: validation ones, all of them used. blocks: 0-based; all of a shallow model, every second one from
     a fifth of the depth on in a deep one. modes: the vector's own by default. strengths: by default 1, and a
@@ -106,8 +107,8 @@ def tune(
     check_arguments(instruction.verifier, instruction.kwargs_for(queries[0].text), prompt=queries[0].text)
     engine.plan(vector)
     settings = grid(vector, blocks, positions, modes or (vector.mode,), strengths)
-    rounds = quick_rounds(len(settings), len(queries)) if quick else (Round(ALL, len(queries)),)
-    n_runs = runs_of(1 + len(settings), len(queries), rounds)
+    rounds = None if quick else (Round(ALL, len(queries)),)
+    n_runs = most_asked(1 + len(settings), len(queries), rounds)
     advance = Advance(n_runs + 2 * len(queries), on_progress)  # the model alone is one of the settings
     natural = Natural.ask(engine, instruction, queries, max_tokens)
     advance.by(natural.n_replies)
@@ -167,17 +168,6 @@ def grid(
             raise PlanError("strength 0 steers nothing: the model alone is tried anyway.")
         setting.of(vector)
     return sorted(dict.fromkeys(found), key=lambda setting: setting.layer)
-
-
-def quick_rounds(n_settings: int, n_queries: int) -> tuple[Round, ...]:
-    """All settings on an eighth of the queries, the best third of them on half, the best few on all.
-
-    A third of the full search's replies. Wrong eliminations cost little: neighbouring blocks do alike, so
-    that some of the good ones pass (simulated and measured in docs/tuning.md).
-    """
-    first, half = max(1, n_queries // 8), max(1, n_queries // 2)
-    third = max(4, math.ceil(n_settings / 3))
-    return Round(ALL, first), Round(third, half), Round(max(3, n_settings // 8), n_queries)
 
 
 def lowest_first(trial: Trial) -> tuple[float, bool, int, float]:
@@ -385,7 +375,7 @@ def _record(
         "advice": list(advice),
         "max_tokens": natural.limit,
         "columns": list(COLUMNS),
-        "table": [_row(trial) for trial in trials],
+        "table": [_row(trial) for trial in trials if trial.replies],
         "tool_version": __version__,
         **source,
     }
