@@ -11,7 +11,7 @@ import pytest
 
 from localsteer import bundled
 from localsteer.catalog import Instruction, Query, load_catalog
-from localsteer.errors import CatalogError, LocalsteerError, MismatchError
+from localsteer.errors import CatalogError, LocalsteerError, MismatchError, PromptError
 from localsteer.evaluate.diff import compare, differences
 from localsteer.evaluate.intervals import N_BOOTSTRAP, certain, clustered, interval
 from localsteer.evaluate.model_judge import kappa
@@ -414,6 +414,15 @@ def test_a_judge_is_compared_with_the_verifier(run, model):
     assert 0 <= rows[-1][4]["share"] <= 1
 
 
+def test_a_judge_that_can_not_spell_the_question_is_refused_before_anything_is_asked(run, real_data):
+    bench, _ = run
+    with (
+        pytest.raises(PromptError, match="craftgpt-chat-5m-f16"),
+        open_judge(real_data / "craftgpt-chat-5m-f16.gguf", bench, n_threads=1),
+    ):
+        pytest.fail("it was opened")
+
+
 def test_kappa_is_agreement_beyond_chance():
     same = [(True, True)] * 5 + [(False, False)] * 5
     assert kappa(same) == 1.0
@@ -448,6 +457,8 @@ def test_lines_of_a_file_are_steered_by_the_vectors_of_their_ids(run, tmp_path):
     assert "1 have no instruction that there is a vector for" in text
     with pytest.raises(LocalsteerError, match="no line has an instruction"):
         suite("ifeval").run(bench, ifeval=write_lines(tmp_path / "g.jsonl", lines[2]))
+    with pytest.raises(LocalsteerError, match="no prompt leaves room for"):
+        suite("ifeval").run(bench, ifeval=write_lines(tmp_path / "h.jsonl", lines[4]))
 
 
 def test_given_vectors_are_used_as_they_are(run, model, tmp_path):

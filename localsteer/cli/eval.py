@@ -39,7 +39,7 @@ MAX_TOKENS = 512
     metavar="NAME",
     help=f"{', '.join(SUITES)}, or all; may be given several times. [default: format]",
 )
-@click.option("--instructions", metavar="ID,ID", help="Only these. [default: the vectors' own, or all]")
+@click.option("-i", "--instructions", metavar="ID,ID", help="Only these. [default: the vectors' own, or all]")
 @click.option(
     "-n",
     default=20,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from localsteer.errors import PromptError
 from localsteer.evaluate.suites.cells import Result
 from localsteer.evaluate.workers import Workers
 
@@ -36,7 +37,7 @@ class ModelJudge:
 
     def verdicts(self, results: Sequence[Result]) -> list[bool | None]:
         """Whether the judge thinks that each reply follows; None where there is no wording to ask about, and
-        for an exchange that is too long for the judge."""
+        for an exchange that is too long for the judge or that its vocabulary can't spell."""
         parts = [results[start : start + CHUNK] for start in range(0, len(results), CHUNK)]
         return [each for part in self.workers.map(self._judge, parts) for each in part]
 
@@ -60,12 +61,9 @@ class ModelJudge:
         return {"title": "The judge", "text": text, "tables": [table], "plots": []}
 
     def _judge(self, engine: Engine, results: Sequence[Result]) -> list[bool | None]:
-        questions = [self._question(result) for result in results]
-        prompts = [None if each is None else engine.prompt_tokens(each) for each in questions]
+        prompts = [_tokens(engine, self._question(result)) for result in results]
         rows = [i for i, each in enumerate(prompts) if each and len(each) + 4 <= engine.n_ctx]
-        answers = [
-            engine.model.tokenize(text, add_special=False, parse_special=False) for text in (*YES, *NO)
-        ]
+        answers = _answers(engine)
         scores = engine.score([(prompts[i], answer) for i in rows for answer in answers])
         found: list[bool | None] = [None] * len(results)
         for k, i in enumerate(rows):
@@ -78,6 +76,23 @@ class ModelJudge:
     def _question(self, result: Result) -> str | None:
         wording = result.cell.wording or self._wording(result.cell.instruction)
         return QUESTION.format(wording=wording, reply=result.reply.text) if wording else None
+
+
+def check_judge(engine: Engine) -> None:
+    """Raises PromptError for a model whose vocabulary can't spell the question or its answers."""
+    engine.prompt_tokens(QUESTION)
+    _answers(engine)
+
+
+def _answers(engine: Engine) -> list[list[int]]:
+    return [engine.model.tokenize(text, add_special=False, parse_special=False) for text in (*YES, *NO)]
+
+
+def _tokens(engine: Engine, question: str | None) -> list[int] | None:
+    try:
+        return None if question is None else engine.prompt_tokens(question)
+    except PromptError:
+        return None
 
 
 def kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:

@@ -86,11 +86,14 @@ def open_bench(
 
 @contextmanager
 def open_judge(path: Path, bench: Bench, *, n_threads: int | None = None) -> Iterator[ModelJudge]:
-    """Another local model, to judge this bench's replies; what it says is kept in out/judge."""
-    from localsteer.evaluate.model_judge import ModelJudge
+    """Another local model, to judge this bench's replies; what it says is kept in out/judge-NAME.
+
+    Raises PromptError, before anything is asked, for one whose vocabulary can't spell the question."""
+    from localsteer.evaluate.model_judge import ModelJudge, check_judge
 
     with ExitStack() as stack:
-        workers = _open_workers(stack, path, bench.out / "judge", Limits(), n_threads)
+        workers = _open_workers(stack, path, bench.out / f"judge-{path.stem}", Limits(), n_threads)
+        workers.map(lambda engine, _: check_judge(engine), [None])
         name = workers.map(lambda engine, _: model_info(engine), [None])[0]["name"]
         yield ModelJudge(workers, name, bench.wording)
 

@@ -100,6 +100,11 @@ def run(bench: Bench, *, ifeval: Path | None = None, **_options: Any) -> SuiteRe
     fitting = _fitting(bench, items)
     plan = {each.number: _matches(bench, each) for each in fitting}
     usable = [each for each in fitting if plan[each.number]]
+    if not fitting:
+        raise LocalsteerError(
+            f"{ifeval}: no prompt leaves room for a reply of {bench.max_tokens} tokens in the model's "
+            "context: allow fewer with --max-tokens."
+        )
     if not usable:
         raise LocalsteerError(
             f"{ifeval}: no line has an instruction that there is a vector for ({len(items)} lines, "
