@@ -7,6 +7,7 @@ refused, never approximated.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -23,6 +24,7 @@ from localsteer.errors import ModelFileError, UnsupportedModelError
 
 from .checkpoint_vocab import read_json, read_vocabulary
 from .keys import MAX_BLOCKS
+from .write import checked
 
 FTYPES = {
     "F32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -342,15 +344,16 @@ def _write(writer: gguf.GGUFWriter, checkpoint: Checkpoint, weights: list[Weight
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for weight in weights:
-            writer.write_tensor_data(_stored_form(checkpoint, weight))
+            writer.write_tensor_data(checked(_stored_form(checkpoint, weight)))
         if extra is not None:
-            writer.write_tensor_data(extra)
+            writer.write_tensor_data(checked(extra))
         writer.close()
         os.replace(part, out_path)
     except OSError as error:
         raise ModelFileError(f"can't write {out_path}: {error.strerror or error}") from error
     finally:
-        writer.close()
+        with contextlib.suppress(OSError):
+            writer.close()
         part.unlink(missing_ok=True)
 
 

@@ -31,7 +31,7 @@ def write_vector(vector: ControlVector, path: str | os.PathLike[str]) -> None:
     _add_statistics(writer, vector)
     _add_provenance(writer, vector.provenance)
     for layer in range(1, vector.n_layer):
-        writer.add_tensor(f"{keys.DIRECTION}{layer}", np.ascontiguousarray(vector.directions[layer]))
+        writer.add_tensor(f"{keys.DIRECTION}{layer}", checked(vector.directions[layer]))
     try:
         _write_atomically(writer, Path(path))
     except OSError as error:
@@ -143,10 +143,24 @@ def _write_atomically(writer: GGUFWriter, path: Path) -> None:
         writer.close()
         os.replace(beside, path)
     finally:
-        writer.close()
+        with contextlib.suppress(OSError):  # a full disk fails here again, with what was left to write
+            writer.close()
         with contextlib.suppress(FileNotFoundError):
             beside.unlink()
     _sync_folder(path.parent)
+
+
+class _Checked(np.ndarray):
+    """An array that gguf's writer writes by Python: numpy's own `tofile` loses what its last flush says, so
+    that on a full disk a file comes out short without an error."""
+
+    def tofile(self, file: Any, *_: Any, **__: Any) -> None:
+        file.write(np.ascontiguousarray(self).data)
+
+
+def checked(array: np.ndarray) -> np.ndarray:
+    """For `GGUFWriter.add_tensor` and `write_tensor_data`: a write that fails raises OSError."""
+    return np.ascontiguousarray(array).view(_Checked)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -210,6 +210,7 @@ def test_an_instruction_that_nothing_can_judge(folder):
     (folder / "own.toml").write_text('[[instruction]]\nid = "rhyme"\nphrasings = ["Rhyme."]\n')
     said = refused("--catalog", "own.toml", "--instructions", "rhyme")
     assert "'rhyme' has no verifier" in said
+    assert "no instruction of own.toml in format" in refused("--catalog", "own.toml")
 
 
 def test_more_queries_than_there_are():
@@ -246,4 +247,7 @@ def test_results_that_are_none(folder, whole):
     assert "bad.json is no results.json" in invoke("eval", "--diff", "bad.json", whole).complaint()
     assert "deep.json is no results.json" in invoke("eval", "--diff", "deep.json", whole).complaint()
     assert "format 99" in invoke("eval", "--diff", whole, "old.json").complaint()
+    study = {"format": 1, "model": {}, "base": None, "settings": {}, "files": {}, "vectors": {}}
+    (folder / "study.json").write_text(json.dumps(study | {"study": "pairs"}))
+    assert "B is no evaluation" in invoke("eval", "--diff", whole, "study.json").complaint()
     assert "no.json can't be read" in invoke("eval", "--diff", whole, "no.json").complaint()

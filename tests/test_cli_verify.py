@@ -241,7 +241,7 @@ def test_a_slip_is_named(args, says):
 
 
 def test_input_that_is_no_text(tmp_path):
-    assert "standard input is not UTF-8 text (byte 2)" in refused("-i", LOWERCASE, input=b"ab\xff")
+    assert "standard input is not UTF-8 text (line 2, byte 3)" in refused("-i", LOWERCASE, input=b"ab\n\xff")
     assert "standard input is not text: it holds a NUL byte (byte 2)" in refused(
         "-i", LOWERCASE, input=b"ab\0"
     )

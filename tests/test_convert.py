@@ -47,6 +47,28 @@ def test_a_vector_is_read_back_to_the_last_bit(tmp_path):
     assert same(ControlVector.load(tmp_path / "v.gguf"), vector)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 0.999])
+def test_a_disk_that_fills_up_leaves_the_file_before_and_nothing_else(tmp_path, share):
+    """Wherever the file is cut, in the tensors too, whose last bytes numpy would lose without an error."""
+    resource = pytest.importorskip("resource", reason="no limit of file sizes here")
+    path, rows = tmp_path / "v.gguf", np.ones((8, 512), np.float32)
+    imported_vector().save(path)
+    before = path.read_bytes()
+    bigger = ControlVector(rows, None, None, None, None, (1,), mode="add")
+    bigger.save(tmp_path / "whole.gguf")
+    size = (tmp_path / "whole.gguf").stat().st_size
+    (tmp_path / "whole.gguf").unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), limits[1]))
+    try:
+        with pytest.raises(VectorFileError, match="can't be written"):
+            bigger.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["v.gguf"]
+
+
 def test_provenance_is_read_back_as_it_was(tmp_path):
     exact_vector().save(tmp_path / "v.gguf")
     assert ControlVector.load(tmp_path / "v.gguf").provenance == PROVENANCE

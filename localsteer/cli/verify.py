@@ -218,7 +218,9 @@ def _decoded(raw: bytes, name: str) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise LocalsteerError(f"{name} is not UTF-8 text (byte {error.start}): convert it first.") from None
+        line = raw.count(b"\n", 0, error.start) + 1
+        where = f"line {line}, byte {error.start}"
+        raise LocalsteerError(f"{name} is not UTF-8 text ({where}): convert it first.") from None
     if "\0" in text:
         raise LocalsteerError(f"{name} is not text: it holds a NUL byte (byte {raw.index(0)}).")
     return text

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from localsteer.errors import LocalsteerError
 from localsteer.evaluate.intervals import certain
 
 IGNORED = ("suites", "seconds", "command", "format")
@@ -16,7 +17,11 @@ RULE = "strict"
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """What can be shown like results: a title, and sections. Two figures differ clearly when the 95%
-    intervals of their shares do not overlap, which is stricter than a test of the difference."""
+    intervals of their shares do not overlap, which is stricter than a test of the difference. Raises
+    LocalsteerError for what is no evaluation, as a study."""
+    for name, each in (("A", a), ("B", b)):
+        if not isinstance(each.get("suites"), Mapping):
+            raise LocalsteerError(f"{name} is no evaluation: give two runs of `localsteer eval`.")
     sections = [_settings(a, b)]
     for name in [*a["suites"], *(name for name in b["suites"] if name not in a["suites"])]:
         both = a["suites"].get(name), b["suites"].get(name)

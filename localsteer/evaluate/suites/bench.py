@@ -185,11 +185,17 @@ class Bench:
 
     def instructions(self, groups: Sequence[str]) -> list[Instruction]:
         """The ones asked for; else those of the given vectors; else the catalogue's of these groups that have
-        a verifier and need no slot. Raises CatalogError for one without a verifier."""
+        a verifier and need no slot. Raises CatalogError for one without a verifier, and for none."""
         ids = self.wanted if self.wanted is not None else list(self.given)
         if not ids:
             found = [each for each in self.catalog.instructions.values() if each.group in groups]
-            return [each.fill() for each in found if each.verifier and not _lacks_slots(each)]
+            usable = [each.fill() for each in found if each.verifier and not _lacks_slots(each)]
+            if not usable:
+                raise CatalogError(
+                    f"no instruction of {self.catalog.source} in {' or '.join(groups)} has a verifier, so "
+                    "nothing tells whether replies follow: give one (`verifier = ...`), or another --catalog."
+                )
+            return usable
         chosen = [self.instruction(each) for each in ids]
         for each in chosen:
             if each.verifier is None:
