@@ -452,6 +452,7 @@ def test_lines_of_a_file_are_steered_by_the_vectors_of_their_ids(run, tmp_path):
     assert row["none"]["strict"]["accuracy"] == 0.0
     assert row["steered"]["strict"]["accuracy"] == 1.0
     assert row["steered"]["settings"]["name"] == "json"
+    assert row["random"]["n"] == 1 and row["random"]["strict"]["accuracy"] == 0.0
     text = report["sections"][0]["text"]
     assert "3 of 5 lines are asked. 1 are too long" in text
     assert "1 have no instruction that there is a vector for" in text

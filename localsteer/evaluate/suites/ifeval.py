@@ -3,7 +3,8 @@
     {"prompt": ..., "instruction_id_list": [...], "kwargs": [{...}, ...], "prompt_without_instruction": ...}
 
 Each line is judged by its own ids and arguments. Without `prompt_without_instruction` (or where it is null)
-there is no unsteered or steered reply to compare, only `instructed` and `both`.
+there is no unsteered or steered reply to compare, only `instructed` and `both`. The control `random` has
+random directions of equal norm in the vectors' places; where nothing is applied there is none.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError, LocalsteerError, PlanError
-from localsteer.evaluate.conditions import applied_like
+from localsteer.evaluate.conditions import applied_like, random_control
 from localsteer.evaluate.suites.cells import Cell, Check, applied
 from localsteer.evaluate.verify import check_arguments
 from localsteer.plan import Plan
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 NAME = "ifeval"
 TITLE = "IFEval-form prompts"
-CONDITIONS = ("none", "steered", "instructed", "both")
+CONDITIONS = ("none", "steered", "random", "instructed", "both")
 SEVERAL = "several at once"
 CASELESS = ("section_spliter",)  # arguments that a vector need not have in the same case
 
@@ -126,6 +127,9 @@ def run(bench: Bench, *, ifeval: Path | None = None, **_options: Any) -> SuiteRe
 def _cells(bench: Bench, item: Item, steer: tuple[ControlVector, ...]) -> list[Cell]:
     query = Query(item.base or item.prompt)
     asked = {"none": (item.base, ()), "steered": (item.base, steer)}
+    if steer:
+        controls = (random_control(each, bench.plain_mean(), bench.seed + k) for k, each in enumerate(steer))
+        asked["random"] = (item.base, tuple(controls))
     asked |= {"instructed": (item.prompt, ()), "both": (item.prompt, steer)}
     return [
         Cell(item.label, name, query, prompt, vectors, item.checks, bench.max_tokens, wording=item.prompt)
