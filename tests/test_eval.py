@@ -492,7 +492,9 @@ def test_instruct_vectors_are_tried_on_the_base_model(model, tmp_path):
     with open_bench(model, CATALOG, tmp_path, **options) as bench:
         assert bench.base.workers.map(lambda engine, _: engine.template.is_fallback, [None]) == [True]
         report = suite("cross-model").run(bench)
-    assert report["conditions"] == ["none", "own", "instruct", "random", "instructed"]
+    # no setting makes the base answer in JSON: nothing is applied, which is said, and there is no control
+    assert report["conditions"] == ["none", "own", "instruct", "instructed"]
+    assert "for 1 of its own vectors and for 1 of the instruct model's" in report["sections"][0]["text"]
     assert report["instructions"]["json"]["none"]["quality"]["degenerate"] == 0
     assert [section["title"] for section in report["sections"]] == [
         "Whose vectors lift the base model",

@@ -48,7 +48,8 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
     own = base.vectors(instructions)
     cells = [cell for each in instructions for cell in _cells(base, each, own[each.id], theirs[each.id])]
     results = base.run(cells, what="base model: comparing vectors")
-    sections = [_compared(results), _alike(instructions, base.raw(instructions), carried, results)]
+    idle = [sum(not applied(each) for each in found.values()) for found in (own, theirs)]
+    sections = [_compared(results, *idle), _alike(instructions, base.raw(instructions), carried, results)]
     return {"title": TITLE, **base.tables(results, CONDITIONS), "sections": sections}
 
 
@@ -87,6 +88,7 @@ def _cells(base: Bench, instruction: Instruction, own: ControlVector, theirs: Co
             wording=instruction.phrasings[i % len(instruction.phrasings)],
         )
         for name in CONDITIONS
+        if name != "random" or steers["random"]  # where nothing is applied there is nothing to control for
         for i, query in enumerate(queries)
     ]
 
@@ -99,8 +101,11 @@ def _of(results: Sequence[Result], condition: str, instruction: str | None = Non
     ]
 
 
-def _compared(results: Sequence[Result]) -> dict[str, Any]:
-    """Whether the instruct model's vectors lift the base more than its own do, in numbers and in words."""
+def _compared(results: Sequence[Result], own_idle: int, instruct_idle: int) -> dict[str, Any]:
+    """Whether the instruct model's vectors lift the base more than its own do, in numbers and in words.
+
+    own_idle, instruct_idle: for how many instructions no setting was any better than the model alone.
+    """
     names = list(dict.fromkeys(each.cell.instruction for each in results))
     rows = [_row(name, *(_of(results, kind, name) for kind in ("none", "own", "instruct"))) for name in names]
     together = _row("all", *(_of(results, kind) for kind in ("none", "own", "instruct")))
@@ -116,6 +121,12 @@ def _compared(results: Sequence[Result]) -> dict[str, Any]:
         else f"less than the {100 * BAR:.0f} points that were looked for; the next section shows what is "
         "there to be steered."
     )
+    if own_idle or instruct_idle:
+        text += (
+            f" Of {len(names)} instructions, no setting did better than the base model alone for {own_idle} "
+            f"of its own vectors and for {instruct_idle} of the instruct model's: there nothing is applied, "
+            "and there is no control."
+        )
     table = {
         "columns": ["instruction", "none", "own", "instruct", "instruct - own"],
         "rows": [*rows, together],
