@@ -198,8 +198,10 @@ def _tuning_rows(vector: ControlVector) -> list[Mapping[str, Any]]:
     """The settings that were tried, as first use (a list) or `tune` (a table with columns) keeps them."""
     kept = vector.provenance.get("validation") or ()
     if isinstance(kept, Mapping):
-        columns = kept.get("columns") or ()
+        columns, n = kept.get("columns") or (), kept.get("n")
         kept = [dict(zip(columns, row, strict=False)) for row in kept.get("table") or ()]
+        # the quick search leaves settings after a few replies: nobody saw whether others would have looped
+        kept = [row for row in kept if row.get("n", n) == n]
     return [row for row in kept if isinstance(row, Mapping) and isinstance(row.get("strength"), (int, float))]
 
 

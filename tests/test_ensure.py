@@ -161,6 +161,9 @@ def test_bounds_are_what_tuning_tried(vectors):
     assert bounds_of(kept(vector, worse)) == (0.8, 1.0)
     table = {"columns": list(rows(1)[0]), "table": [list(row.values()) for row in rows(0.9, 1.4)]}
     assert bounds_of(kept(vector, table)) == (0.9, 1.4)
+    seen = [row | {"n": n} for row, n in zip(rows(0.9, 1.4, 2.0), (8, 8, 2), strict=True)]
+    quick = {"n": 8, "columns": list(seen[0]), "table": [list(row.values()) for row in seen]}
+    assert bounds_of(kept(vector, quick)) == (0.9, 1.4)
     assert bounds_of(kept(vector, {"table": "broken"})) == (0.5, 1.5)
 
 

@@ -220,6 +220,20 @@ def test_settings_that_only_degenerate_replies_ruled_out_are_named() -> None:
     assert "block 1" in tuned.advice[1] and "88% good, 1 of 8 locked at its start" in tuned.advice[1]
 
 
+def test_settings_that_the_quick_search_left_early_are_not_said_to_have_been_spoilt() -> None:
+    """Block 1 follows once and loops once of its first two, no more often than the model alone in the end."""
+
+    def spoils(edit, name, _told):
+        if edit is None or edit.layer != 1:
+            return PLAIN.format(name).lower() if edit is None and name in NAMES[5:] else None
+        return LOOP if name == NAMES[1] else PLAIN.format(name).lower() if name == NAMES[0] else None
+
+    for quick in (False, True):
+        tuned = tune(Planted(lambda _edit, _told: False, spoils), vector(), LOWERCASE, QUERIES, quick=quick)
+        assert tuned.setting is None
+        assert not any("not without degenerate replies" in line for line in tuned.advice)
+
+
 def test_a_model_that_loops_by_itself_is_said_to() -> None:
     tuned = tune(
         Planted(told_or_at(1), lambda _edit, name, _told: LOOP if name == "hare" else None),

@@ -80,7 +80,7 @@ class Numbers(click.ParamType):
     help="Instead of a file: extract the vector of this instruction, then tune it.",
 )
 @click.option(
-    "--quick", is_flag=True, help="Half of the replies or less: a setting that can't win is not asked on."
+    "--quick", is_flag=True, help="A third of the replies as a rule: what can hardly win is not asked on."
 )
 @click.option("-n", "n", default=8, show_default=True, type=click.IntRange(min=1), help="Validation queries.")
 @click.option(

@@ -329,8 +329,11 @@ def _advice_when_told(scores: Mapping[str, float | None], n: int) -> list[str]:
 
 
 def _spoilt(trials: Sequence[Trial], none: float) -> list[str]:
-    """Of settings that would have won, had it not been for their degenerate replies."""
-    found = [trial for trial in trials if trial.setting and trial.n_degenerate and _share(trial) > none]
+    """Of settings that would have won, had it not been for their degenerate replies; one that the quick
+    search left after a few replies tells nothing of that."""
+    n = max(len(trial.replies) for trial in trials)
+    asked = [trial for trial in trials if trial.setting and len(trial.replies) == n]
+    found = [trial for trial in asked if trial.n_degenerate and _share(trial) > none]
     if not found:
         return []
     best = max(found, key=_share)
