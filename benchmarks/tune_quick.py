@@ -39,11 +39,12 @@ MAX_TOKENS = 128
 
 
 def compare(
-    engine: Engine, catalog: Catalog, instruction: Instruction, n: int, test: Sequence[Query]
+    engine: Engine, catalog: Catalog, instruction: Instruction, n: int, n_test: int
 ) -> dict[str, Any]:
     """One instruction: `full`, `quick` and their test scores."""
     vector = extract(engine, instruction, catalog.queries_for(instruction, "extraction"), mode="project")
     queries = spread(catalog.queries_for(instruction, "validation"), n)
+    test = spread(catalog.queries_for(instruction, "test"), n_test)
     row: dict[str, Any] = {"instruction": instruction.id}
     for name in ("full", "quick"):
         remembering = Remembered(engine, Journal(None, {}))  # in memory, one for each: both have to decode
@@ -178,10 +179,11 @@ def main() -> int:
     started = time.perf_counter()
     catalog = load_catalog(bundled.CATALOG)
     chosen = _chosen(catalog, options.instructions)
-    test = spread(catalog.queries["test"], options.test)
     path = bundled.gguf_path("instruct", options.quant)
     with Workers(path, options.workers, n_ctx=N_CTX, n_seq_max=N_SEQ_MAX) as workers:
-        rows = workers.map(lambda engine, each: compare(engine, catalog, each, options.n, test), chosen)
+        rows = workers.map(
+            lambda engine, each: compare(engine, catalog, each, options.n, options.test), chosen
+        )
     simulated = simulate(SIMULATED, options.n)
     machine = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}"
     queries = f"{options.n} validation and {options.test} test queries"

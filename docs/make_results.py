@@ -1,7 +1,7 @@
 """Writes the tables of measured figures in docs/ from docs/results/: python docs/make_results.py
 
 Each stands between the marks `<!-- NAME begin -->` and `<!-- NAME end -->` of its page. The text around it is
-written by hand and names no figure that changes when the results are made again.
+written by hand: read it again when the results are made again.
 """
 
 from __future__ import annotations
@@ -145,8 +145,10 @@ def _regime(name: str) -> Callable[[Document], str]:
     return figure
 
 
-def _share(rows: Document, condition: str) -> float:
-    return fmean(row[condition]["strict"]["accuracy"] for row in rows.values() if condition in row)
+def _share(rows: Document, condition: str) -> str:
+    """The mean; where no setting of an instruction won it has no controls, and how many have is said."""
+    found = [row[condition]["strict"]["accuracy"] for row in rows.values() if condition in row]
+    return percent(fmean(found)) + (f" ({len(found)} of {len(rows)})" if len(found) < len(rows) else "")
 
 
 def _shares(suite: str, pattern: str, *conditions: str) -> Callable[[Document], str]:
@@ -154,7 +156,7 @@ def _shares(suite: str, pattern: str, *conditions: str) -> Callable[[Document], 
 
     def figure(suites: Document) -> str:
         rows = {id: row for id, row in suites[suite]["instructions"].items() if re.fullmatch(pattern, id)}
-        return ", ".join(f"{each} {percent(_share(rows, each))}" for each in conditions)
+        return ", ".join(f"{each} {_share(rows, each)}" for each in conditions)
 
     return figure
 

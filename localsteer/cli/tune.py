@@ -132,8 +132,8 @@ def command(vectors: tuple[str, ...], model: str, as_json: bool, **given: Any) -
 
     A reply counts when the file's verifier passes it and it names the query's subject. A setting with one
     degenerate reply (empty, looping, without end, or far less probable than anything the model says by
-    itself) scores 0. The model alone wins ties, then the lower block. Every score is measured twice, without
-    the instruction in the prompt and with it: steering can spoil what the model does when it is told.
+    itself) scores 0. The model alone wins ties, then the lower block. The winner is measured with the
+    instruction in the prompt, too: steering can spoil what the model does when it is told.
 
     Replies are kept in the cache folder as they come: a search that was stopped goes on where it was.
 

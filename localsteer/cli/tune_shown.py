@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SHARES = {"low": 0.0, "high": 1.0, "form": "{:.0%}"}  # the colours and figures of a heat map
 TITLE_CHARACTERS = 8  # in an inch of a picture
-SHOWN = 8  # settings in the table; all of them are in the heat map, in --json and in the file
+SHOWN = 8  # settings in the table; all that were asked are in the heat map, in --json and in the file
 
 
 def show(label: str, tuned: Tuned) -> None:
@@ -118,7 +118,7 @@ def heatmaps(label: str, tuned: Tuned) -> list[HeatMap]:
         }
         parts = [label, key[0] if several_modes else None, key[1], f"score on {n} queries"]
         title = ", ".join(part for part in parts if part)
-        title += " (quick: on fewer, or none, where it could not win)" if quick else ""
+        title += " (quick: on fewer, or none, where it could hardly win)" if quick else ""
         maps.append(_heatmap(title, chosen, tuned.setting, several_strengths))
     return maps
 

@@ -2,7 +2,7 @@
 
 What a candidate has failed so far bounds what it can end with. One that can no longer beat the best of those
 that are finished is left where it is, so that the winner is the one that all pairs would have shown. The
-better the best is, the less is asked.
+better the best is, the less is asked. Where nothing is good, a few go on and the rest is given up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def best_first(
     level: Callable[[int], int],
     most: float = MOST,
 ) -> list[int]:
-    """The candidates that were tried on every query; the best is among them, with all that equal it.
+    """The candidates that were tried on every query; the best as a rule is, with all that equal it.
 
     run: tries (candidate, query) pairs, each once. failures: of a candidate so far; as many as there are
     queries where it is out. level: of equals the lowest wins, the others need not be finished. Candidate 0

@@ -165,13 +165,14 @@ def search(
 ) -> list[Trial]:
     """The model alone and every setting, in their final order, many of them in one batch.
 
-    One round of all settings is the full search. rounds None is best first: a setting that can no longer win
-    is not asked on, some are not asked at all, and of equals the lower block wins. must_end: as in `judge`.
+    One round of all settings is the full search. rounds None is best first: a setting that can hardly win is
+    not asked on, some are not asked at all, and those that were finished come first. must_end: as in `judge`.
     plain: replies of the model alone to `queries`, where they are known. strict: a degenerate reply makes a
-    setting worth nothing, and it is dropped at once: no later reply could mend that. guard: may mark replies
-    of a setting that so far does better than the model alone as degenerate. order: sort key of the last
-    round, `likeliest_first` by default. call_size: replies in one call of the engine, which is what a journal
-    repeats after a kill; None: a round. on_progress: called with (replies, of how many at most).
+    setting worth nothing. guard: may mark replies of a setting that has done better than the model alone as
+    degenerate, once it is finished. order: sort key of the finished ones, `likeliest_first` by default; best
+    first needs one by which of equals the lower block wins. call_size: replies in one call of the engine at
+    most, which is what a journal repeats after a kill. on_progress: called with (replies, of how many at
+    most).
     """
     trials = [Trial(setting, strict) for setting in (None, *settings)]
     total = most_asked(len(trials), len(queries), rounds) - (len(plain) if plain else 0)
@@ -199,23 +200,22 @@ def search(
         for i, j in cells:
             trials[i].replies.append(judge(instruction, queries[j], found[i, j], must_end=must_end))
 
-    def watch(live: Iterable[int]) -> None:
-        for i in live:
-            if guard and i != 0 and trials[i].score > trials[0].score:
-                guard(trials[i])
-
     def settle(live: Sequence[int]) -> list[int]:
         _settle_ties(engine, [trials[i] for i in live])
         return sorted(live, key=lambda i: (order or likeliest_first)(trials[i]))
 
+    def watch(finished: Iterable[int]) -> None:
+        for i in finished:
+            if guard and i != 0 and trials[i].score > trials[0].score:
+                guard(trials[i])
+
     def rank(live: Sequence[int], keep: int) -> list[int]:
-        watch(live)
         if keep > 1:
-            live = [i for i in live if i == 0 or not (strict and trials[i].n_degenerate)]
             return spread_ties(live, [trials[i].score for i in live], keep)
+        watch(live)
         return settle(live)
 
-    def run_to_the_end(cells: Sequence[tuple[int, int]]) -> None:
+    def run_and_watch(cells: Sequence[tuple[int, int]]) -> None:
         run(cells)
         watch(i for i in sorted({i for i, _ in cells}) if len(trials[i].replies) == len(queries))
 
@@ -228,9 +228,9 @@ def search(
         return -1 if i == 0 else trials[i].setting.layer
 
     if rounds is None:
-        finished = settle(best_first(len(trials), len(queries), run_to_the_end, failures, level))
+        finished = settle(best_first(len(trials), len(queries), run_and_watch, failures, level))
         rest = [i for i in range(len(trials)) if i not in finished]
-        found = finished + sorted(rest, key=lambda i: -len(trials[i].replies))
+        found = finished + sorted(rest, key=lambda i: (-trials[i].score, -len(trials[i].replies)))
     else:
         found = halve(len(trials), len(queries), rounds, run, rank)
     advance.end()
@@ -266,9 +266,8 @@ def halve(
     """Successive halving: candidates in their final order, those that stayed longest first.
 
     run: tries (candidate, query) pairs, each once. rank: orders candidates that were tried on the same
-    queries, the best first; its second argument is how many of them matter from here on, and those that it
-    leaves out are not tried again. Candidate 0 (the model alone) stays to the end: what wins is compared
-    with it.
+    queries, the best first; its second argument is how many of them matter from here on. Candidate 0 (the
+    model alone) stays to the end: what wins is compared with it.
     """
     live, dropped = list(range(n_candidates)), []
     done = 0
@@ -282,9 +281,7 @@ def halve(
         if cells:
             run(cells)
         done = max(done, until)
-        ranked = rank(live, next_keep)
-        dropped = [i for i in live if i not in ranked] + dropped
-        live = ranked
+        live = rank(live, next_keep)
     return live + dropped
 
 

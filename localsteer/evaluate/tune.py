@@ -53,8 +53,8 @@ WORSE, SAME, BETTER = "worse", "same", "better"
 @dataclass(frozen=True)
 class Tuned:
     """vector: with the settings that won, and `record` as provenance["validation"]; strength 0 when `setting`
-    is None, that is, when nothing did better than the model alone. trials: every setting, the best first; one
-    that the quick search did not need has no replies.
+    is None, that is, when nothing did better than the model alone. trials: every setting, the best first;
+    after the finished ones those that the quick search left, some of them without replies.
 
     scores: of `none`, `steered`, `instructed` (the instruction stands in the prompt) and `both`; None where
     it was not asked. record: JSON-able. advice: what the user should know, a sentence each.
@@ -92,7 +92,7 @@ def tune(
     source: Mapping[str, Any] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Tuned:
-    """Try every setting on every query; with `quick`, none that can no longer win (best_first.py).
+    """Try every setting on every query; with `quick`, few of those that can hardly win (best_first.py).
 
     queries: validation ones, all of them used. blocks: 0-based; all of a shallow model, every second one from
     a fifth of the depth on in a deep one. modes: the vector's own by default. strengths: by default 1, and a
