@@ -1,8 +1,9 @@
 """Makes the files of docs/results/ again: python docs/record_results.py [NAME ...]
 
 Each of COMMANDS runs as a user would run it, in the checkout; what it leaves is kept but for the replies and
-vectors, which are large and made again by the same command. About three quarters of an hour on two cores, so name what is
-wanted. benchmarks/bundled_model.py writes its own page. docs/make_results.py then makes the tables.
+vectors, which are large and made again by the same command. About three quarters of an hour on two cores, so
+name what is wanted. benchmarks/bundled_model.py writes its own page. docs/make_results.py then makes the
+tables.
 """
 
 from __future__ import annotations

@@ -89,11 +89,11 @@ def test_c_is_strength_times_the_direction_s_length(bench):
 @pytest.mark.parametrize(
     ("mean", "n_monotone", "said"),
     [
-        ([20, 21, 30, 40, 50], 4, "rise monotonically with"),
-        ([20, 19, 30, 40, 50], 4, "rise monotonically with"),
-        ([20, 21, 30, 40, 39], 3, "rise monotonically up to strength 0.75 (40.0) with"),
-        ([20, 21, 21, 40, 50], 1, "rise NOT monotonically"),
-        ([20, 21, 30, 29, 50], 2, "rise NOT monotonically"),
+        ([20, 21, 30, 40, 50], 4, "rise monotonically with the weight from strength 0.25 (21.0) to 1 (50.0)"),
+        ([20, 19, 30, 40, 50], 4, "from strength 0.25 (19.0) to 1 (50.0); 20.0 unsteered"),
+        ([20, 21, 30, 40, 39], 3, "from strength 0.25 (21.0) to 0.75 (40.0); 20.0 unsteered, 39.0 at"),
+        ([20, 21, 21, 40, 50], 1, "do NOT rise monotonically"),
+        ([20, 21, 30, 29, 50], 2, "do NOT rise monotonically"),
     ],
 )
 def test_monotone_is_from_each_strength_to_the_next(mean, n_monotone, said):
@@ -102,7 +102,9 @@ def test_monotone_is_from_each_strength_to_the_next(mean, n_monotone, said):
     sweep = length.Sweep("verbosity", vector, steered, steered)
     assert sweep.n_monotone == n_monotone
     assert said in length.verdict(sweep)
-    assert "NOT monotonically" in length.verdict(length.Sweep("conciseness", vector, steered, steered))
+    assert "do NOT fall monotonically" in length.verdict(
+        length.Sweep("conciseness", vector, steered, steered)
+    )
 
 
 def test_degenerate_replies_count_against_a_setting():

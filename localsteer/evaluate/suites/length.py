@@ -246,18 +246,18 @@ _EXPLAINED = (
 
 
 def verdict(sweep: Sweep) -> str:
-    """The answer in a sentence."""
+    """The answer in a sentence. Steps are those between strengths: the weakest may do nothing yet."""
     way = "fall" if SIGNS[sweep.name] < 0 else "rise"
-    steered = sweep.words[1:]
-    how = "NOT monotonically"
-    if sweep.n_monotone >= MIN_MONOTONE:
-        how = "monotonically"
-    if MIN_MONOTONE <= sweep.n_monotone < len(STRENGTHS):
-        how += f" up to strength {STRENGTHS[sweep.n_monotone - 1]:g} ({steered[sweep.n_monotone - 1]:.1f})"
+    steered, n = sweep.words[1:], sweep.n_monotone
+    if n >= MIN_MONOTONE:
+        ends = (f"{STRENGTHS[k]:g} ({steered[k]:.1f})" for k in (0, n - 1))
+        how = f"mean words {way} monotonically with the weight from strength {' to '.join(ends)}"
+    else:
+        how = f"mean words do NOT {way} monotonically with the weight"
     return (
-        f"{sweep.name.capitalize()}: mean words {way} {how} with the weight, from {sweep.words[0]:.1f} "
-        f"unsteered to {steered[-1]:.1f} at strength {STRENGTHS[-1]:g} (block {sweep.vector.layers[0]}, "
-        f"positions {sweep.vector.positions}); at most {sweep.worst_degenerate:.0%} of replies degenerate."
+        f"{sweep.name.capitalize()}: {how}; {sweep.words[0]:.1f} unsteered, {steered[-1]:.1f} at strength "
+        f"{STRENGTHS[-1]:g} (block {sweep.vector.layers[0]}, positions {sweep.vector.positions}); at most "
+        f"{sweep.worst_degenerate:.0%} of replies degenerate."
     )
 
 
