@@ -55,12 +55,10 @@ class Size:
     told: int
     pairs: int
     test: int
-    n_random: int
-    n_other: int
 
 
-FULL = Size(told=20, pairs=600, test=20, n_random=1, n_other=1)
-QUICK = Size(told=6, pairs=30, test=8, n_random=1, n_other=1)
+FULL = Size(told=20, pairs=600, test=20)
+QUICK = Size(told=6, pairs=30, test=8)
 
 
 def note(text: str) -> None:
@@ -227,7 +225,7 @@ def steer_all(workers: Workers, study: Study, regime: Regime, size: Size) -> lis
         picked = study.pick(engine, instruction, **regime.restrict(engine.model.n_layer))
         controls = {}
         if picked.setting is not None:
-            controls = study.controls(instruction, picked.vector, size.n_random, size.n_other)
+            controls = study.controls(instruction, picked.vector)
         names = ("none", "steered", *(("instructed", "both") if free else ()), *controls)
         options = {"controls": controls, "conditions": names}
         outcomes = study.conditions(engine, instruction, picked.vector, **options)

@@ -228,7 +228,7 @@ SAID = told(
 
 def other_of(identifier: str, *others: str, seed: int = 0) -> str | None:
     candidates = [CATALOG.get(each) for each in others]
-    found = choose_others(CATALOG.get(identifier), candidates, SAID, QUERIES[:1], seed=seed)
+    found = choose_others([CATALOG.get(identifier)], candidates, SAID, QUERIES[:1], seed=seed)
     return found[0].id if found else None
 
 

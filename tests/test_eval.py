@@ -20,6 +20,7 @@ from localsteer.evaluate.suites import MODULES, suite
 from localsteer.evaluate.suites.bench import (
     BUNDLED_LIMITS,
     Bench,
+    Limits,
     instruction_of,
     open_bench,
     open_judge,
@@ -423,6 +424,23 @@ def test_a_judge_that_can_not_spell_the_question_is_refused_before_anything_is_a
         pytest.fail("it was opened")
 
 
+def test_the_control_other_is_of_instructions_that_the_model_can_read(run, real_data, tmp_path):
+    bench, _ = run
+    other, second = bench.others(JSON, LOWERCASE, n=2)
+    assert {other.id, second.id}.isdisjoint(IDS)
+    assert bench.others(JSON, LOWERCASE, n=2) == [other, second]
+    # this vocabulary has no < and >, which the wordings of `title` hold; a catalogue's further formats do
+    path = real_data / "craftgpt-chat-5m-f16.gguf"
+    catalog = load_catalog("general")
+    queries = {"extraction": 24, "validation": 4, "test": 4}
+    few = replace(catalog, queries={split: catalog.queries[split][:n] for split, n in queries.items()})
+    options = {"n": 2, "n_threads": 1, "limits": Limits(max_tokens=16)}
+    with open_bench(path, few, tmp_path, **options) as small:
+        no_comma, lowercase = few.get("no_comma"), few.get("lowercase")
+        assert "title" not in [each.id for each in small._partners([no_comma], 99)]
+        assert len(small.others(no_comma)) == len(small.others(lowercase)) == 1
+
+
 def test_kappa_is_agreement_beyond_chance():
     same = [(True, True)] * 5 + [(False, False)] * 5
     assert kappa(same) == 1.0
@@ -452,7 +470,10 @@ def test_lines_of_a_file_are_steered_by_the_vectors_of_their_ids(run, tmp_path):
     assert row["none"]["strict"]["accuracy"] == 0.0
     assert row["steered"]["strict"]["accuracy"] == 1.0
     assert row["steered"]["settings"]["name"] == "json"
-    assert row["random"]["n"] == 1 and row["random"]["strict"]["accuracy"] == 0.0
+    for control in ("random", "other"):
+        assert row[control]["n"] == 1 and row[control]["strict"]["accuracy"] == 0.0
+        assert row[control]["settings"]["name"] != "json"
+        assert row[control]["settings"]["layer"] == row["steered"]["settings"]["layer"]
     text = report["sections"][0]["text"]
     assert "3 of 5 lines are asked. 1 are too long" in text
     assert "1 have no instruction that there is a vector for" in text

@@ -71,6 +71,14 @@ def test_length_sweeps_both_directions(bench, monkeypatch):
     assert strongest < 0.7 * plain < plain < 0.8 * rows["verbosity"]["strength 1"]["quality"]["words"]
     swept, levels, cosines = report["sections"]
     assert "mean words fall" in swept["text"] and "mean words rise" in swept["text"]
+    assert "For verbosity that is" in swept["text"]
+    for name in ("conciseness", "verbosity"):  # its controls do not change length as it does
+        random, other = (rows[name][f"{kind} 1"]["quality"]["words"] for kind in ("random", "other"))
+        assert abs(random - plain) < 0.5 * abs(rows[name]["strength 1"]["quality"]["words"] - plain)
+        assert other != rows[name]["strength 1"]["quality"]["words"]
+    # nothing judges a direction, so its replies are in no sum
+    assert set(report["all"]) == {"none", "steered", "instructed"}
+    assert report["all"]["steered"]["n"] == 4 * N_TEST
     assert len(swept["tables"][0]["rows"]) == 2 * (1 + len(length.STRENGTHS))
     assert [row[0] for row in levels["tables"][0]["rows"]] == list(length.LEVELS)
     assert len(cosines["plots"][0]["values"]) == len(length.LEVELS)
@@ -81,8 +89,9 @@ def test_length_sweeps_both_directions(bench, monkeypatch):
 def test_c_is_strength_times_the_direction_s_length(bench):
     vector = bench.extract([length.length(bench.catalog, "verbosity")])["verbosity"].at(layer=2)
     plain = results_of([20] * 4)
-    sweep = length.Sweep("verbosity", vector, {0.0: plain, 0.5: plain}, {0.0: plain, 0.5: plain})
+    sweep = length.Sweep("verbosity", vector, {0.0: plain, 0.5: plain}, {"other": {0.5: results_of([9])}})
     row = length._sweep_row(sweep, 0.5)
+    assert row[-2:] == [None, 9.0]  # no random direction
     assert row[2] == pytest.approx(0.5 * np.linalg.norm(vector.directions[2].astype(float)))
 
 
@@ -99,12 +108,10 @@ def test_c_is_strength_times_the_direction_s_length(bench):
 def test_monotone_is_from_each_strength_to_the_next(mean, n_monotone, said):
     steered = dict(zip((0.0, *length.STRENGTHS), (results_of([n]) for n in mean), strict=True))
     vector = ControlVector(np.ones((1, 2)), None, None, None, None, layers=(0,), mode="add")
-    sweep = length.Sweep("verbosity", vector, steered, steered)
+    sweep = length.Sweep("verbosity", vector, steered, {})
     assert sweep.n_monotone == n_monotone
     assert said in length.verdict(sweep)
-    assert "do NOT fall monotonically" in length.verdict(
-        length.Sweep("conciseness", vector, steered, steered)
-    )
+    assert "do NOT fall monotonically" in length.verdict(length.Sweep("conciseness", vector, steered, {}))
 
 
 def test_degenerate_replies_count_against_a_setting():
@@ -130,7 +137,8 @@ def test_words_are_included_and_excluded_beside_their_controls(bench, monkeypatc
     asked = {f"exclude_word:{word}:asked" for word in chosen["include"]}
     assert set(rows) == {*included, "exclude_word:moon:context", f"exclude_word:{used}", *asked}
     in_context = rows["exclude_word:moon:context"]
-    assert set(in_context) == {"none", "steered", "random", "own", "instructed", "both"}  # no other word
+    # no other word
+    assert set(in_context) == {"none", "steered", "random", "own", "own, random", "instructed", "both"}
     assert in_context["none"]["strict"]["accuracy"] == 0
     assert in_context["steered"]["strict"]["accuracy"] >= 0.75
     excluded = rows[f"exclude_word:{used}"]
@@ -223,10 +231,12 @@ def test_two_instructions_hold_at_once(bench, monkeypatch):
         name: figure["strict"]["accuracy"]
         for name, figure in report["instructions"]["json + one_sentence"].items()
     }
-    assert both["none"] == both["first alone"] == both["second alone"] == both["random"] == 0
+    assert both["none"] == both["first alone"] == both["second alone"] == both["random"] == both["other"] == 0
     assert both["same block"] >= 0.6 and both["different blocks"] >= 0.6
     together, in_turn = report["sections"]
     rows = {row[1]: row[3:] for row in together["tables"][0]["rows"]}
+    ((label, others),) = together["tables"][1]["rows"]
+    assert label == "json + one_sentence" and len(set(others.split(" and ")) - set(label.split(" + "))) == 2
     assert [each["share"] for each in rows["first alone"]] == [1.0, 0.0, 0.0]
     (miss,), replies = (table["rows"] for table in in_turn["tables"])
     assert miss[3] < 1e-5  # the joint solve reaches both targets

@@ -186,7 +186,7 @@ def mean_state(engine: Engine, queries: Sequence[Query]) -> np.ndarray:
 
 
 def choose_others(
-    instruction: Instruction,
+    instructions: Sequence[Instruction],
     candidates: Sequence[Instruction],
     told: Mapping[str, Sequence[Reply]],
     queries: Sequence[Query],
@@ -194,18 +194,21 @@ def choose_others(
     n: int = 1,
     seed: int = 0,
 ) -> list[Instruction]:
-    """Up to `n` other instructions whose vectors are fair controls, drawn by a generator seeded with `seed`
-    and the instruction's id.
+    """Up to `n` other instructions whose vectors are fair controls of the vectors of `instructions`, drawn by
+    a generator seeded with `seed` and their ids.
 
-    Fair: it is not alike (`alike`), and the replies of a model that was told to follow it (`told`, to
-    `queries`) do not pass this instruction's verifier by themselves, as a postscript makes four sentences of
-    three. Where none is fair, the ones that pass least often are drawn from.
+    Fair: it is alike to none of them (`alike`), and the replies of a model that was told to follow it
+    (`told`, to `queries`) do not pass their verifiers by themselves, as a postscript makes four sentences of
+    three. Where too few are fair, the ones that pass least often come next.
     """
-    others = [each for each in candidates if not alike(instruction, each)]
-    passes = {each.id: _passes(instruction, told[each.id], queries) for each in others}
-    fewest = min(passes.values(), default=0)
-    fair = sorted((each for each in others if passes[each.id] == fewest), key=lambda each: each.id)
-    return random.Random(f"{seed} {instruction.id}").sample(fair, min(n, len(fair)))
+    others = [each for each in candidates if not any(alike(mine, each) for mine in instructions)]
+    passes = {each.id: sum(_passes(mine, told[each.id], queries) for mine in instructions) for each in others}
+    draw = random.Random(" ".join([str(seed), *(each.id for each in instructions)]))
+    found: list[Instruction] = []
+    for n_passes in sorted(set(passes.values())):
+        same = sorted((each for each in others if passes[each.id] == n_passes), key=lambda each: each.id)
+        found += draw.sample(same, min(n - len(found), len(same)))
+    return found
 
 
 def alike(a: Instruction, b: Instruction) -> bool:

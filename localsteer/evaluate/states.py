@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from localsteer.errors import UnsupportedModelError
-from localsteer.extract import Backend, Pair, batches, render
+from localsteer.extract import Backend, Pair, batches, prompt_tokens
 
 Progress = Callable[[int, int], None]
 
@@ -20,7 +20,7 @@ def stream_states(
 
     Raises UnsupportedModelError for states that are not finite.
     """
-    ids = [backend.tokenize(render(backend, text)) for text in questions]
+    ids = [prompt_tokens(backend, text) for text in questions]
     done = 0
     for batch in batches([len(tokens) for tokens in ids]):
         states = backend.last_hidden_states([ids[i] for i in batch])

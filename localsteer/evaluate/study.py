@@ -28,7 +28,7 @@ from localsteer.evaluate.conditions import (
 from localsteer.evaluate.judge import perplexity
 from localsteer.evaluate.pick import Pick, pick
 from localsteer.evaluate.workers import Workers
-from localsteer.extract import Backend, batches, build_pairs, extract, open_backend, render
+from localsteer.extract import Backend, batches, build_pairs, extract, open_backend, prompt_tokens
 from localsteer.generate import Reply
 from localsteer.vector import ControlVector
 
@@ -110,20 +110,17 @@ class Study:
         longest = max(len(reply.tokens) for reply in (*self.told[instruction.id], *self.plain))
         return min(self.max_tokens, longest * 5 // 4 + 8)
 
-    def others(self, instruction: Instruction, n: int = 1) -> list[Instruction]:
+    def others(self, *instructions: Instruction, n: int = 1) -> list[Instruction]:
         """Whose vectors are controls, chosen by what the model says when told, on validation queries."""
         queries = self.validation[:N_TOLD]
-        return choose_others(instruction, self.instructions, self.told, queries, n=n, seed=self.seed)
+        return choose_others(instructions, self.instructions, self.told, queries, n=n, seed=self.seed)
 
-    def controls(
-        self, instruction: Instruction, vector: ControlVector, n_random: int = 1, n_other: int = 1
-    ) -> dict[str, ControlVector]:
-        """`random`, `other`; of several, the further ones are `random 1`, ..., `other 1`, ..."""
-        controls = {}
-        for k in range(n_random):
-            controls[_numbered("random", k)] = random_control(vector, self.plain_mean, self.seed + k)
-        for k, other in enumerate(self.others(instruction, n_other)):
-            controls[_numbered("other", k)] = applied_like(self.vectors[other.id], vector)
+    def controls(self, instruction: Instruction, vector: ControlVector) -> dict[str, ControlVector]:
+        """`random`: a random direction of equal norm; `other`: another instruction's vector, where there is a
+        fair one; same block, positions and strength."""
+        controls = {"random": random_control(vector, self.plain_mean, self.seed)}
+        for other in self.others(instruction):
+            controls["other"] = applied_like(self.vectors[other.id], vector)
         return controls
 
     def conditions(
@@ -160,7 +157,7 @@ def extract_all(
         pairs = [build_pairs(each, queries[each.id]) for each in instructions]
         with open_backend(model) as backend:
             for texts in dict.fromkeys(tuple(pair.plain for pair in each) for each in pairs):
-                tokens = [tuple(backend.tokenize(render(backend, text))) for text in dict.fromkeys(texts)]
+                tokens = [tuple(prompt_tokens(backend, text)) for text in dict.fromkeys(texts)]
                 for batch in batches([len(each) for each in tokens]):
                     chosen = [tokens[i] for i in batch]
                     states.update(zip(chosen, backend.last_hidden_states(chosen), strict=True))
@@ -219,7 +216,3 @@ def alone(
     asked = zip(test, plain, strict=True)
     pairs = [(engine.prompt_tokens(query.text), reply.tokens) for query, reply in asked if reply.tokens]
     return plain, perplexity([-score for score in engine.score(pairs)]), mean_state(engine, validation)
-
-
-def _numbered(name: str, k: int) -> str:
-    return f"{name} {k}" if k else name

@@ -30,7 +30,7 @@ from localsteer.evaluate.conditions import (
 from localsteer.evaluate.intervals import interval
 from localsteer.evaluate.pick import Pick, Setting, pick
 from localsteer.evaluate.states import Progress, stream_states
-from localsteer.extract import Backend, Pair, extract, render
+from localsteer.extract import Backend, Pair, extract, prompt_tokens, render
 from localsteer.extract.statistics import RunningMeans
 from localsteer.vector import ControlVector
 
@@ -246,7 +246,7 @@ def readable(prompts: Sequence[Pair], *backends: Backend) -> list[Pair]:
 
     def can_read(backend: Backend, text: str) -> bool:
         try:
-            return bool(backend.tokenize(render(backend, text)))
+            return bool(prompt_tokens(backend, text))
         except PromptError:
             return False
 

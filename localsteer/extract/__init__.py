@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from localsteer.catalog import Instruction, Query, load_catalog
-from localsteer.errors import UnsupportedModelError
+from localsteer.errors import PromptError, UnsupportedModelError
 from localsteer.vector import ControlVector, checked_layers
 
 from .pairs import DEFAULT_PAIRS, Pair, build_pairs
@@ -88,7 +88,10 @@ def extract(
     with open_backend(source, **options) as backend:
         n_layer = backend.n_layer
         layers = checked_layers(n_layer // 2 if layer is None else layer, n_layer, backend.model_name)
-        prompts = _Prompts(backend, pairs, on_progress)
+        try:
+            prompts = _Prompts(backend, pairs, on_progress)
+        except PromptError as error:
+            raise PromptError(f"{instruction.id}: {error}") from error
         means, spread = _statistics(backend, prompts)
         return ControlVector(
             directions=means.directions,
@@ -150,7 +153,7 @@ class _Prompts:
     def __init__(self, backend: Backend, pairs: Sequence[Pair], on_progress: Progress | None) -> None:
         self._backend, self._on_progress = backend, on_progress
         texts = [(pair.instructed, True) for pair in pairs] + [(pair.plain, False) for pair in pairs]
-        self._ids = [backend.tokenize(render(backend, text)) for text, _ in texts]
+        self._ids = [prompt_tokens(backend, text) for text, _ in texts]
         self._instructed = np.array([side for _, side in texts])
         self._passes = 1 if len(texts) <= KEPT_STATES else 2
         self._done = 0
@@ -199,6 +202,14 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 def render(backend: Backend, question: str) -> str:
     """One question as the model reads it, ready for its reply."""
     return backend.template.render([{"role": "user", "content": question}])
+
+
+def prompt_tokens(backend: Backend, question: str) -> list[int]:
+    """Raises PromptError, which names the question, where the vocabulary can't spell it."""
+    try:
+        return backend.tokenize(render(backend, question))
+    except PromptError as error:
+        raise PromptError(f"the prompt {question!r} can't be read: {error}") from error
 
 
 def _check_finite(states: np.ndarray) -> None:

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.cache import file_hash, file_name
 from localsteer.catalog import Catalog, Instruction, Query
-from localsteer.errors import CatalogError, LocalsteerError, ModelFileError, VectorFileError
+from localsteer.errors import (
+    CatalogError,
+    LocalsteerError,
+    ModelFileError,
+    PlanError,
+    PromptError,
+    VectorFileError,
+)
+from localsteer.evaluate.conditions import alike, applied_like, random_control
 from localsteer.evaluate.journal import Journal
 from localsteer.evaluate.study import MAX_TOKENS as BUNDLED_MAX_TOKENS
 from localsteer.evaluate.study import N_CTX as BUNDLED_N_CTX
@@ -28,6 +36,7 @@ from localsteer.evaluate.study import N_SEQ_MAX as BUNDLED_N_SEQ_MAX
 from localsteer.evaluate.study import Stage, Study, extract_all, silent, spread
 from localsteer.evaluate.suites.cells import Cell, Result, run_cells, tables
 from localsteer.evaluate.workers import Workers
+from localsteer.plan import Plan
 from localsteer.vector import ControlVector, check_model
 
 if TYPE_CHECKING:
@@ -37,6 +46,7 @@ if TYPE_CHECKING:
     from localsteer.extract.recipes import Recipe
 
 PARTNERS = ("json", "lowercase", "title")  # a control needs other instructions, also where few are wanted
+N_CANDIDATES = 2  # of other instructions that the control `other` is drawn from, at least
 BASE = "base"  # folder of the base model's run, within the model's
 # a base model is asked as the paper asks one, and goes on with a next question if nothing stops it
 PLAIN: dict[str, Any] = {"plain_prompts": True, "stop": ("\nQ:",)}
@@ -162,6 +172,7 @@ class Bench:
         self._instructions: dict[str, Instruction] = {}
         self._raw: dict[str, ControlVector] = {}
         self._told: dict[str, list[Any]] = {}
+        self._others: dict[tuple[str, ...], list[Instruction]] = {}
         self._picked: dict[str, ControlVector] = {}
         self._alone: tuple[Any, ...] | None = None
         self._plain_validation: list[Any] | None = None
@@ -277,12 +288,8 @@ class Bench:
         return self._picked[instruction.id]
 
     def prepare(self, instructions: Sequence[str | Instruction]) -> None:
-        """Raw vectors and told replies of these and, where they are few, of others for their controls."""
+        """Raw vectors of these, and what the model says when told to follow them."""
         chosen = [self.instruction(each) for each in instructions]
-        known = dict.fromkeys([*self._told, *(each.id for each in chosen)])
-        if len(known) < len(PARTNERS):
-            partners = [each for each in PARTNERS if each in self.catalog.instructions and each not in known]
-            chosen += [self.catalog.get(each) for each in partners]
         self._instructions |= {each.id: each for each in chosen}
         self.raw(chosen)
         new = [each for each in chosen if each.id not in self._told]
@@ -291,17 +298,64 @@ class Bench:
         self._told |= {each.id: replies for each, replies in zip(new, told, strict=True)}
 
     def controls(
-        self, instruction: Instruction, vector: ControlVector, n_random: int = 1, n_other: int = 1
-    ) -> dict[str, ControlVector]:
-        """`random`: a random direction of equal norm; `other`: another instruction's vector; same block,
-        positions and strength. More of them are `random 1`, `other 1`, ..."""
-        self.prepare([instruction])
-        return self._study().controls(instruction, vector, n_random, n_other)
+        self, instructions: Sequence[Instruction], vectors: Sequence[ControlVector]
+    ) -> dict[str, tuple[ControlVector, ...]]:
+        """What stands in the place of vectors that are applied together for these instructions: `random`,
+        random directions of equal norm; `other`, vectors of other instructions; same blocks, positions and
+        strengths. No `other` where there are too few, or what a plan refuses (parallel directions)."""
+        found = {
+            "random": tuple(
+                random_control(each, self.plain_mean(), self.seed + k) for k, each in enumerate(vectors)
+            )
+        }
+        others = self.others(*instructions, n=len(vectors))
+        raw = self.raw(others)
+        if len(others) == len(vectors):
+            pairs = zip(others, vectors, strict=True)
+            other = tuple(applied_like(raw[each.id], vector) for each, vector in pairs)
+            found |= {"other": other} if is_possible(other) else {}
+        return found
 
-    def other(self, instruction: Instruction) -> str | None:
-        """Whose vector the control `other` is."""
-        self.prepare([instruction])
-        return next((each.id for each in self._study().others(instruction)), None)
+    def others(self, *instructions: Instruction, n: int = 1) -> list[Instruction]:
+        """Whose vectors the control `other` is drawn from: evaluated ones and, where they are few, PARTNERS.
+        The same ones whenever they are asked for again."""
+        key = (str(n), *(each.id for each in instructions))
+        if key not in self._others:
+            self.prepare(instructions)
+            missing = max(n, N_CANDIDATES) - len(_unlike(self._candidates(), instructions))
+            if missing > 0:
+                self.prepare(self._partners(instructions, missing))
+            study = replace(self._study(), instructions=self._candidates())
+            self._others[key] = study.others(*instructions, n=n)
+        return self._others[key]
+
+    def _candidates(self) -> tuple[Instruction, ...]:
+        """Not of words: which suites ran before should not matter, and a word changes little of a reply."""
+        known = (self._instructions[each] for each in self._told)
+        return tuple(each for each in known if each.verifier and each.group != "word")
+
+    def _partners(self, instructions: Sequence[Instruction], n: int) -> list[Instruction]:
+        """At most n of PARTNERS, or else of the catalogue's formats, that are not known yet, alike to none of
+        these, and that the model's vocabulary can spell."""
+        known = self.catalog.instructions
+        formats = [each.id for each in known.values() if each.group == "format" and each.verifier]
+        names = [each for each in dict.fromkeys([*PARTNERS, *formats]) if each in known]
+        usable = [known[each].fill() for each in names if not _lacks_slots(known[each])]
+        candidates = [each for each in _unlike(usable, instructions) if each.id not in self._told]
+
+        return [each for each in candidates if self.readable(each.phrasings) == [*each.phrasings]][:n]
+
+    def readable(self, texts: Sequence[str]) -> list[str]:
+        """Those that the model's vocabulary can spell."""
+
+        def can_spell(engine: Engine, text: str) -> bool:
+            try:
+                return bool(engine.prompt_tokens(text))
+            except PromptError:
+                return False
+
+        found = self.workers.map(can_spell, texts)
+        return [text for text, can in zip(texts, found, strict=True) if can]
 
     def plain_mean(self) -> Any:
         """(n_layer, n_embd) float64: mean state of plain validation prompts at their last token."""
@@ -539,6 +593,19 @@ def _refuse_overlap(queries: Sequence[Query], catalog: Catalog) -> None:
 
 def _plain_text(text: str) -> str:
     return " ".join(text.casefold().split())
+
+
+def _unlike(candidates: Sequence[Instruction], instructions: Sequence[Instruction]) -> list[Instruction]:
+    return [each for each in candidates if not any(alike(mine, each) for mine in instructions)]
+
+
+def is_possible(vectors: Sequence[ControlVector]) -> bool:
+    """Whether these can be applied together: nearly parallel directions at one block can't."""
+    try:
+        Plan.from_vectors(vectors)
+    except PlanError:
+        return False
+    return True
 
 
 def _lacks_slots(instruction: Instruction) -> bool:

@@ -273,10 +273,15 @@ def tables(results: Sequence[Result], conditions: Sequence[str]) -> dict[str, An
 def _all(
     groups: Mapping[tuple[str, str], list[Result]], names: Sequence[str], conditions: Sequence[str]
 ) -> dict[str, Any]:
-    """Figures over all instructions that have the condition; `settings` differ, so there are none."""
+    """Figures over all instructions that have the condition and a verdict: what no verifier judges (to be
+    concise, to be verbose) may pull figures either way. `settings` differ, so there are none."""
     together = {}
     for condition in conditions:
-        having = [name for name in names if (name, condition) in groups]
+        having = [
+            name for name in names if any(result.cell.checks for result in groups.get((name, condition), ()))
+        ]
+        if not having:
+            continue
         members = [result for name in having for result in groups[name, condition]]
         plain = [result for name in having for result in groups.get((name, "none"), ())]
         together[condition] = figures(members, plain) | {"settings": None}

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localsteer.catalog import Instruction, Query
-from localsteer.errors import LocalsteerError, PlanError
-from localsteer.evaluate.conditions import random_control
+from localsteer.errors import LocalsteerError
 from localsteer.evaluate.pick import FEW_BLOCKS
+from localsteer.evaluate.suites.bench import is_possible
 from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures, judge_cell, share_cell
 from localsteer.evaluate.suites.words import contexts, excluding, words_used
 from localsteer.generate import Reply
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 NAME = "composition"
 TITLE = "Two instructions at once"
 SAME, DIFFERENT = "same block", "different blocks"
-CONDITIONS = ("none", "first alone", "second alone", SAME, DIFFERENT, "random", "instructed")
+CONDITIONS = ("none", "first alone", "second alone", SAME, DIFFERENT, "random", "other", "instructed")
 PAIRS = (
     ("json", "one_sentence"), ("lowercase", "one_sentence"), ("uppercase", "one_sentence"),
     ("title", "five_sentences"), ("lowercase", "no_comma"),
@@ -159,20 +159,12 @@ def arrangements(a: ControlVector, b: ControlVector) -> list[tuple[ControlVector
             *((i, j) for i, j in product(_around(a), _around(b)) if i != j),
         ]
     ]
-    return [pair for pair in found if _is_possible(pair)]
+    return [pair for pair in found if is_possible(pair)]
 
 
 def _around(vector: ControlVector) -> list[int]:
     step = 1 if vector.n_layer <= FEW_BLOCKS else 2
     return [il for il in (vector.layers[0] + k * step for k in (-1, 0, 1)) if il in vector.blocks]
-
-
-def _is_possible(vectors: Sequence[ControlVector]) -> bool:
-    try:
-        Plan.from_vectors(vectors)
-    except PlanError:
-        return False
-    return True
 
 
 def _is_good(result: Result) -> bool:
@@ -194,11 +186,8 @@ def _best(pair: Pair, same: bool, tried: Sequence[Any], scores: Sequence[int]) -
 def pair_cells(bench: Bench, pair: Pair) -> list[Cell]:
     a, b = pair.alone
     queries = pair.queries(bench, "test")
-    controls = [
-        random_control(each, bench.plain_mean(), bench.seed + k)
-        for k, each in enumerate(pair.same or pair.different)
-    ]
-    steers = {"none": (), "first alone": (a,), "second alone": (b,), "random": controls}
+    steers = {"none": (), "first alone": (a,), "second alone": (b,)}
+    steers |= bench.controls(pair.instructions, pair.same or pair.different)
     steers |= {name: found for name, found in ((SAME, pair.same), (DIFFERENT, pair.different)) if found}
     cells = [
         pair.cell(bench, name, query, steers[name])
@@ -225,7 +214,7 @@ def together(bench: Bench, pairs: Sequence[Pair], results: Sequence[Result]) -> 
         "`second alone` are the vectors as each was picked by itself; `same block` solves both jointly, "
         "`different blocks` has one at each; blocks and positions of the pair were chosen on validation "
         "queries. A vector in mode add (a word to avoid) is added after the solve. `random` has random "
-        "directions in both places."
+        "directions in both places, `other` vectors of two other instructions (the last table)."
     )
     columns = ["pair", "condition", "blocks, positions", "first", "second", "both"]
     plot = {
@@ -236,15 +225,23 @@ def together(bench: Bench, pairs: Sequence[Pair], results: Sequence[Result]) -> 
         "x": [pair.label for pair in pairs],
         "series": {
             name: [_both(results, pair, name) for pair in pairs]
-            for name in ("none", SAME, DIFFERENT, "random")
+            for name in ("none", SAME, DIFFERENT, "random", "other")
         },
     }
+    others = [[pair.label, " and ".join(each.id for each in others_of(bench, pair))] for pair in pairs]
     return {
         "title": "Both at once",
         "text": text,
-        "tables": [{"columns": columns, "rows": rows}],
+        "tables": [
+            {"columns": columns, "rows": rows},
+            {"columns": ["pair", "whose vectors `other` has"], "rows": others},
+        ],
         "plots": [plot],
     }
+
+
+def others_of(bench: Bench, pair: Pair) -> list[Instruction]:
+    return bench.others(*pair.instructions, n=2)
 
 
 def _both(results: Sequence[Result], pair: Pair, condition: str) -> float | None:
@@ -258,8 +255,9 @@ def _both(results: Sequence[Result], pair: Pair, condition: str) -> float | None
 
 def _where(pair: Pair, condition: str) -> str:
     vectors = {
-        "first alone": pair.alone[:1], "second alone": pair.alone[1:], SAME: pair.same, "random": pair.same,
-        DIFFERENT: pair.different,
+        "first alone": pair.alone[:1], "second alone": pair.alone[1:],
+        SAME: pair.same, DIFFERENT: pair.different,
+        "random": pair.same or pair.different, "other": pair.same or pair.different,
     }.get(condition, ())  # fmt: skip
     blocks = " and ".join(str(each.layers[0]) for each in vectors)
     return f"{blocks}, {vectors[0].positions}" if vectors else ""

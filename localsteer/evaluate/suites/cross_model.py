@@ -1,7 +1,8 @@
 """The vectors of an instruction-tuned model on its base model, as in the paper.
 
 The base model is asked `Q: ...` / `A:`, whatever template its file holds, and stopped at its next question.
-Both kinds of vectors get settings of their own, chosen on the base model's validation replies.
+Both kinds of vectors get settings of their own, chosen on the base model's validation replies. The controls
+are those of the instruct model's vectors: `other` is its vector of another instruction.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from localsteer.catalog import Instruction
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.conditions import told_prompts
+from localsteer.evaluate.conditions import applied_like, random_control, told_prompts
 from localsteer.evaluate.suites.cells import (
     Cell,
     Result,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 NAME = "cross-model"
 TITLE = "Vectors of the instruct model on the base model"
-CONDITIONS = ("none", "own", "instruct", "random", "instructed")
+CONDITIONS = ("none", "own", "instruct", "random", "other", "instructed")
 BAR = 0.15  # how much more the instruct model's vectors should lift
 
 
@@ -46,7 +47,16 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
     picks = base.pick([(each, carried[each.id]) for each in instructions])
     theirs = {each.id: picked.vector for each, picked in zip(instructions, picks, strict=True)}
     own = base.vectors(instructions)
-    cells = [cell for each in instructions for cell in _cells(base, each, own[each.id], theirs[each.id])]
+    # where nothing is applied there is nothing to control for
+    others = {each.id: bench.others(each) if applied(theirs[each.id]) else [] for each in instructions}
+    carried |= carry_all(base, bench.raw([other for found in others.values() for other in found]))
+    cells = [
+        cell
+        for each in instructions
+        for cell in _cells(
+            base, each, own[each.id], theirs[each.id], [carried[other.id] for other in others[each.id]]
+        )
+    ]
     results = base.run(cells, what="base model: comparing vectors")
     idle = [sum(not applied(each) for each in found.values()) for found in (own, theirs)]
     sections = [_compared(results, *idle), _alike(instructions, base.raw(instructions), carried, results)]
@@ -65,16 +75,19 @@ def carry_all(base: Bench, vectors: Mapping[str, ControlVector]) -> dict[str, Co
     return base.workers.map(work, [None])[0]
 
 
-def _cells(base: Bench, instruction: Instruction, own: ControlVector, theirs: ControlVector) -> list[Cell]:
+def _cells(
+    base: Bench,
+    instruction: Instruction,
+    own: ControlVector,
+    theirs: ControlVector,
+    others: Sequence[ControlVector],
+) -> list[Cell]:
     queries = base.queries(instruction, "test")
-    random = base.controls(instruction, theirs)["random"]
-    steers = {
-        "none": (),
-        "own": applied(own),
-        "instruct": applied(theirs),
-        "random": applied(random),
-        "instructed": (),
-    }
+    steers = {"none": (), "own": applied(own), "instruct": applied(theirs), "instructed": ()}
+    if applied(theirs):
+        steers["random"] = (random_control(theirs, base.plain_mean(), base.seed),)
+        for each in others:
+            steers["other"] = (applied_like(each, theirs),)
     told = told_prompts(queries, instruction.phrasings)
     return [
         Cell(
@@ -88,7 +101,7 @@ def _cells(base: Bench, instruction: Instruction, own: ControlVector, theirs: Co
             wording=instruction.phrasings[i % len(instruction.phrasings)],
         )
         for name in CONDITIONS
-        if name != "random" or steers["random"]  # where nothing is applied there is nothing to control for
+        if name in steers
         for i, query in enumerate(queries)
     ]
 

@@ -47,7 +47,8 @@ def run(bench: Bench, *, paraphrases: bool = True, **_options: Any) -> SuiteRepo
         cell for each in instructions for cell in condition_cells(bench, each, vectors[each.id], CONDITIONS)
     ]
     results = bench.run(cells, what="comparing conditions")
-    sections = [present(results), *controls_named(bench, instructions), *without_effect(vectors)]
+    steered = [each for each in instructions if vectors[each.id].strength]
+    sections = [present(results), *controls_named(bench, steered), *without_effect(vectors)]
     if paraphrases:
         sections += badly_followed(bench, instructions, vectors)
     return {"title": TITLE, **bench.tables(results, CONDITIONS), "sections": sections}
@@ -68,7 +69,7 @@ def condition_cells(
     on = applied(vector)
     steers = {"none": (), "steered": on, "instructed": (), "both": on}
     if on and {"random", "other"} & set(conditions):
-        steers |= {name: (each,) for name, each in bench.controls(instruction, vector).items()}
+        steers |= bench.controls([instruction], [vector])
     told = told_prompts(queries, phrasings)
     return [
         Cell(
@@ -118,7 +119,9 @@ def _present_row(name: str, results: Sequence[Result]) -> list[Any]:
 
 
 def controls_named(bench: Bench, instructions: Sequence[Instruction]) -> list[dict[str, Any]]:
-    rows = [[each.id, bench.other(each)] for each in instructions]
+    if not instructions:
+        return []
+    rows = [[each.id, ", ".join(other.id for other in bench.others(each))] for each in instructions]
     text = (
         "Whose vector stands in the place of the right one in condition `other`: drawn from those whose own "
         "replies, when the model is told to follow them, do not happen to follow this instruction."
@@ -147,7 +150,7 @@ def badly_followed(
 ) -> list[dict[str, Any]]:
     """Paraphrases that the model follows badly on validation queries, and what steering does for them on
     test queries."""
-    candidates = {each.id: paraphrases_of(each) for each in instructions}
+    candidates = {each.id: bench.readable(paraphrases_of(each)) for each in instructions}
     bad = _tried(bench, instructions, candidates)
     chosen = [each for each in instructions if bad[each.id]]
     cells = [

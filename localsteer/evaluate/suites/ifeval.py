@@ -3,8 +3,9 @@
     {"prompt": ..., "instruction_id_list": [...], "kwargs": [{...}, ...], "prompt_without_instruction": ...}
 
 Each line is judged by its own ids and arguments. Without `prompt_without_instruction` (or where it is null)
-there is no unsteered or steered reply to compare, only `instructed` and `both`. The control `random` has
-random directions of equal norm in the vectors' places; where nothing is applied there is none.
+there is no unsteered or steered reply to compare, only `instructed` and `both`. The controls have random
+directions of equal norm, or vectors of other instructions, in the vectors' places; where nothing is applied
+there are none.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction, Query
-from localsteer.errors import CatalogError, LocalsteerError, PlanError
-from localsteer.evaluate.conditions import applied_like, random_control
+from localsteer.errors import CatalogError, LocalsteerError
+from localsteer.evaluate.conditions import applied_like
+from localsteer.evaluate.suites.bench import is_possible
 from localsteer.evaluate.suites.cells import Cell, Check, applied
 from localsteer.evaluate.verify import check_arguments
-from localsteer.plan import Plan
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 NAME = "ifeval"
 TITLE = "IFEval-form prompts"
-CONDITIONS = ("none", "steered", "random", "instructed", "both")
+CONDITIONS = ("none", "steered", "random", "other", "instructed", "both")
 SEVERAL = "several at once"
 CASELESS = ("section_spliter",)  # arguments that a vector need not have in the same case
 
@@ -114,22 +115,24 @@ def run(bench: Bench, *, ifeval: Path | None = None, **_options: Any) -> SuiteRe
     vectors = _vectors(bench, [match for each in usable for match in plan[each.number]])
     cells, alone = [], 0
     for item in usable:
-        steer = tuple(vectors[match.id] for match in plan[item.number])
-        steer, dropped = _joinable([each for each in steer if applied(each)])
-        alone += dropped
-        cells += _cells(bench, item, steer)
+        matches = [match for match in plan[item.number] if applied(vectors[match.id])]
+        if not is_possible([vectors[match.id] for match in matches]):
+            matches, alone = matches[:1], alone + 1
+        cells += _cells(bench, item, matches, tuple(vectors[match.id] for match in matches))
     results = bench.run(cells, what="IFEval-form prompts")
     text = _coverage(items, fitting, usable, alone)
     section = {"title": "What was asked", "text": text, "tables": [_used(plan, usable)], "plots": []}
     return {"title": TITLE, **bench.tables(results, CONDITIONS), "sections": [section]}
 
 
-def _cells(bench: Bench, item: Item, steer: tuple[ControlVector, ...]) -> list[Cell]:
+def _cells(
+    bench: Bench, item: Item, matches: Sequence[Instruction], steer: tuple[ControlVector, ...]
+) -> list[Cell]:
     query = Query(item.base or item.prompt)
     asked = {"none": (item.base, ()), "steered": (item.base, steer)}
-    if steer:
-        controls = (random_control(each, bench.plain_mean(), bench.seed + k) for k, each in enumerate(steer))
-        asked["random"] = (item.base, tuple(controls))
+    if steer and item.base is not None:
+        kinds = [bench.instruction(_kind(bench, each)) for each in matches]
+        asked |= {name: (item.base, found) for name, found in bench.controls(kinds, steer).items()}
     asked |= {"instructed": (item.prompt, ()), "both": (item.prompt, steer)}
     return [
         Cell(item.label, name, query, prompt, vectors, item.checks, bench.max_tokens, wording=item.prompt)
@@ -147,15 +150,6 @@ def _fitting(bench: Bench, items: Sequence[Item]) -> list[Item]:
         return [each for each, found in texts if max(len(engine.prompt_tokens(t)) for t in found) <= room]
 
     return bench.workers.map(work, [None])[0]
-
-
-def _joinable(vectors: Sequence[ControlVector]) -> tuple[tuple[ControlVector, ...], int]:
-    """The vectors that can be applied together: the first alone where directions are nearly parallel."""
-    try:
-        Plan.from_vectors(vectors)
-    except PlanError:
-        return (vectors[0],), 1
-    return tuple(vectors), 0
 
 
 # --- which vector ------------------------------------------------------------------------------------------
@@ -206,13 +200,19 @@ def _texts(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _vectors(bench: Bench, matches: Sequence[Instruction]) -> dict[str, ControlVector]:
     """By id. One whose slots were filled by a line takes the settings picked for the catalogue's defaults:
     picking for each phrase would take longer than all the rest."""
-    defaults = {each.id: each.id.partition(":")[0] for each in matches}
-    whole = [each for each in matches if defaults[each.id] == each.id or each.id in bench.given]
+    whole = [each for each in matches if _kind(bench, each) == each.id]
     picked = bench.vectors(list({each.id: each for each in whole}.values()))
     varied = {each.id: each for each in matches if each.id not in picked}
-    kinds = bench.vectors(sorted({defaults[name] for name in varied}))
+    kinds = bench.vectors(sorted({_kind(bench, each) for each in varied.values()}))
     raw = bench.raw(list(varied.values()))
-    return picked | {name: applied_like(raw[name], kinds[defaults[name]]) for name in varied}
+    return picked | {
+        name: applied_like(raw[name], kinds[_kind(bench, each)]) for name, each in varied.items()
+    }
+
+
+def _kind(bench: Bench, match: Instruction) -> str:
+    """Whose settings and whose control it has: a phrase of one line should change neither."""
+    return match.id if match.id in bench.given else match.id.partition(":")[0]
 
 
 # --- what is said ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 
 from localsteer.catalog import Query
 from localsteer.errors import PlanError
-from localsteer.evaluate.conditions import random_control, told_prompts
+from localsteer.evaluate.conditions import told_prompts
 from localsteer.evaluate.intervals import interval
 from localsteer.evaluate.pick import default_blocks
 from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures
@@ -35,18 +35,20 @@ TRIED = (0.5, 0.75, 1.0)  # strengths that block and positions are chosen with
 POSITIONS = ("prompt", "all")
 N_TRIED = 4  # validation queries for each setting
 MAX_DEGENERATE = 0.05
+STEERED, CONTROLS = "strength", ("random", "other")  # of a condition's name, before the strength
 SIGNS = {"conciseness": -1, "verbosity": 1}
 MIN_MONOTONE = 3  # strengths in a row that make a trend
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One direction at its chosen block and positions, and the results at each strength, 0 first."""
+    """One direction at its chosen block and positions, and the results at each strength, 0 first. controls:
+    the same for `random` and `other`, where there is one."""
 
     name: str
     vector: ControlVector
     steered: Mapping[float, Sequence[Result]]
-    random: Mapping[float, Sequence[Result]]
+    controls: Mapping[str, Mapping[float, Sequence[Result]]]
 
     @property
     def words(self) -> list[float]:
@@ -76,13 +78,18 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
         for cell in level_cells(bench, recipes[level], like(vectors[level], chosen[direction_of(level)]))
     ]
     results = bench.run(cells, what="sweeping lengths")
+    others = {name: [each.id for each in bench.others(recipes[name].target)] for name in DIRECTIONS}
     sweeps = [sweep_of(name, chosen[name], results) for name in DIRECTIONS]
     levels = {level: vectors[level] for level in LEVELS}
-    conditions = list(dict.fromkeys(cell.condition for cell in cells))
+    conditions = list(dict.fromkeys(["none", "steered", "instructed", *(cell.condition for cell in cells)]))
     return {
         "title": TITLE,
         **bench.tables(results, conditions),
-        "sections": [swept(sweeps), compared(results), cosines(levels, chosen["conciseness"].layers[0])],
+        "sections": [
+            swept(sweeps, others),
+            compared(results),
+            cosines(levels, chosen["conciseness"].layers[0]),
+        ],
     }
 
 
@@ -163,13 +170,13 @@ def _cells(
 
 
 def sweep_cells(bench: Bench, recipe: Recipe, vector: ControlVector) -> list[Cell]:
-    """The model alone, each strength of the vector and of a random direction, and told in words."""
+    """The model alone, each strength of the vector and of its controls, and told in words."""
     name, told = recipe.target.id, told_prompts(bench.test, recipe.target.phrasings)
-    control = random_control(vector, bench.plain_mean(), bench.seed)
+    steers = {STEERED: (vector,), **bench.controls([recipe.target], [vector])}
     cells = _cells(bench, name, "none", bench.test)
     for strength in STRENGTHS:
-        cells += _cells(bench, name, label(strength), bench.test, vector.at(strength=strength))
-        cells += _cells(bench, name, f"random {strength:g}", bench.test, control.at(strength=strength))
+        for kind, (each,) in steers.items():
+            cells += _cells(bench, name, label(kind, strength), bench.test, each.at(strength=strength))
     pairs = zip(bench.test, told, strict=True)
     return cells + [
         Cell(name, "instructed", query, text, max_tokens=bench.max_tokens) for query, text in pairs
@@ -191,8 +198,8 @@ def level_cells(bench: Bench, recipe: Recipe, vector: ControlVector) -> list[Cel
     ]  # fmt: skip
 
 
-def label(strength: float) -> str:
-    return f"strength {strength:g}"
+def label(kind: str, strength: float) -> str:
+    return f"{kind} {strength:g}"
 
 
 # --- sections ----------------------------------------------------------------------------------------------
@@ -203,24 +210,31 @@ def sweep_of(name: str, vector: ControlVector, results: Sequence[Result]) -> Swe
     for result in results:
         if result.cell.instruction == name:
             found.setdefault(result.cell.condition, []).append(result)
-    steered = {0.0: found["none"]} | {each: found[label(each)] for each in STRENGTHS}
-    random = {0.0: found["none"]} | {each: found[f"random {each:g}"] for each in STRENGTHS}
-    return Sweep(name, vector, steered, random)
+    steered, *controls = (
+        {0.0: found["none"]} | {each: found[label(kind, each)] for each in STRENGTHS}
+        for kind in (STEERED, *CONTROLS)
+        if label(kind, STRENGTHS[0]) in found
+    )
+    return Sweep(name, vector, steered, dict(zip(CONTROLS, controls, strict=False)))
 
 
 def mean_words(results: Sequence[Result]) -> float:
     return sum(result.verdict.n_words for result in results) / len(results)
 
 
-def swept(sweeps: Sequence[Sweep]) -> dict[str, Any]:
+def swept(sweeps: Sequence[Sweep], others: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """others: whose vector the control `other` is, by direction."""
     rows = [_sweep_row(sweep, strength) for sweep in sweeps for strength in sweep.steered]
+    named = [f"For {name} that is {' and '.join(found)}." for name, found in others.items() if found]
     series = {sweep.name: sweep.words for sweep in sweeps}
     series |= {
-        f"random for {sweep.name}": [mean_words(found) for found in sweep.random.values()] for sweep in sweeps
+        f"{kind} for {sweep.name}": [mean_words(found) for found in control.values()]
+        for sweep in sweeps
+        for kind, control in sweep.controls.items()
     }
     return {
         "title": "Mean words against the weight",
-        "text": " ".join([*map(verdict, sweeps), _EXPLAINED]),
+        "text": " ".join([*map(verdict, sweeps), _EXPLAINED, *named]),
         "tables": [{"columns": _COLUMNS, "rows": rows}],
         "plots": [
             {
@@ -237,11 +251,12 @@ def swept(sweeps: Sequence[Sweep]) -> dict[str, Any]:
 
 _COLUMNS = [
     "direction", "strength", "c", "words", "95% of words", "degenerate", "subject kept", "perplexity ratio",
-    "words, random",
+    "words, random", "words, other",
 ]  # fmt: skip
 _EXPLAINED = (
-    "`c` is the paper's weight, strength times |v|; `words, random` is a random direction of the same length "
-    "at the same block and positions. The subject is kept when the reply names what was asked about."
+    "`c` is the paper's weight, strength times |v|. The subject is kept when the reply names what was asked "
+    "about. `words, random` is a random direction of the same length, `words, other` another instruction's "
+    "vector, both at the same block, positions and strength."
 )
 
 
@@ -274,7 +289,7 @@ def _sweep_row(sweep: Sweep, strength: float) -> list[Any]:
         {"share": quality["degenerate"]},
         {"share": quality["subject_kept"]},
         quality["perplexity_ratio"],
-        mean_words(sweep.random[strength]),
+        *(mean_words(found[strength]) if found else None for found in map(sweep.controls.get, CONTROLS)),
     ]
 
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 NAME = "words"
 TITLE = "Words: included and excluded"
-CONDITIONS = ("none", "steered", "random", "other", "own", "instructed", "both")
+OWN, OWN_RANDOM, OWN_OTHER = "own", "own, random", "own, other"
+CONDITIONS = ("none", "steered", "random", "other", OWN, OWN_RANDOM, OWN_OTHER, "instructed", "both")
 STRENGTHS = (0.5, 1.0, 2.0)  # tried on validation queries
 SWEEP = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the picked strength's block and positions
 POSITIONS = ("prompt", "all")
@@ -255,17 +256,21 @@ def _pick(
 
 def task_cells(bench: Bench, task: Task, tasks: Sequence[Task]) -> list[Cell]:
     """The conditions of one word. other: another word's vector of the same kind in its place, `own`: the
-    vector of telling the model to avoid the word; both where there is one. A prompt that asks for a word is
-    not told to avoid it as well."""
+    vector of telling the model to avoid the word, with controls of its own; all where there is one. A prompt
+    that asks for a word is not told to avoid it as well."""
     on = applied(task.vector)
+    others = [each for each in tasks if each.kind == task.kind and each.word != task.word]
     steers: dict[str, tuple[ControlVector, ...]] = {"none": (), "steered": on}
     if on:
         steers["random"] = (random_control(task.vector, bench.plain_mean(), bench.seed),)
-        others = [each for each in tasks if each.kind == task.kind and each.word != task.word]
-        if others:
-            steers["other"] = (applied_like(others[0].raw, task.vector),)
+        for other in others[:1]:
+            steers["other"] = (applied_like(other.raw, task.vector),)
     if task.own is not None:
-        steers["own"] = applied(task.own)
+        steers[OWN] = applied(task.own)
+        if steers[OWN]:
+            steers[OWN_RANDOM] = (random_control(task.own, bench.plain_mean(), bench.seed),)
+            for other in (each.own for each in others[:1] if each.own is not None):
+                steers[OWN_OTHER] = (applied_like(other, task.own),)
     if task.kind != ASKED:
         steers |= {"instructed": (), "both": on}
     queries = bench.queries(task.instruction, "test")
@@ -307,8 +312,9 @@ def _cell(
 
 _CONDITIONS = (
     f"`steered` is minus the vector of including the word ({WORD_PAIRS} examples), `other` minus that of "
-    "another word, `own` the vector of telling the model to avoid the word. A random direction that changes "
-    "replies avoids words too: only what is beyond `random` and `other` is about this word."
+    "another word, `own` the vector of telling the model to avoid the word, with the same two controls. A "
+    "random direction that changes replies avoids words too: only what is beyond `random` and `other` is "
+    "about this word."
 )
 TEXTS = {
     INCLUDE: (
