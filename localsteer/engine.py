@@ -458,9 +458,10 @@ class Engine:
         if tokens.ndim != 1 or not len(tokens):
             raise PromptError("the prompt is empty: give at least one token.")
         if len(tokens) > self.n_ctx:
+            more = ", or raise n_ctx (-c)" if self.n_ctx < self.model.n_ctx_train else ""
             raise PromptError(
-                f"{len(tokens)} tokens are more than the context of {self.n_ctx} tokens: shorten the prompt, "
-                "or raise n_ctx (-c)."
+                f"{len(tokens)} tokens are more than the context of {self.n_ctx} tokens: shorten the "
+                f"prompt{more}."
             )
         if tokens.min() < 0 or tokens.max() >= self.model.n_vocab:
             raise PromptError(f"token ids must be 0 to {self.model.n_vocab - 1}.")

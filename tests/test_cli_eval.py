@@ -153,7 +153,9 @@ def test_a_run_with_another_context_is_not_gone_on_with(whole):
 
 
 def refused(*args: object) -> str:
-    return invoke("eval", "-t", "1", "-n", "2", "-o", "run", *args).complaint()
+    said = invoke("eval", "-t", "1", "-n", "2", "-o", "run", *args).complaint()
+    assert not Path("run").exists()  # nothing is left of a run that was refused
+    return said
 
 
 def test_slips_in_names_are_found_before_a_model_is_loaded(monkeypatch):
@@ -238,6 +240,17 @@ def test_every_line_of_a_file_of_prompts_is_asked_whatever_n(folder):
     done = invoke("eval", *args, "-o", "run", "--max-tokens", "8", "--json")
     assert done.status == 0, done.err
     assert done.json["settings"]["n"] is None and "3 of 3 lines are asked" in json.dumps(done.json["suites"])
+
+
+def test_suites_with_nothing_to_do_are_left_out_of_all_and_refused_by_name(folder):
+    args = ("-i", "title", "-n", "2", "-t", "1", "--max-tokens", "24", "--no-paraphrases", "-o")
+    done = invoke("eval", "--suite", "all", *args, "run", "--json")
+    assert done.status == 0, done.err
+    assert list(done.json["suites"]) == done.json["settings"]["suites"] == ["format", "cross-model"]
+    for name, why in (("length", "is a length"), ("words", "is a word"), ("composition", "nothing to comb")):
+        assert f"suite {name} is left out: " in done.err and why in done.err
+        said = invoke("eval", "--suite", f"format,{name}", *args, name).complaint()
+        assert why in said and not (folder / name).exists()
 
 
 def test_results_that_are_none(folder, whole):

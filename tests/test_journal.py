@@ -72,10 +72,10 @@ def test_half_a_line_at_the_end_is_dropped(path, cut):
 
 
 def test_a_header_that_was_cut_short_begins_anew(path):
-    whole = write(path, n=0)
-    path.write_bytes(whole[:-4])
+    header = write(path).splitlines(keepends=True)[0]
+    path.write_bytes(header[:-4])
     assert len(Journal(path, IDENTITY)) == 0
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == header
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,27 @@ def test_the_journal_of_another_model_is_refused_and_left_alone(path):
 
 
 def test_a_journal_without_any_record_holds_no_folder(path):
-    write(path, n=0, identity={"model": "of a run that was refused"})
+    refused = Journal(path, {"model": "of a run that was killed before its first reply"})
     whole = write(path)
-    assert b"refused" not in whole and len(Journal(path, IDENTITY)) == 3
+    assert b"killed" not in whole and len(Journal(path, IDENTITY)) == 3
+    refused.close()
+
+
+def test_a_run_that_was_refused_leaves_nothing_of_its_own(path):
+    with Journal(path, IDENTITY), Journal(path.parent / "base" / "replies.jsonl", IDENTITY):
+        assert path.exists()
+    assert not path.parent.exists() and path.parent.parent.exists()
+    path.parent.mkdir()
+    with Journal(path, IDENTITY):
+        pass
+    assert path.parent.exists() and not path.exists()
+    with Journal(path, IDENTITY):
+        (path.parent / "notes.txt").write_text("mine")
+    assert [each.name for each in path.parent.iterdir()] == ["notes.txt"]
+    write(path)
+    with Journal(path, IDENTITY):
+        pass
+    assert len(Journal(path, IDENTITY)) == 3
 
 
 @pytest.mark.parametrize(

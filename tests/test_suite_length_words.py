@@ -11,7 +11,7 @@ from engines import GREEDY, open_engine, random_vector
 
 from localsteer import ControlVector, bundled
 from localsteer.catalog import Catalog, Query, load_catalog
-from localsteer.errors import CatalogError, LocalsteerError
+from localsteer.errors import CatalogError
 from localsteer.evaluate.report.shape import check
 from localsteer.evaluate.suites import composition, length, words
 from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, open_bench
@@ -315,16 +315,45 @@ def test_pytorch_s_greedy_reply_is_llama_cpp_s(tiny_llama):
 # --- bad input ---------------------------------------------------------------------------------------------
 
 
-def test_a_catalogue_without_levels_or_words_is_named(bench, tmp_path):
+def test_a_catalogue_without_levels_or_words_is_named(bench, monkeypatch, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("[[instruction]]\nid = 'rhyme'\nphrasings = ['Answer in rhyme.']\n")
     with pytest.raises(CatalogError, match=r"'extremely_concise': .*mine\.toml has rhyme"):
         length.length(load_catalog(path), "conciseness")
+    monkeypatch.setattr(bench, "catalog", load_catalog(path))
+    assert "unknown instruction 'extremely_concise'" in length.missing(bench)
+    assert "unknown instruction 'exclude_word'" in words.missing(bench)
+    assert "nothing to combine" in composition.missing(bench)
+    monkeypatch.undo()
     with pytest.raises(CatalogError, match="is not a word"):
         words.run(bench, include=["two words"], exclude=[])
 
 
-def test_nothing_to_combine_is_said(bench, monkeypatch):
-    monkeypatch.setattr(bench, "wanted", ["quotation"])
-    with pytest.raises(LocalsteerError, match=r"nothing to combine: the suite composition knows json \+ one"):
-        composition.run(bench)
+@pytest.mark.parametrize(
+    ("module", "asked", "says"),
+    [
+        (composition, ["quotation"], r"nothing to combine: suite composition knows json + one"),
+        (composition, ["json", "one_sentence"], ""),
+        (composition, ["lowercase"], "nothing to combine"),
+        (composition, ["lowercase", "exclude_moon"], ""),
+        (length, ["json", "title"], "none of json, title is a length: suite length knows extremely_concise"),
+        (length, ["json", "concise"], ""),
+        (length, ["verbosity"], ""),
+        (words, ["json"], "none of json is a word"),
+        (words, ["include_music"], ""),
+        (words, ["exclude_noble"], ""),
+    ],
+)
+def test_a_suite_that_has_nothing_to_do_says_why(bench, monkeypatch, module, asked, says):
+    assert module.missing(bench) == ""
+    monkeypatch.setattr(bench, "wanted", asked)
+    found = module.missing(bench)
+    assert (says in found) if says else found == ""
+
+
+def test_only_what_is_asked_for(bench, monkeypatch):
+    monkeypatch.setattr(bench, "wanted", ["concise", "exclude_moon", "lowercase", "include_music"])
+    assert length.lengths(bench) == (["conciseness"], ["concise"])
+    assert (words.words_to_include(bench), list(words.contexts(bench))) == (["music"], ["moon"])
+    assert words.words_to_exclude(bench) == []
+    assert composition.named_pairs(bench) == [] and composition.case_words(bench) == ["moon"]

@@ -20,13 +20,14 @@ from localsteer.evaluate.transfer import (
     carry_to_other_model,
     examine,
     fit_maps,
+    readable,
     relation,
     send_through,
     shared_prompts,
     unmapped,
     verdict,
 )
-from localsteer.extract import build_pairs, extract, open_backend
+from localsteer.extract import Pair, build_pairs, extract, open_backend
 
 RHYME = Instruction.from_text("Answer in rhyme.")
 QUERIES = ("Tell me about foxes.", "Describe a quiet village.", "What is a river?")
@@ -279,8 +280,17 @@ def test_prompts_that_a_small_vocabulary_cant_spell_are_left_out(real_data, fold
     extract(real_data / "stories260K.gguf", RHYME, QUERIES, n_pairs=3).save("rhyme.gguf")
     through = ("--map", "--from", real_data / "stories260K.gguf", "--prompts", 80)
     done = invoke("transfer", "rhyme.gguf", "-m", small, *through, "--no-test", "-o", "t.gguf", "-t", 1)
-    assert done.status == 0 and "of 80 prompts hold what a model has no tokens for" in done.err
+    assert done.status == 0 and "of 80 prompts are left out" in done.err
     assert ControlVector.load("t.gguf").n_embd == 128
+
+
+def test_prompts_that_are_too_long_for_a_model_are_left_out(real_data, folder):
+    # its context is 64 tokens, and it has few of more than a letter
+    small = real_data / "craftgpt-chat-5m-f16.gguf"
+    long = Pair("Tell me about foxes " * 40, "Tell me about foxes")
+    short = Pair("Tell me about foxes", "Tell me about foxes")
+    with open_engine(small) as engine, open_backend(engine) as backend:
+        assert readable([long, short], backend) == [short]
 
 
 def test_the_table_ends_in_the_verdict(bundled_vector):

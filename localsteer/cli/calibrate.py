@@ -100,6 +100,11 @@ def _pairs(
 
     if slots and text is None:
         raise click.UsageError("--slot fills a slot of --instruction: name the instruction, too.")
+    if text is not None and vector.phrasings:
+        raise click.UsageError(
+            f"{vector.label} says itself what it was made from ({vector.phrasings[0]!r}): leave "
+            "--instruction out."
+        )
     found = catalog_of(model, catalog)
     instruction = find_instruction(found, text, slots) if text else None
     given = load_queries(queries) if queries else None

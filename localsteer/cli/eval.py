@@ -19,6 +19,8 @@ from .console import answer, note, print_json, progress
 from .models import catalog_of, is_bundled, model_file
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from localsteer.catalog import Query
     from localsteer.evaluate.model_judge import ModelJudge
     from localsteer.evaluate.suites.bench import Bench, Limits
@@ -100,6 +102,7 @@ def command(
     if diff:
         _show(_diff(*diff, given["out"]), as_json)
         return
+    given["suites"] = suites
     names = _suites(suites, bundled=is_bundled(model), given=given)
     results = _evaluate(vectors, model, names, given)
     _show(results, as_json)
@@ -129,7 +132,7 @@ def _show(results: dict[str, Any], as_json: bool) -> None:
 
 def _suites(asked: Sequence[str], *, bundled: bool, given: dict[str, Any]) -> list[str]:
     """The names, checked before anything is loaded. `all`: those that have what they need."""
-    names = list(dict.fromkeys(part.strip() for each in asked or ("format",) for part in each.split(",")))
+    names = _listed(asked)
     for name in names:
         if name not in (*SUITES, "all"):
             raise LocalsteerError(f"unknown suite {name!r}: choose from {', '.join(SUITES)}, or all.")
@@ -141,6 +144,10 @@ def _suites(asked: Sequence[str], *, bundled: bool, given: dict[str, Any]) -> li
         if not ready.get(name, True):
             raise LocalsteerError(f"suite {name} needs {wanted[name]}.")
     return names
+
+
+def _listed(asked: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(part.strip() for each in asked or ("format",) for part in each.split(",")))
 
 
 # --- one evaluation ----------------------------------------------------------------------------------------
@@ -162,11 +169,12 @@ def _evaluate(
     base = _base_of(model, given["base"]) if "cross-model" in names else None
     out = Path(given["out"] or f"eval-{path.stem}")
     results.refuse_others(out, None)
-    settings = _settings(names, model, given)
     extra = {"ifeval": given["ifeval"], "paraphrases": not given["no_paraphrases"]}
     reports: dict[str, Any] = {}
     with _opened(path, catalog, out, base, loaded, given, is_bundled(model)) as (bench, judge):
-        for name, module in modules.items():
+        ready = _ready(bench, modules, extra, leave_out="all" in _listed(given["suites"]))
+        settings = _settings(list(ready), model, given)
+        for name, module in ready.items():
             reports[name] = module.run(bench, **extra)
             found = bench.take_results()
             if judge:
@@ -184,6 +192,23 @@ def _evaluate(
     report.write(document, out)
     note(f"kept in {out}: report.html, report.md, results.json, replies.jsonl, vectors.")
     return document
+
+
+def _ready(
+    bench: Bench, modules: dict[str, ModuleType], extra: dict[str, Any], leave_out: bool
+) -> dict[str, ModuleType]:
+    """The suites that have something to do; asked of all before the first one runs. leave_out: say which do
+    not, rather than end there."""
+    ready = {}
+    for name, module in modules.items():
+        reason = module.missing(bench, **extra)
+        if reason and not leave_out:
+            raise LocalsteerError(reason)
+        if reason:
+            note(f"suite {name} is left out: {reason}")
+        else:
+            ready[name] = module
+    return ready
 
 
 @contextmanager
@@ -247,10 +272,11 @@ def _ids(text: str | None) -> list[str] | None:
 def _check_names(catalog: Any, vectors: Sequence[tuple[Path, Any]], instructions: str | None) -> None:
     """Unknown instructions are refused before a model is loaded."""
     from localsteer.evaluate.suites.bench import instruction_of
+    from localsteer.extract.levels import DIRECTIONS
 
     known = {instruction_of(vector, catalog, path).id for path, vector in vectors}
     for each in _ids(instructions) or ():
-        if each not in known:
+        if each not in known and each not in DIRECTIONS:
             catalog.get(each)
 
 

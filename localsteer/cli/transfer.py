@@ -171,7 +171,10 @@ class _Job:
             asked, prompts = len(prompts), transfer.readable(prompts, source, target)
             left_out = asked - len(prompts)
             if left_out:
-                note(f"{left_out} of {asked} prompts hold what a model has no tokens for: left out.")
+                note(
+                    f"{left_out} of {asked} prompts are left out: they are too long for one of the models, "
+                    "or hold what it has no tokens for."
+                )
             texts = [pair.instructed for pair in prompts]
             with progress(f"reading states of {source.model_name}") as on_progress:
                 theirs = transfer.all_states(source, texts, on_progress)

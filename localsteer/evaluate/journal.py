@@ -35,8 +35,9 @@ class Journal:
 
     path: made, with its folder, if need be; None keeps everything in memory. identity: what the records hold
     for, the model's sha256 first of all; a file with records of another one is refused.
-    Half a line at the end, which a killed run leaves, is dropped. Raises LocalsteerError for any other line
-    that can't be read.
+    Half a line at the end, which a killed run leaves, is dropped. A file that nothing was put into, as by a
+    run that was refused, is removed when it is closed. Raises LocalsteerError for any other line that can't
+    be read.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
@@ -45,6 +46,7 @@ class Journal:
         self._lock = threading.Lock()
         self._file = None
         if path is not None:
+            self._folder = next((each for each in path.parents if not each.exists()), None)
             header = {"localsteer": "journal", "format": FORMAT, **identity}
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +74,21 @@ class Journal:
                 self._records[key] = dict(record)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is None:
+            return
+        self._file.close()
+        if not self._records:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+                if self._folder is not None:
+                    self._remove_empty(self._folder)
+
+    def _remove_empty(self, folder: Path) -> None:
+        """The folder of the file and those above it, up to this one, all of them made by us."""
+        for each in self.path.parents:
+            each.rmdir()
+            if each == folder:
+                return
 
     def __enter__(self) -> Journal:
         return self

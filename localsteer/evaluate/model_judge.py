@@ -27,6 +27,9 @@ Reply:
 Does the reply follow the instruction? Answer with one word, yes or no."""
 YES, NO = ("Yes", "yes", " Yes", " yes"), ("No", "no", " No", " no")
 CHUNK = 32  # replies of one piece of work
+ANSWER_TOKENS = 4  # room for the longest of YES and NO
+REPLY_TOKENS = 64  # of a reply that a judge should have room for, at least
+UNREADABLE = "are too long for its context, or hold characters that it has no tokens for"
 
 
 class ModelJudge:
@@ -51,18 +54,24 @@ class ModelJudge:
         ]
         conditions = list(dict.fromkeys(result.cell.condition for result, _ in found))
         rows = [_row(name, [each for each in found if each[0].cell.condition == name]) for name in conditions]
+        title, why = "The judge", f"with the question about them they {UNREADABLE}."
+        if not found:
+            text = f"{self.name} could judge none of the {len(judged)} replies: {why}"
+            return {"title": title, "text": text, "tables": [], "plots": []}
         text = (
             f"{self.name} was asked of {len(found)} replies whether each follows its instruction (yes or no, "
             "whichever it finds likelier). Kappa: agreement beyond chance, 1 is perfect, 0 is none; below "
             "0.6 believe the verifier. The judge's verdicts enter no other figure."
         )
+        if len(found) < len(judged):
+            text += f" Left out are {len(judged) - len(found)} more: {why}"
         columns = ["condition", "n", "judge: follows", "verifier: follows", "agreement", "kappa"]
         table = {"columns": columns, "rows": [*rows, _row("all", found)]}
-        return {"title": "The judge", "text": text, "tables": [table], "plots": []}
+        return {"title": title, "text": text, "tables": [table], "plots": []}
 
     def _judge(self, engine: Engine, results: Sequence[Result]) -> list[bool | None]:
         prompts = [_tokens(engine, self._question(result)) for result in results]
-        rows = [i for i, each in enumerate(prompts) if each and len(each) + 4 <= engine.n_ctx]
+        rows = [i for i, each in enumerate(prompts) if each and len(each) + ANSWER_TOKENS <= engine.n_ctx]
         answers = _answers(engine)
         scores = engine.score([(prompts[i], answer) for i in rows for answer in answers])
         found: list[bool | None] = [None] * len(results)
@@ -79,8 +88,14 @@ class ModelJudge:
 
 
 def check_judge(engine: Engine) -> None:
-    """Raises PromptError for a model whose vocabulary can't spell the question or its answers."""
-    engine.prompt_tokens(QUESTION)
+    """Raises PromptError for a model whose vocabulary can't spell the question or its answers, or whose
+    context has no room for them."""
+    n = len(engine.prompt_tokens(QUESTION)) + REPLY_TOKENS + ANSWER_TOKENS
+    if n > engine.n_ctx:
+        raise PromptError(
+            f"{engine.path.name} can't be the judge: its context of {engine.n_ctx} tokens has no room for "
+            f"the question and a reply of {REPLY_TOKENS} tokens. Choose another --judge."
+        )
     _answers(engine)
 
 

@@ -36,6 +36,7 @@ from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
+    from localsteer.extract.gguf_backend import GgufBackend
 
 AS_IS, OTHER_MODEL, MAPPED = "as is", "another model of the same width", "mapped"
 UNMAPPED = "unmapped"  # the control of a map: the source's own numbers
@@ -241,12 +242,13 @@ def shared_prompts(catalog: Catalog, instruction: Instruction, n: int = N_PROMPT
     return list(prompts.values())
 
 
-def readable(prompts: Sequence[Pair], *backends: Backend) -> list[Pair]:
-    """The prompts that all of these models can read: a small vocabulary lacks some characters."""
+def readable(prompts: Sequence[Pair], *backends: GgufBackend) -> list[Pair]:
+    """The prompts that all of these models can read: a small vocabulary lacks some characters, and a small
+    context has no room for the longest."""
 
-    def can_read(backend: Backend, text: str) -> bool:
+    def can_read(backend: GgufBackend, text: str) -> bool:
         try:
-            return bool(prompt_tokens(backend, text))
+            return len(prompt_tokens(backend, text)) <= backend.n_ctx
         except PromptError:
             return False
 

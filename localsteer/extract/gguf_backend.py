@@ -22,7 +22,7 @@ class GgufBackend:
         self._owned = isinstance(source, (str, os.PathLike))
         self.engine = Engine(source, exact=exact, n_threads=n_threads) if self._owned else source
         model = self.engine.model
-        self.n_layer, self.n_embd = model.n_layer, model.n_embd
+        self.n_layer, self.n_embd, self.n_ctx = model.n_layer, model.n_embd, self.engine.n_ctx
         self.architecture: str | None = model.architecture
         self.template = self.engine.template
         self.engine.tell_of_template()

@@ -1,6 +1,10 @@
-"""The experiments that `localsteer eval` runs, by name; each is a module with NAME, TITLE and `run`.
+"""The experiments that `localsteer eval` runs, by name; each is a module with NAME, TITLE and these two.
 
+    missing(bench: Bench, **options) -> str    why there is nothing to do; empty: there is
     run(bench: Bench, **options) -> SuiteReport
+
+`missing` asks the model nothing, so that what can't be done is said before anything is. It raises
+LocalsteerError for input that is wrong; `run` expects that it was called.
 
 A SuiteReport is a plain dict, one entry of `suites` in results.json (docs/evaluation.md): title, conditions,
 instructions, all, sections.

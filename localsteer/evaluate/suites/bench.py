@@ -36,6 +36,7 @@ from localsteer.evaluate.study import N_SEQ_MAX as BUNDLED_N_SEQ_MAX
 from localsteer.evaluate.study import Stage, Study, extract_all, silent, spread
 from localsteer.evaluate.suites.cells import Cell, Result, run_cells, tables
 from localsteer.evaluate.workers import Workers
+from localsteer.extract.levels import DIRECTIONS, length
 from localsteer.plan import Plan
 from localsteer.vector import ControlVector, check_model
 
@@ -182,10 +183,18 @@ class Bench:
     # -- what is evaluated ---------------------------------------------------------------------------
 
     def instruction(self, wanted: str | Instruction) -> Instruction:
-        """By id: of a given vector, else of the catalogue, slots at their defaults. Raises CatalogError."""
+        """By id: of a given vector, a direction of length, else of the catalogue, slots at their defaults.
+        Raises CatalogError."""
         if isinstance(wanted, Instruction):
             return wanted
+        if wanted in DIRECTIONS and wanted not in self._instructions:
+            return length(self.catalog, wanted).target
         return self._instructions.get(wanted) or self.catalog.get(wanted)
+
+    @property
+    def asked(self) -> list[str] | None:
+        """The ids that were asked for, else those of the given vectors; None: a suite's own choice."""
+        return self.wanted if self.wanted is not None else list(self.given) or None
 
     def wording(self, label: str) -> str | None:
         """The instruction of a row in words, for a judge: `json + one_sentence` is two of them."""
@@ -197,8 +206,7 @@ class Bench:
     def instructions(self, groups: Sequence[str]) -> list[Instruction]:
         """The ones asked for; else those of the given vectors; else the catalogue's of these groups that have
         a verifier and need no slot. Raises CatalogError for one without a verifier, and for none."""
-        ids = self.wanted if self.wanted is not None else list(self.given)
-        if not ids:
+        if self.asked is None:
             found = [each for each in self.catalog.instructions.values() if each.group in groups]
             usable = [each.fill() for each in found if each.verifier and not _lacks_slots(each)]
             if not usable:
@@ -207,7 +215,7 @@ class Bench:
                     "nothing tells whether replies follow: give one (`verifier = ...`), or another --catalog."
                 )
             return usable
-        chosen = [self.instruction(each) for each in ids]
+        chosen = [self.instruction(each) for each in self.asked]
         for each in chosen:
             if each.verifier is None:
                 raise CatalogError(

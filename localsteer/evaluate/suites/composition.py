@@ -21,7 +21,7 @@ from localsteer.errors import LocalsteerError
 from localsteer.evaluate.pick import FEW_BLOCKS
 from localsteer.evaluate.suites.bench import is_possible
 from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures, judge_cell, share_cell
-from localsteer.evaluate.suites.words import contexts, excluding, words_used
+from localsteer.evaluate.suites.words import contexts, excluding, words_to_exclude, words_used
 from localsteer.generate import Reply
 from localsteer.plan import Plan, PositionClass
 from localsteer.steering import apply_program
@@ -82,6 +82,13 @@ class Pair:
         )
 
 
+def missing(bench: Bench, **_options: Any) -> str:
+    if named_pairs(bench) or case_words(bench) != []:
+        return ""
+    pairs = ", ".join(" + ".join(pair) for pair in PAIRS)
+    return f"there is nothing to combine: suite composition knows {pairs}, and {CASE} + a word to exclude."
+
+
 def run(bench: Bench, *, checkpoint: Path | None = None, **_options: Any) -> SuiteReport:
     """checkpoint: the transformers folder that the model was converted from, for replies with one edit after
     the other; known of the bundled model."""
@@ -96,31 +103,47 @@ def run(bench: Bench, *, checkpoint: Path | None = None, **_options: Any) -> Sui
 
 
 def pairs_of(bench: Bench) -> list[Pair]:
-    """PAIRS of which the catalogue (or what was asked for) has both, and a case with a word that the
-    model's own replies use often. Raises LocalsteerError when that is nothing."""
-    known = set(bench.wanted or bench.given or bench.catalog.instructions)
-    named = [pair for pair in PAIRS if set(pair) <= known]
+    """`named_pairs`, and a case with a word to exclude."""
+    named = named_pairs(bench)
     vectors = bench.vectors(list(dict.fromkeys(name for pair in named for name in pair)))
     found = [
         Pair((bench.instruction(a), bench.instruction(b)), (_on(vectors[a]), _on(vectors[b])))
         for a, b in named
     ]
-    if CASE in known and "exclude_word" in bench.catalog.instructions:
-        found += _case_and_word(bench)
-    if not found:
-        pairs = ", ".join(" + ".join(pair) for pair in PAIRS)
-        raise LocalsteerError(f"there is nothing to combine: the suite composition knows {pairs}.")
-    return found
+    return found + list(_case_and_word(bench))
+
+
+def named_pairs(bench: Bench) -> list[tuple[str, str]]:
+    """PAIRS of which the catalogue, or what was asked for, has both."""
+    known = set(bench.catalog.instructions if bench.asked is None else bench.asked)
+    return [pair for pair in PAIRS if set(pair) <= known]
+
+
+def case_words(bench: Bench) -> list[str] | None:
+    """The words that may go with the case: those asked for, or that the catalogue's own queries bring. Empty:
+    there is no such pair. None: one that the model's own replies use."""
+    known = bench.catalog.instructions
+    if CASE not in (known if bench.asked is None else bench.asked) or "exclude_word" not in known:
+        return []
+    found = list(contexts(bench))
+    if bench.asked is not None:
+        return [*found, *words_to_exclude(bench)]
+    return found or None
 
 
 def _case_and_word(bench: Bench) -> Iterator[Pair]:
-    """The word is one that the catalogue's own queries for it bring, or one that replies use without the case
-    and with it: a case may change what is said."""
+    """Of words that replies use, one that they use without the case and with it: a case may change what is
+    said."""
+    words = case_words(bench)
+    if words == []:
+        return
     case = bench.instruction(CASE)
     cased = _on(bench.vectors([case])[CASE])
-    steered = dict(words_used(bench, cased))
-    plain = sorted(words_used(bench), key=lambda item: -min(item[1], steered.get(item[0], 0.0)))
-    for used in [*contexts(bench), *(word for word, _ in plain)][:1]:
+    if words is None:
+        steered = dict(words_used(bench, cased))
+        plain = sorted(words_used(bench), key=lambda item: -min(item[1], steered.get(item[0], 0.0)))
+        words = [word for word, _ in plain]
+    for used in words[:1]:
         word, vector = excluding(bench, used)
         yield Pair((case, word), (cased, _on(vector)))
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localsteer.catalog import Instruction
-from localsteer.errors import LocalsteerError
 from localsteer.evaluate.conditions import applied_like, random_control, told_prompts
 from localsteer.evaluate.suites.cells import (
     Cell,
@@ -38,10 +37,15 @@ CONDITIONS = ("none", "own", "instruct", "random", "other", "instructed")
 BAR = 0.15  # how much more the instruct model's vectors should lift
 
 
+def missing(bench: Bench, **_options: Any) -> str:
+    if bench.base is None:
+        return "suite cross-model needs the base model: give it with --base MODEL.gguf."
+    bench.instructions(GROUPS)
+    return ""
+
+
 def run(bench: Bench, **_options: Any) -> SuiteReport:
     base = bench.base
-    if base is None:
-        raise LocalsteerError("suite cross-model needs the base model: give it with --base MODEL.gguf.")
     instructions = bench.instructions(GROUPS)
     carried = carry_all(base, bench.raw(instructions))
     picks = base.pick([(each, carried[each.id]) for each in instructions])

@@ -40,6 +40,11 @@ LANGUAGES = {
 }  # fmt: skip
 
 
+def missing(bench: Bench, **_options: Any) -> str:
+    bench.instructions(GROUPS)
+    return ""
+
+
 def run(bench: Bench, *, paraphrases: bool = True, **_options: Any) -> SuiteReport:
     instructions = bench.instructions(GROUPS)
     vectors = bench.vectors(instructions)

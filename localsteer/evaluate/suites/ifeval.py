@@ -95,9 +95,16 @@ def _checked(record: Any, number: int) -> Item:
 # --- running -----------------------------------------------------------------------------------------------
 
 
-def run(bench: Bench, *, ifeval: Path | None = None, **_options: Any) -> SuiteReport:
+def missing(bench: Bench, *, ifeval: Path | None = None, **_options: Any) -> str:
     if ifeval is None:
-        raise LocalsteerError("suite ifeval needs a file of prompts: give it with --ifeval FILE.jsonl.")
+        return "suite ifeval needs a file of prompts: give it with --ifeval FILE.jsonl."
+    items = read_items(Path(ifeval))
+    if not any(_matches(bench, each) for each in items):
+        return f"{ifeval}: no line has an instruction that there is a vector for ({len(items)} lines)."
+    return ""
+
+
+def run(bench: Bench, *, ifeval: Path, **_options: Any) -> SuiteReport:
     items = read_items(Path(ifeval))
     fitting = _fitting(bench, items)
     plan = {each.number: _matches(bench, each) for each in fitting}

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localsteer.catalog import Query
-from localsteer.errors import PlanError
+from localsteer.errors import CatalogError, PlanError
 from localsteer.evaluate.conditions import told_prompts
 from localsteer.evaluate.intervals import interval
 from localsteer.evaluate.pick import default_blocks
 from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures
-from localsteer.extract.levels import DIRECTIONS, LEVELS, length
+from localsteer.extract.levels import DIRECTIONS, LENGTHS, LEVELS, length
 from localsteer.extract.recipes import Recipe
 from localsteer.vector import ControlVector
 
@@ -67,29 +67,50 @@ class Sweep:
         return max(sum(found[start : start + n]) / n for start in range(0, len(found), n))
 
 
+def missing(bench: Bench, **_options: Any) -> str:
+    directions, levels = lengths(bench)
+    if not directions:
+        return f"none of {', '.join(bench.asked)} is a length: suite length knows {', '.join(LENGTHS)}."
+    try:
+        for name in (*directions, *levels):
+            length(bench.catalog, name)
+    except CatalogError as error:
+        return str(error)
+    return ""
+
+
+def lengths(bench: Bench) -> tuple[list[str], list[str]]:
+    """(directions, levels): all, or those asked for. A level takes the settings of its direction, which is
+    swept for that too."""
+    asked = LENGTHS if bench.asked is None else bench.asked
+    levels = [level for level in LEVELS if level in asked]
+    needed = {direction_of(level) for level in levels}
+    return [name for name in DIRECTIONS if name in asked or name in needed], levels
+
+
 def run(bench: Bench, **_options: Any) -> SuiteReport:
-    recipes = {name: length(bench.catalog, name) for name in (*DIRECTIONS, *LEVELS)}
+    directions, levels = lengths(bench)
+    recipes = {name: length(bench.catalog, name) for name in (*directions, *levels)}
     vectors = bench.extract(list(recipes.values()))
-    chosen = {name: _chosen(bench, recipes[name], vectors[name]) for name in DIRECTIONS}
-    cells = [cell for name in DIRECTIONS for cell in sweep_cells(bench, recipes[name], chosen[name])]
+    chosen = {name: _chosen(bench, recipes[name], vectors[name]) for name in directions}
+    cells = [cell for name in directions for cell in sweep_cells(bench, recipes[name], chosen[name])]
     cells += [
         cell
-        for level in LEVELS
+        for level in levels
         for cell in level_cells(bench, recipes[level], like(vectors[level], chosen[direction_of(level)]))
     ]
     results = bench.run(cells, what="sweeping lengths")
-    others = {name: [each.id for each in bench.others(recipes[name].target)] for name in DIRECTIONS}
-    sweeps = [sweep_of(name, chosen[name], results) for name in DIRECTIONS]
-    levels = {level: vectors[level] for level in LEVELS}
+    others = {name: [each.id for each in bench.others(recipes[name].target)] for name in directions}
+    sweeps = [sweep_of(name, chosen[name], results) for name in directions]
+    sections = [swept(sweeps, others)]
+    if levels:
+        sections.append(compared(results, levels))
+        sections.append(cosines({level: vectors[level] for level in levels}, chosen[directions[0]].layers[0]))
     conditions = list(dict.fromkeys(["none", "steered", "instructed", *(cell.condition for cell in cells)]))
     return {
         "title": TITLE,
         **bench.tables(results, conditions),
-        "sections": [
-            swept(sweeps, others),
-            compared(results),
-            cosines(levels, chosen["conciseness"].layers[0]),
-        ],
+        "sections": sections,
     }
 
 
@@ -298,7 +319,7 @@ def words_interval(results: Sequence[Result]) -> str:
     return f"{low:.1f} to {high:.1f}"
 
 
-def compared(results: Sequence[Result]) -> dict[str, Any]:
+def compared(results: Sequence[Result], levels: Sequence[str]) -> dict[str, Any]:
     """Each level told in words and steered by its own vector."""
 
     def words(level: str, condition: str) -> float:
@@ -307,20 +328,20 @@ def compared(results: Sequence[Result]) -> dict[str, Any]:
             [each for each, cell in zip(results, cells, strict=True) if cell == (level, condition)]
         )
 
-    rows = [[level, *(words(level, name) for name in ("none", "instructed", "steered"))] for level in LEVELS]
+    rows = [[level, *(words(level, name) for name in ("none", "instructed", "steered"))] for level in levels]
     columns = ("model alone", "told in words", "steered")
     return {
-        "title": "The five levels",
+        "title": "Levels of length",
         "text": "Mean words when each level is said in the prompt, and when its own vector is added with "
         "strength 1 at the block and positions of its direction.",
         "tables": [{"columns": ["level", *columns], "rows": rows}],
         "plots": [
             {
                 "kind": "bars",
-                "title": "Mean words of the five levels",
+                "title": "Mean words of each level",
                 "x_label": "level",
                 "y_label": "words",
-                "x": list(LEVELS),
+                "x": list(levels),
                 "series": {name: [row[i + 1] for row in rows] for i, name in enumerate(columns)},
             }
         ],
@@ -336,5 +357,5 @@ def cosines(vectors: Mapping[str, ControlVector], layer: int) -> dict[str, Any]:
         "columns": list(vectors),
         "values": (units @ units.T).tolist(),
     }
-    text = "How far the five levels share one direction: 1 is the same, 0 unrelated, -1 opposite."
+    text = "How far the levels share one direction: 1 is the same, 0 unrelated, -1 opposite."
     return {"title": "The levels' directions", "text": text, "tables": [], "plots": [plot]}

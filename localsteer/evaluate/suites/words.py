@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localsteer.catalog import Instruction, Query
+from localsteer.errors import CatalogError
 from localsteer.evaluate.conditions import applied_like, random_control, told_prompts
 from localsteer.evaluate.suites.cells import Cell, Result, applied, checks_of, figures, share_cell
 from localsteer.evaluate.verify import verify
@@ -64,6 +65,21 @@ class Task:
     own: ControlVector | None = None
 
 
+def missing(bench: Bench, **_options: Any) -> str:
+    if bench.asked is not None and not (
+        words_to_include(bench) or contexts(bench) or words_to_exclude(bench)
+    ):
+        return (
+            f"none of {', '.join(bench.asked)} is a word to include or to exclude: make its vector with "
+            "`localsteer extract --include-word WORD` and give that."
+        )
+    try:
+        exclude_word(bench.catalog, INCLUDED[0])
+    except CatalogError as error:
+        return str(error)
+    return ""
+
+
 def run(
     bench: Bench,
     *,
@@ -98,24 +114,26 @@ def run(
 
 
 def words_to_include(bench: Bench) -> list[str]:
-    """Those of the ids asked for, or of the catalogue's instructions to include a word, or those of INCLUDED
+    """Those asked for; else those of the catalogue's instructions to include a word, or those of INCLUDED
     that the model's own replies do not use anyway."""
-    if named := _named(bench, EXISTENCE, "keywords"):
+    named = _named(bench, EXISTENCE, "keywords")
+    if named or bench.asked is not None:
         return named
     used = dict(words_used(bench))
     return [word for word in INCLUDED if word not in used]
 
 
 def words_to_exclude(bench: Bench) -> list[str]:
-    """Those of the ids asked for, or the words that the model's own replies use most; none of `contexts`."""
-    asked = _named(bench, FORBIDDEN, "forbidden_words") if bench.wanted else []
-    words = asked or [word for word, _ in words_used(bench)]
-    return [word for word in words if word not in contexts(bench)][: len(asked) or N_EXCLUDED]
+    """Those asked for, else the words that the model's own replies use most; none of `contexts`."""
+    brought = contexts(bench)
+    if bench.asked is not None:
+        return [word for word in _named(bench, FORBIDDEN, "forbidden_words") if word not in brought]
+    return [word for word, _ in words_used(bench) if word not in brought][:N_EXCLUDED]
 
 
 def contexts(bench: Bench) -> dict[str, Instruction]:
     """The instructions to avoid one word for which the catalogue has queries of their own, by word: these
-    queries bring the word into replies. Of the ids asked for, if any."""
+    queries bring the word into replies. Those asked for, if any were."""
     found = _of_one_word(bench, FORBIDDEN, "forbidden_words")
     return {word: each for word, each in found if {"validation", "test"} <= each.queries.keys()}
 
@@ -146,8 +164,8 @@ def _named(bench: Bench, verifier: str, argument: str) -> list[str]:
 
 def _of_one_word(bench: Bench, verifier: str, argument: str) -> list[tuple[str, Instruction]]:
     """The instructions asked for, or those of the catalogue that are ready for use, with their word."""
-    if bench.wanted is not None:
-        known = [bench.instruction(each) for each in bench.wanted]
+    if bench.asked is not None:
+        known = [bench.instruction(each) for each in bench.asked]
     else:
         known = [each for each in bench.catalog.instructions.values() if not each.open_slots]
     found = [each for each in known if each.verifier == verifier and len(each.kwargs[argument]) == 1]
