@@ -52,14 +52,26 @@ def _usual_folder() -> Path:
     return (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache") / "localsteer"
 
 
+def require_folder(path: str | os.PathLike[str]) -> None:
+    """Raise LocalsteerError unless the folder of a file that is to be written is there: for files that the
+    user names, where a new folder would hide a slip."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise LocalsteerError(f"{os.fspath(path)} can't be written: there is no folder {folder}.")
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise.
 
-    Two processes that write one file at once both succeed, and a reader sees one whole file or the other.
-    Raises LocalsteerError when the folder can't be written, or `path` is one.
+    Two processes that write one file at once both succeed, and a reader sees one whole file or the other. A
+    pipe or a device is written as it is. Raises LocalsteerError when the folder can't be written, or `path`
+    is one.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
     with _one_line_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)

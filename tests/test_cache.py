@@ -46,6 +46,15 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"whole" and list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes of POSIX")
+def test_a_pipe_or_a_device_is_written_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull)):
+        with cache.atomic_path(path) as temporary:
+            assert temporary == path
+        assert path.exists() and not path.is_file()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
 def test_a_file_has_the_permissions_of_any_other(tmp_path, monkeypatch):
     other = tmp_path / "other"

@@ -215,7 +215,7 @@ def test_an_open_slot_must_be_filled(general):
 
 
 def test_a_value_without_a_slot_is_refused(general):
-    with pytest.raises(CatalogError, match="'json' has no slot 'n': none"):
+    with pytest.raises(CatalogError, match="'json' has no slot 'n': it has none"):
         general.get("json", n=3)
 
 
@@ -335,7 +335,7 @@ def test_variants_make_one_instruction_each(tmp_path):
         ),
         (
             "[[instruction]]\nid = 'a'\nphrasings = ['{n}']\nvariants = { b = { m = 1 } }",
-            "'a' has no slot 'm': n",
+            "'a' has no slot 'm': it has n",
         ),
         ("[[instruction]]\nid = 'a'\nphrasings = ['x']\n" * 2, "instruction 'a' is there twice"),
     ],

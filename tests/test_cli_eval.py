@@ -153,8 +153,8 @@ def test_a_run_with_another_context_is_not_gone_on_with(whole):
 
 
 def refused(*args: object) -> str:
-    said = invoke("eval", "-t", "1", "-n", "2", "-o", "run", *args).complaint()
-    assert not Path("run").exists()  # nothing is left of a run that was refused
+    said = invoke("eval", "-t", "1", "-n", "2", "-o", "refused", *args).complaint()
+    assert not Path("refused").exists()  # nothing is left of a run that was refused
     return said
 
 
@@ -187,6 +187,16 @@ def test_test_queries_that_vectors_were_made_with(folder):
         (folder / "mine.txt").write_text(f"What is a river?\n{queries[split][3].text.upper()}\n")
         said = refused("--queries", "mine.txt", "--instructions", "json")
         assert f"is in {split} of bundled" in said
+
+
+def test_queries_of_ones_own_need_no_number(folder):
+    (folder / "mine.txt").write_text("What is a river?\nWhat is rain?\nWhat is snow?\n")
+    args = ("--queries", "mine.txt", "-i", "title", "--no-paraphrases", "-t", "1", "--max-tokens", "24")
+    done = invoke("eval", *args, "-o", "run", "--json")
+    assert done.status == 0, done.err
+    assert done.json["settings"]["n"] == 3
+    assert done.json["suites"]["format"]["instructions"]["title"]["none"]["n"] == 3
+    assert "n must be 1 to 3" in refused("--queries", "mine.txt", "-n", "4")
 
 
 def test_a_catalogue_whose_splits_overlap(folder):

@@ -216,6 +216,16 @@ def test_a_vector_is_of_the_instruction_that_its_file_names():
         instruction_of(replace(named(), name="x"), CATALOG, path)
 
 
+@pytest.mark.parametrize(("word", "own"), [("moon", True), ("zeppelin", False)])
+def test_a_word_to_avoid_is_asked_of_queries_that_bring_it(word, own):
+    vector = named(
+        instruction_id=f"exclude_word:{word}", phrasings=[f"No {word}."], group="word",
+        verifier="keywords:forbidden_words", kwargs={"forbidden_words": [word]},
+    )  # fmt: skip
+    found = instruction_of(vector, CATALOG, Path("x.gguf"))
+    assert found.queries == (CATALOG.get("exclude_moon").queries if own else {})
+
+
 def test_a_file_says_how_it_is_quantized():
     assert quantization({"general.file_type": "7"}) == "Q8_0"
     assert quantization({"general.file_type": "15"}) == "Q4_K_M"

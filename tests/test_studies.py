@@ -193,9 +193,11 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, tiny_llama):
     assert "belongs to" in refused("pairs", "--checkpoint", "folder")
     assert "--gguf" in refused("quantization", "-m", tiny_llama.gguf_path)
     assert "--checkpoint" in refused("layers", "-m", tiny_llama.gguf_path)
+    assert "no folder" in refused("layers", "-m", tiny_llama.gguf_path, "--checkpoint", tmp_path / "none")
     assert "names none" in refused("pairs", "-i", " , ")
     assert "number of test queries" in refused("pairs", "-n", 5000, "-t", 1)
     assert refused("rhymes")
+    assert list(tmp_path.iterdir()) == []  # nothing is left of a study that was refused
 
 
 def test_the_results_of_something_else_are_not_replaced(tmp_path, monkeypatch):

@@ -7,14 +7,17 @@ import pytest
 from study_runs import check, job
 
 from localsteer import bundled
-from localsteer.errors import CatalogError, LocalsteerError
+from localsteer.errors import CatalogError, LocalsteerError, MismatchError
 from localsteer.evaluate.studies.common import run_study
 
 
-def test_quantization_needs_two_files_and_compares_them(tmp_path):
+def test_quantization_needs_two_files_and_compares_them(tmp_path, tiny_llama):
     with pytest.raises(LocalsteerError, match="two files"):
         run_study("quantization", job(tmp_path))
     files = tuple((quant, bundled.gguf_path("instruct", quant)) for quant in ("F16", "Q4_0"))
+    other = (files[0], ("other", tiny_llama.gguf_path))
+    with pytest.raises(MismatchError, match="was made for a model with embedding width"):
+        run_study("quantization", job(tmp_path, files=other))
     done = run_study("quantization", job(tmp_path, files=files))
     exact, coarse = check(done, tmp_path, "quantization")["files"]
     assert exact["cosines"]["json"] == pytest.approx([1.0] * 8, abs=1e-4)

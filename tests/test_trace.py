@@ -272,7 +272,7 @@ def test_a_weak_vector_and_one_at_its_target_are_told_apart(engine, vectors):
         twice.directions, twice.mean_without, twice.mean_with, None, None, (2,), name="low", positions="last"
     )
     made = trace(engine, PROMPT, low, reply="")
-    assert kinds(made) == ["at-target"]
+    assert kinds(made) == ["at-target", "no-reply"]
 
 
 def test_blocks_that_hardly_tell_the_instruction_are_called_so(engine, vectors):
@@ -369,3 +369,25 @@ def test_pictures_that_can_not_be_written_are_refused(late, tmp_path):
         write_page(late, tmp_path / "none" / "a.html")
     with pytest.raises(LocalsteerError, match="can't be drawn"):
         draw_trace(late, tmp_path / "a.docx")
+
+
+@pytest.mark.parametrize("name", ["a.html", "a.png", "a.svg"])
+def test_a_disk_that_fills_up_leaves_the_picture_before_and_nothing_else(late, tmp_path, name):
+    from localsteer.trace.html import write_page
+    from localsteer.trace.plot import draw_trace
+
+    resource = pytest.importorskip("resource", reason="no limit of file sizes here")
+    if name != "a.html":
+        pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    write = write_page if name == "a.html" else draw_trace
+    path, limits = tmp_path / name, resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_text("the one before")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(LocalsteerError, match=f"{name} can't be written"):
+            write(late, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [each.name for each in tmp_path.iterdir()] == [name] and path.read_text() == "the one before"
+    write(late, path)
+    assert path.stat().st_size > 1000

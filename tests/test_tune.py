@@ -150,7 +150,21 @@ def test_the_model_alone_wins_ties(quick) -> None:
     assert tuned.vector.strength == 0
     assert tuned.scores["none"] == tuned.scores["steered"] == 1.0
     assert tuned.scores["both"] is None
-    assert "steering does not help lowercase on this model" in tuned.advice[0]
+    assert "these queries can't tell whether steering helps lowercase" in tuned.advice[0]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_where_nothing_is_good_it_is_said_plainly(quick) -> None:
+    engine = Planted(lambda _edit, told: told)
+    tuned = tune(engine, vector(), LOWERCASE, QUERIES, quick=quick)
+    assert tuned.setting is None and tuned.vector.strength == 0
+    assert tuned.scores["none"] == tuned.scores["steered"] == 0.0
+    assert tuned.advice == (
+        "steering does not help lowercase on this model: no setting did better than the model alone (0%).",
+    )
+    everything = len(QUERIES) * (1 + 3 * N_LAYER)
+    asked = sum(len(trial.replies) for trial in tuned.trials)
+    assert asked == everything if not quick else asked <= 0.6 * everything
 
 
 def test_then_the_lower_block_wins_and_then_the_likelier_replies() -> None:

@@ -77,7 +77,8 @@ class Instruction:
         slots = self.open_slots
         for name in values:
             if name not in slots:
-                raise CatalogError(f"instruction {self.id!r} has no slot {name!r}: {_listed(slots)}")
+                known = f"it has {', '.join(slots)}" if slots else "it has none"
+                raise CatalogError(f"instruction {self.id!r} has no slot {name!r}: {known}")
         if self.literal:
             return self
         filled = {**self.slots, **values}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # as localsteer.evaluate.suites has them
 SUITES = ("format", "length", "words", "composition", "cross-model", "ifeval")
 MAX_TOKENS = 512
+N_TEST = 20
 
 
 @click.command("eval", short_help="Find out whether steering helps on a model, with controls.")
@@ -44,10 +45,9 @@ MAX_TOKENS = 512
 @click.option("-i", "--instructions", metavar="ID,ID", help="Only these. [default: the vectors' own, or all]")
 @click.option(
     "-n",
-    default=20,
-    show_default=True,
     type=click.IntRange(min=1),
-    help="Test queries for each instruction; suite ifeval asks every line.",
+    help=f"Test queries for each instruction; suite ifeval asks every line. [default: {N_TEST}, or all that "
+    "--queries has]",
 )
 @click.option(
     "-o", "--out", type=click.Path(), metavar="DIR", help="Where all is kept. [default: eval-MODEL]"
@@ -160,6 +160,8 @@ def _evaluate(
     from localsteer.evaluate.suites import suite
 
     started = time.perf_counter()
+    given = given | {"test": _test_queries(given["queries"])}
+    given["n"] = given["n"] or min(N_TEST, len(given["test"] or range(N_TEST)))
     modules = {name: suite(name) for name in names}
     files = _files(model, given)
     catalog = catalog_of(model, given["catalog"])
@@ -232,7 +234,7 @@ def _opened(
         "seed": given["seed"],
         "given": vectors,
         "wanted": _ids(given["instructions"]),
-        "test": _test_queries(given["queries"]),
+        "test": given["test"],
         "stage": progress,
     }
     with open_bench(path, catalog, out, **arguments) as bench:
@@ -307,6 +309,10 @@ def _files(model: str, given: dict[str, Any]) -> dict[str, Path]:
     found = {"catalog": catalog_file(catalog_of(model, given["catalog"]).source)}
     found |= {name: Path(given[name]) for name in ("ifeval", "queries") if given[name]}
     for path in found.values():
+        if path.exists() and not path.is_file():
+            raise LocalsteerError(
+                f"{path} is no plain file, which its hash is taken of: save it to one first."
+            )
         if not path.is_file():
             raise LocalsteerError(f"there is no file {path}.")
     return found | ({"judge": model_file(given["judge"])} if given["judge"] else {})

@@ -104,7 +104,7 @@ def _run(args: Sequence[str] | None) -> int:
     except (click.ClickException, LocalsteerError) as error:
         if interrupt.pressed():  # a load that Ctrl-C cut short reports an error of its own
             return interrupt.EXIT_STATUS
-        click.echo(f"localsteer: {_one_line(error)}", err=True)
+        click.echo(f"localsteer: {_one_line(error, sys.argv[1:] if args is None else args)}", err=True)
         return error.exit_code
     return status if isinstance(status, int) else 0
 
@@ -114,10 +114,13 @@ def _drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _one_line(error: click.ClickException | LocalsteerError) -> str:
+def _one_line(error: click.ClickException | LocalsteerError, args: Sequence[str]) -> str:
     if not isinstance(error, click.ClickException):
         return " ".join(str(error).split())
     message = " ".join(error.format_message().split())
     context = getattr(error, "ctx", None)
-    where = context.command_path if context else "localsteer"
+    # the parser of options tells no context
+    known = [name for names in COMMANDS.values() for name in names]
+    command = " ".join(["localsteer", *(name for name in args[:1] if name in known)])
+    where = context.command_path if context else command
     return f"{message} See `{where} --help`."

@@ -207,6 +207,9 @@ def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
     from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, PLAIN
     from localsteer.evaluate.transfer import UNMAPPED, examine, unmapped
 
+    known = len(job.catalog.queries_for(job.instruction, "test"))
+    if n > known:
+        note(f"there are {known} test questions for {job.instruction.id}, not {n}.")
     if job.instruction.verifier is None:
         note(f"{job.vector.label} has no verifier, so nothing tells whether a reply follows it: not tested.")
         return None

@@ -128,7 +128,7 @@ def _check_usage(
 def _asked(
     ids: Sequence[str], arguments: Sequence[str], prompt: str | None
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """The instructions, each with its checked arguments. Raises LocalsteerError."""
+    """The instructions, each with its checked arguments, as they were written. Raises LocalsteerError."""
     from localsteer.evaluate import check_arguments
 
     if len(arguments) > len(ids):
@@ -136,8 +136,10 @@ def _asked(
             f"{len(arguments)} --kwargs for {len(ids)} --instruction: give one for each, in the same order."
         )
     given = [_table(text) for text in arguments] + [{}] * (len(ids) - len(arguments))
+    checked = [check_arguments(each, kwargs, prompt=prompt) for each, kwargs in zip(ids, given, strict=True)]
     return [
-        (each, check_arguments(each, kwargs, prompt=prompt)) for each, kwargs in zip(ids, given, strict=True)
+        (each, {name: kwargs.get(name, value) for name, value in found.items()})
+        for each, kwargs, found in zip(ids, given, checked, strict=True)
     ]
 
 
@@ -184,7 +186,7 @@ def _one_line(kwargs: Mapping[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     """ASCII, so that no control character reaches the terminal."""
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (str, tuple)) else str(value)
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (str, tuple, list)) else str(value)
     text = "".join(character if character.isprintable() else "\ufffd" for character in text)
     return text if len(text) <= 60 else text[:57] + "..."
 

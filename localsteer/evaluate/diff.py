@@ -5,6 +5,7 @@ compare(read("run-a"), read("run-b"))["sections"]
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -61,6 +62,9 @@ def _settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
+    """Short: whole hashes would fill a terminal, and part A from B."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
+        return f"{value[:12]}..."
     return str(value) if isinstance(value, bool) else value
 
 

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from localsteer.cache import atomic_path, require_folder
 from localsteer.errors import LocalsteerError
 
 if TYPE_CHECKING:
@@ -175,8 +176,7 @@ def check_picture(path: str | os.PathLike[str], what: str = "--plot") -> None:
     ending = Path(path).suffix.lstrip(".").lower()
     if ending not in known:
         raise LocalsteerError(f"{path} can't be drawn: its ending must be one of {', '.join(sorted(known))}.")
-    if not Path(path).parent.is_dir():
-        raise LocalsteerError(f"{path} can't be written: there is no folder {Path(path).parent}.")
+    require_folder(path)
 
 
 def new_figure(width: float, height: float, what: str = "--plot") -> Figure:
@@ -192,9 +192,12 @@ def new_figure(width: float, height: float, what: str = "--plot") -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a picture. Raises LocalsteerError for an unknown ending and a file that can't be written."""
+    """Write a picture. Raises LocalsteerError for an unknown ending and a file that can't be written, which
+    stays as it was."""
+    require_folder(path)
     try:
-        figure.savefig(path, dpi=DPI)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=DPI, format=Path(path).suffix.lstrip(".").lower())
     except ValueError as error:  # an ending that is no picture format
         raise LocalsteerError(f"{os.fspath(path)} can't be drawn: {error}.") from None
     except OSError as error:

@@ -290,7 +290,13 @@ def _advice(
 ) -> tuple[str, ...]:
     lines = []
     none, steered, told = scores["none"], scores["steered"], scores["instructed"]
-    if trials[0].setting is None:
+    if trials[0].setting is None and none == 1:
+        lines.append(
+            f"these queries can't tell whether steering helps {instruction.id} on this model: the model "
+            "alone follows it in every reply. Tune with --queries whose replies don't, as those that bring "
+            "a word which is to be avoided."
+        )
+    elif trials[0].setting is None:
         lines.append(
             f"steering does not help {instruction.id} on this model: no setting did better than the model "
             f"alone ({none:.0%})."

@@ -98,6 +98,8 @@ def _find(instruction_id: str) -> Verifier:
 
 def _check_names(instruction_id: str, verifier: Verifier, given: Mapping[str, Any]) -> None:
     known = ", ".join(verifier.parameters) or "none"
+    if "prompt_to_repeat" in verifier.parameters:
+        known += ", or the prompt (--prompt)"
     for name in given:
         if name not in verifier.parameters:
             raise CatalogError(f"{instruction_id}: unknown argument {_show(name)}; it takes {known}")

@@ -23,7 +23,7 @@ EFFECT_SHARE = 0.9  # of the effect on the reply that "most of it" means
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: idle, no-effect, at-target, weak, overlap, locked, broken or acts. text: one line."""
+    """kind: idle, no-reply, no-effect, at-target, weak, overlap, locked, broken or acts. text: one line."""
 
     kind: str
     text: str
@@ -37,7 +37,8 @@ def diagnose(trace: Trace) -> list[Finding]:
     findings = [finding for line in steered if (finding := _of_line(trace, line))]
     effect = trace.effect[trace.n_prompt :]
     if not len(effect):
-        return findings
+        text = "there is no reply, so nothing tells what steering does to it: allow more tokens (-n)."
+        return [*findings, Finding("no-reply", text)]
     if effect.max() < NO_EFFECT:
         return [Finding("no-effect", _no_effect(trace, steered)), *findings]
     loop = _loop(trace)

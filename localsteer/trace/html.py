@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from localsteer.cache import atomic_path, require_folder
 from localsteer.errors import LocalsteerError
 
 from . import Line, Trace, looks
@@ -84,9 +84,11 @@ what the steered and the plain model say there. Instead: what the plain model wo
 
 
 def write_page(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Raises LocalsteerError for a file that can't be written."""
+    """Raises LocalsteerError for a file that can't be written, which stays as it was."""
+    require_folder(path)
     try:
-        Path(path).write_text(render(trace), encoding="utf-8")
+        with atomic_path(path) as temporary:
+            temporary.write_text(render(trace), encoding="utf-8")
     except OSError as error:
         raise LocalsteerError(f"{os.fspath(path)} can't be written: {error.strerror}.") from None
 

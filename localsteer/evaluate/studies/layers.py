@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from localsteer.catalog import Instruction, Query
-from localsteer.errors import LocalsteerError
+from localsteer.errors import LocalsteerError, ModelFileError
 from localsteer.evaluate.journal import Journal
 from localsteer.evaluate.studies.common import Job, accuracy_of, cells_for, heatmap, lines, section, table
 from localsteer.evaluate.suites.bench import Bench
@@ -35,6 +35,10 @@ def run(job: Job) -> dict[str, Any]:
     """Raises LocalsteerError without a checkpoint, or without torch."""
     if job.checkpoint is None:
         raise LocalsteerError("a study of layers needs the checkpoint that the model was made from.")
+    from localsteer.extract import torch_backend  # noqa: F401 - says at once that torch is missing
+
+    if job.checkpoint.is_absolute() and not job.checkpoint.is_dir():
+        raise ModelFileError(f"there is no folder {job.checkpoint}.")
     positions = POSITIONS[:1] if job.quick else POSITIONS
     with job.bench() as bench:
         instructions = job.instructions(INSTRUCTIONS)

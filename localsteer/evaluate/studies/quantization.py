@@ -72,7 +72,7 @@ class Measured:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Raises LocalsteerError for fewer than two files."""
+    """Raises LocalsteerError for fewer than two files, MismatchError for one of another model."""
     files = job.files[:1] if not job.files else job.files
     if len(files) < 2:
         raise LocalsteerError("a study of quantization needs two files or more of one checkpoint.")
@@ -81,6 +81,9 @@ def run(job: Job) -> dict[str, Any]:
         vectors = bench.vectors(instructions)
         instructions, left_out = working(instructions, vectors)
         model = bench.model
+    for label, path in files[1:]:  # of all of them, before the first is measured
+        with job.bench(path, label) as bench:
+            bench.workers.map(lambda engine, vector: engine.plan(vector), [*vectors.values()][:1])
     measured = []
     for label, path in files:
         with job.bench(path, label) as bench:

@@ -567,6 +567,7 @@ def instruction_of(vector: ControlVector, catalog: Catalog, path: Path) -> Instr
             kwargs=dict(kwargs or {}),
             literal=True,
             held_out_phrasings=(),
+            queries=made.queries or _queries_for(catalog, verifier, kwargs),
         )
     if known is None:
         raise CatalogError(
@@ -574,6 +575,17 @@ def instruction_of(vector: ControlVector, catalog: Catalog, path: Path) -> Instr
             "after an instruction (`localsteer convert import --name ID`), or extract it from this model."
         )
     return known.fill()
+
+
+def _queries_for(catalog: Catalog, verifier: Any, kwargs: Any) -> Mapping[str, tuple[Query, ...]]:
+    """Those of the catalogue's instruction that asks for the same, if it has its own: replies to others hold
+    no `moon` that `exclude_word:moon` could take out."""
+    same = (
+        each
+        for each in catalog.instructions.values()
+        if each.verifier == verifier and dict(each.kwargs) == dict(kwargs or {})
+    )
+    return next((each.queries for each in same if each.queries), {})
 
 
 def _hashes_of(settings: Any, hashes: Mapping[str, str]) -> Any:

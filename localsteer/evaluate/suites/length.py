@@ -120,9 +120,9 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
 def _chosen(bench: Bench, recipe: Recipe, vector: ControlVector) -> ControlVector:
     """The given file as it is, or the block and positions that move the length of replies furthest."""
     name = recipe.target.id
-    if name not in bench.given:
-        vector = choose(bench, name, vector)
-    return bench.use(recipe.target, vector)
+    if name in bench.given:
+        return vector
+    return bench.use(recipe.target, choose(bench, name, vector))
 
 
 def choose(bench: Bench, name: str, vector: ControlVector) -> ControlVector:

@@ -193,10 +193,13 @@ def in_replies(bench: Bench, word: str) -> Recipe:
 
 
 def in_context(bench: Bench, word: str) -> Recipe:
-    """As `in_replies`, for the queries that the catalogue has for this word. The vector itself comes from the
-    queries that are everybody's: none of these brings the word."""
+    """As `in_replies`, for the queries that the catalogue has for this word. The vector itself is the given
+    one, or comes from the queries that are everybody's: none of these brings the word."""
     recipe, own = exclude_word(bench.catalog, word), contexts(bench)[word]
-    target = replace(recipe.target, id=f"{recipe.target.id}:context", queries=own.queries)
+    name = recipe.target.id
+    target = replace(
+        recipe.target, id=name if name in bench.given else f"{name}:context", queries=own.queries
+    )
     recipe = replace(recipe, excludes=target)
     return _where_held(bench, recipe, own.queries["validation"], own.queries["test"])
 
@@ -264,9 +267,7 @@ def _pick(
     modes = {"mode": "add", "positions": POSITIONS, "strengths": STRENGTHS}
     picks = bench.pick([(each, raw[each.id]) for each in new], **modes)
     found = {each.id: bench.use(each, picked.vector) for each, picked in zip(new, picks, strict=True)}
-    return {
-        name: bench.use(bench.instruction(name), raw[name]) for name in raw if name in bench.given
-    } | found
+    return {name: vector for name, vector in raw.items() if name in bench.given} | found
 
 
 # --- cells -------------------------------------------------------------------------------------------------
