@@ -182,6 +182,7 @@ def _paraphrases(suites: Document) -> str:
     return f"{count} wordings: told {percent(told['share'])}, both {percent(both['share'])}"
 
 
+OWN = ("own", "own random", "own other")
 STEERED = {
     "formats and lengths, steered, settings free": _regime("free"),
     "middle blocks, prompt positions": _regime("middle, prompt"),
@@ -193,11 +194,11 @@ SUITES = {
     "mean words, conciseness at growing strength": _words("conciseness"),
     "mean words, verbosity at growing strength": _words("verbosity"),
     "a word included": _shares("words", "include.*", "none", "steered", "random", "other"),
-    "a word excluded that the question's context brings": _excluded("[^:]*:context", "own"),
-    "a word excluded that every reply holds": _excluded("[^:]*", "own"),
+    "a word excluded that the question's context brings": _excluded("[^:]*:context", *OWN),
+    "a word excluded that every reply holds": _excluded("[^:]*", *OWN),
     "a word excluded that the prompt asks for": _excluded("[^:]*:asked"),
     "two instructions at once": _shares(
-        "composition", ".*", "none", "same block", "different blocks", "random"
+        "composition", ".*", "none", "same block", "different blocks", "random", "other"
     ),
     "on the base model": _shares("cross-model", ".*", "none", "own", "instruct", "instructed"),
 }

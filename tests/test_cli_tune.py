@@ -109,7 +109,7 @@ def test_several_strengths_have_a_map_for_each_of_the_positions(vector):
 
 
 def test_settings_that_the_quick_search_did_not_need_are_dots(vector):
-    """Block 3 is good on every query at both positions, so block 7 can win nothing: it comes last."""
+    """Block 3 is good on every query, so block 7 can win nothing: it comes last."""
     given = (vector, "-m", "bundled", "-n", "8", "--blocks", "1-7", "--positions", "prompt", "--max-tokens")
     quick = tune(*given, "128", "--dry-run", "--quick")
     rows = {line.split()[0]: line.split()[1:] for line in quick.out.splitlines()[2:9]}

@@ -138,7 +138,7 @@ def test_words_are_included_and_excluded_beside_their_controls(bench, monkeypatc
     assert set(rows) == {*included, "exclude_word:moon:context", f"exclude_word:{used}", *asked}
     in_context = rows["exclude_word:moon:context"]
     # no other word
-    assert set(in_context) == {"none", "steered", "random", "own", "own, random", "instructed", "both"}
+    assert set(in_context) == {"none", "steered", "random", "own", "own random", "instructed", "both"}
     assert in_context["none"]["strict"]["accuracy"] == 0
     assert in_context["steered"]["strict"]["accuracy"] >= 0.75
     excluded = rows[f"exclude_word:{used}"]

@@ -42,7 +42,8 @@ MAX_TOKENS = 384  # a reply cut short fails many verifiers, JSON's first of all
 STRENGTHS = {"project": (1.0,), "ablate": (1.0,), "add": (0.25, 0.5, 1.0, 1.5, 2.0)}
 IMPROBABLE = "improbable"  # beside the reasons of quality.py and judge.py
 # Times the perplexity of the most surprising reply that the model gives by itself, told or not. On the
-# bundled model sound replies stayed below 1.6, and broken ones that pass every other check lay at 2 to 14.
+# bundled model sound replies stay below 1.7, and broken ones that pass every other check lie at 1.3 to 13
+# (benchmarks/improbable.py).
 IMPROBABLE_RATIO = 3.0
 CALL_SIZE = 64  # replies in one call of the engine: what a search that was killed has to repeat at most
 ALL = 10**6  # more settings than any grid has

@@ -36,7 +36,7 @@ def number(value: float) -> str:
 
 
 def title(line: Line) -> str:
-    """`json at block 2: project, positions all, strength 1, from -81 (without) to 110 (with)`."""
+    """`json at block 2: project, positions all, strength 1; -81 without the instruction, 110 with it`."""
     vector = line.vector
     how = settings(vector) if line.is_steered else "not steered here"
     low, high = line.mean("without"), line.mean("with")

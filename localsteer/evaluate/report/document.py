@@ -143,7 +143,10 @@ def _title(results: Mapping[str, Any]) -> str:
 
 def _subtitle(results: Mapping[str, Any]) -> str:
     settings, seconds = results.get("settings") or {}, results.get("seconds")
-    parts = [_counted(settings["n"], "test query", "test queries") if settings.get("n") else ""]
+    parts = [
+        _counted(settings[key], f"{kind} query", f"{kind} queries") if settings.get(key) else ""
+        for key, kind in (("n", "test"), ("n_validation", "validation"))
+    ]
     parts.append(f"seed {settings['seed']}" if settings.get("seed") is not None else "")
     vectors = results.get("vectors")
     parts.append(_counted(len(vectors), "vector", "vectors") if vectors else "")

@@ -100,7 +100,8 @@ def _document(name: str, title: str, found: Mapping[str, Any], job: Job) -> dict
         "llama_cpp": system_info()["llama-cpp-python"],
         "machine": f"{platform.machine()} {platform.system()}",
         "model": found["model"],
-        "settings": {"n": job.n, "seed": job.seed, "quick": job.quick},
+        # a study that asks no test queries says which it asks
+        "settings": {"n": job.n, "seed": job.seed, "quick": job.quick} | dict(found.get("settings", {})),
         "sections": found["sections"],
         "figures": found["figures"],
     }

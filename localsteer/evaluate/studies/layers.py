@@ -57,6 +57,7 @@ def run(job: Job) -> dict[str, Any]:
     names = [f"{each.id}, {where}" for each in instructions for where in positions]
     return {
         "model": model,
+        "settings": {"n": None, "n_validation": len(queries)},
         "figures": {
             "correlation": correlation,
             "mean_difference": mean_gap,

@@ -43,12 +43,14 @@ def run(job: Job) -> dict[str, Any]:
         instructions = job.instructions(INSTRUCTIONS)
         raw = bench.raw(instructions)
         probes = probe_all(bench, instructions, QUICK_PAIRS if job.quick else N_PAIRS)
-        steered = _steered(bench, instructions, raw, QUICK_QUERIES if job.quick else N_QUERIES)
+        n_queries = min(QUICK_QUERIES if job.quick else N_QUERIES, len(bench.validation))
+        steered = _steered(bench, instructions, raw, n_queries)
         model = bench.model
     ids = [each.id for each in instructions]
     advice = where_they_part(probes, steered)
     return {
         "model": model,
+        "settings": {"n": None, "n_validation": n_queries},
         "figures": {
             "instructions": ids,
             "probes": {f"{task} {probe}": found.tolist() for (task, probe), found in probes.items()},

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 NAME = "words"
 TITLE = "Words: included and excluded"
-OWN, OWN_RANDOM, OWN_OTHER = "own", "own, random", "own, other"
+OWN, OWN_RANDOM, OWN_OTHER = "own", "own random", "own other"
 CONDITIONS = ("none", "steered", "random", "other", OWN, OWN_RANDOM, OWN_OTHER, "instructed", "both")
 STRENGTHS = (0.5, 1.0, 2.0)  # tried on validation queries
 SWEEP = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the picked strength's block and positions
