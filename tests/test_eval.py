@@ -525,6 +525,14 @@ def test_given_vectors_are_used_as_they_are(run, model, tmp_path):
         assert bench.vectors(["json"])["json"].strength == 0.7
         assert bench.vector_records()["json"]["given"] is True
         assert not (tmp_path / "run" / "vectors" / "json.gguf").exists()
+    # an import knows no mean projections, so it can't stand in for a vector that is projected
+    bare = replace(given[0][1], name="title", mode="add", mean_with=None, mean_without=None, std_with=None,
+                   std_without=None, provenance={"instruction_id": "title"})  # fmt: skip
+    two = [*given, (path, bare)]
+    with open_bench(model, CATALOG, tmp_path / "import", given=two, **options) as bench:
+        controls = bench.controls([bench.instruction("json")], [given[0][1]])
+        assert {name: len(each) for name, each in controls.items()} == {"random": 1, "other": 1}
+        assert controls["other"][0].name != "title"
     with (
         pytest.raises(LocalsteerError, match="two vectors of 'json'"),
         open_bench(model, CATALOG, tmp_path / "again", given=given * 2, **options),

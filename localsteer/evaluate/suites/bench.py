@@ -338,9 +338,11 @@ class Bench:
         return self._others[key]
 
     def _candidates(self) -> tuple[Instruction, ...]:
-        """Not of words: which suites ran before should not matter, and a word changes little of a reply."""
+        """Not of words: which suites ran before should not matter, and a word changes little of a reply. Not
+        an import that can't be applied as any vector is, at any block and in mode project."""
         known = (self._instructions[each] for each in self._told)
-        return tuple(each for each in known if each.verifier and each.group != "word")
+        usable = (each for each in known if each.verifier and each.group != "word")
+        return tuple(each for each in usable if _is_whole(self._raw[each.id]))
 
     def _partners(self, instructions: Sequence[Instruction], n: int) -> list[Instruction]:
         """At most n of PARTNERS, or else of the catalogue's formats, that are not known yet, alike to none of
@@ -350,7 +352,6 @@ class Bench:
         names = [each for each in dict.fromkeys([*PARTNERS, *formats]) if each in known]
         usable = [known[each].fill() for each in names if not _lacks_slots(known[each])]
         candidates = [each for each in _unlike(usable, instructions) if each.id not in self._told]
-
         return [each for each in candidates if self.readable(each.phrasings) == [*each.phrasings]][:n]
 
     def readable(self, texts: Sequence[str]) -> list[str]:
@@ -617,6 +618,10 @@ def _plain_text(text: str) -> str:
 
 def _unlike(candidates: Sequence[Instruction], instructions: Sequence[Instruction]) -> list[Instruction]:
     return [each for each in candidates if not any(alike(mine, each) for mine in instructions)]
+
+
+def _is_whole(vector: ControlVector) -> bool:
+    return vector.mean_with is not None and len(vector.blocks) == vector.n_layer
 
 
 def is_possible(vectors: Sequence[ControlVector]) -> bool:
