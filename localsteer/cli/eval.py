@@ -102,9 +102,8 @@ def command(
     if diff:
         _show(_diff(*diff, given["out"]), as_json)
         return
-    given["suites"] = suites
     names = _suites(suites, bundled=is_bundled(model), given=given)
-    results = _evaluate(vectors, model, names, given)
+    results = _evaluate(vectors, model, names, given, leave_out="all" in _listed(suites))
     _show(results, as_json)
 
 
@@ -154,7 +153,7 @@ def _listed(asked: Sequence[str]) -> list[str]:
 
 
 def _evaluate(
-    vectors: Sequence[str], model: str, names: Sequence[str], given: dict[str, Any]
+    vectors: Sequence[str], model: str, names: Sequence[str], given: dict[str, Any], *, leave_out: bool
 ) -> dict[str, Any]:
     from localsteer.evaluate import report, results
     from localsteer.evaluate.suites import suite
@@ -174,7 +173,7 @@ def _evaluate(
     extra = {"ifeval": given["ifeval"], "paraphrases": not given["no_paraphrases"]}
     reports: dict[str, Any] = {}
     with _opened(path, catalog, out, base, loaded, given, is_bundled(model)) as (bench, judge):
-        ready = _ready(bench, modules, extra, leave_out="all" in _listed(given["suites"]))
+        ready = _ready(bench, modules, extra, leave_out=leave_out)
         settings = _settings(list(ready), model, given)
         for name, module in ready.items():
             reports[name] = module.run(bench, **extra)
@@ -273,7 +272,7 @@ def _ids(text: str | None) -> list[str] | None:
 
 def _check_names(catalog: Any, vectors: Sequence[tuple[Path, Any]], instructions: str | None) -> None:
     """Unknown instructions are refused before a model is loaded."""
-    from localsteer.evaluate.suites.bench import instruction_of
+    from localsteer.evaluate.vector_instruction import instruction_of
     from localsteer.extract.levels import DIRECTIONS
 
     known = {instruction_of(vector, catalog, path).id for path, vector in vectors}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from localsteer.cache import require_folder
 from localsteer.errors import VectorFileError
 
 from . import options
@@ -175,15 +176,14 @@ def output_path(output: str | None, instruction: Instruction) -> Path:
 
 
 def check_output(path: Path) -> None:
-    """Raise VectorFileError now where a vector can't or shouldn't be written after the work."""
+    """Raise LocalsteerError now where a vector can't or shouldn't be written after the work."""
     refuse_to_replace(path)
     check_folder(path)
 
 
 def check_folder(path: Path) -> None:
-    """Raise VectorFileError where no file can be written beside `path`."""
-    if not path.parent.is_dir():
-        raise VectorFileError(f"{path} can't be written: there is no folder {path.parent}.")
+    """Raise LocalsteerError where no file can be written beside `path`."""
+    require_folder(path)
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass  # permissions do not tell: a file system may be read-only

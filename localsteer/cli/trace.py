@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from localsteer.errors import LocalsteerError
+from localsteer.cache import require_folder
 
 from . import options
 from .console import answer, note, print_json, progress
@@ -98,8 +98,8 @@ def command(
         raise click.BadParameter(
             f"{html!r} does not end in .html: give the page's own name.", param_hint="--html"
         )
-    for path in (plot, html):
-        _check_folder(path)
+    for path in filter(None, (plot, html)):
+        require_folder(path)  # before the model's time is spent on a picture that has no place to go
     sampling = Sampling(temp=given["temp"], seed=given["seed"])
     vectors = load_vectors(specs, given)
     message = message_of(read_prompt(prompt), given["system"], given["raw"])
@@ -125,12 +125,6 @@ def command(
     from localsteer.trace.terminal import print_trace
 
     print_trace(made, answer())
-
-
-def _check_folder(path: str | None) -> None:
-    """Before the model's time is spent on a picture that has no place to go."""
-    if path is not None and not Path(path).parent.is_dir():
-        raise LocalsteerError(f"{path} can't be written: there is no folder {Path(path).parent}.")
 
 
 def _write_pictures(made: Any, plot: str | None, html: str | None) -> None:

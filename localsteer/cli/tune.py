@@ -211,7 +211,7 @@ def _loaded_job(
     path: Path, target: Path, catalog: Catalog, rule: dict[str, Any], given: dict[str, Any]
 ) -> Job:
     from localsteer.catalog import Instruction
-    from localsteer.evaluate.suites.bench import instruction_of
+    from localsteer.evaluate.vector_instruction import instruction_of
     from localsteer.vector import ControlVector
 
     vector = ControlVector.load(path)

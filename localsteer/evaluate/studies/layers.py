@@ -37,6 +37,7 @@ def run(job: Job) -> dict[str, Any]:
         raise LocalsteerError("a study of layers needs the checkpoint that the model was made from.")
     from localsteer.extract import torch_backend  # noqa: F401 - says at once that torch is missing
 
+    # any other may be a name on the hub
     if job.checkpoint.is_absolute() and not job.checkpoint.is_dir():
         raise ModelFileError(f"there is no folder {job.checkpoint}.")
     positions = POSITIONS[:1] if job.quick else POSITIONS

@@ -35,6 +35,7 @@ from localsteer.evaluate.study import N_CTX as BUNDLED_N_CTX
 from localsteer.evaluate.study import N_SEQ_MAX as BUNDLED_N_SEQ_MAX
 from localsteer.evaluate.study import Stage, Study, extract_all, silent, spread
 from localsteer.evaluate.suites.cells import Cell, Result, run_cells, tables
+from localsteer.evaluate.vector_instruction import instruction_of
 from localsteer.evaluate.workers import Workers
 from localsteer.extract.levels import DIRECTIONS, length
 from localsteer.plan import Plan
@@ -543,50 +544,6 @@ def quantization(metadata: Mapping[str, str]) -> str | None:
     except (KeyError, ValueError):
         return None
     return name.removeprefix("MOSTLY_").removeprefix("ALL_")
-
-
-def instruction_of(vector: ControlVector, catalog: Catalog, path: Path) -> Instruction:
-    """The instruction that a vector file is of: the catalogue's of its id, filled as the file says.
-
-    Raises CatalogError for a vector that names no instruction, or one that the catalogue lacks and whose file
-    does not hold its wording.
-    """
-    origin = vector.provenance
-    name = str(origin.get("instruction_id") or vector.name)
-    known = catalog.instructions.get(name.partition(":")[0]) or catalog.instructions.get(name)
-    phrasings = vector.phrasings
-    if phrasings:
-        group, verifier, kwargs = origin.get("group"), origin.get("verifier"), origin.get("kwargs")
-        made = known or Instruction(name, phrasings, group=str(group or "format"))
-        if known and known.id == name and not known.open_slots:
-            return known.fill()
-        return replace(
-            made,
-            id=name,
-            phrasings=phrasings,
-            verifier=verifier,
-            kwargs=dict(kwargs or {}),
-            literal=True,
-            held_out_phrasings=(),
-            queries=made.queries or _queries_for(catalog, verifier, kwargs),
-        )
-    if known is None:
-        raise CatalogError(
-            f"{path} does not say which instruction it is of, and {catalog.source} has no {name!r}: name it "
-            "after an instruction (`localsteer convert import --name ID`), or extract it from this model."
-        )
-    return known.fill()
-
-
-def _queries_for(catalog: Catalog, verifier: Any, kwargs: Any) -> Mapping[str, tuple[Query, ...]]:
-    """Those of the catalogue's instruction that asks for the same, if it has its own: replies to others hold
-    no `moon` that `exclude_word:moon` could take out."""
-    same = (
-        each
-        for each in catalog.instructions.values()
-        if each.verifier == verifier and dict(each.kwargs) == dict(kwargs or {})
-    )
-    return next((each.queries for each in same if each.queries), {})
 
 
 def _hashes_of(settings: Any, hashes: Mapping[str, str]) -> Any:
