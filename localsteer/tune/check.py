@@ -1,0 +1,192 @@
+"""Settings checked by what the model says under them, beside the plain and the told model. This decides.
+
+A reply is good when its verifier passes, it is not degenerate, and it names the query's subject; without a
+verifier the last two alone. Guards: empty, looping, locked or endless replies, and improbable ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from localsteer.catalog import Instruction, Query
+from localsteer.evaluate.judge import Judged, judge, log_perplexities, share
+from localsteer.generate import GREEDY
+from localsteer.plan import Plan
+from localsteer.vector import ControlVector
+
+from .setting import Setting
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine, Steer
+    from localsteer.generate import Reply
+
+IMPROBABLE = "improbable"  # beside the reasons of quality.py and judge.py
+# Times the perplexity of the most surprising reply that the model gives by itself, told or not. On the
+# bundled model sound replies stay below 1.7, and broken ones that pass every other check lie at 1.3 to 13
+# (benchmarks/improbable.py).
+IMPROBABLE_RATIO = 3.0
+
+
+@dataclass
+class Trial:
+    """A setting, or none (the model alone), and its replies. gap: its recovered gap, None where none was taken.
+
+    allowed: degenerate replies that are not held against it, since the model gives as many by itself.
+    """
+
+    setting: Setting | None
+    replies: list[Judged] = field(default_factory=list)
+    gap: float | None = None
+    allowed: int = 0
+
+    @property
+    def n(self) -> int:
+        return len(self.replies)
+
+    @property
+    def n_good(self) -> int:
+        return sum(reply.good for reply in self.replies)
+
+    @property
+    def n_degenerate(self) -> int:
+        return sum(reply.degenerate is not None for reply in self.replies)
+
+    @property
+    def is_sound(self) -> bool:
+        return self.n_degenerate <= self.allowed
+
+    @property
+    def score(self) -> float:
+        """The share of good replies; 0 where too many are degenerate."""
+        return self.n_good / self.n if self.replies and self.is_sound else 0.0
+
+    def row(self) -> dict[str, object]:
+        """For JSON: the setting's fields are None for the model alone."""
+        setting = self.setting
+        where = {name: getattr(setting, name, None) for name in ("layer", "positions", "strength", "mode")}
+        return where | {
+            "n": self.n,
+            "score": self.score,
+            "followed": share([reply.followed for reply in self.replies]),
+            "degenerate": share([reply.degenerate is not None for reply in self.replies]),
+            "subject_kept": share([reply.subject_kept for reply in self.replies]),
+            "recovered_gap": self.gap,
+        }
+
+
+class Check:
+    """Replies of one model to the same queries: its own, told in words, and under settings of one vector.
+
+    queries: not those of the targets. max_tokens: of a reply. call_size: replies in one call of the engine.
+    on_reply: called with the number of replies that have come, whenever some have.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        vector: ControlVector,
+        instruction: Instruction,
+        queries: Sequence[Query],
+        *,
+        max_tokens: int,
+        call_size: int | None = None,
+        on_reply: Callable[[int], None] | None = None,
+    ) -> None:
+        self._engine, self._vector, self._instruction = engine, vector, instruction
+        self.queries = tuple(queries)
+        self.max_tokens = max_tokens
+        self._call_size = call_size
+        self._on_reply = on_reply
+        self.n_replies = 0
+        self.trials: dict[Setting, Trial] = {}
+        self.plain, self.told, self.both = Trial(None), Trial(None), Trial(None)
+        self._must_end = False
+        self._most_surprising: float | None = None
+
+    def ask_model(self, plain: Sequence[Reply] | None = None) -> None:
+        """The model by itself, plain and told. plain: its replies to the queries, where they are known."""
+        texts = [query.text for query in self.queries]
+        told = self._told_prompts()
+        replies = list(plain or ())
+        asked = [*(() if replies else texts), *told]
+        replies += self._generate(asked, [None] * len(asked))
+        # a limit that no reply of the model's own needs leaves ample room: a reply that reaches it is endless
+        self._must_end = all(reply.finish_reason == "stop" for reply in replies)
+        queries = [*self.queries, *(self.queries if told else ())]
+        judged = [self._judge(query, reply) for query, reply in zip(queries, replies, strict=True)]
+        self.plain.replies, self.told.replies = judged[: len(texts)], judged[len(texts) :]
+        self.plain.allowed = self.told.allowed = len(texts)
+        logs = [value for value in log_perplexities(self._engine, judged) if value is not None]
+        self._most_surprising = max(logs, default=None)
+
+    def ask(self, settings: Sequence[Setting], n: int | None = None) -> list[Trial]:
+        """Trials of settings, each on the first `n` queries (all of them by default); none is asked twice."""
+        for setting in settings:
+            self.trials.setdefault(setting, Trial(setting, allowed=self._allowed))
+        trials = [self.trials[setting] for setting in settings]
+        missing = [(trial, query) for trial in trials for query in self.queries[trial.n : n]]
+        plans = {setting: Plan.from_vectors([setting.of(self._vector)]) for setting in settings}
+        replies = self._generate(
+            [query.text for _, query in missing], [plans[trial.setting] for trial, _ in missing]
+        )
+        judged = self._guarded(
+            [self._judge(query, reply) for (_, query), reply in zip(missing, replies, strict=True)]
+        )
+        for (trial, _), reply in zip(missing, judged, strict=True):
+            trial.replies.append(reply)
+        return trials
+
+    def ask_both(self, setting: Setting) -> None:
+        """The model told and steered at once."""
+        told = self._told_prompts()
+        plan = Plan.from_vectors([setting.of(self._vector)])
+        replies = self._generate(told, [plan] * len(told))
+        pairs = zip(self.queries, replies, strict=bool(told))
+        self.both.replies = self._guarded([self._judge(query, reply) for query, reply in pairs])
+        self.both.allowed = len(self.queries)
+
+    @property
+    def _allowed(self) -> int:
+        """Degenerate replies that the model gives by itself to as many queries, told or not."""
+        return max(self.plain.n_degenerate, self.told.n_degenerate)
+
+    def _told_prompts(self) -> list[str]:
+        phrasings = self._instruction.phrasings
+        return [
+            f"{query.text} {phrasings[i % len(phrasings)]}" for i, query in enumerate(self.queries) if phrasings
+        ]
+
+    def _generate(self, prompts: Sequence[str], plans: Sequence[Steer]) -> list[Reply]:
+        size = self._call_size or max(1, len(prompts))
+        replies: list[Reply] = []
+        for start in range(0, len(prompts), size):
+            replies += self._engine.generate_batch(
+                prompts[start : start + size],
+                steer=plans[start : start + size],
+                max_tokens=self.max_tokens,
+                sampling=GREEDY,
+                on_progress=lambda done, _: self._on_reply and self._on_reply(self.n_replies + done),
+            )
+            self.n_replies += len(prompts[start : start + size])
+        return replies
+
+    def _judge(self, query: Query, reply: Reply) -> Judged:
+        return judge(self._instruction, query, reply, must_end=self._must_end)
+
+    def _guarded(self, replies: Sequence[Judged]) -> list[Judged]:
+        """Mark replies that no model would give by itself: fluent nonsense passes every check of form.
+
+        The other end, a perplexity near 1, is a loop, which its repetition shows better.
+        """
+        if self._most_surprising is None:
+            return list(replies)
+        limit = self._most_surprising + math.log(IMPROBABLE_RATIO)
+        good = [i for i, reply in enumerate(replies) if reply.good]  # the others have failed already
+        logs = dict(zip(good, log_perplexities(self._engine, [replies[i] for i in good]), strict=True))
+        return [
+            replace(reply, degenerate=IMPROBABLE) if (logs.get(i) or 0.0) > limit else reply
+            for i, reply in enumerate(replies)
+        ]
