@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from localsteer.catalog import Instruction, Query
 from localsteer.evaluate.judge import Judged, judge, log_perplexities, share
-from localsteer.generate import GREEDY
 from localsteer.plan import Plan
 from localsteer.vector import ControlVector
 
+from .replies import Asked, replies_to, told_prompt
 from .setting import Setting
 
 if TYPE_CHECKING:
-    from localsteer.engine import Engine, Steer
+    from localsteer.engine import Engine
     from localsteer.generate import Reply
 
 IMPROBABLE = "improbable"  # beside the reasons of quality.py and judge.py
@@ -80,8 +80,8 @@ class Trial:
 class Check:
     """Replies of one model to the same queries: its own, told in words, and under settings of one vector.
 
-    queries: not those of the targets. max_tokens: of a reply. call_size: replies in one call of the engine.
-    on_reply: called with the number of replies that have come, whenever some have.
+    queries: not those of the targets. max_tokens: of a reply. on_reply: called with the number of replies that
+    have come, after each of them.
     """
 
     def __init__(
@@ -92,15 +92,13 @@ class Check:
         queries: Sequence[Query],
         *,
         max_tokens: int,
-        call_size: int | None = None,
         on_reply: Callable[[int], None] | None = None,
     ) -> None:
         self._engine, self._vector, self._instruction = engine, vector, instruction
         self.queries = tuple(queries)
         self.max_tokens = max_tokens
-        self._call_size = call_size
         self._on_reply = on_reply
-        self.n_replies = 0
+        self.n_replies = self.n_tokens = 0
         self.trials: dict[Setting, Trial] = {}
         self.plain, self.told, self.both = Trial(None), Trial(None), Trial(None)
         self._must_end = False
@@ -108,17 +106,16 @@ class Check:
 
     def ask_model(self, plain: Sequence[Reply] | None = None) -> None:
         """The model by itself, plain and told. plain: its replies to the queries, where they are known."""
-        texts = [query.text for query in self.queries]
-        told = self._told_prompts()
-        replies = list(plain or ())
-        asked = [*(() if replies else texts), *told]
-        replies += self._generate(asked, [None] * len(asked))
+        told = self._told()
+        asked = [*([] if plain else [Asked(query.text, query) for query in self.queries]), *told]
+        replies = [*(plain or ()), *self._generate(asked)]
         # a limit that no reply of the model's own needs leaves ample room: a reply that reaches it is endless
-        self._must_end = all(reply.finish_reason == "stop" for reply in replies)
-        queries = [*self.queries, *(self.queries if told else ())]
+        self._must_end = all(reply.finish_reason != "length" for reply in replies)
+        queries = [*self.queries, *(one.query for one in told)]
         judged = [self._judge(query, reply) for query, reply in zip(queries, replies, strict=True)]
-        self.plain.replies, self.told.replies = judged[: len(texts)], judged[len(texts) :]
-        self.plain.allowed = self.told.allowed = len(texts)
+        n = len(self.queries)
+        self.plain.replies, self.told.replies = judged[:n], judged[n:]
+        self.plain.allowed = self.told.allowed = n
         logs = [value for value in log_perplexities(self._engine, judged) if value is not None]
         self._most_surprising = max(logs, default=None)
 
@@ -127,25 +124,24 @@ class Check:
         for setting in settings:
             self.trials.setdefault(setting, Trial(setting, allowed=self._allowed))
         trials = [self.trials[setting] for setting in settings]
-        missing = [(trial, query) for trial in trials for query in self.queries[trial.n : n]]
         plans = {setting: Plan.from_vectors([setting.of(self._vector)]) for setting in settings}
+        missing = [(trial, query) for trial in trials for query in self.queries[trial.n : n]]
         replies = self._generate(
-            [query.text for _, query in missing], [plans[trial.setting] for trial, _ in missing]
+            [Asked(query.text, query, plans[trial.setting]) for trial, query in missing]
         )
-        judged = self._guarded(
-            [self._judge(query, reply) for (_, query), reply in zip(missing, replies, strict=True)]
-        )
-        for (trial, _), reply in zip(missing, judged, strict=True):
+        judged = [self._judge(query, reply) for (_, query), reply in zip(missing, replies, strict=True)]
+        for (trial, _), reply in zip(missing, self._guarded(judged), strict=True):
             trial.replies.append(reply)
         return trials
 
     def ask_both(self, setting: Setting) -> None:
         """The model told and steered at once."""
-        told = self._told_prompts()
         plan = Plan.from_vectors([setting.of(self._vector)])
-        replies = self._generate(told, [plan] * len(told))
-        pairs = zip(self.queries, replies, strict=bool(told))
-        self.both.replies = self._guarded([self._judge(query, reply) for query, reply in pairs])
+        told = [replace(one, plan=plan) for one in self._told()]
+        replies = self._generate(told)
+        self.both.replies = self._guarded(
+            [self._judge(one.query, reply) for one, reply in zip(told, replies, strict=True)]
+        )
         self.both.allowed = len(self.queries)
 
     @property
@@ -153,24 +149,25 @@ class Check:
         """Degenerate replies that the model gives by itself to as many queries, told or not."""
         return max(self.plain.n_degenerate, self.told.n_degenerate)
 
-    def _told_prompts(self) -> list[str]:
+    def _told(self) -> list[Asked]:
         phrasings = self._instruction.phrasings
         return [
-            f"{query.text} {phrasings[i % len(phrasings)]}" for i, query in enumerate(self.queries) if phrasings
+            Asked(told_prompt(query, phrasings, i), query)
+            for i, query in enumerate(self.queries)
+            if phrasings
         ]
 
-    def _generate(self, prompts: Sequence[str], plans: Sequence[Steer]) -> list[Reply]:
-        size = self._call_size or max(1, len(prompts))
-        replies: list[Reply] = []
-        for start in range(0, len(prompts), size):
-            replies += self._engine.generate_batch(
-                prompts[start : start + size],
-                steer=plans[start : start + size],
-                max_tokens=self.max_tokens,
-                sampling=GREEDY,
-                on_progress=lambda done, _: self._on_reply and self._on_reply(self.n_replies + done),
-            )
-            self.n_replies += len(prompts[start : start + size])
+    def _generate(self, asked: Sequence[Asked]) -> list[Reply]:
+        before = self.n_replies
+        replies = replies_to(
+            self._engine,
+            self._instruction,
+            asked,
+            max_tokens=self.max_tokens,
+            on_reply=lambda done: self._on_reply and self._on_reply(before + done),
+        )
+        self.n_replies += len(replies)
+        self.n_tokens += sum(len(reply.tokens) for reply in replies)
         return replies
 
     def _judge(self, query: Query, reply: Reply) -> Judged:

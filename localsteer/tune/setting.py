@@ -18,6 +18,9 @@ class Setting:
     strength: float
     mode: str = "project"
 
+    def __str__(self) -> str:
+        return f"{self.mode} at block {self.layer}, {self.positions}, strength {self.strength:g}"
+
     def of(self, vector: ControlVector) -> ControlVector:
         """The vector with this setting applied."""
         return vector.at(layer=self.layer, positions=self.positions, strength=self.strength, mode=self.mode)
