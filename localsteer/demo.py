@@ -22,9 +22,9 @@ from .catalog import Catalog, Instruction, load_catalog
 from .engine import Engine
 from .errors import LocalsteerError
 from .evaluate.conditions import CONDITIONS, Outcome
-from .evaluate.pick import Pick
 from .evaluate.study import N_CTX, N_SEQ_MAX, Stage, Study, silent
 from .evaluate.workers import Workers
+from .tune import Tuned
 
 BACKENDS = ("gguf", "torch")
 GROUPS = ("format", "length")  # of the instructions that are shown when none are named
@@ -69,8 +69,8 @@ def run_demo(
         company = _with_partners(catalog, chosen)
         study = Study.prepare(workers, catalog, company, n=n, checkpoint=source, seed=seed, stage=stage)
 
-        def work(engine: Engine, instruction: Instruction) -> tuple[Pick, dict[str, Outcome]]:
-            picked = study.pick(engine, instruction, on_progress=workers.check)
+        def work(engine: Engine, instruction: Instruction) -> tuple[Tuned, dict[str, Outcome]]:
+            picked = study.tune(engine, instruction, check=workers.check)
             return picked, study.conditions(engine, instruction, picked.vector)
 
         with stage("picking settings, comparing conditions") as advance:
@@ -113,7 +113,7 @@ def _with_partners(catalog: Catalog, instructions: Sequence[Instruction]) -> lis
 
 
 def row(
-    study: Study, instruction: Instruction, picked: Pick, outcomes: Mapping[str, Outcome]
+    study: Study, instruction: Instruction, picked: Tuned, outcomes: Mapping[str, Outcome]
 ) -> dict[str, Any]:
     """One line of the table. layer and positions are None where picking chose to leave the model alone.
 
@@ -168,7 +168,7 @@ def _make_folder(folder: Path) -> None:
         ) from error
 
 
-def _save(folder: Path, picks: Mapping[str, Pick]) -> dict[str, str]:
+def _save(folder: Path, picks: Mapping[str, Tuned]) -> dict[str, str]:
     files = {name: folder / f"{name}.gguf" for name in picks}
     for name, path in files.items():
         picks[name].vector.save(path)

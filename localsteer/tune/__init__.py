@@ -10,7 +10,19 @@ docs/tuning.md says how well it works.
 """
 
 from .check import Check, Trial
+from .exhaustive import tune_exhaustively
 from .setting import POSITIONS, Setting
 from .tuning import DEFAULT_N, MAX_TOKENS, N_SEQ_MAX, Tuned, tune
 
-__all__ = ["DEFAULT_N", "MAX_TOKENS", "N_SEQ_MAX", "POSITIONS", "Check", "Setting", "Trial", "Tuned", "tune"]
+__all__ = [
+    "DEFAULT_N",
+    "MAX_TOKENS",
+    "N_SEQ_MAX",
+    "POSITIONS",
+    "Check",
+    "Setting",
+    "Trial",
+    "Tuned",
+    "tune",
+    "tune_exhaustively",
+]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from localsteer.engine import Engine
     from localsteer.generate import Reply
 
+Generate = Callable[[Sequence[Asked], Callable[[int], None]], "list[Reply]"]
+
 IMPROBABLE = "improbable"  # beside the reasons of quality.py and judge.py
 # Times the perplexity of the most surprising reply that the model gives by itself, told or not. On the
 # bundled model sound replies stay below 1.7, and broken ones that pass every other check lie at 1.3 to 13
@@ -81,7 +83,8 @@ class Check:
     """Replies of one model to the same queries: its own, told in words, and under settings of one vector.
 
     queries: not those of the targets. max_tokens: of a reply. on_reply: called with the number of replies that
-    have come, after each of them.
+    have come, after each of them. generate: (what is asked, called with replies so far) -> replies; by default
+    each reply ends as soon as its verdict is known.
     """
 
     def __init__(
@@ -92,11 +95,13 @@ class Check:
         queries: Sequence[Query],
         *,
         max_tokens: int,
+        generate: Generate | None = None,
         on_reply: Callable[[int], None] | None = None,
     ) -> None:
         self._engine, self._vector, self._instruction = engine, vector, instruction
         self.queries = tuple(queries)
         self.max_tokens = max_tokens
+        self._generate_with = generate or self._until_known
         self._on_reply = on_reply
         self.n_replies = self.n_tokens = 0
         self.trials: dict[Setting, Trial] = {}
@@ -126,9 +131,7 @@ class Check:
         trials = [self.trials[setting] for setting in settings]
         plans = {setting: Plan.from_vectors([setting.of(self._vector)]) for setting in settings}
         missing = [(trial, query) for trial in trials for query in self.queries[trial.n : n]]
-        replies = self._generate(
-            [Asked(query.text, query, plans[trial.setting]) for trial, query in missing]
-        )
+        replies = self._generate([Asked(query.text, query, plans[trial.setting]) for trial, query in missing])
         judged = [self._judge(query, reply) for (_, query), reply in zip(missing, replies, strict=True)]
         for (trial, _), reply in zip(missing, self._guarded(judged), strict=True):
             trial.replies.append(reply)
@@ -146,8 +149,10 @@ class Check:
 
     @property
     def _allowed(self) -> int:
-        """Degenerate replies that the model gives by itself to as many queries, told or not."""
-        return max(self.plain.n_degenerate, self.told.n_degenerate)
+        """As many degenerate replies as the model gives by itself, told or not, and one in eight more: small
+        models loop now and then, steered or not, and each such reply counts as a failure anyway."""
+        own = max(self.plain.n_degenerate, self.told.n_degenerate)
+        return own + len(self.queries) // 8
 
     def _told(self) -> list[Asked]:
         phrasings = self._instruction.phrasings
@@ -159,16 +164,15 @@ class Check:
 
     def _generate(self, asked: Sequence[Asked]) -> list[Reply]:
         before = self.n_replies
-        replies = replies_to(
-            self._engine,
-            self._instruction,
-            asked,
-            max_tokens=self.max_tokens,
-            on_reply=lambda done: self._on_reply and self._on_reply(before + done),
-        )
+        replies = self._generate_with(asked, lambda done: self._on_reply and self._on_reply(before + done))
         self.n_replies += len(replies)
         self.n_tokens += sum(len(reply.tokens) for reply in replies)
         return replies
+
+    def _until_known(self, asked: Sequence[Asked], on_reply: Callable[[int], None]) -> list[Reply]:
+        return replies_to(
+            self._engine, self._instruction, asked, max_tokens=self.max_tokens, on_reply=on_reply
+        )
 
     def _judge(self, query: Query, reply: Reply) -> Judged:
         return judge(self._instruction, query, reply, must_end=self._must_end)

@@ -84,7 +84,7 @@ def advice(
     none, told = scores["none"], scores["instructed"]
     if stopped:
         lines.append("the search was stopped: this is the best that it had found.")
-    if not told_model.targets:
+    if not told_model.targets and not trials:
         lines.append(
             f"the model follows {instruction.id} in none of {told_model.n_asked} replies when it is told to, so "
             "there is nothing to look for: nothing is applied. Try a larger model, or a wording that it follows."

@@ -103,7 +103,9 @@ def _watch(instruction: Instruction, query: Query) -> Callable[[str, int], bool]
 
 
 def _seeded(sampling: Sampling, i: int) -> Sampling:
-    return sampling if sampling.seed is None or sampling.is_argmax else replace(sampling, seed=sampling.seed + i)
+    return (
+        sampling if sampling.seed is None or sampling.is_argmax else replace(sampling, seed=sampling.seed + i)
+    )
 
 
 def told_prompt(query: Query, phrasings: Sequence[str], i: int) -> str:

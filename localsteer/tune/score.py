@@ -14,7 +14,6 @@ from localsteer.vector import ControlVector
 from .setting import Setting
 from .targets import Target
 
-
 DAMAGE = 0.5  # of the gap that a nat of damage per token costs
 
 
@@ -50,9 +49,7 @@ class Score:
             on_progress=lambda done, _: self._on_progress and self._on_progress(done),
         )
         for (setting, target), steered in zip(missing, values, strict=True):
-            self._known.setdefault(setting, []).append(
-                (target.recovered(steered), target.damage(steered))
-            )
+            self._known.setdefault(setting, []).append((target.recovered(steered), target.damage(steered)))
 
     def n_targets(self, setting: Setting) -> int:
         """On how many targets a setting was scored."""

@@ -19,8 +19,10 @@ from .setting import POSITIONS, Setting
 N_COARSE = 8  # blocks of the first look
 FIRST_STRENGTH = 1.5  # between 1, which suits the early blocks, and 2, which suits the late ones
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)  # where the line search may go
-KEPT = (6, 8, 4, 8)  # settings whose neighbours are tried, and that come into the next looks
-N_TARGETS = (1, 2, 4)  # targets of the looks
+# Settings of each kind whose neighbours are tried, whose strengths are, and that come into the last look. Of each
+# kind, because likelihood does not tell which positions a model can bear.
+KEPT = (2, 1, 3)
+N_TARGETS = (2, 4)  # targets of the first looks, and of the last
 
 
 class Search:
@@ -45,19 +47,20 @@ class Search:
 
     def run(self) -> list[Setting]:
         """Every setting that was scored, the best first. What was scored on more targets comes first."""
-        first, second, third = N_TARGETS
-        near, more, along, last = KEPT
-        self._look(self._coarse(), first)
-        self._look(self._between(self._best(near, first)), first)
-        self._look(self._best(more, first), second)
-        self._look(self._along(self._best(along, second)), second)
-        self._look(self._along(self._best(along, second)), second)
-        self._look(self._best(last, second), third)
+        few, many = N_TARGETS
+        near, along, last = KEPT
+        self._look(self._coarse(), few)
+        self._look(self._between(self._best_of_each_kind(near, few)), few)
+        self._look(self._along(self._best_of_each_kind(along, few)), few)
+        self._look(self._along(self._best_of_each_kind(along, few)), few)
+        self._look(self._best_of_each_kind(last, few), many)
         return self.ranking()
 
     def ranking(self) -> list[Setting]:
         """Of all that was scored so far."""
-        return sorted(self.score.settings, key=lambda setting: (-self.score.n_targets(setting), -self.of(setting)))
+        return sorted(
+            self.score.settings, key=lambda setting: (-self.score.n_targets(setting), -self.of(setting))
+        )
 
     def of(self, setting: Setting) -> float:
         return self.score.of(setting)
@@ -87,6 +90,14 @@ class Search:
     def _best(self, n: int, n_targets: int) -> list[Setting]:
         known = [setting for setting in self.score.settings if self.score.n_targets(setting) >= n_targets]
         return sorted(known, key=lambda setting: -self.score.of(setting, n_targets))[:n]
+
+    def _best_of_each_kind(self, n: int, n_targets: int) -> list[Setting]:
+        """The best n of each positions and mode."""
+        ordered = self._best(len(self.score.settings), n_targets)
+        kinds: dict[tuple[str, str], list[Setting]] = {}
+        for setting in ordered:
+            kinds.setdefault((setting.positions, setting.mode), []).append(setting)
+        return [setting for kind in kinds.values() for setting in kind[:n]]
 
     def _between(self, settings: Sequence[Setting]) -> Iterable[Setting]:
         """The blocks around good ones that the coarse look left out."""

@@ -1,7 +1,7 @@
 """The whole choice: targets from the told model, settings by likelihood, a few of them checked by generation.
 
-    tuned = tune(engine, vector, instruction, queries)
-    tuned.vector.save("json.gguf")
+tuned = tune(engine, vector, instruction, queries)
+tuned.vector.save("json.gguf")
 """
 
 from __future__ import annotations
@@ -250,7 +250,9 @@ class _Tuning:
 
     def _shown_best(self) -> str:
         trials = self._ordered()
-        return f", best so far {trials[0].setting} ({trials[0].n_good} of {trials[0].n} good)" if trials else ""
+        return (
+            f", best so far {trials[0].setting} ({trials[0].n_good} of {trials[0].n} good)" if trials else ""
+        )
 
     def _tuned(self, source: Mapping[str, Any], seconds: float, n_scored: int, stopped: bool) -> Tuned:
         nobody = Trial(None)
@@ -277,6 +279,4 @@ class _Tuning:
             origin = {}
         vector = replace(chosen, provenance={**chosen.provenance, **origin, "validation": kept})
         scored = tuple((setting, self._search.score.gap(setting)) for setting in ranking)
-        return Tuned(
-            vector, best and best.setting, trials, plain, told, both, scored, kept, stopped
-        )
+        return Tuned(vector, best and best.setting, trials, plain, told, both, scored, kept, stopped)
