@@ -134,6 +134,7 @@ def command(
             on_note=note,
         ) as chat,
     ):
+        engine.check_template()  # before the first question is typed
         session = Session(chat, shelf, quiet=as_json)
         session.begin(names, vectors, ensured)
         if lines is None:

@@ -95,7 +95,7 @@ model = click.option(
     default="bundled",
     show_default=True,
     metavar="GGUF",
-    help="The model: a GGUF file, or `bundled` (also bundled:Q4_K_M, bundled-base).",
+    help="The model: a GGUF file, or a name: bundled, bundled-base, smol (`localsteer models` lists them).",
 )
 
 engine = all_of(
