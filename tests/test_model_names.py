@@ -133,7 +133,7 @@ def test_names_load_neither_numpy_nor_llama_cpp(packaged):
 # --- the real one ------------------------------------------------------------------------------------------
 
 
-def test_smol_answers_a_question(smol):
+def test_smol_answers_to_what_was_asked(smol):
     with localsteer.Engine(smol, n_ctx=128) as engine:
-        reply = engine.generate("What is the capital of France?", max_tokens=12, sampling=GREEDY)
-    assert "Paris" in reply.text
+        reply = engine.generate("Tell me about foxes.", max_tokens=12, sampling=GREEDY)
+    assert reply.text.startswith("Foxes are")
