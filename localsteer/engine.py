@@ -17,9 +17,9 @@ import numpy as np
 
 from .attach import Attaching, Notices, Steer
 from .bridge import Context, Model, check_threads
-from .errors import LocalsteerError, PlanError, PromptError
+from .errors import LocalsteerError, ModelFileError, PlanError, PromptError
 from .prefix import TokenSequence, trees
-from .templates import NO_TEMPLATE, ChatTemplate, Message
+from .templates import DROPS_WORDS, NO_TEMPLATE, ChatTemplate, Message
 
 if TYPE_CHECKING:
     from .bridge import Rows
@@ -54,7 +54,8 @@ class Engine:
     kv_unified: they share one cache; False gives each its own, of n_ctx tokens: many long sequences are
     decoded faster, for more memory, and a prefix that two of them have is copied.
     exact: F32 KV cache and no flash attention, for comparisons. plain_prompts: `Q: ...` / `A:` in place
-    of the file's chat template, which a base model has often inherited without ever having read it.
+    of the file's chat template, which a base model has often inherited without ever having read it. In this
+    form, which is also that of a file without a template, a reply ends before the next `Q:`.
     on_progress: called with 0.0 to 1.0 on load.
     Raises ModelFileError, UnsupportedModelError.
     """
@@ -213,14 +214,19 @@ class Engine:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return self.rendered_tokens(prompt if raw else self.render(messages))
 
-    def tell_of_template(self) -> None:
-        """A notice where the model has no chat template; none where plain prompts were asked for."""
+    def check_template(self) -> None:
+        """A notice where the model has no chat template; none where plain prompts were asked for.
+
+        Raises ModelFileError for a template that leaves out what the user says.
+        """
         if self.template.is_fallback and not self.model.chat_template:
             self.notice(NO_TEMPLATE.format(self.path.name))
+        if not self.template.keeps_words:
+            raise ModelFileError(DROPS_WORDS.format(self.path.name))
 
     def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The text of messages as the model reads it, ready for its reply. tools: see ChatTemplate.render."""
-        self.tell_of_template()
+        self.check_template()
         return self.template.render(messages, tools=tools)
 
     def rendered_tokens(self, text: str) -> list[int]:

@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 PARTNERS = ("json", "lowercase", "title")  # a control needs other instructions, also where few are wanted
 N_CANDIDATES = 2  # of other instructions that the control `other` is drawn from, at least
 BASE = "base"  # folder of the base model's run, within the model's
-# a base model is asked as the paper asks one, and goes on with a next question if nothing stops it
-PLAIN: dict[str, Any] = {"plain_prompts": True, "stop": ("\nQ:",)}
 SMALL_MODEL = 256 << 20  # bytes of a file; below, an engine for each core, above, one with all cores
 DIGEST = "eval_digest"  # of a kept vector's provenance: what it was extracted from
 
@@ -91,7 +89,8 @@ def open_bench(
         workers = _open_workers(stack, path, out, limits, n_threads)
         bench = Bench(workers, catalog, out, limits=limits, **options)
         if base is not None:
-            workers = _open_workers(stack, base, out / BASE, limits, n_threads, **PLAIN)
+            # a base model is asked as the paper asks one
+            workers = _open_workers(stack, base, out / BASE, limits, n_threads, plain_prompts=True)
             bench.base = Bench(workers, catalog, out / BASE, limits=limits, **{**options, "given": ()})
         yield bench
 
