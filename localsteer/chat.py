@@ -281,7 +281,7 @@ class Chat:
         for vector in left_out:
             if vector.name not in self._told_left_out:
                 self._told_left_out.add(vector.name)
-                self.on_note(f"{why_left_out(vector)} (/strength, or --always-steer, applies it anyway).")
+                self.on_note(f"{why_left_out(vector)}; /strength, or --always-steer, applies it anyway.")
         return steer, tuple(vector.name for vector in left_out)
 
     def _check_room(self, messages: Sequence[Message]) -> None:

@@ -25,5 +25,5 @@ def harmless(
 
     applied, left_out = considerate(engine, vectors, prompt, raw=raw, always=always)
     for vector in left_out:
-        note(f"{why_left_out(vector)} (--always-steer applies it anyway).")
+        note(f"{why_left_out(vector)}; --always-steer applies it anyway.")
     return applied, {"left_out": [vector.name for vector in left_out]} if left_out else {}
