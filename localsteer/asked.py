@@ -5,16 +5,23 @@ steering makes such replies worse.
     reply = engine.generate(prompt, steer=applied)
 
 `tune` measures replies to prompts that hold the instruction, plain (`instructed`) and steered (`both`), and
-the file keeps both shares. Only where the second is lower is a prompt looked at, by a plain prefill of its
-own. Whether it asks is told by the model's state at the last prompt token, so that the wording does not
-matter (docs/method.md); a phrasing of the vector's that stands in the prompt word for word needs no state.
+the file keeps both shares. Where the second is lower, two witnesses must agree that a prompt asks: a word
+that is typical of the vector's phrasings stands in it, and the model's own state at its last token lies on
+the side of the prompts with the instruction (docs/method.md). A phrasing that stands in the prompt as it is
+is certain.
+
+Neither witness would do by itself: a word is there for other reasons, and on small models the projection
+rises with any instruction (docs/do-no-harm.md has the figures).
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,14 +65,16 @@ def considerate(
 
 def asks(engine: Engine, vector: ControlVector, prompt: Prompt) -> bool | None:
     """Whether a prompt asks for what the vector steers to; None where that can't be told, because the vector
-    has no statistics (an import), or they do not separate."""
+    has no statistics (an import), or they do not separate. On an Engine, a stream that is open is ended."""
     if stands_in(vector, prompt):
         return True
     block = reading_block(vector)
     if block is None:
         return None
+    if not mentions(vector, prompt):
+        return False
     state = engine.last_hidden_states([engine.prompt_tokens(prompt)])[0, block]
-    return is_asked(vector, state, block)
+    return is_beyond(vector, state, block)
 
 
 @dataclass(frozen=True)
@@ -84,8 +93,12 @@ class Inquiry:
         vectors = tuple(vectors)
         harmful = [vector for vector in vectors if vector not in always and does_harm(vector)]
         certain = tuple(vector for vector in harmful if stands_in(vector, prompt))
-        unsure = (vector for vector in harmful if vector not in certain)
-        return cls(vectors, certain, tuple(v for v in unsure if reading_block(v) is not None))
+        unsure = tuple(
+            vector
+            for vector in harmful
+            if vector not in certain and reading_block(vector) is not None and mentions(vector, prompt)
+        )
+        return cls(vectors, certain, unsure)
 
     @property
     def blocks(self) -> list[int]:
@@ -95,7 +108,7 @@ class Inquiry:
     def settle(self, states: Mapping[int, np.ndarray]) -> tuple[list[ControlVector], list[ControlVector]]:
         """(vectors to apply, vectors to leave out). states: (n_embd,) by block, of the plain model at the
         last prompt token."""
-        asked = [v for v in self.open if is_asked(v, states[reading_block(v)], reading_block(v))]
+        asked = [v for v in self.open if is_beyond(v, states[reading_block(v)], reading_block(v))]
         left_out = [v for v in self.vectors if v in self.left_out or v in asked]
         return [v for v in self.vectors if v not in left_out], left_out
 
@@ -115,8 +128,9 @@ def told_and_both(vector: ControlVector) -> tuple[float, float] | None:
 
 
 def does_harm(vector: ControlVector) -> bool:
-    """Whether the file says that steering makes replies to prompts that ask already worse. A vector that
-    changes nothing does no harm."""
+    """Whether the file says that steering makes replies to prompts that ask already worse, be it by one
+    reply: where that was chance, leaving the vector out costs nothing. One that changes nothing does no
+    harm."""
     shares = told_and_both(vector)
     return vector.strength != 0 and shares is not None and shares[1] < shares[0]
 
@@ -135,21 +149,57 @@ def _share(value: Any) -> float | None:
     return float(value) if is_number and 0 <= value <= 1 else None
 
 
-# --- what the prompt says ----------------------------------------------------------------------------------
+# --- what the words say ------------------------------------------------------------------------------------
+
+TYPICAL = 1 / 3  # of a vector's phrasings have the word; in fewer it is chance
+COMMON = 0.1  # of the catalogue's instructions; a word in the phrasings of more does not tell them apart
 
 
 def stands_in(vector: ControlVector, prompt: Prompt) -> bool:
     """Whether one of the vector's phrasings stands in the last message of the user, or in one of the
     system's, whatever the case and spacing."""
-    text = _plain("\n".join(_standing(prompt)))
+    text = _plain("\n".join(_said(prompt, last=True)))
     return any(phrase and phrase in text for phrase in map(_plain, vector.phrasings))
 
 
-def _standing(prompt: Prompt) -> list[str]:
+def mentions(vector: ControlVector, prompt: Prompt) -> bool:
+    """Whether a word that is typical of the vector's phrasings stands in what the user or the system says;
+    True where there is no such word, so that the state alone decides."""
+    typical = typical_words(vector.phrasings)
+    return not typical or not typical.isdisjoint(_words("\n".join(_said(prompt))))
+
+
+@lru_cache(maxsize=64)
+def typical_words(phrasings: tuple[str, ...]) -> frozenset[str]:
+    """Words of a third of the phrasings or more, without those that instructions share (answer, must)."""
+    counts = Counter(word for text in phrasings for word in _words(text))
+    wanted = max(1.0, TYPICAL * len(phrasings))
+    return frozenset(word for word, n in counts.items() if n >= wanted) - _common_words()
+
+
+@lru_cache(maxsize=1)
+def _common_words() -> frozenset[str]:
+    """Words in the phrasings of more than a tenth of the general catalogue's instructions."""
+    from .catalog import load_catalog
+
+    instructions = load_catalog().instructions.values()
+    counts = Counter(word for each in instructions for word in _words("\n".join(each.phrasings)))
+    return frozenset(word for word, n in counts.items() if n > COMMON * len(instructions))
+
+
+def _words(text: str) -> set[str]:
+    """Words of two letters and more, whatever the case; a plural counts as its singular."""
+    words = re.findall(r"[^\W\d_]{2,}", text.casefold())
+    return {word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words}
+
+
+def _said(prompt: Prompt, last: bool = False) -> list[str]:
+    """By the user and the system; last: of the user, the last message alone."""
     if isinstance(prompt, str):
         return [prompt]
-    said = [message for message in prompt if message.get("role") == "user"][-1:]
-    said += [message for message in prompt if message.get("role") == "system"]
+    by_user = [message for message in prompt if message.get("role") == "user"]
+    said = [message for message in prompt if message.get("role") == "system"]
+    said += by_user[-1:] if last else by_user
     return [message["content"] for message in said if isinstance(message.get("content"), str)]
 
 
@@ -187,7 +237,7 @@ def _is_turned_round(vector: ControlVector) -> bool:
     return str(vector.provenance.get("method", "")).startswith("minus ")
 
 
-def is_asked(vector: ControlVector, state: np.ndarray, block: int) -> bool:
+def is_beyond(vector: ControlVector, state: np.ndarray, block: int) -> bool:
     """Whether a state at the last prompt token lies on the side of the prompts with the instruction.
 
     state: (n_embd,), of the plain model after `block`.

@@ -9,7 +9,16 @@ import pytest
 from bundled_vectors import GREEDY, bundled_vectors, open_bundled
 
 from localsteer import ControlVector, bundled
-from localsteer.asked import asks, considerate, does_harm, stands_in, told_and_both, why_left_out
+from localsteer.asked import (
+    asks,
+    considerate,
+    does_harm,
+    mentions,
+    stands_in,
+    told_and_both,
+    typical_words,
+    why_left_out,
+)
 from localsteer.catalog import load_catalog
 from localsteer.errors import MismatchError, SchedulerClosedError
 from localsteer.extract.recipes import minus
@@ -19,6 +28,7 @@ pytestmark = pytest.mark.skipif(not bundled.is_available(), reason="this copy ha
 
 NAMES = ("json", "lowercase", "title")
 PLAIN = "Tell me about foxes."
+MENTIONED = "Tell me about the fox and the JSON."
 HARM = {"n": 8, "scores": {"none": 0.0, "steered": 0.9, "instructed": 0.875, "both": 0.5}}
 
 
@@ -50,10 +60,40 @@ def wordings(name):
 def test_the_state_tells_a_prompt_that_asks_in_words_never_seen_from_one_that_does_not(engine, vectors, name):
     vector = vectors[name]
     asked = [f"{PLAIN} {words}" for words in wordings(name)]
-    assert asked and not any(stands_in(vector, prompt) for prompt in asked)
+    asked = [prompt for prompt in asked if not stands_in(vector, prompt)]
+    assert len(asked) >= 4
     assert all(asks(engine, vector, prompt) for prompt in asked)
-    plain = [query.text for query in load_catalog(bundled.CATALOG).queries_for(name, "validation")[:10]]
+    catalog = load_catalog(bundled.CATALOG)
+    plain = [query.text for query in catalog.queries_for(catalog.get(name), "validation")[:10]]
     assert not any(asks(engine, vector, prompt) for prompt in plain)
+
+
+def test_a_word_of_the_phrasings_without_the_state_is_not_enough(engine, vectors):
+    """The question is about what the instruction is of, and does not ask for it."""
+    for name, word in (("json", "JSON"), ("lowercase", "letter"), ("title", "bracket")):
+        prompt = f"Tell me about the fox and the {word}."
+        assert mentions(vectors[name], prompt) and asks(engine, vectors[name], prompt) is False
+
+
+def test_the_state_without_a_word_of_the_phrasings_is_not_enough(engine, vectors):
+    """At the last token any instruction looks a little like any other."""
+    others = [f"{PLAIN} {words}" for name in ("title", "lowercase") for words in wordings(name)]
+    assert not any(asks(engine, vectors["json"], prompt) for prompt in others)
+
+
+def test_typical_words_are_those_that_tell_an_instruction_from_others():
+    get = load_catalog().get
+    assert typical_words(get("json").phrasings) == {"json"}
+    assert typical_words(get("no_comma").phrasings) == {"comma"}
+    assert {"double", "bracket", "title"} <= typical_words(get("title").phrasings)
+    assert typical_words(("Answer in rhyme.",)) == {"rhyme"}
+    assert typical_words(("Your answer must be the reply.",)) == frozenset()
+
+
+def test_where_no_word_is_typical_the_state_decides_alone(engine, vectors):
+    vague = replace(vectors["json"], provenance={**vectors["json"].provenance, "phrasings": []})
+    assert asks(engine, vague, f"{PLAIN} {vectors['json'].phrasings[0]}") is True
+    assert asks(engine, vague, PLAIN) is False
 
 
 def test_a_phrasing_of_the_vectors_in_the_prompt_is_certain_whatever_its_case_and_spacing(vectors):
@@ -146,6 +186,12 @@ def test_each_vector_is_decided_on_its_own(engine, vectors):
     assert considerate(engine, [json, title], prompt) == ([json], [title])
 
 
+def test_a_prompt_without_any_of_its_words_costs_nothing(engine, vectors):
+    n_before = engine.context.n_decodes
+    assert considerate(engine, with_record(vectors["json"]), PLAIN)[1] == []
+    assert engine.context.n_decodes == n_before
+
+
 def test_a_file_that_says_nothing_of_it_is_applied_always_and_nothing_is_computed(engine, vectors):
     vector = vectors["json"]
     n_before = engine.context.n_decodes
@@ -180,7 +226,7 @@ def test_a_vector_of_another_model_is_refused_not_read(engine, vectors):
     whole = with_record(vectors["json"])
     narrow = replace(whole, directions=whole.directions[:, :64])
     with pytest.raises(MismatchError, match="64"):
-        considerate(engine, narrow, PLAIN)
+        considerate(engine, narrow, MENTIONED)
 
 
 # --- through the scheduler ----------------------------------------------------------------------------------
@@ -203,10 +249,11 @@ def test_a_scheduler_reads_the_same_states_as_the_engine_beside_steered_replies(
 
 def test_what_was_read_for_the_decision_stays_in_the_cache_for_the_reply(engine, vectors):
     vector = with_record(vectors["json"]).at(positions="generation")
-    n = len(engine.prompt_tokens(PLAIN))
+    prompt = MENTIONED
+    n = len(engine.prompt_tokens(prompt))
     with Scheduler(engine) as scheduler:
-        applied, _ = considerate(scheduler, vector, PLAIN)
-        ticket = scheduler.submit(PLAIN, steer=applied, sampling=GREEDY, max_tokens=5)
+        applied, _ = considerate(scheduler, vector, prompt)
+        ticket = scheduler.submit(prompt, steer=applied, sampling=GREEDY, max_tokens=5)
         ticket.result()
     assert applied == [vector] and ticket.cached_tokens == n - 1
 
