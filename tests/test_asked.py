@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not bundled.is_available(), reason="this copy ha
 
 NAMES = ("json", "lowercase", "title")
 PLAIN = "Tell me about foxes."
-MENTIONED = "Tell me about the fox and the JSON."
+MENTIONED = "Tell me about the fox and the json."
 HARM = {"n": 8, "scores": {"none": 0.0, "steered": 0.9, "instructed": 0.875, "both": 0.5}}
 
 
@@ -70,7 +70,7 @@ def test_the_state_tells_a_prompt_that_asks_in_words_never_seen_from_one_that_do
 
 def test_a_word_of_the_phrasings_without_the_state_is_not_enough(engine, vectors):
     """The question is about what the instruction is of, and does not ask for it."""
-    for name, word in (("json", "JSON"), ("lowercase", "letter"), ("title", "bracket")):
+    for name, word in (("json", "json"), ("lowercase", "letter"), ("title", "bracket")):
         prompt = f"Tell me about the fox and the {word}."
         assert mentions(vectors[name], prompt) and asks(engine, vectors[name], prompt) is False
 
