@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .asked import considerate, why_left_out
 from .cache import atomic_path
 from .errors import LocalsteerError, PlanError, PromptError
 from .generate import Reply, Sampling
@@ -45,7 +46,8 @@ class Turn:
     """A question and its reply. vectors: what the reply was steered by; steering: the same as plain values,
     which is all that is known of a turn of a loaded file whose vectors are not here.
 
-    finish_reason: "stop", "length", or "cancelled": the reply is as far as it had come.
+    finish_reason: "stop", "length", or "cancelled": the reply is as far as it had come. left_out: names of
+    vectors that would have done harm, because the question asks for the same (asked.py).
     """
 
     question: str
@@ -55,12 +57,14 @@ class Turn:
     ensured: tuple[str, ...] = ()
     n_tokens: int = 0
     vectors: tuple[ControlVector, ...] = field(default=(), compare=False)
+    left_out: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
         values = {"question": self.question, "reply": self.reply, "finish_reason": self.finish_reason}
         steering = [dict(each) for each in self.steering]
-        return values | {"n_tokens": self.n_tokens, "steering": steering, "ensure": list(self.ensured)}
+        values |= {"n_tokens": self.n_tokens, "steering": steering, "ensure": list(self.ensured)}
+        return values | ({"left_out": list(self.left_out)} if self.left_out else {})
 
 
 class Chat:
@@ -68,7 +72,8 @@ class Chat:
 
     vectors: what can be steered by, by name. system: a message before all others. sampling: a seed counts up
     from turn to turn. keep_cache: a changed plan leaves what is in the cache as it was computed. tries: of
-    `ensure`. on_note: told what the user should know, one line each.
+    `ensure`. always_steer: also by vectors that do harm where the prompt asks for the same already
+    (asked.py). on_note: told what the user should know, one line each.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Chat:
         ridge: float = 0.0,
         keep_cache: bool = False,
         tries: int = 3,
+        always_steer: bool = False,
         on_note: Say = lambda _text: None,
     ) -> None:
         self.engine = engine
@@ -94,6 +100,9 @@ class Chat:
         self.system, self.sampling = system, sampling or Sampling()
         self.max_tokens, self.stop, self.ridge = max_tokens, tuple(stop), ridge
         self.keep_cache, self.tries, self.on_note = keep_cache, tries, on_note
+        self.always_steer = always_steer
+        self._insisted: set[str] = set()  # whose strength the user has chosen
+        self._told_left_out: set[str] = set()
         self._asked = 0
         self._seen: list[int] = []  # tokens of the last turn, and the plan that they were read under
         self._seen_key = b""
@@ -123,6 +132,7 @@ class Chat:
         """
         vector = (self.active.get(name) or self._known(name)).at(**settings)
         self._put({**self.active, name: vector})
+        self._insist((name,), settings)
         return vector
 
     def unsteer(self, *names: str) -> tuple[str, ...]:
@@ -131,6 +141,7 @@ class Chat:
         for name in names:
             self._steering(name)
         self._put({name: vector for name, vector in self.active.items() if name not in names})
+        self._insisted.difference_update(names)
         return names
 
     def change(self, name: str | None = None, **settings: Any) -> tuple[str, ...]:
@@ -140,6 +151,7 @@ class Chat:
             raise PlanError("nothing is steered: /steer NAME comes first.")
         changed = {each: self._steering(each).at(**settings) for each in names}
         self._put({**self.active, **changed})
+        self._insist(names, settings)
         return names
 
     def ensure(self, *names: str) -> None:
@@ -151,6 +163,11 @@ class Chat:
             Check.of(vector, "")
         Plan.from_vectors([*self.active.values(), *found.values()], ridge=self.ridge)
         self.ensured = found
+
+    def _insist(self, names: Iterable[str], settings: Mapping[str, Any]) -> None:
+        """A strength of the user's own is applied whatever the prompt asks for."""
+        if settings.get("strength") is not None:
+            self._insisted.update(names)
 
     def _known(self, name: str) -> ControlVector:
         if name not in self.vectors:
@@ -191,12 +208,13 @@ class Chat:
         messages = self.messages(question)
         self._check_room(messages)
         settings = self._settings()
-        turn = self._ensured(messages, settings) if self.ensured else None
+        steer, left_out = self._considered(messages)
+        turn = self._ensured(messages, steer, settings) if self.ensured else None
         if turn is None:
-            turn = self._streamed(messages, settings, on_text)
+            turn = self._streamed(messages, steer, settings, on_text)
         elif turn.reply:
             on_text(turn.reply)
-        turn = replace(turn, question=question)
+        turn = replace(turn, question=question, left_out=left_out)
         if turn.reply or turn.finish_reason != "cancelled":
             self.turns.append(turn)
         self._say_if_full(messages, turn)
@@ -255,6 +273,17 @@ class Chat:
         sampling = replace(self.sampling, seed=seed % _SEEDS)
         return {"sampling": sampling, "max_tokens": self.max_tokens, "stop": self.stop}
 
+    def _considered(self, messages: Sequence[Message]) -> tuple[list[ControlVector], tuple[str, ...]]:
+        """What steers this turn, and the names of what is left out of it, each told once."""
+        always = self.active if self.always_steer else self._insisted
+        insisted = [vector for name, vector in self.active.items() if name in always]
+        steer, left_out = considerate(self.scheduler, list(self.active.values()), messages, always=insisted)
+        for vector in left_out:
+            if vector.name not in self._told_left_out:
+                self._told_left_out.add(vector.name)
+                self.on_note(f"{why_left_out(vector)}; /strength, or --always-steer, applies it anyway.")
+        return steer, tuple(vector.name for vector in left_out)
+
     def _check_room(self, messages: Sequence[Message]) -> None:
         n = len(self.engine.prompt_tokens(messages))
         if n >= self.engine.n_ctx and not self.turns:
@@ -279,8 +308,14 @@ class Chat:
         else:
             self.on_note(f"the reply was cut after {turn.n_tokens} tokens: -n allows more.")
 
-    def _streamed(self, messages: Sequence[Message], settings: Mapping[str, Any], on_text: Say) -> Turn:
-        plan = self.plan
+    def _streamed(
+        self,
+        messages: Sequence[Message],
+        steer: Sequence[ControlVector],
+        settings: Mapping[str, Any],
+        on_text: Say,
+    ) -> Turn:
+        plan = Plan.from_vectors(steer, ridge=self.ridge)
         ticket = self.scheduler.submit(messages, steer=plan, keep_cache=self.keep_cache, **settings)
         prompt = self.engine.prompt_tokens(messages)
         texts: list[str] = []
@@ -298,7 +333,7 @@ class Chat:
         finally:
             ticket.cancel()
         self._seen, self._seen_key = [*prompt, *ticket.tokens], plan.key
-        return self._turn("".join(texts), reason, len(ticket.tokens), tuple(self.active.values()))
+        return self._turn("".join(texts), reason, len(ticket.tokens), tuple(steer))
 
     def _say_what_is_read_again(self, ticket: Ticket, prompt: Sequence[int], plan: Plan) -> None:
         """Once after a change of steering, before the first word of the reply."""
@@ -317,7 +352,9 @@ class Chat:
                 f"steering changed: {n_again} of the {n_known} tokens so far are read again under it."
             )
 
-    def _ensured(self, messages: Sequence[Message], settings: Mapping[str, Any]) -> Turn:
+    def _ensured(
+        self, messages: Sequence[Message], steer: Sequence[ControlVector], settings: Mapping[str, Any]
+    ) -> Turn:
         from .ensure import ensure
 
         vectors = list(self.ensured.values())
@@ -326,7 +363,7 @@ class Chat:
                 self.scheduler,
                 messages,
                 vectors,
-                steer=tuple(self.active.values()),
+                steer=tuple(steer),
                 tries=self.tries,
                 ridge=self.ridge,
                 **settings,
@@ -344,9 +381,7 @@ class Chat:
         steered = [vector.at(strength=s) for vector, s in zip(vectors, chosen.strengths, strict=False)]
         reply = found.reply
         self._seen = []
-        return self._turn(
-            reply.text, reply.finish_reason, len(reply.tokens), (*self.active.values(), *steered)
-        )
+        return self._turn(reply.text, reply.finish_reason, len(reply.tokens), (*steer, *steered))
 
     def _turn(self, reply: str, reason: str, n_tokens: int, vectors: tuple[ControlVector, ...]) -> Turn:
         steering = tuple(settings_of(vector) for vector in vectors)

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from .kv import CachedSequences, class_keys
 from .plan import Plan, PositionClass
 
 if TYPE_CHECKING:
-    from .bridge import Sampler
+    from .bridge import Rows, Sampler
     from .engine import Engine
 
 _GENERATION = int(PositionClass.GENERATION)  # a plain number: an enum costs time at every token
@@ -50,6 +50,8 @@ class Request:
     n_cached: tokens of the prompt that were taken from the cache. n_top: None, or how many of the likeliest
     tokens its chunks tell the log-probabilities of, beside that of the token drawn. keep_cache: take what is
     cached of these tokens whatever it was computed under, so that a changed plan reads nothing again.
+    capture: blocks whose state at the last prompt token is wanted in the place of a reply; they are in
+    `states`, (len(capture), n_embd), when its only chunk comes.
     """
 
     prompt: list[int]
@@ -66,6 +68,8 @@ class Request:
     sampler: Sampler | None = None
     n_top: int | None = None
     keep_cache: bool = False
+    capture: tuple[int, ...] = ()
+    states: np.ndarray | None = None
 
     @property
     def n_prompt(self) -> int:
@@ -315,10 +319,23 @@ class Loop:
             classes += found
             if not request.pending:
                 drawing.append(request)
-        rows = self.engine.context.decode(tokens, positions, slots, outputs, plans=plans, classes=classes)
+        rows = self._rows(drawing, tokens, positions, slots, outputs, plans=plans, classes=classes)
         for slot, position in filled:
             self.engine.context.seq_rm(slot, position)
         return drawing, rows.logits if drawing else np.empty(0)
+
+    def _rows(self, drawing: Sequence[Request], *batch: Sequence[int], **steering: Any) -> Rows:
+        """Decode, and keep the states that some of `drawing`, whose tokens are the outputs, ask for."""
+        asking = [i for i, request in enumerate(drawing) if request.capture]
+        if not asking:
+            return self.engine.context.decode(*batch, **steering)
+        layers = {layer for i in asking for layer in drawing[i].capture}
+        mask = np.zeros(len(batch[-1]), bool)
+        mask[np.flatnonzero(batch[-1])[asking]] = True
+        rows = self.engine.context.decode(*batch, **steering, capture=layers, capture_tokens=mask)
+        for row, i in enumerate(asking):
+            drawing[i].states = np.stack([rows.states[layer][row] for layer in drawing[i].capture])
+        return rows
 
     def _draw(self, drawing: Sequence[Request], logits: np.ndarray) -> list[Event]:
         """Row i of `logits` is the next token of drawing[i]."""
@@ -326,6 +343,10 @@ class Loop:
         finite = np.isfinite(logits[np.arange(len(likeliest)), likeliest]).tolist()
         events: list[Event] = []
         for i, request in enumerate(drawing):
+            if request.capture:
+                self._leave(request)
+                events.append((request, self._last(request, "", None, "stop")))
+                continue
             try:
                 if not finite[i]:
                     raise LocalsteerError(

@@ -23,10 +23,12 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from .errors import LocalsteerError, QueueFullError, SchedulerClosedError
-from .generate import Chunk, Reply, Sampling, Timings, stops_of
+from .generate import GREEDY, Chunk, Reply, Sampling, Timings, stops_of
 from .loop import Loop, Request, new_request
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .engine import Engine, Prompt, Steer
 
 MAX_QUEUE = 64
@@ -96,6 +98,21 @@ class Ticket:
 
     async def aresult(self) -> Reply:
         return self._reply([chunk async for chunk in self])
+
+    def states(self) -> np.ndarray:
+        """(len(layers), n_embd) float32, of a ticket of `Scheduler.look`, waiting for them."""
+        list(self)
+        return self._states()
+
+    async def astates(self) -> np.ndarray:
+        async for _chunk in self:
+            pass
+        return self._states()
+
+    def _states(self) -> np.ndarray:
+        if self._request.states is None:
+            raise SchedulerClosedError("the model is being closed: the prompt was not read.")
+        return self._request.states
 
     def _reply(self, chunks: Sequence[Chunk]) -> Reply:
         last = chunks[-1]
@@ -174,6 +191,21 @@ class Scheduler:
             ids = self.engine._checked_tokens(tokens).tolist()
         request = new_request(self.engine, ids, self.engine.plan(steer), **settings)
         request.keep_cache = keep_cache
+        return self._enqueue(request, deadline)
+
+    def look(self, tokens: Sequence[int], layers: Sequence[int]) -> Ticket:
+        """A request for states in the place of a reply: the plain model's at a prompt's last token, after
+        each block of `layers`, 0-based. `Ticket.states` or `astates` waits for them.
+
+        What it reads of the prompt stays in the cache for the request that follows. Raises as `submit` does.
+        """
+        ids = self.engine._checked_tokens(tokens).tolist()
+        layers = self.engine._checked_layers(layers)
+        request = new_request(self.engine, ids, None, max_tokens=1, sampling=GREEDY, stop=())
+        request.capture = tuple(layers)
+        return self._enqueue(request, None)
+
+    def _enqueue(self, request: Request, deadline: float | None) -> Ticket:
         ends = None if deadline is None else time.monotonic() + deadline
         ticket = Ticket(self, request, ends)
         with self._work:

@@ -6,12 +6,14 @@ import json
 import os
 import stat
 import sys
+from dataclasses import replace
 
 import pytest
 from bundled_vectors import GREEDY, bundled_vectors, judged_by, open_bundled
 from cli_runs import command_line, invoke
 
 from localsteer import bundled
+from localsteer.catalog import load_catalog
 from localsteer.chat import Chat
 from localsteer.errors import LocalsteerError, PlanError, PromptError
 from localsteer.scheduler import Scheduler
@@ -192,6 +194,53 @@ def test_trace_follows_the_last_turn(chat, vectors):
     assert (made.reply, made.vectors[0].name) == (turn.reply, "json")
     # the engine is the chat's again
     assert chat.ask(OWLS).reply
+
+
+# --- a question that asks already --------------------------------------------------------------------------
+
+HARM = {"n": 8, "scores": {"instructed": 0.875, "both": 0.5}}
+
+
+@pytest.fixture
+def harmful(vectors):
+    title = vectors["title"]
+    return replace(title, provenance={**title.provenance, "validation": HARM})
+
+
+def asking(harmful):
+    return f"{FOXES} {load_catalog(bundled.CATALOG).get('title').held_out_phrasings[0]}"
+
+
+def test_each_turn_is_steered_only_where_its_question_does_not_ask_already(engine, chat, harmful):
+    chat.add("title", harmful)
+    chat.steer("title")
+    turns = [chat.ask(question) for question in (asking(harmful), HARES, asking(harmful))]
+    chat.close()
+    assert [turn.left_out for turn in turns] == [("title",), (), ("title",)]
+    assert [[each["name"] for each in turn.steering] for turn in turns] == [[], ["title"], []]
+    assert turns[0].reply == fresh(engine, talk(asking(harmful)))
+    history = talk(asking(harmful), turns[0].reply, HARES)
+    assert turns[1].reply == fresh(engine, history, [harmful]) != fresh(engine, history)
+    told = [note for note in chat.notes if "left out" in note]
+    assert told == [
+        "title is left out: the prompt asks for it already, and its file says that steering then does harm "
+        "(told 88%, told and steered 50%); /strength, or --always-steer, applies it anyway."
+    ]
+    assert turns[0].record()["left_out"] == ["title"] and "left_out" not in turns[1].record()
+
+
+@pytest.mark.parametrize("how", ["steer", "change", "always"])
+def test_a_strength_of_the_users_own_is_applied_always(engine, vectors, harmful, how):
+    with Chat(engine, vectors={"title": harmful}, always_steer=how == "always", **SHORT) as chat:
+        chat.steer("title", strength=1 if how == "steer" else None)
+        if how == "change":
+            chat.change(strength=1)
+        turn = chat.ask(asking(harmful))
+        chat.unsteer()
+        chat.steer("title")
+        again = chat.ask(asking(harmful))
+    assert turn.left_out == () and turn.vectors == (chat.active["title"],)
+    assert again.left_out == (() if how == "always" else ("title",))
 
 
 # --- what is refused ---------------------------------------------------------------------------------------
@@ -397,6 +446,16 @@ def test_a_piped_conversation_as_one_document(folder, conversation):
     (turn,) = done.json["turns"]
     assert [turn["reply"]] == conversation((FOXES, "title"))
     assert turn["steering"][0]["name"] == "title"
+
+
+def test_a_piped_conversation_says_once_what_it_leaves_out(harmful, tmp_path):
+    path = tmp_path / "title.gguf"
+    harmful.save(path)
+    questions = f"{asking(harmful)}\n{asking(harmful)}\n"
+    for more, n_told in (((path,), 1), ((path, "--always-steer"), 0), ((f"{path}:1",), 0)):
+        done = invoke(*chat_args(None, "-s", *more, "--json"), input=questions)
+        assert done.err.count("title is left out") == n_told
+        assert ["left_out" in turn for turn in done.json["turns"]] == [bool(n_told)] * 2
 
 
 def test_two_files_of_one_name_are_two_vectors(folder, vectors, tmp_path):

@@ -51,6 +51,7 @@ def refused(*args, input=""):
         (["run", "--strength", "0.5", "Hi"], "--strength needs something to steer by"),
         (["run", "--layer", "3", "Hi"], "--layer needs something to steer by"),
         (["run", "--ridge", "0.1", "Hi"], "--ridge needs something to steer by"),
+        (["run", "--always-steer", "Hi"], "--always-steer needs something to steer by"),
         (["run", "--slot", "n=5", "-s", "json.gguf", "Hi"], "--slot needs --instruction"),
         (["run", "--pairs", "5", "Hi"], "--pairs needs --instruction"),
         (["run", "--tries", "4", "Hi"], "--tries needs --ensure"),

@@ -146,6 +146,48 @@ def test_timings_are_talk(tiny_llama):
     assert "per second" in done.err and "per second" not in done.out
 
 
+# --- a prompt that asks already ----------------------------------------------------------------------------
+
+ASKED = "Tell me about foxes. Answer in rhyme."
+LEFT_OUT = (
+    "localsteer: strong is left out: the prompt asks for it already, and its file says that steering then "
+    "does harm (told 75%, told and steered 25%); --always-steer applies it anyway.\n"
+)
+
+
+@pytest.fixture
+def harmful(folder):
+    record = {"n": 8, "scores": {"instructed": 0.75, "both": 0.25}}
+    origin = {"phrasings": ["Answer in rhyme."], "validation": record}
+    return write_vector(folder / "strong.gguf", provenance=origin)
+
+
+def test_a_vector_that_does_harm_is_left_out_where_the_prompt_asks_already(tiny_llama, replies, harmful):
+    done = run(tiny_llama, "-s", harmful, ASKED)
+    assert done.out == replies(ASKED) + "\n"
+    assert done.err.count(LEFT_OUT) == 1
+    done = run(tiny_llama, "-s", harmful, "Tell me about foxes.")
+    assert done.out == replies("Tell me about foxes.", [ControlVector.load(harmful)]) + "\n"
+    assert "left out" not in done.err
+
+
+@pytest.mark.parametrize("how", ["--always-steer", "--strength", "behind the name", "--compare", "--raw"])
+def test_who_insists_gets_the_steered_reply(tiny_llama, replies, harmful, how):
+    more = {"--strength": ("--strength", "1"), "behind the name": ()}.get(how, (how,))
+    spec = f"{harmful}:1" if how == "behind the name" else harmful
+    done = run(tiny_llama, "-s", spec, *more, "--json", ASKED)
+    steered = replies(ASKED, [ControlVector.load(harmful)], raw=how == "--raw")
+    assert done.json["reply"] == steered != replies(ASKED, raw=how == "--raw")
+    assert "left out" not in done.err and "left_out" not in done.json
+
+
+def test_json_names_what_was_left_out(tiny_llama, harmful, folder):
+    other = write_vector(folder / "other.gguf", seed=1)
+    document = run(tiny_llama, "-s", harmful, "-s", other, "--json", ASKED).json
+    assert document["left_out"] == ["strong"]
+    assert [row["name"] for row in document["steering"]] == ["other"]
+
+
 # --- the prompt --------------------------------------------------------------------------------------------
 
 

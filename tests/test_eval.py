@@ -13,7 +13,7 @@ from localsteer import bundled
 from localsteer.catalog import Instruction, Query, load_catalog
 from localsteer.errors import CatalogError, LocalsteerError, MismatchError, PromptError
 from localsteer.evaluate.diff import compare, differences
-from localsteer.evaluate.intervals import N_BOOTSTRAP, certain, clustered, interval
+from localsteer.evaluate.intervals import N_BOOTSTRAP, certain, clustered, interval, wilson
 from localsteer.evaluate.model_judge import kappa
 from localsteer.evaluate.report import shape
 from localsteer.evaluate.suites import MODULES, suite
@@ -49,6 +49,15 @@ IDS = ("json", "lowercase")
 
 
 # --- intervals ---------------------------------------------------------------------------------------------
+
+
+def test_wilsons_interval_is_as_in_the_tables_and_no_point_at_the_ends():
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=1e-4)
+    assert wilson(20, 20)[1] == 1.0
+    assert np.isnan(wilson(0, 0)).all()
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_more_queries():

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from urllib.parse import quote
 
@@ -15,7 +16,9 @@ import pytest
 from serving import FOXES, QUESTIONS, is_loud, model_path, serving, vectors, write_vectors
 from test_server import ask, streamed, text_of
 
+import localsteer
 from localsteer import ControlVector, bundled
+from localsteer.catalog import load_catalog
 
 openai = pytest.importorskip("openai", reason="the openai package is not installed")
 pytest.importorskip("fastapi", reason="the extra localsteer[serve] is not installed")
@@ -298,6 +301,77 @@ def test_tries_that_are_given_up_before_they_begin_leave_their_place(monkeypatch
         asyncio.run(hang_up())
         leave.set()
     assert ensured._free.acquire(blocking=False)
+
+
+# --- a prompt that asks already -----------------------------------------------------------------------------
+
+HARM = {"n": 8, "scores": {"instructed": 0.875, "both": 0.5}}
+
+
+@pytest.fixture
+def harmful(server):
+    """json with a file that says that it does harm where the prompt asks for JSON."""
+    vector = vectors()["json"]
+    made = replace(vector, provenance={**vector.provenance, "validation": HARM})
+    made.save(server.state.vectors.folder / "json.gguf")
+    server.state.vectors.reload()
+    return made
+
+
+def asking(text="Tell me about foxes."):
+    words = load_catalog("bundled").get("json").held_out_phrasings[0]
+    return [{"role": "user", "content": f"{text} {words}"}]
+
+
+def test_what_does_harm_is_left_out_of_a_request_that_asks_already(server, harmful):
+    client = server.client()
+    asked = {"messages": asking(), "temperature": 0, "max_tokens": 60}
+    plain = client.chat.completions.create(model="bundled", **asked)
+    reply = client.chat.completions.create(model="bundled+json+lowercase", **asked)
+    assert reply.steering == {"applied": ["lowercase"], "left_out": ["json"]}
+    same = client.chat.completions.create(model="bundled+json", **asked)
+    assert text_of(same) == text_of(plain) and not hasattr(plain, "steering")
+    _, _, chunks = streamed(client.chat.completions.create(model="bundled+json", stream=True, **asked))
+    assert all(chunk.steering == {"applied": [], "left_out": ["json"]} for chunk in chunks)
+    assert not hasattr(ask(client, "bundled+json"), "steering")
+    assert text_of(ask(client, "bundled+json")).startswith("{")
+
+
+@pytest.mark.parametrize("how", [{"steering": [{"name": "json", "strength": 1}]}, {"always_steer": True}])
+def test_a_client_that_insists_gets_the_steered_reply(server, harmful, how):
+    body = {"model": "bundled+json", "messages": asking(), "temperature": 0, "max_tokens": 20, **how}
+    with server.http() as http:
+        answer = http.post("/v1/chat/completions", json=body).json()
+    engine = server.state.models["bundled"].engine
+    assert "steering" not in answer
+    with server.state.models["bundled"].scheduler.paused():
+        steered = engine.generate(
+            asking(), steer=harmful, sampling=localsteer.Sampling(temp=0), max_tokens=20
+        )
+    assert answer["choices"][0]["message"]["content"] == steered.text
+
+
+def test_requests_that_ask_and_requests_that_do_not_are_answered_beside_each_other(server, harmful):
+    client = server.client()
+    several = [(asking(text), "left_out") for text in QUESTIONS]
+    several += [([{"role": "user", "content": text}], "applied") for text in QUESTIONS]
+
+    def answered(messages):
+        how = {"temperature": 0, "max_tokens": 30}
+        return client.chat.completions.create(model="bundled+json", messages=messages, **how)
+
+    with ThreadPoolExecutor(len(several)) as threads:
+        replies = list(threads.map(answered, [messages for messages, _ in several]))
+    assert [hasattr(reply, "steering") for reply in replies] == [how == "left_out" for _, how in several]
+    assert server.quiet()
+
+
+def test_what_is_applied_beside_ensure_is_considered_too(server, harmful):
+    body = {"messages": asking(), "steering": ["json"], "ensure": ["lowercase"], "temperature": 0}
+    with server.http() as http:
+        answer = http.post("/v1/chat/completions", json={**body, "max_tokens": 40}).json()
+    assert answer["steering"] == {"applied": [], "left_out": ["json"]}
+    assert answer["ensure"]["tries"]
 
 
 # --- two models ---------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from localsteer.errors import LocalsteerError, PromptError
 from . import interrupt, options
 from .console import answer, note, print_json, progress, shown, table
 from .models import open_engine
-from .vector_spec import VectorSpec
+from .vector_spec import VectorSpec, with_own_strength
 
 if TYPE_CHECKING:
     from localsteer.chat import Chat
@@ -52,6 +52,7 @@ GREETING = "/help lists the commands, Alt-Enter begins a new line, Ctrl-D leaves
     help="A change of steering leaves what the model has read already as it was computed.",
 )
 @options.settings
+@options.always_steer
 @click.option(
     "--ridge",
     type=float,
@@ -88,6 +89,7 @@ def command(
     tries: int,
     keep_cache: bool,
     no_history: bool,
+    always_steer: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -114,6 +116,7 @@ def command(
     sampling = sampling_of(given)
     names = [Path(VectorSpec.parse(spec).path).stem for spec in specs]
     vectors = load_vectors(specs, given)
+    insisted = with_own_strength(specs, vectors)
     loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
     shelf = Shelf(model, given, loading)
     shelf.add_folder(folder)
@@ -131,12 +134,13 @@ def command(
             ridge=given["ridge"],
             keep_cache=keep_cache,
             tries=tries,
+            always_steer=always_steer or given["strength"] is not None,
             on_note=note,
         ) as chat,
     ):
         engine.check_template()  # before the first question is typed
         session = Session(chat, shelf, quiet=as_json, piped=lines is not None)
-        session.begin(names, vectors, ensured)
+        session.begin(names, vectors, ensured, insisted)
         if lines is None:
             note(f"{engine.path.name}: {GREETING}")
             lines = _typed_lines(session, None if no_history else _history_file())
@@ -186,13 +190,20 @@ class Session:
         self.chat, self.shelf, self.quiet, self.piped = chat, shelf, quiet, piped
         self.left = False
 
-    def begin(self, names: list[str], vectors: list[ControlVector], ensured: tuple[str, ...]) -> None:
-        """What the command line steers by; a name that is taken gets a number."""
+    def begin(
+        self,
+        names: list[str],
+        vectors: list[ControlVector],
+        ensured: tuple[str, ...],
+        insisted: Sequence[ControlVector] = (),
+    ) -> None:
+        """What the command line steers by; a name that is taken gets a number. insisted: those that came with
+        a strength of the user's."""
         for name, vector in zip(names, vectors, strict=True):
             again = sum(known.partition("#")[0] == name for known in self.chat.vectors)
             unique = f"{name}#{again + 1}" if again else name
             self.chat.add(unique, vector)
-            self.chat.steer(unique)
+            self.chat.steer(unique, strength=vector.strength if vector in insisted else None)
         if ensured:
             self.chat.ensure(*map(self._find, ensured))
 

@@ -168,6 +168,13 @@ settings = all_of(
     click.option("--strength", type=Finite(), metavar="X", help="1 is the full effect, 0 none."),
 )
 
+always_steer = click.option(
+    "--always-steer",
+    is_flag=True,
+    help="Also by a vector whose file says that it does harm where the prompt asks for the same already; an "
+    "explicit strength does the same.",
+)
+
 instruction_data = all_of(
     click.option(
         "--catalog",

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import options
+from .considered import harmless
 from .console import answer, note, print_json, shown, table
 from .models import catalog_of, extraction_queries, find_instruction, open_engine, read_text
 from .prompt_input import read_prompt
-from .vector_spec import VectorSpec
+from .vector_spec import VectorSpec, with_own_strength
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine, Prompt
@@ -55,6 +56,7 @@ TRIES = 3
 )
 @click.option("--compare", is_flag=True, help="The plain and the steered reply side by side.")
 @options.settings
+@options.always_steer
 @click.option(
     "--ridge",
     type=float,
@@ -96,6 +98,7 @@ def command(
     tries: int | None,
     stream: bool,
     compare: bool,
+    always_steer: bool,
     ridge: float,
     as_json: bool,
     timings: bool,
@@ -126,23 +129,31 @@ def command(
     _refuse_idle(given | {"ridge": ridge or None}, something, specs + instructions + ensured)
     _refuse_idle(given, "--instruction or --ensure ID", instructions + ensured, INSTRUCTION_DATA)
     _refuse_idle({"tries": tries}, "--ensure", ensured, ("tries",))
+    _refuse_idle({"always-steer": always_steer or None}, something, specs + instructions, ("always-steer",))
     sampling = sampling_of(given)
     vectors = load_vectors(specs, given)
+    insisted = with_own_strength(specs, vectors)
+    # a comparison shows what the vectors do, and so does a strength of the user's own
+    literal = always_steer or compare or given["strength"] is not None
     message = message_of(read_prompt(prompt), given.pop("system"), given["raw"])
     loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
     vectors += [vector_of(model, text, given, loading) for text in instructions]
     checked = [vector_to_ensure(model, text, given, loading) for text in ensured]
     with open_engine(model, **loading, n_seq_max=1) as engine:
+        always = vectors if literal else insisted
+        vectors, left_out = harmless(engine, vectors, message, always=always, raw=given["raw"])
         request = Request(engine, message, plan_of(engine, vectors, ridge), sampling, given)
         if checked:
             found = ensure_reply(request, vectors, checked, tries or TRIES, ridge)
             if as_json:
                 steering = [*vectors, *steered_by(found, checked)]
-                print_json(document(request, model, steering, found.reply) | {"ensure": found.record()})
+                made = document(request, model, steering, found.reply) | {"ensure": found.record()}
+                print_json(made | left_out)
             else:
                 show_ensured(request, found, timings)
         elif as_json:
-            print_json(document(request, model, vectors, request.reply()) | plain_document(request, compare))
+            made = document(request, model, vectors, request.reply()) | plain_document(request, compare)
+            print_json(made | left_out)
         elif compare:
             show_both(request, vectors, timings)
         else:

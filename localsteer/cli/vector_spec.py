@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,12 @@ class VectorSpec:
         own = {"strength": self.strength, "layer": self.blocks}
         own = {key: value for key, value in own.items() if value is not None}
         return ControlVector.load(self.path).at(**{**settings, **own})
+
+
+def with_own_strength(specs: Sequence[str], vectors: Sequence[ControlVector]) -> list[ControlVector]:
+    """Those of the vectors loaded from `specs` whose strength is written behind the file's name."""
+    pairs = zip(specs, vectors, strict=False)
+    return [vector for spec, vector in pairs if VectorSpec.parse(spec).strength is not None]
 
 
 def _split_blocks(text: str) -> tuple[str, tuple[int, ...] | None]:

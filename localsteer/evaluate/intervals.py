@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 N_BOOTSTRAP = 2000
 LEVEL = 0.95
+_Z = 1.959964  # of the normal distribution at this level
 _CELLS_AT_ONCE = 1 << 22  # drawn indices held in memory together
 
 
@@ -35,6 +37,17 @@ def clustered(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[floa
     means = np.concatenate([sums[part].sum(axis=1) / counts[part].sum(axis=1) for part in parts])
     low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return float(low), float(high)
+
+
+def wilson(n_true: int, n: int) -> tuple[float, float]:
+    """95% of a share by Wilson's score interval, which holds for few values and for shares of 0 and 1 too;
+    NaN for no values. (Wilson 1927, J. Am. Stat. Assoc. 22:209.)"""
+    if not n:
+        return float("nan"), float("nan")
+    share, z2 = n_true / n, _Z * _Z
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    reach = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, centre - reach), min(1.0, centre + reach)
 
 
 def certain(figures: Mapping[str, Any], rule: str) -> tuple[float, float] | None:

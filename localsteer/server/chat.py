@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,6 +13,7 @@ from starlette.responses import Response
 from localsteer.generate import stops_of
 
 from .answers import REASONS, Whole, chat_logprobs, envelope, scored
+from .considered import harmless, report
 from .ensured import ensured_chat
 from .errors import ApiError, Json
 from .formats import grammar_of
@@ -32,7 +33,8 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     if body.ensured:
         return await ensured_chat(state, body, tools, request)
     order = await run_in_threadpool(_order, state, body, tools)
-    job = await begin(state, order)
+    steer, left_out = await harmless(order.served, order.steer, body, tools)
+    job = await begin(state, replace(order, steer=steer, left_out=left_out))
     if body.stream:
         return await stream(request, _events(body, job, tools), job.end, state.limits.write_seconds)
     try:
@@ -48,7 +50,7 @@ def _order(state: State, body: ChatRequest, tools: list[Tool]) -> Order:
     return Order(
         served=served,
         prompts=[rendered(served, body.messages, tools, go_on=bool(body.continue_final_message))],
-        steer=tuple(steer.values()),
+        steer=steer,
         samplings=samplings(body, _grammar(body, tools)),
         max_tokens=body.most_tokens(state.limits.predict),
         stop=stops_of(served.engine, body.stops),  # the prompt goes on as a raw text
@@ -67,7 +69,9 @@ def _grammar(body: ChatRequest, tools: list[Tool]) -> str | None:
 
 
 def _head(body: ChatRequest, job: Job, kind: str) -> dict[str, Any]:
-    return envelope(kind, "chatcmpl", body.model or job.order.served.name)
+    order = job.order
+    head = envelope(kind, "chatcmpl", body.model or order.served.name)
+    return head | report(order.steer, order.left_out)
 
 
 # -- at once ------------------------------------------------------------------------------------------------

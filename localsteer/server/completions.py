@@ -42,7 +42,7 @@ def _order(state: State, body: CompletionRequest) -> Order:
     return Order(
         served=served,
         prompts=body.prompts,
-        steer=tuple(steer.values()),
+        steer=steer,
         samplings=samplings(body),
         max_tokens=body.most_tokens(DEFAULT_TOKENS),
         stop=body.stops,

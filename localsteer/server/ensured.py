@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ from starlette.responses import Response
 from localsteer.errors import LocalsteerError
 
 from .answers import REASONS, envelope
+from .considered import harmless, report
 from .errors import ApiError, Json, api_error
 from .formats import grammar_of
-from .models import State
+from .models import Served, State
 from .replies import ClientGone, samplings, unless_gone
 from .schemas import ChatRequest, Tool
 from .streaming import event, stream
@@ -28,6 +29,7 @@ from .tools import rendered, template_message
 
 if TYPE_CHECKING:
     from localsteer.ensure import Ensured
+    from localsteer.vector import ControlVector
 
 MAX_AT_ONCE = 32
 _threads = ThreadPoolExecutor(MAX_AT_ONCE, "localsteer-ensure")
@@ -39,12 +41,15 @@ async def ensured_chat(state: State, body: ChatRequest, tools: list[Tool], reque
     _check(body, tools)
     body.model = body.model or state.default.name
     cancel = threading.Event()
-    work = _begin(await run_in_threadpool(_tries, state, body, cancel))
+    served, wanted, base = await run_in_threadpool(_chosen, state, body)
+    steer, left_out = await harmless(served, base, body, tools)
+    told = report(steer, left_out)
+    work = _begin(await run_in_threadpool(_tries, state, body, served, wanted, steer, cancel))
     if body.stream:
-        events = _events(body, work)
+        events = _events(body, work, told)
         return await stream(request, events, cancel.set, state.limits.write_seconds)
     try:
-        return Json(_document(body, await unless_gone(request, work)))
+        return Json(_document(body, await unless_gone(request, work)) | told)
     except ClientGone:
         return Response(status_code=499)
     finally:
@@ -65,16 +70,28 @@ def _check(body: ChatRequest, tools: list[Tool]) -> None:
             )
 
 
-def _tries(state: State, body: ChatRequest, cancel: threading.Event) -> Callable[[], Ensured]:
-    """What a thread has to do, with everything checked that can be checked before."""
-    from localsteer.ensure import ensure
-
+def _chosen(state: State, body: ChatRequest) -> tuple[Served, list[ControlVector], dict[str, ControlVector]]:
+    """The model, the vectors to ensure, and those that are applied in every try."""
     served, vectors = state.steering(body.model, body.items)
     wanted = [
         vectors.pop(name, None) or state.vectors.vector(name, served.name, "ensure") for name in body.ensured
     ]
+    return served, wanted, vectors
+
+
+def _tries(
+    state: State,
+    body: ChatRequest,
+    served: Served,
+    wanted: list[ControlVector],
+    steer: Mapping[str, ControlVector],
+    cancel: threading.Event,
+) -> Callable[[], Ensured]:
+    """What a thread has to do, with everything checked that can be checked before."""
+    from localsteer.ensure import ensure
+
     settings: dict[str, Any] = {
-        "steer": tuple(vectors.values()),
+        "steer": tuple(steer.values()),
         "sampling": samplings(body, grammar_of(body.response_format))[0],
         "max_tokens": body.most_tokens(state.limits.predict),
         "stop": body.stops,
@@ -127,9 +144,11 @@ def _document(body: ChatRequest, found: Ensured) -> dict[str, Any]:
     }
 
 
-async def _events(body: ChatRequest, work: asyncio.Future[Ensured]) -> AsyncIterator[bytes]:
+async def _events(
+    body: ChatRequest, work: asyncio.Future[Ensured], told: Mapping[str, Any]
+) -> AsyncIterator[bytes]:
     found = await work
-    head = envelope("chat.completion.chunk", "chatcmpl", body.model or "")
+    head = envelope("chat.completion.chunk", "chatcmpl", body.model or "") | told
     reason = REASONS.get(found.reply.finish_reason, "stop")
     for delta, why in (({"role": "assistant", "content": found.reply.text}, None), ({}, reason)):
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": why}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,15 +30,17 @@ class ClientGone(Exception):
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked of the scheduler. prompts: rendered texts, or token ids; n replies to each."""
+    """What is asked of the scheduler. prompts: rendered texts, or token ids; n replies to each. steer,
+    left_out: by the names of the request."""
 
     served: Served
     prompts: Sequence[str | Sequence[int]]
-    steer: tuple[ControlVector, ...]
+    steer: Mapping[str, ControlVector]
     samplings: Sequence[Sampling]  # one for each of the n replies
     max_tokens: int | None
     stop: Sequence[str] = ()
     n_top: int | None = None
+    left_out: Sequence[str] = ()
 
 
 @dataclass(eq=False)
@@ -127,7 +129,7 @@ def _submit(job: Job) -> None:
             try:
                 ticket = order.served.scheduler.submit(
                     prompt if isinstance(prompt, str) else "",
-                    steer=order.steer,
+                    steer=tuple(order.steer.values()),
                     max_tokens=order.max_tokens,
                     sampling=sampling,
                     stop=order.stop,

@@ -84,6 +84,11 @@ class SamplingFields(_Body):
     logit_bias: dict[str, Finite] | None = None
     steering: Items | EnsureSteering | None = None
     ensure: Annotated[list[Name], Field(max_length=limits.MAX_VECTORS)] | None = None
+    always_steer: bool | None = Field(
+        None,
+        description="Also by vectors whose files say that they do harm where the prompt asks for the same "
+        "already; a `strength` in `steering` does the same for its vector.",
+    )
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -117,6 +122,11 @@ class SamplingFields(_Body):
         if self.steering is None or isinstance(self.steering, EnsureSteering):
             return []
         return as_items(self.steering)
+
+    @property
+    def with_own_strength(self) -> set[str]:
+        """Names of the vectors that come with a strength of the client's own."""
+        return {item.name for item in self.items if item.strength is not None}
 
     @property
     def ensured(self) -> list[str]:

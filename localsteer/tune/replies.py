@@ -16,7 +16,7 @@ from localsteer.errors import LocalsteerError, PromptError
 from localsteer.evaluate.quality import is_degenerate
 from localsteer.evaluate.verifiers.early import hopeless
 from localsteer.evaluate.verify import check_arguments
-from localsteer.generate import GREEDY, Reply, Sampling, Timings
+from localsteer.generate import GREEDY, Reply, Sampling, Timings, stops_of
 from localsteer.loop import Loop, new_request
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def replies_to(
             one.plan,
             max_tokens=max_tokens,
             sampling=drawn,
-            stop=(),
+            stop=stops_of(engine),
         )
         for one, drawn in zip(asked, samplings, strict=True)
     ]

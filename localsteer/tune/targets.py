@@ -196,9 +196,9 @@ def measured(likelihood: Likelihood, engine: Engine, passing: Sequence[_Passing]
 
 
 def _with_end(engine: Engine, reply: Reply) -> tuple[int, ...]:
-    """That a reply ends is part of it: of one sentence it is nearly all."""
-    end = (engine.model.eos,) if reply.finish_reason == "stop" and engine.model.eos >= 0 else ()
-    return (*reply.tokens, *end)
+    """That a reply ends is part of it: of one sentence it is nearly all. One that was cut has no end."""
+    ended = reply.finish_reason == "stop" and engine.text(reply.tokens) == reply.text  # not by a stop string
+    return (*reply.tokens, engine.model.eos) if ended and engine.model.eos >= 0 else tuple(reply.tokens)
 
 
 def _n_kept(gap: np.ndarray) -> int:

@@ -1,0 +1,253 @@
+"""Do no harm: a vector is left out where the prompt asks for the same already, and its file says that
+steering makes such replies worse.
+
+    applied, left_out = considerate(engine, vectors, prompt)
+    reply = engine.generate(prompt, steer=applied)
+
+`tune` measures replies to prompts that hold the instruction, plain (`instructed`) and steered (`both`), and
+the file keeps both shares. Where the second is lower, two witnesses must agree that a prompt asks: a word
+that is typical of the vector's phrasings stands in it, and the model's own state at its last token lies on
+the side of the prompts with the instruction (docs/method.md). A phrasing that stands in the prompt as it is
+is certain.
+
+Neither witness would do by itself: a word is there for other reasons, and on small models the projection
+rises with any instruction (docs/do-no-harm.md has the figures).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .vector import STATISTICS, ControlVector
+
+if TYPE_CHECKING:
+    from .engine import Engine, Prompt
+    from .scheduler import Scheduler
+
+
+def considerate(
+    source: Engine | Scheduler,
+    vectors: ControlVector | Sequence[ControlVector],
+    prompt: Prompt,
+    *,
+    raw: bool = False,
+    always: Sequence[ControlVector] = (),
+) -> tuple[list[ControlVector], list[ControlVector]]:
+    """(vectors to apply to this prompt, vectors to leave out), both in their order.
+
+    Each is decided on its own; where no file says that it does harm, nothing is computed. always: those of
+    the vectors to apply in any case. raw: the prompt goes in without the chat template, and everything is
+    applied, since a vector's statistics are of templated prompts. On an Engine, a stream that is open is
+    ended. Raises MismatchError for a vector of another model, PromptError.
+    """
+    vectors = [vectors] if isinstance(vectors, ControlVector) else list(vectors)
+    inquiry = Inquiry.of(vectors, prompt, vectors if raw else always)
+    if not inquiry.blocks:
+        return inquiry.settle({})
+    engine: Engine = getattr(source, "engine", source)
+    for vector in inquiry.open:
+        engine.plan(vector)
+    tokens = engine.prompt_tokens(prompt)
+    if hasattr(source, "look"):
+        states = source.look(tokens, inquiry.blocks).states()
+    else:
+        states = engine.last_hidden_states([tokens])[0, inquiry.blocks]
+    return inquiry.settle(dict(zip(inquiry.blocks, states, strict=True)))
+
+
+def asks(engine: Engine, vector: ControlVector, prompt: Prompt) -> bool | None:
+    """Whether a prompt asks for what the vector steers to; None where that can't be told, because the vector
+    has no statistics (an import), or they do not separate. On an Engine, a stream that is open is ended."""
+    if stands_in(vector, prompt):
+        return True
+    block = reading_block(vector)
+    if block is None:
+        return None
+    if not mentions(vector, prompt):
+        return False
+    state = engine.last_hidden_states([engine.prompt_tokens(prompt)])[0, block]
+    return is_beyond(vector, state, block)
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """What has to be known before a prompt is steered. vectors: all of them. left_out: certain already. open:
+    those for which the state at the last prompt token decides."""
+
+    vectors: tuple[ControlVector, ...]
+    left_out: tuple[ControlVector, ...]
+    open: tuple[ControlVector, ...]
+
+    @classmethod
+    def of(
+        cls, vectors: Iterable[ControlVector], prompt: Prompt, always: Sequence[ControlVector] = ()
+    ) -> Inquiry:
+        vectors = tuple(vectors)
+        harmful = [vector for vector in vectors if vector not in always and does_harm(vector)]
+        certain = tuple(vector for vector in harmful if stands_in(vector, prompt))
+        unsure = tuple(
+            vector
+            for vector in harmful
+            if vector not in certain and reading_block(vector) is not None and mentions(vector, prompt)
+        )
+        return cls(vectors, certain, unsure)
+
+    @property
+    def blocks(self) -> list[int]:
+        """Where the state is wanted; none where nothing is open."""
+        return sorted({reading_block(vector) for vector in self.open})
+
+    def settle(self, states: Mapping[int, np.ndarray]) -> tuple[list[ControlVector], list[ControlVector]]:
+        """(vectors to apply, vectors to leave out). states: (n_embd,) by block, of the plain model at the
+        last prompt token."""
+        asked = [v for v in self.open if is_beyond(v, states[reading_block(v)], reading_block(v))]
+        left_out = [v for v in self.vectors if v in self.left_out or v in asked]
+        return [v for v in self.vectors if v not in left_out], left_out
+
+
+# --- what the file says ------------------------------------------------------------------------------------
+
+
+def told_and_both(vector: ControlVector) -> tuple[float, float] | None:
+    """The shares of good replies to prompts that hold the instruction, plain and steered; None where the
+    file, which may be anybody's, does not say."""
+    record = vector.provenance.get("validation")
+    scores = record.get("scores") if isinstance(record, Mapping) else None
+    if not isinstance(scores, Mapping):
+        return None
+    told, both = _share(scores.get("instructed")), _share(scores.get("both"))
+    return None if told is None or both is None else (told, both)
+
+
+def does_harm(vector: ControlVector) -> bool:
+    """Whether the file says that steering makes replies to prompts that ask already worse, be it by one
+    reply: where that was chance, leaving the vector out costs nothing. One that changes nothing does no
+    harm."""
+    shares = told_and_both(vector)
+    return vector.strength != 0 and shares is not None and shares[1] < shares[0]
+
+
+def why_left_out(vector: ControlVector) -> str:
+    """One line for the user, without its end."""
+    told, both = told_and_both(vector) or (math.nan, math.nan)
+    return (
+        f"{vector.label} is left out: the prompt asks for it already, and its file says that steering then "
+        f"does harm (told {told:.0%}, told and steered {both:.0%})"
+    )
+
+
+def _share(value: Any) -> float | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value <= 1 else None
+
+
+# --- what the words say ------------------------------------------------------------------------------------
+
+TYPICAL = 1 / 3  # of a vector's phrasings have the word; in fewer it is chance
+COMMON = 0.1  # of the catalogue's instructions; a word in the phrasings of more does not tell them apart
+
+
+def stands_in(vector: ControlVector, prompt: Prompt) -> bool:
+    """Whether one of the vector's phrasings stands in the last message of the user, or in one of the
+    system's, whatever the case and spacing."""
+    text = _plain("\n".join(_said(prompt, last=True)))
+    return any(phrase and phrase in text for phrase in map(_plain, vector.phrasings))
+
+
+def mentions(vector: ControlVector, prompt: Prompt) -> bool:
+    """Whether a word that is typical of the vector's phrasings stands in what the user or the system says;
+    True where there is no such word, so that the state alone decides."""
+    typical = typical_words(vector.phrasings)
+    return not typical or not typical.isdisjoint(_words("\n".join(_said(prompt))))
+
+
+@lru_cache(maxsize=64)
+def typical_words(phrasings: tuple[str, ...]) -> frozenset[str]:
+    """Words of a third of the phrasings or more, without those that instructions share (answer, must)."""
+    counts = Counter(word for text in phrasings for word in _words(text))
+    wanted = max(1.0, TYPICAL * len(phrasings))
+    return frozenset(word for word, n in counts.items() if n >= wanted) - _common_words()
+
+
+@lru_cache(maxsize=1)
+def _common_words() -> frozenset[str]:
+    """Words in the phrasings of more than a tenth of the general catalogue's instructions."""
+    from .catalog import load_catalog
+
+    instructions = load_catalog().instructions.values()
+    counts = Counter(word for each in instructions for word in _words("\n".join(each.phrasings)))
+    return frozenset(word for word, n in counts.items() if n > COMMON * len(instructions))
+
+
+def _words(text: str) -> set[str]:
+    """Words of two letters and more, whatever the case; a plural counts as its singular."""
+    words = re.findall(r"[^\W\d_]{2,}", text.casefold())
+    return {word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words}
+
+
+def _said(prompt: Prompt, last: bool = False) -> list[str]:
+    """By the user and the system; last: of the user, the last message alone."""
+    if isinstance(prompt, str):
+        return [prompt]
+    by_user = [message for message in prompt if message.get("role") == "user"]
+    said = [message for message in prompt if message.get("role") == "system"]
+    said += by_user[-1:] if last else by_user
+    return [message["content"] for message in said if isinstance(message.get("content"), str)]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+# --- what the state says -----------------------------------------------------------------------------------
+
+
+def reading_block(vector: ControlVector) -> int | None:
+    """The block where the projections with and without the instruction lie furthest apart, in units of their
+    spread; None where the vector has no statistics, or no block separates the two."""
+    separation = _separation(vector)
+    if separation is None or not separation.max() > 0:
+        return None
+    return int(separation.argmax())
+
+
+def _separation(vector: ControlVector) -> np.ndarray | None:
+    """(n_layer,) d' = (mean with - mean without) / pooled standard deviation; 0 where there is no
+    direction."""
+    columns = [getattr(vector, key) for key in STATISTICS]
+    if any(column is None for column in columns) or _is_turned_round(vector):
+        return None
+    mean_with, mean_without, std_with, std_without = (column.astype(np.float64) for column in columns)
+    spread = np.sqrt((std_with**2 + std_without**2) / 2)
+    gap = np.where(vector.directions.any(axis=1), mean_with - mean_without, 0.0)
+    return np.divide(gap, spread, out=np.zeros_like(gap), where=spread > 0)
+
+
+def _is_turned_round(vector: ControlVector) -> bool:
+    """Whether its two sides are exchanged (extract/recipes.py, `minus`): `with` is then every prompt that
+    does not ask for the word, which says nothing of those that ask to avoid it."""
+    return str(vector.provenance.get("method", "")).startswith("minus ")
+
+
+def is_beyond(vector: ControlVector, state: np.ndarray, block: int) -> bool:
+    """Whether a state at the last prompt token lies on the side of the prompts with the instruction.
+
+    state: (n_embd,), of the plain model after `block`.
+    """
+    return float(vector.unit(block).astype(np.float64) @ state) > threshold(vector, block)
+
+
+def threshold(vector: ControlVector, block: int) -> float:
+    """Between the two means, in proportion to the spreads: there two normal distributions err equally."""
+    mean_with, mean_without, std_with, std_without = (
+        float(getattr(vector, key)[block]) for key in STATISTICS
+    )
+    return (mean_with * std_without + mean_without * std_with) / (std_with + std_without)

@@ -1,0 +1,58 @@
+"""Vectors that a request leaves out because its prompt asks for the same already (localsteer/asked.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from starlette.concurrency import run_in_threadpool
+
+from localsteer.asked import Inquiry
+
+from .errors import api_error
+from .tools import rendered, template_message
+
+if TYPE_CHECKING:
+    from localsteer.vector import ControlVector
+
+    from .models import Served
+    from .schemas import ChatRequest, Tool
+
+
+async def harmless(
+    served: Served, steer: Mapping[str, ControlVector], body: ChatRequest, tools: Sequence[Tool]
+) -> tuple[dict[str, ControlVector], list[str]]:
+    """What to steer this request by, and the names of what would do harm to it. Raises ApiError."""
+    # a reply that is to be continued is none of the question
+    messages = body.messages[:-1] if body.continue_final_message else body.messages
+    wanted = steer if body.always_steer else body.with_own_strength
+    always = [vector for name, vector in steer.items() if name in wanted]
+    inquiry = Inquiry.of(steer.values(), [template_message(message) for message in messages], always)
+    states: dict[int, np.ndarray] = {}
+    if inquiry.blocks:
+        text = await run_in_threadpool(rendered, served, messages, tools)
+        states = await _states(served, text, inquiry.blocks)
+    _, left_out = inquiry.settle(states)
+    applied = {name: vector for name, vector in steer.items() if vector not in left_out}
+    return applied, [name for name in steer if name not in applied]
+
+
+def report(applied: Iterable[str], left_out: Sequence[str]) -> dict[str, Any]:
+    """For the answer; nothing where the request is steered by all that it asked for."""
+    return {"steering": {"applied": list(applied), "left_out": list(left_out)}} if left_out else {}
+
+
+async def _states(served: Served, text: str, blocks: Sequence[int]) -> dict[int, np.ndarray]:
+    """By block, at the end of a text. The scheduler reads it beside all other requests, and what it reads
+    stays in the cache for the reply."""
+    ticket = None
+    try:
+        tokens = await run_in_threadpool(served.engine.rendered_tokens, text)
+        ticket = await run_in_threadpool(served.scheduler.look, tokens, blocks)
+        return dict(zip(blocks, await ticket.astates(), strict=True))
+    except Exception as error:
+        raise api_error(error) from None
+    finally:
+        if ticket is not None:
+            ticket.cancel()
