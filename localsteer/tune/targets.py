@@ -73,7 +73,7 @@ class Target:
 class Told:
     """What the told model did. n, n_passed: greedy replies of the first round, and how many of them followed.
 
-    n_asked: replies in all. targets: the most concentrated gap first, since a short target costs least.
+    n_asked: replies in all. targets: in the order in which they came, those of the plainest prompts first.
     max_tokens: a limit at which the replies that follow still do.
     """
 
@@ -192,7 +192,7 @@ def measured(likelihood: Likelihood, engine: Engine, passing: Sequence[_Passing]
         n = _n_kept(top - base)
         if n:
             targets.append(Target(prompt, reply[:n], (top - base)[:n], base[:n]))
-    return sorted(targets, key=lambda target: len(target.reply))
+    return targets
 
 
 def _with_end(engine: Engine, reply: Reply) -> tuple[int, ...]:
