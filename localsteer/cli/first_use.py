@@ -109,7 +109,8 @@ def _with_settings(
         note(f"{catalog.source} has no validation queries to find settings with: block {vector.layers[0]}.")
         return vector
     note(
-        "finding block, positions and strength; with a large model this takes minutes, and --layer N skips it."
+        "finding block, positions and strength; with a large model this takes minutes, and --layer N "
+        "skips it."
     )
     with progress(f"tuning {instruction.id}") as advance:
         tuned = tune(
