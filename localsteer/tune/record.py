@@ -106,7 +106,8 @@ def advice(
     elif instruction.verifier is None:
         lines.append(
             f"{instruction.id} has no verifier: this setting makes replies of the told model likely (it "
-            f"recovers {best.gap:.0%} of what telling does) and leaves {scores['steered']:.0%} of its own unbroken."
+            f"recovers {best.gap:.0%} of what telling does) and leaves {scores['steered']:.0%} of its own "
+            "unbroken."
         )
     elif round((scores["steered"] - none) * n) < 2:
         lines.append(f"it helps by one reply of {n} alone, which may be chance: try again with more queries.")
