@@ -15,7 +15,7 @@ import click
 
 from localsteer.errors import CatalogError, LocalsteerError, VectorFileError
 
-from . import options
+from . import interrupt, options
 from .console import note, print_json, progress
 from .extract import check_folder, check_output, output_path, refuse_to_replace
 from .models import catalog_of, extraction_queries, find_instruction, open_engine
@@ -377,6 +377,8 @@ def _tune(engine: Engine, job: Job, given: dict[str, Any]) -> tuple[Tuned, dict[
             tuned = _exhaustively(engine, job, choices)
         else:
             tuned = tune(engine, job.vector, job.instruction, job.queries, n=given["n"], **choices)
+    if tuned.stopped:
+        interrupt.forgive()  # it ended the search: what was found is written
     return tuned, _document(job, tuned)
 
 
