@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import LocalsteerError, PromptError
-from .generate import Reply, Sampling, Timings, check_stop
+from .generate import Reply, Sampling, Timings, stops_of
 from .loop import Loop, Request, new_request
 from .plan import Plan
 from .vector import ControlVector
@@ -62,7 +62,7 @@ def stream_batch(
         raise PromptError("one text is no list of prompts: put it into a list, or call `generate`.")
     plans = plans_of(engine, steer, len(prompts))
     samplings = _samplings_of(sampling, len(prompts))
-    check_stop(stop)
+    stop = stops_of(engine, stop, raw)
     requests = [
         _request(engine, i, prompt, raw, plan, max_tokens=max_tokens, sampling=drawn, stop=stop)
         for i, (prompt, plan, drawn) in enumerate(zip(prompts, plans, samplings, strict=True))

@@ -73,13 +73,17 @@ def gguf_path(
     quant = quant.upper()
     checkpoint = checkpoint_folder(name, folder=folder)
     _check_quant(quant)
-    digest = checkpoint_hash(checkpoint)
-    path = model_path(f"localsteer-{name}-{digest}-{quant.lower()}")
+    path = cached_path(checkpoint, name, quant)
     if not path.is_file():
         if on_making:
             on_making(f"making {path.name} from the bundled checkpoint")
         _make(checkpoint, path, quant, f"localsteer-{name}")
     return path
+
+
+def cached_path(checkpoint: Path, name: str, quant: str = DEFAULT_QUANT) -> Path:
+    """Where the GGUF of a checkpoint lies once it is made."""
+    return model_path(f"localsteer-{name}-{checkpoint_hash(checkpoint)}-{quant.lower()}")
 
 
 def checkpoint_hash(checkpoint: Path) -> str:

@@ -286,6 +286,11 @@ class Chat:
 
     def _check_room(self, messages: Sequence[Message]) -> None:
         n = len(self.engine.prompt_tokens(messages))
+        if n >= self.engine.n_ctx and not self.turns:
+            raise PromptError(
+                f"the question takes {n} tokens and the context holds {self.engine.n_ctx}, reply included: "
+                "ask a shorter one, or start with a larger context (-c)."
+            )
         if n >= self.engine.n_ctx:
             raise PromptError(
                 f"the conversation would take {n} tokens and the context holds {self.engine.n_ctx}: "

@@ -1,9 +1,10 @@
-"""The whole path on the bundled model: quantize, extract, pick settings, compare the conditions.
+"""What steering does to one model, with the controls that give it meaning: a table, and replies side by side.
 
-    document = run_demo(instructions=("json", "lowercase"))
+    document = demonstrate(engine, catalog, vectors)              # a model of somebody's, with tuned vectors
+    document = run_demo(instructions=("json", "lowercase"))       # the bundled one: quantized, extracted, tuned
     document["mean"]["steered"]
 
-Subjects of extraction, validation and test queries are disjoint; none was seen in the model's training.
+Subjects of extraction, validation and test queries are disjoint.
 """
 
 from __future__ import annotations
@@ -21,14 +22,26 @@ from .cache import cache_folder
 from .catalog import Catalog, Instruction, load_catalog
 from .engine import Engine
 from .errors import LocalsteerError
-from .evaluate.conditions import CONDITIONS, Outcome
-from .evaluate.pick import Pick
-from .evaluate.study import N_CTX, N_SEQ_MAX, Stage, Study, silent
+from .evaluate.conditions import (
+    CONDITIONS,
+    Outcome,
+    mean_state,
+    plain_replies,
+    random_control,
+    run_conditions,
+)
+from .evaluate.study import N_CTX, N_SEQ_MAX, Stage, Study, silent, spread
+from .evaluate.suites.bench import quantization
 from .evaluate.workers import Workers
+from .generate import GREEDY
+from .tune import Tuned
+from .vector import ControlVector
 
 BACKENDS = ("gguf", "torch")
 GROUPS = ("format", "length")  # of the instructions that are shown when none are named
 DEFAULT_N = 20
+N_REAL = 6  # test queries of a real model: five conditions each, on a laptop
+REAL_TOKENS = 80  # of a reply there
 PARTNERS = ("json", "lowercase", "title")  # a control needs other instructions, also where few are named
 SHOWN = ("none", "steered")
 MEANS = (*CONDITIONS, "quality_none", "quality_steered", "subject_kept", "degenerate")
@@ -69,8 +82,8 @@ def run_demo(
         company = _with_partners(catalog, chosen)
         study = Study.prepare(workers, catalog, company, n=n, checkpoint=source, seed=seed, stage=stage)
 
-        def work(engine: Engine, instruction: Instruction) -> tuple[Pick, dict[str, Outcome]]:
-            picked = study.pick(engine, instruction, on_progress=workers.check)
+        def work(engine: Engine, instruction: Instruction) -> tuple[Tuned, dict[str, Outcome]]:
+            picked = study.tune(engine, instruction, check=workers.check)
             return picked, study.conditions(engine, instruction, picked.vector)
 
         with stage("picking settings, comparing conditions") as advance:
@@ -85,6 +98,91 @@ def run_demo(
         "seconds": round(time.perf_counter() - started, 1),
         "backend": backend,
         "examples": [_example(name, outcomes) for name, (_, outcomes) in found.items()],
+    }
+
+
+def demonstrate(
+    engine: Engine,
+    catalog: Catalog,
+    vectors: Mapping[str, ControlVector],
+    *,
+    n: int = N_REAL,
+    seed: int = 0,
+    stage: Stage = silent,
+) -> dict[str, Any]:
+    """The same table for tuned vectors of any model, by instruction id. n: test queries each.
+
+    other: the next instruction's vector at its own settings, since a vector that ships has its one block alone.
+    Replies are cut at REAL_TOKENS, so that this takes a minute or two on a laptop.
+    """
+    started = time.perf_counter()
+    queries = spread(catalog.queries["test"], n)
+    with stage("asking the model alone") as advance:
+        advance(0, 0)
+        plain = plain_replies(engine, queries, max_tokens=REAL_TOKENS)
+        plain_mean = mean_state(engine, queries)
+    outcomes: dict[str, dict[str, Outcome]] = {}
+    with stage("comparing conditions") as advance:
+        for done, (name, vector) in enumerate(vectors.items()):
+            advance(done, len(vectors))
+            others = [other for known, other in vectors.items() if known != name]
+            outcomes[name] = run_conditions(
+                engine,
+                catalog.get(name),
+                vector,
+                queries,
+                controls={
+                    "random": random_control(vector, plain_mean, seed),
+                    **({"other": others[done % len(others)]} if others else {}),
+                },
+                plain=plain,
+                scored=("none", "steered"),
+                max_tokens=REAL_TOKENS,
+            )
+    rows = [_real_row(catalog.get(name), vectors[name], found) for name, found in outcomes.items()]
+    return {
+        "model": engine.model.metadata.get("general.name") or engine.path.stem,
+        "quant": quantization(engine.model.metadata) or "",
+        "instructions": rows,
+        "mean": mean(rows),
+        "seconds": round(time.perf_counter() - started, 1),
+        "examples": [_example(name, found) for name, found in outcomes.items()],
+    }
+
+
+def answers(
+    engine: Engine, catalog: Catalog, vectors: Mapping[str, ControlVector], question: str
+) -> list[dict[str, str]]:
+    """One question, plain and under each vector, as `examples` of the document."""
+    steers = [(), *((vector,) for vector in vectors.values())]
+    replies = engine.generate_batch(
+        [question] * len(steers), steer=steers, max_tokens=REAL_TOKENS, sampling=GREEDY
+    )
+    plain, *steered = [reply.text for reply in replies]
+    return [
+        {"id": name, "query": question, "none": plain, "steered": text}
+        for name, text in zip(vectors, steered, strict=True)
+    ]
+
+
+def _real_row(
+    instruction: Instruction, vector: ControlVector, outcomes: Mapping[str, Outcome]
+) -> dict[str, Any]:
+    steered = outcomes["steered"]
+    return {
+        "id": instruction.id,
+        **{name: outcomes[name].followed if name in outcomes else None for name in CONDITIONS},
+        "quality_none": outcomes["none"].perplexity,
+        "quality_steered": steered.perplexity,
+        "layer": vector.layers[0],
+        "positions": vector.positions,
+        "strength": vector.strength,
+        "n": steered.n,
+        "group": instruction.group,
+        "mode": vector.mode,
+        "subject_kept": steered.subject_kept,
+        "degenerate": steered.degenerate,
+        "repetition": steered.repetition,
     }
 
 
@@ -113,7 +211,7 @@ def _with_partners(catalog: Catalog, instructions: Sequence[Instruction]) -> lis
 
 
 def row(
-    study: Study, instruction: Instruction, picked: Pick, outcomes: Mapping[str, Outcome]
+    study: Study, instruction: Instruction, picked: Tuned, outcomes: Mapping[str, Outcome]
 ) -> dict[str, Any]:
     """One line of the table. layer and positions are None where picking chose to leave the model alone.
 
@@ -168,7 +266,7 @@ def _make_folder(folder: Path) -> None:
         ) from error
 
 
-def _save(folder: Path, picks: Mapping[str, Pick]) -> dict[str, str]:
+def _save(folder: Path, picks: Mapping[str, Tuned]) -> dict[str, str]:
     files = {name: folder / f"{name}.gguf" for name in picks}
     for name, path in files.items():
         picks[name].vector.save(path)

@@ -17,8 +17,9 @@ import numpy as np
 
 from .attach import Attaching, Notices, Steer
 from .bridge import Context, Model, check_threads
-from .errors import LocalsteerError, PlanError, PromptError
-from .templates import NO_TEMPLATE, ChatTemplate, Message
+from .errors import LocalsteerError, ModelFileError, PlanError, PromptError
+from .prefix import TokenSequence, trees
+from .templates import DROPS_WORDS, NO_TEMPLATE, ChatTemplate, Message
 
 if TYPE_CHECKING:
     from .bridge import Rows
@@ -53,7 +54,8 @@ class Engine:
     kv_unified: they share one cache; False gives each its own, of n_ctx tokens: many long sequences are
     decoded faster, for more memory, and a prefix that two of them have is copied.
     exact: F32 KV cache and no flash attention, for comparisons. plain_prompts: `Q: ...` / `A:` in place
-    of the file's chat template, which a base model has often inherited without ever having read it.
+    of the file's chat template, which a base model has often inherited without ever having read it. In this
+    form, which is also that of a file without a template, a reply ends before the next `Q:`.
     on_progress: called with 0.0 to 1.0 on load.
     Raises ModelFileError, UnsupportedModelError.
     """
@@ -212,14 +214,19 @@ class Engine:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return self.rendered_tokens(prompt if raw else self.render(messages))
 
-    def tell_of_template(self) -> None:
-        """A notice where the model has no chat template; none where plain prompts were asked for."""
+    def check_template(self) -> None:
+        """A notice where the model has no chat template; none where plain prompts were asked for.
+
+        Raises ModelFileError for a template that leaves out what the user says.
+        """
         if self.template.is_fallback and not self.model.chat_template:
             self.notice(NO_TEMPLATE.format(self.path.name))
+        if not self.template.keeps_words:
+            raise ModelFileError(DROPS_WORDS.format(self.path.name))
 
     def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The text of messages as the model reads it, ready for its reply. tools: see ChatTemplate.render."""
-        self.tell_of_template()
+        self.check_template()
         return self.template.render(messages, tools=tools)
 
     def rendered_tokens(self, text: str) -> list[int]:
@@ -310,8 +317,39 @@ class Engine:
     ) -> np.ndarray:
         """(n_prompts, n_layer, n_embd) float32: every block's state at each last token, unsteered."""
         sequences = [self._checked_tokens(tokens) for tokens in prompts]
+        size = min(self.context.n_batch, self.n_cells)
+        if self.n_seq_max > 1 and self.context.kv_unified and all(len(each) <= size for each in sequences):
+            states = self._last_states_together(sequences, size)
+        else:
+            states = self._last_states(sequences)
+        result = np.empty((len(sequences), self.model.n_layer, self.model.n_embd), np.float32)
+        for done, (index, layers) in enumerate(states, 1):
+            result[index] = layers
+            if on_progress:
+                on_progress(done, len(sequences))
+        return result
+
+    def _last_states_together(
+        self, sequences: Sequence[np.ndarray], size: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Several in one decode, the beginning that they share computed once."""
         layers = list(range(self.model.n_layer))
-        result = np.empty((len(sequences), len(layers), self.model.n_embd), np.float32)
+        self.context.probe(layers)
+        prompts = [
+            TokenSequence(tokens.tolist(), [0] * (len(tokens) - 1) + [1], [len(tokens) - 1])
+            for tokens in sequences
+        ]
+        run = self.begin()
+        for tree in trees(prompts, n_sequences=self.n_seq_max, n_tokens=size, n_outputs=size):
+            self.check_run(run)
+            self.context.clear()
+            states = tree.decode(self.context, layers).states
+            for index, (row,) in tree.rows_of(prompts):
+                yield index, np.stack([states[layer][row] for layer in layers])
+
+    def _last_states(self, sequences: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """One after the other, long ones in chunks."""
+        layers = list(range(self.model.n_layer))
         for piece, rows, _, outputs in self._evaluate(
             sequences,
             [len(tokens) - 1 for tokens in sequences],
@@ -319,13 +357,8 @@ class Engine:
             capture_outputs=True,
             size=self.context.n_batch,
         ):
-            if piece.stop < len(sequences[piece.index]):
-                continue
-            for layer in layers:
-                result[piece.index, layer] = rows.states[layer][outputs.start]
-            if on_progress:
-                on_progress(piece.index + 1, len(sequences))
-        return result
+            if piece.stop == len(sequences[piece.index]):
+                yield piece.index, np.stack([rows.states[layer][outputs.start] for layer in layers])
 
     def score(
         self,

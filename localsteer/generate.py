@@ -181,6 +181,15 @@ def check_stop(stop: Sequence[str]) -> list[str]:
     return stops
 
 
+def stops_of(engine: Engine, stop: Sequence[str] = (), raw: bool = False) -> list[str]:
+    """Stop strings of one reply: the caller's, and those that the prompt's form needs (ChatTemplate.stop).
+
+    raw: the prompt went in as it is, so it has no form. Raises LocalsteerError for an empty one.
+    """
+    asked = check_stop(stop)
+    return asked if raw else list(dict.fromkeys([*asked, *engine.template.stop]))
+
+
 # --- one reply ---------------------------------------------------------------------------------------------
 
 
@@ -230,7 +239,7 @@ def stream(
     tokens = engine.prompt_tokens(prompt, raw)
     check_room(engine, len(tokens))
     budget = reply_budget(engine, len(tokens), max_tokens)
-    text = TextStream(stop)
+    text = TextStream(stops_of(engine, stop, raw))
     steps = token_steps(engine, tokens, plan=plan, sampling=sampling or Sampling())
     return _chunks(engine, steps, text, budget, Clock(started, len(tokens)))
 

@@ -23,7 +23,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from .errors import LocalsteerError, QueueFullError, SchedulerClosedError
-from .generate import GREEDY, Chunk, Reply, Sampling, Timings, check_stop
+from .generate import GREEDY, Chunk, Reply, Sampling, Timings, stops_of
 from .loop import Loop, Request, new_request
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class Scheduler:
         Raises PromptError, MismatchError, PlanError, QueueFullError, SchedulerClosedError.
         """
         settings: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling or Sampling()}
-        settings |= {"stop": check_stop(stop), "n_top": n_top}
+        settings |= {"stop": stops_of(self.engine, stop, raw or tokens is not None), "n_top": n_top}
         if tokens is None:
             ids = self.engine.prompt_tokens(prompt, raw)
         else:

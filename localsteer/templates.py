@@ -14,13 +14,24 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from .errors import ModelFileError, PromptError
+from .errors import LocalsteerError, ModelFileError, PromptError
 
 Message = Mapping[str, Any]
 
 # How the paper prompts a base model. Its hash names this format in a vector's provenance.
 FALLBACK = "Q: {question}\nA:"
-NO_TEMPLATE = "{} has no chat template: prompts are sent as `Q: ...` and `A:`."
+# A base model goes on with a next question. The first of the two takes a blank line before it along.
+NEXT_QUESTION = ("\n\nQ:", "\nQ:")
+NO_TEMPLATE = (
+    "{} has no chat template (a base model?): prompts are sent as `Q: ...` and `A:`, and a reply ends before "
+    "the next `Q:`."
+)
+DROPS_WORDS = (
+    "{} has a chat template that leaves out what the user says, so the model would never read it: send a raw "
+    "prompt (run --raw), or use another model."
+)
+# What a template is tried on: letters and single blanks, which no quoting or trimming changes
+SAID = "wild geese above a quiet harbour"
 ROLES = ("system", "user", "assistant")
 
 
@@ -45,6 +56,21 @@ class ChatTemplate:
     def template_hash(self) -> str:
         """sha256 of the template's text: vectors record it, because another template is another prompt."""
         return hashlib.sha256((self.template or FALLBACK).encode("utf-8", "replace")).hexdigest()
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Stop strings that end a reply with its turn; none for a real template: its model ends the turn."""
+        return NEXT_QUESTION if self.is_fallback else ()
+
+    @cached_property
+    def keeps_words(self) -> bool:
+        """Whether a user's words are in the prompt. A template that refuses the trial message says why in
+        `render`, so it counts as one that keeps them."""
+        try:
+            rendered = self.render([{"role": "user", "content": SAID}])
+        except LocalsteerError:
+            return True
+        return _plain_words(SAID) in _plain_words(rendered)
 
     @property
     def takes_tools(self) -> bool:
@@ -133,6 +159,11 @@ def render_fallback(messages: Sequence[Message], add_generation_prompt: bool = T
     for turn, message in zip(turns, messages, strict=True):
         text += turn + ("\n" if message["role"] == "user" else "\n\n")
     return text + "A:" if add_generation_prompt else text.rstrip("\n")
+
+
+def _plain_words(text: str) -> str:
+    """Without what a template may well change: capitals and white space."""
+    return " ".join(text.casefold().split())
 
 
 def one_line(error: BaseException) -> str:

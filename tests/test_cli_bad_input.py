@@ -131,6 +131,46 @@ def test_a_context_that_the_model_does_not_have(model):
     assert "512 tokens" in refused("run", "-m", model, "-c", "100000", "Hi")
 
 
+@pytest.fixture
+def silent(folder, tiny_llama):
+    """A model whose chat template leaves out what the user says."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+
+    reader = GGUFReader(tiny_llama.gguf_path, "r")
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.text }}{% endfor %}"
+    changed = {"tokenizer.chat_template": MetadataDetails(GGUFValueType.STRING, template)}
+    writer = GGUFWriter(folder / "silent.gguf", arch="llama", endianess=reader.endianess)
+    copy_with_new_metadata(reader, writer, changed, [])
+    return "silent.gguf"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("run", "-m", "{}", "Hi"),
+        ("run", "-m", "{}", "--system", "Be brief.", "Hi"),
+        ("run", "-m", "{}", "--json", "-s", "v.gguf", "Hi"),
+        ("chat", "-m", "{}"),
+        ("serve", "-m", "{}", "--port", "0"),
+        ("trace", "-m", "{}", "-s", "v.gguf", "Hi"),
+        ("extract", "--gguf", "{}", "-i", "Answer in rhyme.", "--pairs", "4"),
+        ("similarity", "-m", "{}", "json", "lowercase", "--pairs", "4"),
+    ],
+    ids=" ".join,
+)
+def test_a_template_that_leaves_out_what_the_user_says(silent, folder, args):
+    write_vector(folder / "v.gguf")
+    said = refused(*(arg.format(silent) for arg in args))
+    assert said.startswith("silent.gguf has a chat template that leaves out what the user says")
+    assert "--raw" in said
+    assert not list(folder.glob("answer*"))  # nothing was written
+
+
+def test_a_raw_prompt_needs_no_template(silent):
+    assert invoke("run", "-m", silent, "-n", "2", "--raw", "Hi").status == 0
+
+
 # --- prompts -----------------------------------------------------------------------------------------------
 
 
@@ -142,6 +182,19 @@ def test_an_empty_prompt(model):
 
 def test_a_prompt_longer_than_the_context(model):
     assert "shorten the prompt" in refused("run", "-m", model, "-c", "64", "fox " * 200)
+
+
+def test_a_context_too_small_for_a_question(folder, model):
+    write_vector(folder / "v.gguf")
+    question = "Tell me about the fox that lives near the river, and about owls."
+    too_small = "and the context 8, reply included: shorten the prompt, or raise n_ctx (-c)"
+    assert too_small in refused("run", "-m", model, "-c", "8", question)
+    assert too_small in refused("run", "-m", model, "-c", "8", "-s", "v.gguf", "--compare", question)
+    assert too_small in refused("trace", "-m", model, "-c", "8", "-s", "v.gguf", question)
+    assert "the context holds 8, reply included" in refused("chat", "-m", model, "-c", "8", input=question)
+    made_now = ("-i", "Answer in rhyme.", "--pairs", "4")
+    done = invoke("run", "-m", model, "-c", "8", *made_now, question)
+    assert (done.status, done.out) == (2, "") and "the context of 8 tokens" in done.err
 
 
 def test_an_empty_stop_text(model):

@@ -78,6 +78,48 @@ def test_the_hash_names_the_template_and_nothing_else():
     assert len(ChatTemplate(None).template_hash) == 64
 
 
+def test_only_questions_and_answers_need_stop_strings():
+    assert ChatTemplate(None).stop == ("\n\nQ:", "\nQ:")
+    assert ChatTemplate(CHATML).stop == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CHAT_TEMPLATE,
+        CHATML,
+        TEMPLATES["bos and eos"],
+        TEMPLATES["tojson keeps <>&"],
+        TEMPLATES["tojson with indent"],
+        "{% for m in messages %}{{ m.content | trim | upper }}{% endfor %}",
+        "{% for m in messages %}{{ m.content | replace(' ', '\n  ') | e }}{% endfor %}",
+        "{% for m in messages %}{{ m.content | wordwrap(9) }}{% endfor %}",
+        None,
+    ],
+)
+def test_a_template_that_shows_what_the_user_says_keeps_words(text):
+    assert ChatTemplate(text, bos="<s>", eos="</s>").keeps_words
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|user|><|assistant|>",
+        "{% for m in messages %}{{ m.role }}: {{ m.text }}{% endfor %}",
+        # content as a list of parts, which a text is not
+        "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}",
+    ],
+)
+def test_a_template_that_leaves_out_what_the_user_says_is_known(text):
+    assert not ChatTemplate(text).keeps_words
+
+
+def test_a_template_that_refuses_the_trial_message_is_left_to_say_why():
+    assert ChatTemplate("{{ raise_exception('a system message is needed') }}").keeps_words
+    assert ChatTemplate("{% for %}").keeps_words
+
+
 @pytest.mark.parametrize(
     "text",
     [

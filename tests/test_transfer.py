@@ -28,6 +28,7 @@ from localsteer.evaluate.transfer import (
     verdict,
 )
 from localsteer.extract import Pair, build_pairs, extract, open_backend
+from localsteer.generate import stops_of
 
 RHYME = Instruction.from_text("Answer in rhyme.")
 QUERIES = ("Tell me about foxes.", "Describe a quiet village.", "What is a river?")
@@ -303,11 +304,11 @@ def test_a_model_asked_as_q_and_a_is_stopped_at_its_next_question(monkeypatch, b
 
     def look(engine, _instruction, vector, *_rest, **_options):
         engine.plan(vector)
-        raise LocalsteerError(f"stops: {engine._stop}")
+        raise LocalsteerError(f"stops: {stops_of(engine)}")
 
     monkeypatch.setattr(transfer, "examine", look)
     said = invoke("transfer", bundled_vector, "-m", "bundled", "--qa", "-t", 1).complaint()
-    assert r"stops: ('\nQ:',)" in said and "another chat template" not in said
+    assert r"'\nQ:'" in said and "another chat template" not in said
 
 
 def test_bad_input_is_one_line(folder, bundled_vector, tiny_llama, vector):

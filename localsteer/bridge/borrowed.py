@@ -109,9 +109,9 @@ class BorrowedContext(Context):
             return "its small sliding-window cache forgets what prefixes need: open it with swa_full=True"
         return None
 
-    def _llama_decode(self, tokens, positions, seq_ids, outputs) -> None:
+    def _llama_decode(self, tokens, positions, seq_ids, outputs, also=None) -> None:
         with our_log():
-            super()._llama_decode(tokens, positions, seq_ids, outputs)
+            super()._llama_decode(tokens, positions, seq_ids, outputs, also)
 
 
 def _leave_alone(*_: object) -> None:

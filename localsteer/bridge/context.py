@@ -31,17 +31,29 @@ class _Batch:
         self._n_seq_ids = np.ones(size, dtype=np.int32)
         self._seq_pointers = self.seq_ids.ctypes.data + 4 * np.arange(size, dtype=np.uintp)
 
-    def filled(self, tokens, positions, seq_ids, outputs) -> lc.llama_batch:
+    def filled(self, tokens, positions, seq_ids, outputs, also=None) -> lc.llama_batch:
         n = len(tokens)
         self.tokens[:n], self.positions[:n] = tokens, positions
         self.seq_ids[:n], self.outputs[:n] = seq_ids, outputs
+        counts, pointers = self._n_seq_ids, self._seq_pointers
+        if also is not None:
+            counts, pointers = self._shared(seq_ids, also)
         batch = lc.llama_batch(n_tokens=n)
         batch.token = _pointer_to(self.tokens, lc.llama_token)
         batch.pos = _pointer_to(self.positions, lc.llama_pos)
-        batch.n_seq_id = _pointer_to(self._n_seq_ids, ctypes.c_int32)
-        batch.seq_id = _pointer_to(self._seq_pointers, ctypes.POINTER(lc.llama_seq_id))
+        batch.n_seq_id = _pointer_to(counts, ctypes.c_int32)
+        batch.seq_id = _pointer_to(pointers, ctypes.POINTER(lc.llama_seq_id))
         batch.logits = _pointer_to(self.outputs, ctypes.c_int8)
         return batch
+
+    def _shared(self, seq_ids, also) -> tuple[np.ndarray, np.ndarray]:
+        """How many sequences have each token, and where their numbers lie; kept here until the next batch."""
+        counts = np.array([1 + len(others) for others in also], dtype=np.int32)
+        numbers = [[first, *others] for first, others in zip(seq_ids, also, strict=True)]
+        flat = np.concatenate([np.array(each, dtype=np.int32) for each in numbers])
+        starts = np.concatenate(([0], np.cumsum(counts[:-1]))).astype(np.uintp)
+        self._shares = (counts, flat, flat.ctypes.data + 4 * starts)
+        return counts, self._shares[2]
 
 
 def _pointer_to(array: np.ndarray, ctype: type) -> object:
@@ -216,22 +228,26 @@ class Context(Handle):
         classes: Sequence[int] | None = None,
         capture: Sequence[int] | None = None,
         capture_tokens: Sequence[bool] | None = None,
+        also: Sequence[Sequence[int]] | None = None,
     ) -> Rows:
         """Run one batch; after an error in here the cache holds rows that can't be trusted: clear them.
 
         All arguments but `capture` have one entry per token. plans: what steers each token, None = nothing.
         classes: its PositionClass, needed with plans. capture: blocks to record, for the tokens of
-        capture_tokens (all by default); in the last block, those of them with outputs.
+        capture_tokens (all by default); in the last block, those of them with outputs. also: further
+        sequences that have each token, so that a common beginning is computed once; in a unified cache only,
+        and into sequences that are empty.
         Raises PromptError (context full, token out of range), MismatchError, UnsupportedModelError.
         """
         tokens, positions, seq_ids = (np.asarray(a, dtype=np.int64) for a in (tokens, positions, seq_ids))
         outputs = np.asarray(outputs, dtype=bool)
         self._check_batch(tokens, positions, seq_ids, outputs)
+        self._check_also(also, len(tokens))
         if plans is not None and all(plan is None or plan.is_empty for plan in plans):
             plans = None
         capture = sorted(set(capture or ()))
         if plans is None and not capture:
-            self._llama_decode(tokens, positions, seq_ids, outputs)
+            self._llama_decode(tokens, positions, seq_ids, outputs, also)
             return Rows(self, int(outputs.sum()), {})
         mask = (
             np.ones(len(outputs), dtype=bool) if capture_tokens is None else np.asarray(capture_tokens, bool)
@@ -241,7 +257,7 @@ class Context(Handle):
         try:
             # in here, so that Ctrl-C leaves no hook behind that is still at work in the next decode
             self._hook.begin(outputs.astype(np.uint8), routes, capture, mask.astype(np.uint8))
-            self._llama_decode(tokens, positions, seq_ids, outputs)
+            self._llama_decode(tokens, positions, seq_ids, outputs, also)
         finally:
             trusted = self._hook.end()
         if not trusted:
@@ -284,14 +300,24 @@ class Context(Handle):
                 "with separate caches a decode takes one sequence, or one token each of consecutive ones."
             )
 
+    def _check_also(self, also: Sequence[Sequence[int]] | None, n: int) -> None:
+        if also is None:
+            return
+        if len(also) != n:
+            raise LocalsteerError("tokens and the sequences that share them need one entry per token.")
+        if not self.kv_unified and any(also):
+            raise LocalsteerError("with separate caches no two sequences can share a token.")
+        for seq in {seq for others in also for seq in others}:
+            self._check_seq(seq)
+
     def _check_seq(self, seq: int) -> None:
         # llama.cpp ends the process for a sequence that it does not have
         if not 0 <= seq < self.n_seq_max:
             raise LocalsteerError(f"sequence {seq} does not exist: this context has {self.n_seq_max}.")
 
-    def _llama_decode(self, tokens, positions, seq_ids, outputs) -> None:
+    def _llama_decode(self, tokens, positions, seq_ids, outputs, also=None) -> None:
         log.clear()
-        batch = self._batch.filled(tokens, positions, seq_ids, outputs)
+        batch = self._batch.filled(tokens, positions, seq_ids, outputs, also)
         self.n_decodes += 1
         self._outputs = np.zeros(0, dtype=np.int64)
         status = lc.llama_decode(self.pointer, batch)

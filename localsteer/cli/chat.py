@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from localsteer.errors import LocalsteerError
+from localsteer.errors import LocalsteerError, PromptError
 
 from . import interrupt, options
 from .console import answer, note, print_json, progress, shown, table
@@ -138,7 +138,8 @@ def command(
             on_note=note,
         ) as chat,
     ):
-        session = Session(chat, shelf, quiet=as_json)
+        engine.check_template()  # before the first question is typed
+        session = Session(chat, shelf, quiet=as_json, piped=lines is not None)
         session.begin(names, vectors, ensured, insisted)
         if lines is None:
             note(f"{engine.path.name}: {GREETING}")
@@ -182,10 +183,11 @@ class Shelf:
 
 
 class Session:
-    """Lines in, replies and notes out. quiet: no replies on stdout. Commands are its methods `do_NAME`."""
+    """Lines in, replies and notes out. quiet: no replies on stdout. piped: nobody is there to ask again.
+    Commands are its methods `do_NAME`."""
 
-    def __init__(self, chat: Chat, shelf: Shelf, *, quiet: bool = False) -> None:
-        self.chat, self.shelf, self.quiet = chat, shelf, quiet
+    def __init__(self, chat: Chat, shelf: Shelf, *, quiet: bool = False, piped: bool = False) -> None:
+        self.chat, self.shelf, self.quiet, self.piped = chat, shelf, quiet, piped
         self.left = False
 
     def begin(
@@ -206,11 +208,16 @@ class Session:
             self.chat.ensure(*map(self._find, ensured))
 
     def run(self, lines: Iterator[str]) -> None:
-        """Every line in turn; a bad one is one line on stderr, and Ctrl-C stops what runs, not the chat."""
+        """Every line in turn; a bad one is one line on stderr, and Ctrl-C stops what runs, not the chat.
+
+        Raises PromptError where a pipe begins with a question that can't be asked, as for a small context.
+        """
         for line in lines:
             try:
                 self._take(line)
             except (LocalsteerError, click.ClickException) as error:
+                if self.piped and not self.chat.turns and isinstance(error, PromptError):
+                    raise
                 note(
                     " ".join(
                         (error.message if isinstance(error, click.ClickException) else str(error)).split()

@@ -144,8 +144,9 @@ def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr while the block runs, if that is a terminal: call it with (done, total).
+def progress(what: str) -> Iterator[Callable[..., None]]:
+    """A bar on stderr while the block runs, if that is a terminal: call it with (done, total), total 0 where the
+    end is not known, and with what is being done where that changes.
 
     It appears once the work has taken half a second, with the time that is left. One at a time.
     """
@@ -164,9 +165,10 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
                 if not ended.is_set():
                     bar.start()
 
-    def advance(done: int, total: int) -> None:
-        pace.add(time.monotonic(), done, total)
-        bar.update(task, completed=done, total=total)
+    def advance(done: int, total: int, now: str | None = None) -> None:
+        if total:
+            pace.add(time.monotonic(), done, total)
+        bar.update(task, completed=done, total=total or None, description=now or what)
 
     threading.Thread(target=start_later, daemon=True).start()
     try:

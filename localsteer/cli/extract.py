@@ -48,7 +48,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")  # as localsteer.extract.tor
     "directions conciseness and verbosity, whose --strength says how far to go.",
 )
 @click.option("--language", metavar="NAME", help="Replies in this language: es, Spanish, ...")
-@click.option("--gguf", metavar="GGUF", help="Extract with llama.cpp from this GGUF, or from `bundled`.")
+@click.option(
+    "--gguf", metavar="GGUF", help="Extract with llama.cpp from this GGUF, or a name: bundled, smol."
+)
 @click.option(
     "--model", "checkpoint", metavar="HF", help="Extract with PyTorch from this transformers folder or name."
 )

@@ -19,12 +19,9 @@ if TYPE_CHECKING:
     from localsteer.vector import ControlVector
 
 NOTICE = "notice"  # of the provenance: what its user should know each time
-N_SEQ_MAX = 16  # sequences in one decode while settings are tried
-# Quick, since somebody waits: `tune` and `demo` look closer. (settings that come into the round, queries)
-ROUNDS = ((10**6, 2), (4, 8))
-MAX_TOKENS = 320  # a reply cut short fails many verifiers, JSON's first of all
-FEW_BLOCKS = 12  # so many are all tried; of a deeper model, SPREAD_BLOCKS from the middle half
-SPREAD_BLOCKS = 6
+N_SEQ_MAX = 32  # sequences in one decode while settings are tried
+# Quick, since somebody waits. More pairs hardly turn the direction (docs/results/pairs.md).
+N_PAIRS = 32
 
 
 def vector_on_first_use(
@@ -46,6 +43,7 @@ def vector_on_first_use(
     from localsteer.cache import file_hash, vector_path
     from localsteer.extract import build_pairs
 
+    n_pairs = n_pairs or min(N_PAIRS, len(queries))
     build_pairs(instruction, queries, n_pairs)  # refuses what can't be, before anything is announced
     model_hash = file_hash(model_file(model))
     digest = _digest([instruction.phrasings, [query.text for query in queries], n_pairs, search])
@@ -53,7 +51,7 @@ def vector_on_first_use(
     vector = _read(path)
     if vector is None:
         note(f"no vector of {instruction.id!r} for this model yet: making it now, once.")
-        with open_engine(model, **settings, n_seq_max=N_SEQ_MAX) as engine:
+        with open_engine(model, **{**settings, "n_seq_max": N_SEQ_MAX}) as engine:
             vector = _extract(engine, instruction, queries, n_pairs)
             if search:
                 vector = _with_settings(engine, vector, instruction, catalog)
@@ -103,35 +101,22 @@ def _extract(
 def _with_settings(
     engine: Engine, vector: ControlVector, instruction: Instruction, catalog: Catalog
 ) -> ControlVector:
-    """The vector at the best of a few settings, with the figures of that choice in its provenance."""
-    from localsteer.evaluate.pick import Round, pick
+    """The vector at the settings that were found, with the figures of that choice in its provenance."""
+    from localsteer.tune import tune
 
     validation = (instruction.queries or catalog.queries).get("validation", ())
-    if instruction.verifier and not validation:
-        note(f"{catalog.source} has no validation queries to pick settings with: block {vector.layers[0]}.")
+    if not validation:
+        note(f"{catalog.source} has no validation queries to find settings with: block {vector.layers[0]}.")
         return vector
-    if instruction.verifier:
-        note("trying blocks and positions; with a large model this takes minutes, and --layer N skips it.")
-    with progress(f"picking settings for {instruction.id}") as on_progress:
-        picked = pick(
+    note(
+        "finding block, positions and strength; with a large model this takes minutes, and --layer N skips it."
+    )
+    with progress(f"tuning {instruction.id}") as advance:
+        tuned = tune(
             engine,
             vector,
             instruction,
             validation,
-            blocks=blocks_to_try(vector.n_layer),
-            mode=vector.mode,
-            rounds=[Round(*each) for each in ROUNDS],
-            max_tokens=MAX_TOKENS,
-            on_progress=on_progress,
+            report=lambda what, done, total: advance(done, total, what),
         )
-    kept = {"validation": picked.table[:2], NOTICE: picked.notice}
-    kept = {key: value for key, value in kept.items() if value}
-    return replace(picked.vector, provenance={**picked.vector.provenance, **kept})
-
-
-def blocks_to_try(n_layer: int) -> list[int]:
-    """All of a shallow model; of a deep one some at equal distances from 25% to 75% of its depth."""
-    if n_layer <= FEW_BLOCKS:
-        return list(range(n_layer))
-    first, last = n_layer // 4, 3 * n_layer // 4
-    return [first + i * (last - first) // (SPREAD_BLOCKS - 1) for i in range(SPREAD_BLOCKS)]
+    return replace(tuned.vector, provenance={**tuned.vector.provenance, NOTICE: " ".join(tuned.advice)})

@@ -22,7 +22,7 @@ from .console import NoticeHandler, prepare_streams
 
 # Title -> commands, in the order of `localsteer --help`. Command `x` is `command` in localsteer/cli/x.py.
 COMMANDS = {
-    "Start here": ("demo", "doctor"),
+    "Start here": ("demo", "doctor", "models"),
     "Steer": ("run", "chat", "serve", "trace"),
     "Vectors": ("extract", "tune", "calibrate", "transfer", "inspect", "vectors", "convert"),
     "Measure": ("eval", "verify", "similarity", "study"),

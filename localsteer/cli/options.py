@@ -95,7 +95,8 @@ model = click.option(
     default="bundled",
     show_default=True,
     metavar="GGUF",
-    help="The model: a GGUF file, or `bundled` (also bundled:Q4_K_M, bundled-base).",
+    help="The model: a GGUF file, or a name that `localsteer models` lists: bundled (or bundled:Q4_K_M), "
+    "bundled-base, smol.",
 )
 
 engine = all_of(

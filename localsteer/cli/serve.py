@@ -15,7 +15,7 @@ from localsteer.errors import LocalsteerError
 
 from . import interrupt, options
 from .console import note, print_json
-from .models import is_bundled, model_file, open_engine
+from .models import is_named, model_file, open_engine
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
@@ -33,7 +33,7 @@ MAX_PORT = 65535
     multiple=True,
     default=("bundled",),
     metavar="GGUF",
-    help="A model: a GGUF file, or `bundled`; repeat for several. [default: bundled]",
+    help="A model: a GGUF file, or a name (see `localsteer models`); repeat for several. [default: bundled]",
 )
 @click.option(
     "--vectors", "folder", type=click.Path(), metavar="DIR", help="The folder of the vector files to offer."
@@ -139,7 +139,7 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
     """{name in the API: what -m said}. Raises LocalsteerError for two models of one name."""
     names: dict[str, str] = {}
     for model in models:
-        name = model if is_bundled(model) else Path(model).stem
+        name = model if is_named(model) else Path(model).stem
         if name in names:
             raise LocalsteerError(f"two models are named {name!r}: rename a file, its name is the model's.")
         names[name] = model
@@ -153,10 +153,13 @@ def _opened(models: Sequence[str], given: dict[str, Any]) -> Iterator[dict[str, 
     for model in models:
         model_file(model)  # a slip in the second name should not wait for the first model
     with ExitStack() as stack:
-        yield {
+        engines = {
             name: stack.enter_context(open_engine(model, **loading, n_seq_max=given["parallel"]))
             for name, model in names.items()
         }
+        for engine in engines.values():
+            engine.check_template()  # before a client asks
+        yield engines
 
 
 def _application(

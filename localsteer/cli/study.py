@@ -126,10 +126,11 @@ def _files(name: str, files: tuple[str, ...], bundled: bool, quick: bool) -> tup
     if name != "quantization":
         return ()
     if files:
-        labels = [_label(Path(file)) for file in files]
+        paths = [model_file(file) for file in files]
+        labels = [_label(path) for path in paths]
         # each file has a folder of its own name in OUT
         unique = [name if labels.count(name) == 1 else f"{k}-{name}" for k, name in enumerate(labels)]
-        return tuple(zip(unique, map(Path, files), strict=True))
+        return tuple(zip(unique, paths, strict=True))
     if not bundled:
         raise click.UsageError("name the files with --gguf, the most exact first; -m is one file alone.")
     from localsteer.bundled import gguf_path

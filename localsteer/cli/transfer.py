@@ -204,7 +204,7 @@ class _Sent:
 
 def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
     from localsteer.evaluate.journal import Journal, Remembered
-    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, PLAIN
+    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS
     from localsteer.evaluate.transfer import UNMAPPED, examine, unmapped
 
     known = len(job.catalog.queries_for(job.instruction, "test"))
@@ -213,8 +213,6 @@ def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
     if job.instruction.verifier is None:
         note(f"{job.vector.label} has no verifier, so nothing tells whether a reply follows it: not tested.")
         return None
-    # a base model that is asked as `Q: ...` goes on with a next question, which would spoil every verdict
-    stop = PLAIN["stop"] if engine.template.is_fallback else ()
     limits: dict[str, Any] = {}
     if is_bundled(job.model):
         limits = {"max_tokens": BUNDLED_LIMITS.max_tokens, "must_end": BUNDLED_LIMITS.must_end}
@@ -226,7 +224,7 @@ def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
 
     with progress("picking settings") as on_progress:
         return examine(
-            Remembered(engine, Journal(None, {}), stop),
+            Remembered(engine, Journal(None, {})),
             job.instruction,
             sent.vector,
             job.catalog,

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +24,11 @@ from .tune_shown import draw, show
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction, Query
     from localsteer.engine import Engine
-    from localsteer.evaluate.journal import Journal, Remembered
-    from localsteer.evaluate.tune import Tuned
+    from localsteer.evaluate.journal import Journal
+    from localsteer.tune import Tuned
     from localsteer.vector import ControlVector
 
-N_SEQ_MAX = 16  # sequences in one decode
+N_SEQ_MAX = 32  # sequences in one decode; those that are scored are short
 
 
 class Names(click.ParamType):
@@ -80,17 +79,20 @@ class Numbers(click.ParamType):
     help="Instead of a file: extract the vector of this instruction, then tune it.",
 )
 @click.option(
-    "--quick", is_flag=True, help="A third of the replies as a rule: what can hardly win is not asked on."
+    "--exhaustive",
+    is_flag=True,
+    help="Generate under every setting instead: the reference, many times slower; goes on where it was stopped.",
 )
-@click.option("-n", "n", default=8, show_default=True, type=click.IntRange(min=1), help="Validation queries.")
 @click.option(
-    "--blocks", type=options.Blocks(), metavar="BLOCKS", help="Blocks to try: 12, 3,4 or 3-5. [default: all "
-    "of at most 12, else every second one from a fifth of the depth on]",
-)  # fmt: skip
+    "-n", "n", default=8, show_default=True, type=click.IntRange(min=1), help="Queries that check a setting."
+)
+@click.option(
+    "--blocks", type=options.Blocks(), metavar="BLOCKS", help="Blocks to try: 12, 3,4 or 3-5. [default: all]"
+)
 @click.option(
     "--positions",
     type=Names(options.POSITIONS),
-    default="all,prompt,last",
+    default="prompt,last,all",
     show_default=True,
     metavar="LIST",
     help="Positions to try.",
@@ -102,7 +104,7 @@ class Numbers(click.ParamType):
     "--strengths",
     type=Numbers(),
     metavar="LIST",
-    help="Strengths to try. [default: 1; for add 0.25,0.5,1,1.5,2]",
+    help="Strengths to try, negative ones for less of it. [default: a line search up to 3; exhaustive 1,2,3]",
 )
 @click.option("--verifier", metavar="ID", help="How replies are judged, where the file does not say: an "
               "IFEval id, as keywords:existence.")  # fmt: skip
@@ -117,7 +119,7 @@ class Numbers(click.ParamType):
     "--queries", type=click.Path(), metavar="TXT", help="Validation queries of yours, one on each line."
 )
 @click.option(
-    "--max-tokens", default=384, show_default=True, type=click.IntRange(min=1), help="Of a reply, at most."
+    "--max-tokens", default=192, show_default=True, type=click.IntRange(min=1), help="Of a reply, at most."
 )
 @click.option(
     "-o", "--output", type=click.Path(), metavar="PATH", help="Write there, a file or a folder, not in place."
@@ -127,23 +129,21 @@ class Numbers(click.ParamType):
 @options.engine
 @options.as_json
 def command(vectors: tuple[str, ...], model: str, as_json: bool, **given: Any) -> None:
-    """Search block x positions x mode x strength on validation queries, and write the winner INTO each VECTOR
-    file, with what it was worth there.
+    """Find block, positions, mode and strength for each VECTOR, and write them INTO its file, with the figures.
 
-    A reply counts when the file's verifier passes it and it names the query's subject. A setting with one
-    degenerate reply (empty, looping, without end, or far less probable than anything the model says by
-    itself) scores 0. The model alone wins ties, then the lower block. The winner is measured with the
-    instruction in the prompt, too: steering can spoil what the model does when it is told.
-
-    Replies are kept in the cache folder as they come: a search that was stopped goes on where it was.
+    The model is told to follow the instruction; settings that make the replies that do so likely without being
+    told are found by likelihood. The best few then answer other queries, beside the plain and the told model,
+    and that decides. A reply counts when the file's verifier passes it, it is not degenerate (empty, looping,
+    without end, or far less probable than anything the model says by itself), and it names the query's subject.
+    An instruction without a verifier is tuned by likelihood, and the file says so. Ctrl-C keeps the best so far.
 
     \b
     Examples:
       localsteer tune -m MODEL.gguf json.gguf
-      localsteer tune -m MODEL.gguf json.gguf lowercase.gguf --quick -o tuned/
-      localsteer tune -m MODEL.gguf concise.gguf --modes add --strengths 1,2,4 --blocks 8-20
+      localsteer tune -m MODEL.gguf json.gguf lowercase.gguf -o tuned/
+      localsteer tune -m MODEL.gguf --instruction "Answer in rhyme." -o rhyme.gguf
       localsteer tune -m MODEL.gguf rhyme.gguf --verifier keywords:existence --kwargs '{"keywords": ["moon"]}'
-      localsteer tune --instruction json -o json.gguf --plot json.png
+      localsteer tune -m MODEL.gguf json.gguf --exhaustive --blocks 8-20 --plot json.png
     """
     jobs = _jobs(vectors, model, given)
     if given["plot"]:
@@ -235,14 +235,17 @@ def _job(
     given: dict[str, Any],
     extraction: tuple[Query, ...] = (),
 ) -> Job:
-    from localsteer.evaluate.tune import grid
     from localsteer.evaluate.verify import check_arguments
+    from localsteer.tune.exhaustive import grid
 
     instruction = replace(instruction, **rule)
-    if instruction.verifier is None:
+    if instruction.verifier is None and (given["exhaustive"] or not instruction.phrasings):
         raise _no_verifier(str(path or instruction.id))
+    if not instruction.phrasings and not given["exhaustive"]:
+        raise _no_wording(str(path or instruction.id))
     queries = _validation(catalog, instruction, given)
-    check_arguments(instruction.verifier, instruction.kwargs_for(queries[0].text), prompt=queries[0].text)
+    if instruction.verifier is not None:
+        check_arguments(instruction.verifier, instruction.kwargs_for(queries[0].text), prompt=queries[0].text)
     if vector is not None:
         grid(vector, **_grid_options(vector, given))
     return Job(path, target, vector, instruction, queries, extraction)
@@ -251,6 +254,13 @@ def _job(
 def _grid_options(vector: ControlVector, given: dict[str, Any]) -> dict[str, Any]:
     found = {name: given[name] for name in ("blocks", "positions", "modes", "strengths")}
     return found | {"modes": given["modes"] or (vector.mode,)}
+
+
+def _no_wording(what: str) -> CatalogError:
+    return CatalogError(
+        f"{what} does not say in words what it is of, so the model can't be told: --exhaustive tries every setting "
+        "by generation."
+    )
 
 
 def _no_verifier(what: str) -> CatalogError:
@@ -278,18 +288,18 @@ def _rule(verifier: str | None, kwargs: str | None) -> dict[str, Any]:
 
 
 def _validation(catalog: Catalog, instruction: Instruction, given: dict[str, Any]) -> tuple[Query, ...]:
-    """`n` queries at equal distances, so that few of them still hold every kind."""
+    """All of them; for the exhaustive search `n` at equal distances, so that few still hold every kind."""
     from localsteer.catalog import load_queries
     from localsteer.evaluate.study import spread
 
     if given["queries"] is None:
-        found = catalog.queries_for(instruction, "validation")
+        queries = catalog.queries_for(instruction, "validation")
     else:
-        found = load_queries(given["queries"])
-        _refuse_overlap(found, catalog, instruction, given["queries"])
-    if len(found) < given["n"]:
-        note(f"there are {len(found)} validation queries for {instruction.id}, not {given['n']}.")
-    return tuple(spread(found, min(given["n"], len(found))))
+        queries = load_queries(given["queries"])
+        _refuse_overlap(queries, catalog, instruction, given["queries"])
+    if len(queries) < given["n"]:
+        note(f"there are {len(queries)} validation queries for {instruction.id}, not {given['n']}.")
+    return tuple(spread(queries, min(given["n"], len(queries)))) if given["exhaustive"] else tuple(queries)
 
 
 def _refuse_overlap(queries: Sequence[Query], catalog: Catalog, instruction: Instruction, path: str) -> None:
@@ -350,29 +360,33 @@ def _with_vector(engine: Engine, job: Job) -> Job:
 
 
 def _tune(engine: Engine, job: Job, given: dict[str, Any]) -> tuple[Tuned, dict[str, Any]]:
-    from localsteer.evaluate.journal import Remembered
     from localsteer.evaluate.suites.bench import model_info
-    from localsteer.evaluate.tune import tune
+    from localsteer.tune import tune
 
-    started = time.perf_counter()
     model = {key: model_info(engine)[key] for key in ("name", "sha256", "quantization")}
-    with _journal(job.vector, model["sha256"]) as journal:
+    choices = _grid_options(job.vector, given) | {
+        "max_tokens": given["max_tokens"],
+        "source": {"model": model},
+    }
+    with progress(f"tuning {job.label}") as advance:
+        choices["report"] = lambda what, done, total: advance(done, total, what)
+        if given["exhaustive"]:
+            tuned = _exhaustively(engine, job, choices)
+        else:
+            tuned = tune(engine, job.vector, job.instruction, job.queries, n=given["n"], **choices)
+    return tuned, _document(job, tuned)
+
+
+def _exhaustively(engine: Engine, job: Job, choices: dict[str, Any]) -> Tuned:
+    from localsteer.evaluate.journal import Remembered
+    from localsteer.tune import tune_exhaustively
+
+    with _journal(job.vector, choices["source"]["model"]["sha256"]) as journal:
         if len(journal):
             note(f"going on with what {journal.path} holds.")
-        remembered = Remembered(engine, journal)
-        with progress(f"tuning {job.label}") as on_progress:
-            tuned = tune(
-                remembered,
-                job.vector,
-                job.instruction,
-                job.queries,
-                **_grid_options(job.vector, given),
-                quick=given["quick"],
-                max_tokens=given["max_tokens"],
-                source={"model": model},
-                on_progress=on_progress,
-            )
-    return tuned, _document(job, tuned, remembered, time.perf_counter() - started)
+        return tune_exhaustively(
+            Remembered(engine, journal), job.vector, job.instruction, job.queries, **choices
+        )
 
 
 def _journal(vector: ControlVector, model_hash: str) -> Journal:
@@ -408,18 +422,20 @@ def journal_path(vector: ControlVector, model_hash: str) -> Path:
     return cache_folder() / "tune" / model_hash[:HASH_CHARS] / name
 
 
-def _document(job: Job, tuned: Tuned, engine: Remembered, seconds: float) -> dict[str, Any]:
+def _document(job: Job, tuned: Tuned) -> dict[str, Any]:
+    kept = ("search", "n", "scores", "judged_by", "recovered_gap", "with_instruction", "targets", "seconds")
     return {
         "file": None if job.path is None else str(job.path),
         "instruction": job.label,
         "verifier": job.instruction.verifier,
         "helps": tuned.helps,
+        "stopped": tuned.stopped,
         "setting": None if tuned.setting is None else vars(tuned.setting),
-        **{key: tuned.record[key] for key in ("search", "n", "scores", "with_instruction", "advice")},
-        "table": [trial.row() for trial in tuned.trials if trial.replies],
-        "replies": {"asked": tuned.record["replies"], "new": engine.n_decoded},
+        **{key: tuned.record[key] for key in kept},
+        "advice": list(tuned.advice),
+        "table": [trial.row() for trial in (*tuned.trials, tuned.plain)],
+        "scored": [vars(setting) | {"recovered_gap": gap} for setting, gap in tuned.ranking],
         "model": tuned.record["model"],
-        "seconds": round(seconds, 1),
     }
 
 

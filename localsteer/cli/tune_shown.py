@@ -11,8 +11,7 @@ from . import options
 from .console import answer, table
 
 if TYPE_CHECKING:
-    from localsteer.evaluate.pick import Setting, Trial
-    from localsteer.evaluate.tune import Tuned
+    from localsteer.tune import Setting, Tuned
 
 SHARES = {"low": 0.0, "high": 1.0, "form": "{:.0%}"}  # the colours and figures of a heat map
 TITLE_CHARACTERS = 8  # in an inch of a picture
@@ -33,43 +32,37 @@ def show(label: str, tuned: Tuned) -> None:
 
 def _best(tuned: Tuned) -> Any:
     """The best settings, and the model alone."""
-    titles = ("block", "positions", "mode", "strength", "score", "followed", "degenerate", "kept", "ppl", "n")
-    made = table(
-        *titles, numbers=("block", "strength", "score", "followed", "degenerate", "kept", "ppl", "n")
+    titles = ("block", "positions", "mode", "strength", "score", "followed", "degenerate", "kept", "gap", "n")
+    rows = table(
+        *titles, numbers=("block", "strength", "score", "followed", "degenerate", "kept", "gap", "n")
     )
-    shown = [trial for trial in tuned.trials if trial.setting is not None and trial.replies][:SHOWN]
-    if tuned.setting is None:
-        shown.insert(0, tuned.alone)
-    else:
-        shown.append(tuned.alone)
+    shown = list(tuned.trials[:SHOWN])
+    shown.insert(0 if tuned.setting is None else len(shown), tuned.plain)
     for trial in shown:
+        if not trial.replies:
+            continue
         row, setting = trial.row(), trial.setting
         where = (setting.layer, setting.positions, setting.mode) if setting else ("-", "model alone", "")
         shares = (_percent(row[name]) for name in ("score", "followed", "degenerate", "subject_kept"))
-        ppl = "-" if row["perplexity"] is None else f"{row['perplexity']:.1f}"
         strength = f"{setting.strength:g}" if setting else "0"
-        style = "bold" if trial is tuned.trials[0] else None
-        made.add_row(*map(str, where), strength, *shares, ppl, str(row["n"]), style=style)
-    return made
+        style = "bold" if setting == tuned.setting else None
+        rows.add_row(*map(str, where), strength, *shares, _percent(trial.gap), str(trial.n), style=style)
+    return rows
 
 
 def _summary(label: str, tuned: Tuned) -> Iterator[str]:
     scores, n = tuned.scores, tuned.record["n"]
-    if tuned.setting is not None:
-        setting = tuned.setting
+    setting = tuned.setting
+    if setting is not None and scores["steered"] is not None and tuned.record["judged_by"] == "verifier":
         yield (
             f"{label}: {setting.mode} at block {setting.layer}, positions {setting.positions}, strength "
             f"{setting.strength:g}: {_percent(scores['steered'])} of {n} validation queries, the model alone "
-            f"{_percent(scores['none'])}."
+            f"{_percent(scores['none'])}, told in words {_percent(scores['instructed'])}, told and steered "
+            f"{_percent(scores['both'])}."
         )
-        if scores["both"] is not None:
-            yield (
-                f"With the instruction in the prompt: {_percent(scores['instructed'])}, steered as well "
-                f"{_percent(scores['both'])}."
-            )
     for line in tuned.advice:
         yield line[0].upper() + line[1:]
-    if tuned.setting is None:
+    if setting is None:
         yield "The file gets strength 0, so that it changes nothing; --strength steers by it all the same."
 
 
@@ -103,41 +96,34 @@ class HeatMap:
 
 
 def heatmaps(label: str, tuned: Tuned) -> list[HeatMap]:
-    """Block x positions; with several strengths one map of block x strength for each of the positions."""
-    trials = {trial.setting: trial for trial in tuned.trials if trial.setting is not None}
-    several_strengths = len({setting.strength for setting in trials}) > 1
-    several_modes = len({setting.mode for setting in trials}) > 1
-    n, quick = tuned.record["n"], tuned.record["search"] == "quick"
+    """Block x positions, one map for each mode: the scores of an exhaustive search, the recovered gaps of one by
+    likelihood; of several strengths the best."""
+    if tuned.ranking:
+        figures, what = list(tuned.ranking), "recovered gap"
+    else:
+        figures = [(trial.setting, trial.score) for trial in tuned.trials]
+        what = f"score on {tuned.record['n']} queries"
+    modes = sorted({setting.mode for setting, _ in figures})
     maps = []
-    keys = {(setting.mode, setting.positions if several_strengths else None) for setting in trials}
-    for key in sorted(keys, key=lambda key: (key[0], _rank(key[1]) if key[1] else 0)):
-        chosen = {
-            setting: trial
-            for setting, trial in trials.items()
-            if setting.mode == key[0] and key[1] in (None, setting.positions)
-        }
-        parts = [label, key[0] if several_modes else None, key[1], f"score on {n} queries"]
+    for mode in modes:
+        parts = [label, mode if len(modes) > 1 else None, what]
         title = ", ".join(part for part in parts if part)
-        title += " (quick: on fewer, or none, where it could hardly win)" if quick else ""
-        maps.append(_heatmap(title, chosen, tuned.setting, several_strengths))
+        chosen = [(setting, figure) for setting, figure in figures if setting.mode == mode]
+        maps.append(_heatmap(title, chosen, tuned.setting))
     return maps
 
 
-def _heatmap(title: str, trials: dict[Setting, Trial], winner: Setting | None, by_strength: bool) -> HeatMap:
-    column = (lambda setting: setting.strength) if by_strength else (lambda setting: setting.positions)
-    rows = sorted({setting.layer for setting in trials})
-    columns = sorted({column(setting) for setting in trials}, key=_rank)
-    found = {
-        (setting.layer, column(setting)): trial.score for setting, trial in trials.items() if trial.replies
-    }
-    values = tuple(tuple(found.get((row, each)) for each in columns) for row in rows)
-    mark = (rows.index(winner.layer), columns.index(column(winner))) if winner in trials else None
-    names = tuple(f"{each:g}" if by_strength else each for each in columns)
-    return HeatMap(title, tuple(rows), names, values, mark)
-
-
-def _rank(column: float | str) -> float:
-    return options.POSITIONS.index(column) if isinstance(column, str) else column
+def _heatmap(title: str, figures: Sequence[tuple[Setting, float]], winner: Setting | None) -> HeatMap:
+    best: dict[tuple[int, str], float] = {}
+    for setting, figure in figures:
+        cell = (setting.layer, setting.positions)
+        best[cell] = max(figure, best.get(cell, figure))
+    rows = sorted({layer for layer, _ in best})
+    columns = sorted({positions for _, positions in best}, key=options.POSITIONS.index)
+    values = tuple(tuple(best.get((row, column)) for column in columns) for row in rows)
+    is_here = winner is not None and (winner.layer, winner.positions) in best
+    mark = (rows.index(winner.layer), columns.index(winner.positions)) if is_here else None
+    return HeatMap(title, tuple(rows), tuple(columns), values, mark)
 
 
 def draw(done: Sequence[tuple[str, Tuned]], path: str) -> None:

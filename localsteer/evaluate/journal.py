@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.batch import plans_of, stream_batch
 from localsteer.errors import LocalsteerError
-from localsteer.generate import Reply
+from localsteer.generate import Reply, stops_of
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine, Prompt, Steer
@@ -164,7 +164,7 @@ class Remembered:
     that was cut short is decoded again whole: neighbours in a batch change a reply a little, and a run that
     goes on must end as one that was never stopped.
 
-    stop: stop strings of every greedy reply whose call names none. check: called after each reply and each
+    check: called after each reply and each
     score; what it raises ends the call. n_decoded: greedy replies that were not in the journal.
     """
 
@@ -172,10 +172,9 @@ class Remembered:
         self,
         engine: Engine,
         journal: Journal,
-        stop: Sequence[str] = (),
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._engine, self._journal, self._stop, self._check = engine, journal, tuple(stop), check
+        self._engine, self._journal, self._check = engine, journal, check
         self.n_decoded = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -193,12 +192,12 @@ class Remembered:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Reply]:
         """As Engine.generate_batch; what is known already counts as done at once."""
-        stop = stop or self._stop
+        stop = stops_of(self._engine, stop, raw)
         given = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop, "raw": raw}
         if not getattr(sampling, "is_argmax", False):
             return self._engine.generate_batch(prompts, steer=steer, **given, on_progress=on_progress)
         plans = plans_of(self._engine, steer, len(prompts))
-        settings = (max_tokens, list(stop))
+        settings = (max_tokens, stop)
         keys = [
             _key("reply", self._engine.prompt_tokens(prompt, raw), _plan_key(plan), *settings)
             for prompt, plan in zip(prompts, plans, strict=True)

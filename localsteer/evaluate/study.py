@@ -26,10 +26,11 @@ from localsteer.evaluate.conditions import (
     told_replies,
 )
 from localsteer.evaluate.judge import perplexity
-from localsteer.evaluate.pick import Pick, pick
 from localsteer.evaluate.workers import Workers
 from localsteer.extract import Backend, batches, build_pairs, extract, open_backend, prompt_tokens
 from localsteer.generate import Reply
+from localsteer.tune import MAX_TOKENS as TUNE_TOKENS
+from localsteer.tune import Tuned, tune
 from localsteer.vector import ControlVector
 
 N_TOLD = 6  # validation queries that show how long replies are, and which instructions make a fair control
@@ -99,16 +100,27 @@ class Study:
             seed,
         )
 
-    def pick(self, engine: Engine, instruction: Instruction, **options: Any) -> Pick:
-        """Settings chosen on validation queries. options: of evaluate.pick.pick."""
+    def tune(
+        self,
+        engine: Engine,
+        instruction: Instruction,
+        *,
+        check: Callable[[], None] = lambda: None,
+        **options: Any,
+    ) -> Tuned:
+        """Settings found on validation queries. check: called now and then, may raise to end the search.
+        options: of tune.tune."""
         queries = instruction.queries.get("validation") or self.validation
-        given = {"max_tokens": self.longest(instruction), "must_end": self.must_end} | options
-        return pick(engine, self.vectors[instruction.id], instruction, queries, **given)
-
-    def longest(self, instruction: Instruction) -> int:
-        """Tokens of a reply beyond which it is endless: a quarter more than replies have when told."""
-        longest = max(len(reply.tokens) for reply in (*self.told[instruction.id], *self.plain))
-        return min(self.max_tokens, longest * 5 // 4 + 8)
+        return tune(
+            engine,
+            self.vectors[instruction.id],
+            instruction,
+            queries,
+            max_tokens=min(self.max_tokens, TUNE_TOKENS),
+            seed=self.seed,
+            report=lambda _what, _done, _total: check(),
+            **options,
+        )
 
     def others(self, *instructions: Instruction, n: int = 1) -> list[Instruction]:
         """Whose vectors are controls, chosen by what the model says when told, on validation queries."""

@@ -28,10 +28,10 @@ from localsteer.evaluate.conditions import (
     run_conditions,
 )
 from localsteer.evaluate.intervals import interval
-from localsteer.evaluate.pick import Pick, Setting, pick
 from localsteer.evaluate.states import Progress, stream_states
 from localsteer.extract import Backend, Pair, extract, prompt_tokens, render
 from localsteer.extract.statistics import RunningMeans
+from localsteer.tune import Tuned, tune
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
@@ -360,13 +360,14 @@ def examine(
     validation = catalog.queries_for(instruction, "validation")
     test = _spread(catalog.queries_for(instruction, "test"), n)
     options = {"max_tokens": max_tokens, "must_end": must_end}
-    picked = pick(engine, vector, instruction, validation, on_progress=on_progress, **options)
-    applied = _best(picked, vector)
+    report = (lambda _what, done, total: on_progress(done, total)) if on_progress else None
+    tuned = tune(engine, vector, instruction, validation, report=report)
+    applied = _best(tuned, vector)
     own = extract(engine, instruction, catalog.queries_for(instruction, "extraction"), mode="project")
-    own_picked = pick(engine, own, instruction, validation, on_progress=on_progress, **options)
+    own_tuned = tune(engine, own, instruction, validation, report=report)
     plain_mean = mean_state(engine, validation)
     others = {name: applied_like(each, applied) for name, each in (controls or dict)(plain_mean).items()}
-    steers = {"own": own_picked.vector, "random": random_control(applied, plain_mean, seed), **others}
+    steers = {"own": own_tuned.vector, "random": random_control(applied, plain_mean, seed), **others}
     names = ("none", "steered", *steers, "instructed")
     outcomes = run_conditions(
         engine, instruction, applied, test, controls=steers, conditions=names, scored=(), **options
@@ -375,7 +376,7 @@ def examine(
     lifts = {
         name: _lift(outcomes["transferred"], each) for name, each in outcomes.items() if name != "transferred"
     }
-    return Examined(applied, picked.setting is not None, outcomes, lifts)
+    return Examined(applied, tuned.helps, outcomes, lifts)
 
 
 def verdict(shares: Mapping[str, float | None], lifts: Mapping[str, tuple[float, float, float]]) -> str:
@@ -414,11 +415,11 @@ def _lift(transferred: Outcome, other: Outcome) -> tuple[float, float, float]:
     return (float(np.mean(values)), *interval(values))
 
 
-def _best(picked: Pick, vector: ControlVector) -> ControlVector:
-    if picked.setting is not None:
-        return picked.vector
-    row = next(row for row in picked.table if row["layer"] is not None)
-    return Setting(*(row[key] for key in Setting.__dataclass_fields__)).of(vector)
+def _best(tuned: Tuned, vector: ControlVector) -> ControlVector:
+    """As it was tuned; where nothing helped at the setting that came nearest, or as it is if nothing was tried."""
+    if tuned.helps:
+        return tuned.vector
+    return tuned.trials[0].setting.of(vector) if tuned.trials else vector
 
 
 def _spread(queries: Sequence[Query], n: int) -> list[Query]:

@@ -26,8 +26,7 @@ MAX_WORKERS = 8  # each has a copy of the model
 
 class Workers:
     """n: engines, at most MAX_WORKERS of them, each with n_threads threads. journal: where their replies are
-    kept, so that a run that was stopped goes on. stop: as in Remembered, with a journal. options: of each
-    Engine."""
+    kept, so that a run that was stopped goes on. options: of each Engine."""
 
     def __init__(
         self,
@@ -35,7 +34,6 @@ class Workers:
         n: int,
         *,
         journal: Journal | None = None,
-        stop: Sequence[str] = (),
         n_threads: int = 1,
         **options: Any,
     ) -> None:
@@ -47,7 +45,7 @@ class Workers:
             for _ in range(n):
                 engine = stack.enter_context(Engine(path, n_threads=n_threads, **options))
                 # asked after each reply: a call of many takes minutes, and Ctrl-C has to wait for it
-                engine = engine if journal is None else Remembered(engine, journal, stop, self.check)
+                engine = engine if journal is None else Remembered(engine, journal, self.check)
                 self._free.put(engine)
             self._pool = ThreadPoolExecutor(n, thread_name_prefix="localsteer")
             self._engines = stack.pop_all()

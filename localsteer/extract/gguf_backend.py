@@ -25,7 +25,7 @@ class GgufBackend:
         self.n_layer, self.n_embd, self.n_ctx = model.n_layer, model.n_embd, self.engine.n_ctx
         self.architecture: str | None = model.architecture
         self.template = self.engine.template
-        self.engine.tell_of_template()
+        self.engine.check_template()
         path = Path(self.engine.path)
         self.model_name = model.metadata.get("general.name") or path.stem
         self.source_hash = file_hash(path)

@@ -16,7 +16,7 @@ import numpy as np
 
 from localsteer.cache import file_hash
 from localsteer.errors import LocalsteerError, ModelFileError, PromptError, UnsupportedModelError
-from localsteer.templates import NO_TEMPLATE, ChatTemplate, one_line
+from localsteer.templates import DROPS_WORDS, NO_TEMPLATE, ChatTemplate, one_line
 
 try:
     import torch
@@ -68,6 +68,8 @@ class TorchBackend:
         self.model_name = Path(self.source).name
         if self.template.is_fallback:
             logger.warning(NO_TEMPLATE.format(self.model_name))
+        if not self.template.keeps_words:
+            raise ModelFileError(DROPS_WORDS.format(self.model_name))
         self.source_hash = _source_hash(self.source, self.model.config)
         self.description = f"transformers {transformers.__version__}, {str(self.model.dtype)[6:]}"
 

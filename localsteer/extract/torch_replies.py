@@ -45,11 +45,12 @@ def _generate(
 
 
 def _reply(backend: TorchBackend, tokens: list[int], ends: Sequence[int]) -> Reply:
-    """Up to the first token that ends a reply; "length" where there is none."""
-    stop = next((i for i, token in enumerate(tokens) if token in ends), None)
-    kept = tokens if stop is None else tokens[:stop]
+    """Up to the first token that ends a reply, or a stop string of the template; else "length"."""
+    end = next((i for i, token in enumerate(tokens) if token in ends), None)
+    kept = tokens if end is None else tokens[:end]
     text = backend.tokenizer.decode(kept, skip_special_tokens=True)
-    return Reply(text, kept, "length" if stop is None else "stop")
+    cut = min((at for at in map(text.find, backend.template.stop) if at >= 0), default=None)
+    return Reply(text[:cut], kept, "length" if end is None and cut is None else "stop")
 
 
 def _ends(backend: TorchBackend) -> list[int]:

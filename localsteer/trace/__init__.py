@@ -17,13 +17,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from localsteer.errors import LocalsteerError, PlanError, PromptError
-from localsteer.generate import GREEDY, check_room, reply_budget, token_steps
+from localsteer.generate import GREEDY, TextStream, check_room, reply_budget, stops_of, token_steps
 from localsteer.plan import Plan, PositionClass, active
 from localsteer.steering import dynamic_weights
 from localsteer.vector import ControlVector
@@ -108,7 +108,8 @@ class Trace:
         line's block alone; NaN unless blocks were asked for.
     plain_tokens, steered_tokens: what each of the two holds likeliest there, -1 for the prompt.
     plain_pieces: the texts of the former, empty for the prompt.
-    finish_reason: `stop` (the last token ends the reply, and was never read by the model), `length`, `given`.
+    finish_reason: `stop` (the last token ends the reply, and was never read by the model; or a stop string of
+        the plain `Q: ...` form came, whose tokens are left out), `length`, `given`.
     """
 
     model: str
@@ -197,7 +198,7 @@ def trace(
     if reply is not None:
         answer, reason = reply_tokens(engine, prompt, reply, raw), "given"
     else:
-        answer, reason = _draw(engine, tokens, plan, max_tokens, sampling)
+        answer, reason = _draw(engine, tokens, plan, max_tokens, sampling, stops_of(engine, raw=raw))
     return trace_tokens(
         engine,
         [*tokens, *answer],
@@ -298,10 +299,17 @@ def _watched(engine: Engine, vector: ControlVector, blocks: Blocks) -> tuple[int
 
 
 def _draw(
-    engine: Engine, prompt: list[int], plan: Plan, max_tokens: int | None, sampling: Sampling
+    engine: Engine,
+    prompt: list[int],
+    plan: Plan,
+    max_tokens: int | None,
+    sampling: Sampling,
+    stops: Sequence[str],
 ) -> tuple[list[int], str]:
-    """The reply's tokens, the one that ends it included, and why it ended."""
+    """The reply's tokens, a token that ends it included, and why it ended. Tokens of a stop string are left
+    out."""
     drawn: list[int] = []
+    text = TextStream(stops)
     check_room(engine, len(prompt))
     budget = reply_budget(engine, len(prompt), max_tokens)
     steps = token_steps(engine, prompt, plan=engine.plan(plan), sampling=sampling)
@@ -310,7 +318,19 @@ def _draw(
             drawn.append(token)
             if engine.ends(token):
                 return drawn, "stop"
+            text.push(engine.piece(token))
+            if text.stopped:
+                return _before_stop(engine, drawn, stops), "stop"
     return drawn, "length"
+
+
+def _before_stop(engine: Engine, drawn: Sequence[int], stops: Sequence[str]) -> list[int]:
+    """The tokens that begin before the first stop string."""
+    pieces = [engine.piece(token) for token in drawn]
+    hits = [b"".join(pieces).find(stop.encode("utf-8")) for stop in stops]
+    cut = min(hit for hit in hits if hit >= 0)
+    starts = accumulate(map(len, pieces), initial=0)
+    return [token for token, start in zip(drawn, starts, strict=False) if start < cut]
 
 
 class _Run:

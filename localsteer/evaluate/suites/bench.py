@@ -44,14 +44,12 @@ from localsteer.vector import ControlVector, check_model
 if TYPE_CHECKING:
     from localsteer.engine import Engine
     from localsteer.evaluate.model_judge import ModelJudge
-    from localsteer.evaluate.pick import Pick
     from localsteer.extract.recipes import Recipe
+    from localsteer.tune import Tuned
 
 PARTNERS = ("json", "lowercase", "title")  # a control needs other instructions, also where few are wanted
 N_CANDIDATES = 2  # of other instructions that the control `other` is drawn from, at least
 BASE = "base"  # folder of the base model's run, within the model's
-# a base model is asked as the paper asks one, and goes on with a next question if nothing stops it
-PLAIN: dict[str, Any] = {"plain_prompts": True, "stop": ("\nQ:",)}
 SMALL_MODEL = 256 << 20  # bytes of a file; below, an engine for each core, above, one with all cores
 DIGEST = "eval_digest"  # of a kept vector's provenance: what it was extracted from
 
@@ -91,7 +89,8 @@ def open_bench(
         workers = _open_workers(stack, path, out, limits, n_threads)
         bench = Bench(workers, catalog, out, limits=limits, **options)
         if base is not None:
-            workers = _open_workers(stack, base, out / BASE, limits, n_threads, **PLAIN)
+            # a base model is asked as the paper asks one
+            workers = _open_workers(stack, base, out / BASE, limits, n_threads, plain_prompts=True)
             bench.base = Bench(workers, catalog, out / BASE, limits=limits, **{**options, "given": ()})
         yield bench
 
@@ -177,7 +176,6 @@ class Bench:
         self._others: dict[tuple[str, ...], list[Instruction]] = {}
         self._picked: dict[str, ControlVector] = {}
         self._alone: tuple[Any, ...] | None = None
-        self._plain_validation: list[Any] | None = None
         self.given = self._take(given)
         self.wanted = None if wanted is None else list(dict.fromkeys(wanted))
 
@@ -242,26 +240,23 @@ class Bench:
         chosen = [self.instruction(each) for each in instructions]
         new = [each for each in chosen if each.id not in self._picked]
         self.prepare(chosen)
-        picks = self.pick([(each, self._raw[each.id]) for each in new])
-        for each, picked in zip(new, picks, strict=True):
-            kept = {"validation": picked.table[:2], "notice": picked.notice or None}
-            vector = replace(picked.vector, provenance={**picked.vector.provenance, **kept})
-            self._picked[each.id] = self._save(each, vector)
+        all_tuned = self.tune([(each, self._raw[each.id]) for each in new])
+        for each, tuned in zip(new, all_tuned, strict=True):
+            self._picked[each.id] = self._save(each, tuned.vector)
         return {each.id: self._picked[each.id] for each in chosen}
 
-    def pick(self, pairs: Sequence[tuple[Instruction, ControlVector]], **options: Any) -> list[Pick]:
-        """Settings for this model of any vectors of these instructions, chosen on validation queries.
-        options: of evaluate.pick.pick."""
+    def tune(self, pairs: Sequence[tuple[Instruction, ControlVector]], **options: Any) -> list[Tuned]:
+        """Settings for this model of any vectors of these instructions, found on validation queries.
+        options: of tune.tune."""
         chosen = [instruction for instruction, _ in pairs]
         self.prepare(chosen)
         study = self._study()
         study = replace(study, vectors={**study.vectors, **{each.id: vector for each, vector in pairs}})
 
-        def work(engine: Engine, instruction: Instruction) -> Pick:
-            plain = None if "validation" in instruction.queries else self._plain_validation
-            return study.pick(engine, instruction, plain=plain, on_progress=self.workers.check, **options)
+        def work(engine: Engine, instruction: Instruction) -> Tuned:
+            return study.tune(engine, instruction, check=self.workers.check, **options)
 
-        with self.stage("picking settings") as advance:
+        with self.stage("finding settings") as advance:
             return self.workers.map(work, chosen, advance) if chosen else []
 
     def raw(self, instructions: Sequence[str | Instruction]) -> dict[str, ControlVector]:
@@ -465,17 +460,12 @@ class Bench:
         )
 
     def _plain(self) -> tuple[Any, ...]:
-        """The model alone: replies to test queries, their perplexity, its mean state; and to validation."""
-        from localsteer.evaluate.conditions import plain_replies
+        """The model alone: replies to test queries, their perplexity, its mean state."""
         from localsteer.evaluate.study import alone
 
         if self._alone is None:
             queries = (self.test, self.validation)
             (self._alone,) = self.workers.map(lambda e, _: alone(e, queries, self.max_tokens), [None])
-            # once for all instructions: each picks against these
-            (self._plain_validation,) = self.workers.map(
-                lambda e, _: plain_replies(e, self.validation, max_tokens=self.max_tokens), [None]
-            )
         return self._alone
 
     def _ask_in_words(self, engine: Engine, instruction: Instruction) -> list[Any]:

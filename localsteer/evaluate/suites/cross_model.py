@@ -48,7 +48,7 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
     base = bench.base
     instructions = bench.instructions(GROUPS)
     carried = carry_all(base, bench.raw(instructions))
-    picks = base.pick([(each, carried[each.id]) for each in instructions])
+    picks = base.tune([(each, carried[each.id]) for each in instructions])
     theirs = {each.id: picked.vector for each, picked in zip(instructions, picks, strict=True)}
     own = base.vectors(instructions)
     # where nothing is applied there is nothing to control for

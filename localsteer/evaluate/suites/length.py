@@ -18,10 +18,10 @@ from localsteer.catalog import Query
 from localsteer.errors import CatalogError, PlanError
 from localsteer.evaluate.conditions import told_prompts
 from localsteer.evaluate.intervals import interval
-from localsteer.evaluate.pick import default_blocks
 from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures
 from localsteer.extract.levels import DIRECTIONS, LENGTHS, LEVELS, length
 from localsteer.extract.recipes import Recipe
+from localsteer.tune.setting import grid_blocks
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def choose(bench: Bench, name: str, vector: ControlVector) -> ControlVector:
     plain = bench.run(_cells(bench, name, "none", queries), what="choosing a block", score=False)
     settings = [
         vector.at(layer=layer, positions=positions, mode="add")
-        for layer in default_blocks(vector.n_layer)
+        for layer in grid_blocks(vector.n_layer)
         for positions in POSITIONS
         if layer in vector.blocks
     ]

@@ -1,0 +1,140 @@
+"""Every setting on every query, by generation: slow, and the reference that the search is measured against.
+
+It needs no wording of the instruction, so it serves a vector that came without one, too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from localsteer.catalog import Instruction, Query
+from localsteer.errors import CatalogError, PlanError
+from localsteer.evaluate.verify import check_arguments
+from localsteer.generate import GREEDY, Reply
+from localsteer.vector import ControlVector
+
+from . import record
+from .check import Check, Trial
+from .replies import Asked
+from .search import usable_blocks
+from .setting import POSITIONS, Setting
+from .targets import Told
+from .tuning import MAX_TOKENS, Report, Tuned
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+
+STRENGTHS = (1.0, 2.0, 3.0)
+CALL_SIZE = 64  # replies in one call of the engine: what a search that was killed has to repeat at most
+
+
+def tune_exhaustively(
+    engine: Engine,
+    vector: ControlVector,
+    instruction: Instruction,
+    queries: Sequence[Query],
+    *,
+    blocks: Iterable[int] | None = None,
+    positions: Sequence[str] = POSITIONS,
+    modes: Sequence[str] | None = None,
+    strengths: Sequence[float] | None = None,
+    max_tokens: int = MAX_TOKENS,
+    source: Mapping[str, Any] | None = None,
+    report: Report | None = None,
+) -> Tuned:
+    """As `tune`, with a reply of every setting to every query; all queries are used.
+
+    Where `engine` keeps its replies (journal.Remembered), a search that was killed goes on. Raises PlanError
+    without queries or settings, CatalogError without a usable verifier, MismatchError.
+    """
+    started = time.perf_counter()
+    if not queries:
+        raise PlanError(f"no validation queries to tune {instruction.id} with.")
+    if instruction.verifier is None:
+        raise CatalogError(f"{instruction.id} has no verifier: only the search by likelihood can tune it.")
+    check_arguments(instruction.verifier, instruction.kwargs_for(queries[0].text), prompt=queries[0].text)
+    engine.plan(vector)
+    settings = grid(vector, blocks, positions, modes or (vector.mode,), strengths)
+    total = (len(settings) + 2 + bool(instruction.phrasings)) * len(queries)
+
+    def on_reply(done: int) -> None:
+        if report:
+            report(f"tuning {instruction.id} by generation", min(done, total), total)
+
+    check = Check(
+        engine,
+        vector,
+        instruction,
+        queries,
+        max_tokens=max_tokens,
+        generate=lambda asked, on_done: _generate(engine, asked, max_tokens, on_done),
+        on_reply=on_reply,
+    )
+    check.ask_model()
+    trials = sorted(check.ask(settings), key=_order)
+    best = trials[0] if trials[0].score > check.plain.score else None
+    if best is not None and instruction.phrasings:
+        check.ask_both(best.setting)
+    on_reply(total)
+    chosen = vector.at(strength=0.0) if best is None else best.setting.of(vector)
+    kept = record.of(
+        instruction,
+        best,
+        trials,
+        check.plain,
+        check.told,
+        check.both,
+        told_model=Told((), len(check.told.replies), sum(bool(reply.followed) for reply in check.told.replies),
+                        len(check.told.replies), max_tokens),
+        seconds=time.perf_counter() - started,
+        stopped=False,
+    )  # fmt: skip
+    kept |= {"search": "exhaustive", "replies": check.n_replies, **(source or {})}
+    origin = {"verifier": instruction.verifier, "kwargs": dict(instruction.kwargs)}
+    vector = replace(chosen, provenance={**chosen.provenance, **origin, "validation": kept})
+    return Tuned(vector, best and best.setting, tuple(trials), check.plain, check.told, check.both, (), kept)
+
+
+def grid(
+    vector: ControlVector,
+    blocks: Iterable[int] | None = None,
+    positions: Sequence[str] = POSITIONS,
+    modes: Sequence[str] = ("project",),
+    strengths: Sequence[float] | None = None,
+) -> list[Setting]:
+    """Every setting to try, in order of blocks. Raises PlanError for none, and for one that can't be."""
+    if strengths is not None and not all(strengths):
+        raise PlanError("strength 0 steers nothing: the model alone is tried anyway.")
+    usable = usable_blocks(vector, blocks)
+    settings = [
+        Setting(layer, where, strength, mode)
+        for layer, where, strength, mode in product(usable, positions, strengths or STRENGTHS, modes)
+    ]
+    for setting in settings:
+        setting.of(vector)
+    return list(dict.fromkeys(settings))
+
+
+def _generate(engine: Engine, asked: Sequence[Asked], max_tokens: int, on_done) -> list[Reply]:
+    """Whole replies, in calls that a journal can keep."""
+    replies: list[Reply] = []
+    for start in range(0, len(asked), CALL_SIZE):
+        part = asked[start : start + CALL_SIZE]
+        before = len(replies)
+        replies += engine.generate_batch(
+            [one.prompt for one in part],
+            steer=[one.plan for one in part],
+            max_tokens=max_tokens,
+            sampling=GREEDY,
+            on_progress=lambda done, _of, before=before: on_done(before + done),
+        )
+    return replies
+
+
+def _order(trial: Trial) -> tuple[float, ...]:
+    """Sort key: score, then fewer degenerate replies, then the lower block."""
+    return (-trial.score, trial.n_degenerate, trial.setting.layer)

@@ -1,0 +1,115 @@
+"""Greedy or sampled replies, many together, each given up as soon as its verdict is known: when it can't follow
+its instruction any more, or loops.
+
+Most replies that are asked for here fail, and most of those fail early: a plain reply that ought to be JSON does
+so at its first letter. Its verdict is known then, and what would follow costs as much as all the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from localsteer.catalog import Instruction, Query
+from localsteer.errors import LocalsteerError, PromptError
+from localsteer.evaluate.quality import is_degenerate
+from localsteer.evaluate.verifiers.early import hopeless
+from localsteer.evaluate.verify import check_arguments
+from localsteer.generate import GREEDY, Reply, Sampling, Timings, stops_of
+from localsteer.loop import Loop, new_request
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine, Prompt
+    from localsteer.plan import Plan
+
+GIVEN_UP = "given up"  # finish_reason of a reply whose verdict was known before its end
+EVERY = 4  # tokens between two looks at a reply
+LOOPS_FROM = 32  # tokens; from here on a look sees loops too
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """One prompt, the query that it is about, and what steers its reply."""
+
+    prompt: Prompt
+    query: Query
+    plan: Plan | None = None
+
+
+def replies_to(
+    engine: Engine,
+    instruction: Instruction,
+    asked: Sequence[Asked],
+    *,
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    on_reply: Callable[[int], None] | None = None,
+) -> list[Reply]:
+    """Replies in the order of `asked`. on_reply: called with how many have come, after each of them.
+
+    Raises PromptError for a prompt that leaves no room for a reply.
+    """
+    watches = [_watch(instruction, one.query) for one in asked]
+    samplings = [_seeded(sampling, i) for i in range(len(asked))]
+    requests = [
+        new_request(
+            engine,
+            engine.prompt_tokens(one.prompt),
+            one.plan,
+            max_tokens=max_tokens,
+            sampling=drawn,
+            stop=stops_of(engine),
+        )
+        for one, drawn in zip(asked, samplings, strict=True)
+    ]
+    place = {id(request): i for i, request in enumerate(requests)}
+    texts = [""] * len(asked)
+    replies: list[Reply | None] = [None] * len(asked)
+    loop = Loop(engine)
+    for request in requests:
+        loop.add(request)
+    try:
+        while loop.busy:
+            for request, event in loop.step():
+                if isinstance(event, LocalsteerError):
+                    raise event
+                i = place[id(request)]
+                texts[i] += event.text
+                reason = event.finish_reason
+                n = len(request.tokens)
+                if not reason and n % EVERY == 0 and watches[i](texts[i], n):
+                    loop.drop(request)
+                    reason = GIVEN_UP
+                if reason:
+                    replies[i] = Reply(texts[i], list(request.tokens), reason, event.timings or Timings())
+                    if on_reply:
+                        on_reply(len(asked) - replies.count(None))
+    finally:
+        loop.close()
+    return replies
+
+
+def _watch(instruction: Instruction, query: Query) -> Callable[[str, int], bool]:
+    """Whether a reply of so many tokens need not go on."""
+
+    def loops(text: str, n: int) -> bool:
+        return n >= LOOPS_FROM and n % (4 * EVERY) == 0 and is_degenerate(text) is not None
+
+    if instruction.verifier is None:
+        return loops
+    arguments = check_arguments(instruction.verifier, instruction.kwargs_for(query.text), prompt=query.text)
+    return lambda text, n: hopeless(instruction.verifier, text, arguments) or loops(text, n)
+
+
+def _seeded(sampling: Sampling, i: int) -> Sampling:
+    return (
+        sampling if sampling.seed is None or sampling.is_argmax else replace(sampling, seed=sampling.seed + i)
+    )
+
+
+def told_prompt(query: Query, phrasings: Sequence[str], i: int) -> str:
+    """The i-th query of a list with one of the phrasings behind it, in turn. Raises PromptError for none."""
+    if not phrasings:
+        raise PromptError("an instruction without a wording can't be told to the model.")
+    return f"{query.text} {phrasings[i % len(phrasings)]}"

@@ -1,0 +1,150 @@
+"""Which settings are worth a check: blocks from coarse to fine, strengths along a line, targets by halving.
+
+What counts is the recovered gap (score.py). It varies smoothly with block and strength, so a coarse look finds
+the region and a finer one its best place; what is tried on one target first is tried on more only if it is good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+
+from localsteer.errors import PlanError
+from localsteer.vector import ControlVector
+
+from .score import Score
+from .setting import POSITIONS, Setting
+
+N_COARSE = 8  # blocks of the first look
+FIRST_STRENGTH = 1.5  # between 1, which suits the early blocks, and 2, which suits the late ones
+STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)  # where the line search may go
+# Settings of each kind whose neighbours are tried, whose strengths are, and that come into the last look. Of each
+# kind, because likelihood does not tell which positions a model can bear.
+KEPT = (2, 1, 3)
+N_TARGETS = (2, 4)  # targets of the first looks, and of the last
+
+
+class Search:
+    """blocks: 0-based, those to try. strengths: the ones to try, all of them; None searches along STRENGTHS.
+
+    on_best: called with the best setting so far and its recovered gap, whenever there is news.
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        blocks: Sequence[int],
+        positions: Sequence[str] = POSITIONS,
+        strengths: Sequence[float] | None = None,
+        modes: Sequence[str] = ("project",),
+        on_best: Callable[[Setting, float], None] | None = None,
+    ) -> None:
+        self.score = score
+        self._blocks, self._positions, self._modes = sorted(set(blocks)), tuple(positions), tuple(modes)
+        self._strengths = None if strengths is None else tuple(dict.fromkeys(strengths))
+        self._on_best = on_best
+
+    def run(self) -> list[Setting]:
+        """Every setting that was scored, the best first. What was scored on more targets comes first."""
+        few, many = N_TARGETS
+        near, along, last = KEPT
+        self._look(self._coarse(), few)
+        self._look(self._between(self._best_of_each_kind(near, few)), few)
+        self._look(self._along(self._best_of_each_kind(along, few)), few)
+        self._look(self._along(self._best_of_each_kind(along, few)), few)
+        self._look(self._best_of_each_kind(last, few), many)
+        return self.ranking()
+
+    def ranking(self) -> list[Setting]:
+        """Of all that was scored so far."""
+        return sorted(
+            self.score.settings, key=lambda setting: (-self.score.n_targets(setting), -self.of(setting))
+        )
+
+    def of(self, setting: Setting) -> float:
+        return self.score.of(setting)
+
+    def _look(self, settings: Iterable[Setting], n_targets: int) -> None:
+        settings = list(dict.fromkeys(settings))
+        if settings:
+            self.score.extend(settings, n_targets)
+            if self._on_best:
+                best = self._best(1, n_targets)[0]
+                self._on_best(best, self.score.gap(best))
+
+    def _coarse(self) -> list[Setting]:
+        """Blocks at equal distances, the first and the last among them, at every position."""
+        n = len(self._blocks)
+        few = min(n, N_COARSE)
+        chosen = sorted({self._blocks[round(i * (n - 1) / max(1, few - 1))] for i in range(few)})
+        strengths = self._strengths or (FIRST_STRENGTH,)
+        return [
+            Setting(layer, positions, strength, mode)
+            for layer in chosen
+            for mode in self._modes
+            for positions in self._positions
+            for strength in strengths
+        ]
+
+    def _best(self, n: int, n_targets: int) -> list[Setting]:
+        known = [setting for setting in self.score.settings if self.score.n_targets(setting) >= n_targets]
+        return sorted(known, key=lambda setting: -self.score.of(setting, n_targets))[:n]
+
+    def _best_of_each_kind(self, n: int, n_targets: int) -> list[Setting]:
+        """The best n of each positions and mode."""
+        ordered = self._best(len(self.score.settings), n_targets)
+        kinds: dict[tuple[str, str], list[Setting]] = {}
+        for setting in ordered:
+            kinds.setdefault((setting.positions, setting.mode), []).append(setting)
+        return [setting for kind in kinds.values() for setting in kind[:n]]
+
+    def _between(self, settings: Sequence[Setting]) -> Iterable[Setting]:
+        """The blocks around good ones that the coarse look left out."""
+        scored = {setting.layer for setting in self.score.settings}
+        for setting in settings:
+            for layer in self._blocks:
+                gap = sorted(scored | {self._blocks[0], self._blocks[-1]})
+                below = max((block for block in gap if block < setting.layer), default=setting.layer)
+                above = min((block for block in gap if block > setting.layer), default=setting.layer)
+                if below < layer < above and layer not in scored:
+                    yield replace(setting, layer=layer)
+
+    def _along(self, settings: Sequence[Setting]) -> Iterable[Setting]:
+        """The strengths beside those of good settings; none where the user has named them."""
+        if self._strengths is not None:
+            return
+        for setting in settings:
+            at = STRENGTHS.index(setting.strength)
+            for i in (at - 1, at + 1):
+                if 0 <= i < len(STRENGTHS):
+                    yield replace(setting, strength=STRENGTHS[i])
+
+
+def usable_blocks(vector: ControlVector, blocks: Iterable[int] | None) -> list[int]:
+    """The blocks to try: all that have a direction, or those that were asked for.
+
+    Raises PlanError for one that is out of range or has no direction, and for none.
+    """
+    if blocks is None:
+        usable = list(vector.blocks)
+    else:
+        usable = list(vector.at(layer=tuple(blocks)).layers)
+    if not usable:
+        raise PlanError(f"{vector.label} has no direction at any of the blocks to choose from.")
+    return usable
+
+
+def candidates(settings: Sequence[Setting], n: int) -> list[Setting]:
+    """The first n that are not neighbours (at most one block apart), every kind of positions and mode in turn.
+
+    In turn, because likelihood does not see what only a reply shows: that a setting which keeps steering the
+    reply does not get away from its beginning.
+    """
+    kinds: dict[tuple[str, str], list[Setting]] = {}
+    for setting in settings:
+        kind = kinds.setdefault((setting.positions, setting.mode), [])
+        if all(abs(setting.layer - other.layer) > 1 for other in kind):
+            kind.append(setting)
+    turns = zip_longest(*kinds.values())
+    return [setting for turn in turns for setting in turn if setting is not None][:n]

@@ -1,0 +1,282 @@
+"""The whole choice: targets from the told model, settings by likelihood, a few of them checked by generation.
+
+tuned = tune(engine, vector, instruction, queries)
+tuned.vector.save("json.gguf")
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from localsteer.catalog import Instruction, Query
+from localsteer.errors import PlanError
+from localsteer.evaluate.verify import check_arguments
+from localsteer.likelihood import Likelihood
+from localsteer.vector import ControlVector
+
+from . import record
+from .check import Check, Trial
+from .score import Score
+from .search import Search, candidates, usable_blocks
+from .setting import POSITIONS, Setting
+from .targets import Telling, Told
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+
+DEFAULT_N = 8  # queries of the check, as the paper has it
+MAX_TOKENS = 192  # of a reply
+WAVE = 3  # settings that are checked at once, each on half of the queries, and the best of them on all
+N_WAVES = 2  # the second only where the first found nothing as good as telling
+N_SEQ_MAX = 32  # of an engine for this: sequences of one decode, most of them short
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """vector: with the settings that won, and `record` as provenance["validation"]; strength 0 when `setting`
+    is None, that is, when nothing was better than the model alone.
+
+    trials: the settings that were checked, the best first. plain, told, both: the model alone, told in words,
+    and told and steered; `both` without replies where nothing won. ranking: (setting, recovered gap), the
+    likeliest first. advice: what the user should know, a sentence each. stopped: Ctrl-C ended the search.
+    """
+
+    vector: ControlVector
+    setting: Setting | None
+    trials: tuple[Trial, ...]
+    plain: Trial
+    told: Trial
+    both: Trial
+    ranking: tuple[tuple[Setting, float], ...]
+    record: Mapping[str, Any]
+    stopped: bool = False
+
+    @property
+    def helps(self) -> bool:
+        return self.setting is not None
+
+    @property
+    def scores(self) -> Mapping[str, float | None]:
+        return self.record["scores"]
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        return tuple(self.record["advice"])
+
+
+def tune(
+    engine: Engine,
+    vector: ControlVector,
+    instruction: Instruction,
+    queries: Sequence[Query],
+    *,
+    blocks: Iterable[int] | None = None,
+    positions: Sequence[str] = POSITIONS,
+    modes: Sequence[str] | None = None,
+    strengths: Sequence[float] | None = None,
+    n: int = DEFAULT_N,
+    max_tokens: int = MAX_TOKENS,
+    seed: int = 0,
+    source: Mapping[str, Any] | None = None,
+    report: Report | None = None,
+) -> Tuned:
+    """Block, positions, strength and mode for one vector of one model, in about a minute.
+
+    queries: validation ones; `n` of them check, the others bring the targets. blocks: 0-based, all by default.
+    modes: the vector's own by default. strengths: to be tried, negative ones for less of it; by default a line
+    search up to 3. seed: of the sampled targets. source: what else the record should say of the model. report:
+    called with (what is being done, done, of how many).
+
+    Ctrl-C keeps the best so far once there is one. Raises PlanError without queries or blocks, PromptError for
+    an instruction without wording, CatalogError for one whose verifier is unusable, MismatchError for a vector
+    of another model.
+    """
+    if not queries:
+        raise PlanError(f"no validation queries to tune {instruction.id} with.")
+    if strengths is not None and not all(strengths):
+        raise PlanError("strength 0 steers nothing: the model alone is asked anyway.")
+    if instruction.verifier is not None:
+        check_arguments(instruction.verifier, instruction.kwargs_for(queries[0].text), prompt=queries[0].text)
+    engine.plan(vector)
+    return _Tuning(
+        engine,
+        vector,
+        instruction,
+        *split(queries, n),
+        blocks=usable_blocks(vector, blocks),
+        positions=positions,
+        modes=tuple(modes or (vector.mode,)),
+        strengths=strengths,
+        max_tokens=max_tokens,
+        seed=seed,
+        report=report or (lambda _what, _done, _total: None),
+    ).run(source or {})
+
+
+def split(queries: Sequence[Query], n: int) -> tuple[tuple[Query, ...], tuple[Query, ...]]:
+    """(queries for targets, at most n queries for the check), apart from each other where there are two or
+    more; those of the check at equal distances, so that few of them still hold every kind."""
+    n = min(n, max(1, len(queries) // 2))
+    checked = {i * len(queries) // n for i in range(n)}
+    rest = tuple(query for i, query in enumerate(queries) if i not in checked)
+    return rest or tuple(queries), tuple(queries[i] for i in sorted(checked))
+
+
+@dataclass
+class _Tuning:
+    """The steps of one choice, and what they have found so far."""
+
+    engine: Engine
+    vector: ControlVector
+    instruction: Instruction
+    asked: Sequence[Query]
+    checked: Sequence[Query]
+    blocks: Sequence[int]
+    positions: Sequence[str]
+    modes: Sequence[str]
+    strengths: Sequence[float] | None
+    max_tokens: int
+    seed: int
+    report: Report
+    _search: Search | None = None
+    _check: Check | None = None
+    _told: Told = field(default_factory=lambda: Told((), 0, 0, 0, 0))
+
+    def run(self, source: Mapping[str, Any]) -> Tuned:
+        started = time.perf_counter()
+        likelihood = Likelihood(self.engine)
+        stopped = False
+        try:
+            self._tell(likelihood)
+            if self._told.targets:
+                self._compare(likelihood)
+        except KeyboardInterrupt:
+            if self._best() is None:
+                raise
+            stopped = True
+        return self._tuned(source, time.perf_counter() - started, likelihood.n_tokens, stopped)
+
+    def _tell(self, likelihood: Likelihood) -> None:
+        what = f"asking for {self.instruction.id} in words"
+        telling = Telling(
+            self.engine,
+            self.instruction,
+            self.asked,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            on_reply=lambda done, n_passed: self.report(f"{what}: {n_passed} replies follow", done, 0),
+        )
+        self._told = telling.collect(likelihood)
+
+    def _compare(self, likelihood: Likelihood) -> None:
+        score = Score(likelihood, self.vector, self._told.targets)
+        self._search = Search(
+            score,
+            self.blocks,
+            self.positions,
+            self.strengths,
+            self.modes,
+            on_best=lambda setting, gap: self.report(
+                f"scoring settings, best so far {setting} ({gap:.0%} of what telling does)",
+                len(score.settings),
+                0,
+            ),
+        )
+        ranking = self._search.run()
+        self._check = Check(
+            self.engine,
+            self.vector,
+            self.instruction,
+            self.checked,
+            max_tokens=self._told.max_tokens,
+            on_reply=lambda done: self.report(f"checking{self._shown_best()}", done, 0),
+        )
+        self._check.ask_model()
+        half = (len(self.checked) + 1) // 2
+        chosen = candidates(ranking, WAVE * N_WAVES)
+        for start in range(0, len(chosen), WAVE):
+            self._check.ask(chosen[start : start + WAVE], half)
+            self._finish()
+            if self._is_as_good_as_told(self._ordered()[0]):
+                break
+        best = self._best()
+        if best is not None:
+            self._check.ask_both(best.setting)
+
+    def _finish(self) -> None:
+        """Ask the best one everything, until no other can have been better."""
+        while True:
+            best = self._ordered()[0]
+            if best.n == len(self.checked):
+                return
+            self._check.ask([best.setting])
+
+    def _is_as_good_as_told(self, best: Trial) -> bool:
+        return best.score >= max(self._check.told.score, 0.5) and best.score > self._check.plain.score
+
+    def _ordered(self) -> list[Trial]:
+        """Checked settings: those on all queries first, the best first."""
+        if self._check is None or self._search is None:
+            return []
+        trials = list(self._check.trials.values())
+        for trial in trials:
+            trial.gap = self._search.score.gap(trial.setting)
+        return sorted(trials, key=lambda trial: self._order(trial), reverse=True)
+
+    def _order(self, trial: Trial) -> tuple[float, ...]:
+        # without a verifier the likelihood stands for it, and the replies only tell what is broken
+        if self.instruction.verifier is None:
+            return (trial.score >= 0.5 * self._check.told.score, trial.gap, trial.score)
+        return (trial.score, -trial.n_degenerate, trial.gap, trial.n)
+
+    def _best(self) -> Trial | None:
+        """The setting that wins, or None where the model alone does."""
+        complete = [trial for trial in self._ordered() if trial.n == len(self.checked)]
+        if not complete:
+            # a search that was stopped before anything was checked: the likeliest has to do
+            if self._search is not None and self._search.score.settings and not self._ordered():
+                setting = self._search.ranking()[0]
+                return Trial(setting, gap=self._search.score.gap(setting))
+            return None
+        best = complete[0]
+        if self.instruction.verifier is None:
+            return best if best.gap > 0 and best.score >= 0.5 * self._check.plain.score else None
+        return best if best.score > self._check.plain.score else None
+
+    def _shown_best(self) -> str:
+        trials = self._ordered()
+        return (
+            f", best so far {trials[0].setting} ({trials[0].n_good} of {trials[0].n} good)" if trials else ""
+        )
+
+    def _tuned(self, source: Mapping[str, Any], seconds: float, n_scored: int, stopped: bool) -> Tuned:
+        nobody = Trial(None)
+        check = self._check
+        plain, told, both = (check.plain, check.told, check.both) if check else (nobody, nobody, nobody)
+        ranking = self._search.ranking() if self._search else []
+        best = self._best()
+        trials = tuple(self._ordered())
+        chosen = self.vector.at(strength=0.0) if best is None else best.setting.of(self.vector)
+        kept = record.of(
+            self.instruction,
+            best,
+            trials,
+            plain,
+            told,
+            both,
+            told_model=self._told,
+            seconds=seconds,
+            stopped=stopped,
+        ) | dict(source)
+        # the verifier, too: a file that named none would be asked for it again by the next command
+        origin = {"verifier": self.instruction.verifier, "kwargs": dict(self.instruction.kwargs)}
+        if self.instruction.verifier is None:
+            origin = {}
+        vector = replace(chosen, provenance={**chosen.provenance, **origin, "validation": kept})
+        scored = tuple((setting, self._search.score.gap(setting)) for setting in ranking)
+        return Tuned(vector, best and best.setting, trials, plain, told, both, scored, kept, stopped)
