@@ -57,6 +57,27 @@ def tiny_llama(tiny: Callable[[str], TinyModel]) -> TinyModel:
 
 
 @pytest.fixture(scope="session")
+def exact_bundled():
+    """The bundled model in F32 and exact, so that a reply is the same whatever is decoded beside it."""
+    from bundled_vectors import open_bundled
+
+    from localsteer import bundled
+
+    if not bundled.is_available():
+        pytest.skip("this copy of the package holds no bundled model")
+    with open_bundled(n_ctx=256, n_seq_max=32) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def extracted(exact_bundled):
+    """Vectors of the bundled model, by the id of the instruction."""
+    from bundled_vectors import bundled_vectors
+
+    return bundled_vectors(exact_bundled, ("no_comma", "title", "lowercase"))
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """Real models and data that lie beside the repository; a test that needs them skips without."""
     folder = Path(__file__).parents[2] / "shared" / "data"

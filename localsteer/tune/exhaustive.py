@@ -79,6 +79,7 @@ def tune_exhaustively(
         check.ask_both(best.setting)
     on_reply(total)
     chosen = vector.at(strength=0.0) if best is None else best.setting.of(vector)
+    n_followed = sum(bool(reply.followed) for reply in check.told.replies)
     kept = record.of(
         instruction,
         best,
@@ -86,12 +87,10 @@ def tune_exhaustively(
         check.plain,
         check.told,
         check.both,
-        told_model=Told((), len(check.told.replies), sum(bool(reply.followed) for reply in
-        check.told.replies),
-                        len(check.told.replies), max_tokens),
+        told_model=Told((), check.told.n, n_followed, check.told.n, max_tokens),
         seconds=None,  # a search that went on where it was stopped ends with the same file as one that wasn't
         stopped=False,
-    )  # fmt: skip
+    )
     kept |= {"search": "exhaustive", "replies": check.n_replies, **(source or {})}
     origin = {"verifier": instruction.verifier, "kwargs": dict(instruction.kwargs)}
     vector = replace(chosen, provenance={**chosen.provenance, **origin, "validation": kept})

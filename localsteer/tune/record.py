@@ -111,10 +111,11 @@ def advice(
         )
     elif round((scores["steered"] - none) * n) < 2:
         lines.append(f"it helps by one reply of {n} alone, which may be chance: try again with more queries.")
-    if best is not None and told is not None and told - (scores["steered"] or 0.0) >= 2 / max(1, n):
+    is_known = best is not None and bool(best.replies) and told is not None
+    if is_known and told - scores["steered"] >= 2 / max(1, n):
         lines.append(
             f"told in words the model follows it more often ({told:.0%}) than when it is steered "
-            f"({scores['steered'] or 0.0:.0%})."
+            f"({scores['steered']:.0%})."
         )
     verdict = with_instruction(scores, n)
     if verdict == WORSE:

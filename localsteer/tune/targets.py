@@ -34,8 +34,7 @@ LIMITS = (72, 128, 192)  # tokens of a reply in the check; fewer would not show 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """plain, told: the prompt's ids without and with the instruction. reply: ids, with the token that ends
-    it.
+    """plain: the prompt's ids without the instruction. reply: ids, with the token that ends it.
 
     gap: (n,) nats, log-probability of each token of the reply when told, less that of the plain model.
     base: (n,) nats, that of the plain model.

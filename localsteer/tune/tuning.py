@@ -236,13 +236,17 @@ class _Tuning:
 
     def _best(self) -> Trial | None:
         """The setting that wins, or None where the model alone does."""
-        complete = [trial for trial in self._ordered() if trial.n == len(self.checked)]
-        if not complete:
-            # a search that was stopped before anything was checked: the likeliest has to do
-            if self._search is not None and self._search.score.settings and not self._ordered():
-                setting = self._search.ranking()[0]
-                return Trial(setting, gap=self._search.score.gap(setting))
+        if self._search is None or not self._search.score.settings:
             return None
+        trials = self._ordered()
+        # a search that was stopped has none that was asked everything
+        complete = [trial for trial in trials if trial.n == len(self.checked)] or [
+            trial for trial in trials if trial.n
+        ]
+        if not complete:
+            # nothing was checked: the likeliest has to do
+            setting = self._search.ranking()[0]
+            return Trial(setting, gap=self._search.score.gap(setting))
         best = complete[0]
         if self.instruction.verifier is None:
             return best if best.gap > 0 and best.score >= 0.5 * self._check.plain.score else None

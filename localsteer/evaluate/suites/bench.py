@@ -240,8 +240,11 @@ class Bench:
         chosen = [self.instruction(each) for each in instructions]
         new = [each for each in chosen if each.id not in self._picked]
         self.prepare(chosen)
-        all_tuned = self.tune([(each, self._raw[each.id]) for each in new])
-        for each, tuned in zip(new, all_tuned, strict=True):
+        kept = {each.id: self._tuned_before(each) for each in new}
+        self._picked |= {name: vector for name, vector in kept.items() if vector is not None}
+        untuned = [each for each in new if kept[each.id] is None]
+        all_tuned = self.tune([(each, self._raw[each.id]) for each in untuned])
+        for each, tuned in zip(untuned, all_tuned, strict=True):
             self._picked[each.id] = self._save(each, tuned.vector)
         return {each.id: self._picked[each.id] for each in chosen}
 
@@ -493,7 +496,18 @@ class Bench:
         return vector
 
     def _kept(self, instruction: Instruction) -> ControlVector | None:
-        """The vector of an earlier, stopped run, without its settings: the journal knows how to pick them."""
+        """The vector of an earlier, stopped run, without its settings."""
+        vector = self._of_earlier_run(instruction)
+        if vector is None:
+            return None
+        return vector.at(layer=vector.n_layer // 2, positions="all", mode="project", strength=1.0)
+
+    def _tuned_before(self, instruction: Instruction) -> ControlVector | None:
+        """The same with its settings, if that run had chosen them: the search is in no journal."""
+        vector = self._of_earlier_run(instruction)
+        return vector if vector is not None and vector.provenance.get("validation") else None
+
+    def _of_earlier_run(self, instruction: Instruction) -> ControlVector | None:
         path = self._path(instruction)
         if not path.is_file():
             return None
@@ -504,12 +518,16 @@ class Bench:
         if vector.provenance.get(DIGEST) != self._digest(instruction):
             return None
         self.files[instruction.id] = path
-        return vector.at(layer=vector.n_layer // 2, positions="all", mode="project", strength=1.0)
+        return vector
 
     def _digest(self, instruction: Instruction) -> str:
-        queries = [query.text for query in self.catalog.queries_for(instruction, "extraction")]
-        content = [self.model["sha256"], list(instruction.phrasings), queries]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        """Of what a vector and its settings come from."""
+        extraction = [query.text for query in self.catalog.queries_for(instruction, "extraction")]
+        validation = [query.text for query in self.queries(instruction, "validation")]
+        rule = [instruction.verifier, dict(instruction.kwargs)]
+        content = [self.model["sha256"], list(instruction.phrasings), extraction, validation, rule]
+        content += [self.max_tokens, self.seed]
+        return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
 def model_info(engine: Engine) -> dict[str, Any]:
