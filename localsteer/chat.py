@@ -68,7 +68,8 @@ class Turn:
 
 
 class Chat:
-    """Not for several threads. The engine belongs to the chat while it is open, and is not closed with it.
+    """Not for several threads. engine: an open one, which belongs to the chat while that is open and is not
+    closed with it; or, faster, a function that opens one, which is closed with the chat (see Scheduler).
 
     vectors: what can be steered by, by name. system: a message before all others. sampling: a seed counts up
     from turn to turn. keep_cache: a changed plan leaves what is in the cache as it was computed. tries: of
@@ -78,7 +79,7 @@ class Chat:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | Callable[[], Engine],
         *,
         vectors: Mapping[str, ControlVector] | None = None,
         system: str | None = None,
@@ -91,8 +92,8 @@ class Chat:
         always_steer: bool = False,
         on_note: Say = lambda _text: None,
     ) -> None:
-        self.engine = engine
         self.scheduler = Scheduler(engine)
+        self.engine = self.scheduler.engine
         self.vectors: dict[str, ControlVector] = {}
         self.active: dict[str, ControlVector] = {}
         self.ensured: dict[str, ControlVector] = {}
@@ -106,8 +107,12 @@ class Chat:
         self._asked = 0
         self._seen: list[int] = []  # tokens of the last turn, and the plan that they were read under
         self._seen_key = b""
-        for name, vector in (vectors or {}).items():
-            self.add(name, vector)
+        try:
+            for name, vector in (vectors or {}).items():
+                self.add(name, vector)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self.scheduler.close()

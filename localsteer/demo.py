@@ -1,8 +1,8 @@
 """What steering does to one model, with the controls that give it meaning: a table, and replies side by side.
 
     document = demonstrate(engine, catalog, vectors)              # a model of somebody's, with tuned vectors
-    document = run_demo(instructions=("json", "lowercase"))       # the bundled one: quantized, extracted, tuned
-    document["mean"]["steered"]
+    document = run_demo(instructions=("json", "lowercase"))       # the bundled one: quantized, extracted,
+    tuned document["mean"]["steered"]
 
 Subjects of extraction, validation and test queries are disjoint.
 """
@@ -112,8 +112,8 @@ def demonstrate(
 ) -> dict[str, Any]:
     """The same table for tuned vectors of any model, by instruction id. n: test queries each.
 
-    other: the next instruction's vector at its own settings, since a vector that ships has its one block alone.
-    Replies are cut at REAL_TOKENS, so that this takes a minute or two on a laptop.
+    other: the next instruction's vector at its own settings, since a vector that ships has its one block
+    alone. Replies are cut at REAL_TOKENS, so that this takes a minute or two on a laptop.
     """
     started = time.perf_counter()
     queries = spread(catalog.queries["test"], n)

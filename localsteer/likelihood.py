@@ -1,4 +1,5 @@
-"""How likely given replies are: teacher forcing of many (prompt, reply, plan) rows, as many in a decode as fit.
+"""How likely given replies are: teacher forcing of many (prompt, reply, plan) rows, as many in a decode as
+fit.
 
 What rows begin with in common is computed once a decode (prefix.py), and logits for the wanted tokens only.
 """
@@ -90,8 +91,8 @@ class Likelihood:
         room = min(self._engine.n_ctx, self._engine.context.n_batch, self._engine.n_cells)
         if len(sequence.tokens) > room:
             raise PromptError(
-                f"a prompt and reply of {len(sequence.tokens)} tokens do not fit into the {room} that are read "
-                "at once: shorten them, or raise n_ctx (-c)."
+                f"a prompt and reply of {len(sequence.tokens)} tokens do not fit into the {room} that are "
+                "read at once: shorten them, or raise n_ctx (-c)."
             )
         return sequence
 

@@ -22,10 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import llama_cpp
-import numpy as np
-
-from .attach import Attaching, Notices, Steer
 from .bridge import (
     BorrowedContext,
     BorrowedModel,
@@ -38,7 +34,13 @@ from .bridge import (
     install,
     our_log,
     set_extra_bufts,
-)
+)  # before llama_cpp: bridge/openmp.py
+
+# isort: split
+import llama_cpp
+import numpy as np
+
+from .attach import Attaching, Notices, Steer
 from .engine import position_classes
 from .errors import LocalsteerError, ModelFileError, PromptError, UnsupportedModelError
 from .kv import class_keys

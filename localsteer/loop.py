@@ -50,8 +50,7 @@ class Request:
     n_cached: tokens of the prompt that were taken from the cache. n_top: None, or how many of the likeliest
     tokens its chunks tell the log-probabilities of, beside that of the token drawn. keep_cache: take what is
     cached of these tokens whatever it was computed under, so that a changed plan reads nothing again.
-    capture: blocks whose state at the last prompt token is wanted in the place of a reply; they are in
-    `states`, (len(capture), n_embd), when its only chunk comes.
+    capture: blocks whose `states` at the last prompt token, (len(capture), n_embd), are wanted, and no reply.
     """
 
     prompt: list[int]
@@ -330,8 +329,7 @@ class Loop:
         if not asking:
             return self.engine.context.decode(*batch, **steering)
         layers = {layer for i in asking for layer in drawing[i].capture}
-        mask = np.zeros(len(batch[-1]), bool)
-        mask[np.flatnonzero(batch[-1])[asking]] = True
+        mask = np.isin(np.arange(len(batch[-1])), np.flatnonzero(batch[-1])[asking])
         rows = self.engine.context.decode(*batch, **steering, capture=layers, capture_tokens=mask)
         for row, i in enumerate(asking):
             drawing[i].states = np.stack([rows.states[layer][row] for layer in drawing[i].capture])

@@ -1,8 +1,8 @@
 """Many sequences in one decode, what they begin with in common computed once.
 
-A chat template opens every prompt with the same system message, and plans that differ in the reply alone leave
-the prompt to be shared. Two positions are the same when token and edits are, here and at every position before
-(as in kv.py). llama.cpp computes a token that several sequences have once.
+A chat template opens every prompt with the same system message, and plans that differ in the reply alone
+leave the prompt to be shared. Two positions are the same when token and edits are, here and at every position
+before (as in kv.py). llama.cpp computes a token that several sequences have once.
 """
 
 from __future__ import annotations

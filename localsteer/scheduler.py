@@ -8,7 +8,9 @@
         async for chunk in scheduler.submit("Tell me about owls."): ...
 
 One thread decodes; any thread may submit, read and cancel. While a scheduler is open its engine belongs to
-it: `paused` lends it for anything else.
+it: `paused` lends it for anything else. `Scheduler(partial(Engine, "model.gguf"))` opens the engine in the
+thread that decodes: OpenMP gives every thread that has computed a team of its own, and two on the same cores
+are in each other's way.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -142,16 +145,22 @@ def _chunk(event: Chunk | LocalsteerError) -> Chunk:
 
 
 class Scheduler:
-    """max_queue: requests that may wait beyond those that have a slot; one more raises QueueFullError.
-    prefill_chunk: as in Loop."""
+    """engine: an open one, or a function that opens one. It is called in the thread that decodes, and its
+    engine is closed with the scheduler. max_queue: requests that may wait beyond those that have a slot; one
+    more raises QueueFullError. prefill_chunk: as in Loop.
+
+    Raises what the function raises."""
 
     def __init__(
-        self, engine: Engine, *, max_queue: int = MAX_QUEUE, prefill_chunk: int = PREFILL_CHUNK
+        self,
+        engine: Engine | Callable[[], Engine],
+        *,
+        max_queue: int = MAX_QUEUE,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
-        self.engine = engine
         self.max_queue = max_queue
         self._prefill_chunk = prefill_chunk
-        self._loop = Loop(engine, prefill_chunk=prefill_chunk)
+        self._owns_engine = callable(engine)
         self._tickets: dict[int, Ticket] = {}  # by id of the request, until its end
         self._work = threading.Condition()
         self._cancelled: dict[int, tuple[Ticket, str]] = {}
@@ -159,9 +168,23 @@ class Scheduler:
         self._stepping = False
         self._guests = 0  # calls of `paused` that wait for the engine or have it
         self._guest = threading.Lock()  # one of them has it
-        self._thread = threading.Thread(target=self._serve, name="localsteer-scheduler", daemon=True)
+        opened: Future[Engine] = Future()
+        opener = engine if callable(engine) else lambda: engine
+        self._thread = threading.Thread(
+            target=self._run, args=(opener, opened), name="localsteer-scheduler", daemon=True
+        )
         self._thread.start()
-        engine.before_close(self.close)
+        self.engine = self._wait_for(opened)
+        self.engine.before_close(self.stop)
+
+    def _wait_for(self, opened: Future[Engine]) -> Engine:
+        try:
+            return opened.result()
+        except BaseException:  # it can't be opened; or Ctrl-C, after which it may still come
+            self.stop()
+            if self._owns_engine and opened.exception() is None:
+                opened.result().close()
+            raise
 
     def submit(
         self,
@@ -256,8 +279,14 @@ class Scheduler:
                 self._work.notify_all()
 
     def close(self, grace: float = 0.0) -> None:
+        """`stop`, and close the engine if it was opened here."""
+        self.stop(grace)
+        if self._owns_engine:
+            self.engine.close()
+
+    def stop(self, grace: float = 0.0) -> None:
         """Take no more requests, let those that are here finish for `grace` seconds, cancel the rest. Returns
-        when nobody uses the engine any more, guests of `paused` included."""
+        when nobody decodes any more, guests of `paused` included."""
         with self._work:
             self._closing = True
             self._work.notify_all()
@@ -275,6 +304,16 @@ class Scheduler:
 
     # -- the thread that decodes --------------------------------------------------------------------
 
+    def _run(self, open_engine: Callable[[], Engine], opened: Future[Engine]) -> None:
+        try:
+            engine = open_engine()
+            self._loop = Loop(engine, prefill_chunk=self._prefill_chunk)
+        except BaseException as error:  # told where the scheduler is made
+            opened.set_exception(error)
+            return
+        opened.set_result(engine)
+        self._serve()
+
     def _serve(self) -> None:
         while self._begin_step():
             try:
@@ -284,7 +323,7 @@ class Scheduler:
             except LocalsteerError as error:  # the engine was closed, or used behind our back
                 self._fail(error)
             except Exception:  # a bug: those who wait would wait for ever
-                logger.exception("the scheduler of %s ended", self.engine.path.name)
+                logger.exception("the scheduler of %s ended", self._loop.engine.path.name)
                 self._fail(SchedulerClosedError("the scheduler ended by an error of its own, see the log."))
             finally:
                 self._end_step()

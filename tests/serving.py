@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +116,19 @@ class Server:
 def serving(
     folder: Path | None, *, models: dict[str, Path] | None = None, grace: float = 0.0, **options: Any
 ) -> Iterator[Server]:
-    """options: as create_app has them; `engine` holds those of the engines."""
+    """options: as create_app has them; `engine` and `scheduler` hold those of the engines and schedulers."""
+    from localsteer.scheduler import Scheduler
     from localsteer.server.app import create_app
     from localsteer.server.run import Running
 
     settings = {**EXACT, "n_seq_max": 8, **options.pop("engine", {})}
+    queue = options.pop("scheduler", {})
     with ExitStack() as stack:
-        engines = {
-            name: stack.enter_context(localsteer.Engine(path, **settings))
+        schedulers = {
+            name: stack.enter_context(Scheduler(partial(localsteer.Engine, path, **settings), **queue))
             for name, path in (models or {"bundled": model_path()}).items()
         }
-        running = Running(create_app(engines, folder=folder, **options), "127.0.0.1", 0, grace)
+        running = Running(create_app(schedulers, folder=folder, **options), "127.0.0.1", 0, grace)
         ready = threading.Event()
         thread = threading.Thread(
             target=running.serve, kwargs={"on_ready": ready.set, "signals": False}, daemon=True

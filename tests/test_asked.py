@@ -247,6 +247,16 @@ def test_a_scheduler_reads_the_same_states_as_the_engine_beside_steered_replies(
     np.testing.assert_allclose(states, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_separate_caches_give_the_same_states(engine, vectors):
+    prompts = [engine.prompt_tokens(text) for text in (PLAIN, MENTIONED)]
+    expected = engine.last_hidden_states(prompts)[:, [2]]
+    with open_bundled(kv_unified=False) as separate, Scheduler(separate) as scheduler:
+        reply = scheduler.submit(PLAIN, steer=vectors["json"], sampling=GREEDY, max_tokens=20)
+        looks = [scheduler.look(tokens, [2]) for tokens in prompts]
+        np.testing.assert_allclose([look.states() for look in looks], expected, rtol=1e-3, atol=1e-3)
+        assert reply.result().text.startswith("{")
+
+
 def test_what_was_read_for_the_decision_stays_in_the_cache_for_the_reply(engine, vectors):
     vector = with_record(vectors["json"]).at(positions="generation")
     prompt = MENTIONED

@@ -274,3 +274,12 @@ def test_results_that_are_none(folder, whole):
     (folder / "study.json").write_text(json.dumps(study | {"study": "pairs"}))
     assert "B is no evaluation" in invoke("eval", "--diff", whole, "study.json").complaint()
     assert "no.json can't be read" in invoke("eval", "--diff", whole, "no.json").complaint()
+
+
+def test_a_report_is_made_again_from_its_results(tmp_path):
+    recorded = Path(__file__).parents[1] / "docs" / "results" / "eval-q8_0"
+    done = invoke("eval", "--report", recorded, "--out", tmp_path / "page")
+    assert done.status == 0, done.err
+    assert (tmp_path / "page" / "report.md").read_text() == (recorded / "report.md").read_text()
+    assert "<html" in (tmp_path / "page" / "report.html").read_text()
+    assert invoke("eval", "--report", tmp_path / "nothing").status == 2

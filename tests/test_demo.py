@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from cli_runs import environment, invoke
 
 from localsteer import bundled
+from localsteer.bridge import Context
 from localsteer.bundled import checkpoint_hash, gguf_path
 from localsteer.catalog import load_catalog
 from localsteer.demo import GROUPS, _chosen, mean, run_demo
@@ -161,6 +163,26 @@ def test_workers_answer_in_order_and_each_has_its_engine(tiny_llama) -> None:
         )
     assert found == [(k, 3) for k in range(7)]
     assert steps == [(k, 7) for k in range(1, 8)]
+
+
+def test_each_worker_opens_its_engine_in_its_own_thread(tiny_llama, monkeypatch) -> None:
+    threads: dict[int, set[int]] = {}
+    decode = Context._llama_decode
+
+    def watched(context, *arrays) -> None:
+        threads.setdefault(id(context), set()).add(threading.get_ident())
+        decode(context, *arrays)
+
+    monkeypatch.setattr(Context, "_llama_decode", watched)
+    with Workers(tiny_llama.gguf_path, 2, n_ctx=64) as workers:
+        workers.map(lambda engine, k: engine.logits([1, 2, k]), range(40))
+    assert [len(found) for found in threads.values()] == [1, 1]
+    assert len(set.union(*threads.values())) == 2
+
+
+def test_a_model_that_workers_can_t_open_is_told_of_at_once(tmp_path) -> None:
+    with pytest.raises(ModelFileError, match=r"none\.gguf"):
+        Workers(tmp_path / "none.gguf", 3)
 
 
 def test_an_error_in_one_piece_of_work_ends_the_others(tiny_llama) -> None:

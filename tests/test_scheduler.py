@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 from engines import GREEDY, open_engine, random_vector
 
-from localsteer.errors import LocalsteerError, PromptError, QueueFullError, SchedulerClosedError
+from localsteer.bridge import Context
+from localsteer.errors import (
+    LocalsteerError,
+    ModelFileError,
+    PromptError,
+    QueueFullError,
+    SchedulerClosedError,
+)
 from localsteer.generate import Sampling
 from localsteer.kv import CachedSequences
 from localsteer.loop import Loop, new_request
@@ -459,6 +468,70 @@ def test_an_error_that_nobody_foresaw_ends_every_reply_with_one(engine, monkeypa
     with pytest.raises(SchedulerClosedError):
         scheduler.submit("Too late", **SHORT)
     scheduler.close()
+
+
+# --- an engine of its own -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoding_threads(monkeypatch):
+    """{context: the threads that have decoded in it, trying its blocks included}, by their ids."""
+    seen: dict[int, set[int]] = {}
+    decode = Context._llama_decode
+
+    def watched(context, *arrays):
+        seen.setdefault(id(context), set()).add(threading.get_ident())
+        decode(context, *arrays)
+
+    monkeypatch.setattr(Context, "_llama_decode", watched)
+    return seen
+
+
+def test_the_thread_that_decodes_has_opened_the_engine(tiny_llama, decoding_threads):
+    """Two threads that have decoded have two teams of OpenMP threads, which hinder each other."""
+    with Scheduler(partial(open_engine, tiny_llama.gguf_path)) as scheduler:
+        engine = scheduler.engine
+        assert scheduler.submit(prompts(1)[0], **SHORT).result().tokens
+        assert decoding_threads == {id(engine.context): {scheduler._thread.ident}}
+    with pytest.raises(LocalsteerError, match="closed"):
+        engine.generate("Too late", **SHORT)
+
+
+def test_each_model_of_a_server_is_opened_where_it_is_decoded(tiny_llama, tmp_path, decoding_threads):
+    from localsteer.cli.serve import _opened
+
+    paths = [tmp_path / f"{name}.gguf" for name in ("one", "two")]
+    for path in paths:
+        path.symlink_to(tiny_llama.gguf_path)
+    given = {"ctx_size": 0, "threads": 1, "gpu_layers": 0, "kv_unified": True, "parallel": 2, "max_queue": 4}
+    with _opened([*map(str, paths)], given) as schedulers:
+        for scheduler in schedulers.values():
+            assert scheduler.submit(prompts(1)[0], **SHORT).result().tokens
+        threads = {id(one.engine.context): {one._thread.ident} for one in schedulers.values()}
+    assert decoding_threads == threads
+    assert len(threads) == 2
+
+
+def test_an_engine_that_can_t_be_opened_is_an_error_of_the_scheduler(tmp_path):
+    with pytest.raises(ModelFileError, match=r"none\.gguf"):
+        Scheduler(partial(open_engine, tmp_path / "none.gguf"))
+
+
+def test_ctrl_c_while_the_engine_opens_leaves_nothing_open(tiny_llama):
+    """The press reaches the thread that waits; what is opened meanwhile is closed."""
+    opened = []
+
+    def slow():
+        time.sleep(0.2)  # by now the main thread waits
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        opened.append(open_engine(tiny_llama.gguf_path))
+        return opened[0]
+
+    with pytest.raises(KeyboardInterrupt):
+        Scheduler(slow)
+    with pytest.raises(LocalsteerError, match="closed"):
+        opened[0].generate("Too late", **SHORT)
+    assert not any(thread.name == "localsteer-scheduler" for thread in threading.enumerate())
 
 
 # --- the loop -----------------------------------------------------------------------------------------------

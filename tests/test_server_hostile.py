@@ -28,7 +28,7 @@ def server(tmp_path_factory):
 
     folder = write_vectors(tmp_path_factory.mktemp("vectors"))
     # short replies: what is tested is the refusals, and what slips through as valid should not take long
-    with serving(folder, limits=Limits(predict=4), max_queue=1000) as server:
+    with serving(folder, limits=Limits(predict=4), scheduler={"max_queue": 1000}) as server:
         yield server
 
 

@@ -183,7 +183,10 @@ def test_half_a_request_and_rubbish_hurt_nobody(server):
 
 
 def test_a_full_queue_says_so(folder):
-    with serving(folder, max_queue=1, engine={"n_seq_max": 1}) as server, server.http() as http:
+    with (
+        serving(folder, scheduler={"max_queue": 1}, engine={"n_seq_max": 1}) as server,
+        server.http() as http,
+    ):
         with server.state.models["bundled"].scheduler.paused():
             answer = http.post("/v1/chat/completions", json=CHAT | {"n": 4})
         assert answer.status_code == 429, answer.text

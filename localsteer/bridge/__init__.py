@@ -5,6 +5,9 @@ samplers. Each has close() and `with`; a context is freed before its model whate
 `BorrowedModel` and `BorrowedContext` are those of a llama_cpp.Llama, which frees them itself.
 """
 
+from .openmp import spinning  # first of all: it settles how llama.cpp's threads wait
+
+# isort: split
 from .borrowed import BorrowedContext, BorrowedModel, batch_arrays, install, our_log, set_extra_bufts
 from .context import Context, Rows
 from .embedding import Embedder, pooling_of
@@ -35,5 +38,6 @@ __all__ = [
     "quantization_types",
     "quantize",
     "set_extra_bufts",
+    "spinning",
     "system_info",
 ]

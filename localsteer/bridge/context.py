@@ -140,7 +140,7 @@ class Context(Handle):
         self._pointer = pointer
         self._depend_on(self.model, free, pointer, self._hook)
         self.n_ctx_seq = self.n_ctx if self.kv_unified else lc.llama_n_ctx_seq(pointer)
-        self.n_decodes = 0
+        self.n_decodes = self.n_tokens = 0  # calls of llama_decode, and the tokens that they computed
         self._outputs = np.zeros(0, dtype=np.int64)  # batch index of each output row
         self._memory = lc.llama_get_memory(pointer)
         self._batch = _Batch(self.n_batch)
@@ -319,6 +319,7 @@ class Context(Handle):
         log.clear()
         batch = self._batch.filled(tokens, positions, seq_ids, outputs, also)
         self.n_decodes += 1
+        self.n_tokens += len(tokens)
         self._outputs = np.zeros(0, dtype=np.int64)
         status = lc.llama_decode(self.pointer, batch)
         if status == 1:

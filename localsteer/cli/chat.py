@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from localsteer.errors import LocalsteerError, PromptError
 
 from . import interrupt, options
 from .console import answer, note, print_json, progress, shown, table
-from .models import open_engine
+from .models import load_engine, model_file
 from .vector_spec import VectorSpec, with_own_strength
 
 if TYPE_CHECKING:
@@ -123,26 +124,24 @@ def command(
     vectors += [vector_of(model, text, given, loading) for text in instructions]
     names += [vector.name for vector in vectors[len(names) :]]
     predict = given["predict"]
-    with (
-        open_engine(model, **loading, n_seq_max=N_SEQ_MAX) as engine,
-        Chat(
-            engine,
-            system=given["system"],
-            sampling=sampling,
-            max_tokens=None if predict < 0 else predict,
-            stop=given["stop"],
-            ridge=given["ridge"],
-            keep_cache=keep_cache,
-            tries=tries,
-            always_steer=always_steer or given["strength"] is not None,
-            on_note=note,
-        ) as chat,
-    ):
-        engine.check_template()  # before the first question is typed
+    model_file(model)  # a bundled model that must be made first is made here, not in the chat's thread
+    with Chat(
+        partial(load_engine, model, **loading, n_seq_max=N_SEQ_MAX),
+        system=given["system"],
+        sampling=sampling,
+        max_tokens=None if predict < 0 else predict,
+        stop=given["stop"],
+        ridge=given["ridge"],
+        keep_cache=keep_cache,
+        tries=tries,
+        always_steer=always_steer or given["strength"] is not None,
+        on_note=note,
+    ) as chat:
+        chat.engine.check_template()  # before the first question is typed
         session = Session(chat, shelf, quiet=as_json, piped=lines is not None)
         session.begin(names, vectors, ensured, insisted)
         if lines is None:
-            note(f"{engine.path.name}: {GREETING}")
+            note(f"{chat.engine.path.name}: {GREETING}")
             lines = _typed_lines(session, None if no_history else _history_file())
         session.run(lines)
         if as_json:

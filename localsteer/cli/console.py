@@ -145,8 +145,8 @@ def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[..., None]]:
-    """A bar on stderr while the block runs, if that is a terminal: call it with (done, total), total 0 where the
-    end is not known, and with what is being done where that changes.
+    """A bar on stderr while the block runs, if that is a terminal: call it with (done, total), total 0 where
+    the end is not known, and with what is being done where that changes.
 
     It appears once the work has taken half a second, with the time that is left. One at a time.
     """

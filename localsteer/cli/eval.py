@@ -72,12 +72,19 @@ N_TEST = 20
 @click.option(
     "--diff", nargs=2, type=click.Path(), metavar="A B", help="Compare two runs: folders or results.json."
 )
+@click.option(
+    "--report",
+    type=click.Path(),
+    metavar="RUN",
+    help="Make a run's pages again from its results.json, beside it or in --out; nothing is asked.",
+)
 @options.as_json
 def command(
     vectors: tuple[str, ...],
     model: str,
     suites: tuple[str, ...],
     diff: tuple[str, str] | None,
+    report: str | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -98,9 +105,13 @@ def command(
       localsteer eval -m MODEL.gguf --suite cross-model --base BASE.gguf --instructions json
       localsteer eval --suite all
       localsteer eval --diff run-q8 run-q4
+      localsteer eval --report docs/results/eval-q8_0 --out page
     """
     if diff:
         _show(_diff(*diff, given["out"]), as_json)
+        return
+    if report is not None:
+        _show(_reported(report, given["out"]), as_json)
         return
     names = _suites(suites, bundled=is_bundled(model), given=given)
     results = _evaluate(vectors, model, names, given, leave_out="all" in _listed(suites))
@@ -118,6 +129,17 @@ def _diff(a: str, b: str, out: str | None) -> dict[str, Any]:
     if out:
         report.write(found, out)
     return found
+
+
+def _reported(run: str, out: str | None) -> dict[str, Any]:
+    from localsteer.evaluate import report
+    from localsteer.evaluate.results import read
+
+    results = read(run)
+    folder = Path(out) if out else Path(run) if Path(run).is_dir() else Path(run).parent
+    for path in report.write(results, folder):
+        note(f"written to {path}.")
+    return results
 
 
 def _show(results: dict[str, Any], as_json: bool) -> None:

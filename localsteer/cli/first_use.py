@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.errors import LocalsteerError, VectorFileError
 
+from . import interrupt
 from .console import note, progress
 from .models import model_file, open_engine
 
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction, Query
     from localsteer.engine import Engine
+    from localsteer.tune import Tuned
     from localsteer.vector import ControlVector
 
 NOTICE = "notice"  # of the provenance: what its user should know each time
@@ -109,7 +111,8 @@ def _with_settings(
         note(f"{catalog.source} has no validation queries to find settings with: block {vector.layers[0]}.")
         return vector
     note(
-        "finding block, positions and strength; with a large model this takes minutes, and --layer N skips it."
+        "finding block, positions and strength; with a large model this takes minutes, and --layer N "
+        "skips it."
     )
     with progress(f"tuning {instruction.id}") as advance:
         tuned = tune(
@@ -119,4 +122,25 @@ def _with_settings(
             validation,
             report=lambda what, done, total: advance(done, total, what),
         )
-    return replace(tuned.vector, provenance={**tuned.vector.provenance, NOTICE: " ".join(tuned.advice)})
+    if tuned.stopped:
+        interrupt.forgive()  # it ended the search, not the program
+    _tell(instruction, tuned)
+    # what is said again each time: that nothing is applied
+    notice = "" if tuned.helps else " ".join(tuned.advice)
+    return replace(
+        tuned.vector, provenance={**tuned.vector.provenance, **({NOTICE: notice} if notice else {})}
+    )
+
+
+def _tell(instruction: Instruction, tuned: Tuned) -> None:
+    """What was found, once; `inspect` tells it again."""
+    if not tuned.helps:
+        return
+    scores = {name: f"{share:.0%}" for name, share in tuned.scores.items() if share is not None}
+    if tuned.record["judged_by"] == "verifier" and "steered" in scores:
+        note(
+            f"{instruction.id}: {tuned.setting}. Of {tuned.record['n']} replies {scores['steered']} follow "
+            f"it steered, {scores['none']} plain, {scores['instructed']} told in words."
+        )
+    for line in tuned.advice:
+        note(line)

@@ -31,6 +31,9 @@ PROVENANCE = {
     "tool_version": "localsteer",
 }
 
+SCORES = {"plain": "none", "steered": "steered", "told": "instructed", "told and steered": "both"}
+NUMBERS = ("block", "strength", "good", "degenerate", "gap", "n")
+
 
 @click.command("inspect", short_help="Show what a vector file holds.")
 @click.argument("file", type=click.Path())
@@ -67,6 +70,14 @@ def command(file: str, plot: str | None, as_json: bool) -> None:
         return
     answer().print(_head(file, vector, described))
     answer().print()
+    choice = described["provenance"].get("validation")
+    if isinstance(choice, dict):
+        for line in choice_lines(choice):
+            answer().print(line, soft_wrap=True)
+        tried = _tried(choice)
+        if tried.row_count:
+            answer().print(tried)
+        answer().print()
     answer().print(_blocks(described))
 
 
@@ -84,6 +95,43 @@ def _head(file: str, vector: ControlVector, described: dict[str, Any]) -> Any:
         if value not in (None, ""):
             lines.add_row(title, str(value))
     return lines
+
+
+def choice_lines(choice: dict[str, Any]) -> list[str]:
+    """Why these settings: what the search that found them kept. A file may be anybody's, so nothing in it is
+    taken for granted."""
+    scores = choice.get("scores")
+    shares = (
+        {name: _share(scores.get(key)) for name, key in SCORES.items()} if isinstance(scores, dict) else {}
+    )
+    known = ", ".join(f"{name} {share}" for name, share in shares.items() if share)
+    lines = []
+    if known:
+        lines.append(f"checked on {choice.get('n', '?')} queries: {known}")
+    gap = _share(choice.get("recovered_gap"))
+    if gap:
+        lines.append(f"by likelihood it does {gap} of what telling does; judged by {choice.get('judged_by')}")
+    if isinstance(choice.get("seconds"), (int, float)):
+        lines.append(f"found in {choice['seconds']:.0f} s by the search `{choice.get('search')}`")
+    advice = choice.get("advice")
+    return lines + [str(line) for line in advice if line] if isinstance(advice, (list, tuple)) else lines
+
+
+def _tried(choice: dict[str, Any]) -> Any:
+    """The settings that were checked, the best first."""
+    rows = table("block", "positions", "strength", "good", "degenerate", "gap", "n", numbers=NUMBERS)
+    trials = choice.get("table")
+    for trial in trials if isinstance(trials, (list, tuple)) else ():
+        if not isinstance(trial, dict):
+            continue
+        where = [str(trial.get(name, "-")) for name in ("layer", "positions", "strength")]
+        shares = [_share(trial.get(name)) or "-" for name in ("score", "degenerate", "recovered_gap")]
+        rows.add_row(*where, *shares, str(trial.get("n", "-")))
+    return rows
+
+
+def _share(value: Any) -> str:
+    return f"{value:.0%}" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
 
 
 def settings_line(described: dict[str, Any]) -> str:

@@ -73,16 +73,15 @@ def model_file(model: str) -> Path:
     return path_of(model, on_making=note)
 
 
-@contextmanager
-def open_engine(
+def load_engine(
     model: str, *, ctx_size: int = 0, threads: int | None = None, gpu_layers: int = 0, **settings: Any
-) -> Iterator[Engine]:
-    """The engine of `-m MODEL`, closed when the block ends. settings: as Engine has them."""
+) -> Engine:
+    """The engine of `-m MODEL`, to be closed by the caller. settings: as Engine has them."""
     from localsteer.engine import Engine
 
     path = model_file(model)
     with loading(f"loading {path.name}") as on_progress:
-        engine = Engine(
+        return Engine(
             path,
             n_ctx=ctx_size or None,
             n_threads=threads,
@@ -90,7 +89,12 @@ def open_engine(
             on_progress=on_progress,
             **settings,
         )
-    with engine:
+
+
+@contextmanager
+def open_engine(model: str, **options: Any) -> Iterator[Engine]:
+    """The same, closed when the block ends."""
+    with load_engine(model, **options) as engine:
         yield engine
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,10 @@ from localsteer.errors import LocalsteerError
 
 from . import interrupt, options
 from .console import note, print_json
-from .models import is_named, model_file, open_engine
+from .models import is_named, load_engine, model_file
 
 if TYPE_CHECKING:
-    from localsteer.engine import Engine
+    from localsteer.scheduler import Scheduler
     from localsteer.server.run import Running
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
@@ -117,8 +118,8 @@ def command(models: tuple[str, ...], folder: str | None, as_json: bool, **given:
     origins = [origin.rstrip("/") for origin in given["origins"]]
     access = Access(given["host"], given["api_key"] or None, given["hosts"], origins)
     access.check()
-    with _opened(models, given) as engines:
-        running = _application(engines, folder, access, given)
+    with _opened(models, given) as schedulers:
+        running = _application(schedulers, folder, access, given)
         ended = running.serve(on_ready=lambda: _tell(running, as_json))
     return interrupt.EXIT_STATUS if ended == 2 else 0  # 2: SIGINT
 
@@ -147,34 +148,34 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(models: Sequence[str], given: dict[str, Any]) -> Iterator[dict[str, Engine]]:
+def _opened(models: Sequence[str], given: dict[str, Any]) -> Iterator[dict[str, Scheduler]]:
+    from localsteer.scheduler import Scheduler
+
     loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers", "kv_unified")}
     names = model_names(models)
     for model in models:
         model_file(model)  # a slip in the second name should not wait for the first model
     with ExitStack() as stack:
-        engines = {
-            name: stack.enter_context(open_engine(model, **loading, n_seq_max=given["parallel"]))
-            for name, model in names.items()
-        }
-        for engine in engines.values():
-            engine.check_template()  # before a client asks
-        yield engines
+        schedulers = {}
+        for name, model in names.items():
+            opener = partial(load_engine, model, **loading, n_seq_max=given["parallel"])
+            schedulers[name] = stack.enter_context(Scheduler(opener, max_queue=given["max_queue"]))
+            schedulers[name].engine.check_template()  # before a client asks
+        yield schedulers
 
 
 def _application(
-    engines: dict[str, Engine], folder: str | None, access: Any, given: dict[str, Any]
+    schedulers: dict[str, Scheduler], folder: str | None, access: Any, given: dict[str, Any]
 ) -> Running:
     from localsteer.server.app import create_app
     from localsteer.server.limits import Limits
     from localsteer.server.run import Running
 
     application = create_app(
-        engines,
+        schedulers,
         folder=Path(folder) if folder is not None else None,
         access=access,
         limits=Limits(predict=None if given["predict"] < 0 else given["predict"]),
-        max_queue=given["max_queue"],
     )
     return Running(application, given["host"], given["port"], given["grace"])
 

@@ -15,7 +15,7 @@ import click
 
 from localsteer.errors import CatalogError, LocalsteerError, VectorFileError
 
-from . import options
+from . import interrupt, options
 from .console import note, print_json, progress
 from .extract import check_folder, check_output, output_path, refuse_to_replace
 from .models import catalog_of, extraction_queries, find_instruction, open_engine
@@ -81,7 +81,8 @@ class Numbers(click.ParamType):
 @click.option(
     "--exhaustive",
     is_flag=True,
-    help="Generate under every setting instead: the reference, many times slower; goes on where it was stopped.",
+    help="Generate under every setting instead: the reference, many times slower; it goes on where it was "
+    "stopped.",
 )
 @click.option(
     "-n", "n", default=8, show_default=True, type=click.IntRange(min=1), help="Queries that check a setting."
@@ -129,13 +130,15 @@ class Numbers(click.ParamType):
 @options.engine
 @options.as_json
 def command(vectors: tuple[str, ...], model: str, as_json: bool, **given: Any) -> None:
-    """Find block, positions, mode and strength for each VECTOR, and write them INTO its file, with the figures.
+    """Find block, positions, mode and strength for each VECTOR, and write them INTO its file, with figures.
 
-    The model is told to follow the instruction; settings that make the replies that do so likely without being
-    told are found by likelihood. The best few then answer other queries, beside the plain and the told model,
+    The model is told to follow the instruction; the search looks for settings that make the replies which do
+    so likely without telling. The best few then answer other queries, beside the plain and the told model,
     and that decides. A reply counts when the file's verifier passes it, it is not degenerate (empty, looping,
-    without end, or far less probable than anything the model says by itself), and it names the query's subject.
-    An instruction without a verifier is tuned by likelihood, and the file says so. Ctrl-C keeps the best so far.
+    without end, or far less probable than anything the model says by itself), and it names the query's
+    subject. An instruction without a verifier is tuned by likelihood alone, and the file says so.
+
+    Ctrl-C keeps the best so far.
 
     \b
     Examples:
@@ -258,8 +261,8 @@ def _grid_options(vector: ControlVector, given: dict[str, Any]) -> dict[str, Any
 
 def _no_wording(what: str) -> CatalogError:
     return CatalogError(
-        f"{what} does not say in words what it is of, so the model can't be told: --exhaustive tries every setting "
-        "by generation."
+        f"{what} does not say in words what it is of, so the model can't be told: --exhaustive tries every "
+        "setting by generation."
     )
 
 
@@ -374,6 +377,8 @@ def _tune(engine: Engine, job: Job, given: dict[str, Any]) -> tuple[Tuned, dict[
             tuned = _exhaustively(engine, job, choices)
         else:
             tuned = tune(engine, job.vector, job.instruction, job.queries, n=given["n"], **choices)
+    if tuned.stopped:
+        interrupt.forgive()  # it ended the search: what was found is written
     return tuned, _document(job, tuned)
 
 

@@ -96,8 +96,8 @@ class HeatMap:
 
 
 def heatmaps(label: str, tuned: Tuned) -> list[HeatMap]:
-    """Block x positions, one map for each mode: the scores of an exhaustive search, the recovered gaps of one by
-    likelihood; of several strengths the best."""
+    """Block x positions, one map for each mode: the scores of an exhaustive search, the recovered gaps of one
+    by likelihood; of several strengths the best."""
     if tuned.ranking:
         figures, what = list(tuned.ranking), "recovered gap"
     else:

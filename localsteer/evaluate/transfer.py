@@ -416,7 +416,8 @@ def _lift(transferred: Outcome, other: Outcome) -> tuple[float, float, float]:
 
 
 def _best(tuned: Tuned, vector: ControlVector) -> ControlVector:
-    """As it was tuned; where nothing helped at the setting that came nearest, or as it is if nothing was tried."""
+    """As it was tuned; where nothing helped at the setting that came nearest, or as it is if nothing was
+    tried."""
     if tuned.helps:
         return tuned.vector
     return tuned.trials[0].setting.of(vector) if tuned.trials else vector

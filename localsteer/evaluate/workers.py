@@ -1,17 +1,17 @@
 """Several engines of one model, each in a thread of its own: how a small model keeps all cores busy.
 
 Two threads on one matrix of 256 columns mostly wait for each other; two engines of one thread do not. Every
-piece of work goes through one engine alone, so results do not depend on how many there are.
+piece of work goes through one engine alone, so results do not depend on how many there are. Each thread opens
+its engine itself: OpenMP gives every thread that has computed a team of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event
+from threading import Barrier, BrokenBarrierError, Event, Lock, local
 from typing import Any, TypeVar
 
 from localsteer.engine import Engine
@@ -38,17 +38,31 @@ class Workers:
         **options: Any,
     ) -> None:
         self.path = Path(path)
-        self._free: SimpleQueue[Engine | Remembered] = SimpleQueue()
         self._stopped = Event()
+        self._engines = ExitStack()
+        self._own = local()  # .engine: of the thread that asks
         n = max(1, min(n, MAX_WORKERS))
-        with ExitStack() as stack:
-            for _ in range(n):
-                engine = stack.enter_context(Engine(path, n_threads=n_threads, **options))
-                # asked after each reply: a call of many takes minutes, and Ctrl-C has to wait for it
-                engine = engine if journal is None else Remembered(engine, journal, self.check)
-                self._free.put(engine)
-            self._pool = ThreadPoolExecutor(n, thread_name_prefix="localsteer")
-            self._engines = stack.pop_all()
+        self._pool = ThreadPoolExecutor(n, thread_name_prefix="localsteer")
+        one_by_one, meeting = Lock(), Barrier(n)
+
+        def prepare() -> None:
+            try:
+                with one_by_one:  # llama.cpp has one log, which tells why a load failed
+                    engine = self._engines.enter_context(Engine(path, n_threads=n_threads, **options))
+            except BaseException:
+                meeting.abort()
+                raise
+            # asked after each reply: a call of many takes minutes, and Ctrl-C has to wait for it
+            self._own.engine = engine if journal is None else Remembered(engine, journal, self.check)
+            with suppress(BrokenBarrierError):  # another engine could not be opened
+                meeting.wait()  # a thread that has its engine would take another's turn
+
+        try:
+            for opening in [self._pool.submit(prepare) for _ in range(n)]:
+                opening.result()
+        except BaseException:
+            self.close()
+            raise
 
     def map(
         self,
@@ -71,11 +85,7 @@ class Workers:
 
     def _run(self, work: Callable[[Engine, Item], Result], item: Item) -> Result:
         self.check()
-        engine = self._free.get()
-        try:
-            return work(engine, item)
-        finally:
-            self._free.put(engine)
+        return work(self._own.engine, item)
 
     def close(self) -> None:
         """Stop what runs at its next check, drop what waits, free the engines."""

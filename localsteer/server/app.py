@@ -11,8 +11,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from localsteer import __version__
-from localsteer.engine import Engine
-from localsteer.scheduler import MAX_QUEUE, Scheduler
+from localsteer.scheduler import Scheduler
 
 from . import chat, completions, embeddings, errors, pages, vectors
 from .limits import Limits
@@ -25,24 +24,23 @@ DESCRIPTION = "The OpenAI API on quantized GGUF models, each request with its ow
 
 
 def create_app(
-    engines: Mapping[str, Engine],
+    schedulers: Mapping[str, Scheduler],
     *,
     folder: Path | None = None,
     access: Access | None = None,
     limits: Limits | None = None,
-    max_queue: int = MAX_QUEUE,
 ) -> Callable[..., Any]:
-    """An ASGI application on engines that belong to it until it is closed; `state_of` gives its insides.
+    """An ASGI application on models, each with its scheduler, which it stops at its end; `state_of` gives its
+    insides.
 
     folder: of the vectors. Raises LocalsteerError for a folder that can't be read, and for an access that
     would be open to everybody.
     """
     access, limits = access or Access(), limits or Limits()
     access.check()
+    served = {name: Served(name, scheduler.engine, scheduler) for name, scheduler in schedulers.items()}
+    engines = {name: model.engine for name, model in served.items()}
     folder_of_vectors = VectorFolder(folder, engines, limits)
-    served = {
-        name: Served(name, engine, Scheduler(engine, max_queue=max_queue)) for name, engine in engines.items()
-    }
     metrics = Metrics()
     metrics.watch(served.values())
     app = FastAPI(
@@ -73,4 +71,4 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     # readers of tickets live in this event loop: the schedulers must be done before it ends
     for served in app.state.localsteer.models.values():
-        await run_in_threadpool(served.scheduler.close)
+        await run_in_threadpool(served.scheduler.stop)

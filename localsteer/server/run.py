@@ -98,7 +98,7 @@ class Running:
         self._server.should_exit = True
         grace = 0.0 if again else self.grace
         for served in self.state.models.values():
-            threading.Thread(target=served.scheduler.close, args=(grace,), daemon=True).start()
+            threading.Thread(target=served.scheduler.stop, args=(grace,), daemon=True).start()
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -3,10 +3,10 @@
     tuned = tune(engine, vector, instruction, queries)
     tuned.vector.save("json.gguf")
 
-targets.py: replies of the told model that follow. score.py: how much likelier a setting makes them without being
-told. search.py: which settings are scored. check.py: the best of them answer, beside the plain and the told
-model, and that decides. tuning.py does all of it; exhaustive.py generates under every setting, as a reference.
-docs/tuning.md says how well it works.
+targets.py: replies of the told model that follow. score.py: how much likelier a setting makes them without
+being told. search.py: which settings are scored. check.py: the best of them answer, beside the plain and the
+told model, and that decides. tuning.py does all of it; exhaustive.py generates under every setting, as a
+reference. docs/tuning.md says how well it works.
 """
 
 from .check import Check, Trial

@@ -34,7 +34,8 @@ IMPROBABLE_RATIO = 3.0
 
 @dataclass
 class Trial:
-    """A setting, or none (the model alone), and its replies. gap: its recovered gap, None where none was taken.
+    """A setting, or none (the model alone), and its replies. gap: its recovered gap, None where none was
+    taken.
 
     allowed: degenerate replies that are not held against it, since the model gives as many by itself.
     """
@@ -82,9 +83,9 @@ class Trial:
 class Check:
     """Replies of one model to the same queries: its own, told in words, and under settings of one vector.
 
-    queries: not those of the targets. max_tokens: of a reply. on_reply: called with the number of replies that
-    have come, after each of them. generate: (what is asked, called with replies so far) -> replies; by default
-    each reply ends as soon as its verdict is known.
+    queries: not those of the targets. max_tokens: of a reply. on_reply: called with the number of replies
+    that have come, after each of them. generate: (what is asked, called with replies so far) -> replies; by
+    default each reply ends as soon as its verdict is known.
     """
 
     def __init__(

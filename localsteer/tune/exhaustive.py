@@ -88,7 +88,8 @@ def tune_exhaustively(
         check.plain,
         check.told,
         check.both,
-        told_model=Told((), len(check.told.replies), sum(bool(reply.followed) for reply in check.told.replies),
+        told_model=Told((), len(check.told.replies), sum(bool(reply.followed) for reply in
+        check.told.replies),
                         len(check.told.replies), max_tokens),
         seconds=time.perf_counter() - started,
         stopped=False,

@@ -86,13 +86,14 @@ def advice(
         lines.append("the search was stopped: this is the best that it had found.")
     if not told_model.targets and not trials:
         lines.append(
-            f"the model follows {instruction.id} in none of {told_model.n_asked} replies when it is told to, so "
-            "there is nothing to look for: nothing is applied. Try a larger model, or a wording that it follows."
+            f"the model follows {instruction.id} in none of {told_model.n_asked} replies when it is told to, "
+            "so there is nothing to look for: nothing is applied. Try a larger model, or a wording that it "
+            "follows."
         )
     elif best is None and none == 1:
         lines.append(
-            f"these queries can't tell whether steering helps {instruction.id} on this model: the model alone "
-            "follows it in every reply. Tune with --queries whose replies don't."
+            f"these queries can't tell whether steering helps {instruction.id} on this model: the model "
+            "alone follows it in every reply. Tune with --queries whose replies don't."
         )
     elif best is None:
         lines.append(
@@ -104,8 +105,9 @@ def advice(
         lines.append("no reply was looked at yet: tune again for figures.")
     elif instruction.verifier is None:
         lines.append(
-            f"{instruction.id} has no verifier: this setting makes replies of the told model likely (it recovers "
-            f"{best.gap:.0%} of what telling does) and leaves {scores['steered']:.0%} of its own unbroken."
+            f"{instruction.id} has no verifier: this setting makes replies of the told model likely (it "
+            f"recovers {best.gap:.0%} of what telling does) and leaves {scores['steered']:.0%} of its own "
+            "unbroken."
         )
     elif round((scores["steered"] - none) * n) < 2:
         lines.append(f"it helps by one reply of {n} alone, which may be chance: try again with more queries.")
@@ -117,13 +119,13 @@ def advice(
     verdict = with_instruction(scores, n)
     if verdict == WORSE:
         lines.append(
-            f"prompts that hold the instruction already are better left alone: told in words the model scores "
-            f"{told:.0%}, told and steered {scores['both']:.0%}."
+            f"prompts that hold the instruction already are better left alone: told in words the model "
+            f"scores {told:.0%}, told and steered {scores['both']:.0%}."
         )
     elif verdict == BETTER:
         lines.append(
-            f"it helps prompts that hold the instruction, too: told in words the model scores {told:.0%}, told "
-            f"and steered {scores['both']:.0%}."
+            f"it helps prompts that hold the instruction, too: told in words the model scores {told:.0%}, "
+            f"told and steered {scores['both']:.0%}."
         )
     return lines
 

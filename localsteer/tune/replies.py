@@ -1,8 +1,8 @@
-"""Greedy or sampled replies, many together, each given up as soon as its verdict is known: when it can't follow
-its instruction any more, or loops.
+"""Greedy or sampled replies, many together, each given up as soon as its verdict is known: when it can't
+follow its instruction any more, or loops.
 
-Most replies that are asked for here fail, and most of those fail early: a plain reply that ought to be JSON does
-so at its first letter. Its verdict is known then, and what would follow costs as much as all the rest.
+Most replies that are asked for here fail, and most of those fail early: a plain reply that ought to be JSON
+does so at its first letter. Its verdict is known then, and what would follow costs as much as all the rest.
 """
 
 from __future__ import annotations

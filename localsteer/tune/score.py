@@ -1,6 +1,7 @@
 """How much of what telling does a setting does too, by likelihood: no reply is generated.
 
-The recovered gap alone does not see a setting that begins well and then loops, so what it breaks is taken off.
+The recovered gap alone does not see a setting that begins well and then loops, so what it breaks is taken
+off.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Score:
         return len(self._known.get(setting, ()))
 
     def of(self, setting: Setting, n_targets: int | None = None) -> float:
-        """Recovered gap less what the damage costs, on the targets so far or the first `n_targets` of them."""
+        """Recovered gap less what the damage costs, on the targets so far or the first `n_targets` of
+        them."""
         return self.gap(setting, n_targets) - DAMAGE * self._mean(setting, 1, n_targets)
 
     def gap(self, setting: Setting, n_targets: int | None = None) -> float:

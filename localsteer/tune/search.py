@@ -1,7 +1,8 @@
 """Which settings are worth a check: blocks from coarse to fine, strengths along a line, targets by halving.
 
-What counts is the recovered gap (score.py). It varies smoothly with block and strength, so a coarse look finds
-the region and a finer one its best place; what is tried on one target first is tried on more only if it is good.
+What counts is the recovered gap (score.py). It varies smoothly with block and strength, so a coarse look
+finds the region and a finer one its best place; what is tried on one target first is tried on more only if it
+is good.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from .setting import POSITIONS, Setting
 N_COARSE = 8  # blocks of the first look
 FIRST_STRENGTH = 1.5  # between 1, which suits the early blocks, and 2, which suits the late ones
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)  # where the line search may go
-# Settings of each kind whose neighbours are tried, whose strengths are, and that come into the last look. Of each
-# kind, because likelihood does not tell which positions a model can bear.
+# Settings of each kind whose neighbours are tried, whose strengths are, and that come into the last look. Of
+# each kind, because likelihood does not tell which positions a model can bear.
 KEPT = (2, 1, 3)
 N_TARGETS = (2, 4)  # targets of the first looks, and of the last
 
@@ -126,17 +127,14 @@ def usable_blocks(vector: ControlVector, blocks: Iterable[int] | None) -> list[i
 
     Raises PlanError for one that is out of range or has no direction, and for none.
     """
-    if blocks is None:
-        usable = list(vector.blocks)
-    else:
-        usable = list(vector.at(layer=tuple(blocks)).layers)
+    usable = list(vector.blocks if blocks is None else vector.at(layer=tuple(blocks)).layers)
     if not usable:
         raise PlanError(f"{vector.label} has no direction at any of the blocks to choose from.")
     return usable
 
 
 def candidates(settings: Sequence[Setting], n: int) -> list[Setting]:
-    """The first n that are not neighbours (at most one block apart), every kind of positions and mode in turn.
+    """The first n that are not neighbours (at most one block apart), kinds of positions and mode in turn.
 
     In turn, because likelihood does not see what only a reply shows: that a setting which keeps steering the
     reply does not get away from its beginning.

@@ -1,4 +1,5 @@
-"""Replies of the told model that follow the instruction: what a good setting makes likely without being told."""
+"""Replies of the told model that follow the instruction: what a good setting makes likely without being
+told."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ LIMITS = (72, 128, 192)  # tokens of a reply in the check; fewer would not show 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """plain, told: the prompt's ids without and with the instruction. reply: ids, with the token that ends it.
+    """plain, told: the prompt's ids without and with the instruction. reply: ids, with the token that ends
+    it.
 
     gap: (n,) nats, log-probability of each token of the reply when told, less that of the plain model.
     base: (n,) nats, that of the plain model.
@@ -54,14 +56,14 @@ class Target:
         return Row(self.plain, self.reply, plan)
 
     def recovered(self, steered: np.ndarray) -> float:
-        """The share of the gap that a setting recovers: sum g (steered - plain) / sum g (told - plain). 1 is as
-        likely as when told, 0 as the plain model; below 0 is less than that. steered: (n,) nats."""
+        """The share of the gap that a setting recovers: sum g (steered - plain) / sum g (told - plain). 1 is
+        as likely as when told, 0 as the plain model; below 0 is less than that. steered: (n,) nats."""
         weights = self.weights
         return float((weights * (steered - self.base)).sum() / (weights * self.gap).sum())
 
     def damage(self, steered: np.ndarray) -> float:
-        """Nats per token by which a setting makes the rest of the reply less likely than both the plain and the
-        told model do: near 0 for a sound one, several for one that loops or talks nonsense."""
+        """Nats per token by which a setting makes the rest of the reply less likely than both the plain and
+        the told model do: near 0 for a sound one, several for one that loops or talks nonsense."""
         rest = self.weights == 0
         if not rest.any():
             return 0.0

@@ -87,14 +87,14 @@ def tune(
 ) -> Tuned:
     """Block, positions, strength and mode for one vector of one model, in about a minute.
 
-    queries: validation ones; `n` of them check, the others bring the targets. blocks: 0-based, all by default.
-    modes: the vector's own by default. strengths: to be tried, negative ones for less of it; by default a line
-    search up to 3. seed: of the sampled targets. source: what else the record should say of the model. report:
-    called with (what is being done, done, of how many).
+    queries: validation ones; `n` of them check, the others bring the targets. blocks: 0-based, all by
+    default. modes: the vector's own by default. strengths: to be tried, negative ones for less of it; by
+    default a line search up to 3. seed: of the sampled targets. source: what else the record should say of
+    the model. report: called with (what is being done, done, of how many).
 
-    Ctrl-C keeps the best so far once there is one. Raises PlanError without queries or blocks, PromptError for
-    an instruction without wording, CatalogError for one whose verifier is unusable, MismatchError for a vector
-    of another model.
+    Ctrl-C keeps the best so far once there is one. Raises PlanError without queries or blocks, PromptError
+    for an instruction without wording, CatalogError for one whose verifier is unusable, MismatchError for a
+    vector of another model.
     """
     if not queries:
         raise PlanError(f"no validation queries to tune {instruction.id} with.")

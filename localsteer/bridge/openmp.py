@@ -1,0 +1,62 @@
+"""Importing llama_cpp so that its threads give way to other programs.
+
+All threads of a decode meet at a barrier after each operation of the graph, some hundred times per token.
+GNU's OpenMP (libgomp), which llama.cpp is built with on Linux, lets those who are early spin there for
+milliseconds. Beside other busy programs the thread that they wait for is often not running at all: they spin
+on the core that it needs, and decoding nearly comes to a halt. With a bound they sleep after microseconds.
+
+libgomp reads its settings once, when it is loaded. So this is imported before anything that imports
+llama_cpp; one that another library has loaded before stays as it is (PyTorch brings its own under the same
+name, and whichever comes first serves both). A user's own settings are left alone. On macOS and Windows
+nothing is set, which is untested: Apple's compiler has no OpenMP, Microsoft's documents no such setting.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SPIN_COUNT = 1000  # measured: benchmarks/contention.py
+SETTINGS = {
+    "GOMP_SPINCOUNT": str(SPIN_COUNT),
+    # with more threads than cores, which a second thread that has decoded once is enough for, libgomp spins
+    # no more than 100 times, too little to meet at a barrier; under this policy it is 1000
+    "OMP_WAIT_POLICY": "active",
+}
+
+
+def is_loaded() -> bool:
+    """Whether some library of this process has brought libgomp in."""
+    try:
+        ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
+    except (AttributeError, OSError):  # not on Windows; not loaded
+        return False
+    return True
+
+
+@contextmanager
+def bounded_spinning() -> Iterator[str]:
+    """A libgomp that is loaded in here spins for a bounded time. Yields who decides about that, in words.
+
+    The environment is as before afterwards: child processes are not ours to tune.
+    """
+    if sys.platform != "linux":
+        yield "left to the system"
+        return
+    theirs = [name for name in SETTINGS if name in os.environ]
+    if theirs or is_loaded():
+        yield f"as {theirs[0]} says" if theirs else "unbounded: libgomp was loaded before localsteer"
+        return
+    os.environ.update(SETTINGS)
+    try:
+        yield "bounded"
+    finally:
+        for name in SETTINGS:
+            os.environ.pop(name, None)
+
+
+with bounded_spinning() as spinning:
+    import llama_cpp.llama_cpp  # noqa: F401
