@@ -23,7 +23,8 @@ from . import keys
 def write_vector(vector: ControlVector, path: str | os.PathLike[str], *, compact: bool = False) -> None:
     """Replace the file at `path` in one step: a reader sees the old file or the whole new one.
 
-    compact: leave blocks without a direction out, for a vector of one block of many. Raises VectorFileError when the folder can't be written, or the provenance holds what JSON can't.
+    compact: leave blocks without a direction out, for a vector of one block of many. Raises VectorFileError
+    when the folder can't be written, or the provenance holds what JSON can't.
     """
     writer = GGUFWriter(None, keys.ARCHITECTURE)
     blocks = vector.blocks if compact else tuple(range(vector.n_layer))
