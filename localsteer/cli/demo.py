@@ -44,7 +44,7 @@ N_EXAMPLES = 3
     help="Which ones. [default: the four that steering does most for; all of the bundled model]",
 )
 @click.option(
-    "-n", type=click.IntRange(min=1), metavar="N", help="Test questions each. [default: 6; bundled 20]"
+    "-n", type=click.IntRange(min=1), metavar="N", help="Test questions each. [default: 5; bundled 20]"
 )
 @click.option(
     "--quant", metavar="TYPE", help="Quantization of the bundled model: Q4_K_M, F16, ... [default: Q8_0]"
