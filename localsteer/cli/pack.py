@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from localsteer.errors import LocalsteerError
 from . import options
 from .console import answer, note, print_json, progress, table
 from .models import catalog_of, model_file, open_engine
-from .shipped import setting_of
+from .shipped import SHARES, setting_of, shares_of
 
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from localsteer.vector import ControlVector
 
 N_SEQ_MAX = 32  # sequences in one decode while settings are tried
-SHARES = ("none", "steered", "instructed", "both")
 
 
 @click.command("pack", short_help="Make the vectors of a model ready to be shipped with their figures.")
@@ -199,14 +198,10 @@ def _show(pack: PackFolder, failed: Mapping[str, str], as_json: bool) -> None:
         return
     rows = table("instruction", "setting", *SHARES, "n", "seconds", numbers=(*SHARES, "n", "seconds"))
     for name, row in pack.rows.items():
-        rows.add_row(name, setting_of(row), *_shares(row), str(row["n"]), f"{row['seconds']:.0f}")
+        rows.add_row(name, setting_of(row), *shares_of(row), str(row["n"]), f"{row['seconds']:.0f}")
     answer().print(rows)
     note(f"{len(pack.rows)} instructions of {pack.model} in {pack.folder}.")
 
 
-def _shares(row: Mapping[str, Any]) -> Iterator[str]:
-    return ("-" if row["scores"][key] is None else f"{row['scores'][key]:.0%}" for key in SHARES)
-
-
 def _figures(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {share}" for key, share in zip(SHARES, _shares(row), strict=True))
+    return ", ".join(f"{key} {share}" for key, share in zip(SHARES, shares_of(row), strict=True))

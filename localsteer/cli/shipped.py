@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from .console import note
 from .models import model_file
 
+SHARES = ("none", "steered", "instructed", "both")
+
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction, Query
     from localsteer.packs import Entry, Match
@@ -59,6 +61,11 @@ def figures(entry: Entry) -> str:
         f"steered {scores['steered']} of {entry.n}, told in words {scores['instructed']}, the model alone "
         f"{scores['none']}."
     )
+
+
+def shares_of(row: Mapping[str, Any]) -> list[str]:
+    """Of SHARES, `-` where it was not asked."""
+    return ["-" if row["scores"][key] is None else f"{row['scores'][key]:.0%}" for key in SHARES]
 
 
 def setting_of(row: Mapping[str, Any]) -> str:

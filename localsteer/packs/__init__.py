@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,17 @@ class Pack:
     licence: str
     instructions: Mapping[str, Entry] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """`SmolLM2-135M-Instruct, measured on its Q4_1 file`."""
+        return f"{self.model}, measured on its {self.quantization or 'own'} file"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        head = {key: getattr(self, key) for key in ("model", "sha256", "quantization", "catalog", "licence")}
+        rows = {name: asdict(entry) for name, entry in self.instructions.items()}
+        return {**head, "folder": str(self.folder), "instructions": rows}
+
     def vector(self, instruction_id: str) -> ControlVector:
         """Raises VectorFileError for a file that is missing or damaged."""
         from localsteer.vector import ControlVector
@@ -105,6 +116,14 @@ def pack_for(path: str | os.PathLike[str]) -> Match | None:
             f"{Path(path).name} is another model: name a folder of packs, or {VARIABLE}={OFF}."
         )
     return found
+
+
+def match_quietly(path: str | os.PathLike[str]) -> Match | None:
+    """The same for a list of models: a pack that is damaged or of another model fits nothing."""
+    try:
+        return match(path, all_packs())
+    except LocalsteerError:
+        return None
 
 
 def match(path: str | os.PathLike[str], packs: list[Pack]) -> Match | None:
