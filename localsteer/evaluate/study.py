@@ -29,8 +29,10 @@ from localsteer.evaluate.judge import perplexity
 from localsteer.evaluate.workers import Workers
 from localsteer.extract import Backend, batches, build_pairs, extract, open_backend, prompt_tokens
 from localsteer.generate import Reply
+from localsteer.tune import DEFAULT_N as TUNE_QUERIES
 from localsteer.tune import MAX_TOKENS as TUNE_TOKENS
-from localsteer.tune import Tuned, tune
+from localsteer.tune import Tuned, tune, tune_exhaustively
+from localsteer.tune.setting import grid_blocks
 from localsteer.vector import ControlVector
 
 N_TOLD = 6  # validation queries that show how long replies are, and which instructions make a fair control
@@ -106,23 +108,24 @@ class Study:
         instruction: Instruction,
         *,
         check: Callable[[], None] = lambda: None,
+        by_generation: bool = False,
         **options: Any,
     ) -> Tuned:
         """Settings found on validation queries. check: called now and then, may raise to end the search.
-        options: of tune.tune."""
+        by_generation: every setting of the paper's grid generates replies, where the likelihood of what the
+        told model says tells little. options: of tune.tune."""
         queries = instruction.queries.get("validation") or self.validation
-        return tune(
-            engine,
-            self.vectors[instruction.id],
-            instruction,
-            queries,
-            max_tokens=min(self.max_tokens, TUNE_TOKENS),
-            seed=self.seed,
-            source={
-                "seconds": None
-            },  # a run that goes on ends with the same files as one that wasn't stopped
-            report=lambda _what, _done, _total: check(),
-            **options,
+        vector = self.vectors[instruction.id]
+        options |= {
+            "max_tokens": min(self.max_tokens, TUNE_TOKENS),
+            "source": {"seconds": None},  # a run that goes on ends with the same files as an unbroken one
+            "report": lambda _what, _done, _total: check(),
+        }
+        if not by_generation:
+            return tune(engine, vector, instruction, queries, seed=self.seed, **options)
+        few = spread(queries, min(len(queries), TUNE_QUERIES))
+        return tune_exhaustively(
+            engine, vector, instruction, few, blocks=grid_blocks(vector.n_layer), **options
         )
 
     def others(self, *instructions: Instruction, n: int = 1) -> list[Instruction]:

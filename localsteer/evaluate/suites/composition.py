@@ -172,9 +172,9 @@ def choose(bench: Bench, pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def arrangements(a: ControlVector, b: ControlVector) -> list[tuple[ControlVector, ControlVector]]:
-    """The blocks around those that each was tuned to, in all combinations, at the same positions; without what
-    a plan refuses (nearly parallel directions at one block). At their own strengths and at 1: one that suits a
-    vector alone may be too much beside another."""
+    """The blocks around those that each was tuned to, in all combinations, at the same positions; without
+    what a plan refuses (nearly parallel directions at one block). At their own strengths and at 1: one that
+    suits a vector alone may be too much beside another."""
     strengths = dict.fromkeys([(a.strength, b.strength), (1.0, 1.0)])
     found = [
         (

@@ -264,8 +264,9 @@ def _pick(
     bench: Bench, instructions: Sequence[Instruction], raw: Mapping[str, ControlVector]
 ) -> dict[str, ControlVector]:
     new = [each for each in instructions if each.id not in bench.given]
+    # nearly any reply avoids a word, so the likelihood of one that does tells little: hence by_generation
     modes = {"modes": ("add",), "positions": POSITIONS, "strengths": STRENGTHS}
-    picks = bench.tune([(each, raw[each.id]) for each in new], **modes)
+    picks = bench.tune([(each, raw[each.id]) for each in new], by_generation=True, **modes)
     found = {each.id: bench.use(each, picked.vector) for each, picked in zip(new, picks, strict=True)}
     return {name: vector for name, vector in raw.items() if name in bench.given} | found
 
