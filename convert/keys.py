@@ -8,8 +8,10 @@ LAYER_COUNT = "controlvector.layer_count"
 DIRECTION = "direction."  # tensor `direction.N` acts at the output of 0-based block N, N >= 1
 
 # A reader refuses a newer major version, and ignores key-values that it does not know within its own.
-VERSION_MAJOR = 1
+VERSION_MAJOR = 2
 VERSION_MINOR = 0
+COMPLETE = 1  # major version of a file with a row for every block, which older readers take
+COMPACT = 2  # of one that leaves rows of zeros out
 
 PREFIX = "localsteer."
 MAJOR = PREFIX + "format.major"
@@ -18,6 +20,7 @@ N_LAYER = PREFIX + "n_layer"
 N_EMBD = PREFIX + "n_embd"
 # llama.cpp's loader rejects direction.0, so block 0 travels in a key-value
 DIRECTION_0 = PREFIX + "direction.0"
+BLOCKS = PREFIX + "blocks"  # in a compact file: the blocks whose rows it holds
 LAYERS = PREFIX + "layers"
 MODE = PREFIX + "mode"
 POSITIONS = PREFIX + "positions"
@@ -39,4 +42,4 @@ MAX_KEY_VALUES = 1 << 16
 MAX_TENSORS = 1 << 16
 MAX_ARRAY = 1 << 22  # items of one key-value array; the largest vocabularies have some 300,000
 MAX_NAME = 1 << 10  # bytes of the name of a key or a tensor
-MAX_BYTES = 1 << 30  # of all directions together, when an import fills missing blocks with zeros
+MAX_BYTES = 1 << 30  # of all directions together, where blocks that a file leaves out are filled with zeros

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -95,18 +96,40 @@ def _directions(file: GgufFile) -> np.ndarray:
     """(n_layer, n_embd); allocated only after each row has been found in the file at its full width."""
     n_layer = _claim(file, keys.N_LAYER, keys.MAX_BLOCKS)
     n_embd = _claim(file, keys.N_EMBD, keys.MAX_WIDTH)
-    names = [f"{keys.DIRECTION}{layer}" for layer in range(1, n_layer)]
-    odd = set(names) ^ set(file.tensors)
-    if odd:
-        raise file.error(
-            f"is damaged: it must hold one direction for each of {n_layer} blocks, "
-            f"and {len(odd)} are missing or too many ({min(odd)[:40]!r})."
-        )
-    rows = [_require(file, keys.DIRECTION_0, _ARRAY, item=_F32), *map(file.f32, names)]
-    for layer, row in enumerate(rows):
+    blocks = _blocks(file, n_layer)
+    rows = _rows(file, blocks, n_layer)
+    for layer, row in rows.items():
         if len(row) != n_embd:
             raise file.error(f"is damaged: direction {layer} is {len(row)} wide, not {n_embd}.")
-    return np.stack(rows).astype(np.float32)
+    if 4 * n_layer * n_embd > keys.MAX_BYTES and len(rows) < n_layer:
+        raise file.error(f"is damaged: {len(rows)} rows claim {n_layer} blocks, {n_embd} wide.")
+    directions = np.zeros((n_layer, n_embd), np.float32)
+    directions[list(rows)] = list(rows.values())
+    return directions
+
+
+def _blocks(file: GgufFile, n_layer: int) -> Sequence[int]:
+    """Those whose rows the file holds: all of them unless it is compact."""
+    kept = file.get(keys.BLOCKS, _ARRAY, item=_U32)
+    if kept is None:
+        return range(n_layer)
+    blocks = kept.tolist()
+    if blocks != sorted({il for il in blocks if il < n_layer}):
+        raise file.error(f"is damaged: {keys.BLOCKS} must name blocks below {n_layer}, in their order.")
+    return blocks
+
+
+def _rows(file: GgufFile, blocks: Sequence[int], n_layer: int) -> dict[int, np.ndarray]:
+    names = {layer: f"{keys.DIRECTION}{layer}" for layer in blocks if layer}
+    odd = set(names.values()) ^ set(file.tensors)
+    if odd:
+        those = f"{n_layer} blocks" if len(blocks) == n_layer else "the blocks that it names"
+        raise file.error(
+            f"is damaged: it must hold one direction for each of {those}, "
+            f"and {len(odd)} are missing or too many ({min(odd)[:40]!r})."
+        )
+    first = {0: _require(file, keys.DIRECTION_0, _ARRAY, item=_F32)} if 0 in blocks else {}
+    return first | {layer: file.f32(name) for layer, name in names.items()}
 
 
 def _claim(file: GgufFile, key: str, limit: int) -> int:

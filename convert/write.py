@@ -20,33 +20,38 @@ from localsteer.vector import STATISTICS, ControlVector
 from . import keys
 
 
-def write_vector(vector: ControlVector, path: str | os.PathLike[str]) -> None:
+def write_vector(vector: ControlVector, path: str | os.PathLike[str], *, compact: bool = False) -> None:
     """Replace the file at `path` in one step: a reader sees the old file or the whole new one.
 
-    Raises VectorFileError when the folder can't be written, or the provenance holds what JSON can't.
+    compact: leave blocks without a direction out, for a vector of one block of many. Raises VectorFileError
+    when the folder can't be written, or the provenance holds what JSON can't.
     """
     writer = GGUFWriter(None, keys.ARCHITECTURE)
-    _add_header(writer, vector)
+    blocks = vector.blocks if compact else tuple(range(vector.n_layer))
+    _add_header(writer, vector, blocks, compact)
     _add_settings(writer, vector)
-    _add_statistics(writer, vector)
+    _add_statistics(writer, vector, blocks)
     _add_provenance(writer, vector.provenance)
-    for layer in range(1, vector.n_layer):
-        writer.add_tensor(f"{keys.DIRECTION}{layer}", checked(vector.directions[layer]))
+    for layer in blocks:
+        if layer:
+            writer.add_tensor(f"{keys.DIRECTION}{layer}", checked(vector.directions[layer]))
     try:
         _write_atomically(writer, Path(path))
     except OSError as error:
         raise VectorFileError(f"{path} can't be written: {error.strerror or error}.") from None
 
 
-def _add_header(writer: GGUFWriter, vector: ControlVector) -> None:
+def _add_header(writer: GGUFWriter, vector: ControlVector, blocks: Sequence[int], compact: bool) -> None:
     hint = vector.provenance.get("architecture")
     if isinstance(hint, str):
         writer.add_string(keys.MODEL_HINT, hint)
-    writer.add_uint32(keys.LAYER_COUNT, vector.n_layer - 1)  # of the tensors, as repeng counts
-    writer.add_uint32(keys.MAJOR, keys.VERSION_MAJOR)
+    writer.add_uint32(keys.LAYER_COUNT, len(blocks) - (0 in blocks))  # of the tensors, as repeng counts
+    writer.add_uint32(keys.MAJOR, keys.COMPACT if compact else keys.COMPLETE)
     writer.add_uint32(keys.MINOR, keys.VERSION_MINOR)
     writer.add_uint32(keys.N_LAYER, vector.n_layer)
     writer.add_uint32(keys.N_EMBD, vector.n_embd)
+    if compact:
+        _add_array(writer, keys.BLOCKS, blocks, GGUFValueType.UINT32)
 
 
 def _add_settings(writer: GGUFWriter, vector: ControlVector) -> None:
@@ -60,12 +65,13 @@ def _add_settings(writer: GGUFWriter, vector: ControlVector) -> None:
         writer.add_float64(keys.CAP, vector.cap)
 
 
-def _add_statistics(writer: GGUFWriter, vector: ControlVector) -> None:
+def _add_statistics(writer: GGUFWriter, vector: ControlVector, blocks: Sequence[int]) -> None:
     for key in STATISTICS:
         column = getattr(vector, key)
         if column is not None:
             _add_array(writer, keys.PREFIX + key, column.tolist(), GGUFValueType.FLOAT32)
-    _add_array(writer, keys.DIRECTION_0, vector.directions[0].tolist(), GGUFValueType.FLOAT32)
+    if 0 in blocks:
+        _add_array(writer, keys.DIRECTION_0, vector.directions[0].tolist(), GGUFValueType.FLOAT32)
 
 
 def _add_provenance(writer: GGUFWriter, provenance: Mapping[str, Any]) -> None:

@@ -106,6 +106,19 @@ def quick_search() -> Iterator[str]:
     )
 
 
+def packs() -> Iterator[str]:
+    yield "| Model | Instruction | Setting | plain | steered | told | told and steered | of |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for path in sorted((DOCS.parent / "localsteer" / "packs").glob("*/pack.json")):
+        pack = _read(path)
+        for name, row in pack["instructions"].items():
+            scores = [row["scores"][key] for key in ("none", "steered", "instructed", "both")]
+            cells = ["-" if score is None else percent(score) for score in scores]
+            where = f"{row['mode']} at block {', '.join(map(str, row['layers']))}, {row['positions']}"
+            setting = f"{where}, strength {row['strength']:g}" if row["strength"] else "nothing helps"
+            yield _row(f"{pack['model']} {pack['quantization']}", [name, setting, *cells, str(row["n"])])
+
+
 def ensuring() -> Iterator[str]:
     document = _read(RESULTS / "ensure.json")
     ways = ("plain", "always", "ensure")
@@ -205,6 +218,7 @@ SUITES = {
 
 
 TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
+    ("packs", "packs.md"): packs,
     ("evaluations", "results/README.md"): evaluations,
     ("speed", "results/README.md"): speed,
     ("concurrency", "results/README.md"): concurrency,

@@ -1,6 +1,6 @@
 """The user's cache folder: hashes of model files, vectors made on first use, and converted models.
 
-    <folder>/hashes.json                     path, size and time of a model file -> sha256
+    <folder>/hashes.json                     path, size and time of a model file -> sha256, identity
     <folder>/vectors/<model hash>/<name>.gguf
     <folder>/models/<name>.gguf
 
@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,9 +94,15 @@ def _one_line_for(path: Path) -> Iterator[None]:
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """sha256 of a file as hex; read once, then remembered while path, size and time stay as they are.
+    """sha256 of a file as hex. Raises ModelFileError for a file that can't be read."""
+    return remembered(path, "sha256", _sha256)
 
-    Raises ModelFileError for a file that can't be read.
+
+def remembered(path: str | os.PathLike[str], what: str, compute: Callable[[Path], str]) -> str:
+    """A text that `compute` makes of a file; made once, then known while path, size and time stay as they
+    are.
+
+    Raises ModelFileError for a file that can't be read, and what `compute` raises.
     """
     path = Path(path)
     try:
@@ -104,13 +110,14 @@ def file_hash(path: str | os.PathLike[str]) -> str:
         key = str(path.resolve())
         stamp = [stat.st_size, stat.st_mtime_ns]
         known = _read_index().get(key)
-        if isinstance(known, dict) and known.get("stamp") == stamp and isinstance(known.get("sha256"), str):
-            return known["sha256"]
-        digest = _sha256(path)
+        known = known if isinstance(known, dict) and known.get("stamp") == stamp else {}
+        if isinstance(known.get(what), str):
+            return known[what]
+        text = compute(path)
     except OSError as error:
         raise ModelFileError(f"can't read {path} ({error.strerror or error}).") from error
-    _remember(key, {"stamp": stamp, "sha256": digest})
-    return digest
+    _remember(key, {**known, "stamp": stamp, what: text})
+    return text
 
 
 def vector_folder(model_hash: str) -> Path:

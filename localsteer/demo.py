@@ -40,8 +40,8 @@ from .vector import ControlVector
 BACKENDS = ("gguf", "torch")
 GROUPS = ("format", "length")  # of the instructions that are shown when none are named
 DEFAULT_N = 20
-N_REAL = 6  # test queries of a real model: five conditions each, on a laptop
-REAL_TOKENS = 80  # of a reply there
+N_REAL = 5  # test queries of a real model: five conditions each, on a laptop
+REAL_TOKENS = 64  # of a reply there
 PARTNERS = ("json", "lowercase", "title")  # a control needs other instructions, also where few are named
 SHOWN = ("none", "steered")
 MEANS = (*CONDITIONS, "quality_none", "quality_steered", "subject_kept", "degenerate")

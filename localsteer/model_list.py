@@ -15,6 +15,7 @@ from . import __version__, bundled
 from .convert.gguf_file import GgufFile, open_gguf
 from .errors import LocalsteerError
 from .model_names import BUNDLED, NAMES, PACKAGED, not_installed, packaged_file
+from .packs import match_quietly
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Shape:
 class NamedModel:
     """One model. source: the package that it comes from, with its version. path: of its GGUF, also where that
     is yet to be made. size: bytes, None while there is no file. note: what keeps it from being used at once.
+    pack: how many instructions have a vector that ships for it (packs/).
     """
 
     name: str
@@ -41,12 +43,18 @@ class NamedModel:
     size: int | None
     shape: Shape | None
     note: str = ""
+    pack: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         shape = asdict(self.shape) if self.shape else dict.fromkeys(Shape.__dataclass_fields__)
         head = {"name": self.name, "from": self.source, "path": str(self.path) if self.path else None}
-        return head | {"size": self.size} | shape | {"licence": self.licence, "note": self.note or None}
+        return (
+            head
+            | {"size": self.size}
+            | shape
+            | {"licence": self.licence, "pack": self.pack, "note": self.note or None}
+        )
 
 
 def named_models() -> list[NamedModel]:
@@ -115,7 +123,10 @@ def _bundled(name: str) -> NamedModel:
 def _of_file(name: str, source: str, licence: str, path: Path) -> NamedModel:
     size = path.stat().st_size
     try:
-        return NamedModel(name, source, licence, path, size, read_shape(path))
+        shape = read_shape(path)
+        found = match_quietly(path)
+        n_shipped = len(found.pack.instructions) if found else 0
+        return NamedModel(name, source, licence, path, size, shape, pack=n_shipped)
     except LocalsteerError as error:
         return NamedModel(name, source, licence, path, size, None, str(error))
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from raw_gguf import (
     ARRAY,
     BOOL,
@@ -112,6 +113,21 @@ def _overlap(raw: RawGguf) -> None:
     raw.tensors = [shared, *(Tensor(f"direction.{il}", b"", (4096,), offset=0) for il in range(2, 256))]
 
 
+def _pop(raw: RawGguf) -> None:
+    raw.tensors.pop(0)
+
+
+def _few_of_many(raw: RawGguf) -> None:
+    """One honest row of the greatest width, which speaks for 16 GiB of zeros."""
+    width = 1 << 20
+    raw.key_values |= {
+        "localsteer.n_layer": value(U32, 4096),
+        "localsteer.n_embd": value(U32, width),
+        "localsteer.blocks": array(U32, [2]),
+    }
+    raw.tensors = [Tensor.row("direction.2", np.ones(width))]
+
+
 def _foreign(raw: RawGguf) -> None:
     raw.key_values = {key: v for key, v in raw.key_values.items() if not key.startswith("localsteer.")}
 
@@ -149,7 +165,7 @@ DAMAGE: dict[str, tuple[Callable[[RawGguf], None], str]] = {
     "no architecture": (_key("general.architecture", None), "not a control vector"),
     "architecture is a number": (_key("general.architecture", value(U32, 1)), "wrong type"),
     "foreign control vector": (_foreign, "localsteer did not write"),
-    "newer format": (_key("format.major", value(U32, 2)), "newer than 1: upgrade localsteer"),
+    "newer format": (_key("format.major", value(U32, 3)), "newer than 2: upgrade localsteer"),
     "format zero": (_key("format.major", value(U32, 0)), "never existed"),
     "format is text": (_key("format.major", value(STRING, "1")), "format.major has the wrong type"),
     "no mode": (_key("mode", None), "localsteer.mode is missing"),
@@ -185,6 +201,13 @@ DAMAGE: dict[str, tuple[Callable[[RawGguf], None], str]] = {
     "nine dimensions": (_tensor(1, dims=(1,) * 9), "claims 9 dimensions"),
     "half precision": (_tensor(1, type=TENSOR_F16), "direction.2 is not one row of F32"),
     "unknown tensor type": (_tensor(1, type=999), "direction.2 is not one row of F32"),
+    "few blocks, one row too many": (_key("blocks", array(U32, [0, 2, 3])), "the blocks that it names"),
+    "few blocks, one row missing": (_both(_key("blocks", array(U32, [0, 1, 2, 3])), _pop), "('direction.1')"),
+    "blocks out of order": (_key("blocks", array(U32, [0, 2, 1, 3])), "must name blocks below 4"),
+    "blocks twice": (_key("blocks", array(U32, [0, 1, 2, 3, 3])), "must name blocks below 4"),
+    "blocks out of range": (_key("blocks", array(U32, [0, 1, 2, 4])), "must name blocks below 4"),
+    "blocks are floats": (_key("blocks", array(F32, [0, 1, 2, 3])), "blocks has the wrong type"),
+    "few blocks of a huge model": (_few_of_many, "damaged: 1 rows claim 4096 blocks, 1048576 wide"),
     "huge tensor": (_tensor(1, dims=(HUGE,)), "truncated"),
     "offset beyond the file": (_tensor(2, offset=1 << 20), "truncated"),
     "huge offset": (_tensor(2, offset=2**64 - 32), "truncated"),

@@ -52,6 +52,7 @@ def test_a_model_of_another_package_is_told_by_its_header(folder, monkeypatch, t
         "n_embd": 64,
         "chat_template": True,
         "licence": "Apache-2.0",
+        "pack": 0,
         "note": None,
     }
 

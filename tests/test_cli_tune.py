@@ -19,7 +19,8 @@ from localsteer import ControlVector, bundled
 pytestmark = pytest.mark.skipif(not bundled.is_available(), reason="this copy has no bundled model")
 
 # few settings and short replies, so that a search takes seconds
-SMALL = ("-t", "1", "-n", "4", "--blocks", "3,7", "--positions", "generation,prompt", "--max-tokens", "128")
+FEW = ("-t", "1", "-n", "4", "--blocks", "3,7", "--positions", "generation,prompt", "--max-tokens", "128")
+SMALL = (*FEW, "--strengths", "1", "--exhaustive")
 PATIENCE_SECONDS = 100
 
 
@@ -81,10 +82,10 @@ def test_the_winner_goes_into_the_file_with_its_figures(vector):
     record = after.provenance["validation"]
     assert record["n"] == 4 and record["scores"]["none"] == 0 and record["scores"]["steered"] >= 0.75
     assert set(record["scores"]) == {"none", "steered", "instructed", "both"}
-    assert len(record["table"]) == 5
+    assert len(record["table"]) == 4 and record["search"] == "exhaustive"
     assert len(record["model"]["sha256"]) == 64 and record["tool_version"]
     assert "no_comma: project at block 3, positions prompt, strength 1:" in done.out
-    assert "With the instruction in the prompt:" in done.out
+    assert "told in words" in done.out
     assert f"written to {vector}" in done.err
 
 
@@ -98,34 +99,12 @@ def test_the_table_and_the_heat_map_show_every_setting(vector):
     assert any("model alone" in line for line in lines)
 
 
-def test_several_strengths_have_a_map_for_each_of_the_positions(vector):
-    command = (vector, *SMALL, "--blocks", "1", "--strengths", "0.5,1", "--dry-run", "--quick")
-    lines = tune(*command).out.splitlines()
-    assert [line.split(",")[1] for line in lines if line.startswith("no_comma, ")] == [
-        " prompt",
-        " generation",
-    ]
-    assert [line.split() for line in lines].count(["block", "0.5", "1"]) == 2
-
-
-def test_settings_that_the_quick_search_did_not_need_are_dots(vector):
-    """Block 3 is good on every query, so block 7 can win nothing: it comes last."""
-    given = (vector, "-m", "bundled", "-n", "8", "--blocks", "1-7", "--positions", "prompt", "--max-tokens")
-    quick = tune(*given, "128", "--dry-run", "--quick")
-    rows = {line.split()[0]: line.split()[1:] for line in quick.out.splitlines()[2:9]}
-    assert rows["7"] == ["·"] and rows["1"] != ["·"]
-    full = tune(*given, "128", "--json", "--dry-run").json["vectors"][0]
-    found = tune(*given, "128", "--json", "--dry-run", "--quick").json["vectors"][0]
-    assert found["setting"] == full["setting"]
-    assert all(row["n"] > 0 for row in found["table"]) and len(found["table"]) < len(full["table"]) == 8
-
-
 def test_json_is_one_document(vector):
     document = tune(vector, *SMALL, "--json", "--dry-run").json
     (found,) = document["vectors"]
     assert found["setting"] == {"layer": 3, "positions": "prompt", "strength": 1.0, "mode": "project"}
     assert found["helps"] is True and found["written"] is None
-    assert found["replies"]["asked"] == 4 * (5 + 2)
+    assert found["replies"]["asked"] == 4 * (1 + 4 + 2)
     assert len(found["table"]) == 5 and found["table"][0]["score"] == found["scores"]["steered"]
 
 
@@ -149,7 +128,7 @@ def test_output_goes_elsewhere(vector, no_comma, folder):
 
 def test_where_steering_does_not_help_the_file_does_nothing(vector):
     done = tune(vector, *SMALL, "--blocks", "7", "--positions", "prompt")
-    assert "Steering does not help no_comma on this model" in done.out
+    assert "No setting made the model follow no_comma more often" in done.out
     assert ControlVector.load(vector).strength == 0
     assert ControlVector.load(vector).provenance["validation"]["advice"]
     run = ("run", "--temp", "0", "-t", "1", "-n", "12")
@@ -185,6 +164,55 @@ def test_the_picture_is_drawn(vector, folder):
     assert (folder / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
+# --- the search by likelihood ---
+
+
+@pytest.fixture(scope="module")
+def tuned(cache, no_comma, tmp_path_factory):
+    """A vector file after the search, and what the command printed."""
+    path = tmp_path_factory.mktemp("tuned") / "no_comma.gguf"
+    path.write_bytes(no_comma)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCALSTEER_CACHE", str(cache))
+        done = tune(path, "-t", "2", "--max-tokens", "112")
+    return path, done
+
+
+def test_a_good_setting_is_found_and_told_of(tuned):
+    path, done = tuned
+    vector = ControlVector.load(path)
+    record = vector.provenance["validation"]
+    assert record["search"] == "likelihood" and record["n"] == 8
+    assert record["scores"]["none"] == 0 and record["scores"]["steered"] >= 0.75
+    assert record["recovered_gap"] > 0.5 and record["targets"]["n"] >= 4
+    assert vector.strength != 0
+    assert f"no_comma: project at block {vector.layers[0]}, positions {vector.positions}" in done.out
+    assert done.out.splitlines()[0] == "no_comma, recovered gap"
+
+
+def test_inspect_shows_why(tuned):
+    shown = invoke("inspect", tuned[0]).out
+    assert "checked on 8 queries: plain 0%" in shown and "of what telling does" in shown
+
+
+def test_words_without_a_verifier_are_tuned_by_likelihood(folder):
+    options = ("-t", "2", "--max-tokens", "64", "-n", "4", "--blocks", "2-4", "--json", "-o", "own.gguf")
+    (document,) = tune("-i", "Answer in small letters only.", *options).json["vectors"]
+    assert document["judged_by"] == "likelihood" and document["verifier"] is None
+    assert any("has no verifier" in line for line in document["advice"])
+    assert ControlVector.load("own.gguf").provenance["validation"]["judged_by"] == "likelihood"
+
+
+def test_a_file_without_wording_needs_the_exhaustive_search(vector):
+    from dataclasses import replace
+
+    bare = ControlVector.load(vector)
+    provenance = {key: bare.provenance[key] for key in ("architecture", "probes")}
+    replace(bare, name="mine", provenance=provenance).save(vector)
+    rule = ("--verifier", "punctuation:no_comma")
+    assert "--exhaustive" in invoke("tune", vector, *rule).complaint()
+
+
 # --- stopped and gone on with ---
 
 
@@ -210,8 +238,9 @@ def wait_for(what, process):
         time.sleep(0.02)
 
 
-LONGER = ("-t", "1", "-n", "6", "--positions", "prompt", "--max-tokens", "128", "--json")
-ASKED = 6 * (1 + 8 + 2)  # in calls of 6, 6, 48 and 6
+LONGER = ("-t", "1", "-n", "6", "--positions", "prompt", "--max-tokens", "128", "--json", "--exhaustive")
+ONE_STRENGTH = ("--strengths", "1")
+ASKED = 6 * (1 + 8 + 2)  # in calls of 12, 48 and 6
 
 
 def new_cache(folder, cache):
@@ -225,7 +254,7 @@ def new_cache(folder, cache):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_killed_search_asks_only_for_the_rest_and_ends_the_same(vector, no_comma, tmp_path, cache):
     stopped, whole = new_cache(tmp_path / "stopped", cache), new_cache(tmp_path / "whole", cache)
-    process = start(vector, stopped, *LONGER)
+    process = start(vector, stopped, *LONGER, *ONE_STRENGTH)
     wait_for(lambda: replies_in(stopped) > 6 + 6 + 12, process)
     process.kill()
     process.communicate()
@@ -233,14 +262,14 @@ def test_a_killed_search_asks_only_for_the_rest_and_ends_the_same(vector, no_com
     assert vector.read_bytes() == no_comma
     kept = replies_in(stopped)
     assert 24 < kept < ASKED
-    out, err = start(vector, stopped, *LONGER).communicate(timeout=PATIENCE_SECONDS)
+    out, err = start(vector, stopped, *LONGER, *ONE_STRENGTH).communicate(timeout=PATIENCE_SECONDS)
     assert b"going on with" in err
     resumed = json.loads(out)["vectors"][0]
     assert resumed["replies"] == {"asked": ASKED, "new": ASKED - kept}
     assert replies_in(stopped) == ASKED
     tuned = vector.read_bytes()
     vector.write_bytes(no_comma)
-    out, _ = start(vector, whole, *LONGER).communicate(timeout=PATIENCE_SECONDS)
+    out, _ = start(vector, whole, *LONGER, *ONE_STRENGTH).communicate(timeout=PATIENCE_SECONDS)
     same = ("setting", "scores", "table", "advice")
     assert {key: json.loads(out)["vectors"][0][key] for key in same} == {key: resumed[key] for key in same}
     assert vector.read_bytes() == tuned
@@ -264,6 +293,7 @@ def test_without_a_cache_folder_it_works_and_says_so(vector, folder, monkeypatch
     (folder / "file").write_text("")
     monkeypatch.setenv("LOCALSTEER_CACHE", str(folder / "file"))
     few = ("-t", "1", "-n", "1", "--blocks", "1", "--positions", "prompt", "--catalog", "bundled")
+    few += ("--exhaustive",)
     done = tune("-m", model, vector, *few)
     assert "a search that is stopped will begin anew" in done.err
     assert "written to" in done.err and (folder / "file").read_text() == ""
@@ -304,7 +334,7 @@ def test_without_a_cache_folder_it_works_and_says_so(vector, folder, monkeypatch
         (["V", "--plot", "map.xyz"], "its ending must be one of"),
         (["V", "--plot", "no/map.png"], "there is no folder no"),
         (["-i", "jsom"], "unknown instruction 'jsom'"),
-        (["-i", "Answer in rhyme."], "--verifier ID --kwargs JSON"),
+        (["-i", "Answer in rhyme.", "--exhaustive"], "--verifier ID --kwargs JSON"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -23,6 +24,7 @@ from vector_cases import PROVENANCE, exact_directions, exact_vector, imported_ve
 from localsteer.convert import CONVENTIONS, export_static, import_vector, keys, read_vector, static_vector
 from localsteer.convert.gguf_file import GgufFile, open_gguf
 from localsteer.convert.read import parse_vector
+from localsteer.convert.write import write_vector
 from localsteer.errors import LocalsteerError, PlanError, VectorFileError
 from localsteer.vector import MODES, POSITIONS, ControlVector
 
@@ -144,6 +146,17 @@ def test_unknown_keys_of_a_later_minor_version_are_ignored(tmp_path):
     raw.key_values["localsteer.mood"] = make_hostile.value(make_hostile.STRING, "good")
     (tmp_path / "v.gguf").write_bytes(raw.to_bytes())
     assert same(read_vector(tmp_path / "v.gguf"), exact_vector())
+
+
+@pytest.mark.parametrize("kept", [(2,), (0, 2), (0, 1, 2, 3)])
+def test_a_compact_file_gives_back_the_rows_that_it_holds(tmp_path, kept):
+    directions = exact_vector().directions.copy()
+    directions[[il for il in range(4) if il not in kept]] = 0
+    vector = replace(exact_vector(), directions=directions, layers=(2,))
+    write_vector(vector, tmp_path / "v.gguf", compact=True)
+    assert same(read_vector(tmp_path / "v.gguf"), vector)
+    with open_gguf(tmp_path / "v.gguf") as file:
+        assert list(file.tensors) == [f"direction.{il}" for il in kept if il]
 
 
 @pytest.mark.parametrize("name", ["json", "static", "repeng", "cvector-generator"])

@@ -20,7 +20,7 @@ from localsteer import bundled
 from localsteer.bridge import Context
 from localsteer.bundled import checkpoint_hash, gguf_path
 from localsteer.catalog import load_catalog
-from localsteer.demo import GROUPS, _chosen, mean, run_demo
+from localsteer.demo import GROUPS, _chosen, answers, demonstrate, mean, run_demo
 from localsteer.engine import Engine
 from localsteer.errors import CatalogError, LocalsteerError, ModelFileError
 from localsteer.evaluate.conditions import CONDITIONS
@@ -256,13 +256,38 @@ def test_the_bundled_model_is_steered(bundled_model, tmp_path: Path) -> None:
 
 
 def test_the_commands_json_is_one_document(bundled_model, tmp_path: Path) -> None:
-    done = invoke("demo", "--json", "--instructions", "json", "-n", 4, "--out", tmp_path, "--threads", 2)
+    done = invoke(
+        "demo",
+        "-m",
+        "bundled",
+        "--json",
+        "--instructions",
+        "json",
+        "-n",
+        4,
+        "--out",
+        tmp_path,
+        "--threads",
+        2,
+    )
     assert done.status == 0, done.err
     check_shape(done.json, ["json"], n=4)
 
 
 def test_the_command_prints_a_table_and_what_to_type_next(bundled_model, tmp_path: Path) -> None:
-    done = invoke("demo", "--instructions", "json,lowercase", "-n", 4, "--out", tmp_path, "--threads", 2)
+    done = invoke(
+        "demo",
+        "-m",
+        "bundled",
+        "--instructions",
+        "json,lowercase",
+        "-n",
+        4,
+        "--out",
+        tmp_path,
+        "--threads",
+        2,
+    )
     assert done.status == 0, done.err
     assert "steered" in done.out and "lowercase" in done.out
     assert "localsteer run" in done.out
@@ -308,7 +333,7 @@ def test_a_folder_that_cant_be_written_is_found_before_the_work(bundled_model, t
 
 
 def test_a_bad_request_on_the_command_line_is_one_line() -> None:
-    assert "rhyme" in invoke("demo", "--instructions", "rhyme").complaint()
+    assert "rhyme" in invoke("demo", "-m", "bundled", "--instructions", "rhyme").complaint()
 
 
 def test_the_demo_shows_every_format_and_length() -> None:
@@ -316,3 +341,32 @@ def test_the_demo_shows_every_format_and_length() -> None:
     assert len(shown) >= 20
     assert {each.group for each in shown} == set(GROUPS)
     assert all(each.verifier for each in shown)
+
+
+def test_a_question_of_yours_needs_a_real_model() -> None:
+    assert "-m MODEL.gguf" in invoke("demo", "-m", "bundled", "How do bees find home?").complaint()
+
+
+def test_options_of_the_bundled_model_are_refused_for_another(tiny_llama) -> None:
+    complaint = invoke("demo", "-m", tiny_llama.gguf_path, "--quant", "Q4_0").complaint()
+    assert "--quant is for the bundled model" in complaint
+
+
+def test_any_model_is_demonstrated_with_its_tuned_vectors(bundled_model, tmp_path: Path) -> None:
+    names = ("lowercase", "one_sentence")
+    with Engine(gguf_path("instruct"), n_ctx=256, n_threads=2) as engine:
+        queries = CATALOG.queries["extraction"]
+        vectors = {
+            name: extract(engine, CATALOG.get(name), queries, n_pairs=20, mode="project").at(
+                layer=3, positions="prompt"
+            )
+            for name in names
+        }
+        document = demonstrate(engine, CATALOG, vectors, n=4)
+        shown = answers(engine, CATALOG, vectors, CATALOG.queries["test"][0].text)
+    json.dumps(document, allow_nan=False)
+    assert [row["id"] for row in document["instructions"]] == list(names)
+    for row in document["instructions"]:
+        assert row["none"] == 0 and row["steered"] >= 0.75 and row["random"] == 0
+    assert [example["id"] for example in shown] == list(names)
+    assert shown[0]["steered"] == shown[0]["steered"].lower() != shown[0]["none"]

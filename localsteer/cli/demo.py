@@ -12,7 +12,7 @@ from localsteer.errors import LocalsteerError
 
 from . import options
 from .console import answer, note, print_json, progress, shown, table
-from .models import catalog_of, extraction_queries, find_instruction, is_bundled, open_engine
+from .models import catalog_of, extraction_queries, find_instruction, is_bundled, model_file, open_engine
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +44,7 @@ N_EXAMPLES = 3
     help="Which ones. [default: the four that steering does most for; all of the bundled model]",
 )
 @click.option(
-    "-n", type=click.IntRange(min=1), metavar="N", help="Test questions each. [default: 6; bundled 20]"
+    "-n", type=click.IntRange(min=1), metavar="N", help="Test questions each. [default: 5; bundled 20]"
 )
 @click.option(
     "--quant", metavar="TYPE", help="Quantization of the bundled model: Q4_K_M, F16, ... [default: Q8_0]"
@@ -168,7 +168,12 @@ def _real_demo(
 
 def _best_known(model: str) -> list[str]:
     """The instructions that steering does most for, by the figures that ship for this model."""
-    return list(DEFAULT_INSTRUCTIONS)
+    from localsteer.packs import pack_for
+
+    match = pack_for(model_file(model))
+    helpful = [entry for entry in match.pack.instructions.values() if entry.helps] if match else []
+    best = sorted(helpful, key=lambda entry: entry.scores["steered"] - entry.scores["none"], reverse=True)
+    return [entry.id for entry in best[:N_SHOWN]] or list(DEFAULT_INSTRUCTIONS)
 
 
 def _vectors(

@@ -13,6 +13,7 @@ from localsteer.errors import LocalsteerError, VectorFileError
 from . import interrupt
 from .console import note, progress
 from .models import model_file, open_engine
+from .shipped import shipped_vector
 
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction, Query
@@ -36,7 +37,8 @@ def vector_on_first_use(
     search: bool = True,
     **settings: Any,
 ) -> ControlVector:
-    """The cached vector of this instruction for this very model file, made now if there is none.
+    """The vector of this instruction that ships for this model, else the cached one for this very file, made
+    now if there is none.
 
     The cache's key is the content: other phrasings, queries or pairs give another vector. search: try
     settings on a few questions, which takes longer than the extraction. settings: of open_engine, for the
@@ -45,6 +47,10 @@ def vector_on_first_use(
     from localsteer.cache import file_hash, vector_path
     from localsteer.extract import build_pairs
 
+    if search and n_pairs is None:
+        shipped = shipped_vector(model, instruction, catalog, queries)
+        if shipped is not None:
+            return shipped
     n_pairs = n_pairs or min(N_PAIRS, len(queries))
     build_pairs(instruction, queries, n_pairs)  # refuses what can't be, before anything is announced
     model_hash = file_hash(model_file(model))

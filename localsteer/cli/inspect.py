@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from localsteer.errors import VectorFileError
+
 from . import options
 from .console import answer, note, print_json, table
 
@@ -38,10 +40,16 @@ NUMBERS = ("block", "strength", "good", "degenerate", "gap", "n")
 @click.command("inspect", short_help="Show what a vector file holds.")
 @click.argument("file", type=click.Path())
 @click.option(
+    "-m",
+    "--model",
+    metavar="GGUF",
+    help="FILE is then an instruction's id: show the vector that ships for this model.",
+)
+@click.option(
     "--plot", type=click.Path(), metavar="PNG", help="Draw norms and projections into a picture too."
 )
 @options.as_json
-def command(file: str, plot: str | None, as_json: bool) -> None:
+def command(file: str, model: str | None, plot: str | None, as_json: bool) -> None:
     """Show what the vector FILE holds: where it comes from, its settings, and for each block the length of
     its direction and the mean projection of the model's states with and without the instruction.
 
@@ -53,6 +61,7 @@ def command(file: str, plot: str | None, as_json: bool) -> None:
       localsteer inspect json.gguf
       localsteer inspect json.gguf --plot json.png
       localsteer inspect json.gguf --json
+      localsteer inspect -m smol title
     """
     from localsteer.vector import ControlVector, describe
 
@@ -60,6 +69,7 @@ def command(file: str, plot: str | None, as_json: bool) -> None:
         from localsteer.evaluate.heatmap import check_picture
 
         check_picture(plot)
+    file = file if model is None else _shipped(model, file)
     vector = ControlVector.load(file)
     described = describe(vector)
     if plot is not None:
@@ -79,6 +89,21 @@ def command(file: str, plot: str | None, as_json: bool) -> None:
             answer().print(tried)
         answer().print()
     answer().print(_blocks(described))
+
+
+def _shipped(model: str, instruction: str) -> str:
+    """The file of a pack. Raises LocalsteerError where nothing ships for the model, or not this."""
+    from localsteer.packs import pack_for
+
+    from .models import model_file
+
+    match = pack_for(model_file(model))
+    known = match.pack.instructions if match else {}
+    if instruction not in known:
+        raise VectorFileError(
+            f"no vector of {instruction!r} ships for {model}: {', '.join(known) or 'there is none for it'}."
+        )
+    return str(match.pack.path(instruction))
 
 
 def _head(file: str, vector: ControlVector, described: dict[str, Any]) -> Any:
@@ -151,8 +176,12 @@ def _blocks(described: dict[str, Any]) -> Any:
     if has_means:
         titles += ["without", "with", "apart", ""]
     made = table(*titles, numbers=("block", "norm", "without", "with", "apart"))
+    # of a vector with few blocks, the others are no news
+    has_gaps = sum(block["norm"] == 0 for block in described["blocks"]) > len(described["blocks"]) / 2
     longest = max(block["norm"] for block in described["blocks"])
     for block in described["blocks"]:
+        if block["norm"] == 0 and not block["chosen"] and has_gaps:
+            continue
         row = [f"{'> ' if block['chosen'] else ''}{block['block']}", f"{block['norm']:.3g}"]
         row.append(bar(block["norm"] / longest if longest else 0, BAR_WIDTH))
         made.add_row(

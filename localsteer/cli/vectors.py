@@ -1,4 +1,4 @@
-"""`localsteer vectors`: the vectors that `run --instruction` made on first use."""
+"""`localsteer vectors`: the vectors that `run --instruction` made on first use, and those that ship."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from localsteer.errors import VectorFileError
 
 from . import options
 from .console import answer, note, print_json, table
+from .shipped import SHARES, setting_of, shares_of
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,20 @@ class Cached:
 
 
 @click.group(
-    "vectors", invoke_without_command=True, short_help="List and remove the vectors made on first use."
+    "vectors", invoke_without_command=True, short_help="List the vectors that are here, and remove some."
 )
 @options.as_json
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """List and remove the vectors that `run --instruction` made on first use.
+    """List and remove the vectors that `run --instruction` made on first use; `shipped` lists those that come
+    with localsteer.
 
-    Without a subcommand it lists them.
+    Without a subcommand it lists the former.
 
     \b
     Examples:
       localsteer vectors
+      localsteer vectors shipped
       localsteer vectors remove json
       localsteer vectors remove --all
     """
@@ -55,6 +58,37 @@ def list_command(as_json: bool) -> None:
       localsteer vectors list --json
     """
     _list(as_json or _group_as_json())
+
+
+@command.command("shipped", short_help="List those that come with localsteer, with their figures.")
+@click.argument("model", required=False)
+@options.as_json
+def shipped_command(model: str | None, as_json: bool) -> None:
+    """List the vectors of the packs, of all models or of one MODEL (a file, or a name), with their settings
+    and the share of replies that follow: of the model alone, steered, told in words, and both.
+
+    \b
+    Examples:
+      localsteer vectors shipped
+      localsteer vectors shipped smol
+    """
+    from localsteer.packs import all_packs, pack_for
+
+    from .models import model_file
+
+    match = pack_for(model_file(model)) if model else None
+    packs = ([match.pack] if match else []) if model else all_packs()
+    if as_json or _group_as_json():
+        print_json({"packs": [pack.to_dict() for pack in packs]})
+    elif not packs:
+        note(f"no vectors ship for {model}." if model else "no packs are used: LOCALSTEER_PACKS is off.")
+    for pack in () if as_json or _group_as_json() else packs:
+        made = table("instruction", "setting", *SHARES, "n", "file", numbers=(*SHARES, "n"), title=pack.title)
+        for entry in pack.instructions.values():
+            row = {**entry.settings, "scores": entry.scores}
+            made.add_row(entry.id, setting_of(row), *shares_of(row), str(entry.n), entry.file)
+        answer().print(made)
+        answer().print(f"files in {pack.folder}", soft_wrap=True)
 
 
 @command.command("remove", short_help="Delete some or all of them.")

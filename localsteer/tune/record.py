@@ -24,7 +24,7 @@ def of(
     both: Trial,
     *,
     told_model: Told,
-    seconds: float,
+    seconds: float | None,
     stopped: bool,
 ) -> dict[str, Any]:
     """JSON without infinities. scores: shares of good replies, None where nothing was asked."""
@@ -52,7 +52,7 @@ def of(
             "first_followed": told_model.n_passed,
         },
         "max_tokens": told_model.max_tokens,
-        "seconds": round(seconds, 1),
+        "seconds": None if seconds is None else round(seconds, 1),
         "stopped": stopped,
         "advice": advice(instruction, best, trials, scores, n, told_model, stopped),
         "table": [_row(trial) for trial in trials[:N_KEPT]],

@@ -1,0 +1,85 @@
+"""What makes two GGUF files the same model, whatever their quantization.
+
+Quantization leaves every one-dimensional tensor (norms and biases) in F32 as it was, and training moves them,
+so their bytes are equal in all files of one model and differ between models. What they can't tell: a
+fine-tune by adapters that were merged into the matrices alone, which is why another file than the measured
+one is said aloud. A quantizer that folds scales into the norms (AWQ) makes another model by this measure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from localsteer.convert.gguf_file import GgufFile
+
+REMEMBERED = "identity 1"  # in the cache's index; another number where the computation changes
+KEPT = ("norm.weight", ".bias")  # how the names of such tensors end; rope_freqs are the converter's
+
+
+@dataclass(frozen=True)
+class Identity:
+    """tokenizer: sha256 of the vocabulary. weights: sha256 of norms and biases, empty where there is none."""
+
+    architecture: str
+    n_layer: int
+    n_embd: int
+    tokenizer: str
+    weights: str
+
+    @property
+    def shown(self) -> str:
+        return f"{self.architecture}, {self.n_layer} blocks x {self.n_embd}"
+
+
+def identity_of(path: str | os.PathLike[str]) -> Identity:
+    """Of a model file; read once, then remembered like its hash. No engine, a second at most.
+
+    Raises VectorFileError for a file that is no GGUF, ModelFileError for one that can't be read.
+    """
+    from localsteer.cache import remembered
+
+    text = remembered(path, REMEMBERED, lambda file: json.dumps(asdict(read_identity(file))))
+    return Identity(**json.loads(text))
+
+
+def read_identity(path: Path) -> Identity:
+    from localsteer.convert.gguf_file import open_gguf
+
+    with open_gguf(path) as file:
+        values = {key: entry.value for key, entry in file.keys.items()}
+        architecture = str(values.get("general.architecture"))
+        return Identity(
+            architecture=architecture,
+            n_layer=int(values.get(f"{architecture}.block_count", 0)),
+            n_embd=int(values.get(f"{architecture}.embedding_length", 0)),
+            tokenizer=_tokenizer(values),
+            weights=_weights(file),
+        )
+
+
+def _tokenizer(values: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for key in ("model", "pre", "tokens"):
+        digest.update(json.dumps(values.get(f"tokenizer.ggml.{key}")).encode())
+    return digest.hexdigest()
+
+
+def _weights(file: GgufFile) -> str:
+    from gguf import GGMLQuantizationType
+
+    names = [
+        name
+        for name, info in sorted(file.tensors.items())
+        if name.endswith(KEPT) and len(info.shape) == 1 and info.type == GGMLQuantizationType.F32
+    ]
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode())
+        digest.update(file.f32(name).tobytes())
+    return digest.hexdigest() if names else ""
