@@ -367,7 +367,7 @@ def test_vectors_are_kept_with_their_settings(run):
             vector.positions,
             vector.strength,
         )
-        assert kept.provenance["validation"][0]["followed"] >= 0.7
+        assert kept.provenance["validation"]["scores"]["steered"] >= 0.7
         assert bench.vector_records()[name]["source_sha256"] == bench.model["sha256"]
 
 

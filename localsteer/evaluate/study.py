@@ -118,6 +118,9 @@ class Study:
             queries,
             max_tokens=min(self.max_tokens, TUNE_TOKENS),
             seed=self.seed,
+            source={
+                "seconds": None
+            },  # a run that goes on ends with the same files as one that wasn't stopped
             report=lambda _what, _done, _total: check(),
             **options,
         )

@@ -48,7 +48,7 @@ class Search:
 
     def run(self) -> list[Setting]:
         """Every setting that was scored, the best first. What was scored on more targets comes first."""
-        few, many = N_TARGETS
+        few, many = (min(n, len(self.score.targets)) for n in N_TARGETS)
         near, along, last = KEPT
         self._look(self._coarse(), few)
         self._look(self._between(self._best_of_each_kind(near, few)), few)

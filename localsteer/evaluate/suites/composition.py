@@ -172,10 +172,16 @@ def choose(bench: Bench, pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def arrangements(a: ControlVector, b: ControlVector) -> list[tuple[ControlVector, ControlVector]]:
-    """The blocks around those that each was picked at, in all combinations, at the same positions; without
-    what a plan refuses (nearly parallel directions at one block)."""
+    """The blocks around those that each was tuned to, in all combinations, at the same positions; without what
+    a plan refuses (nearly parallel directions at one block). At their own strengths and at 1: one that suits a
+    vector alone may be too much beside another."""
+    strengths = dict.fromkeys([(a.strength, b.strength), (1.0, 1.0)])
     found = [
-        (a.at(layer=i, positions=positions), b.at(layer=j, positions=positions))
+        (
+            a.at(layer=i, positions=positions, strength=s),
+            b.at(layer=j, positions=positions, strength=t),
+        )
+        for s, t in strengths
         for positions in POSITIONS
         for i, j in [
             *((il, il) for il in sorted({*_around(a), *_around(b)}) if il in a.blocks and il in b.blocks),
