@@ -122,6 +122,8 @@ def test_modes_are_searched_side_by_side(score):
 class Surface:
     """Scores that are written down, in the place of a Score: the recovered gap is worth(setting)."""
 
+    targets = (None,) * max(N_TARGETS)
+
     def __init__(self, worth) -> None:
         self._worth = worth
         self._scored: dict[Setting, int] = {}
