@@ -4,7 +4,8 @@
 
 Every block and positions at strength 1 is asked; of the replies that pass every other check (verifier,
 subject, no loop) the most improbable are shown, with how many times as surprising each is as the most
-surprising reply that the model gives by itself. Whether they are sound text is for the reader to say. The last line is JSON.
+surprising reply that the model gives by itself. Whether they are sound text is for the reader to say. The
+last line is JSON.
 """
 
 from __future__ import annotations
