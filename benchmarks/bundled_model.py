@@ -31,11 +31,11 @@ from localsteer.demo import GROUPS
 from localsteer.engine import Engine
 from localsteer.evaluate.conditions import Outcome
 from localsteer.evaluate.intervals import interval
-from localsteer.evaluate.pick import POSITIONS, Pick, middle_blocks
 from localsteer.evaluate.quality import is_degenerate, subject_kept
 from localsteer.evaluate.study import N_CTX, N_SEQ_MAX, Study
 from localsteer.evaluate.workers import Workers
 from localsteer.generate import GREEDY, Reply
+from localsteer.tune import POSITIONS, Tuned
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "bundled_model"))
@@ -190,6 +190,11 @@ class Regime:
     restrict: Callable[[int], dict[str, Any]]
 
 
+def middle_blocks(n_layer: int) -> range:
+    """The blocks from 25% to 75% of the depth: 2 to 5 of 8."""
+    return range(-(-n_layer // 4), 3 * n_layer // 4)
+
+
 REGIMES = (
     Regime("free", 0.92, lambda _n_layer: {"positions": POSITIONS}),
     Regime("middle, prompt", 0.85, lambda n: {"blocks": middle_blocks(n), "positions": ("prompt",)}),
@@ -202,7 +207,7 @@ class Steering:
     """One instruction in one regime. outcomes: by condition; more controls are `random 1`, `other 1`, ..."""
 
     instruction: Steered
-    picked: Pick
+    tuned: Tuned
     outcomes: dict[str, Outcome]
 
     def shares(self, condition: str, key: str = "followed") -> np.ndarray:
@@ -222,20 +227,20 @@ def steer_all(workers: Workers, study: Study, regime: Regime, size: Size) -> lis
     wanted = [each for each in study.instructions if free or each.group in GROUPS]
 
     def work(engine: Engine, instruction: Steered) -> Steering:
-        picked = study.pick(engine, instruction, **regime.restrict(engine.model.n_layer))
+        tuned = study.tune(engine, instruction, **regime.restrict(engine.model.n_layer))
         controls = {}
-        if picked.setting is not None:
-            controls = study.controls(instruction, picked.vector)
+        if tuned.setting is not None:
+            controls = study.controls(instruction, tuned.vector)
         names = ("none", "steered", *(("instructed", "both") if free else ()), *controls)
         options = {"controls": controls, "conditions": names}
-        outcomes = study.conditions(engine, instruction, picked.vector, **options)
-        return Steering(instruction, picked, outcomes)
+        outcomes = study.conditions(engine, instruction, tuned.vector, **options)
+        return Steering(instruction, tuned, outcomes)
 
     return workers.map(work, wanted, lambda done, total: note(f"    {done} of {total}"))
 
 
 def steered_row(each: Steering) -> dict[str, Any]:
-    setting, steered = each.picked.setting, each.outcomes["steered"]
+    setting, steered = each.tuned.setting, each.outcomes["steered"]
     shares = {
         name: each.shares(name) for name in ("none", "steered", "random", "other", "instructed", "both")
     }

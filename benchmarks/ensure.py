@@ -24,11 +24,11 @@ from typing import Any
 from localsteer import ControlVector, Engine, __version__, bundled
 from localsteer.catalog import Catalog, load_catalog
 from localsteer.ensure import Check, ensure
-from localsteer.evaluate.pick import Round, pick
 from localsteer.evaluate.quality import is_degenerate
 from localsteer.evaluate.study import spread
 from localsteer.extract import extract
 from localsteer.generate import GREEDY, Reply
+from localsteer.tune import tune
 
 INSTRUCTIONS = (
     "json",
@@ -41,7 +41,6 @@ INSTRUCTIONS = (
     "one_sentence",
 )
 N_CTX, MAX_TOKENS = 256, 128
-ROUNDS = (Round(10**6, 2), Round(6, 6))
 WAYS = ("plain", "always", "ensure")
 
 
@@ -67,11 +66,11 @@ class Asked:
 
 
 def vector_of(engine: Engine, catalog: Catalog, name: str) -> ControlVector:
-    """Extracted and picked as `--instruction` does on first use."""
+    """Extracted and tuned as `--instruction` does on first use."""
     instruction = catalog.get(name)
     vector = extract(engine, instruction, catalog.queries_for(instruction, "extraction"), mode="project")
-    queries = spread(catalog.queries_for(instruction, "validation"), ROUNDS[-1].n_queries)
-    return pick(engine, vector, instruction, queries, rounds=ROUNDS, max_tokens=MAX_TOKENS).vector
+    queries = catalog.queries_for(instruction, "validation")
+    return tune(engine, vector, instruction, queries, max_tokens=MAX_TOKENS).vector
 
 
 def ask(engine: Engine, vector: ControlVector, prompt: str, told: bool) -> Asked:

@@ -2,9 +2,10 @@
 
     python benchmarks/improbable.py [--instructions json,lowercase,...] [--quant Q8_0] [-n 8]
 
-Every setting of the full grid is asked; of the replies that pass every other check (verifier, subject, no
-loop) the most improbable are shown, with how many times as surprising each is as the most surprising reply
-that the model gives by itself. Whether they are sound text is for the reader to say. The last line is JSON.
+Every block and positions at strength 1 is asked; of the replies that pass every other check (verifier,
+subject, no loop) the most improbable are shown, with how many times as surprising each is as the most
+surprising reply that the model gives by itself. Whether they are sound text is for the reader to say. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 from localsteer import __version__, bundled
@@ -19,11 +21,12 @@ from localsteer.bridge import default_threads
 from localsteer.catalog import Catalog, Instruction, load_catalog
 from localsteer.engine import Engine
 from localsteer.evaluate.judge import log_perplexities
-from localsteer.evaluate.pick import Round, search
 from localsteer.evaluate.study import spread
-from localsteer.evaluate.tune import ALL, IMPROBABLE_RATIO, Natural, grid
 from localsteer.evaluate.workers import Workers
 from localsteer.extract import extract
+from localsteer.tune import Check
+from localsteer.tune.check import IMPROBABLE, IMPROBABLE_RATIO
+from localsteer.tune.exhaustive import grid
 
 INSTRUCTIONS = (
     "json", "lowercase", "uppercase", "bullets", "title", "no_comma", "spanish", "one_sentence",
@@ -38,25 +41,21 @@ def measure(engine: Engine, catalog: Catalog, instruction: Instruction, n: int) 
     """A row for each reply that passes every other check: its ratio, its setting and its text."""
     vector = extract(engine, instruction, catalog.queries_for(instruction, "extraction"), mode="project")
     queries = spread(catalog.queries_for(instruction, "validation"), n)
-    natural = Natural.ask(engine, instruction, queries, MAX_TOKENS)
-    trials = search(
-        engine,
-        vector,
-        instruction,
-        queries,
-        grid(vector),
-        rounds=(Round(ALL, n),),
-        max_tokens=natural.limit,
-        must_end=natural.must_end,
-        plain=natural.plain,
-    )
+    check = Check(engine, vector, instruction, queries, max_tokens=MAX_TOKENS)
+    check.ask_model()
+    own = log_perplexities(engine, [*check.plain.replies, *check.told.replies])
+    most_surprising = max(value for value in own if value is not None)
     rows = []
-    for trial in (each for each in trials if each.setting is not None):
-        logs = log_perplexities(engine, trial.replies)
-        for reply, value in zip(trial.replies, logs, strict=True):
+    for trial in check.ask(grid(vector, strengths=(1.0,))):
+        # what the guard has marked already is what this is about
+        replies = [
+            replace(reply, degenerate=None) if reply.degenerate == IMPROBABLE else reply
+            for reply in trial.replies
+        ]
+        for reply, value in zip(replies, log_perplexities(engine, replies), strict=True):
             if reply.good and value is not None:
                 where = f"{trial.setting.layer} {trial.setting.positions}"
-                ratio = math.exp(value - natural.most_surprising)
+                ratio = math.exp(value - most_surprising)
                 rows.append(
                     {"instruction": instruction.id, "setting": where, "ratio": ratio, "text": reply.text}
                 )

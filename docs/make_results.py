@@ -77,35 +77,6 @@ def soak() -> Iterator[str]:
     yield _row(f"{document['minutes']:g}", [requests, str(lost), str(running), quarters])
 
 
-def quick_search() -> Iterator[str]:
-    document = _read(RESULTS / "tune_quick.json")
-    yield "| | Setting, full | quick | Replies | quick | Validation | quick | Test | quick |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for row in [*document["rows"], {"instruction": "mean", **document["mean"]}]:
-        cells = [str(row[way].get("setting") or "-") for way in ("full", "quick")]
-        cells += [f"{row[way]['replies']:.0f}" for way in ("full", "quick")]
-        for what in ("validation", "test"):
-            cells += [percent(row[way][what]) for way in ("full", "quick")]
-        yield _row(row["instruction"], cells)
-    share, time_share = (f"{document[f'share_of_{what}']:.0%}" for what in ("replies", "time"))
-    same = f"{document['same']} of {len(document['rows'])}"
-    yield ""
-    yield (
-        f"{share} of the replies in {time_share} of the time, the same setting for {same} instructions, "
-        f"{100 * document['lost_on_test']:.1f} points lost on test."
-    )
-    full, quick = (document["simulated"][way] for way in ("full", "quick"))
-    losses = [f"{100 * each['loss']:.1f}" for each in (full, quick)]
-    replies = f"{quick['replies']:.0f} replies in place of {full['replies']:.0f} on average"
-    yield ""
-    yield (
-        "On simulated models with the grid of a deep one (39 settings, chances known, 0.3 to 1 at the best "
-        f"setting) the full search ends {losses[0]} points below the best setting, because eight queries are "
-        f"few, and the quick one {losses[1]}, with {replies}, {quick['most_replies']} at most; "
-        f"{quick['same']:.0%} of the winners are the same."
-    )
-
-
 def packs() -> Iterator[str]:
     yield "| Model | Instruction | Setting | plain | steered | told | told and steered | of |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -223,7 +194,6 @@ TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("speed", "results/README.md"): speed,
     ("concurrency", "results/README.md"): concurrency,
     ("soak", "results/README.md"): soak,
-    ("tune_quick", "tuning.md"): quick_search,
     ("ensure", "ensure.md"): ensuring,
 }
 

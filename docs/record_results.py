@@ -31,7 +31,7 @@ COMMANDS = {
         "localsteer transfer json.gguf --map --from bundled -m bundled-base --qa",
     ),
 }
-BENCHMARKS = ("decode_overhead", "concurrency", "ensure", "tune_quick", "improbable", "server_soak")
+BENCHMARKS = ("decode_overhead", "concurrency", "ensure", "improbable", "server_soak")
 KEPT = {"plots", "results.json", "report.md"}  # the page is made again from results.json
 
 
