@@ -153,7 +153,7 @@ class Check:
         """As many degenerate replies as the model gives by itself, told or not, and one in eight more: small
         models loop now and then, steered or not, and each such reply counts as a failure anyway."""
         own = max(self.plain.n_degenerate, self.told.n_degenerate)
-        return own + len(self.queries) // 8
+        return own + -(-len(self.queries) // 8)
 
     def _told(self) -> list[Asked]:
         phrasings = self._instruction.phrasings
