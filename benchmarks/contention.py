@@ -1,6 +1,6 @@
 """Decoding beside other busy programs: localsteer and bare llama-cpp-python, in turns.
 
-    python benchmarks/contention.py -m MODEL.gguf [--threads N] [--rounds 8] [--seconds 4]
+    python benchmarks/contention.py -m MODEL.gguf [--threads N] [--rounds 5] [--seconds 4]
 
 Each variant is a process of its own that decodes one token after another while it is its turn: first with
 nothing else running, then beside as many busy processes as there are cores. The variants: localsteer as it
@@ -27,7 +27,7 @@ from statistics import median
 MAX_LOSS = 0.02  # without load, against libgomp's own spinning
 MIN_GAIN = 15.0  # beside busy processes, against llama-cpp-python
 OURS, UNBOUNDED, ONE_THREAD, BARE = "localsteer", "localsteer, unbounded", "localsteer, 1 thread", "bare"
-N_CTX, N_PROMPT, QUIET_SECONDS = 1024, 32, 0.6
+N_CTX, N_PROMPT, QUIET_SECONDS = 1024, 4, 0.5
 
 
 def decoder(variant: str, model: Path, n_threads: int) -> Callable[[list[int], int], object]:
@@ -105,12 +105,13 @@ def busy(n: int) -> Iterator[None]:
             process.wait()
 
 
-def measure(workers: dict[str, Worker], rounds: int, seconds: float) -> dict[str, list[float]]:
+def measure(workers: dict[str, Worker], what: str, rounds: int, seconds: float) -> dict[str, list[float]]:
     speeds: dict[str, list[float]] = {variant: [] for variant in workers}
     turn = list(workers)
     for _ in range(rounds):
         for variant in turn:
             speeds[variant].append(workers[variant].speed(seconds))
+        print(what, {variant: round(values[-1], 1) for variant, values in speeds.items()}, file=sys.stderr)
         turn.append(turn.pop(0))
     return speeds
 
@@ -119,7 +120,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=8, help="with load; four times as many without")
+    parser.add_argument("--rounds", type=int, default=5, help="with load; four times as many without")
     parser.add_argument("--seconds", type=float, default=4.0, help="of one turn with load")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -132,9 +133,9 @@ def main() -> int:
         for variant in (OURS, UNBOUNDED, ONE_THREAD, BARE):
             workers[variant] = Worker(variant, arguments.model, arguments.threads)
             stack.callback(workers[variant].close)
-        quiet = measure(workers, 4 * arguments.rounds, QUIET_SECONDS)
+        quiet = measure(workers, "nothing else", 4 * arguments.rounds, QUIET_SECONDS)
         with busy(n_busy):
-            loaded = measure(workers, arguments.rounds, arguments.seconds)
+            loaded = measure(workers, "busy processes", arguments.rounds, arguments.seconds)
     return report(arguments, n_busy, quiet, loaded)
 
 

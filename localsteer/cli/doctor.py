@@ -133,9 +133,10 @@ def _llama() -> Iterator[Check]:
 
 
 def _threads() -> Iterator[Check]:
-    from localsteer.bridge import default_threads
+    from localsteer.bridge import default_threads, spinning
 
-    yield Check("threads", "ok", f"{default_threads()} by default, of {os.cpu_count()} processors")
+    counts = f"{default_threads()} by default, of {os.cpu_count()} processors"
+    yield Check("threads", "ok", f"{counts}; how long they spin for each other: {spinning}")
 
 
 def _torch() -> Iterator[Check]:

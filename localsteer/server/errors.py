@@ -27,12 +27,15 @@ _TYPES = {
 SHOWN = 80  # characters of a value that an error quotes
 
 
-class Json(JSONResponse):
+def as_json(document: Any) -> bytes:
     """A lone surrogate, which a request may hold and UTF-8 can't, is written as its JSON escape."""
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")
 
+
+class Json(JSONResponse):
     def render(self, content: Any) -> bytes:
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode("utf-8", "backslashreplace")
+        return as_json(content)
 
 
 class ApiError(Exception):

@@ -82,13 +82,17 @@ class Job:
 
     async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
         """(index of the choice, chunk) as they come, to the end of the last choice. Raises ApiError."""
-        events: asyncio.Queue[tuple[int, Chunk | Exception]] = asyncio.Queue()
+        if len(self.tickets) == 1:
+            async for chunk in self._one(self.tickets[0]):
+                yield 0, chunk
+            return
+        events: asyncio.Queue[tuple[int, Chunk | ApiError]] = asyncio.Queue()
 
         async def pump(i: int, ticket: Ticket) -> None:
             try:
-                async for chunk in ticket:
+                async for chunk in self._one(ticket):
                     events.put_nowait((i, chunk))
-            except Exception as error:
+            except ApiError as error:
                 events.put_nowait((i, error))
 
         pumps = [asyncio.create_task(pump(i, ticket)) for i, ticket in enumerate(self.tickets)]
@@ -96,18 +100,26 @@ class Job:
             left = len(pumps)
             while left:
                 i, event = await events.get()
-                if isinstance(event, Exception):
-                    raise api_error(event)
-                if event.finish_reason == "cancelled":
-                    raise ApiError("the server is closing: the reply was cut.", status=503, code="closing")
-                if event.finish_reason and event.timings:
-                    name = self.order.served.name
-                    self.state.metrics.first_token.labels(name).observe(event.timings.first_token_seconds)
+                if isinstance(event, ApiError):
+                    raise event
                 left -= bool(event.finish_reason)
                 yield i, event
         finally:
             for task in pumps:
                 task.cancel()
+
+    async def _one(self, ticket: Ticket) -> AsyncIterator[Chunk]:
+        """The chunks of one choice. Raises ApiError."""
+        try:
+            async for chunk in ticket:
+                if chunk.finish_reason == "cancelled":
+                    raise ApiError("the server is closing: the reply was cut.", status=503, code="closing")
+                if chunk.finish_reason and chunk.timings:
+                    first = self.state.metrics.first_token.labels(self.order.served.name)
+                    first.observe(chunk.timings.first_token_seconds)
+                yield chunk
+        except Exception as error:
+            raise api_error(error) from None
 
 
 async def begin(state: State, order: Order) -> Job:
