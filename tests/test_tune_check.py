@@ -132,10 +132,14 @@ def test_fluent_nonsense_does_not_count_either(exact_bundled, extracted):
     assert trial.score == 0
 
 
-@pytest.mark.parametrize(("n_own", "score"), [(0, 0.0), (1, 0.75)])
-def test_a_setting_may_break_no_more_replies_than_the_model_by_itself(exact_bundled, extracted, n_own, score):
+@pytest.mark.parametrize(("n_own", "n_steered", "score"), [(0, 1, 0.75), (0, 2, 0.0), (1, 2, 0.5)])
+def test_a_setting_may_break_few_more_replies_than_the_model_by_itself(
+    exact_bundled, extracted, n_own, n_steered, score
+):
+    """One in eight more, at least one."""
+
     def texts(one):
-        n_loops = 1 if one.plan else n_own
+        n_loops = n_steered if one.plan else n_own
         loops = QUERIES.index(one.query) < n_loops
         sound = "The {0} is a small animal that lives near the river."
         return ("the {0} " * 40 if loops else sound).format(one.query.subject)
@@ -143,7 +147,7 @@ def test_a_setting_may_break_no_more_replies_than_the_model_by_itself(exact_bund
     check = saying(exact_bundled, texts, vector=extracted["no_comma"])
     check.ask_model()
     (trial,) = check.ask([GOOD])
-    assert (trial.n_degenerate, trial.n_good) == (1, 3)
+    assert (trial.n_degenerate, trial.n_good) == (n_steered, 4 - n_steered)
     assert trial.score == score
 
 
