@@ -371,6 +371,24 @@ def test_vectors_are_kept_with_their_settings(run):
         assert bench.vector_records()[name]["source_sha256"] == bench.model["sha256"]
 
 
+def test_a_run_that_goes_on_takes_the_settings_that_it_had_chosen(model, tmp_path):
+    options = {"limits": BUNDLED_LIMITS, "n": 2, "n_threads": 1}
+    path = tmp_path / "vectors" / "title.gguf"
+    with open_bench(model, CATALOG, tmp_path, **options) as bench:
+        bench.raw(["title"])
+        raw = ControlVector.load(path)
+        # as if the search had ended with a setting that it would not choose again
+        chosen = raw.at(layer=1, positions="last", strength=0.25)
+        replace(chosen, provenance={**raw.provenance, "validation": {"n": 8}}).save(path)
+    with open_bench(model, CATALOG, tmp_path, **options) as bench:
+        vector = bench.vectors(["title"])["title"]
+        assert (vector.layers, vector.positions, vector.strength) == ((1,), "last", 0.25)
+        assert bench.raw(["title"])["title"].strength == 1.0
+    with open_bench(model, CATALOG, tmp_path, seed=1, **options) as bench:
+        vector = bench.vectors(["title"])["title"]
+        assert vector.layers != (1,) and vector.provenance["validation"]["search"] == "likelihood"
+
+
 def test_replies_are_kept_as_lines(run):
     bench, _ = run
     records = [json.loads(line) for line in (bench.out / "replies.jsonl").read_text("utf-8").splitlines()]
