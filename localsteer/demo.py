@@ -25,6 +25,7 @@ from .errors import LocalsteerError
 from .evaluate.conditions import (
     CONDITIONS,
     Outcome,
+    alike,
     mean_state,
     plain_replies,
     random_control,
@@ -112,8 +113,9 @@ def demonstrate(
 ) -> dict[str, Any]:
     """The same table for tuned vectors of any model, by instruction id. n: test queries each.
 
-    other: the next instruction's vector at its own settings, since a vector that ships has its one block
-    alone. Replies are cut at REAL_TOKENS, so that this takes a minute or two on a laptop.
+    other: the vector of an instruction that is not alike, at its own settings, since a vector that ships has
+    its one block alone.
+    Replies are cut at REAL_TOKENS, so that this takes a minute or two on a laptop.
     """
     started = time.perf_counter()
     queries = spread(catalog.queries["test"], n)
@@ -125,7 +127,9 @@ def demonstrate(
     with stage("comparing conditions") as advance:
         for done, (name, vector) in enumerate(vectors.items()):
             advance(done, len(vectors))
-            others = [other for known, other in vectors.items() if known != name]
+            others = [
+                other for known, other in vectors.items() if not alike(catalog.get(known), catalog.get(name))
+            ]
             outcomes[name] = run_conditions(
                 engine,
                 catalog.get(name),

@@ -168,12 +168,17 @@ def _real_demo(
 
 def _best_known(model: str) -> list[str]:
     """The instructions that steering does most for, by the figures that ship for this model."""
+    from localsteer.catalog import load_catalog
     from localsteer.packs import pack_for
 
     match = pack_for(model_file(model))
     helpful = [entry for entry in match.pack.instructions.values() if entry.helps] if match else []
-    best = sorted(helpful, key=lambda entry: entry.scores["steered"] - entry.scores["none"], reverse=True)
-    return [entry.id for entry in best[:N_SHOWN]] or list(DEFAULT_INSTRUCTIONS)
+    helpful.sort(key=lambda entry: entry.scores["steered"] - entry.scores["none"], reverse=True)
+    known = load_catalog().instructions
+    # two of one verifier would show the same thing twice
+    best = {known[entry.id].verifier: entry.id for entry in reversed(helpful) if entry.id in known}
+    ordered = [entry.id for entry in helpful if entry.id in best.values()]
+    return ordered[:N_SHOWN] or list(DEFAULT_INSTRUCTIONS)
 
 
 def _vectors(
