@@ -163,7 +163,16 @@ def _real_demo(
     with open_engine(model, threads=threads, n_seq_max=N_SEQ_MAX) as engine:
         if question is not None:
             return {"model": model, "examples": answers(engine, catalog, vectors, question)}
-        return demonstrate(engine, catalog, vectors, n=n or N_REAL, stage=progress)
+        document = demonstrate(engine, catalog, vectors, n=n or N_REAL, stage=progress)
+    return document | {"model": _published_name(model) or document["model"]}
+
+
+def _published_name(model: str) -> str | None:
+    """As its publisher calls it, where that is known; a file's own name may be a training run's."""
+    from localsteer.packs import pack_for
+
+    match = pack_for(model_file(model))
+    return match.pack.model if match else None
 
 
 def _best_known(model: str) -> list[str]:
