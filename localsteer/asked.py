@@ -152,7 +152,7 @@ def _share(value: Any) -> float | None:
 # --- what the words say ------------------------------------------------------------------------------------
 
 TYPICAL = 1 / 3  # of a vector's phrasings have the word; in fewer it is chance
-COMMON = 0.1  # of the catalogue's instructions; a word in the phrasings of more does not tell them apart
+COMMON = 0.2  # of the catalogue's kinds of instructions; a word of more of them is no help
 
 
 def stands_in(vector: ControlVector, prompt: Prompt) -> bool:
@@ -163,10 +163,8 @@ def stands_in(vector: ControlVector, prompt: Prompt) -> bool:
 
 
 def mentions(vector: ControlVector, prompt: Prompt) -> bool:
-    """Whether a word that is typical of the vector's phrasings stands in what the user or the system says;
-    True where there is no such word, so that the state alone decides."""
-    typical = typical_words(vector.phrasings)
-    return not typical or not typical.isdisjoint(_words("\n".join(_said(prompt))))
+    """Whether a word that is typical of the vector's phrasings stands in what the user or the system says."""
+    return not typical_words(vector.phrasings).isdisjoint(_words("\n".join(_said(prompt))))
 
 
 @lru_cache(maxsize=64)
@@ -179,18 +177,21 @@ def typical_words(phrasings: tuple[str, ...]) -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def _common_words() -> frozenset[str]:
-    """Words in the phrasings of more than a tenth of the general catalogue's instructions."""
+    """Words in the phrasings of more than a fifth of the general catalogue's kinds of instructions: one kind
+    has one verifier, so that `sentence`, which all that count sentences have, is theirs alone."""
     from .catalog import load_catalog
 
-    instructions = load_catalog().instructions.values()
-    counts = Counter(word for each in instructions for word in _words("\n".join(each.phrasings)))
-    return frozenset(word for word, n in counts.items() if n > COMMON * len(instructions))
+    kinds: dict[str, set[str]] = {}
+    for each in load_catalog().instructions.values():
+        kinds.setdefault(each.verifier or each.group, set()).update(_words("\n".join(each.phrasings)))
+    counts = Counter(word for words in kinds.values() for word in words)
+    return frozenset(word for word, n in counts.items() if n > COMMON * len(kinds))
 
 
 def _words(text: str) -> set[str]:
     """Words of two letters and more, whatever the case; a plural counts as its singular."""
     words = re.findall(r"[^\W\d_]{2,}", text.casefold())
-    return {word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words}
+    return {re.sub(r"(?<=\w\w[^\Ws])s$", "", word) for word in words}
 
 
 def _said(prompt: Prompt, last: bool = False) -> list[str]:

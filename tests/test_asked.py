@@ -85,15 +85,19 @@ def test_typical_words_are_those_that_tell_an_instruction_from_others():
     get = load_catalog().get
     assert typical_words(get("json").phrasings) == {"json"}
     assert typical_words(get("no_comma").phrasings) == {"comma"}
+    assert "sentence" in typical_words(get("one_sentence").phrasings)
+    assert "less" in typical_words(get("words_under").fill().phrasings)  # no plural
     assert {"double", "bracket", "title"} <= typical_words(get("title").phrasings)
     assert typical_words(("Answer in rhyme.",)) == {"rhyme"}
     assert typical_words(("Your answer must be the reply.",)) == frozenset()
 
 
-def test_where_no_word_is_typical_the_state_decides_alone(engine, vectors):
-    vague = replace(vectors["json"], provenance={**vectors["json"].provenance, "phrasings": []})
-    assert asks(engine, vague, f"{PLAIN} {vectors['json'].phrasings[0]}") is True
-    assert asks(engine, vague, PLAIN) is False
+def test_without_a_typical_word_no_prompt_asks_but_one_with_a_phrasing_in_it(engine, vectors):
+    """The state alone tells instructions of a small model hardly apart."""
+    vague = replace(vectors["json"], provenance={**vectors["json"].provenance, "phrasings": ["Your answer must be the reply."]})
+    assert typical_words(vague.phrasings) == frozenset()
+    assert asks(engine, vague, f"{PLAIN} {vectors['json'].phrasings[0]}") is False
+    assert asks(engine, vague, f"{PLAIN} Your answer must be the reply.") is True
 
 
 def test_a_phrasing_of_the_vectors_in_the_prompt_is_certain_whatever_its_case_and_spacing(vectors):
