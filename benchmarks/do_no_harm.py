@@ -67,13 +67,13 @@ def _texts(kwargs: dict[str, Any]) -> dict[str, str]:
 def replies_of(
     engine: Engine, vector: ControlVector, items: Sequence[Item], max_tokens: int
 ) -> dict[str, list[Reply]]:
-    """By condition, one to each item, all of them in one batch."""
-    prompts = [
-        item.prompt if name in ("told", "both") else item.base for name in CONDITIONS for item in items
-    ]
-    steer = [[vector] if name in ("steered", "both") else [] for name in CONDITIONS for _ in items]
-    replies = engine.generate_batch(prompts, steer=steer, max_tokens=max_tokens, sampling=GREEDY)
-    return {name: replies[i * len(items) :][: len(items)] for i, name in enumerate(CONDITIONS)}
+    """By condition, one to each item. A batch for each: what a run that was stopped has to repeat at most."""
+    found = {}
+    for name in CONDITIONS:
+        prompts = [item.prompt if name in ("told", "both") else str(item.base) for item in items]
+        steer = [vector] if name in ("steered", "both") else []
+        found[name] = engine.generate_batch(prompts, steer=steer, max_tokens=max_tokens, sampling=GREEDY)
+    return found
 
 
 def follows(item: Item, reply: Reply) -> bool:
