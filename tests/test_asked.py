@@ -94,10 +94,12 @@ def test_typical_words_are_those_that_tell_an_instruction_from_others():
 
 def test_without_a_typical_word_no_prompt_asks_but_one_with_a_phrasing_in_it(engine, vectors):
     """The state alone tells instructions of a small model hardly apart."""
-    vague = replace(vectors["json"], provenance={**vectors["json"].provenance, "phrasings": ["Your answer must be the reply."]})
+    phrase = "Your answer must be the reply."
+    origin = {**vectors["json"].provenance, "phrasings": [phrase]}
+    vague = replace(vectors["json"], provenance=origin)
     assert typical_words(vague.phrasings) == frozenset()
     assert asks(engine, vague, f"{PLAIN} {vectors['json'].phrasings[0]}") is False
-    assert asks(engine, vague, f"{PLAIN} Your answer must be the reply.") is True
+    assert asks(engine, vague, f"{PLAIN} {phrase}") is True
 
 
 def test_a_phrasing_of_the_vectors_in_the_prompt_is_certain_whatever_its_case_and_spacing(vectors):
