@@ -15,7 +15,20 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
-EVALS = {"Q8_0": "eval-q8_0", "Q4_K_M": "eval-q4_k_m"}
+EVALS = {"Q8_0": "eval-q8_0", "Q4_K_M": "eval-q4_k_m"}  # of the bundled model
+# general.name of a file -> the name under which its publisher has it
+MODEL_NAMES = {
+    "Smollm2 135M 8k Lc100K Mix1 Ep2": "SmolLM2-135M-Instruct",
+}
+REAL = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")  # folders of evaluations, where there are any
+CONDITIONS = ("none", "steered", "instructed", "both", "random", "other")
+# Stolfo et al., arXiv 2410.12877, table of the format instructions: none, steered, told, both, in per cents
+PAPER = {
+    "Phi-3-mini-instruct": (11.0, 30.7, 69.9, 77.3),
+    "Gemma-2-2b-it": (12.9, 30.7, 69.3, 76.1),
+    "Gemma-2-9b-it": (12.3, 30.7, 86.5, 87.1),
+    "Mistral-7B-Instruct": (6.7, 14.1, 62.6, 63.8),
+}
 
 Document = dict[str, Any]
 
@@ -32,6 +45,86 @@ def pages() -> dict[Path, str]:
         made = "\n".join(rows())
         found[path] = between.sub(lambda marks, made=made: f"{marks[1]}{made}\n{marks[2]}", text)
     return found
+
+
+def paper() -> Iterator[str]:
+    """The paper's own prompts, ours above theirs."""
+    yield "| Model | none | steered | told | told and steered | random | other | prompts |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for document in _real("ifeval"):
+        rows = document["suites"]["ifeval"]["all"]
+        cells = [_interval(rows[name]["strict"]) if name in rows else "-" for name in CONDITIONS]
+        yield _row(f"**{_title(document)}**", [*cells, str(rows["none"]["n"])])
+    for model, shares in PAPER.items():
+        yield _row(f"{model}, from the paper", [*(f"{share:g}%" for share in shares), "", "", "163"])
+
+
+def catalogue() -> Iterator[str]:
+    """Every instruction of the catalogue that has a verifier, on unseen questions."""
+    yield "| Model | Instruction | none | steered | told | told and steered | random | other | steered at |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for document in _real("format"):
+        suite = document["suites"]["format"]
+        for name, row in [*suite["instructions"].items(), ("**mean**", suite["all"])]:
+            shares = [row.get(condition, {}).get("strict", {}).get("accuracy") for condition in CONDITIONS]
+            cells = ["-" if share is None else percent(round(share, 3)) for share in shares]
+            yield _row(_title(document), [name, *cells, _place(row.get("steered", {}).get("settings"))])
+
+
+def search() -> Iterator[str]:
+    yield "| Model | Instruction | plain | told | steered | setting | seconds | tokens | exhaustive |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for path in sorted(RESULTS.glob("search-*.json")):
+        document = _read(path)
+        for row in document["rows"]:
+            found, whole = row["likelihood"], row.get("exhaustive")
+            setting = "nothing helps" if found["setting"] == "None" else found["setting"]
+            cells = [percent(row["plain"]), percent(row["told"]), percent(found["follows"]), setting]
+            cells += [f"{row['extract_seconds'] + found['seconds']:.0f}", f"{found['tokens']:,}"]
+            reference = f"{percent(whole['follows'])}, {whole['tokens']:,} tokens" if whole else ""
+            yield _row(document["model"].removesuffix(".gguf"), [row["id"], *cells, reference])
+        mean = document["mean"]
+        cells = [percent(mean[name]) for name in ("plain", "told", "steered")]
+        yield _row("", ["**mean**", *cells, "", f"{mean['seconds']:.0f}", "", ""])
+
+
+def real_speed() -> Iterator[str]:
+    contention, server = _read(RESULTS / "contention.json"), _read(RESULTS / "server_speed.json")
+    yield "| Decoding, tokens per second | nothing else running | beside two busy processes |"
+    yield "|---|---|---|"
+    for name, row in contention["tokens_per_second"].items():
+        yield _row(name, [f"{row['quiet']:.0f}", f"{row['loaded']:.0f}"])
+    yield ""
+    yield "| Clients | `localsteer serve` | llama-server | ratio | asked for |"
+    yield "|---|---|---|---|---|"
+    for clients, row in server["clients"].items():
+        cells = [f"{row[name]:.0f}" for name in ("localsteer", "llama-server")]
+        yield _row(clients, [*cells, f"{row['ratio']:.2f}", f"{server['bound']:g}"])
+
+
+def _real(suite: str) -> Iterator[Document]:
+    """Evaluations of real models that have a suite."""
+    for folder in REAL:
+        path = RESULTS / folder / "results.json"
+        document = _read(path) if path.exists() else {"suites": {}}
+        if suite in document["suites"]:
+            yield document
+
+
+def _title(document: Document) -> str:
+    return f"{MODEL_NAMES[document['model']['name']]} {document['model']['quantization']}"
+
+
+def _interval(share: Document) -> str:
+    low, high = round(100 * share["low"]), round(100 * share["high"])
+    return f"{percent(round(share['accuracy'], 3))} ({low}-{high})"
+
+
+def _place(settings: Document | list[Document] | None) -> str:
+    if not isinstance(settings, dict):
+        return "-"
+    blocks = ", ".join(map(str, settings["layer"]))
+    return f"{settings['mode']} at block {blocks}, {settings['positions']}, {settings['strength']:g}"
 
 
 def evaluations() -> Iterator[str]:
@@ -190,10 +283,14 @@ SUITES = {
 
 TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("packs", "packs.md"): packs,
-    ("evaluations", "results/README.md"): evaluations,
-    ("speed", "results/README.md"): speed,
-    ("concurrency", "results/README.md"): concurrency,
-    ("soak", "results/README.md"): soak,
+    ("paper", "results/README.md"): paper,
+    ("catalogue", "results/README.md"): catalogue,
+    ("search", "results/README.md"): search,
+    ("real_speed", "results/README.md"): real_speed,
+    ("evaluations", "results/bundled.md"): evaluations,
+    ("speed", "results/bundled.md"): speed,
+    ("concurrency", "results/bundled.md"): concurrency,
+    ("soak", "results/bundled.md"): soak,
     ("ensure", "ensure.md"): ensuring,
 }
 

