@@ -105,9 +105,7 @@ def test_states_and_weights_are_those_of_model_and_oracle(engine, vectors, block
         program = plan.program(block, PositionClass.PROMPT)
         expected = dynamic_weights(before, program)
         for line in lines:
-            (k,) = [
-                k for k, unit in enumerate(program.units) if np.array_equal(unit, line.vector.unit(block))
-            ]
+            (k,) = [k for k, z in enumerate(program.writers) if np.array_equal(z, line.vector.unit(block))]
             np.testing.assert_allclose(line.weight, expected[:, k], **CLOSE)
     plain = engine.hidden_states(tokens, [blocks[1]])[:, 0]
     np.testing.assert_allclose(made.lines[1].plain, plain @ made.lines[1].vector.unit(blocks[1]), **CLOSE)
