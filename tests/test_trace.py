@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,24 @@ def test_add_has_a_weight_and_no_target(engine, vectors):
     np.testing.assert_allclose(line.weight, 0.5 * np.linalg.norm(vector.directions[1]), rtol=1e-6)
     np.testing.assert_allclose(line.after - line.before, line.weight, **CLOSE)
     assert np.isnan(line.target).all()
+
+
+def test_the_weight_of_a_gate_is_computed_for_each_token(engine):
+    vector = random_vector(engine, layers=(1,), mode="add")
+    reader = np.random.default_rng(5).normal(size=vector.n_embd) / 8
+    gated = replace(
+        vector, mode="gate", readers=np.tile(reader, (vector.n_layer, 1)), biases=np.ones(vector.n_layer)
+    )
+    made = trace(engine, PROMPT, [gated, vector.at(strength=0.5)], max_tokens=4)
+    gate, added = made.lines
+    read = slice(0, int(np.isfinite(gate.before).sum()))
+    x = engine.hidden_states(made.tokens, [1])[read, 0].astype(np.float64)
+    length = np.linalg.norm(vector.directions[1])
+    wanted = (x @ reader / np.sqrt((x**2).mean(axis=1)) + 1) * length
+    np.testing.assert_allclose(gate.weight[read], wanted, **CLOSE)
+    np.testing.assert_allclose(added.weight[read], 0.5 * length, rtol=1e-6)
+    np.testing.assert_allclose((gate.after - gate.before)[read], wanted + 0.5 * length, **CLOSE)
+    assert np.isnan(gate.target).all()
 
 
 def test_ablate_cap_and_one_sided_show(engine, vectors):
