@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
@@ -227,37 +228,53 @@ class Plan:
 
 def _edit(vector: ControlVector, layer: int) -> Edit:
     """A vector's mode as values of the one formula. Raises PlanError where the strength is too great."""
-    strength, n_embd = vector.strength, vector.n_embd
-    direction, nothing = vector.directions[layer], np.zeros(n_embd, np.float32)
-    normalised, cap, target = False, vector.cap, None
-    if vector.mode == "add":
-        reader, bias, writer = nothing, strength, direction
-    elif vector.mode == "gate":
-        # a negative strength turns the writer round: it takes away what a positive one adds, clipped or not
-        reader, bias = (
-            abs(strength) * _wide(vector.readers[layer]),
-            abs(strength) * float(vector.biases[layer]),
-        )
-        writer, normalised = math.copysign(1.0, strength) * direction, bool(vector.readers[layer].any())
-        cap = None if cap is None else cap / float(np.linalg.norm(_wide(direction)))
-    else:
-        target = float(vector.mean_with[layer]) if vector.mode == "project" else 0.0
-        writer = vector.unit(layer)
-        reader, bias = -strength * _wide(writer), strength * target
+    with np.errstate(over="ignore"):  # what overflows is refused as infinite
+        values = _VALUES[vector.mode](vector, layer)
+    reader, writer = (_held(values.pop(name), vector) for name in ("reader", "writer"))
+    common = {"normalised": False, "cap": vector.cap, "target": None} | values
     return Edit(
         layer=layer,
-        reader=_held(reader, vector),
-        bias=bias,
-        writer=_held(writer, vector),
-        normalised=normalised,
+        reader=reader,
+        writer=writer,
+        **common,
         one_sided=vector.one_sided,
-        cap=cap,
-        target=target,
         positions=vector.positions,
         mode=vector.mode,
-        strength=strength,
+        strength=vector.strength,
         name=vector.name,
     )
+
+
+def _project(vector: ControlVector, layer: int, target: float | None = None) -> dict[str, Any]:
+    unit, target = vector.unit(layer), float(vector.mean_with[layer]) if target is None else target
+    bias = vector.strength * target
+    return {"reader": -vector.strength * _wide(unit), "bias": bias, "writer": unit, "target": target}
+
+
+def _ablate(vector: ControlVector, layer: int) -> dict[str, Any]:
+    return _project(vector, layer, target=0.0)
+
+
+def _add(vector: ControlVector, layer: int) -> dict[str, Any]:
+    direction = vector.directions[layer]
+    return {"reader": np.zeros_like(direction), "bias": vector.strength, "writer": direction}
+
+
+def _gate(vector: ControlVector, layer: int) -> dict[str, Any]:
+    """A negative strength turns the writer round: it takes away what a positive one adds, clipped or not."""
+    size, direction, reader = abs(vector.strength), _wide(vector.directions[layer]), vector.readers[layer]
+    return {
+        "reader": size * _wide(reader),
+        "bias": size * float(vector.biases[layer]),
+        "writer": math.copysign(1.0, vector.strength) * direction,
+        "normalised": bool(reader.any()),
+        "cap": None if vector.cap is None else vector.cap / float(np.linalg.norm(direction)),
+    }
+
+
+_VALUES: dict[str, Callable[[ControlVector, int], dict[str, Any]]] = {
+    "project": _project, "ablate": _ablate, "add": _add, "gate": _gate,
+}  # fmt: skip
 
 
 def _solved_alone(edit: Edit, ridge: float) -> Edit:
