@@ -72,7 +72,7 @@ def random_vector(model: Model) -> ControlVector:
     ones = np.ones(model.n_layer, np.float32)
     return ControlVector(
         directions=directions, mean_with=ones, mean_without=0 * ones, std_with=ones, std_without=ones,
-        layers=(model.n_layer // 2,), provenance={},
+        layers=(model.n_layer // 2,), readers=1e-3 * directions[::-1], biases=1e-3 * ones,
     )  # fmt: skip
 
 
@@ -117,6 +117,7 @@ def variants(model: Model, n_threads: int) -> dict[str, Variant]:
         )
 
     vector = random_vector(model)
+    everywhere = vector.at(layer=range(model.n_layer))
     static = context(steering=False)
     set_static_vector(static, vector.directions)
     return {
@@ -124,9 +125,12 @@ def variants(model: Model, n_threads: int) -> dict[str, Variant]:
         "static vector of llama.cpp, all blocks": Variant(static),
         "hook attached, no plan": Variant(context(steering=True)),
         "one block": Variant(context(steering=True), Plan.from_vectors([vector])),
-        "all blocks": Variant(
-            context(steering=True), Plan.from_vectors([vector.at(layer=range(model.n_layer))])
+        "one block, added": Variant(
+            context(steering=True), Plan.from_vectors([vector.at(mode="add", strength=1e-3)])
         ),
+        "one block, gated": Variant(context(steering=True), Plan.from_vectors([vector.at(mode="gate")])),
+        "all blocks": Variant(context(steering=True), Plan.from_vectors([everywhere])),
+        "all blocks, gated": Variant(context(steering=True), Plan.from_vectors([everywhere.at(mode="gate")])),
     }
 
 
@@ -178,7 +182,7 @@ def main() -> int:
     return 0 if worst >= FLOOR else 1
 
 
-STEERED = ("one block", "all blocks")
+STEERED = ("one block", "one block, added", "one block, gated", "all blocks", "all blocks, gated")
 
 
 def processor() -> str:

@@ -9,7 +9,7 @@ DIRECTION = "direction."  # tensor `direction.N` acts at the output of 0-based b
 
 # A reader refuses a newer major version, and ignores key-values that it does not know within its own.
 VERSION_MAJOR = 2
-VERSION_MINOR = 0
+VERSION_MINOR = 1  # of a file with learned gates; one without is written as 0
 COMPLETE = 1  # major version of a file with a row for every block, which older readers take
 COMPACT = 2  # of one that leaves rows of zeros out
 
@@ -20,6 +20,8 @@ N_LAYER = PREFIX + "n_layer"
 N_EMBD = PREFIX + "n_embd"
 # llama.cpp's loader rejects direction.0, so block 0 travels in a key-value
 DIRECTION_0 = PREFIX + "direction.0"
+READER = PREFIX + "reader."  # + block; no tensor, because llama.cpp's loader rejects names it does not know
+BIASES = PREFIX + "biases"
 BLOCKS = PREFIX + "blocks"  # in a compact file: the blocks whose rows it holds
 LAYERS = PREFIX + "layers"
 MODE = PREFIX + "mode"

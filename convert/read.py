@@ -34,9 +34,12 @@ def parse_vector(file: GgufFile) -> ControlVector:
     settings = _settings(file)
     directions = _directions(file)
     columns = {key: file.get(keys.PREFIX + key, _ARRAY, item=_F32) for key in STATISTICS}
+    readers, biases = _readers(file, directions.shape), file.get(keys.BIASES, _ARRAY, item=_F32)
     provenance = _provenance(file)
     try:
-        return ControlVector(directions, **columns, **settings, provenance=provenance)
+        return ControlVector(
+            directions, **columns, **settings, provenance=provenance, readers=readers, biases=biases
+        )
     except LocalsteerError as error:
         raise VectorFileError(f"{file.path} holds no usable vector: {error}") from None
 
@@ -106,6 +109,21 @@ def _directions(file: GgufFile) -> np.ndarray:
     directions = np.zeros((n_layer, n_embd), np.float32)
     directions[list(rows)] = list(rows.values())
     return directions
+
+
+def _readers(file: GgufFile, shape: tuple[int, int]) -> np.ndarray | None:
+    """(n_layer, n_embd): of the blocks that have a gate, zeros elsewhere. No larger than the directions."""
+    n_layer, n_embd = shape
+    rows = {il: file.get(f"{keys.READER}{il}", _ARRAY, item=_F32) for il in range(n_layer)}
+    rows = {il: row for il, row in rows.items() if row is not None}
+    if not rows:
+        return None
+    readers = np.zeros(shape, np.float32)
+    for il, row in rows.items():
+        if len(row) != n_embd:
+            raise file.error(f"is damaged: reader {il} is {len(row)} wide, not {n_embd}.")
+        readers[il] = row
+    return readers
 
 
 def _blocks(file: GgufFile, n_layer: int) -> Sequence[int]:

@@ -31,6 +31,7 @@ def write_vector(vector: ControlVector, path: str | os.PathLike[str], *, compact
     _add_header(writer, vector, blocks, compact)
     _add_settings(writer, vector)
     _add_statistics(writer, vector, blocks)
+    _add_gates(writer, vector)
     _add_provenance(writer, vector.provenance)
     for layer in blocks:
         if layer:
@@ -47,7 +48,7 @@ def _add_header(writer: GGUFWriter, vector: ControlVector, blocks: Sequence[int]
         writer.add_string(keys.MODEL_HINT, hint)
     writer.add_uint32(keys.LAYER_COUNT, len(blocks) - (0 in blocks))  # of the tensors, as repeng counts
     writer.add_uint32(keys.MAJOR, keys.COMPACT if compact else keys.COMPLETE)
-    writer.add_uint32(keys.MINOR, keys.VERSION_MINOR)
+    writer.add_uint32(keys.MINOR, keys.VERSION_MINOR if vector.gated else 0)
     writer.add_uint32(keys.N_LAYER, vector.n_layer)
     writer.add_uint32(keys.N_EMBD, vector.n_embd)
     if compact:
@@ -72,6 +73,13 @@ def _add_statistics(writer: GGUFWriter, vector: ControlVector, blocks: Sequence[
             _add_array(writer, keys.PREFIX + key, column.tolist(), GGUFValueType.FLOAT32)
     if 0 in blocks:
         _add_array(writer, keys.DIRECTION_0, vector.directions[0].tolist(), GGUFValueType.FLOAT32)
+
+
+def _add_gates(writer: GGUFWriter, vector: ControlVector) -> None:
+    if vector.gated:
+        _add_array(writer, keys.BIASES, vector.biases.tolist(), GGUFValueType.FLOAT32)
+    for layer in vector.gated:
+        _add_array(writer, f"{keys.READER}{layer}", vector.readers[layer].tolist(), GGUFValueType.FLOAT32)
 
 
 def _add_provenance(writer: GGUFWriter, provenance: Mapping[str, Any]) -> None:

@@ -7,10 +7,12 @@ at one block; steering.py says what they mean, and native and PyTorch follow it.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
@@ -48,47 +50,56 @@ def active(positions: str, cls: PositionClass) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One vector at one block. direction: (n_embd,) float32, unnormalised; unit: the same at length 1.
+    """One vector at one block: x <- x + clip(reader . n(x) + bias) writer, strength included (steering.py).
 
-    mean_projection: the target of the projection; 0 for `ablate`, unused (0) for `add`.
+    reader, writer: (n_embd,) float32. normalised: n(x) is x / rms(x), else x. cap: bound on the absolute
+    weight, in units of the writer. target: what strength 1 sets the projection to, None where there is none;
+    edits with a target are solved jointly, and their writers have length 1.
     """
 
     layer: int
-    mode: str
-    direction: np.ndarray
-    unit: np.ndarray
-    mean_projection: float
-    strength: float
-    positions: str
+    reader: np.ndarray
+    bias: float
+    writer: np.ndarray
+    normalised: bool
     one_sided: bool
     cap: float | None
+    target: float | None
+    positions: str
+    mode: str
+    strength: float
     name: str
 
     @property
+    def is_constant(self) -> bool:
+        """Whether it adds the same to every token."""
+        return self.target is None and not (self.reader.any() or self.one_sided or self.cap is not None)
+
+    @property
     def digest(self) -> bytes:
-        """A hash of everything that changes the result, so not of the name."""
-        head = struct.pack(
-            "<i?d?d", self.layer, self.one_sided, self.strength, self.cap is None, self.cap or 0.0
-        )
-        body = f"{self.mode} {self.positions} ".encode() + struct.pack("<d", self.mean_projection)
-        return hashlib.sha256(head + body + self.direction.tobytes()).digest()
+        """A hash of everything that changes the result, and so not of the name."""
+        flags = (self.normalised, self.one_sided, self.target is not None, self.cap is None)
+        head = struct.pack("<i4?dd", self.layer, *flags, self.bias, self.cap or 0.0) + self.positions.encode()
+        return hashlib.sha256(head + self.reader.tobytes() + self.writer.tobytes()).digest()
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What one token gets at one block: k projections to set jointly, then an offset to add.
+    """What one token gets at one block: k weights, all computed from the same state, times k writers.
 
-    units: (k, n_embd) float32. targets, strengths: (k,) float64. one_sided: (k,) bool.
-    caps: (k,) float32, inf = none. offset: (n_embd,) float32, the sum of s * v of the adds, or None.
+    readers, writers: (k, n_embd) float32; a reader of zeros reads nothing, not even a NaN. biases: (k,)
+    float64. normalised, one_sided: (k,) bool. caps: (k,) float32, inf = none. n_solved: the first so many are
+    solved jointly, 0 or at least 2. ridge: added to the diagonal of their Gram matrix.
     """
 
-    units: np.ndarray
-    targets: np.ndarray
-    strengths: np.ndarray
+    readers: np.ndarray
+    biases: np.ndarray
+    writers: np.ndarray
+    normalised: np.ndarray
     one_sided: np.ndarray
     caps: np.ndarray
+    n_solved: int
     ridge: float
-    offset: np.ndarray | None
 
 
 class Plan:
@@ -163,21 +174,33 @@ class Plan:
         # within one class the setting of positions no longer matters: `all` covers every class alike
         return [(edit, "all") for edit in self.edits if active(edit.positions, cls)]
 
+    def rows(self, layer: int, cls: PositionClass) -> list[Edit]:
+        """The edits behind the rows of `program`, but for its last, which is the sum of the constant ones."""
+        edits = [edit for edit in self._at(layer, cls) if not edit.is_constant]
+        return sorted(edits, key=lambda edit: edit.target is None)
+
+    def _at(self, layer: int, cls: PositionClass) -> list[Edit]:
+        return [edit for edit in self.edits if edit.layer == layer and active(edit.positions, cls)]
+
     def _build(self, layer: int, cls: PositionClass) -> Program | None:
-        edits = [edit for edit in self.edits if edit.layer == layer and active(edit.positions, cls)]
-        if not edits:
-            return None
-        solved = [edit for edit in edits if edit.mode != "add"]
-        added = [edit for edit in edits if edit.mode == "add"]
+        rows = self.rows(layer, cls)
+        solved = [edit for edit in rows if edit.target is not None]
         self._check_parallel(solved, layer)
+        if len(solved) == 1:
+            rows[0] = _solved_alone(rows[0], self.ridge)
+        constant = [edit for edit in self._at(layer, cls) if edit.is_constant]
+        rows += [_sum(constant)] if constant else []
+        if not rows:
+            return None
         return Program(
-            units=_rows([edit.unit for edit in solved], self.n_embd),
-            targets=_fixed([edit.mean_projection for edit in solved], np.float64),
-            strengths=_fixed([edit.strength for edit in solved], np.float64),
-            one_sided=_fixed([edit.one_sided for edit in solved], np.bool_),
-            caps=_fixed([np.inf if edit.cap is None else edit.cap for edit in solved], np.float32),
+            readers=_fixed([edit.reader for edit in rows], np.float32),
+            biases=_fixed([edit.bias for edit in rows], np.float64),
+            writers=_fixed([edit.writer for edit in rows], np.float32),
+            normalised=_fixed([edit.normalised for edit in rows], np.bool_),
+            one_sided=_fixed([edit.one_sided for edit in rows], np.bool_),
+            caps=_fixed([np.inf if edit.cap is None else edit.cap for edit in rows], np.float32),
+            n_solved=len(solved) if len(solved) > 1 else 0,
             ridge=self.ridge,
-            offset=_offset(added) if added else None,
         )
 
     def _check_parallel(self, edits: Sequence[Edit], layer: int) -> None:
@@ -188,7 +211,7 @@ class Plan:
         """
         if len(edits) < 2:
             return
-        units = np.stack([edit.unit for edit in edits]).astype(np.float64)
+        units = np.stack([edit.writer for edit in edits]).astype(np.float64)
         gram = units @ units.T
         if np.linalg.eigvalsh(gram)[0] >= 1 - PARALLEL_COSINE:
             return
@@ -204,31 +227,81 @@ class Plan:
 
 
 def _edit(vector: ControlVector, layer: int) -> Edit:
-    target = (
-        float(vector.mean_with[layer]) if vector.mode == "project" and vector.mean_with is not None else 0.0
-    )
+    """A vector's mode as values of the one formula. Raises PlanError where the strength is too great."""
+    with np.errstate(over="ignore"):  # what overflows is refused as infinite
+        values = _VALUES[vector.mode](vector, layer)
+    reader, writer = (_held(values.pop(name), vector) for name in ("reader", "writer"))
+    common = {"normalised": False, "cap": vector.cap, "target": None} | values
     return Edit(
         layer=layer,
-        mode=vector.mode,
-        direction=vector.directions[layer],
-        unit=vector.unit(layer),
-        mean_projection=target,
-        strength=vector.strength,
-        positions=vector.positions,
+        reader=reader,
+        writer=writer,
+        **common,
         one_sided=vector.one_sided,
-        cap=vector.cap,
+        positions=vector.positions,
+        mode=vector.mode,
+        strength=vector.strength,
         name=vector.name,
     )
 
 
-def _offset(added: Sequence[Edit]) -> np.ndarray:
-    """What `add` adds, (n_embd,) float32. Raises PlanError where that is infinite."""
+def _project(vector: ControlVector, layer: int, target: float | None = None) -> dict[str, Any]:
+    unit, target = vector.unit(layer), float(vector.mean_with[layer]) if target is None else target
+    bias = vector.strength * target
+    return {"reader": -vector.strength * _wide(unit), "bias": bias, "writer": unit, "target": target}
+
+
+def _ablate(vector: ControlVector, layer: int) -> dict[str, Any]:
+    return _project(vector, layer, target=0.0)
+
+
+def _add(vector: ControlVector, layer: int) -> dict[str, Any]:
+    direction = vector.directions[layer]
+    return {"reader": np.zeros_like(direction), "bias": vector.strength, "writer": direction}
+
+
+def _gate(vector: ControlVector, layer: int) -> dict[str, Any]:
+    """A negative strength turns the writer round: it takes away what a positive one adds, clipped or not."""
+    size, direction, reader = abs(vector.strength), _wide(vector.directions[layer]), vector.readers[layer]
+    return {
+        "reader": size * _wide(reader),
+        "bias": size * float(vector.biases[layer]),
+        "writer": math.copysign(1.0, vector.strength) * direction,
+        "normalised": bool(reader.any()),
+        "cap": None if vector.cap is None else vector.cap / float(np.linalg.norm(direction)),
+    }
+
+
+_VALUES: dict[str, Callable[[ControlVector, int], dict[str, Any]]] = {
+    "project": _project, "ablate": _ablate, "add": _add, "gate": _gate,
+}  # fmt: skip
+
+
+def _solved_alone(edit: Edit, ridge: float) -> Edit:
+    """The joint solve of one edit is a division: reader and bias take it."""
+    squared = float(_wide(edit.writer) @ _wide(edit.writer)) + ridge
+    return replace(edit, reader=_fixed(_wide(edit.reader) / squared, np.float32), bias=edit.bias / squared)
+
+
+def _sum(constant: Sequence[Edit]) -> Edit:
+    """What all of them add, as one edit of weight 1. Raises PlanError where that is infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
-        offset = _fixed(sum(e.strength * e.direction.astype(np.float64) for e in added), np.float32)
-    if not np.isfinite(offset).all():
-        what = ", ".join(f"{e.name or 'a vector'}:{e.strength:g}" for e in added)
+        total = sum(edit.bias * _wide(edit.writer) for edit in constant)
+    return replace(constant[0], bias=1.0, writer=_held(total, *constant))
+
+
+def _held(array: np.ndarray, *sources: ControlVector | Edit) -> np.ndarray:
+    """(n_embd,) float32, read-only. Raises PlanError for what float32 can't hold."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        held = _fixed(array, np.float32)
+    if not np.isfinite(held).all():
+        what = ", ".join(f"{each.name or 'a vector'}:{each.strength:g}" for each in sources)
         raise PlanError(f"{what} adds more than a state can hold: lower the strength.")
-    return offset
+    return held
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float64)
 
 
 def _key(edits: Sequence[tuple[Edit, str]], ridge: float) -> bytes:
@@ -242,7 +315,3 @@ def _fixed(values: object, dtype: type) -> np.ndarray:
     array = np.array(values, dtype=dtype)
     array.flags.writeable = False
     return array
-
-
-def _rows(units: Sequence[np.ndarray], n_embd: int) -> np.ndarray:
-    return _fixed(np.stack(units) if units else np.zeros((0, n_embd)), np.float32)

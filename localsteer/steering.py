@@ -1,13 +1,17 @@
 """The reference arithmetic: what native code and the PyTorch hook must compute. numpy only, float64 inside.
 
-At one block, with x the residual stream of one token, u_i the unit directions and G = U U^T:
+There is one edit. At one block, with x the residual stream of one token:
 
-    p_i = u_i . x                               the projection now
-    t_i = p_i + s_i (target_i - p_i)            where it should be
-    a one-sided edit joins only where t_i > p_i
-    c   = (G + ridge I)^-1 (t - p)              over the edits that joined: the least-norm change
+    g_i = w_i . n_i(x) + b_i                    n_i(x) is x, or x / rms(x)
+    a one-sided edit stays out (c_i = 0) where g_i <= 0
+    c   = g, but (G + ridge I)^-1 g             over the edits that have a target and joined; G_ij = z_i . z_j
     c_i <- clip(c_i, -cap_i, cap_i)             the dynamic weights
-    x   <- x + sum_i c_i u_i + offset
+    x   <- x + sum_i c_i z_i
+
+`project` on a unit direction u is w = -s u, b = s zbar, z = u, so that g is what the projection lacks;
+`ablate` is the same with zbar = 0; `add` is w = 0, b = s, z = v; a learned gate has all three. The solve is
+the least-norm change after which every projection has its target; for a single one, where it is a division,
+the plan has done it.
 
 Source: Stolfo et al., arXiv 2410.12877, section 3 (one vector, s = 1); docs/method.md has the rest.
 """
@@ -20,6 +24,8 @@ import numpy as np
 
 from .plan import Plan, PositionClass, Program
 
+RMS_EPS = 1e-12  # under the root of rms(x) = sqrt(mean(x^2) + eps): a row of zeros is not divided by zero
+
 
 def apply_program(x: np.ndarray, program: Program | None) -> np.ndarray:
     """x (n_tokens, n_embd) -> a new float32 array; a token that gets nothing keeps its bits."""
@@ -27,29 +33,35 @@ def apply_program(x: np.ndarray, program: Program | None) -> np.ndarray:
     if program is None:
         return result
     weights = dynamic_weights(x, program)
-    delta = weights @ program.units.astype(np.float64)
-    if program.offset is not None:
-        delta += program.offset
-        touched = np.ones(len(result), dtype=bool)
-    else:
-        touched = (weights != 0).any(axis=1)  # NaN != 0: a broken row stays visibly broken
-    result[touched] = result[touched].astype(np.float64) + delta[touched]
+    touched = (weights != 0).any(axis=1)  # NaN != 0: a broken row stays visibly broken
+    change = weights[touched] @ program.writers.astype(np.float64)
+    result[touched] = result[touched].astype(np.float64) + change
     return result
 
 
 def dynamic_weights(x: np.ndarray, program: Program) -> np.ndarray:
-    """c: (n_tokens, k) float64, residual-stream units, capped; 0 where a one-sided edit stays out."""
-    units = program.units.astype(np.float64)
-    p = np.asarray(x, dtype=np.float64) @ units.T
-    wanted = program.strengths * (program.targets - p)  # t - p
-    joins = ~program.one_sided | ~(wanted <= 0)  # NaN joins: a broken row stays visibly broken
-    gram = units @ units.T + program.ridge * np.eye(len(units))
-    weights = np.zeros_like(p)
-    for pattern in np.unique(joins, axis=0) if len(units) else ():
+    """c: (n_tokens, k) float64, in units of the writers, capped; 0 where a one-sided edit stays out."""
+    x, readers = np.asarray(x, dtype=np.float64), program.readers.astype(np.float64)
+    rms = np.sqrt(np.square(x).mean(axis=1, keepdims=True) + RMS_EPS)
+    read = x @ readers.T / np.where(program.normalised, rms, 1.0)
+    weights = program.biases + np.where(readers.any(axis=1), read, 0.0)
+    joins = ~program.one_sided | ~(weights <= 0)  # NaN joins: a broken row stays visibly broken
+    weights = np.where(joins, weights, 0.0)
+    m = program.n_solved
+    weights[:, :m] = _solved(weights[:, :m], joins[:, :m], program)
+    return np.clip(weights, -program.caps, program.caps)
+
+
+def _solved(wanted: np.ndarray, joins: np.ndarray, program: Program) -> np.ndarray:
+    """The weights of edits with a target, (n_tokens, n_solved): one solve for each set of edits that join."""
+    writers = program.writers[: program.n_solved].astype(np.float64)
+    gram = writers @ writers.T + program.ridge * np.eye(len(writers))
+    weights = np.zeros_like(wanted)
+    for pattern in np.unique(joins, axis=0) if len(writers) else ():
         rows = (joins == pattern).all(axis=1)
         k = np.flatnonzero(pattern)
         weights[np.ix_(rows, k)] = np.linalg.solve(gram[np.ix_(k, k)], wanted[np.ix_(rows, k)].T).T
-    return np.clip(weights, -program.caps, program.caps)
+    return weights
 
 
 def steer(x: np.ndarray, plan: Plan, layer: int, classes: Sequence[PositionClass]) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import MismatchError, PlanError, VectorFileError
 
-MODES = ("project", "add", "ablate")
+MODES = ("project", "add", "ablate", "gate")
 POSITIONS = ("all", "prompt", "last", "generation")
 STATISTICS = ("mean_with", "mean_without", "std_with", "std_without")  # one number for each block
 
@@ -29,7 +29,10 @@ class ControlVector:
         `project`; a vector without it (an import) can only add or ablate.
     layers: chosen blocks, 0-based: block l is steered at its output, `l_out-l` in llama.cpp.
     strength: the user's multiplier. cap: bound on the absolute dynamic weight, residual-stream units.
-    one_sided: only ever raise the projection.
+    one_sided: only ever raise the projection; of a gate, never weigh below 0.
+    readers, biases: (n_layer, n_embd) and (n_layer,) float32, or both None. Mode `gate` gives the direction
+        the weight w_l . x / rms(x) + b_l, x being the token's state, where `add` gives it 1. The mean of that
+        weight is 1, so that the direction is the gate's mean effect, which `add` and stock llama.cpp apply.
 
     Arrays are copied and made read-only. Raises PlanError for settings that make no sense, VectorFileError
     for arrays that hold no vector.
@@ -48,11 +51,22 @@ class ControlVector:
     cap: float | None = None
     name: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    readers: np.ndarray | None = None
+    biases: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self._put("directions", _directions(self.directions, self.label))
         for key in STATISTICS:
             self._put(key, _per_block(getattr(self, key), key, self.n_layer, self.label))
+        self._put("readers", _readers(self.readers, self.directions.shape, self.label))
+        self._put("biases", _per_block(self.biases, "biases", self.n_layer, self.label))
+        if (self.readers is None) != (self.biases is None):
+            raise VectorFileError(
+                f"{self.label}: a gate needs readers and biases, and one of them is missing."
+            )
+        if not self.gated:  # as a file gives it back, which has no place for gates that are nothing
+            self._put("readers", None)
+            self._put("biases", None)
         self._put("layers", checked_layers(self.layers, self.n_layer, self.label))
         self._put("strength", _finite(self.strength, "strength"))
         self._put("one_sided", bool(self.one_sided))
@@ -76,12 +90,17 @@ class ControlVector:
             raise PlanError(
                 "one-sided and cap bound the dynamic weight, and add has none: use project or ablate."
             )
+        if self.mode == "gate" and self.readers is None:
+            raise PlanError(f"{self.label} has no learned gate: use add, or another of its modes.")
         for layer in self.layers:
             if not self.directions[layer].any():
                 known = _ranges(self.blocks)
                 raise PlanError(
                     f"{self.label} has no direction at block {layer} (it is zero): choose from {known}."
                 )
+            if self.mode == "gate" and layer not in self.gated:
+                known = _ranges(self.gated)
+                raise PlanError(f"{self.label} has no gate at block {layer}: choose from {known}.")
 
     def __repr__(self) -> str:
         where = ", ".join(map(str, self.layers))
@@ -114,6 +133,13 @@ class ControlVector:
         """The blocks that have a direction."""
         return tuple(int(il) for il in np.flatnonzero(self.directions.any(axis=1)))
 
+    @property
+    def gated(self) -> tuple[int, ...]:
+        """The blocks that have a learned gate."""
+        if self.readers is None or self.biases is None:
+            return ()
+        return tuple(int(il) for il in np.flatnonzero(self.readers.any(axis=1) | (self.biases != 0)))
+
     def unit(self, layer: int) -> np.ndarray:
         """The direction at one block divided by its length: (n_embd,) float32, normalised in float64.
 
@@ -125,6 +151,49 @@ class ControlVector:
         if norm == 0:
             raise PlanError(f"{self.label} has no direction at block {layer}.")
         return (direction / norm).astype(np.float32)
+
+    @classmethod
+    def from_gate(
+        cls,
+        layer: int,
+        reader: np.ndarray,
+        bias: float,
+        writer: np.ndarray,
+        *,
+        mean_gate: float,
+        n_layer: int,
+        **settings: Any,
+    ) -> ControlVector:
+        """A learned edit of one block, x <- x + g writer with g = reader . x / rms(x) + bias, as a vector.
+
+        reader, writer: (n_embd,). mean_gate: the mean of g (clipped, if `one_sided`) over the tokens that the
+        edit is for; the direction is mean_gate * writer, the gate is divided by it. settings: other fields of
+        the class; a `cap` bounds |g| times the length of the writer. Raises PlanError for a mean of 0, and
+        for one below 0 that clipping can't give.
+        """
+        mean = _finite(mean_gate, "mean_gate")
+        if mean == 0 or (mean < 0 and settings.get("one_sided")):
+            raise PlanError(
+                f"a gate of mean {mean:g} has no constant effect to fall back on: check mean_gate."
+            )
+        (layer,) = checked_layers(layer, n_layer, "the model")
+        writer = np.asarray(writer, np.float64)
+        directions, readers = np.zeros((2, n_layer, *writer.shape))
+        biases = np.zeros(n_layer)
+        directions[layer], biases[layer] = mean * writer, bias / mean
+        readers[layer] = np.asarray(reader, np.float64) / mean
+        return cls(
+            directions,
+            None,
+            None,
+            None,
+            None,
+            (layer,),
+            mode="gate",
+            readers=readers,
+            biases=biases,
+            **settings,
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ControlVector:
@@ -191,7 +260,8 @@ def describe(vector: ControlVector) -> dict[str, Any]:
     blocks = []
     for il in range(vector.n_layer):
         block = {"block": il, "chosen": il in vector.layers, "norm": float(norms[il])}
-        blocks.append(block | {key: None if c is None else float(c[il]) for key, c in columns.items()})
+        block |= {key: None if c is None else float(c[il]) for key, c in columns.items()}
+        blocks.append(block | _gate(vector, il))
     settings = ("name", "n_layer", "n_embd", "mode", "positions", "strength", "one_sided", "cap")
     described: dict[str, Any] = {key: getattr(vector, key) for key in settings}
     return described | {
@@ -199,6 +269,14 @@ def describe(vector: ControlVector) -> dict[str, Any]:
         "blocks": blocks,
         "provenance": dict(vector.provenance),
     }
+
+
+def _gate(vector: ControlVector, il: int) -> dict[str, float]:
+    """Length of the reader and bias of a block that has a gate."""
+    if il not in vector.gated:
+        return {}
+    length = np.linalg.norm(vector.readers[il].astype(np.float64))
+    return {"gate_reader_norm": float(length), "gate_bias": float(vector.biases[il])}
 
 
 def _frozen(array: Any, label: str, what: str) -> np.ndarray:
@@ -226,6 +304,15 @@ def _directions(array: Any, label: str) -> np.ndarray:
     if directions.ndim != 2 or 0 in directions.shape:
         raise VectorFileError(f"{label}: directions must be (n_layer, n_embd), not {directions.shape}.")
     return directions
+
+
+def _readers(array: Any, shape: tuple[int, ...], label: str) -> np.ndarray | None:
+    if array is None:
+        return None
+    readers = _frozen(array, label, "readers")
+    if readers.shape != shape:
+        raise VectorFileError(f"{label}: readers must be {shape} as the directions are, not {readers.shape}.")
+    return readers
 
 
 def _per_block(array: Any, what: str, n_layer: int, label: str) -> np.ndarray | None:

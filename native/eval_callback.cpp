@@ -277,13 +277,14 @@ LOCALSTEER_API void localsteer_routes_clear(localsteer_hook * hook) {
 
 // 0, or -1 with localsteer_error set
 LOCALSTEER_API int32_t localsteer_route_program(localsteer_hook * hook, int32_t route, int32_t il, int32_t k,
-                                                const float * units, const double * targets,
-                                                const double * strengths, const uint8_t * one_sided,
-                                                const float * caps, double ridge, const float * offset) {
+                                                const float * readers, const double * biases,
+                                                const float * writers, const uint8_t * normalised,
+                                                const uint8_t * one_sided, const float * caps, int32_t n_solved,
+                                                double ridge) {
     hook->error[0] = '\0';
     try {
         hook->routes.at(route).at(il) = std::make_unique<steer_program>(
-            hook->n_embd, k, units, targets, strengths, one_sided, caps, ridge, offset);
+            hook->n_embd, k, readers, biases, writers, normalised, one_sided, caps, n_solved, ridge);
         return 0;
     } catch (const std::exception & e) {
         hook->fail("block %d: %s", il, e.what());

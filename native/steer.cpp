@@ -10,6 +10,9 @@ namespace localsteer {
 // themselves, so one running sum would stay scalar
 static constexpr size_t N_LANES = 32;
 
+// as in localsteer/steering.py
+static constexpr double RMS_EPS = 1e-12;
+
 static double dot(const float * a, const float * b, size_t n) {
     float sums[N_LANES] = {0.0f};
 
@@ -39,10 +42,10 @@ static double dot_f64(const float * a, const float * b, size_t n) {
     return sum;
 }
 
-// x += scale*u
-static void add_scaled(float * x, const float * u, float scale, size_t n) {
+// x += scale*z
+static void add_scaled(float * x, const float * z, float scale, size_t n) {
     for (size_t i = 0; i < n; ++i) {
-        x[i] += scale*u[i];
+        x[i] += scale*z[i];
     }
 }
 
@@ -87,118 +90,96 @@ static void solve_factored(const double * factor, double * b, size_t n) {
     }
 }
 
-steer_program::steer_program(size_t n_embd, size_t k, const float * units, const double * targets,
-                             const double * strengths, const uint8_t * one_sided, const float * caps, double ridge,
-                             const float * offset)
+steer_program::steer_program(size_t n_embd, size_t k, const float * readers, const double * biases,
+                             const float * writers, const uint8_t * normalised, const uint8_t * one_sided,
+                             const float * caps, size_t n_solved, double ridge)
     : n_embd(n_embd),
       k(k),
-      units(units, units + k*n_embd),
-      targets(targets, targets + k),
-      strengths(strengths, strengths + k),
+      n_solved(n_solved),
+      readers(readers, readers + k*n_embd),
+      biases(biases, biases + k),
+      writers(writers, writers + k*n_embd),
+      normalised(normalised, normalised + k),
       one_sided(one_sided, one_sided + k),
       caps(caps, caps + k),
-      offset(offset, offset ? offset + n_embd : nullptr),
-      gram(k*k),
+      gram(n_solved*n_solved),
       weights(k),
-      sub_factor(k*k),
-      sub_rhs(k) {
+      rhs(n_solved) {
     for (size_t i = 0; i < k; ++i) {
-        for (size_t j = 0; j < k; ++j) {
-            gram[i*k + j] = dot_f64(units + i*n_embd, units + j*n_embd, n_embd) + (i == j ? ridge : 0.0);
+        const float * w = readers + i*n_embd;
+        reads.push_back(std::any_of(w, w + n_embd, [](float value) { return value != 0.0f; }));
+        this->normalised[i] = normalised[i] && reads[i];
+        any_normalised = any_normalised || this->normalised[i];
+    }
+
+    for (size_t i = 0; i < n_solved; ++i) {
+        for (size_t j = 0; j < n_solved; ++j) {
+            gram[i*n_solved + j] = dot_f64(writers + i*n_embd, writers + j*n_embd, n_embd) + (i == j ? ridge : 0.0);
         }
-        any_one_sided = any_one_sided || one_sided[i];
     }
 
     factor = gram;
-    if (!factorise(factor.data(), k)) {
+    if (!factorise(factor.data(), n_solved)) {
         throw std::invalid_argument("the directions of one block depend on each other");
     }
 
-    joined.reserve(k);
+    joined.reserve(n_solved);
 }
 
 void steer_program::apply(float * x, size_t n_rows) {
     for (size_t ir = 0; ir < n_rows; ++ir) {
         float * row = x + ir*n_embd;
-        if (k == 1) {
-            apply_single(row);
-        } else if (k > 1) {
-            apply_joint(row);
-        }
-        if (!offset.empty()) {
-            add_scaled(row, offset.data(), 1.0f, n_embd);
-        }
-    }
-}
-
-// one projection is what nearly every plan holds
-void steer_program::apply_single(float * x) const {
-    const double p      = dot(units.data(), x, n_embd);
-    const double wanted = strengths[0]*(targets[0] - p);
-
-    // a NaN is not <= 0: a broken row stays visibly broken
-    if (one_sided[0] && wanted <= 0.0) {
-        return;
-    }
-
-    const double c = clip(wanted/gram[0], caps[0]);
-    add_scaled(x, units.data(), (float) c, n_embd);
-}
-
-void steer_program::apply_joint(float * x) {
-    for (size_t i = 0; i < k; ++i) {
-        const double p = dot(units.data() + i*n_embd, x, n_embd);
-        weights[i] = strengths[i]*(targets[i] - p);
-    }
-
-    if (any_one_sided) {
-        solve_subset();
-    } else {
+        read(row);
         solve();
-    }
-
-    for (size_t i = 0; i < k; ++i) {
-        const double c = clip(weights[i], caps[i]);
-        if (c != 0.0) {
-            add_scaled(x, units.data() + i*n_embd, (float) c, n_embd);
-        }
+        write(row);
     }
 }
 
+void steer_program::read(const float * x) {
+    const double rms = any_normalised ? std::sqrt(dot(x, x, n_embd)/n_embd + RMS_EPS) : 1.0;
+
+    for (size_t i = 0; i < k; ++i) {
+        const double p = reads[i] ? dot(readers.data() + i*n_embd, x, n_embd) : 0.0;
+        const double g = biases[i] + (normalised[i] ? p/rms : p);
+
+        // a NaN is not <= 0: a broken row stays visibly broken
+        weights[i] = one_sided[i] && g <= 0.0 ? 0.0 : g;
+    }
+}
+
+// the rows that stay out have no say in the others' weights
 void steer_program::solve() {
-    solve_factored(factor.data(), weights.data(), k);
-}
-
-// the projections that stay out of this row get weight 0 and no say in the others' weights
-void steer_program::solve_subset() {
     joined.clear();
-    for (size_t i = 0; i < k; ++i) {
-        if (!one_sided[i] || !(weights[i] <= 0.0)) {
+    for (size_t i = 0; i < n_solved; ++i) {
+        if (!one_sided[i] || weights[i] != 0.0) {
             joined.push_back(i);
         }
     }
 
     const size_t n = joined.size();
-    if (n == k) {
-        solve();
-        return;
-    }
-
-    std::vector<double> & rhs = sub_rhs;
     for (size_t i = 0; i < n; ++i) {
         for (size_t j = 0; j < n; ++j) {
-            sub_factor[i*n + j] = gram[joined[i]*k + joined[j]];
+            factor[i*n + j] = gram[joined[i]*n_solved + joined[j]];
         }
         rhs[i] = weights[joined[i]];
     }
 
-    // a principal submatrix of a positive definite matrix is positive definite: this can't fail
-    factorise(sub_factor.data(), n);
-    solve_factored(sub_factor.data(), rhs.data(), n);
+    // a principal submatrix of a positive definite matrix is positive definite: this can't fail. A few rows are
+    // factorised faster than one is read
+    factorise(factor.data(), n);
+    solve_factored(factor.data(), rhs.data(), n);
 
-    std::fill(weights.begin(), weights.end(), 0.0);
     for (size_t i = 0; i < n; ++i) {
         weights[joined[i]] = rhs[i];
+    }
+}
+
+void steer_program::write(float * x) const {
+    for (size_t i = 0; i < k; ++i) {
+        const double c = clip(weights[i], caps[i]);
+        if (c != 0.0) {
+            add_scaled(x, writers.data() + i*n_embd, (float) c, n_embd);
+        }
     }
 }
 

@@ -11,20 +11,22 @@
 
 namespace localsteer {
 
-// What a token gets at one block, in one position class: k projections, set jointly, then an offset.
+// What a token gets at one block, in one position class: k weights, all computed from the same x, times k writers.
 //
-//   p_i = u_i . x                            the projection now
-//   t_i = p_i + strength_i (target_i - p_i)  where it should be
-//   a one-sided projection joins only where t_i > p_i
-//   c   = (G + ridge I)^-1 (t - p)           over those that joined, G_ij = u_i . u_j: the least-norm change
+//   g_i = w_i . n_i(x) + b_i         n_i(x) is x, or x/rms(x)
+//   a one-sided row stays out (c_i = 0) where g_i <= 0
+//   c   = g, but of the first n_solved rows c = (G + ridge I)^-1 g over those that joined, G_ij = z_i . z_j
 //   c_i <- clip(c_i, -cap_i, cap_i)
-//   x   <- x + sum_i c_i u_i + offset
+//   x   <- x + sum_i c_i z_i
+//
+// Setting a projection, adding a constant and a learned gate are all this: localsteer/plan.py fills in w, b and z.
 class steer_program {
 public:
-    // units: k x n_embd, each of length 1. offset: n_embd values, or null for none
-    // throws std::invalid_argument if the directions can't be solved for: the plan should have refused them
-    steer_program(size_t n_embd, size_t k, const float * units, const double * targets, const double * strengths,
-                  const uint8_t * one_sided, const float * caps, double ridge, const float * offset);
+    // readers (w), writers (z): k x n_embd. A reader of zeros reads nothing, not even a NaN
+    // throws std::invalid_argument if the writers can't be solved for: the plan should have refused them
+    steer_program(size_t n_embd, size_t k, const float * readers, const double * biases, const float * writers,
+                  const uint8_t * normalised, const uint8_t * one_sided, const float * caps, size_t n_solved,
+                  double ridge);
 
     // x: n_rows x n_embd, contiguous, changed in place; not reentrant, the program holds the scratch
     void apply(float * x, size_t n_rows);
@@ -32,30 +34,29 @@ public:
 private:
     size_t n_embd;
     size_t k;
+    size_t n_solved;
 
-    std::vector<float>   units;
-    std::vector<double>  targets;
-    std::vector<double>  strengths;
+    std::vector<float>   readers;
+    std::vector<double>  biases;
+    std::vector<float>   writers;
+    std::vector<uint8_t> normalised;
     std::vector<uint8_t> one_sided;
     std::vector<float>   caps;
-    std::vector<float>   offset;
+    std::vector<uint8_t> reads; // the reader is not zero: a constant row costs no dot product
 
-    std::vector<double> gram;   // k x k, ridge included
-    std::vector<double> factor; // its Cholesky factor, lower triangle
+    bool any_normalised = false;
 
-    bool any_one_sided = false;
+    std::vector<double> gram; // n_solved x n_solved, ridge included
 
     // scratch for one row
     std::vector<double> weights;
-    std::vector<double> sub_factor;
-    std::vector<double> sub_rhs;
+    std::vector<double> factor; // Cholesky factor of the rows that joined, lower triangle
+    std::vector<double> rhs;
     std::vector<size_t> joined;
 
-    void apply_single(float * x) const;
-    void apply_joint (float * x);
-
+    void read (const float * x);
     void solve();
-    void solve_subset();
+    void write(float * x) const;
 };
 
 } // namespace localsteer

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from vector_cases import exact_directions, exact_vector
+from vector_cases import exact_directions, exact_vector, gated_vector
 
 from localsteer.convert import export_static
 
@@ -79,6 +79,7 @@ def safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def write_all(folder: Path) -> None:
     exact_vector().save(folder / "json.gguf")
+    gated_vector(one_sided=True).save(folder / "gate.gguf")
     export_static(exact_vector(), folder / "static.gguf", strength=0.5)
     repeng(folder / "repeng.gguf")
     cvector_generator(folder / "cvector-generator.gguf")

@@ -75,6 +75,32 @@ def good() -> RawGguf:
     )
 
 
+def good_gate() -> RawGguf:
+    """`gated_vector(one_sided=True)` in the same way: two of four blocks have a gate."""
+    rows = exact_directions(N_LAYER, N_EMBD)
+    return RawGguf(
+        {
+            "general.architecture": value(STRING, "controlvector"),
+            "controlvector.layer_count": value(U32, 3),
+            "localsteer.format.major": value(U32, 1),
+            "localsteer.format.minor": value(U32, 1),
+            "localsteer.n_layer": value(U32, N_LAYER),
+            "localsteer.n_embd": value(U32, N_EMBD),
+            "localsteer.name": value(STRING, "gated"),
+            "localsteer.layers": array(U32, [2]),
+            "localsteer.mode": value(STRING, "gate"),
+            "localsteer.positions": value(STRING, "all"),
+            "localsteer.strength": value(F64, 1.0),
+            "localsteer.one_sided": value(BOOL, True),
+            "localsteer.direction.0": array(F32, rows[0].tolist()),
+            "localsteer.biases": array(F32, [0, 0.5, -0.25, 0]),
+            "localsteer.reader.1": array(F32, rows[2].tolist()),
+            "localsteer.reader.2": array(F32, rows[1].tolist()),
+        },
+        [Tensor.row(f"direction.{il}", rows[il].tolist()) for il in range(1, N_LAYER)],
+    )
+
+
 def _key(name: str, content: bytes | None) -> Callable[[RawGguf], None]:
     """Set a key, or drop it. A name without a dot before it is ours."""
     key = name if name.startswith("general.") else f"localsteer.{name}"
@@ -231,10 +257,29 @@ DAMAGE: dict[str, tuple[Callable[[RawGguf], None], str]] = {
 }  # fmt: skip
 
 
+# the same for a good file with gates
+GATE_DAMAGE: dict[str, tuple[Callable[[RawGguf], None], str]] = {
+    "gate without readers": (_both(_key("reader.1", None), _key("reader.2", None)), "one of them is missing"),
+    "gate without biases": (_key("biases", None), "one of them is missing"),
+    "gate at another block": (_key("layers", array(U32, [3])), "no gate at block 3"),
+    "gate without anything": (
+        _both(_key("reader.1", None), _key("reader.2", None), _key("biases", None)), "has no learned gate",
+    ),
+    "reader narrower": (_key("reader.2", array(F32, ROW[:4])), "reader 2 is 4 wide, not 8"),
+    "reader wider": (_key("reader.1", array(F32, [*ROW, 1.0])), "reader 1 is 9 wide, not 8"),
+    "reader is a number": (_key("reader.1", value(F32, 1.0)), "reader.1 has the wrong type"),
+    "reader in float64": (_key("reader.1", array(F64, ROW)), "reader.1 has the wrong type"),
+    "NaN reader": (_key("reader.2", array(F32, [*ROW[1:], math.nan])), "readers holds NaN"),
+    "infinite bias": (_key("biases", array(F32, [0, math.inf, 1, 0])), "biases holds NaN or infinite"),
+    "biases of other depth": (_key("biases", array(F32, [0, 1])), "per block (4), not (2,)"),
+    "gate without a direction": (_row(1, [0.0] * N_EMBD), "no direction at block 2"),
+}  # fmt: skip
+
+
 def hostile(name: str) -> tuple[bytes, str]:
     """The bytes of a file, and a piece of the message that opening it should give."""
-    damage, said = DAMAGE[name]
-    raw = good()
+    damage, said = (GATE_DAMAGE | DAMAGE)[name]
+    raw = good_gate() if name in GATE_DAMAGE else good()
     damage(raw)
     return raw.to_bytes(), said
 
@@ -242,5 +287,5 @@ def hostile(name: str) -> tuple[bytes, str]:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for each in DAMAGE:
+    for each in (*DAMAGE, *GATE_DAMAGE):
         (folder / f"{each.replace(' ', '-')}.gguf").write_bytes(hostile(each)[0])

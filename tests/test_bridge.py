@@ -39,7 +39,7 @@ N = len(TOKENS)
 
 
 def vector(model: Model, layer: int = 1, *, seed: int = 0, **settings) -> ControlVector:
-    """A random direction of about the residual stream's size, with a mean projection far from 0."""
+    """A random direction of about the residual stream's size, a mean projection far from 0, and a gate."""
     rng = np.random.default_rng(seed)
     shape = (model.n_layer, model.n_embd)
     return ControlVector(
@@ -50,6 +50,8 @@ def vector(model: Model, layer: int = 1, *, seed: int = 0, **settings) -> Contro
         std_without=np.ones(model.n_layer, np.float32),
         layers=(layer,),
         provenance={},
+        readers=rng.standard_normal(shape) / model.n_embd**0.5,
+        biases=np.ones(model.n_layer),
         **settings,
     )
 
@@ -120,6 +122,7 @@ def test_several_vectors_at_one_block(model: Model, context: Context, settings: 
         vector(model, 2, seed=2, strength=-0.7, **settings),
         vector(model, 2, seed=3, mode="ablate"),
         vector(model, 2, seed=4, mode="add", strength=0.3),
+        vector(model, 2, seed=5, mode="gate", strength=0.5, **settings),
     ]
     plan = Plan.from_vectors(vectors)
     before = run(context, capture=[2]).states[2]
@@ -133,9 +136,8 @@ def test_edits_at_all_blocks_at_once(model: Model, context: Context) -> None:
     plan = Plan.from_vectors([vector(model).at(layer=everywhere)])
     states = run(context, plan, capture=everywhere).states
     for layer in everywhere:
-        program = plan.program(layer, PROMPT)
-        p = states[layer] @ program.units[0]
-        np.testing.assert_allclose(p, program.targets[0], rtol=1e-4)
+        (edit,) = (edit for edit in plan.edits if edit.layer == layer)
+        np.testing.assert_allclose(states[layer] @ edit.writer, edit.target, rtol=1e-4)
 
 
 def test_steering_moves_the_logits_and_leaves_nothing_behind(model: Model, context: Context) -> None:
@@ -316,9 +318,10 @@ def _reshaped(vector: ControlVector, n_layer: int | None = None, n_embd: int | N
     n_layer, n_embd = n_layer or vector.n_layer, n_embd or vector.n_embd
     statistics = {
         name: np.resize(getattr(vector, name), n_layer)
-        for name in ("mean_with", "mean_without", "std_with", "std_without")
+        for name in ("mean_with", "mean_without", "std_with", "std_without", "biases")
     }
-    return replace(vector, directions=np.resize(vector.directions, (n_layer, n_embd)), **statistics)
+    rows = {name: np.resize(getattr(vector, name), (n_layer, n_embd)) for name in ("directions", "readers")}
+    return replace(vector, **rows, **statistics)
 
 
 def test_a_context_without_steering_refuses_plans(model: Model) -> None:

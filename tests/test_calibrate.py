@@ -12,7 +12,7 @@ from engines import open_engine
 from localsteer import ControlVector, bundled
 from localsteer.catalog import Instruction, load_catalog
 from localsteer.engine import Engine
-from localsteer.errors import CatalogError, VectorFileError
+from localsteer.errors import CatalogError, PlanError, VectorFileError
 from localsteer.evaluate.calibrate import CALIBRATION, calibrate, instruction_of, pairs_match, pairs_of
 from localsteer.extract import build_pairs, extract, open_backend
 
@@ -94,6 +94,14 @@ def test_a_block_without_direction_stays_one(engine, vector, pairs):
     done = calibrate(engine, replace(vector, directions=directions, layers=(1,)), pairs)
     assert np.isnan(done.cosines[0]) and not done.vector.directions[0].any()
     assert done.rows()[0]["cosine"] is None
+
+
+def test_a_learned_gate_has_nothing_to_calibrate(engine, vector, pairs):
+    gated = replace(vector, mode="gate", readers=vector.directions, biases=np.ones(vector.n_layer))
+    with pytest.raises(PlanError, match="has a learned gate, and so no target to measure"):
+        calibrate(engine, gated, pairs)
+    done = calibrate(engine, gated.at(mode="add"), pairs)
+    assert done.vector.readers is not None and done.fresh.readers is None
 
 
 def test_settings_stay_and_the_file_says_on_what_it_was_calibrated(engine, vector, pairs):

@@ -278,6 +278,12 @@ def test_a_strength_beyond_every_number(folder, model):
     assert "json:1e+300 adds more than a state can hold" in said
 
 
+def test_a_vector_without_a_learned_gate(folder, model):
+    write_vector(folder / "json.gguf")
+    said = refused("run", "-m", model, "-s", "json.gguf", "--mode", "gate", "Hi")
+    assert "json has no learned gate" in said
+
+
 def test_an_import_can_not_project(folder, model):
     write_vector(
         folder / "v.gguf", mean_with=None, mean_without=None, std_with=None, std_without=None, mode="add"

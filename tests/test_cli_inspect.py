@@ -51,6 +51,15 @@ def test_json_holds_the_figures_of_every_block(vector):
     assert document["provenance"]["n_pairs"] == 50
 
 
+def test_a_vector_with_a_gate_shows_it_at_its_block(tmp_path):
+    ControlVector.from_gate(1, [3.0, 4.0], -0.5, [1.0, 0.0], mean_gate=1.0, n_layer=3).save(
+        tmp_path / "g.gguf"
+    )
+    out = invoke("inspect", tmp_path / "g.gguf").out
+    assert re.search(r"^settings +gate at block 1, positions all, strength 1", out, re.M)
+    assert re.search(r"^ *> 1 +1 .* -0\.5 \+ \|w\| 5 *$", out, re.M)
+
+
 def test_a_vector_without_mean_projections_has_no_columns_for_them(tmp_path):
     directions = np.ones((3, 8), np.float32)
     ControlVector(directions, None, None, None, None, (1,), mode="add").save(tmp_path / "import.gguf")

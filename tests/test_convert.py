@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from vector_cases import PROVENANCE, exact_directions, exact_vector, imported_vector, same
+from vector_cases import PROVENANCE, exact_directions, exact_vector, gated_vector, imported_vector, same
 
 from localsteer.convert import CONVENTIONS, export_static, import_vector, keys, read_vector, static_vector
 from localsteer.convert.gguf_file import GgufFile, open_gguf
@@ -97,13 +97,19 @@ def vectors(draw) -> ControlVector:
     if not directions[layer].any():
         directions[layer, 0] = 1
     columns = [draw(st.none() | hnp.arrays(np.float32, shape[:1], elements=finite32)) for _ in range(4)]
-    mode = draw(st.sampled_from(MODES if columns[0] is not None else MODES[1:]))
+    gate = draw(st.booleans())
+    readers = draw(hnp.arrays(np.float32, shape, elements=finite32)) if gate else None
+    biases = np.ones(shape[0]) if gate else None
+    modes = [
+        mode for mode in MODES if (mode != "project" or columns[0] is not None) and (mode != "gate" or gate)
+    ]
+    mode = draw(st.sampled_from(modes))
     return ControlVector(
         directions, *columns, layers=(layer,), mode=mode, positions=draw(st.sampled_from(POSITIONS)),
         strength=draw(st.floats(allow_nan=False, allow_infinity=False)),
         one_sided=mode != "add" and draw(st.booleans()),
         cap=draw(st.none() | st.floats(0, exclude_min=True, allow_infinity=False)) if mode != "add" else None,
-        name=draw(st.text(max_size=9)),
+        name=draw(st.text(max_size=9)), readers=readers, biases=biases,
         provenance=draw(st.dictionaries(st.text(max_size=9), scalars, max_size=4)),
     )  # fmt: skip
 
@@ -128,16 +134,55 @@ def test_the_same_vector_gives_the_same_bytes(tmp_path):
 def test_golden_files_are_what_is_written_today(tmp_path):
     make_golden.write_all(tmp_path)
     written = {path.name: path.read_bytes() for path in tmp_path.glob("*.gguf")}
-    assert len(written) == 5 and written == {path.name: path.read_bytes() for path in DATA.glob("*.gguf")}
+    assert len(written) == 6 and written == {path.name: path.read_bytes() for path in DATA.glob("*.gguf")}
 
 
 def test_the_golden_file_is_what_the_format_says_byte_by_byte():
     assert make_hostile.good().to_bytes() == (DATA / "json.gguf").read_bytes()
+    assert make_hostile.good_gate().to_bytes() == (DATA / "gate.gguf").read_bytes()
 
 
 def test_the_golden_file_is_read():
     vector = ControlVector.load(DATA / "json.gguf")
     assert same(vector, exact_vector()) and vector.provenance == PROVENANCE
+
+
+def test_the_golden_file_with_gates_is_read():
+    assert same(ControlVector.load(DATA / "gate.gguf"), gated_vector(one_sided=True))
+
+
+def test_a_file_without_gates_keeps_the_older_version(tmp_path):
+    for vector, minor in ((exact_vector(), 0), (gated_vector(), 1), (gated_vector().at(mode="add"), 1)):
+        vector.save(tmp_path / "v.gguf")
+        with open_gguf(tmp_path / "v.gguf") as file:
+            assert (file.keys[keys.MAJOR].value, file.keys[keys.MINOR].value) == (1, minor)
+
+
+def test_a_gated_vector_applied_otherwise_keeps_its_gate_in_the_file(tmp_path):
+    vector = gated_vector().at(mode="add", strength=2)
+    vector.save(tmp_path / "v.gguf")
+    assert same(read_vector(tmp_path / "v.gguf"), vector)
+    assert same(read_vector(tmp_path / "v.gguf").at(mode="gate"), vector.at(mode="gate"))
+
+
+def test_a_compact_file_holds_the_gate_of_its_block_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    vector = ControlVector.from_gate(
+        7, rng.normal(size=64), 0.5, rng.normal(size=64), mean_gate=0.8, n_layer=9, cap=2.0
+    )
+    write_vector(vector, tmp_path / "v.gguf", compact=True)
+    assert same(read_vector(tmp_path / "v.gguf"), vector)
+    with open_gguf(tmp_path / "v.gguf") as file:
+        assert list(file.tensors) == ["direction.7"]
+        assert [key for key in file.keys if key.startswith(keys.READER)] == ["localsteer.reader.7"]
+
+
+def test_the_static_export_of_a_gate_is_its_mean_effect(tmp_path):
+    vector = gated_vector(strength=2.0, one_sided=True)
+    static = export_static(vector, tmp_path / "s.gguf")
+    assert static.mode == "add" and static.readers is None
+    assert static.directions[2].tolist() == (2 * vector.directions[2]).tolist()
+    assert not static.directions[[0, 1, 3]].any()
 
 
 def test_unknown_keys_of_a_later_minor_version_are_ignored(tmp_path):
@@ -235,14 +280,14 @@ def refused(path: Path, read=read_vector) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("name", make_hostile.DAMAGE)
+@pytest.mark.parametrize("name", [*make_hostile.DAMAGE, *make_hostile.GATE_DAMAGE])
 def test_hostile(tmp_path, name):
     content, said = make_hostile.hostile(name)
     (tmp_path / "v.gguf").write_bytes(content)
     assert said in refused(tmp_path / "v.gguf")
 
 
-@pytest.mark.parametrize("name", make_hostile.DAMAGE)
+@pytest.mark.parametrize("name", [*make_hostile.DAMAGE, *make_hostile.GATE_DAMAGE])
 def test_hostile_files_do_not_crash_the_import_either(tmp_path, name):
     (tmp_path / "v.gguf").write_bytes(make_hostile.hostile(name)[0])
     for convention in (None, "repeng", "cvector-generator"):

@@ -292,6 +292,9 @@ def test_an_encoder_decoder_is_refused(tmp_path):
         ("qwen2", "qwen2"),
         ("phi", "phi2"),
         ("gemma3_text", "gemma3"),
+        ("gemma4_text", "gemma4"),
+        ("gpt_oss", "gpt-oss"),
+        ("granitemoehybrid", "granitehybrid"),
         ("x", None),
     ],
 )
@@ -299,6 +302,23 @@ def test_architectures_have_the_names_of_llama_cpp(model_type, expected):
     from localsteer.extract.torch_backend import gguf_architecture
 
     assert gguf_architecture(model_type) == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "n_experts", "expected"),
+    [
+        (["mamba", "attention"], 2, "granitehybrid"),
+        (["attention", "attention"], 2, "granitemoe"),
+        (["attention", "attention"], 0, "granite"),
+    ],
+)
+def test_a_granite_without_recurrent_blocks_has_the_plain_name(layers, n_experts, expected):
+    from types import SimpleNamespace
+
+    from localsteer.extract.torch_backend import config_architecture
+
+    config = SimpleNamespace(model_type="granitemoehybrid", layer_types=layers, num_experts_per_tok=n_experts)
+    assert config_architecture(config) == expected
 
 
 def test_bfloat16_stays_near_float32(tiny_llama):

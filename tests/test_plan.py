@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from vector_cases import exact_vector, imported_vector, vector_along
+from vector_cases import axis_vectors, exact_vector, gated_vector, imported_vector, vector_along
 
 from localsteer.errors import MismatchError, PlanError
 from localsteer.plan import PARALLEL_COSINE, Plan, PositionClass, active
@@ -46,15 +47,16 @@ def test_a_program_exists_for_the_covered_classes_at_the_chosen_block_alone(posi
 def test_a_program_holds_what_the_vector_says():
     vector = exact_vector(strength=0.5, one_sided=True, cap=2.0)
     program = Plan.from_vectors([vector]).program(2, LAST)
-    assert program.units.dtype == np.float32 and program.units.shape == (1, 8)
-    assert program.units[0].tobytes() == vector.unit(2).tobytes()
-    assert (program.targets.tolist(), program.strengths.tolist()) == ([1.25], [0.5])
+    assert program.writers.dtype == program.readers.dtype == np.float32 and program.writers.shape == (1, 8)
+    assert program.writers[0].tobytes() == vector.unit(2).tobytes()
+    np.testing.assert_allclose(program.readers, -0.5 * program.writers, rtol=1e-6)
+    np.testing.assert_allclose(program.biases, [0.5 * 1.25], rtol=1e-6)
     assert (program.one_sided.tolist(), program.caps.tolist(), program.caps.dtype) == (
         [True],
         [2.0],
         np.float32,
     )
-    assert program.offset is None and program.ridge == 0
+    assert (program.n_solved, program.ridge, program.normalised.tolist()) == (0, 0, [False])
 
 
 def test_no_cap_is_an_infinite_cap():
@@ -62,26 +64,56 @@ def test_no_cap_is_an_infinite_cap():
 
 
 def test_ablate_aims_at_zero():
-    assert Plan.from_vectors([imported_vector(mode="ablate")]).program(2, LAST).targets.tolist() == [0.0]
+    assert Plan.from_vectors([imported_vector(mode="ablate")]).program(2, LAST).biases.tolist() == [0.0]
 
 
-def test_adds_at_one_block_become_one_offset():
+def test_adds_at_one_block_become_one_row_that_reads_nothing():
     vector = imported_vector()
     program = Plan.from_vectors([vector.at(strength=2), vector.at(strength=-0.5)]).program(2, LAST)
-    assert program.units.shape == (0, 8) and program.offset.dtype == np.float32
-    assert program.offset.tolist() == (1.5 * vector.directions[2]).tolist()
+    assert not program.readers.any() and program.biases.tolist() == [1.0] and program.n_solved == 0
+    assert program.writers.tolist() == [(1.5 * vector.directions[2]).tolist()]
+
+
+def test_what_has_a_target_comes_first_and_what_is_constant_last():
+    vectors = [
+        imported_vector(),
+        gated_vector(),
+        exact_vector(),
+        imported_vector(strength=2),
+        *axis_vectors(2),
+    ]
+    plan = Plan.from_vectors(vectors)
+    program = plan.program(2, LAST)
+    assert (program.n_solved, len(program.biases)) == (3, 5)
+    assert program.normalised.tolist() == [False, False, False, True, False]
+    assert program.readers.any(axis=1).tolist() == [True, True, True, True, False]
+    assert [edit.mode for edit in plan.rows(2, LAST)] == ["project", "project", "project", "gate"]
+
+
+def test_a_gate_is_its_reader_bias_and_direction_times_the_strength():
+    vector = gated_vector(strength=-0.5, cap=2.0)
+    program = Plan.from_vectors([vector]).program(2, LAST)
+    assert program.writers[0].tolist() == (-vector.directions[2]).tolist()
+    assert program.readers[0].tolist() == (0.5 * vector.readers[2]).tolist()
+    assert program.biases.tolist() == [0.5 * vector.biases[2]] and program.normalised.tolist() == [True]
+    np.testing.assert_allclose(program.caps, 2.0 / np.linalg.norm(vector.directions[2]), rtol=1e-6)
+
+
+def test_gates_at_one_block_are_not_solved_jointly():
+    program = Plan.from_vectors([gated_vector(), gated_vector()]).program(2, LAST)
+    assert (program.n_solved, len(program.biases)) == (0, 2)
 
 
 def test_a_vector_at_two_blocks_is_two_edits_with_their_own_targets():
     plan = Plan.from_vectors([exact_vector(layers=(1, 3))])
     assert plan.layers == (1, 3)
-    assert [plan.program(layer, LAST).targets[0] for layer in plan.layers] == [1.125, 1.375]
+    assert [edit.target for edit in plan.edits] == [1.125, 1.375]
 
 
 def test_programs_can_not_be_written():
     program = Plan.from_vectors([exact_vector()]).program(2, LAST)
     with pytest.raises(ValueError):
-        program.units[0, 0] = 1
+        program.writers[0, 0] = 1
 
 
 def test_strength_zero_leaves_an_empty_plan():
@@ -106,7 +138,7 @@ def test_the_order_of_vectors_changes_neither_key_nor_programs():
     vectors.append(imported_vector(layers=(2,)))
     plans = [Plan.from_vectors(order) for order in itertools.permutations(vectors)]
     assert len({plan.key for plan in plans}) == 1
-    assert len({plan.program(2, LAST).units.tobytes() for plan in plans}) == 1
+    assert len({plan.program(2, LAST).writers.tobytes() for plan in plans}) == 1
 
 
 @pytest.mark.parametrize(
@@ -125,10 +157,40 @@ def test_target_direction_and_ridge_change_the_key():
     plans = [
         Plan.from_vectors([vector_along([1, 0], 1.0)]),
         Plan.from_vectors([vector_along([1, 0], 2.0)]),
-        Plan.from_vectors([vector_along([2, 0], 1.0)]),
+        Plan.from_vectors([vector_along([1, 1], 1.0)]),
         Plan.from_vectors([vector_along([1, 0], 1.0)], ridge=0.1),
     ]
     assert len({plan.key for plan in plans}) == 4
+
+
+def test_the_length_of_a_direction_matters_to_add_alone():
+    short, long = vector_along([1, 0], 1.0), vector_along([2, 0], 1.0)
+    assert Plan.from_vectors([short]).key == Plan.from_vectors([long]).key
+    assert Plan.from_vectors([short.at(mode="add")]).key != Plan.from_vectors([long.at(mode="add")]).key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"strength": 0.5}, {"strength": -1}, {"mode": "add"}, {"positions": "last"}, {"one_sided": True},
+        {"cap": 2.0},
+    ],
+)  # fmt: skip
+def test_every_setting_of_a_gate_changes_the_key(change):
+    vector = gated_vector()
+    assert Plan.from_vectors([vector]).key != Plan.from_vectors([vector.at(**change)]).key
+
+
+@pytest.mark.parametrize("name", ["directions", "readers", "biases"])
+def test_every_array_of_a_gate_changes_the_key(name):
+    vector = gated_vector()
+    other = replace(vector, **{name: getattr(vector, name) * np.float32(1.5)})
+    assert Plan.from_vectors([vector]).key != Plan.from_vectors([other]).key
+
+
+def test_a_gate_that_reads_nothing_has_the_key_of_what_it_adds():
+    vector = gated_vector(readers=np.zeros((4, 8)), biases=np.ones(4))
+    assert Plan.from_vectors([vector]).key == Plan.from_vectors([vector.at(mode="add")]).key
 
 
 def test_the_mean_projection_does_not_matter_to_add():
@@ -160,7 +222,7 @@ def test_nearly_parallel_directions_are_refused_by_name_cosine_and_block(cosine)
 @pytest.mark.parametrize("cosine", [PARALLEL_COSINE - 0.001, 0.5, 0, -0.5, 0.001 - PARALLEL_COSINE])
 def test_directions_below_the_limit_are_accepted_in_silence(cosine):
     plan = Plan.from_vectors([vector_along(d) for d in at_angle(cosine)])
-    assert plan.program(0, LAST).units.shape[0] == 2 and plan.notices == ()
+    assert plan.program(0, LAST).n_solved == 2 and plan.notices == ()
 
 
 def test_a_ridge_accepts_parallel_directions_and_says_so_once():
@@ -206,6 +268,7 @@ def test_a_plan_shows_strength_and_block():
     assert repr(Plan.none()) == "Plan(none)"
 
 
-def test_an_offset_that_float32_can_not_hold_is_refused():
+@pytest.mark.parametrize("mode", ["project", "add", "ablate", "gate"])
+def test_an_edit_that_float32_can_not_hold_is_refused(mode):
     with pytest.raises(PlanError, match="adds more than a state can hold: lower the strength"):
-        Plan.from_vectors([exact_vector(mode="add", strength=1e300)])
+        Plan.from_vectors([gated_vector(mode=mode, strength=1e300, mean_with=np.ones(4))])

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vector_cases import exact_vector, floats32, imported_vector, problems, vector_along
+from vector_cases import exact_vector, floats32, gated_vector, imported_vector, problems, vector_along
 
 from localsteer.plan import Plan, PositionClass
 from localsteer.steering import apply_program, dynamic_weights, steer
+from localsteer.vector import ControlVector
 
 PROMPT, LAST, GENERATION = PositionClass
 # x has entries of order 1 and dynamic weights stay below some hundred (PARALLEL_COSINE), so that rounding the
@@ -189,6 +190,111 @@ def test_a_small_ridge_hardly_changes_independent_directions():
     x = np.ones((1, 3), dtype=np.float32)
     pair = [vector_along([1, 0, 0], 2.0), vector_along([0, 1, 0], -1.0)]
     np.testing.assert_allclose(apply_program(x, program(pair, ridge=1e-6)), [[2, -1, 1]], atol=1e-5)
+
+
+# --- the modes are one edit
+
+
+@given(problems(max_k=1), floats32(2.0), floats32(2.0), st.booleans(), st.sampled_from([None, 0.5]))
+def test_project_is_what_the_paper_writes(problem, strength, target, one_sided, cap):
+    """x + clip(s (zbar - u.x)) u, written out without readers and biases."""
+    x, vectors = problem
+    rows = vectors[0].directions
+    vector = vector_along(rows[0], target, strength=strength or 1.0, one_sided=one_sided, cap=cap)
+    u = vector.unit(0).astype(np.float64)
+    weights = vector.strength * (np.float32(target) - x.astype(np.float64) @ u)
+    weights = np.maximum(weights, 0) if one_sided else weights
+    bound = np.inf if cap is None else cap
+    wanted = x.astype(np.float64) + np.clip(weights, -bound, bound)[:, None] * u
+    np.testing.assert_allclose(apply_program(x, program([vector])), wanted, atol=1e-5)
+
+
+@given(problems(max_k=1), floats32(2.0))
+def test_ablate_is_project_to_zero(problem, strength):
+    x, vectors = problem
+    ablate = vectors[0].at(mode="ablate", strength=strength or 1.0)
+    project = vector_along(ablate.directions[0], 0.0, strength=ablate.strength)
+    assert apply_program(x, program([ablate])).tobytes() == apply_program(x, program([project])).tobytes()
+
+
+def gate(reader, bias, writer, mean_gate=1.0, **settings) -> ControlVector:
+    return ControlVector.from_gate(0, reader, bias, writer, mean_gate=mean_gate, n_layer=1, **settings)
+
+
+@given(problems(max_k=1), floats32(2.0))
+def test_a_gate_without_a_reader_adds_its_bias(problem, strength):
+    x, vectors = problem
+    v, strength = vectors[0].directions[0], strength or 1.0
+    gated = gate(np.zeros(len(v)), 1.0, v, strength=abs(strength))
+    assert (
+        apply_program(x, program([gated])).tobytes()
+        == apply_program(x, program([gated.at(mode="add")])).tobytes()
+    )
+    negative = gate(np.zeros(len(v)), 1.0, v, strength=-abs(strength))
+    np.testing.assert_allclose(
+        apply_program(x, program([negative])), apply_program(x, program([negative.at(mode="add")])), atol=1e-5
+    )
+
+
+@given(problems(max_k=1), floats32(2.0), st.booleans(), st.sampled_from([None, 0.5]), st.floats(0.1, 3))
+def test_a_planted_gate_is_applied_as_planted(problem, bias, clipped, cap, mean_gate):
+    """Whatever mean it was divided by, the edit is x + clip(w . x/rms(x) + b) z."""
+    x, _ = problem
+    rng = np.random.default_rng(0)
+    w, z = rng.normal(size=(2, x.shape[1]))
+    rms = np.sqrt((x.astype(np.float64) ** 2).mean(axis=1))
+    weights = x @ w / rms + bias
+    weights = np.maximum(weights, 0) if clipped else weights
+    bound = np.inf if cap is None else cap / np.linalg.norm(z)
+    wanted = x + np.clip(weights, -bound, bound)[:, None] * z
+    vector = gate(w, bias, z, mean_gate, one_sided=clipped, cap=cap)
+    np.testing.assert_allclose(apply_program(x, program([vector])), wanted, atol=1e-4)
+
+
+@given(problems(max_k=1), floats32(2.0), st.booleans())
+def test_a_negative_strength_takes_away_what_a_positive_one_adds(problem, bias, clipped):
+    x, _ = problem
+    w, z = np.random.default_rng(1).normal(size=(2, x.shape[1]))
+    up, down = (
+        apply_program(x, program([gate(w, bias, z, one_sided=clipped, strength=s)])).astype(np.float64) - x
+        for s in (0.7, -0.7)
+    )
+    np.testing.assert_allclose(up, -down, atol=1e-5)
+
+
+def test_the_fallback_of_a_gate_is_its_mean_effect():
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(200, 12)).astype(np.float32)
+    w, z = rng.normal(size=(2, 12))
+    gates = np.maximum(x @ w / np.sqrt((x.astype(np.float64) ** 2).mean(axis=1)) + 0.3, 0)
+    vector = gate(w, 0.3, z, gates.mean(), one_sided=True)
+    change = (apply_program(x, program([vector])).astype(np.float64) - x).mean(axis=0)
+    np.testing.assert_allclose(vector.directions[0], change, atol=1e-5)
+    np.testing.assert_allclose(vector.at(mode="add").directions[0], gates.mean() * z, rtol=1e-5)
+
+
+def test_a_clipped_gate_leaves_tokens_below_zero_alone():
+    x = np.array([[3.0, 4.0], [-3.0, 4.0]], dtype=np.float32)
+    after = apply_program(x, program([gate([1.0, 0.0], -0.5, [0.0, 1.0], one_sided=True)]))
+    assert after[0, 1] > 4 and after[1].tobytes() == x[1].tobytes()
+
+
+def test_a_gate_reads_the_state_before_the_other_edits():
+    x = np.array([[3.0, 4.0]], dtype=np.float32)
+    vectors = [vector_along([1, 0], 0.0), gate([1.0, 0.0], 0.0, [0.0, 1.0])]
+    rms = np.sqrt(12.5)
+    np.testing.assert_allclose(apply_program(x, program(vectors)), [[0.0, 4 + 3 / rms]], rtol=1e-6)
+
+
+def test_a_row_of_zeros_gets_the_bias_of_a_gate():
+    x = np.zeros((1, 2), dtype=np.float32)
+    assert apply_program(x, program([gate([1.0, 0.0], 0.5, [0.0, 2.0])])).tolist() == [[0.0, 1.0]]
+
+
+def test_a_gate_at_another_block_is_another_gate():
+    x = np.ones((1, 8), dtype=np.float32)
+    first, second = (steer(x, Plan.from_vectors([gated_vector(layers=(il,))]), il, [LAST]) for il in (1, 2))
+    assert first.tobytes() != second.tobytes()
 
 
 def test_classes_are_steered_by_their_own_programs():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from localsteer import ControlVector, Plan, PositionClass
 from localsteer.steering import apply_program as oracle
 from localsteer.steering import steer
+from localsteer.vector import MODES
 
 torch = pytest.importorskip("torch", reason="the PyTorch hook is what is tested")
 
@@ -32,6 +33,7 @@ def random_vector(seed: int = 0, n_layer: int = 4, n_embd: int = 64, **settings)
         directions=draw.normal(size=(n_layer, n_embd)),
         mean_with=draw.normal(2.0, 1.0, size=n_layer),
         mean_without=None, std_with=None, std_without=None,
+        readers=draw.normal(size=(n_layer, n_embd)) / n_embd**0.5, biases=np.ones(n_layer),
         **{"layers": (1,), "name": f"random-{seed}", **settings},
     )  # fmt: skip
 
@@ -67,7 +69,7 @@ def vector_lists(draw):
     n = draw(st.integers(1, 4))
     chosen = []
     for seed in range(n):
-        mode = draw(st.sampled_from(["project", "add", "ablate"]))
+        mode = draw(st.sampled_from(MODES))
         bounded = mode != "add"
         chosen.append(
             random_vector(
@@ -162,6 +164,27 @@ def test_strength_zero_changes_no_bit(pair):
     assert np.array_equal(torch_logits(model, none), torch_logits(model, Plan.none()))
 
 
+def test_a_reply_of_a_hybrid_model_is_that_without_a_cache():
+    """Its recurrent blocks keep a state of their own, which only the config tells the cache of."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Lfm2ForCausalLM(
+        Lfm2Config(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"],
+        )
+    ).eval()  # fmt: skip
+    plan = Plan.from_vectors([random_vector(n_layer=3, n_embd=32)])
+    ids, ends = [5, 9, 41, 7], lambda token: False
+    reply = greedy_tokens(model, ids, [plan], max_tokens=6, ends=ends)
+    tokens = list(ids)
+    with torch.no_grad(), steer_hooks(model, plan, len(ids)):
+        while len(tokens) < len(ids) + 6:
+            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    assert tokens[len(ids) :] == reply
+
+
 # PyTorch and native
 
 CASES = {
@@ -171,6 +194,8 @@ CASES = {
     "every block": [random_vector(layers=(0, 1, 2, 3), strength=0.5)],
     "add": [random_vector(mode="add", strength=0.7)],
     "ablate": [random_vector(mode="ablate")],
+    "gate": [random_vector(mode="gate")],
+    "clipped gate": [random_vector(mode="gate", one_sided=True, strength=-0.7)],
     "one-sided": [random_vector(one_sided=True)],
     "capped": [random_vector(cap=0.5)],
     "joint": [
@@ -178,7 +203,7 @@ CASES = {
         random_vector(1, strength=0.6),
         random_vector(2, mode="ablate", one_sided=True),
     ],
-    "project and add": [random_vector(0), random_vector(1, mode="add")],
+    "project, add and gate": [random_vector(0), random_vector(1, mode="add"), random_vector(2, mode="gate")],
     "two blocks, two classes": [
         random_vector(0, layers=(0,), positions="prompt"),
         random_vector(1, layers=(2,), positions="generation"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +106,7 @@ def test_states_and_weights_are_those_of_model_and_oracle(engine, vectors, block
         program = plan.program(block, PositionClass.PROMPT)
         expected = dynamic_weights(before, program)
         for line in lines:
-            (k,) = [
-                k for k, unit in enumerate(program.units) if np.array_equal(unit, line.vector.unit(block))
-            ]
+            (k,) = [k for k, z in enumerate(program.writers) if np.array_equal(z, line.vector.unit(block))]
             np.testing.assert_allclose(line.weight, expected[:, k], **CLOSE)
     plain = engine.hidden_states(tokens, [blocks[1]])[:, 0]
     np.testing.assert_allclose(made.lines[1].plain, plain @ made.lines[1].vector.unit(blocks[1]), **CLOSE)
@@ -161,6 +160,24 @@ def test_add_has_a_weight_and_no_target(engine, vectors):
     np.testing.assert_allclose(line.weight, 0.5 * np.linalg.norm(vector.directions[1]), rtol=1e-6)
     np.testing.assert_allclose(line.after - line.before, line.weight, **CLOSE)
     assert np.isnan(line.target).all()
+
+
+def test_the_weight_of_a_gate_is_computed_for_each_token(engine):
+    vector = random_vector(engine, layers=(1,), mode="add")
+    reader = np.random.default_rng(5).normal(size=vector.n_embd) / 8
+    gated = replace(
+        vector, mode="gate", readers=np.tile(reader, (vector.n_layer, 1)), biases=np.ones(vector.n_layer)
+    )
+    made = trace(engine, PROMPT, [gated, vector.at(strength=0.5)], max_tokens=4)
+    gate, added = made.lines
+    read = slice(0, int(np.isfinite(gate.before).sum()))
+    x = engine.hidden_states(made.tokens, [1])[read, 0].astype(np.float64)
+    length = np.linalg.norm(vector.directions[1])
+    wanted = (x @ reader / np.sqrt((x**2).mean(axis=1)) + 1) * length
+    np.testing.assert_allclose(gate.weight[read], wanted, **CLOSE)
+    np.testing.assert_allclose(added.weight[read], 0.5 * length, rtol=1e-6)
+    np.testing.assert_allclose((gate.after - gate.before)[read], wanted + 0.5 * length, **CLOSE)
+    assert np.isnan(gate.target).all()
 
 
 def test_ablate_cap_and_one_sided_show(engine, vectors):

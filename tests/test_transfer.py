@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from cli_runs import invoke
@@ -9,12 +11,13 @@ from engines import open_engine
 
 from localsteer import ControlVector, bundled
 from localsteer.catalog import Instruction, load_catalog
-from localsteer.errors import CatalogError, LocalsteerError, MismatchError
+from localsteer.errors import CatalogError, LocalsteerError, MismatchError, PlanError
 from localsteer.evaluate import transfer
 from localsteer.evaluate.transfer import (
     AS_IS,
     MAPPED,
     OTHER_MODEL,
+    adopt,
     blocks_by_depth,
     carry,
     carry_to_other_model,
@@ -98,6 +101,18 @@ def test_the_file_says_whose_it_is_and_where_it_is_from(qwen, llama, vector):
     assert known["phrasings"] == ["Answer in rhyme."]
     with pytest.raises(MismatchError):
         llama.engine.plan(adopted)
+
+
+def test_a_gate_goes_along_to_the_same_states_and_nowhere_else(llama, qwen, vector):
+    gated = replace(vector, mode="gate", readers=vector.directions, biases=np.ones(vector.n_layer))
+    assert carry(gated, llama).gated == gated.gated
+    for other in (
+        lambda: carry_to_other_model(gated, qwen, build_pairs(RHYME, QUERIES)),
+        lambda: adopt(gated, qwen, MAPPED, directions=gated.directions),
+    ):
+        with pytest.raises(PlanError, match="has a learned gate"):
+            other()
+    assert carry_to_other_model(gated.at(mode="add"), qwen, build_pairs(RHYME, QUERIES)).readers is None
 
 
 def test_another_width_is_refused(llama):

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from vector_cases import exact_directions, exact_vector, imported_vector
+from vector_cases import exact_directions, exact_vector, gated_vector, imported_vector
 
 from localsteer.errors import MismatchError, PlanError, VectorFileError
 from localsteer.vector import MODES, POSITIONS, ControlVector, check_model, describe
@@ -76,7 +76,56 @@ def test_changing_to_add_drops_what_bounds_the_dynamic_weight():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_every_mode_and_position_is_accepted(mode, positions):
-    assert exact_vector().at(mode=mode, positions=positions).mode == mode
+    vector = gated_vector(mean_with=np.ones(4))
+    assert vector.at(mode=mode, positions=positions).mode == mode
+
+
+def test_a_gate_keeps_its_arrays_and_falls_back_to_its_direction():
+    vector = gated_vector()
+    assert vector.gated == (1, 2) and not vector.readers.flags.writeable
+    assert vector.at(mode="add").directions is vector.directions
+    assert vector.at(mode="add").at(mode="gate").readers is vector.readers
+
+
+def test_a_vector_without_readers_has_no_gate():
+    with pytest.raises(PlanError) as error:
+        exact_vector().at(mode="gate")
+    assert message(error) == "json has no learned gate: use add, or another of its modes."
+
+
+def test_a_block_without_a_gate_is_refused_and_the_others_are_named():
+    with pytest.raises(PlanError) as error:
+        gated_vector().at(layer=3)
+    assert message(error) == "gated has no gate at block 3: choose from 1-2."
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"readers": None}, "one of them is missing"),
+        ({"biases": None}, "one of them is missing"),
+        ({"readers": np.ones((4, 7))}, "readers must be (4, 8) as the directions are, not (4, 7)"),
+        ({"biases": np.ones(3)}, "biases must hold one number per block (4), not (3,)"),
+        ({"readers": np.full((4, 8), np.inf)}, "readers holds NaN or infinite values"),
+        ({"biases": np.full(4, np.nan)}, "biases holds NaN or infinite values"),
+    ],
+)
+def test_arrays_that_hold_no_gate_are_refused(arrays, said):
+    with pytest.raises(VectorFileError) as error:
+        gated_vector(**arrays)
+    assert said in message(error)
+
+
+@pytest.mark.parametrize("settings", [{"mean_gate": 0.0}, {"mean_gate": -1.0, "one_sided": True}])
+def test_a_gate_without_a_mean_effect_is_refused(settings):
+    with pytest.raises(PlanError, match="no constant effect to fall back on"):
+        ControlVector.from_gate(1, np.ones(8), 0.0, np.ones(8), n_layer=4, **settings)
+
+
+def test_a_description_of_a_gate_has_its_reader_and_bias_where_it_acts():
+    blocks = json.loads(json.dumps(describe(gated_vector())))["blocks"]
+    assert [block.get("gate_bias") for block in blocks] == [None, 0.5, -0.25, None]
+    assert blocks[2]["gate_reader_norm"] == pytest.approx(np.linalg.norm(gated_vector().readers[2]))
 
 
 def test_numpy_numbers_are_accepted():

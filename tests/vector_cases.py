@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import assume, settings
 from hypothesis import strategies as st
 
-from localsteer.vector import ControlVector
+from localsteer.vector import STATISTICS, ControlVector
 
 # how long an example takes says nothing on a machine that does other work as well
 settings.register_profile("localsteer", deadline=None)
@@ -39,6 +39,25 @@ def imported_vector(**changed) -> ControlVector:
     return ControlVector(exact_directions(), None, None, None, None, **given)
 
 
+def gated_vector(**changed) -> ControlVector:
+    """Gates at blocks 1 and 2 of 4, the second chosen; exact as `exact_vector`."""
+    readers = exact_directions(4, 8)[::-1].copy()
+    readers[[0, 3]] = 0
+    given = {
+        "layers": (2,), "mode": "gate", "name": "gated", "readers": readers, "biases": [0, 0.5, -0.25, 0],
+        "directions": exact_directions(), **dict.fromkeys(STATISTICS),
+    }  # fmt: skip
+    return ControlVector(**given | changed)
+
+
+def axis_vectors(n: int) -> list[ControlVector]:
+    """Projecting vectors at block 2, along the first axes."""
+    rows = [np.tile(row, (4, 1)) for row in np.eye(8)[:n]]
+    return [
+        ControlVector(row, np.ones(4), None, None, None, (2,), name=f"axis-{i}") for i, row in enumerate(rows)
+    ]
+
+
 def vector_along(direction, target: float = 0.0, **changed) -> ControlVector:
     """One block that projects on the given direction."""
     rows = np.array([direction], dtype=np.float32)
@@ -47,7 +66,7 @@ def vector_along(direction, target: float = 0.0, **changed) -> ControlVector:
 
 def same(a: ControlVector, b: ControlVector) -> bool:
     """Equal to the last bit, negative zeros included."""
-    arrays = ("directions", "mean_with", "mean_without", "std_with", "std_without")
+    arrays = ("directions", *STATISTICS, "readers", "biases")
     plain = ("layers", "mode", "positions", "strength", "one_sided", "cap", "name")
     for key in arrays:
         x, y = getattr(a, key), getattr(b, key)

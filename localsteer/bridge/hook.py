@@ -47,13 +47,18 @@ class Accessors(ctypes.Structure):
         return cls(**found)
 
 
+# of a Program, in the order of localsteer_route_program
+_ARRAYS = (
+    ("readers", np.float32), ("biases", np.float64), ("writers", np.float32), ("normalised", np.uint8),
+    ("one_sided", np.uint8), ("caps", np.float32),
+)  # fmt: skip
 _I32, _PTR = ctypes.c_int32, ctypes.c_void_p
 _NATIVE_FUNCTIONS = {
     "localsteer_hook_new": (_PTR, [_PTR, _I32, _I32]),
     "localsteer_hook_free": (None, [_PTR]),
     "localsteer_route_new": (_I32, [_PTR]),
     "localsteer_routes_clear": (None, [_PTR]),
-    "localsteer_route_program": (_I32, [_PTR, _I32, _I32, _I32, *[_PTR] * 5, ctypes.c_double, _PTR]),
+    "localsteer_route_program": (_I32, [_PTR, _I32, _I32, _I32, *[_PTR] * 6, _I32, ctypes.c_double]),
     "localsteer_batch_begin": (_I32, [_PTR, _I32, _PTR, _PTR, _PTR, _PTR]),
     "localsteer_batch_end": (_I32, [_PTR]),
     "localsteer_error": (ctypes.c_char_p, [_PTR]),
@@ -147,17 +152,11 @@ class Hook:
         return route
 
     def _add_program(self, route: int, layer: int, program: Program) -> None:
-        # held in locals: the native side copies, but not before the call
-        units = np.ascontiguousarray(program.units, dtype=np.float32)
-        targets = np.ascontiguousarray(program.targets, dtype=np.float64)
-        strengths = np.ascontiguousarray(program.strengths, dtype=np.float64)
-        one_sided = np.ascontiguousarray(program.one_sided, dtype=np.uint8)
-        caps = np.ascontiguousarray(program.caps, dtype=np.float32)
-        offset = None if program.offset is None else np.ascontiguousarray(program.offset, dtype=np.float32)
-        arrays = [_address(array) for array in (units, targets, strengths, one_sided, caps)]
-        if self._lib.localsteer_route_program(
-            self._pointer, route, layer, len(targets), *arrays, float(program.ridge), _address(offset)
-        ):
+        # held in a local: the native side copies, but not before the call
+        held = [np.ascontiguousarray(getattr(program, name), dtype) for name, dtype in _ARRAYS]
+        arrays = [_address(array) for array in held]
+        n_rows, n_solved, ridge = len(program.biases), program.n_solved, float(program.ridge)
+        if self._lib.localsteer_route_program(self._pointer, route, layer, n_rows, *arrays, n_solved, ridge):
             raise LocalsteerError(f"the plan can't be compiled: {self.error()}.")
 
     def begin(

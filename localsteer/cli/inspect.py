@@ -54,7 +54,8 @@ def command(file: str, model: str | None, plot: str | None, as_json: bool) -> No
     its direction and the mean projection of the model's states with and without the instruction.
 
     In the last column o is the mean without the instruction, # with it, and = the spread around them
-    (one standard deviation): a block where the two lie apart is worth trying.
+    (one standard deviation): a block where the two lie apart is worth trying. Of a vector with learned gates,
+    `gate` is the bias of the weight and the length |w| of what it reads.
 
     \b
     Examples:
@@ -172,7 +173,8 @@ def settings_line(described: dict[str, Any]) -> str:
 
 def _blocks(described: dict[str, Any]) -> Any:
     has_means = any(block["mean_with"] is not None for block in described["blocks"])
-    titles = ["block", "norm", ""]
+    has_gates = any("gate_bias" in block for block in described["blocks"])
+    titles = ["block", "norm", "", *(["gate"] if has_gates else [])]
     if has_means:
         titles += ["without", "with", "apart", ""]
     made = table(*titles, numbers=("block", "norm", "without", "with", "apart"))
@@ -184,10 +186,16 @@ def _blocks(described: dict[str, Any]) -> Any:
             continue
         row = [f"{'> ' if block['chosen'] else ''}{block['block']}", f"{block['norm']:.3g}"]
         row.append(bar(block["norm"] / longest if longest else 0, BAR_WIDTH))
+        row += [_gate(block)] if has_gates else []
         made.add_row(
             *row, *(_projections(block) if has_means else ()), style="bold" if block["chosen"] else None
         )
     return made
+
+
+def _gate(block: dict[str, Any]) -> str:
+    """The weight of the direction: its bias, and the length of what is read off the normalised state."""
+    return f"{block['gate_bias']:.2g} + |w| {block['gate_reader_norm']:.2g}" if "gate_bias" in block else ""
 
 
 def _projections(block: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import click
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # localsteer.vector has these too, but importing it brings in numpy; a test keeps the two equal
-MODES = ("project", "add", "ablate")
+MODES = ("project", "add", "ablate", "gate")
 POSITIONS = ("all", "prompt", "last", "generation")
 MAX_RANGE = 10_000  # blocks in `A-B`; no model has as many
 

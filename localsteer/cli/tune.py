@@ -424,7 +424,7 @@ def journal_path(vector: ControlVector, model_hash: str) -> Path:
 
     digest = hashlib.sha256(f"{__version__} {importlib.metadata.version('llama-cpp-python')}".encode())
     digest.update(vector.directions.tobytes())
-    for column in (vector.mean_with, vector.mean_without):
+    for column in (vector.mean_with, vector.mean_without, vector.readers, vector.biases):
         digest.update(b"" if column is None else column.tobytes())
     name = f"{file_name(vector.label)}-{digest.hexdigest()[:8]}.jsonl"
     return cache_folder() / "tune" / model_hash[:HASH_CHARS] / name

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localsteer.catalog import Catalog, Instruction, Query
-from localsteer.errors import CatalogError, VectorFileError
+from localsteer.errors import CatalogError, PlanError, VectorFileError
 from localsteer.evaluate.states import Progress, stream_states
 from localsteer.extract import METHOD, Backend, Pair, build_pairs, open_backend, render
 from localsteer.vector import ControlVector
@@ -74,8 +74,11 @@ def calibrate(
     """Measure `vector`'s projections on `pairs` in this model, in one pass and in memory of one batch.
 
     The caller checks that the vector belongs to the model (`Engine.plan`). A vector without mean projections
-    (an import) has them afterwards, and can project. Raises CatalogError without pairs.
+    (an import) has them afterwards, and can project. Raises CatalogError without pairs, and PlanError
+    for a gated vector, whose weight is learned.
     """
+    if vector.mode == "gate":
+        raise PlanError(f"{vector.label} has a learned gate, and so no target to measure: use it as it is.")
     if not pairs:
         raise CatalogError("there are no pairs to calibrate with")
     units = _units(vector.directions)
@@ -216,7 +219,7 @@ def _fresh(vector: ControlVector, means: np.ndarray) -> ControlVector:
     directions = means[1] - means[0]
     without, instructed = np.einsum("sle,le->sl", means, _units(directions))
     found = {"directions": directions, "mean_with": instructed, "mean_without": without}
-    return replace(vector, **found, std_with=None, std_without=None)
+    return replace(vector, **found, std_with=None, std_without=None, readers=None, biases=None)
 
 
 def _cosines(a: ControlVector, b: ControlVector) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localsteer.catalog import Catalog, Instruction, Query
-from localsteer.errors import CatalogError, MismatchError, PromptError
+from localsteer.errors import CatalogError, MismatchError, PlanError, PromptError
 from localsteer.evaluate.calibrate import calibrate
 from localsteer.evaluate.conditions import (
     Outcome,
@@ -32,7 +32,7 @@ from localsteer.evaluate.states import Progress, stream_states
 from localsteer.extract import Backend, Pair, extract, prompt_tokens, render
 from localsteer.extract.statistics import RunningMeans
 from localsteer.tune import Tuned, tune
-from localsteer.vector import ControlVector
+from localsteer.vector import STATISTICS, ControlVector
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
@@ -63,14 +63,14 @@ def relation(vector: ControlVector, target: Backend) -> str:
 
 def carry(vector: ControlVector, target: Backend) -> ControlVector:
     """The same directions as a vector of `target`; where the depths differ, each block takes the one at the
-    same share of the depth. Raises MismatchError for another width."""
+    same share of the depth. Gates come along. Raises MismatchError for another width."""
     if vector.n_embd != target.n_embd:
         raise MismatchError(
             f"{vector.label} is {vector.n_embd} wide but {target.model_name} is {target.n_embd}: "
             "use --map with --from, the model that it was made from."
         )
     rows = blocks_by_depth(vector.n_layer, target.n_layer)
-    columns = ("mean_with", "mean_without", "std_with", "std_without")
+    columns = (*STATISTICS, "readers", "biases")
     taken = {key: _rows(getattr(vector, key), rows) for key in columns}
     return adopt(vector, target, AS_IS, directions=vector.directions[rows], **taken)
 
@@ -85,8 +85,13 @@ def adopt(vector: ControlVector, target: Backend, way: str, **arrays: Any) -> Co
     """`vector` with other arrays, saying that it is of `target`: its architecture, template and tokens in
     place of those of the model that it was made from, which stay under `transferred_from`.
 
-    Figures of its tuning do not come along: they were another model's. arrays: directions and statistics.
+    Figures of its tuning do not come along: they were another model's. arrays: directions and statistics, and
+    readers and biases if the gates go along. Raises PlanError for a gated vector that does not go as it is.
     """
+    if vector.mode == "gate" and way != AS_IS:
+        raise PlanError(
+            f"{vector.label} has a learned gate, which reads its own model's states: learn one on this model."
+        )
     known = vector.provenance
     layers = {round(il * _scale(vector.n_layer, target.n_layer)) for il in vector.layers}
     usable = [il for il in sorted(layers) if arrays["directions"][il].any()]
@@ -104,6 +109,7 @@ def adopt(vector: ControlVector, target: Backend, way: str, **arrays: Any) -> Co
     provenance = {key: value for key, value in provenance.items() if value is not None}
     if not usable:
         usable = [int(np.flatnonzero(arrays["directions"].any(axis=1))[0])]
+    arrays = {"readers": None, "biases": None, **arrays}
     return replace(vector, **arrays, layers=tuple(usable), provenance=provenance)
 
 

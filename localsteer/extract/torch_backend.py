@@ -34,6 +34,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 GGUF_ARCHITECTURES = {
     "mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "phi": "phi2", "gpt_bigcode": "starcoder",
     "gemma3_text": "gemma3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "cohere": "command-r",
+    "gpt_oss": "gpt-oss", "gemma4_text": "gemma4", "granitemoehybrid": "granitehybrid",
 }  # fmt: skip
 
 
@@ -63,7 +64,7 @@ class TorchBackend:
         config = self.model.config.get_text_config(decoder=True)
         self.n_layer, self.n_embd = config.num_hidden_layers, config.hidden_size
         self.n_ctx = getattr(config, "max_position_embeddings", None)
-        self.architecture = gguf_architecture(config.model_type)
+        self.architecture = config_architecture(config)
         self.template = _template(self.tokenizer)
         self.model_name = Path(self.source).name
         if self.template.is_fallback:
@@ -162,6 +163,15 @@ def observe_blocks(model: Any, see: Callable[[int, Any], None]) -> Iterator[None
     finally:
         for handle in handles:
             handle.remove()
+
+
+def config_architecture(config: Any) -> str | None:
+    """llama.cpp's name of the architecture of a checkpoint. Its converter writes a hybrid Granite that has no
+    recurrent block as a plain one."""
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+    if config.model_type == "granitemoehybrid" and kinds and kinds <= {"attention", "full_attention"}:
+        return "granitemoe" if getattr(config, "num_experts_per_tok", None) else "granite"
+    return gguf_architecture(config.model_type)
 
 
 def gguf_architecture(model_type: str) -> str | None:

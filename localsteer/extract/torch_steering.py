@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from localsteer.plan import Plan, PositionClass, Program
+from localsteer.steering import RMS_EPS
 
 from .torch_backend import block_output, decoder_blocks, torch, transformers
 
@@ -39,7 +40,7 @@ def greedy_tokens(
     """
     reply: list[int] = []
     given = torch.tensor([list(ids)], device=model.device)
-    cache = {cache_argument(model): transformers.DynamicCache()}  # every pass adds to it
+    cache = {cache_argument(model): reply_cache(model)}  # every pass adds to it
     with torch.inference_mode(), ExitStack() as stack:
         for plan in plans:
             stack.enter_context(steer_hooks(model, plan, n_prompt=len(ids)))
@@ -50,6 +51,15 @@ def greedy_tokens(
             reply.append(token)
             given = torch.tensor([[token]], device=model.device)
     return reply
+
+
+def reply_cache(model: Any) -> Any:
+    """An empty KV cache. The config tells it which layers keep a recurrent state, not keys and values."""
+    if "config" in inspect.signature(transformers.DynamicCache.__init__).parameters:
+        return transformers.DynamicCache(config=model.config)
+    return (
+        transformers.DynamicCache()
+    )  # transformers before 4.56, where hybrid models had caches of their own
 
 
 def cache_argument(model: Any) -> str:
@@ -98,29 +108,43 @@ def apply_program(x: Any, program: Program) -> Any:
     """steering.apply_program in torch: x (..., n_embd) -> the same shape and type, float64 inside."""
     wide = torch.float64 if x.device.type != "mps" else torch.float32  # Metal has no float64
     rows = x.reshape(-1, x.shape[-1]).to(wide)
-    if len(program.units):
-        rows = rows + _weights(rows, program) @ _tensor(program.units, rows)
-    if program.offset is not None:
-        rows = rows + _tensor(program.offset, rows)
+    rows = rows + _weights(rows, program) @ _tensor(program.writers, rows)
     return rows.to(x.dtype).reshape(x.shape)
 
 
 def _weights(rows: Any, program: Program) -> Any:
-    """The dynamic weights c, (n_rows, k): one least-norm solve for each set of edits that join."""
-    units = _tensor(program.units, rows)
-    p = rows @ units.T
-    wanted = _tensor(program.strengths, rows) * (_tensor(program.targets, rows) - p)
-    joins = ~torch.as_tensor(program.one_sided.copy(), device=rows.device) | ~(wanted <= 0)  # NaN joins
-    gram = units @ units.T + program.ridge * torch.eye(len(units), dtype=rows.dtype, device=rows.device)
-    weights = torch.zeros_like(p)
+    """steering.dynamic_weights in torch: (n_rows, k)."""
+    readers, normalised = _tensor(program.readers, rows), _flags(program.normalised, rows)
+    rms = (rows.square().mean(dim=1, keepdim=True) + RMS_EPS).sqrt()
+    read = rows @ readers.T / torch.where(normalised, rms, torch.ones_like(rms))
+    weights = _tensor(program.biases, rows) + torch.where(readers.any(dim=1), read, torch.zeros_like(read))
+    joins = ~_flags(program.one_sided, rows) | ~(weights <= 0)  # NaN joins
+    weights = torch.where(joins, weights, torch.zeros_like(weights))
+    m = program.n_solved
+    if m:
+        weights = torch.cat([_solved(weights[:, :m], joins[:, :m], program), weights[:, m:]], dim=1)
+    caps = _tensor(program.caps, rows)
+    return weights.clamp(-caps, caps)
+
+
+def _solved(wanted: Any, joins: Any, program: Program) -> Any:
+    """One least-norm solve for each set of edits that join."""
+    writers = _tensor(program.writers[: program.n_solved], wanted)
+    gram = writers @ writers.T + program.ridge * torch.eye(
+        len(writers), dtype=wanted.dtype, device=wanted.device
+    )
+    weights = torch.zeros_like(wanted)
     for pattern in torch.unique(joins, dim=0):
         chosen = (joins == pattern).all(dim=1)
         k = pattern.nonzero()[:, 0]
         if len(k):
             solved = torch.linalg.solve(gram[k][:, k], wanted[chosen][:, k].T).T
             weights[chosen.nonzero(), k] = solved
-    caps = _tensor(program.caps, rows)
-    return weights.clamp(-caps, caps)
+    return weights
+
+
+def _flags(array: Any, like: Any) -> Any:
+    return torch.as_tensor(array.copy(), device=like.device)
 
 
 def _tensor(array: Any, like: Any) -> Any:

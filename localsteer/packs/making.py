@@ -53,6 +53,8 @@ def compact(vector: ControlVector) -> ControlVector:
         vector,
         directions=np.where(mask[:, None], vector.directions, np.float32(0)),
         **{key: None if column is None else np.where(mask, column, 0) for key, column in columns.items()},
+        readers=None if vector.readers is None else np.where(mask[:, None], vector.readers, np.float32(0)),
+        biases=None if vector.biases is None else np.where(mask, vector.biases, 0),
         provenance=provenance,
     )
 

@@ -37,7 +37,7 @@ class SteeringItem(BaseModel):
     strength: Annotated[Finite, Field(ge=-limits.MAX_STRENGTH, le=limits.MAX_STRENGTH)] | None = None
     layer: Block | Annotated[list[Block], Field(min_length=1, max_length=1000)] | None = None
     positions: Literal["all", "prompt", "last", "generation"] | None = None
-    mode: Literal["project", "add", "ablate"] | None = None
+    mode: Literal["project", "add", "ablate", "gate"] | None = None
     one_sided: bool | None = None
     cap: Annotated[Finite, Field(gt=0)] | None = None
 

@@ -43,7 +43,8 @@ class Line:
 
     plain: the projection in the run without any steering. before: in the steered run, as this block computed
     it. after: what the next block reads. target: where the projection should be, strength included; only at
-    steered tokens, and not for `add`. weight: how much of the unit direction was added, 0 where none was.
+    steered tokens, and not for `add` and `gate`. weight: how much of the unit direction was added, 0 where
+    none was.
     """
 
     vector: ControlVector
@@ -462,19 +463,17 @@ class _Run:
                     self._weigh(block, cls, positions.start + here, dynamic_weights(rows[here], program))
 
     def _weigh(self, block: int, cls: PositionClass, at: np.ndarray, weights: np.ndarray) -> None:
-        edits = [edit for edit in self.plan.edits if edit.layer == block and active(edit.positions, cls)]
-        solved = [edit.digest for edit in edits if edit.mode != "add"]
+        rows = [edit.digest for edit in self.plan.rows(block, cls)]
         for i, (vector, place) in enumerate(self.places):
             own = Plan.from_vectors([vector.at(layer=block)]).edits if place == block else ()
             if not own or block not in vector.layers or not active(vector.positions, cls):
                 continue
             (edit,) = own
-            if edit.mode == "add":
-                self.weight[i, at] = edit.strength * np.linalg.norm(edit.direction.astype(np.float64))
-                continue
-            p = self.before[i, at]
-            self.target[i, at] = p + edit.strength * (edit.mean_projection - p)
-            self.weight[i, at] = weights[:, solved.index(edit.digest)]
+            weight = edit.bias if edit.is_constant else weights[:, rows.index(edit.digest)]
+            self.weight[i, at] = weight * (edit.writer.astype(np.float64) @ self.units[i])
+            if edit.target is not None:
+                p = self.before[i, at]
+                self.target[i, at] = p + edit.strength * (edit.target - p)
 
 
 def _padded(values: np.ndarray, n_tokens: int) -> np.ndarray:

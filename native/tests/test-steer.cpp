@@ -28,20 +28,32 @@ struct edit {
 
 static const edit SET = {2.0, 1.0, 0, INF};
 
+// projections on units that are solved jointly; adds, if any, is one more row, which reads nothing
 static steer_program make(size_t n_embd, const std::vector<float> & units, const std::vector<edit> & edits,
-                          double ridge = 0.0, const float * offset = nullptr) {
-    std::vector<double>  targets;
-    std::vector<double>  strengths;
+                          double ridge = 0.0, const std::vector<float> & adds = {}) {
+    std::vector<float>   readers;
+    std::vector<double>  biases;
+    std::vector<float>   writers = units;
     std::vector<uint8_t> one_sided;
     std::vector<float>   caps;
     for (const auto & e : edits) {
-        targets  .push_back(e.target);
-        strengths.push_back(e.strength);
+        for (size_t i = 0; i < n_embd; ++i) {
+            readers.push_back((float) -e.strength*units[biases.size()*n_embd + i]);
+        }
+        biases   .push_back(e.strength*e.target);
         one_sided.push_back(e.one_sided);
         caps     .push_back(e.cap);
     }
-    return steer_program(n_embd, edits.size(), units.data(), targets.data(), strengths.data(), one_sided.data(),
-                         caps.data(), ridge, offset);
+    if (!adds.empty()) {
+        readers.resize(readers.size() + n_embd, 0.0f);
+        writers.insert(writers.end(), adds.begin(), adds.end());
+        biases   .push_back(1.0);
+        one_sided.push_back(0);
+        caps     .push_back(INF);
+    }
+    const std::vector<uint8_t> normalised(biases.size(), 0);
+    return steer_program(n_embd, biases.size(), readers.data(), biases.data(), writers.data(), normalised.data(),
+                         one_sided.data(), caps.data(), edits.size(), ridge);
 }
 
 // deterministic values in [-1, 1)
@@ -122,17 +134,52 @@ static void test_one_sided() {
     check(near(y[0], 3.0 + 0.6*rise) && near(y[1], 0.8*rise), "a projection that stays out has no say");
 }
 
-static void test_cap_and_offset() {
-    const std::vector<float> u      = {1.0f, 0.0f};
-    const std::vector<float> offset = {0.0f, 7.0f};
+static void test_cap_and_adds() {
+    const std::vector<float> u = {1.0f, 0.0f};
+    const std::vector<float> v = {0.0f, 7.0f};
 
     std::vector<float> x = {0.0f, 0.0f};
-    make(2, u, {{10.0, 1.0, 0, 0.5f}}, 0.0, offset.data()).apply(x.data(), 1);
-    check(x == std::vector<float>({0.5f, 7.0f}), "the cap bounds the weight, the offset is added after it");
+    make(2, u, {{10.0, 1.0, 0, 0.5f}}, 0.0, v).apply(x.data(), 1);
+    check(x == std::vector<float>({0.5f, 7.0f}), "the cap bounds the weight and not what is added beside it");
 
     std::vector<float> y = {1.0f, 2.0f};
-    make(2, {}, {}, 0.0, offset.data()).apply(y.data(), 1);
+    make(2, {}, {}, 0.0, v).apply(y.data(), 1);
     check(y == std::vector<float>({1.0f, 9.0f}), "a program of adds alone");
+
+    std::vector<float> z = {NAN, 2.0f};
+    make(2, {}, {}, 0.0, v).apply(z.data(), 1);
+    check(std::isnan(z[0]) && z[1] == 9.0f, "a row that reads nothing does not read a NaN");
+}
+
+static void test_gate() {
+    const std::vector<float>   w          = {1.0f, 0.0f};
+    const std::vector<float>   z          = {0.0f, 10.0f};
+    const double               b          = -0.5;
+    const std::vector<uint8_t> normalised = {1};
+    const std::vector<uint8_t> one_sided  = {1};
+    const std::vector<float>   caps       = {0.25f};
+
+    // both rows have the root mean square 5/sqrt(2): the first weighs 3/rms - 0.5 = 0.35, the second less than 0
+    const std::vector<float> x = {3.0f, 4.0f, -3.0f, 4.0f};
+    const double g = 3.0/(5.0/std::sqrt(2.0)) + b;
+
+    std::vector<float> y = x;
+    const std::vector<float> free = {INF};
+    steer_program(2, 1, w.data(), &b, z.data(), normalised.data(), one_sided.data(), free.data(), 0, 0.0)
+        .apply(y.data(), 2);
+    check(y[0] == 3.0f && near(y[1], 4.0 + 10.0*g) && y[2] == -3.0f && y[3] == 4.0f,
+          "a gate reads the normalised row, and clipped at 0 it leaves a row alone");
+
+    y = x;
+    steer_program(2, 1, w.data(), &b, z.data(), normalised.data(), one_sided.data(), caps.data(), 0, 0.0)
+        .apply(y.data(), 2);
+    check(near(y[1], 4.0 + 10.0*0.25), "the cap bounds the weight of a gate");
+
+    std::vector<float> zero = {0.0f, 0.0f};
+    const double one = 1.0;
+    steer_program(2, 1, w.data(), &one, z.data(), normalised.data(), one_sided.data(), free.data(), 0, 0.0)
+        .apply(zero.data(), 1);
+    check(zero == std::vector<float>({0.0f, 10.0f}), "a row of zeros gets the bias");
 }
 
 static void test_dependent_directions() {
@@ -162,7 +209,8 @@ int main() {
     test_projection_reaches_target();
     test_joint_projections_reach_targets();
     test_one_sided();
-    test_cap_and_offset();
+    test_cap_and_adds();
+    test_gate();
     test_dependent_directions();
     test_nan_stays_visible();
 
