@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -736,6 +737,19 @@ PIECES += [
     "好",
     "\0",
 ]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text("<>[]*- \n\r\x0b\x85ab\t\u2028", max_size=14))
+def test_linear_searches_find_what_ifevals_expressions_do(reply):
+    stars = re.findall(r"^\s*\*[^\*].*$", reply, re.MULTILINE)
+    bullets = len(stars) + len(re.findall(r"^\s*-.*$", reply, re.MULTILINE))
+    placeholders = len(re.findall(r"\[.*?\]", reply))
+    titles = [found.lstrip("<").rstrip(">").strip() for found in re.findall(r"<<[^\n]+>>", reply)]
+    check = VERIFIERS["detectable_content:number_placeholders"].check
+    assert VERIFIERS["detectable_format:number_bullet_lists"].check(reply, num_bullets=bullets)
+    assert check(reply, num_placeholders=placeholders) and not check(reply, num_placeholders=placeholders + 1)
+    assert VERIFIERS["detectable_format:title"].check(reply) is any(titles)
 
 
 @settings(max_examples=200, deadline=None)

@@ -145,7 +145,9 @@ def _candidates(text: str) -> list[tuple[int, re.Match[str]]]:
 
 def _opens_line(text: str, word_start: int) -> bool:
     """Does nothing but markup stand before the word on its line, as before the label of a list item?"""
-    return not text[text.rfind("\n", 0, word_start) + 1 : word_start].strip(" \t#*>-(")
+    while word_start > 0 and text[word_start - 1] in " \t#*>-(":
+        word_start -= 1
+    return word_start == 0 or text[word_start - 1] == "\n"
 
 
 def _give_closers_back(text: str, pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:

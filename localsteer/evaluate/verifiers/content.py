@@ -6,7 +6,6 @@ import re
 
 from localsteer.evaluate.verifiers.parameters import pattern
 
-_PLACEHOLDER = re.compile(r"\[.*?\]")
 # Not tied to a line's start or to the reply's end, and a prefix is enough: "the P.S. came first" holds one,
 # and so does "P.P.S." for the marker P.S. The word "PS:" never does.
 _POSTSCRIPTS = {"P.S.": re.compile(r"p\.\s?s\."), "P.P.S": re.compile(r"p\.\s?p\.\s?s")}
@@ -14,7 +13,15 @@ _POSTSCRIPTS = {"P.S.": re.compile(r"p\.\s?s\."), "P.P.S": re.compile(r"p\.\s?p\
 
 def number_placeholders(reply: str, *, num_placeholders: int) -> bool:
     """At least so many [..] on one line each; empty ones, ticks and links count: [], [x], [text](url)."""
-    return sum(1 for _ in _PLACEHOLDER.finditer(reply)) >= num_placeholders
+    return sum(map(_placeholders, reply.split("\n"))) >= num_placeholders
+
+
+def _placeholders(line: str) -> int:
+    """What IFEval's \\[.*?\\] finds, which rereads the line for each [ that nothing closes."""
+    found = end = 0
+    while (start := line.find("[", end)) >= 0 and (end := line.find("]", start) + 1) > 0:
+        found += 1
+    return found
 
 
 def postscript(reply: str, *, postscript_marker: str) -> bool:

@@ -9,11 +9,11 @@ from localsteer.evaluate.verifiers.parameters import pattern
 
 _FIXED_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 # The character after the asterisk may be a line break: a line of one asterisk swallows the line after it.
-_STAR_BULLET = re.compile(r"^\s*\*[^*].*$", re.MULTILINE)
-_DASH_BULLET = re.compile(r"^\s*-.*$", re.MULTILINE)
+# IFEval's ^\s* may begin lines earlier; it counts the same bullets, in quadratic time on blank lines.
+_STAR_BULLET = re.compile(r"^[^\S\n]*\*[^*].*$", re.MULTILINE)
+_DASH_BULLET = re.compile(r"^[^\S\n]*-.*$", re.MULTILINE)
 _HIGHLIGHT = re.compile(r"\*[^*\n]*\*")
 _DOUBLE_HIGHLIGHT = re.compile(r"\*\*[^*\n]*\*\*")
-_TITLE = re.compile(r"<<[^\n]+>>")
 _FENCES = ("```json", "```Json", "```JSON", "```")  # no other spelling, no other language
 
 
@@ -66,4 +66,10 @@ def json_format(reply: str) -> bool:
 
 def title(reply: str) -> bool:
     """<<A title>> stands somewhere on one line. <<< >>> holds none, and << a >> b >> is one."""
-    return any(found.lstrip("<").rstrip(">").strip() for found in _TITLE.findall(reply))
+    return any(_titled(line) for line in reply.split("\n"))
+
+
+def _titled(line: str) -> bool:
+    """IFEval's <<[^\\n]+>> is greedy, and so runs from the first << to the last >>."""
+    start, end = line.find("<<"), line.rfind(">>")
+    return 0 <= start < end - 2 and line[start:end].lstrip("<").rstrip(">").strip() != ""

@@ -1,0 +1,80 @@
+"""Sentences of a reply, and a reply that a token limit has cut, back at the end of its last sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from localsteer.evaluate.sentences import split_sentences
+from localsteer.verify.rewriters.markdown import is_fence, is_heading
+
+_CJK_END = re.compile(r"(?<=[。\uff01\uff1f])(?![」』\uff09。\uff01\uff1f])")
+_FINISHED = re.compile(r"""[.!?。\uff01\uff1f…।]["'*_)\]”\u2019»」』\uff09]*\Z""")
+_LABEL = re.compile(r"(?:[-+•]|\d{1,3}[.)]|\w[.)])?")
+
+
+def sentences(text: str) -> list[str]:
+    """As IFEval cuts them, and at the full stops of Chinese and Japanese, which it does not see.
+
+    The number of a list item stays with what it numbers.
+    """
+    return [text[start:end] for start, end in spans(text)]
+
+
+def spans(text: str) -> list[tuple[int, int]]:
+    """(start, end) of each sentence."""
+    found: list[tuple[int, int]] = []
+    parts = (part.strip() for whole in split_sentences(text) for part in _CJK_END.split(whole))
+    start, at = -1, 0
+    for part in filter(None, parts):
+        begin = text.index(part, at)
+        at = begin + len(part)
+        start = begin if start < 0 else start
+        if not _is_label(part):
+            found.append((start, at))
+            start = -1
+    return found if start < 0 else [*found, (start, at)]
+
+
+def trim_to_sentence(reply: str) -> str:
+    """The reply without the sentence that a token limit has cut; empty where there is no other.
+
+    List items and lines of verse need no full stop: of these the last line goes. An open fence goes whole,
+    and so do a lead-in and a list number that nothing follows any more.
+    """
+    lines = _without_open_fence(reply.rstrip().split("\n"))
+    last = lines[-1].rstrip() if lines else ""
+    if _FINISHED.search(last[-16:]) and not _is_label(last):
+        return "\n".join(lines).rstrip()
+    if is_fence(last):
+        return "\n".join(lines)
+    return "\n".join(without_lead_in([*lines[:-1], _finished_part(last)]))
+
+
+def without_lead_in(lines: Sequence[str]) -> list[str]:
+    """The lines without those at the end that announce what is not there: "Tips:", "## Food", "3."."""
+    kept = list(lines)
+    while kept and _announces(kept[-1]):
+        kept.pop()
+    return kept
+
+
+def _without_open_fence(lines: list[str]) -> list[str]:
+    fences = [at for at, line in enumerate(lines) if is_fence(line)]
+    return without_lead_in(lines[: fences[-1]]) if len(fences) % 2 else lines
+
+
+def _finished_part(line: str) -> str:
+    whole = sentences(line)
+    kept = line[: line.rfind(whole[-1])].rstrip() if len(whole) > 1 else ""
+    return "" if _is_label(kept) else kept
+
+
+def _announces(line: str) -> bool:
+    bare = line.strip()
+    return bare.rstrip("*").endswith((":", "\uff1a")) or is_heading(bare) or _is_label(bare)
+
+
+def _is_label(text: str) -> bool:
+    """A list's number or letter, with the marks around it, or such marks alone."""
+    return _LABEL.fullmatch(text.strip().lstrip("#>*( \t").rstrip("* ")) is not None
