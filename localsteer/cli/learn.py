@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from localsteer.errors import LocalsteerError
-
 from . import interrupt, options
 from .console import answer, note, print_json, progress
 from .extract import output_path
@@ -168,12 +166,12 @@ def _learn(engine: Engine, job: Job, model: str, given: dict[str, Any]) -> Lesso
     from localsteer.learn import learn
     from localsteer.learn.examples import of_pairs
 
-    pairs = None if job.pairs is None else of_pairs(engine, job.pairs)[0]
+    pairs, queries = (None, job.queries) if job.pairs is None else of_pairs(engine, job.pairs)
     with progress(f"learning {job.instruction.id}") as advance:
         return learn(
             engine,
             job.instruction,
-            job.queries,
+            queries,
             job.validation,
             examples=pairs,
             checkpoint=given["checkpoint"],
@@ -206,8 +204,8 @@ def _show(job: Job, lesson: Lesson) -> None:
     record, vector = lesson.record, lesson.vector
     scores = {name: "-" if share is None else f"{share:.0%}" for name, share in record["scores"].items()}
     answer(
-        f"{job.instruction.id}: learned from {record['examples']['n']} {record['examples']['source']} replies "
-        f"in {record['seconds']:.0f} s, block {vector.layers[0]}, {vector.positions}, strength "
+        f"{job.instruction.id}: learned from {record['examples']['n']} {record['examples']['source']} "
+        f"replies in {record['seconds']:.0f} s, block {vector.layers[0]}, {vector.positions}, strength "
         f"{vector.strength:g}.\n"
         f"Of {record['n']} replies to other questions {scores['steered']} follow it; plain {scores['none']}, "
         f"told in words {scores['instructed']}, both {scores['both']}."

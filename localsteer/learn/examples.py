@@ -20,7 +20,7 @@ from localsteer.errors import LocalsteerError
 from localsteer.evaluate.judge import judge
 from localsteer.evaluate.verify import verify
 from localsteer.tune.replies import told_prompt
-from localsteer.verify import can_rewrite, rewrite, trim_to_sentence
+from localsteer.verify import can_rewrite, rewrite
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
@@ -109,12 +109,11 @@ def _told(
 def rewritten(
     engine: Engine, instruction: Instruction, query: Query, reply: Reply, seed: int
 ) -> Example | None:
-    """None where the reply can't be rewritten. One that was cut by the limit stays open at its end, unless its
-    form has an end of its own (JSON's last brace), which anything more would break."""
+    """None where the reply can't be rewritten. One that was cut by the limit stays open at its end, unless
+    its form has an end of its own (JSON's last brace), which anything more would break."""
     was_cut = reply.finish_reason == "length"
-    plain = trim_to_sentence(reply.text) if was_cut else reply.text
     kwargs = instruction.kwargs_for(query.text)
-    text = rewrite(instruction.verifier, plain, kwargs, prompt=query.text, seed=seed)
+    text = rewrite(instruction.verifier, reply.text, kwargs, prompt=query.text, seed=seed, cut=was_cut)
     if text is None:
         return None
     ends = not was_cut or not verify(instruction.verifier, text + GOES_ON, kwargs, prompt=query.text)
@@ -131,7 +130,9 @@ def of_pairs(engine: Engine, path: str | Path) -> tuple[list[Example], list[Quer
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise LocalsteerError(f"{path} can't be read ({getattr(error, 'strerror', None) or error}).") from None
+        raise LocalsteerError(
+            f"{path} can't be read ({getattr(error, 'strerror', None) or error})."
+        ) from None
     pairs = [_pair(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     if len(pairs) < FEWEST:
         raise LocalsteerError(f"{path} holds {len(pairs)} examples: give {FEWEST} or more.")
@@ -162,7 +163,7 @@ def _pair(line: str, where: str) -> tuple[str, str, str]:
 def _enough(examples: list[Example], instruction: Instruction, what: str) -> list[Example]:
     if len(examples) < FEWEST:
         raise LocalsteerError(
-            f"{instruction.id} can't be learned: {what}, and {FEWEST} are needed: give --examples of your own."
+            f"{instruction.id} can't be learned: {what}, and {FEWEST} are needed: give --examples of yours."
         )
     return examples
 
@@ -171,9 +172,7 @@ def _replies(engine: Engine, prompts: Sequence[str], max_tokens: int) -> list[Re
     return engine.generate_batch(list(prompts), max_tokens=max_tokens)
 
 
-def _example(
-    engine: Engine, prompt: str, reply: Reply, plain: Sequence[int] | None, source: str
-) -> Example:
+def _example(engine: Engine, prompt: str, reply: Reply, plain: Sequence[int] | None, source: str) -> Example:
     ended = reply.finish_reason == "stop" and engine.model.eos >= 0
     tokens = (*reply.tokens, engine.model.eos) if ended else tuple(reply.tokens)
     kept = shared(tokens, plain) if plain else np.zeros(len(tokens), bool)

@@ -1,4 +1,4 @@
-"""The edit that is learned: x <- x + max(0, w.n(x) + b) z at one block, n(x) = x / rms(x). torch.
+"""The edit that is learned: x <- x + (w.n(x) + b) z at one block, n(x) = x / rms(x). torch.
 
 A rank-1 edit with a weight that is read from the state, as LoReFT's (Wu et al., arXiv 2404.03592) with its
 two sides apart; `constant` leaves w at 0, which makes it an ordinary control vector.
@@ -11,21 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from localsteer.edit import RMS_EPS
 from localsteer.extract.torch_backend import torch
+from localsteer.steering import RMS_EPS
 
 READER_NOISE = 1e-3  # standard deviation of w at the start: at 0 it would never move from z's first steps
 
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """reader, writer: (n_embd,) float32, the writer in residual-stream units. fallback: (n_embd,) float32,
-    the mean of what it adds to the tokens of its examples."""
+    """reader, writer: (n_embd,) float32, the writer in residual-stream units. mean: of the gate, over the
+    tokens of its examples."""
 
     reader: np.ndarray
-    writer: np.ndarray
     bias: float
-    fallback: np.ndarray
+    writer: np.ndarray
+    mean: float
 
 
 class Gate(torch.nn.Module):
@@ -53,7 +53,6 @@ class Gate(torch.nn.Module):
         change = self.weights(hidden) * (self.scale * self.writer)
         return hidden + torch.where(where.unsqueeze(-1), change, 0.0).to(hidden.dtype)
 
-    def learned(self, mean_weight: float) -> Learned:
-        reader, writer = (tensor.detach().float().cpu().numpy() for tensor in (self.reader, self.writer))
-        writer = (self.scale * writer).astype(np.float32)
-        return Learned(reader, writer, float(self.bias.detach()), (mean_weight * writer).astype(np.float32))
+    def learned(self, mean: float) -> Learned:
+        reader, writer = (tensor.detach().numpy() for tensor in (self.reader, self.scale * self.writer))
+        return Learned(reader, float(self.bias.detach()), writer, mean)

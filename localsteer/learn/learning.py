@@ -1,4 +1,4 @@
-"""The whole of it: examples, a short race of blocks, the steps, a check by generation in the engine itself."""
+"""The whole of it: examples, a short race of blocks, the steps, and a check by generation in the engine."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import LocalsteerError
+from localsteer.extract import origin_of
+from localsteer.extract.gguf_backend import GgufBackend
 from localsteer.tune.check import Check, Trial
 from localsteer.tune.record import of as record_of
 from localsteer.tune.setting import Setting
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
     from .examples import Example
     from .gate import Learned
 
+METHOD = "learned by likelihood"
 N_EXAMPLES = 48
 N_HELD_OUT = 8
 N_CHECKED = 12  # validation queries of the check
+MAX_TOKENS = 2 * gathering.MAX_TOKENS  # of a reply in the check: a form that must be closed (JSON) needs room
 DEPTHS = (0.35, 0.5, 0.65)  # of the blocks that race
 RACE_STEPS = 8
 N_STEPS = 60
@@ -113,7 +116,7 @@ def learn(
         if training is None or not math.isfinite(training.best):
             raise
         stopped = True
-    vector = as_vector(engine, instruction, training.layer, training.learned(), positions, constant)
+    vector = as_vector(engine, instruction, queries, training.layer, training.learned(), positions, constant)
     vector, record = _checked(engine, vector, instruction, validation, report)
     record |= {
         "search": "learned",
@@ -228,12 +231,27 @@ def checked_blocks(blocks: Sequence[int] | None, n_layer: int) -> list[int]:
 def as_vector(
     engine: Engine,
     instruction: Instruction,
+    queries: Sequence[Query],
     layer: int,
     learned: Learned,
     positions: str,
     constant: bool,
 ) -> ControlVector:
-    raise NotImplementedError
+    """A gate, or a constant in mode `add`. queries: some of those that it was learned with."""
+    prompts = [query.text for query in queries[:2]]
+    settings = {
+        "name": instruction.id,
+        "positions": positions,
+        "provenance": origin_of(GgufBackend(engine), instruction, prompts, method=METHOD),
+    }
+    if not constant:
+        return ControlVector.from_gate(
+            layer, learned.reader, learned.bias, learned.writer,
+            mean_gate=learned.mean, n_layer=engine.model.n_layer, **settings,
+        )  # fmt: skip
+    directions = np.zeros((engine.model.n_layer, engine.model.n_embd), np.float32)
+    directions[layer] = learned.mean * learned.writer
+    return ControlVector(directions, None, None, None, None, (layer,), mode="add", **settings)
 
 
 def _checked(
@@ -251,7 +269,7 @@ def _checked(
         vector,
         instruction,
         queries,
-        max_tokens=gathering.MAX_TOKENS,
+        max_tokens=MAX_TOKENS,
         on_reply=lambda done: report("checking by generation", done, 0),
     )
     check.ask_model()
@@ -263,7 +281,7 @@ def _checked(
         check.ask_both(best.setting)
     record = record_of(
         instruction, best, trials, check.plain, check.told, check.both,
-        told_model=Told((), 0, 0, 0, gathering.MAX_TOKENS), seconds=None, stopped=False,
+        told_model=Told((), 0, 0, 0, MAX_TOKENS), seconds=None, stopped=False,
     )  # fmt: skip
     chosen = vector.at(strength=0.0) if best is None else best.setting.of(vector)
     return chosen, record

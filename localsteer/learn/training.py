@@ -93,9 +93,7 @@ class Training:
     ) -> None:
         self._weights, self.layer, self._positions = weights, layer, positions
         self._examples, self._held_out = list(examples), list(held_out)
-        self.gate = Gate(
-            weights.n_embd, typical_length(examples, layer) / 10, constant=constant, seed=seed
-        )
+        self.gate = Gate(weights.n_embd, typical_length(examples, layer) / 10, constant=constant, seed=seed)
         self._free = [parameter for parameter in self.gate.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._free, lr=rate, weight_decay=0.0)
         self._rate, self._n_steps = rate, n_steps
@@ -118,8 +116,8 @@ class Training:
             self.step += 1
 
     def look(self) -> float:
-        """The held-out loss. The best edit so far is kept; where the loss has grown beyond it, the steps go on
-        from there, half as long."""
+        """The held-out loss. The best edit so far is kept; where the loss has grown far beyond it, the steps
+        go on from there, half as long."""
         with torch.inference_mode():
             losses = [
                 float(self._losses(batch)) * len(batch) for batch in _split(self._held_out, MICRO_BATCH)

@@ -78,9 +78,7 @@ class Weights:
     def after(self, layer: int, hidden: Any, attention: Any) -> Any:
         """The last hidden state, from what block `layer` gives: the blocks above it alone are run."""
         with self._without_blocks_up_to(layer):
-            output = self.model.base_model(
-                inputs_embeds=hidden, attention_mask=attention, use_cache=False
-            )
+            output = self.model.base_model(inputs_embeds=hidden, attention_mask=attention, use_cache=False)
         return output.last_hidden_state
 
     @contextmanager
@@ -147,6 +145,6 @@ def _check_memory(engine: Engine, dtype: Any, n_tokens: int) -> None:
     needed, free = memory_needed(engine, dtype, n_tokens), psutil.virtual_memory().available
     if needed > free:
         raise LocalsteerError(
-            f"learning on this model takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
-            "free: close other programs, learn on a smaller model, or use fewer or shorter examples."
+            f"learning on this model takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
+            "are free: close other programs, or learn on a smaller model or from shorter examples."
         )
