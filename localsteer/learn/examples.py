@@ -19,6 +19,7 @@ from localsteer.catalog import Instruction, Query
 from localsteer.errors import LocalsteerError
 from localsteer.evaluate.judge import judge
 from localsteer.evaluate.verify import verify
+from localsteer.generate import GREEDY
 from localsteer.tune.replies import told_prompt
 from localsteer.verify import can_rewrite, rewrite
 
@@ -33,7 +34,6 @@ MAX_TOKENS = 160  # of a reply
 FOLLOWS = 0.5
 N_TRIED = 8  # queries that tell whether it does
 RUN = 3  # tokens in a row that a rewritten reply shares with the plain one: what lies outside was rewritten
-GOES_ON = "\n\nThere is more to say about it, and it follows here."
 
 Report = Callable[[str, int, int], None]
 
@@ -116,8 +116,13 @@ def rewritten(
     text = rewrite(instruction.verifier, reply.text, kwargs, prompt=query.text, seed=seed, cut=was_cut)
     if text is None:
         return None
-    ends = not was_cut or not verify(instruction.verifier, text + GOES_ON, kwargs, prompt=query.text)
+    ends = not was_cut or not verify(instruction.verifier, _going_on(text), kwargs, prompt=query.text)
     return _from_text(engine, query.text, text, ends=ends, plain=reply.tokens, source="rewritten")
+
+
+def _going_on(text: str) -> str:
+    """The text as it would read if the reply went on in its own manner, and was cut in mid-sentence."""
+    return text + "\n\n" + text[: len(text) // 2]
 
 
 def of_pairs(engine: Engine, path: str | Path) -> tuple[list[Example], list[Query]]:
@@ -169,7 +174,7 @@ def _enough(examples: list[Example], instruction: Instruction, what: str) -> lis
 
 
 def _replies(engine: Engine, prompts: Sequence[str], max_tokens: int) -> list[Reply]:
-    return engine.generate_batch(list(prompts), max_tokens=max_tokens)
+    return engine.generate_batch(list(prompts), max_tokens=max_tokens, sampling=GREEDY)
 
 
 def _example(engine: Engine, prompt: str, reply: Reply, plain: Sequence[int] | None, source: str) -> Example:
