@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ pytest.importorskip("accelerate", reason="transformers reads a GGUF with it")
 import torch
 from click.testing import CliRunner
 
-from localsteer.catalog import load_catalog
+from localsteer.catalog import Instruction, load_catalog
 from localsteer.cli.main import localsteer as program
 from localsteer.errors import LocalsteerError
-from localsteer.generate import Reply
+from localsteer.generate import GREEDY, Reply
 from localsteer.learn import Kept, learn
 from localsteer.learn import weights as loading
 from localsteer.learn.examples import Example, of_pairs, rewritten, shared
@@ -33,21 +32,21 @@ VALIDATION = CATALOG.queries_for(TITLE, "validation")
 FEW = {"blocks": [3], "n_steps": 20, "seed": 1}
 
 
-@pytest.fixture(autouse=True)
-def exact_weights(monkeypatch):
-    monkeypatch.setattr(loading, "fast_dtype", lambda: torch.float32)
+@pytest.fixture(scope="module", autouse=True)
+def exact_weights():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "fast_dtype", lambda: torch.float32)
+        yield
 
 
 @pytest.fixture(scope="module")
-def lesson(exact_bundled):
+def lesson(exact_bundled, exact_weights):
     return learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, **FEW)
 
 
 @pytest.fixture(scope="module")
-def weights(exact_bundled):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "fast_dtype", lambda: torch.float32)
-        return loading.Weights.load(exact_bundled, n_tokens=256)
+def weights(exact_bundled, exact_weights):
+    return loading.Weights.load(exact_bundled, n_tokens=256)
 
 
 def an_example(engine, text: str = "Tell me about foxes.", reply: str = "Foxes hunt at night.") -> Example:
@@ -158,16 +157,19 @@ def test_a_gate_starts_by_changing_nothing():
     assert torch.equal(gate(hidden, torch.ones(2, 3, dtype=torch.bool)), hidden)
 
 
-def test_a_rate_that_is_far_too_high_is_halved_until_the_loss_is_finite(exact_bundled, weights):
-    (one,) = prepare(weights, [an_example(exact_bundled)], [3])
+def test_a_rate_that_is_far_too_high_is_halved_and_the_best_is_kept(exact_bundled, weights):
+    """The model's own greedy reply, which any change makes less likely."""
+    text = VALIDATION[0].text
+    reply = exact_bundled.generate(text, max_tokens=20, sampling=GREEDY).text
+    (one,) = prepare(weights, [an_example(exact_bundled, text, reply)], [3])
     training = Training(
-        weights, 3, [one], [one], positions="all", constant=False, rate=1e6, n_steps=30, seed=0
+        weights, 3, [one], [one], positions="all", constant=False, rate=1e3, n_steps=30, seed=0
     )
     first = training.look()
     for _ in range(6):
         training.run(5)
         training.look()
-    assert training._rate < 1e6 and math.isfinite(training.best) and training.best <= first
+    assert training._rate < 1e3 and training.best <= first
 
 
 # Examples -----------------------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ def test_blocks_around_the_middle_race_and_the_last_can_not():
 
 
 def test_a_style_without_words_is_learned_from_a_few_pairs(exact_bundled, tmp_path):
-    """Nothing judges it, so it is judged here: every reply of the pairs ends with the same words."""
+    """Nothing judges it, so it is judged here: every reply of the pairs begins with the same word."""
     prompts = [query.text for query in QUERIES[:8]]
     plain = exact_bundled.generate_batch(prompts, max_tokens=60, sampling=GREEDY)
     lines = [
