@@ -427,8 +427,9 @@ SIZE = 6_000
 
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_hostile_replies_take_linear_time(piece):
-    small, large = seconds(piece, SIZE), seconds(piece, 4 * SIZE)
-    assert large < 8 * small + 1  # a quadratic rewriter takes 16 times as long
+    # the least of three: a collection of garbage in between is no fault of the rewriter
+    small, large = (min(seconds(piece, size) for _ in range(3)) for size in (SIZE, 4 * SIZE))
+    assert large < 10 * small + 1  # a quadratic rewriter takes 16 times as long
 
 
 def seconds(piece: str, size: int) -> float:

@@ -70,6 +70,7 @@ class Model(Handle):
         self.n_embd = lc.llama_model_n_embd(self._pointer)
         self.n_ctx_train = lc.llama_model_n_ctx_train(self._pointer)
         self.n_vocab = lc.llama_vocab_n_tokens(vocab)
+        self.n_params: int = lc.llama_model_n_params(self._pointer)
         self.bos: int = lc.llama_vocab_bos(vocab)  # -1: none
         self.eos: int = lc.llama_vocab_eos(vocab)
         self.add_bos = bool(lc.llama_vocab_get_add_bos(vocab))

@@ -140,7 +140,14 @@ def _with_settings(
 
 def _tell(instruction: Instruction, tuned: Tuned) -> None:
     """What was found, once; `inspect` tells it again."""
+    from localsteer.verify import can_rewrite
+
     if not tuned.helps:
+        if instruction.verifier is not None and can_rewrite(instruction.verifier):
+            note(
+                f"`localsteer learn -i {instruction.id} -o {instruction.id}.gguf` learns a vector in some "
+                "minutes instead; it needs PyTorch (the extra `torch`)."
+            )
         return
     scores = {name: f"{share:.0%}" for name, share in tuned.scores.items() if share is not None}
     if tuned.record["judged_by"] == "verifier" and "steered" in scores:

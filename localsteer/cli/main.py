@@ -24,7 +24,7 @@ from .console import NoticeHandler, prepare_streams
 COMMANDS = {
     "Start here": ("demo", "doctor", "models"),
     "Steer": ("run", "chat", "serve", "trace"),
-    "Vectors": ("extract", "tune", "calibrate", "transfer", "inspect", "vectors", "pack", "convert"),
+    "Vectors": ("extract", "learn", "tune", "calibrate", "transfer", "inspect", "vectors", "pack", "convert"),
     "Measure": ("eval", "verify", "similarity", "study"),
 }
 # click 8.2 and newer: a group without a command is an error, whose message is the help

@@ -222,20 +222,27 @@ def _check_finite(states: np.ndarray) -> None:
 
 
 def _provenance(backend: Backend, instruction: Instruction, pairs: Sequence[Pair]) -> Mapping[str, Any]:
+    prompts = (pairs[0].plain, pairs[0].instructed, pairs[-1].instructed)
+    return origin_of(backend, instruction, prompts, method=METHOD) | {"n_pairs": len(pairs)}
+
+
+def origin_of(
+    backend: Backend, instruction: Instruction, prompts: Sequence[str], *, method: str
+) -> dict[str, Any]:
+    """The provenance of a vector: of what, from which model, how. prompts: some of those it was made with."""
     from localsteer import __version__
 
-    # Tokenised again whenever the vector meets a model. Prompts of this extraction and no text of ours: a
-    # small vocabulary need not have its characters.
-    probes = [render(backend, text) for text in (pairs[0].plain, pairs[0].instructed, pairs[-1].instructed)]
+    # Tokenised again whenever the vector meets a model. Prompts of this making and no text of ours: a small
+    # vocabulary need not have its characters.
+    probes = [render(backend, text) for text in prompts]
     provenance = {
         "instruction_id": instruction.id,
-        "instruction": instruction.phrasings[0],
+        "instruction": instruction.phrasings[0] if instruction.phrasings else None,
         "phrasings": list(instruction.phrasings),
         "group": instruction.group,
         "verifier": instruction.verifier,
         "kwargs": dict(instruction.kwargs) if instruction.verifier else None,
-        "method": METHOD,
-        "n_pairs": len(pairs),
+        "method": method,
         "model_name": backend.model_name,
         "architecture": backend.architecture,
         "template_hash": backend.template.template_hash,

@@ -96,13 +96,19 @@ def advice(
             "alone follows it in every reply. Tune with --queries whose replies don't."
         )
     elif best is None:
+        words = "" if told is None else f"; told {told:.0%}"
         lines.append(
             f"no setting made the model follow {instruction.id} more often than it does by itself "
-            f"({none:.0%}; told {told:.0%}): nothing is applied."
+            f"({none:.0%}{words}): nothing is applied."
         )
         lines += _spoilt(trials, none)
     elif not best.replies:
         lines.append("no reply was looked at yet: tune again for figures.")
+    elif instruction.verifier is None and best.gap is None:
+        lines.append(
+            f"{instruction.id} has no verifier: nothing tells whether replies follow it, and "
+            f"{scores['steered']:.0%} of them are unbroken."
+        )
     elif instruction.verifier is None:
         lines.append(
             f"{instruction.id} has no verifier: this setting makes replies of the told model likely (it "

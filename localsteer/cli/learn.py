@@ -1,0 +1,222 @@
+"""`localsteer learn`: a vector for what the model does not do when it is told to. Needs PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import interrupt, options
+from .console import answer, note, print_json, progress
+from .extract import output_path
+from .models import catalog_of, extraction_queries, find_instruction, model_file, open_engine
+
+if TYPE_CHECKING:
+    from localsteer.catalog import Catalog, Instruction, Query
+    from localsteer.engine import Engine
+    from localsteer.learn import Kept, Lesson
+
+N_SEQ_MAX = 16
+
+
+@click.command("learn", short_help="Learn a vector for what the model can't be told (needs PyTorch).")
+@options.model
+@click.option(
+    "-i",
+    "--instruction",
+    "text",
+    metavar="ID_OR_TEXT",
+    help="What the replies should be like: an instruction of the catalogue, or a name for your --examples.",
+)
+@click.option(
+    "--examples",
+    type=click.Path(),
+    metavar="JSONL",
+    help='Replies of yours to learn from, one {"prompt": ..., "reply": ...} on each line; a dozen will do.',
+)
+@click.option("-o", "--output", type=click.Path(), metavar="PATH", help="The file. [default: ID.gguf]")
+@click.option(
+    "--static",
+    is_flag=True,
+    help="Learn a constant: an ordinary control vector, which llama.cpp and others apply as it is.",
+)
+@click.option(
+    "--blocks",
+    type=options.Blocks(),
+    metavar="BLOCKS",
+    help="Blocks that race: 12, 3,4 or 3-5. [default: three around the middle]",
+)
+@click.option(
+    "--positions",
+    type=click.Choice(options.POSITIONS),
+    default="all",
+    show_default=True,
+    help="Which tokens are steered.",
+)
+@click.option(
+    "--steps", default=60, show_default=True, type=click.IntRange(min=1), help="Gradient steps, at most."
+)
+@click.option(
+    "--rate",
+    default=0.02,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Learning rate; it is halved when the loss runs away.",
+)
+@click.option(
+    "--checkpoint",
+    metavar="HF",
+    help="The transformers checkpoint of MODEL, a folder or a name. [default: the GGUF's own weights]",
+)
+@click.option(
+    "--catalog",
+    metavar="TOML",
+    help="Instructions and queries. [default: bundled for the bundled model, else general]",
+)
+@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option("--plot", type=click.Path(), metavar="PNG", help="Draw the loss into a picture.")
+@options.engine
+@options.as_json
+def command(
+    model: str, text: str | None, examples: str | None, output: str | None, as_json: bool, **given: Any
+) -> None:
+    """Learn a vector that makes MODEL's replies follow an instruction which it does not follow when told to.
+
+    It learns from replies: the told model's where they follow; else the model's own plain replies, rewritten
+    so that they do; or yours (--examples). An edit at one block is then fitted, step by step, to make these
+    likely after the plain prompts, and checked by replies of the quantized model itself. Takes a few minutes
+    on a small model. What is learned runs without PyTorch.
+
+    Ctrl-C keeps the best so far. A run that was killed goes on when it is started again.
+
+    \b
+    Examples:
+      localsteer learn -m smol --instruction json -o json.gguf
+      localsteer run -m smol -s json.gguf "Tell me about foxes."
+      localsteer learn -m MODEL.gguf --examples replies.jsonl -o tone.gguf
+      localsteer learn -m MODEL.gguf -i lowercase --static -o lowercase.gguf
+    """
+    job = _job(model, text, examples, output, given)
+    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    with open_engine(model, n_seq_max=N_SEQ_MAX, **loading) as engine:
+        lesson = _learn(engine, job, model, given)
+    lesson.vector.save(job.target)
+    if lesson.record["stopped"]:
+        interrupt.forgive()  # it ended the steps, not the program
+    if given["plot"]:
+        _draw(lesson, given["plot"])
+    document = {
+        "written": str(job.target),
+        "instruction": job.instruction.id,
+        "layers": list(lesson.vector.layers),
+        "strength": lesson.vector.strength,
+        "validation": lesson.record,
+    }
+    if as_json:
+        print_json(document)
+    else:
+        _show(job, lesson)
+
+
+@dataclass(frozen=True)
+class Job:
+    """pairs: the user's examples, in place of the queries."""
+
+    instruction: Instruction
+    target: Path
+    queries: tuple[Query, ...]
+    validation: tuple[Query, ...]
+    pairs: Path | None
+    catalog: Catalog
+
+
+def _job(
+    model: str, text: str | None, examples: str | None, output: str | None, given: dict[str, Any]
+) -> Job:
+    """Everything that can be refused without the model is refused here."""
+    from localsteer.catalog import Instruction
+
+    if text is None and examples is None:
+        raise click.UsageError("say what to learn: --instruction ID, or --examples FILE.jsonl.")
+    catalog = catalog_of(model, given["catalog"])
+    if text is None:
+        # nothing to tell the model: what the examples have in common is not in words
+        instruction = Instruction(Path(examples).stem, (), literal=True)
+    else:
+        instruction = find_instruction(catalog, text, ())
+    if given["plot"]:
+        from localsteer.evaluate.heatmap import check_picture
+
+        check_picture(given["plot"])
+    return Job(
+        instruction=instruction,
+        target=output_path(output, instruction),
+        queries=extraction_queries(catalog, instruction, None),
+        validation=catalog.queries_for(instruction, "validation"),
+        pairs=None if examples is None else Path(examples),
+        catalog=catalog,
+    )
+
+
+def _learn(engine: Engine, job: Job, model: str, given: dict[str, Any]) -> Lesson:
+    from localsteer.learn import learn
+    from localsteer.learn.examples import of_pairs
+
+    pairs, queries = (None, job.queries) if job.pairs is None else of_pairs(engine, job.pairs)
+    with progress(f"learning {job.instruction.id}") as advance:
+        return learn(
+            engine,
+            job.instruction,
+            queries,
+            job.validation,
+            examples=pairs,
+            checkpoint=given["checkpoint"],
+            blocks=given["blocks"],
+            positions=given["positions"],
+            constant=given["static"],
+            n_steps=given["steps"],
+            rate=given["rate"],
+            seed=given["seed"],
+            n_threads=given["threads"],
+            kept=_kept(job, model, given),
+            report=lambda what, done, total: advance(done, total, what),
+        )
+
+
+def _kept(job: Job, model: str, given: dict[str, Any]) -> Kept:
+    """Where this run's steps are kept: by all that decides what they are."""
+    from localsteer.cache import HASH_CHARS, cache_folder, file_hash
+    from localsteer.learn import Kept
+
+    names = ("static", "blocks", "positions", "steps", "rate", "checkpoint", "seed")
+    pairs = job.pairs and file_hash(job.pairs)
+    content = [job.instruction.id, job.instruction.phrasings, [query.text for query in job.queries], pairs]
+    digest = hashlib.sha256(json.dumps([content, [given[name] for name in names]]).encode()).hexdigest()
+    folder = cache_folder() / "learn" / file_hash(model_file(model))[:HASH_CHARS]
+    return Kept(folder / f"{job.instruction.id}-{digest[:8]}", digest)
+
+
+def _show(job: Job, lesson: Lesson) -> None:
+    record, vector = lesson.record, lesson.vector
+    scores = {name: "-" if share is None else f"{share:.0%}" for name, share in record["scores"].items()}
+    answer(
+        f"{job.instruction.id}: learned from {record['examples']['n']} {record['examples']['source']} "
+        f"replies in {record['seconds']:.0f} s, block {vector.layers[0]}, {vector.positions}, strength "
+        f"{vector.strength:g}.\n"
+        f"Of {record['n']} replies to other questions {scores['steered']} follow it; plain {scores['none']}, "
+        f"told in words {scores['instructed']}, both {scores['both']}."
+    )
+    if not lesson.helps:
+        note("nothing that was learned is better than the model alone: strength 0 is kept. Try more --steps.")
+    note(f"wrote {job.target}")
+
+
+def _draw(lesson: Lesson, path: str) -> None:
+    from localsteer.learn.curve import draw
+
+    draw(lesson, path)
+    note(f"drew {path}")

@@ -1,0 +1,205 @@
+"""What a vector learns from: plain prompts, each with the reply that it should get there.
+
+The told model's replies where it follows; elsewhere the model's own plain reply, rewritten so that the
+verifier passes; or pairs that the user brings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from localsteer.catalog import Instruction, Query
+from localsteer.errors import LocalsteerError
+from localsteer.evaluate.judge import judge
+from localsteer.evaluate.verify import verify
+from localsteer.generate import GREEDY
+from localsteer.tune.replies import told_prompt
+from localsteer.verify import can_rewrite, rewrite
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+    from localsteer.generate import Reply
+
+FEWEST = 4  # examples; fewer are learned by heart
+MAX_TOKENS = 160  # of a reply
+# The told model's replies are taken where it follows at least this often: they are what it would say by
+# itself. Where it rarely does, the few that pass are its oddest.
+FOLLOWS = 0.5
+N_TRIED = 8  # queries that tell whether it does
+RUN = 3  # tokens in a row that a rewritten reply shares with the plain one: what lies outside was rewritten
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """prompt, reply: token ids, the reply with the token that ends it, where it ends.
+
+    kept: (n_reply,) bool, the tokens that the plain reply has as well: the instruction is no concern of
+    theirs. source: "told", "rewritten" or "given".
+    """
+
+    prompt: tuple[int, ...]
+    reply: tuple[int, ...]
+    kept: np.ndarray
+    source: str
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.prompt + self.reply
+
+
+def of_instruction(
+    engine: Engine,
+    instruction: Instruction,
+    queries: Sequence[Query],
+    *,
+    max_tokens: int = MAX_TOKENS,
+    seed: int = 0,
+    report: Report | None = None,
+) -> list[Example]:
+    """One for each query that brings any. Raises LocalsteerError for fewer than four, and says why."""
+    report = report or (lambda _what, _done, _total: None)
+    told = _told(engine, instruction, queries, max_tokens, report)
+    if told is not None:
+        return _enough(told, instruction, f"{len(told)} of {len(queries)} told replies follow")
+    if instruction.verifier is None or not can_rewrite(instruction.verifier):
+        raise LocalsteerError(
+            f"{instruction.id} can't be learned: the model follows it in too few replies when it is told to, "
+            "and no rule rewrites a plain reply so that it follows: give --examples of your own."
+        )
+    report("plain replies to rewrite", 0, len(queries))
+    replies = _replies(engine, [query.text for query in queries], max_tokens)
+    if not any(reply.text.strip() for reply in replies):
+        raise LocalsteerError("the model's plain replies are empty: there is nothing to rewrite.")
+    examples = [
+        rewritten(engine, instruction, query, reply, seed + i)
+        for i, (query, reply) in enumerate(zip(queries, replies, strict=True))
+    ]
+    found = [example for example in examples if example is not None]
+    return _enough(found, instruction, f"{len(found)} of {len(queries)} plain replies can be rewritten")
+
+
+def _told(
+    engine: Engine, instruction: Instruction, queries: Sequence[Query], max_tokens: int, report: Report
+) -> list[Example] | None:
+    """Of the told model; None where it follows too rarely."""
+    if not instruction.phrasings:
+        return None
+    found: list[Example] = []
+    for start, stop in ((0, N_TRIED), (N_TRIED, len(queries))):
+        report(f"asking for {instruction.id} in words", start, len(queries))
+        some = queries[start:stop]
+        prompts = [told_prompt(query, instruction.phrasings, start + i) for i, query in enumerate(some)]
+        for query, reply in zip(some, _replies(engine, prompts, max_tokens), strict=True):
+            if judge(instruction, query, reply).good and reply.tokens:
+                found.append(_example(engine, query.text, reply, None, "told"))
+        if len(found) < FOLLOWS * len(queries[:stop]):
+            return None
+    return found
+
+
+def rewritten(
+    engine: Engine, instruction: Instruction, query: Query, reply: Reply, seed: int
+) -> Example | None:
+    """None where the reply can't be rewritten. One that was cut by the limit stays open at its end, unless
+    its form has an end of its own (JSON's last brace), which anything more would break."""
+    was_cut = reply.finish_reason == "length"
+    kwargs = instruction.kwargs_for(query.text)
+    text = rewrite(instruction.verifier, reply.text, kwargs, prompt=query.text, seed=seed, cut=was_cut)
+    if text is None:
+        return None
+    ends = not was_cut or not verify(instruction.verifier, _going_on(text), kwargs, prompt=query.text)
+    return _from_text(engine, query.text, text, ends=ends, plain=reply.tokens, source="rewritten")
+
+
+def _going_on(text: str) -> str:
+    """The text as it would read if the reply went on in its own manner, and was cut in mid-sentence."""
+    return text + "\n\n" + text[: len(text) // 2]
+
+
+def of_pairs(engine: Engine, path: str | Path) -> tuple[list[Example], list[Query]]:
+    """Of a JSONL file of {"prompt": ..., "reply": ...}; and its prompts as queries.
+
+    Raises LocalsteerError for a file that can't be read, names the line that is wrong, and for fewer than
+    four.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LocalsteerError(
+            f"{path} can't be read ({getattr(error, 'strerror', None) or error})."
+        ) from None
+    pairs = [_pair(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if len(pairs) < FEWEST:
+        raise LocalsteerError(f"{path} holds {len(pairs)} examples: give {FEWEST} or more.")
+    examples = []
+    for where, prompt, reply in pairs:
+        example = _from_text(engine, prompt, reply, ends=True, plain=(), source="given")
+        if len(example.tokens) > engine.n_ctx:
+            raise LocalsteerError(
+                f"{where}: prompt and reply are {len(example.tokens)} tokens, and the context holds "
+                f"{engine.n_ctx}: shorten the reply, or raise -c."
+            )
+        examples.append(example)
+    return examples, [Query(prompt) for _, prompt, _ in pairs]
+
+
+def _pair(line: str, where: str) -> tuple[str, str, str]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise LocalsteerError(f"{where}: not readable as JSON ({error}).") from None
+    texts = [record.get(key) if isinstance(record, dict) else None for key in ("prompt", "reply")]
+    for key, text in zip(("prompt", "reply"), texts, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            raise LocalsteerError(f"{where}: {key!r} must be a text that is not empty.")
+    return where, texts[0], texts[1]
+
+
+def _enough(examples: list[Example], instruction: Instruction, what: str) -> list[Example]:
+    if len(examples) < FEWEST:
+        raise LocalsteerError(
+            f"{instruction.id} can't be learned: {what}, and {FEWEST} are needed: give --examples of yours."
+        )
+    return examples
+
+
+def _replies(engine: Engine, prompts: Sequence[str], max_tokens: int) -> list[Reply]:
+    return engine.generate_batch(list(prompts), max_tokens=max_tokens, sampling=GREEDY)
+
+
+def _example(engine: Engine, prompt: str, reply: Reply, plain: Sequence[int] | None, source: str) -> Example:
+    ended = reply.finish_reason == "stop" and engine.model.eos >= 0
+    tokens = (*reply.tokens, engine.model.eos) if ended else tuple(reply.tokens)
+    kept = shared(tokens, plain) if plain else np.zeros(len(tokens), bool)
+    return Example(tuple(engine.prompt_tokens(prompt)), tokens, kept, source)
+
+
+def _from_text(
+    engine: Engine, prompt: str, text: str, *, ends: bool, plain: Sequence[int], source: str
+) -> Example:
+    tokens = tuple(engine.model.tokenize(text, add_special=False, parse_special=False))
+    if ends and engine.model.eos >= 0:
+        tokens += (engine.model.eos,)
+    kept = shared(tokens, plain)
+    return Example(tuple(engine.prompt_tokens(prompt)), tokens, kept, source)
+
+
+def shared(tokens: Sequence[int], plain: Sequence[int]) -> np.ndarray:
+    """(n,) bool: the tokens that stand in runs which the plain reply has as well, but for the first of each
+    run, which tells what comes next after something that was rewritten."""
+    kept = np.zeros(len(tokens), bool)
+    matcher = SequenceMatcher(None, list(tokens), list(plain), autojunk=False)
+    for start, _, size in matcher.get_matching_blocks():
+        if size >= RUN:
+            kept[start + 1 : start + size] = True
+    return kept

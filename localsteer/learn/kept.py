@@ -1,0 +1,74 @@
+"""What a run of learning has done so far, in a folder, so that one that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localsteer.cache import atomic_path
+from localsteer.extract.torch_backend import torch
+
+from .examples import Example
+
+
+class Kept:
+    """folder: made when something is kept; None keeps nothing. digest: of what is learned and how; what was
+    kept for another one is not read."""
+
+    def __init__(self, folder: Path | None, digest: str) -> None:
+        self._folder, self._digest = folder, digest
+
+    def examples(self) -> list[Example]:
+        record = self._read_json()
+        if record.get("digest") != self._digest:
+            return []
+        return [
+            Example(tuple(prompt), tuple(reply), np.array(kept, bool), source)
+            for prompt, reply, kept, source in record["examples"]
+        ]
+
+    def keep_examples(self, examples: Sequence[Example]) -> None:
+        rows = [(one.prompt, one.reply, one.kept.astype(int).tolist(), one.source) for one in examples]
+        text = json.dumps({"digest": self._digest, "examples": rows})
+        self._write("examples.json", lambda path: path.write_text(text, "utf-8"))
+
+    def state(self) -> dict[str, Any] | None:
+        if self._folder is None:
+            return None
+        try:
+            state = torch.load(self._folder / "steps.pt", weights_only=True)
+        except Exception:  # not there, or cut short: torch raises nearly every type
+            return None
+        return state if state.get("digest") == self._digest else None
+
+    def keep_state(self, state: Mapping[str, Any]) -> None:
+        self._write("steps.pt", lambda path: torch.save({"digest": self._digest, **state}, path))
+
+    def forget(self) -> None:
+        for name in ("examples.json", "steps.pt"):
+            if self._folder is not None:
+                with suppress(OSError):
+                    (self._folder / name).unlink()
+        if self._folder is not None:
+            with suppress(OSError):
+                self._folder.rmdir()
+
+    def _read_json(self) -> dict[str, Any]:
+        if self._folder is None:
+            return {}
+        try:
+            return json.loads((self._folder / "examples.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def _write(self, name: str, write: Any) -> None:
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self._folder / name) as path:
+            write(path)

@@ -1,0 +1,293 @@
+"""The whole of it: examples, a short race of blocks, the steps, and a check by generation in the engine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from localsteer.catalog import Instruction, Query
+from localsteer.errors import LocalsteerError
+from localsteer.extract import origin_of
+from localsteer.extract.gguf_backend import GgufBackend
+from localsteer.tune.check import Check, Trial
+from localsteer.tune.record import of as record_of
+from localsteer.tune.setting import Setting
+from localsteer.tune.targets import Told
+from localsteer.vector import ControlVector
+
+from . import examples as gathering
+from .kept import Kept
+from .training import Prepared, Training, is_exact, prepare
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+
+    from .examples import Example
+    from .gate import Learned
+
+METHOD = "learned by likelihood"
+N_EXAMPLES = 48
+N_HELD_OUT = 8
+N_CHECKED = 12  # validation queries of the check
+MAX_TOKENS = 2 * gathering.MAX_TOKENS  # of a reply in the check: a form that must be closed (JSON) needs room
+DEPTHS = (0.35, 0.5, 0.65)  # of the blocks that race
+RACE_STEPS = 8
+N_STEPS = 60
+EVERY = 5  # steps between two looks at the held-out loss
+PATIENCE = 4  # looks without a better one, after which the steps end
+RATE = 0.02
+STRENGTHS = (1.0, 1.25)  # that are checked: what is learned by likelihood is at times a little short
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a curve of the steps is drawn from: nats per token."""
+
+    step: int
+    loss: float
+    held_out: float
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """vector: with its settings, and the record as provenance["validation"]. curve: of the steps on the block
+    that won. helps: whether the check found it better than the model alone."""
+
+    vector: ControlVector
+    curve: tuple[Look, ...]
+    record: dict[str, Any]
+
+    @property
+    def helps(self) -> bool:
+        return self.vector.strength != 0
+
+
+def learn(
+    engine: Engine,
+    instruction: Instruction,
+    queries: Sequence[Query],
+    validation: Sequence[Query],
+    *,
+    examples: Sequence[Example] | None = None,
+    checkpoint: str | None = None,
+    blocks: Sequence[int] | None = None,
+    positions: str = "all",
+    constant: bool = False,
+    n_steps: int = N_STEPS,
+    rate: float = RATE,
+    seed: int = 0,
+    n_threads: int | None = None,
+    kept: Kept | None = None,
+    source: dict[str, Any] | None = None,
+    report: Report | None = None,
+) -> Lesson:
+    """A learned vector of one instruction for the engine's model.
+
+    queries: bring the examples, unless `examples` are given. validation: bring the check. blocks: those that
+    race; None takes three around the middle. positions: where the edit acts, in learning and later. constant:
+    an ordinary control vector, without a gate. kept: examples and steps of a run that was stopped.
+
+    Ctrl-C ends the steps and keeps the best so far. Raises LocalsteerError for what can't be learned.
+    """
+    report = report or (lambda _what, _done, _total: None)
+    started = time.perf_counter()
+    kept = kept or Kept(None, "")
+    if examples is None:
+        examples = kept.examples() or gathering.of_instruction(
+            engine, instruction, queries[:N_EXAMPLES], seed=seed, report=report
+        )
+        kept.keep_examples(examples)
+    learning = _Learning(engine, list(examples), checkpoint, n_threads, report)
+    layers = checked_blocks(blocks, engine.model.n_layer)
+    stopped = False
+    try:
+        training = learning.race(layers, positions, constant, rate, n_steps, seed, kept)
+        learning.steps(training, n_steps, kept)
+    except KeyboardInterrupt:
+        training = learning.training
+        if training is None or not math.isfinite(training.best):
+            raise
+        stopped = True
+    vector = as_vector(engine, instruction, queries, training.layer, training.learned(), positions, constant)
+    vector, record = _checked(engine, vector, instruction, validation, report)
+    record |= {
+        "search": "learned",
+        "examples": {"n": len(examples), "source": examples[0].source},
+        "steps": training.step,
+        "loss": round(training.best, 4),
+        "blocks_raced": list(layers),
+        "seconds": round(time.perf_counter() - started, 1),
+        "stopped": stopped,
+        "seed": seed,
+        **(source or {}),
+    }
+    vector = replace(vector, provenance={**vector.provenance, "validation": record})
+    kept.forget()
+    return Lesson(vector, tuple(learning.curve), record)
+
+
+class _Learning:
+    def __init__(
+        self,
+        engine: Engine,
+        examples: list[Example],
+        checkpoint: str | None,
+        n_threads: int | None,
+        report: Report,
+    ) -> None:
+        self._report = report
+        n_tokens = 8 * max(len(example.tokens) for example in examples)
+        report("loading the weights", 0, 0)
+        self._weights = Weights.load(engine, checkpoint, n_tokens=n_tokens, n_threads=n_threads)
+        # of few examples none can be spared for looking: they are learned by heart a little
+        n_held = min(N_HELD_OUT, len(examples) // 4)
+        self._own, self._held = examples[n_held:], examples[:n_held] or examples
+        self.training: Training | None = None
+        self.curve: list[Look] = []
+
+    def race(
+        self,
+        layers: Sequence[int],
+        positions: str,
+        constant: bool,
+        rate: float,
+        n_steps: int,
+        seed: int,
+        kept: Kept,
+    ) -> Training:
+        """Training of the block with the lowest held-out loss after a few steps."""
+        state = kept.state()
+        layers = [state["layer"]] if state else layers
+        own, held = (self._prepared(some, layers) for some in (self._own, self._held))
+        if not all(is_exact(self._weights, layer, own[0]) for layer in layers):
+            raise LocalsteerError(
+                "this model treats its blocks by number, so they can't be run from the middle on."
+            )
+        runners = [
+            Training(
+                self._weights, layer, own, held,
+                positions=positions, constant=constant, rate=rate, n_steps=n_steps, seed=seed,
+            )
+            for layer in layers
+        ]  # fmt: skip
+        if state:
+            self.training = runners[0]
+            self.training.restore(state["training"])
+            self.curve = [Look(*look) for look in state["curve"]]
+        elif len(runners) == 1:
+            self.training = runners[0]
+        else:
+            for runner in runners:
+                self._report(f"racing block {runner.layer}", runners.index(runner), len(runners))
+                runner.run(RACE_STEPS)
+                runner.look()
+            self.training = min(runners, key=lambda runner: runner.best)
+        return self.training
+
+    def _prepared(self, examples: Sequence[Example], layers: Sequence[int]) -> list[Prepared]:
+        return prepare(
+            self._weights,
+            examples,
+            layers,
+            lambda done, total: self._report("what the plain model makes of the examples", done, total),
+        )
+
+    def steps(self, training: Training, n_steps: int, kept: Kept) -> None:
+        since_best = 0
+        while training.step < n_steps and since_best < PATIENCE:
+            before = training.best
+            training.run(min(EVERY, n_steps - training.step))
+            training.look()
+            since_best = 0 if training.best < before else since_best + 1
+            self.curve.append(Look(training.step, training.loss, training.held))
+            self._report(
+                f"learning at block {training.layer}, loss {training.loss:.2f}, held out {training.held:.2f}",
+                training.step,
+                n_steps,
+            )
+            curve = [(look.step, look.loss, look.held_out) for look in self.curve]
+            kept.keep_state({"layer": training.layer, "training": training.state(), "curve": curve})
+
+
+def checked_blocks(blocks: Sequence[int] | None, n_layer: int) -> list[int]:
+    """Those that race: the last one can't, since nothing is computed above it."""
+    if blocks is None:
+        return sorted({min(n_layer - 2, max(0, round(depth * (n_layer - 1)))) for depth in DEPTHS})
+    chosen = sorted(set(blocks))
+    for layer in chosen:
+        if not 0 <= layer < n_layer - 1:
+            raise LocalsteerError(f"block {layer} can't be learned at: choose 0 to {n_layer - 2}.")
+    return chosen
+
+
+def as_vector(
+    engine: Engine,
+    instruction: Instruction,
+    queries: Sequence[Query],
+    layer: int,
+    learned: Learned,
+    positions: str,
+    constant: bool,
+) -> ControlVector:
+    """A gate, or a constant in mode `add`. queries: some of those that it was learned with."""
+    prompts = [query.text for query in queries[:2]]
+    settings = {
+        "name": instruction.id,
+        "positions": positions,
+        "provenance": origin_of(GgufBackend(engine), instruction, prompts, method=METHOD),
+    }
+    if not constant:
+        return ControlVector.from_gate(
+            layer, learned.reader, learned.bias, learned.writer,
+            mean_gate=learned.mean, n_layer=engine.model.n_layer, **settings,
+        )  # fmt: skip
+    directions = np.zeros((engine.model.n_layer, engine.model.n_embd), np.float32)
+    directions[layer] = learned.mean * learned.writer
+    return ControlVector(directions, None, None, None, None, (layer,), mode="add", **settings)
+
+
+def _checked(
+    engine: Engine,
+    vector: ControlVector,
+    instruction: Instruction,
+    validation: Sequence[Query],
+    report: Report,
+) -> tuple[ControlVector, dict[str, Any]]:
+    """At the strength whose replies are best, or 0 where none are better than the model's own."""
+    n = min(N_CHECKED, len(validation))
+    queries = [validation[i * len(validation) // n] for i in range(n)]
+    check = Check(
+        engine,
+        vector,
+        instruction,
+        queries,
+        max_tokens=MAX_TOKENS,
+        on_reply=lambda done: report("checking by generation", done, 0),
+    )
+    check.ask_model()
+    (layer,) = vector.layers
+    settings = [Setting(layer, vector.positions, strength, vector.mode) for strength in STRENGTHS]
+    trials = sorted(check.ask(settings), key=_order, reverse=True)
+    # without a verifier the loss stands for it, and the replies only tell what is broken
+    enough = check.plain.score if instruction.verifier else check.plain.score / 2
+    best = trials[0] if trials[0].score > enough else None
+    if best is not None:
+        check.ask_both(best.setting)
+    record = record_of(
+        instruction, best, trials, check.plain, check.told, check.both,
+        told_model=Told((), 0, 0, 0, MAX_TOKENS), seconds=None, stopped=False,
+    )  # fmt: skip
+    chosen = vector.at(strength=0.0) if best is None else best.setting.of(vector)
+    return chosen, record
+
+
+def _order(trial: Trial) -> tuple[float, float, float]:
+    return trial.score, -trial.n_degenerate, -trial.setting.strength

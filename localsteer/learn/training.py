@@ -1,0 +1,252 @@
+"""A vector learned by likelihood: gradient steps on one block's edit, the model itself frozen. torch.
+
+The loss is the cross-entropy of each example's reply after its plain prompt, and, on tokens that the plain
+reply has as well, the distance (KL) from the plain model. What the blocks below the edit compute never
+changes, so it is computed once, and each step runs the blocks above it alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from localsteer.errors import LocalsteerError
+from localsteer.extract.torch_backend import torch
+
+from .examples import Example
+from .gate import Gate, Learned
+from .weights import Weights
+
+BATCH = 8  # examples of a step
+MICRO_BATCH = 8  # of one forward pass
+WARM_UP = 5  # steps in which the learning rate grows
+LEAST_RATE = 0.1  # of the learning rate, at the end
+MAX_NORM = 1.0  # of the gradient
+KEEP = 0.1  # weight of the distance from the plain model, beside the loss
+N_TOP = 32  # of the plain model's probabilities that are kept for each token; the rest is one lump
+WORSE = 1.3  # times the best held-out loss: beyond, the steps were too long
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """One example and what the plain model makes of it. states: (n_tokens, n_embd) by block.
+
+    top: (n_kept, N_TOP) token ids, and log_top their log-probabilities, at the kept tokens of the reply.
+    """
+
+    example: Example
+    states: dict[int, Any]
+    top: Any
+    log_top: Any
+
+
+def prepare(
+    weights: Weights,
+    examples: Sequence[Example],
+    layers: Sequence[int],
+    report: Callable[[int, int], None] = lambda _done, _total: None,
+) -> list[Prepared]:
+    prepared = []
+    for done, example in enumerate(examples):
+        report(done, len(examples))
+        ids = torch.tensor([example.tokens])
+        states, last = weights.states(ids, torch.ones_like(ids), layers)
+        at = len(example.prompt) - 1 + np.flatnonzero(example.kept)
+        with torch.inference_mode():
+            log = weights.logits(last[0, at]).log_softmax(-1) if len(at) else torch.zeros(0, N_TOP)
+            log_top, top = log.topk(N_TOP)
+        # out of inference mode, since gradients pass what is made of them
+        own = {layer: hidden[0].clone() for layer, hidden in states.items()}
+        prepared.append(Prepared(example, own, top.clone(), log_top.clone()))
+    return prepared
+
+
+def typical_length(prepared: Sequence[Prepared], layer: int) -> float:
+    """The median length of a state at a block; the first token's can be a thousand times as long."""
+    lengths = [one.states[layer][1:].float().norm(dim=-1) for one in prepared]
+    return float(torch.cat(lengths).median())
+
+
+class Training:
+    """Steps on one block. positions: of the edit, as a plan's. n_steps: for the learning rate's decline.
+
+    loss: of the last step. held: the held-out loss where it was last taken, best: the lowest so far.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        layer: int,
+        examples: Sequence[Prepared],
+        held_out: Sequence[Prepared],
+        *,
+        positions: str,
+        constant: bool,
+        rate: float,
+        n_steps: int,
+        seed: int,
+    ) -> None:
+        self._weights, self.layer, self._positions = weights, layer, positions
+        self._examples, self._held_out = list(examples), list(held_out)
+        self.gate = Gate(weights.n_embd, typical_length(examples, layer) / 10, constant=constant, seed=seed)
+        self._free = [parameter for parameter in self.gate.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._free, lr=rate, weight_decay=0.0)
+        self._rate, self._n_steps = rate, n_steps
+        self._random = np.random.default_rng(seed)
+        self._order: list[int] = []
+        self.step, self.loss, self.held, self.best = 0, math.nan, math.nan, math.inf
+        self._best_state = copy.deepcopy(self.gate.state_dict())
+
+    def run(self, n: int) -> None:
+        """n steps. Raises LocalsteerError for a loss that is not finite, however short the steps are."""
+        for _ in range(n):
+            self._set_rate()
+            self._optimizer.zero_grad()
+            self.loss = self._backward(self._batch())
+            if not math.isfinite(self.loss):
+                self._go_back()
+            else:
+                torch.nn.utils.clip_grad_norm_(self._free, MAX_NORM)
+                self._optimizer.step()
+            self.step += 1
+
+    def look(self) -> float:
+        """The held-out loss. The best edit so far is kept; where the loss has grown far beyond it, the steps
+        go on from there, half as long."""
+        with torch.inference_mode():
+            losses = [
+                float(self._losses(batch)) * len(batch) for batch in _split(self._held_out, MICRO_BATCH)
+            ]
+        self.held = sum(losses) / len(self._held_out)
+        if self.held < self.best:
+            self.best = self.held
+            self._best_state = copy.deepcopy(self.gate.state_dict())
+        elif not self.held <= WORSE * self.best:
+            self._go_back()
+        return self.held
+
+    def learned(self) -> Learned:
+        """The best so far, by the held-out loss."""
+        gate = copy.deepcopy(self.gate)
+        gate.load_state_dict(self._best_state)
+        with torch.inference_mode():
+            means = [float(gate.weights(one.states[self.layer][1:]).mean()) for one in self._examples]
+        return gate.learned(float(np.mean(means)))
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs to go on as if nothing had stopped it."""
+        own = {name: getattr(self, name) for name in ("step", "loss", "held", "best", "_rate", "_order")}
+        return own | {
+            "gate": self.gate.state_dict(),
+            "best_state": self._best_state,
+            "optimizer": self._optimizer.state_dict(),
+            "random": self._random.bit_generator.state,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name in ("step", "loss", "held", "best", "_rate", "_order"):
+            setattr(self, name, state[name])
+        self.gate.load_state_dict(state["gate"])
+        self._best_state = state["best_state"]
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._random.bit_generator.state = state["random"]
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def _set_rate(self) -> None:
+        warm = min(1.0, (self.step + 1) / WARM_UP)
+        decline = max(LEAST_RATE, 1 - self.step / self._n_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate * warm * decline
+
+    def _go_back(self) -> None:
+        self._rate /= 2
+        if self._rate < 1e-6:
+            raise LocalsteerError(
+                "the loss is not finite, whatever the learning rate: these examples can't be learned from."
+            )
+        self.gate.load_state_dict(self._best_state)
+        self._optimizer.state.clear()
+
+    def _batch(self) -> list[Prepared]:
+        if len(self._order) < min(BATCH, len(self._examples)):
+            self._order = [int(i) for i in self._random.permutation(len(self._examples))]
+        return [self._examples[self._order.pop()] for _ in range(min(BATCH, len(self._examples)))]
+
+    def _backward(self, batch: Sequence[Prepared]) -> float:
+        total = 0.0
+        for some in _split(batch, MICRO_BATCH):
+            loss = self._losses(some) * (len(some) / len(batch))
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def _losses(self, batch: Sequence[Prepared]) -> Any:
+        """The mean over examples, so that a long reply counts as much as a short one."""
+        hidden, attention, where = self._padded(batch)
+        last = self._weights.after(self.layer, self.gate(hidden, where), attention)
+        losses = []
+        for row, one in zip(last, batch, strict=True):
+            n_prompt, n = len(one.example.prompt), len(one.example.tokens)
+            logits = self._weights.logits(row[n_prompt - 1 : n - 1])
+            reply = torch.tensor(one.example.reply)
+            loss = torch.nn.functional.cross_entropy(logits, reply)
+            if one.example.kept.any():
+                loss = loss + KEEP * _distance(logits[torch.from_numpy(one.example.kept)], one)
+            losses.append(loss)
+        return torch.stack(losses).mean()
+
+    def _padded(self, batch: Sequence[Prepared]) -> tuple[Any, Any, Any]:
+        """States, attention mask and steered tokens, padded on the right."""
+        n = max(len(one.example.tokens) for one in batch)
+        first = batch[0].states[self.layer]
+        hidden = torch.zeros(len(batch), n, first.shape[-1], dtype=first.dtype)
+        attention = torch.zeros(len(batch), n, dtype=torch.long)
+        where = torch.zeros(len(batch), n, dtype=torch.bool)
+        for i, one in enumerate(batch):
+            n_prompt, n_own = len(one.example.prompt), len(one.example.tokens)
+            hidden[i, :n_own] = one.states[self.layer]
+            attention[i, :n_own] = 1
+            start, stop = steered_range(self._positions, n_prompt, n_own)
+            where[i, start:stop] = True
+        return hidden, attention, where
+
+
+def steered_range(positions: str, n_prompt: int, n: int) -> tuple[int, int]:
+    """The tokens that a setting of positions covers, of a prompt and its reply."""
+    return {
+        "all": (0, n),
+        "prompt": (0, n_prompt),
+        "last": (n_prompt - 1, n),
+        "generation": (n_prompt, n),
+    }[positions]
+
+
+def _distance(logits: Any, one: Prepared) -> Any:
+    """KL(plain | steered), nats per token, over the plain model's likeliest tokens and all others as one."""
+    log = logits.log_softmax(-1).gather(-1, one.top)
+    plain = one.log_top.exp()
+    rest = (1 - plain.sum(-1)).clamp_min(1e-6)
+    own_rest = (1 - log.exp().sum(-1)).clamp_min(1e-6)
+    top = (plain * (one.log_top - log)).sum(-1)
+    return (top + rest * (rest / own_rest).log()).mean()
+
+
+def _split(batch: Sequence[Prepared], size: int) -> list[Sequence[Prepared]]:
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
+def is_exact(weights: Weights, layer: int, one: Prepared, tolerance: float = 0.05) -> bool:
+    """Whether running the blocks above alone gives what the whole model gives: not where a model treats its
+    blocks by number."""
+    ids = torch.tensor([one.example.tokens])
+    attention = torch.ones_like(ids)
+    with torch.inference_mode():
+        _, whole = weights.states(ids, attention, ())
+        above = weights.after(layer, one.states[layer][None], attention)
+    return bool((whole.float() - above.float()).norm() <= tolerance * whole.float().norm())

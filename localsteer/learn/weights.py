@@ -1,0 +1,150 @@
+"""The weights that a vector is learned for: a GGUF, dequantized by transformers, or its checkpoint. torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localsteer.errors import LocalsteerError, MismatchError, ModelFileError
+from localsteer.extract.torch_backend import decoder_blocks, observe_blocks, torch, transformers
+from localsteer.templates import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from localsteer.engine import Engine
+
+# Bytes for each token of a step and each block that gradients pass: hidden states, attention and the wide
+# middle of the MLP in float32, some twenty times n_embd. Measured on two Llamas and a Qwen2; rounded up.
+ACTIVATION_WIDTHS = 24
+
+
+class Weights:
+    """A frozen transformers model with the shape of an engine's model.
+
+    model: in bfloat16 where the processor multiplies it, else float32.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.blocks = decoder_blocks(model)
+        config = model.config.get_text_config(decoder=True)
+        self.n_layer, self.n_embd = config.num_hidden_layers, config.hidden_size
+
+    @classmethod
+    def load(
+        cls, engine: Engine, checkpoint: str | None = None, *, n_tokens: int, n_threads: int | None = None
+    ) -> Weights:
+        """checkpoint: a folder or a name on the hub; None takes the engine's own GGUF. n_tokens: of one step,
+        for the memory that it needs.
+
+        Raises LocalsteerError where it does not fit into memory, ModelFileError where transformers can't load
+        it, MismatchError for the checkpoint of another model.
+        """
+        if n_threads is not None:
+            torch.set_num_threads(n_threads)
+        dtype = fast_dtype()
+        _check_memory(engine, dtype, n_tokens)
+        model = _from_checkpoint(checkpoint, dtype) if checkpoint else _from_gguf(engine.path, dtype)
+        weights = cls(model)
+        shape = (engine.model.n_layer, engine.model.n_embd)
+        if (weights.n_layer, weights.n_embd) != shape:
+            raise MismatchError(
+                f"{checkpoint} has {weights.n_layer} blocks of width {weights.n_embd}, but the model has "
+                f"{shape[0]} of {shape[1]}: give the checkpoint that the GGUF was made from."
+            )
+        return weights
+
+    def logits(self, hidden: Any) -> Any:
+        """(n, n_vocab) float32 from states after the final norm."""
+        return self.model.get_output_embeddings()(hidden).float()
+
+    def states(self, ids: Any, attention: Any, layers: Sequence[int]) -> tuple[dict[int, Any], Any]:
+        """What blocks give for a padded batch, and the last hidden state. No gradients."""
+        seen: dict[int, Any] = {}
+
+        def keep(layer: int, hidden: Any) -> None:
+            if layer in layers:
+                seen[layer] = hidden
+
+        with torch.inference_mode(), observe_blocks(self.model, keep):
+            output = self.model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
+        return seen, output.last_hidden_state
+
+    def after(self, layer: int, hidden: Any, attention: Any) -> Any:
+        """The last hidden state, from what block `layer` gives: the blocks above it alone are run."""
+        with self._without_blocks_up_to(layer):
+            output = self.model.base_model(inputs_embeds=hidden, attention_mask=attention, use_cache=False)
+        return output.last_hidden_state
+
+    @contextmanager
+    def _without_blocks_up_to(self, layer: int) -> Iterator[None]:
+        parent, name = self._home
+        whole = getattr(parent, name)
+        setattr(parent, name, torch.nn.ModuleList(self.blocks[layer + 1 :]))
+        try:
+            yield
+        finally:
+            setattr(parent, name, whole)
+
+    @property
+    def _home(self) -> tuple[Any, str]:
+        """The module that holds the list of blocks, and its name there."""
+        for module in self.model.modules():
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.ModuleList) and list(child) == self.blocks:
+                    return module, name
+        raise ModelFileError("the list of decoder blocks has no place in the model")
+
+
+def fast_dtype() -> Any:
+    """bfloat16 halves the memory, and is faster where the processor has instructions for it; elsewhere it is
+    many times slower."""
+    cpu = torch.cpu
+    has = any(getattr(cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
+    return torch.bfloat16 if has else torch.float32
+
+
+def _from_checkpoint(checkpoint: str, dtype: Any) -> Any:
+    return _load(checkpoint, checkpoint, dtype)
+
+
+def _from_gguf(path: Path, dtype: Any) -> Any:
+    options: dict[str, Any] = {"gguf_file": path.name}
+    if hasattr(transformers, "GgufConfig"):  # newer versions keep the blocks packed unless told otherwise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return _load(str(path.parent), path.name, dtype, **options)
+
+
+def _load(source: str, label: str, dtype: Any, **options: Any) -> Any:
+    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(source, **{name: dtype}, **options)
+    except Exception as error:  # a file from anywhere: transformers raises nearly every type
+        raise ModelFileError(
+            f"transformers can't load {label} ({one_line(error)}): give the model's checkpoint with "
+            "--checkpoint FOLDER_OR_NAME."
+        ) from error
+
+
+def memory_needed(engine: Engine, dtype: Any, n_tokens: int) -> int:
+    """Bytes: the weights, and what gradients of one step hold on to."""
+    width = torch.finfo(dtype).bits // 8
+    activations = 4 * ACTIVATION_WIDTHS * n_tokens * engine.model.n_embd * engine.model.n_layer
+    logits = 3 * 4 * n_tokens * engine.model.n_vocab
+    return width * engine.model.n_params + activations + logits
+
+
+def _check_memory(engine: Engine, dtype: Any, n_tokens: int) -> None:
+    import psutil  # comes with accelerate, which transformers needs to read a GGUF
+
+    needed, free = memory_needed(engine, dtype, n_tokens), psutil.virtual_memory().available
+    if needed > free:
+        raise LocalsteerError(
+            f"learning on this model takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
+            "are free: close other programs, or learn on a smaller model or from shorter examples."
+        )

@@ -1,0 +1,259 @@
+"""Learned vectors: examples, steps and their check, on the bundled model in F32."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="learning needs PyTorch")
+pytest.importorskip("accelerate", reason="transformers reads a GGUF with it")
+
+import torch
+from click.testing import CliRunner
+
+from localsteer.catalog import Instruction, load_catalog
+from localsteer.cli.main import localsteer as program
+from localsteer.errors import LocalsteerError
+from localsteer.generate import GREEDY, Reply
+from localsteer.learn import Kept, learn
+from localsteer.learn import weights as loading
+from localsteer.learn.examples import Example, of_pairs, rewritten, shared
+from localsteer.learn.gate import Gate
+from localsteer.learn.learning import checked_blocks
+from localsteer.learn.training import Training, prepare
+from localsteer.vector import ControlVector
+
+CATALOG = load_catalog("bundled")
+TITLE = CATALOG.get("title")
+QUERIES = CATALOG.queries_for(TITLE, "extraction")
+VALIDATION = CATALOG.queries_for(TITLE, "validation")
+FEW = {"blocks": [3], "n_steps": 20, "seed": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_weights():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "fast_dtype", lambda: torch.float32)
+        yield
+
+
+@pytest.fixture(scope="module")
+def lesson(exact_bundled, exact_weights):
+    return learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, **FEW)
+
+
+@pytest.fixture(scope="module")
+def weights(exact_bundled, exact_weights):
+    return loading.Weights.load(exact_bundled, n_tokens=256)
+
+
+def an_example(engine, text: str = "Tell me about foxes.", reply: str = "Foxes hunt at night.") -> Example:
+    tokens = tuple(engine.model.tokenize(reply, add_special=False, parse_special=False))
+    return Example(tuple(engine.prompt_tokens(text)), tokens, np.zeros(len(tokens), bool), "given")
+
+
+# What is learned ----------------------------------------------------------------------------------------
+
+
+def test_the_vector_makes_the_quantized_model_follow(lesson):
+    scores = lesson.record["scores"]
+    assert lesson.helps and scores["none"] == 0 and scores["steered"] >= 0.75
+    assert lesson.vector.mode == "gate" and lesson.vector.layers == (3,)
+    assert lesson.record["examples"]["n"] == 24 and lesson.record["search"] == "learned"
+
+
+def test_the_loss_falls_on_examples_and_on_those_held_out(lesson):
+    first, last = lesson.curve[0], lesson.curve[-1]
+    assert last.loss < first.loss and last.held_out < first.held_out
+
+
+def test_a_vector_survives_its_file(lesson, tmp_path):
+    lesson.vector.save(tmp_path / "title.gguf")
+    again = ControlVector.load(tmp_path / "title.gguf")
+    for name in ("directions", "readers", "biases"):
+        assert np.array_equal(getattr(again, name), getattr(lesson.vector, name)), name
+    assert again.strength == lesson.vector.strength
+    assert again.provenance["validation"] == lesson.record
+
+
+def test_the_same_seed_gives_the_same_vector(lesson, exact_bundled):
+    again = learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, **FEW)
+    np.testing.assert_allclose(again.vector.directions, lesson.vector.directions, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_vector(lesson, exact_bundled, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def die(what: str, done: int, _total: int) -> None:
+        if what.startswith("learning at") and done == 10:
+            raise Killed
+
+    steps = []
+    kept = Kept(tmp_path / "kept", "title")
+    with pytest.raises(Killed):
+        learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, **FEW, kept=kept, report=die)
+
+    def count(what: str, done: int, _total: int) -> None:
+        if what.startswith("learning at"):
+            steps.append(done)
+
+    again = learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, **FEW, kept=kept, report=count)
+    # the steps before the last state that was kept are not taken again
+    assert min(steps) >= 10 and not (tmp_path / "kept").exists()
+    np.testing.assert_allclose(again.vector.directions, lesson.vector.directions, rtol=1e-4, atol=1e-6)
+
+
+def test_a_constant_is_an_ordinary_control_vector(exact_bundled):
+    options = {**FEW, "n_steps": 10}
+    vector = learn(exact_bundled, TITLE, QUERIES[:12], VALIDATION[:4], constant=True, **options).vector
+    assert vector.mode == "add" and vector.blocks == (3,) and vector.readers is None
+
+
+# The steps ----------------------------------------------------------------------------------------------
+
+
+def test_torch_and_llama_cpp_apply_the_same_gate(exact_bundled, weights):
+    """The blocks above the edit alone, on states that were computed once, give the engine's logits."""
+    engine, example = exact_bundled, an_example(exact_bundled)
+    (one,) = prepare(weights, [example], [3])
+    training = Training(
+        weights, 3, [one], [one], positions="all", constant=False, rate=0.1, n_steps=3, seed=0
+    )
+    training.run(3)
+    training.look()
+    learned = training.learned()
+    vector = ControlVector.from_gate(
+        3, learned.reader, learned.bias, learned.writer, mean_gate=learned.mean, n_layer=weights.n_layer
+    )
+    ids = torch.tensor([example.tokens])
+    with torch.inference_mode():
+        where = torch.ones_like(ids, dtype=torch.bool)
+        hidden = training.gate(one.states[3][None], where)
+        ours = weights.logits(weights.after(3, hidden, torch.ones_like(ids))[0])
+    theirs = engine.logits(list(example.tokens), steer=[vector], n_prompt=len(example.prompt))
+    assert np.abs(ours.numpy() - theirs).max() < 2e-3
+    plain = engine.logits(list(example.tokens))
+    assert np.abs(plain - theirs).max() > 0.1  # it does something
+
+
+@pytest.mark.parametrize("positions", ["prompt", "last", "generation"])
+def test_only_the_tokens_of_the_positions_are_changed(exact_bundled, weights, positions):
+    (one,) = prepare(weights, [an_example(exact_bundled)], [3])
+    training = Training(
+        weights, 3, [one], [one], positions=positions, constant=False, rate=0.1, n_steps=9, seed=0
+    )
+    _, _, where = training._padded([one])
+    n_prompt, n = len(one.example.prompt), len(one.example.tokens)
+    expected = {"prompt": range(n_prompt), "last": range(n_prompt - 1, n), "generation": range(n_prompt, n)}
+    assert where[0].nonzero()[:, 0].tolist() == list(expected[positions])
+
+
+def test_a_gate_starts_by_changing_nothing():
+    gate = Gate(8, 1.0, constant=False, seed=0)
+    hidden = torch.randn(2, 3, 8)
+    assert torch.equal(gate(hidden, torch.ones(2, 3, dtype=torch.bool)), hidden)
+
+
+def test_a_rate_that_is_far_too_high_is_halved_and_the_best_is_kept(exact_bundled, weights):
+    """The model's own greedy reply, which any change makes less likely."""
+    text = VALIDATION[0].text
+    reply = exact_bundled.generate(text, max_tokens=20, sampling=GREEDY).text
+    (one,) = prepare(weights, [an_example(exact_bundled, text, reply)], [3])
+    training = Training(
+        weights, 3, [one], [one], positions="all", constant=False, rate=1e3, n_steps=30, seed=0
+    )
+    first = training.look()
+    for _ in range(6):
+        training.run(5)
+        training.look()
+    assert training._rate < 1e3 and training.best <= first
+
+
+# Examples -----------------------------------------------------------------------------------------------
+
+
+def test_what_the_plain_reply_has_as_well_is_kept_but_for_the_first_of_each_run():
+    kept = shared([9, 1, 2, 3, 4, 9, 9, 7, 8], [1, 2, 3, 4, 5, 7, 8])
+    assert kept.tolist() == [False, False, True, True, True, False, False, False, False]
+
+
+def test_a_reply_that_was_cut_stays_open_unless_its_form_has_an_end(exact_bundled):
+    query = VALIDATION[0]
+    text = "Foxes hunt at night. They live in woods. They eat"
+    cut = Reply(text, [], "length")
+    lower = rewritten(exact_bundled, CATALOG.get("lowercase"), query, cut, 0)
+    braces = rewritten(exact_bundled, CATALOG.get("json"), query, cut, 0)
+    eos = exact_bundled.model.eos
+    assert lower.reply[-1] != eos and braces.reply[-1] == eos
+    whole = rewritten(exact_bundled, CATALOG.get("lowercase"), query, Reply(text + " mice.", [], "stop"), 0)
+    assert whole.reply[-1] == eos
+
+
+def write_pairs(tmp_path, lines):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+PAIR = json.dumps({"prompt": "Tell me about foxes.", "reply": "Foxes hunt at night."})
+
+
+def test_pairs_of_the_user_are_examples(exact_bundled, tmp_path):
+    examples, queries = of_pairs(exact_bundled, write_pairs(tmp_path, [PAIR] * 4))
+    assert len(examples) == 4 and queries[0].text == "Tell me about foxes."
+    assert exact_bundled.text(examples[0].reply[:-1]) == "Foxes hunt at night."
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([PAIR] * 3, "holds 3 examples: give 4 or more"),
+        ([PAIR, "{"], "line 2: not readable as JSON"),
+        ([PAIR] * 3 + ['{"prompt": "Tell me."}'], "line 4: 'reply' must be a text"),
+        ([PAIR] * 3 + ['{"prompt": " ", "reply": "x"}'], "line 4: 'prompt' must be a text"),
+        ([PAIR] * 3 + ["[1]"], "line 4: 'prompt' must be a text"),
+        (
+            [PAIR] * 3 + [json.dumps({"prompt": "Tell me.", "reply": "fox " * 5000})],
+            "line 4: prompt and reply",
+        ),
+    ],
+)
+def test_pairs_that_can_not_be_learned_from_are_named(exact_bundled, tmp_path, lines, message):
+    with pytest.raises(LocalsteerError, match=message):
+        of_pairs(exact_bundled, write_pairs(tmp_path, lines))
+
+
+def test_blocks_around_the_middle_race_and_the_last_can_not():
+    assert checked_blocks(None, 30) == [10, 14, 19]
+    assert checked_blocks(None, 2) == [0]
+    with pytest.raises(LocalsteerError, match="block 29 can't be learned at: choose 0 to 28"):
+        checked_blocks([29], 30)
+
+
+def test_a_style_without_words_is_learned_from_a_few_pairs(exact_bundled, tmp_path):
+    """Nothing judges it, so it is judged here: every reply of the pairs begins with the same word."""
+    prompts = [query.text for query in QUERIES[:8]]
+    plain = exact_bundled.generate_batch(prompts, max_tokens=60, sampling=GREEDY)
+    lines = [
+        json.dumps({"prompt": prompt, "reply": "Well, " + reply.text})
+        for prompt, reply in zip(prompts, plain, strict=True)
+    ]
+    examples, queries = of_pairs(exact_bundled, write_pairs(tmp_path, lines))
+    style = Instruction("well", (), literal=True)
+    lesson = learn(exact_bundled, style, queries, VALIDATION[:4], examples=examples, blocks=[3], n_steps=30)
+    replies = exact_bundled.generate_batch(
+        [query.text for query in VALIDATION[:8]], steer=[lesson.vector], max_tokens=20, sampling=GREEDY
+    )
+    assert lesson.helps and sum(reply.text.startswith("Well,") for reply in replies) >= 6
+    assert lesson.record["scores"]["instructed"] is None
+
+
+# The command --------------------------------------------------------------------------------------------
+
+
+def test_what_is_to_be_learned_must_be_said():
+    result = CliRunner().invoke(program, ["learn", "-m", "bundled"])
+    assert result.exit_code == 2 and "--instruction ID, or --examples FILE.jsonl" in result.output
