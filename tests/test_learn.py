@@ -234,20 +234,20 @@ def test_blocks_around_the_middle_race_and_the_last_can_not():
 
 
 def test_a_style_without_words_is_learned_from_a_few_pairs(exact_bundled, tmp_path):
-    """Nothing judges it, so it is judged here: every reply of the pairs begins with the same word."""
+    """Nothing judges it, so it is judged here: every reply of the pairs is in lowercase."""
     prompts = [query.text for query in QUERIES[:8]]
     plain = exact_bundled.generate_batch(prompts, max_tokens=60, sampling=GREEDY)
     lines = [
-        json.dumps({"prompt": prompt, "reply": "Well, " + reply.text})
+        json.dumps({"prompt": prompt, "reply": reply.text.lower()})
         for prompt, reply in zip(prompts, plain, strict=True)
     ]
     examples, queries = of_pairs(exact_bundled, write_pairs(tmp_path, lines))
-    style = Instruction("well", (), literal=True)
+    style = Instruction("quiet", (), literal=True)
     lesson = learn(exact_bundled, style, queries, VALIDATION[:4], examples=examples, blocks=[3], n_steps=30)
     replies = exact_bundled.generate_batch(
         [query.text for query in VALIDATION[:8]], steer=[lesson.vector], max_tokens=20, sampling=GREEDY
     )
-    assert lesson.helps and sum(reply.text.startswith("Well,") for reply in replies) >= 6
+    assert lesson.helps and sum(reply.text == reply.text.lower() for reply in replies) >= 6
     assert lesson.record["scores"]["instructed"] is None
 
 

@@ -203,7 +203,7 @@ def _kept(job: Job, model: str, given: dict[str, Any]) -> Kept:
 def _show(job: Job, lesson: Lesson) -> None:
     record, vector = lesson.record, lesson.vector
     scores = {name: "-" if share is None else f"{share:.0%}" for name, share in record["scores"].items()}
-    answer(
+    answer().print(
         f"{job.instruction.id}: learned from {record['examples']['n']} {record['examples']['source']} "
         f"replies in {record['seconds']:.0f} s, block {vector.layers[0]}, {vector.positions}, strength "
         f"{vector.strength:g}.\n"

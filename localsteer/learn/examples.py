@@ -80,8 +80,8 @@ def of_instruction(
     if not any(reply.text.strip() for reply in replies):
         raise LocalsteerError("the model's plain replies are empty: there is nothing to rewrite.")
     examples = [
-        rewritten(engine, instruction, query, reply, seed + i)
-        for i, (query, reply) in enumerate(zip(queries, replies, strict=True))
+        rewritten(engine, instruction, query, reply, seed)
+        for query, reply in zip(queries, replies, strict=True)
     ]
     found = [example for example in examples if example is not None]
     return _enough(found, instruction, f"{len(found)} of {len(queries)} plain replies can be rewritten")
