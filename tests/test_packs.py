@@ -108,6 +108,15 @@ def test_a_pack_is_made_of_tuned_vectors(pack, tmp_path):
     assert (tmp_path / "again" / "uppercase.gguf").read_bytes() == (pack / "uppercase.gguf").read_bytes()
 
 
+def test_a_search_that_took_several_sittings_has_no_seconds(pack, tmp_path):
+    vector = ControlVector.load(pack / "uppercase.gguf")
+    record = vector.provenance["validation"] | {"seconds": None}
+    replace(vector, provenance={**vector.provenance, "validation": record}).save(tmp_path / "upper.gguf")
+    run = invoke("pack", "-o", tmp_path / "again", tmp_path / "upper.gguf", "--name", "Bundled")
+    assert run.status == 0, run.err
+    assert run.out.splitlines()[1].split()[-1] == "-"
+
+
 def test_a_vector_without_figures_or_of_another_file_is_refused(pack, tmp_path):
     vector = ControlVector.load(pack / "lowercase.gguf")
     untuned = {key: value for key, value in vector.provenance.items() if key != "validation"}

@@ -198,7 +198,8 @@ def _show(pack: PackFolder, failed: Mapping[str, str], as_json: bool) -> None:
         return
     rows = table("instruction", "setting", *SHARES, "n", "seconds", numbers=(*SHARES, "n", "seconds"))
     for name, row in pack.rows.items():
-        seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"  # of a search in several sittings
+        # not known of a search that took several sittings
+        seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
         rows.add_row(name, setting_of(row), *shares_of(row), str(row["n"]), seconds)
     answer().print(rows)
     note(f"{len(pack.rows)} instructions of {pack.model} in {pack.folder}.")
