@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 from click.testing import CliRunner
 
 from localsteer.catalog import Instruction, load_catalog
+from localsteer.cli import learn as learn_command
 from localsteer.cli.main import localsteer as program
 from localsteer.errors import LocalsteerError
 from localsteer.generate import GREEDY, Reply
@@ -257,3 +260,32 @@ def test_a_style_without_words_is_learned_from_a_few_pairs(exact_bundled, tmp_pa
 def test_what_is_to_be_learned_must_be_said():
     result = CliRunner().invoke(program, ["learn", "-m", "bundled"])
     assert result.exit_code == 2 and "--instruction ID, or --examples FILE.jsonl" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-i", "json", "--blocks", "7"], "block 7 can't be learned at: choose 0 to 6"),
+        (["-i", "language_de"], "no rule rewrites a plain reply"),
+        (["--examples", "none.jsonl"], "none.jsonl can't be read"),
+        (["-i", "json", "-o", "no/such/folder/json.gguf"], "no/such/folder"),
+        (["-i", "json", "--checkpoint", "no-such-folder"], "transformers can't load no-such-folder"),
+    ],
+)
+def test_what_can_not_be_learned_is_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "localsteer", "learn", "-m", "bundled", "--catalog", "general", *arguments],
+        capture_output=True,
+        text=True,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("localsteer:")]
+    assert done.returncode == 2 and message in lines[-1], done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.glob("*.gguf"))
+
+
+def test_without_pytorch_the_command_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(learn_command, "find_spec", lambda name: None if name == "torch" else object())
+    result = CliRunner().invoke(program, ["learn", "-m", "bundled", "-i", "json"])
+    assert isinstance(result.exception, LocalsteerError)
+    assert "pip install 'localsteer[torch]'" in str(result.exception)

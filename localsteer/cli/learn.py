@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from localsteer.errors import LocalsteerError
 
 from . import interrupt, options
 from .console import answer, note, print_json, progress
@@ -100,6 +103,7 @@ def command(
       localsteer learn -m MODEL.gguf --examples replies.jsonl -o tone.gguf
       localsteer learn -m MODEL.gguf -i lowercase --static -o lowercase.gguf
     """
+    _check_installed()
     job = _job(model, text, examples, output, given)
     loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
     with open_engine(model, n_seq_max=N_SEQ_MAX, **loading) as engine:
@@ -120,6 +124,15 @@ def command(
         print_json(document)
     else:
         _show(job, lesson)
+
+
+def _check_installed() -> None:
+    missing = [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise LocalsteerError(
+            f"learning needs PyTorch ({' and '.join(missing)} missing): pip install 'localsteer[torch]'. "
+            "What is learned runs without."
+        )
 
 
 @dataclass(frozen=True)

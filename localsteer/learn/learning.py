@@ -22,8 +22,8 @@ from localsteer.vector import ControlVector
 
 from . import examples as gathering
 from .kept import Kept
-from .training import Prepared, Training, is_exact, prepare
-from .weights import Weights
+from .training import BATCH, Prepared, Training, is_exact, prepare
+from .weights import Weights, check_memory, fast_dtype
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
@@ -100,13 +100,15 @@ def learn(
     report = report or (lambda _what, _done, _total: None)
     started = time.perf_counter()
     kept = kept or Kept(None, "")
+    layers = checked_blocks(blocks, engine.model.n_layer)
+    # before the replies, which take a while; prompts and replies together are seldom longer
+    check_memory(engine, fast_dtype(), BATCH * MAX_TOKENS)
     if examples is None:
         examples = kept.examples() or gathering.of_instruction(
             engine, instruction, queries[:N_EXAMPLES], seed=seed, report=report
         )
         kept.keep_examples(examples)
     learning = _Learning(engine, list(examples), checkpoint, n_threads, report)
-    layers = checked_blocks(blocks, engine.model.n_layer)
     stopped = False
     try:
         training = learning.race(layers, positions, constant, rate, n_steps, seed, kept)
@@ -144,7 +146,7 @@ class _Learning:
         report: Report,
     ) -> None:
         self._report = report
-        n_tokens = 8 * max(len(example.tokens) for example in examples)
+        n_tokens = BATCH * max(len(example.tokens) for example in examples)
         report("loading the weights", 0, 0)
         self._weights = Weights.load(engine, checkpoint, n_tokens=n_tokens, n_threads=n_threads)
         # of few examples none can be spared for looking: they are learned by heart a little

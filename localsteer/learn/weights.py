@@ -48,7 +48,7 @@ class Weights:
         if n_threads is not None:
             torch.set_num_threads(n_threads)
         dtype = fast_dtype()
-        _check_memory(engine, dtype, n_tokens)
+        check_memory(engine, dtype, n_tokens)
         model = _from_checkpoint(checkpoint, dtype) if checkpoint else _from_gguf(engine.path, dtype)
         weights = cls(model)
         shape = (engine.model.n_layer, engine.model.n_embd)
@@ -139,7 +139,8 @@ def memory_needed(engine: Engine, dtype: Any, n_tokens: int) -> int:
     return width * engine.model.n_params + activations + logits
 
 
-def _check_memory(engine: Engine, dtype: Any, n_tokens: int) -> None:
+def check_memory(engine: Engine, dtype: Any, n_tokens: int) -> None:
+    """Raises LocalsteerError where steps of so many tokens do not fit."""
     import psutil  # comes with accelerate, which transformers needs to read a GGUF
 
     needed, free = memory_needed(engine, dtype, n_tokens), psutil.virtual_memory().available
