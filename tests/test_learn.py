@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from localsteer.cli import learn as learn_command
 from localsteer.cli.main import localsteer as program
 from localsteer.errors import LocalsteerError
 from localsteer.generate import GREEDY, Reply
-from localsteer.learn import Kept, learn
+from localsteer.learn import Kept, Recipe, learn
 from localsteer.learn import weights as loading
 from localsteer.learn.examples import Example, of_pairs, rewritten, shared
 from localsteer.learn.gate import Gate
@@ -32,7 +33,7 @@ CATALOG = load_catalog("bundled")
 TITLE = CATALOG.get("title")
 QUERIES = CATALOG.queries_for(TITLE, "extraction")
 VALIDATION = CATALOG.queries_for(TITLE, "validation")
-FEW = {"blocks": [3], "n_steps": 20, "seed": 1}
+FEW = Recipe(blocks=(3,), n_steps=20, seed=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +45,7 @@ def exact_weights():
 
 @pytest.fixture(scope="module")
 def lesson(exact_bundled, exact_weights):
-    return learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, **FEW)
+    return learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, FEW)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_a_vector_survives_its_file(lesson, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_vector(lesson, exact_bundled):
-    again = learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, **FEW)
+    again = learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, FEW)
     np.testing.assert_allclose(again.vector.directions, lesson.vector.directions, rtol=1e-4, atol=1e-6)
 
 
@@ -97,21 +98,21 @@ def test_a_run_that_was_killed_goes_on_to_the_same_vector(lesson, exact_bundled,
     steps = []
     kept = Kept(tmp_path / "kept", "title")
     with pytest.raises(Killed):
-        learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, **FEW, kept=kept, report=die)
+        learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, FEW, kept=kept, report=die)
 
     def count(what: str, done: int, _total: int) -> None:
         if what.startswith("learning at"):
             steps.append(done)
 
-    again = learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, **FEW, kept=kept, report=count)
+    again = learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, FEW, kept=kept, report=count)
     # the steps before the last state that was kept are not taken again
     assert min(steps) >= 10 and not (tmp_path / "kept").exists()
     np.testing.assert_allclose(again.vector.directions, lesson.vector.directions, rtol=1e-4, atol=1e-6)
 
 
 def test_a_constant_is_an_ordinary_control_vector(exact_bundled):
-    options = {**FEW, "n_steps": 10}
-    vector = learn(exact_bundled, TITLE, QUERIES[:12], VALIDATION[:4], constant=True, **options).vector
+    recipe = replace(FEW, n_steps=10, constant=True)
+    vector = learn(exact_bundled, TITLE, QUERIES[:12], VALIDATION[:4], recipe).vector
     assert vector.mode == "add" and vector.blocks == (3,) and vector.readers is None
 
 
@@ -122,9 +123,7 @@ def test_torch_and_llama_cpp_apply_the_same_gate(exact_bundled, weights):
     """The blocks above the edit alone, on states that were computed once, give the engine's logits."""
     engine, example = exact_bundled, an_example(exact_bundled)
     (one,) = prepare(weights, [example], [3])
-    training = Training(
-        weights, 3, [one], [one], positions="all", constant=False, rate=0.1, n_steps=3, seed=0
-    )
+    training = Training(weights, 3, [one], [one], Recipe(positions="all", rate=0.1, n_steps=3))
     training.run(3)
     training.look()
     learned = training.learned()
@@ -145,9 +144,7 @@ def test_torch_and_llama_cpp_apply_the_same_gate(exact_bundled, weights):
 @pytest.mark.parametrize("positions", ["prompt", "last", "generation"])
 def test_only_the_tokens_of_the_positions_are_changed(exact_bundled, weights, positions):
     (one,) = prepare(weights, [an_example(exact_bundled)], [3])
-    training = Training(
-        weights, 3, [one], [one], positions=positions, constant=False, rate=0.1, n_steps=9, seed=0
-    )
+    training = Training(weights, 3, [one], [one], Recipe(positions=positions, rate=0.1, n_steps=9))
     _, _, where = training._padded([one])
     n_prompt, n = len(one.example.prompt), len(one.example.tokens)
     expected = {"prompt": range(n_prompt), "last": range(n_prompt - 1, n), "generation": range(n_prompt, n)}
@@ -165,9 +162,7 @@ def test_a_rate_that_is_far_too_high_is_halved_and_the_best_is_kept(exact_bundle
     text = VALIDATION[0].text
     reply = exact_bundled.generate(text, max_tokens=20, sampling=GREEDY).text
     (one,) = prepare(weights, [an_example(exact_bundled, text, reply)], [3])
-    training = Training(
-        weights, 3, [one], [one], positions="all", constant=False, rate=1e3, n_steps=30, seed=0
-    )
+    training = Training(weights, 3, [one], [one], Recipe(positions="all", rate=1e3, n_steps=30))
     first = training.look()
     for _ in range(6):
         training.run(5)
@@ -246,7 +241,7 @@ def test_a_style_without_words_is_learned_from_a_few_pairs(exact_bundled, tmp_pa
     ]
     examples, queries = of_pairs(exact_bundled, write_pairs(tmp_path, lines))
     style = Instruction("quiet", (), literal=True)
-    lesson = learn(exact_bundled, style, queries, VALIDATION[:4], examples=examples, blocks=[3], n_steps=30)
+    lesson = learn(exact_bundled, style, queries, VALIDATION[:4], Recipe((3,), n_steps=30), examples=examples)
     replies = exact_bundled.generate_batch(
         [query.text for query in VALIDATION[:8]], steer=[lesson.vector], max_tokens=20, sampling=GREEDY
     )

@@ -176,7 +176,7 @@ def _job(
 
 
 def _learn(engine: Engine, job: Job, model: str, given: dict[str, Any]) -> Lesson:
-    from localsteer.learn import learn
+    from localsteer.learn import Recipe, learn
     from localsteer.learn.examples import of_pairs
 
     pairs, queries = (None, job.queries) if job.pairs is None else of_pairs(engine, job.pairs)
@@ -186,14 +186,16 @@ def _learn(engine: Engine, job: Job, model: str, given: dict[str, Any]) -> Lesso
             job.instruction,
             queries,
             job.validation,
+            Recipe(
+                blocks=given["blocks"],
+                positions=given["positions"],
+                constant=given["static"],
+                n_steps=given["steps"],
+                rate=given["rate"],
+                seed=given["seed"],
+            ),
             examples=pairs,
             checkpoint=given["checkpoint"],
-            blocks=given["blocks"],
-            positions=given["positions"],
-            constant=given["static"],
-            n_steps=given["steps"],
-            rate=given["rate"],
-            seed=given["seed"],
             n_threads=given["threads"],
             kept=_kept(job, model, given),
             report=lambda what, done, total: advance(done, total, what),

@@ -13,5 +13,6 @@ from __future__ import annotations
 
 from .kept import Kept
 from .learning import Lesson, Look, learn
+from .training import Recipe
 
-__all__ = ["Kept", "Lesson", "Look", "learn"]
+__all__ = ["Kept", "Lesson", "Look", "Recipe", "learn"]

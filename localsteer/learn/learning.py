@@ -22,7 +22,7 @@ from localsteer.vector import ControlVector
 
 from . import examples as gathering
 from .kept import Kept
-from .training import BATCH, Prepared, Training, is_exact, prepare
+from .training import BATCH, Prepared, Recipe, Training, is_exact, prepare
 from .weights import Weights, check_memory, fast_dtype
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ N_CHECKED = 12  # validation queries of the check
 MAX_TOKENS = 2 * gathering.MAX_TOKENS  # of a reply in the check: a form that must be closed (JSON) needs room
 DEPTHS = (0.35, 0.5, 0.65)  # of the blocks that race
 RACE_STEPS = 8
-N_STEPS = 60
 EVERY = 5  # steps between two looks at the held-out loss
 PATIENCE = 4  # looks without a better one, after which the steps end
-RATE = 0.02
 STRENGTHS = (1.0, 1.25)  # that are checked: what is learned by likelihood is at times a little short
+
+DEFAULT = Recipe()
 
 Report = Callable[[str, int, int], None]
 
@@ -75,50 +75,43 @@ def learn(
     instruction: Instruction,
     queries: Sequence[Query],
     validation: Sequence[Query],
+    recipe: Recipe = DEFAULT,
     *,
     examples: Sequence[Example] | None = None,
     checkpoint: str | None = None,
-    blocks: Sequence[int] | None = None,
-    positions: str = "all",
-    constant: bool = False,
-    n_steps: int = N_STEPS,
-    rate: float = RATE,
-    seed: int = 0,
     n_threads: int | None = None,
     kept: Kept | None = None,
-    source: dict[str, Any] | None = None,
     report: Report | None = None,
 ) -> Lesson:
     """A learned vector of one instruction for the engine's model.
 
-    queries: bring the examples, unless `examples` are given. validation: bring the check. blocks: those that
-    race; None takes three around the middle. positions: where the edit acts, in learning and later. constant:
-    an ordinary control vector, without a gate. kept: examples and steps of a run that was stopped.
+    queries: bring the examples, unless `examples` are given. validation: bring the check. checkpoint: whose
+    weights are used in place of the GGUF's. kept: examples and steps of a run that was stopped.
 
     Ctrl-C ends the steps and keeps the best so far. Raises LocalsteerError for what can't be learned.
     """
     report = report or (lambda _what, _done, _total: None)
     started = time.perf_counter()
     kept = kept or Kept(None, "")
-    layers = checked_blocks(blocks, engine.model.n_layer)
+    layers = checked_blocks(recipe.blocks, engine.model.n_layer)
     # before the replies, which take a while; prompts and replies together are seldom longer
     check_memory(engine, fast_dtype(), BATCH * MAX_TOKENS)
     if examples is None:
         examples = kept.examples() or gathering.of_instruction(
-            engine, instruction, queries[:N_EXAMPLES], seed=seed, report=report
+            engine, instruction, queries[:N_EXAMPLES], seed=recipe.seed, report=report
         )
         kept.keep_examples(examples)
     learning = _Learning(engine, list(examples), checkpoint, n_threads, report)
     stopped = False
     try:
-        training = learning.race(layers, positions, constant, rate, n_steps, seed, kept)
-        learning.steps(training, n_steps, kept)
+        training = learning.race(layers, recipe, kept)
+        learning.steps(training, recipe.n_steps, kept)
     except KeyboardInterrupt:
         training = learning.training
         if training is None or not math.isfinite(training.best):
             raise
         stopped = True
-    vector = as_vector(engine, instruction, queries, training.layer, training.learned(), positions, constant)
+    vector = as_vector(engine, instruction, queries, training.layer, training.learned(), recipe)
     vector, record = _checked(engine, vector, instruction, validation, report)
     record |= {
         "search": "learned",
@@ -128,8 +121,7 @@ def learn(
         "blocks_raced": list(layers),
         "seconds": round(time.perf_counter() - started, 1),
         "stopped": stopped,
-        "seed": seed,
-        **(source or {}),
+        "seed": recipe.seed,
     }
     vector = replace(vector, provenance={**vector.provenance, "validation": record})
     kept.forget()
@@ -155,16 +147,7 @@ class _Learning:
         self.training: Training | None = None
         self.curve: list[Look] = []
 
-    def race(
-        self,
-        layers: Sequence[int],
-        positions: str,
-        constant: bool,
-        rate: float,
-        n_steps: int,
-        seed: int,
-        kept: Kept,
-    ) -> Training:
+    def race(self, layers: Sequence[int], recipe: Recipe, kept: Kept) -> Training:
         """Training of the block with the lowest held-out loss after a few steps."""
         state = kept.state()
         layers = [state["layer"]] if state else layers
@@ -173,13 +156,7 @@ class _Learning:
             raise LocalsteerError(
                 "this model treats its blocks by number, so they can't be run from the middle on."
             )
-        runners = [
-            Training(
-                self._weights, layer, own, held,
-                positions=positions, constant=constant, rate=rate, n_steps=n_steps, seed=seed,
-            )
-            for layer in layers
-        ]  # fmt: skip
+        runners = [Training(self._weights, layer, own, held, recipe) for layer in layers]
         if state:
             self.training = runners[0]
             self.training.restore(state["training"])
@@ -236,17 +213,16 @@ def as_vector(
     queries: Sequence[Query],
     layer: int,
     learned: Learned,
-    positions: str,
-    constant: bool,
+    recipe: Recipe,
 ) -> ControlVector:
     """A gate, or a constant in mode `add`. queries: some of those that it was learned with."""
     prompts = [query.text for query in queries[:2]]
     settings = {
         "name": instruction.id,
-        "positions": positions,
+        "positions": recipe.positions,
         "provenance": origin_of(GgufBackend(engine), instruction, prompts, method=METHOD),
     }
-    if not constant:
+    if not recipe.constant:
         return ControlVector.from_gate(
             layer, learned.reader, learned.bias, learned.writer,
             mean_gate=learned.mean, n_layer=engine.model.n_layer, **settings,

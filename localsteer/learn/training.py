@@ -32,6 +32,20 @@ N_TOP = 32  # of the plain model's probabilities that are kept for each token; t
 WORSE = 1.3  # times the best held-out loss: beyond, the steps were too long
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a vector is learned. blocks: those that race; None takes three around the middle. positions: where
+    the edit acts, in learning and later. constant: an ordinary control vector, without a gate. n_steps: at
+    most. rate: the learning rate. seed: of everything random, and of the form of rewritten replies."""
+
+    blocks: tuple[int, ...] | None = None
+    positions: str = "all"
+    constant: bool = False
+    n_steps: int = 60
+    rate: float = 0.02
+    seed: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """One example and what the plain model makes of it. states: (n_tokens, n_embd) by block.
@@ -73,7 +87,7 @@ def typical_length(prepared: Sequence[Prepared], layer: int) -> float:
 
 
 class Training:
-    """Steps on one block. positions: of the edit, as a plan's. n_steps: for the learning rate's decline.
+    """Steps on one block.
 
     loss: of the last step. held: the held-out loss where it was last taken, best: the lowest so far.
     """
@@ -84,20 +98,16 @@ class Training:
         layer: int,
         examples: Sequence[Prepared],
         held_out: Sequence[Prepared],
-        *,
-        positions: str,
-        constant: bool,
-        rate: float,
-        n_steps: int,
-        seed: int,
+        recipe: Recipe,
     ) -> None:
-        self._weights, self.layer, self._positions = weights, layer, positions
+        self._weights, self.layer, self._recipe = weights, layer, recipe
         self._examples, self._held_out = list(examples), list(held_out)
-        self.gate = Gate(weights.n_embd, typical_length(examples, layer) / 10, constant=constant, seed=seed)
+        scale = typical_length(examples, layer) / 10
+        self.gate = Gate(weights.n_embd, scale, constant=recipe.constant, seed=recipe.seed)
         self._free = [parameter for parameter in self.gate.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(self._free, lr=rate, weight_decay=0.0)
-        self._rate, self._n_steps = rate, n_steps
-        self._random = np.random.default_rng(seed)
+        self._optimizer = torch.optim.AdamW(self._free, lr=recipe.rate, weight_decay=0.0)
+        self._rate = recipe.rate
+        self._random = np.random.default_rng(recipe.seed)
         self._order: list[int] = []
         self.step, self.loss, self.held, self.best = 0, math.nan, math.nan, math.inf
         self._best_state = copy.deepcopy(self.gate.state_dict())
@@ -160,7 +170,7 @@ class Training:
 
     def _set_rate(self) -> None:
         warm = min(1.0, (self.step + 1) / WARM_UP)
-        decline = max(LEAST_RATE, 1 - self.step / self._n_steps)
+        decline = max(LEAST_RATE, 1 - self.step / self._recipe.n_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate * warm * decline
 
@@ -212,7 +222,7 @@ class Training:
             n_prompt, n_own = len(one.example.prompt), len(one.example.tokens)
             hidden[i, :n_own] = one.states[self.layer]
             attention[i, :n_own] = 1
-            start, stop = steered_range(self._positions, n_prompt, n_own)
+            start, stop = steered_range(self._recipe.positions, n_prompt, n_own)
             where[i, start:stop] = True
         return hidden, attention, where
 
