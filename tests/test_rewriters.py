@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from localsteer.errors import CatalogError
 from localsteer.evaluate import INSTRUCTION_IDS, is_degenerate, verify
-from localsteer.verify import REWRITERS, can_rewrite, rewrite, trim_to_sentence
+from localsteer.verify import REWRITERS, can_rewrite, rewrite, trim_before_loop, trim_to_sentence
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -402,6 +402,24 @@ def test_a_cut_reply_ends_with_its_last_whole_sentence(reply, trimmed):
     assert trim_to_sentence(reply) == trimmed
 
 
+@pytest.mark.parametrize(
+    ("reply", "trimmed"),
+    [
+        ("Foxes hunt. Owls fly at night.", "Foxes hunt. Owls fly at night."),
+        ("Foxes hunt mice. Owls fly. Foxes hunt mice. Owls", "Foxes hunt mice. Owls fly."),
+        (
+            "The fox hunts mice in deep snow.\n\nThe fox hunts mice in deep sand. It",
+            "The fox hunts mice in deep snow.",
+        ),
+        ("1. Eat well today.\n2. Eat well today.\n3. Eat well", "1. Eat well today."),
+        ("Yes. Yes. Yes.", "Yes. Yes. Yes."),
+        ("", ""),
+    ],
+)
+def test_a_reply_that_goes_round_in_circles_ends_before_it_does(reply, trimmed):
+    assert trim_before_loop(reply) == trimmed
+
+
 # --- time --------------------------------------------------------------------------------------------------
 
 HOSTILE = [
@@ -427,9 +445,10 @@ SIZE = 6_000
 
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_hostile_replies_take_linear_time(piece):
-    # the least of three: a collection of garbage in between is no fault of the rewriter
-    small, large = (min(seconds(piece, size) for _ in range(3)) for size in (SIZE, 4 * SIZE))
-    assert large < 10 * small + 1  # a quadratic rewriter takes 16 times as long
+    # the lesser of two: a collection of garbage in between is no fault of the rewriter
+    small, large = (min(seconds(piece, size) for _ in range(2)) for size in (SIZE, 4 * SIZE))
+    # a quadratic rewriter takes 16 times as long; some give up at once on the small one
+    assert large < 10 * small + 3
 
 
 def seconds(piece: str, size: int) -> float:

@@ -18,10 +18,11 @@ import numpy as np
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import LocalsteerError
 from localsteer.evaluate.judge import judge
+from localsteer.evaluate.quality import is_degenerate
 from localsteer.evaluate.verify import verify
 from localsteer.generate import GREEDY
 from localsteer.tune.replies import told_prompt
-from localsteer.verify import can_rewrite, rewrite
+from localsteer.verify import can_rewrite, rewrite, trim_before_loop
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
@@ -109,11 +110,15 @@ def _told(
 def rewritten(
     engine: Engine, instruction: Instruction, query: Query, reply: Reply, seed: int
 ) -> Example | None:
-    """None where the reply can't be rewritten. One that was cut by the limit stays open at its end, unless
-    its form has an end of its own (JSON's last brace), which anything more would break."""
-    was_cut = reply.finish_reason == "length"
+    """None where the reply can't be rewritten. One that goes round in circles ends before it does. One that
+    was cut by the limit stays open at its end, unless its form has an end of its own (JSON's last brace),
+    which anything more would break."""
+    said = trim_before_loop(reply.text)
+    was_cut = reply.finish_reason == "length" and said == reply.text
+    if is_degenerate(said):
+        return None
     kwargs = instruction.kwargs_for(query.text)
-    text = rewrite(instruction.verifier, reply.text, kwargs, prompt=query.text, seed=seed, cut=was_cut)
+    text = rewrite(instruction.verifier, said, kwargs, prompt=query.text, seed=seed, cut=was_cut)
     if text is None:
         return None
     ends = not was_cut or not verify(instruction.verifier, _going_on(text), kwargs, prompt=query.text)

@@ -1,8 +1,9 @@
 """A vector learned by likelihood: gradient steps on one block's edit, the model itself frozen. torch.
 
-The loss is the cross-entropy of each example's reply after its plain prompt, and, on tokens that the plain
-reply has as well, the distance (KL) from the plain model. What the blocks below the edit compute never
-changes, so it is computed once, and each step runs the blocks above it alone.
+The loss is the cross-entropy of each example's reply after its plain prompt, half of it that of the tokens
+which the rewriting changed, however few they are (JSON's braces), and, on tokens that the plain reply has as
+well, the distance (KL) from the plain model. What the blocks below the edit compute never changes, so it is
+computed once, and each step runs the blocks above it alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ MICRO_BATCH = 8  # of one forward pass
 WARM_UP = 5  # steps in which the learning rate grows
 LEAST_RATE = 0.1  # of the learning rate, at the end
 MAX_NORM = 1.0  # of the gradient
+# Of the learning rate. The gate adds up a step of every part of the reader, so that at the full rate it jumps
+# back and forth between batches.
+READER_RATE = 0.3
+CHANGED = 0.5  # share of the loss that is of changed tokens alone
+N_KEPT = 24  # other tokens of an example that a step looks at, drawn anew: logits cost as much as ten blocks
 KEEP = 0.1  # weight of the distance from the plain model, beside the loss
 N_TOP = 32  # of the plain model's probabilities that are kept for each token; the rest is one lump
 WORSE = 1.3  # times the best held-out loss: beyond, the steps were too long
@@ -104,8 +110,15 @@ class Training:
         self._examples, self._held_out = list(examples), list(held_out)
         scale = typical_length(examples, layer) / 10
         self.gate = Gate(weights.n_embd, scale, constant=recipe.constant, seed=recipe.seed)
-        self._free = [parameter for parameter in self.gate.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(self._free, lr=recipe.rate, weight_decay=0.0)
+        self._free = [self.gate.writer, self.gate.bias, *([] if recipe.constant else [self.gate.reader])]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": self._free[:2], "share": 1.0},
+                *({"params": [reader], "share": READER_RATE} for reader in self._free[2:]),
+            ],
+            lr=recipe.rate,
+            weight_decay=0.0,
+        )
         self._rate = recipe.rate
         self._random = np.random.default_rng(recipe.seed)
         self._order: list[int] = []
@@ -172,7 +185,7 @@ class Training:
         warm = min(1.0, (self.step + 1) / WARM_UP)
         decline = max(LEAST_RATE, 1 - self.step / self._recipe.n_steps)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * warm * decline
+            group["lr"] = group["share"] * self._rate * warm * decline
 
     def _go_back(self) -> None:
         self._rate /= 2
@@ -191,25 +204,40 @@ class Training:
     def _backward(self, batch: Sequence[Prepared]) -> float:
         total = 0.0
         for some in _split(batch, MICRO_BATCH):
-            loss = self._losses(some) * (len(some) / len(batch))
+            loss = self._losses(some, N_KEPT) * (len(some) / len(batch))
             loss.backward()
             total += float(loss.detach())
         return total
 
-    def _losses(self, batch: Sequence[Prepared]) -> Any:
-        """The mean over examples, so that a long reply counts as much as a short one."""
+    def _losses(self, batch: Sequence[Prepared], n_kept: int | None = None) -> Any:
+        """The mean over examples, so that a long reply counts as much as a short one. n_kept: of the tokens
+        that the rewriting left alone, at most so many of each example; None takes all."""
         hidden, attention, where = self._padded(batch)
         last = self._weights.after(self.layer, self.gate(hidden, where), attention)
-        losses = []
-        for row, one in zip(last, batch, strict=True):
-            n_prompt, n = len(one.example.prompt), len(one.example.tokens)
-            logits = self._weights.logits(row[n_prompt - 1 : n - 1])
-            reply = torch.tensor(one.example.reply)
-            loss = torch.nn.functional.cross_entropy(logits, reply)
-            if one.example.kept.any():
-                loss = loss + KEEP * _distance(logits[torch.from_numpy(one.example.kept)], one)
-            losses.append(loss)
+        losses = [self._loss(row, one, n_kept) for row, one in zip(last, batch, strict=True)]
         return torch.stack(losses).mean()
+
+    def _loss(self, row: Any, one: Prepared, n_kept: int | None) -> Any:
+        """row: (n_tokens, n_embd), the last hidden states of one example."""
+        reply, is_kept = one.example.reply, one.example.kept
+        changed, kept = np.flatnonzero(~is_kept), np.flatnonzero(is_kept)
+        drawn = np.arange(len(kept))
+        if n_kept is not None and len(kept) > n_kept:
+            drawn = np.sort(self._random.choice(len(kept), n_kept, replace=False))
+        at = np.concatenate([changed, kept[drawn]])
+        logits = self._weights.logits(row[len(one.example.prompt) - 1 + at])
+        entropies = torch.nn.functional.cross_entropy(
+            logits, torch.tensor(reply)[torch.from_numpy(at)], reduction="none"
+        )
+        of_changed, of_kept = entropies[: len(changed)], entropies[len(changed) :]
+        if not len(kept):
+            return of_changed.mean()
+        distance = KEEP * _distance(logits[len(changed) :], one.top[drawn], one.log_top[drawn])
+        if not len(changed):
+            return of_kept.mean() + distance
+        share = len(changed) / len(reply)
+        whole = share * of_changed.mean() + (1 - share) * of_kept.mean()
+        return CHANGED * of_changed.mean() + (1 - CHANGED) * whole + distance
 
     def _padded(self, batch: Sequence[Prepared]) -> tuple[Any, Any, Any]:
         """States, attention mask and steered tokens, padded on the right."""
@@ -237,14 +265,14 @@ def steered_range(positions: str, n_prompt: int, n: int) -> tuple[int, int]:
     }[positions]
 
 
-def _distance(logits: Any, one: Prepared) -> Any:
+def _distance(logits: Any, top: Any, log_top: Any) -> Any:
     """KL(plain | steered), nats per token, over the plain model's likeliest tokens and all others as one."""
-    log = logits.log_softmax(-1).gather(-1, one.top)
-    plain = one.log_top.exp()
+    log = logits.log_softmax(-1).gather(-1, top)
+    plain = log_top.exp()
     rest = (1 - plain.sum(-1)).clamp_min(1e-6)
     own_rest = (1 - log.exp().sum(-1)).clamp_min(1e-6)
-    top = (plain * (one.log_top - log)).sum(-1)
-    return (top + rest * (rest / own_rest).log()).mean()
+    likely = (plain * (log_top - log)).sum(-1)
+    return (likely + rest * (rest / own_rest).log()).mean()
 
 
 def _split(batch: Sequence[Prepared], size: int) -> list[Sequence[Prepared]]:

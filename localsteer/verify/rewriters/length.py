@@ -61,7 +61,8 @@ def nth_paragraph_first_word(
 
 def _mark(word: str, paragraph: str) -> str:
     """The paragraph with what parts it from the word before it; lists and headings start a line."""
-    if parse(paragraph)[0].kind != TEXT:
+    blocks = parse(paragraph)
+    if not blocks or blocks[0].kind != TEXT:  # none: a rule alone
         return "\n" + paragraph
     return f", {paragraph}" if _ADVERBS.fullmatch(word) else f" - {paragraph}"
 

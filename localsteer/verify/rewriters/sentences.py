@@ -1,4 +1,5 @@
-"""Sentences of a reply, and a reply that a token limit has cut, back at the end of its last sentence."""
+"""Sentences of a reply; one that a token limit has cut, back at the end of its last sentence; and one that goes
+round in circles, back at the last sentence that says something new."""
 
 from __future__ import annotations
 
@@ -10,6 +11,10 @@ from localsteer.verify.rewriters.markdown import is_fence, is_heading
 
 _CJK_END = re.compile(r"(?<=[。\uff01\uff1f])(?![」』\uff09。\uff01\uff1f])")
 _FINISHED = re.compile(r"""[.!?。\uff01\uff1f…।]["'*_)\]”\u2019»」』\uff09]*\Z""")
+_WORD = re.compile(r"\w+")
+_NUMBER = re.compile(r"\A\W*\d+(?=\W)")  # of a list item
+_SHINGLE = 4  # words in a row that a sentence shares with what stood before it
+_SAID = 0.5  # of a sentence's shingles; beyond, it says nothing new
 _LABEL = re.compile(r"(?:[-+•]|\d{1,3}[.)]|\w[.)])?")
 
 
@@ -49,6 +54,31 @@ def trim_to_sentence(reply: str) -> str:
     if is_fence(last):
         return "\n".join(lines)
     return "\n".join(without_lead_in([*lines[:-1], _finished_part(last)]))
+
+
+def trim_before_loop(reply: str) -> str:
+    """The reply up to the first sentence that for the most part repeats what stood before it.
+
+    Small models go round in circles when they have nothing more to say, and a loop that is learned from would
+    be learned. Sentences of one or two words may recur.
+    """
+    said: set[tuple[str, ...]] = set()
+    words: list[str] = []
+    for start, end in spans(reply):
+        own = _WORD.findall(_NUMBER.sub("", reply[start:end].casefold()))
+        shingles = _shingles(own)
+        if len(own) > 2 and sum(shingle in said for shingle in shingles) > _SAID * len(shingles):
+            return reply[:start].rstrip()
+        # across the border to the sentence before, too
+        said.update(_shingles([*words[1 - _SHINGLE :], *own]))
+        words = own
+    return reply
+
+
+def _shingles(words: Sequence[str]) -> list[tuple[str, ...]]:
+    """Runs of four words, or the whole of a shorter sentence."""
+    n = max(1, len(words) - _SHINGLE + 1)
+    return [tuple(words[start : start + _SHINGLE]) for start in range(n)]
 
 
 def without_lead_in(lines: Sequence[str]) -> list[str]:
