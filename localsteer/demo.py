@@ -43,6 +43,7 @@ GROUPS = ("format", "length")  # of the instructions that are shown when none ar
 DEFAULT_N = 20
 N_REAL = 5  # test queries of a real model: five conditions each, on a laptop
 REAL_TOKENS = 64  # of a reply there
+LEARNED_TOKENS = 160  # of one under a learned vector: what opens as JSON must have room to be closed
 PARTNERS = ("json", "lowercase", "title")  # a control needs other instructions, also where few are named
 SHOWN = ("none", "steered")
 MEANS = (*CONDITIONS, "quality_none", "quality_steered", "subject_kept", "degenerate")
@@ -115,13 +116,14 @@ def demonstrate(
 
     other: the vector of an instruction that is not alike, at its own settings, since a vector that ships has
     its one block alone.
-    Replies are cut at REAL_TOKENS, so that this takes a minute or two on a laptop.
+    Replies are cut at REAL_TOKENS, or LEARNED_TOKENS, so that this takes a minute or two on a laptop.
     """
     started = time.perf_counter()
     queries = spread(catalog.queries["test"], n)
+    limits = {name: _limit(vector) for name, vector in vectors.items()}
     with stage("asking the model alone") as advance:
         advance(0, 0)
-        plain = plain_replies(engine, queries, max_tokens=REAL_TOKENS)
+        plain = {limit: plain_replies(engine, queries, max_tokens=limit) for limit in set(limits.values())}
         plain_mean = mean_state(engine, queries)
     outcomes: dict[str, dict[str, Outcome]] = {}
     with stage("comparing conditions") as advance:
@@ -139,9 +141,9 @@ def demonstrate(
                     "random": random_control(vector, plain_mean, seed),
                     **({"other": others[done % len(others)]} if others else {}),
                 },
-                plain=plain,
+                plain=plain[limits[name]],
                 scored=("none", "steered"),
-                max_tokens=REAL_TOKENS,
+                max_tokens=limits[name],
             )
     rows = [_real_row(catalog.get(name), vectors[name], found) for name, found in outcomes.items()]
     return {
@@ -160,13 +162,20 @@ def answers(
     """One question, plain and under each vector, as `examples` of the document."""
     steers = [(), *((vector,) for vector in vectors.values())]
     replies = engine.generate_batch(
-        [question] * len(steers), steer=steers, max_tokens=REAL_TOKENS, sampling=GREEDY
+        [question] * len(steers),
+        steer=steers,
+        max_tokens=max(map(_limit, vectors.values())),
+        sampling=GREEDY,
     )
     plain, *steered = [reply.text for reply in replies]
     return [
         {"id": name, "query": question, "none": plain, "steered": text}
         for name, text in zip(vectors, steered, strict=True)
     ]
+
+
+def _limit(vector: ControlVector) -> int:
+    return LEARNED_TOKENS if vector.mode == "gate" else REAL_TOKENS
 
 
 def _real_row(

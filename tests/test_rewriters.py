@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from localsteer.errors import CatalogError
 from localsteer.evaluate import INSTRUCTION_IDS, is_degenerate, verify
-from localsteer.verify import REWRITERS, can_rewrite, rewrite, trim_before_loop, trim_to_sentence
+from localsteer.verify import (
+    REWRITERS,
+    can_rewrite,
+    rewrite,
+    trim_before_loop,
+    trim_to_paragraph,
+    trim_to_sentence,
+)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -418,6 +425,25 @@ def test_a_cut_reply_ends_with_its_last_whole_sentence(reply, trimmed):
 )
 def test_a_reply_that_goes_round_in_circles_ends_before_it_does(reply, trimmed):
     assert trim_before_loop(reply) == trimmed
+
+
+@pytest.mark.parametrize(
+    ("reply", "trimmed"),
+    [
+        ("Foxes hunt.\n\nOwls fly by night.\n\nBees dance.", "Foxes hunt.\n\nOwls fly by night."),
+        ("Foxes hunt mice by night.\n \nOwls", "Foxes hunt mice by night."),
+        (
+            "Three tips for the night:\n\n1. Eat well.\n2. Sleep.\n\nBye",
+            "Three tips for the night:\n\n1. Eat well.\n2. Sleep.",
+        ),
+        ("Foxes hunt mice:\n```\nx = 1\n\ny = 2\n```\n\nSo", "Foxes hunt mice:\n```\nx = 1\n\ny = 2\n```"),
+        ("Foxes hunt mice by night.\n\n", None),
+        ("Foxes hunt mice by night.", None),
+        ("", None),
+    ],
+)
+def test_the_first_paragraphs_leave_nothing_open(reply, trimmed):
+    assert trim_to_paragraph(reply, 5) == trimmed
 
 
 # --- time --------------------------------------------------------------------------------------------------

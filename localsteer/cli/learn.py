@@ -51,7 +51,7 @@ N_SEQ_MAX = 16
     "--blocks",
     type=options.Blocks(),
     metavar="BLOCKS",
-    help="Blocks that race: 12, 3,4 or 3-5. [default: three around the middle]",
+    help="Blocks that race: 12, 3,4 or 3-5. [default: two in the upper half]",
 )
 @click.option(
     "--positions",
@@ -61,11 +61,15 @@ N_SEQ_MAX = 16
     help="Which tokens are steered.",
 )
 @click.option(
-    "--steps", default=60, show_default=True, type=click.IntRange(min=1), help="Gradient steps, at most."
+    "--steps",
+    default=50,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Gradient steps on the examples, at most; half as many follow on its own replies.",
 )
 @click.option(
     "--rate",
-    default=0.02,
+    default=0.012,
     show_default=True,
     type=click.FloatRange(min=0, min_open=True),
     help="Learning rate; it is halved when the loss runs away.",

@@ -22,14 +22,16 @@ from localsteer.evaluate.quality import is_degenerate
 from localsteer.evaluate.verify import verify
 from localsteer.generate import GREEDY
 from localsteer.tune.replies import told_prompt
-from localsteer.verify import can_rewrite, rewrite, trim_before_loop
+from localsteer.verify import can_rewrite, rewrite, trim_before_loop, trim_to_paragraph
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
     from localsteer.generate import Reply
+    from localsteer.vector import ControlVector
 
 FEWEST = 4  # examples; fewer are learned by heart
-MAX_TOKENS = 160  # of a reply
+MAX_TOKENS = 192  # of a reply
+LEAST_WORDS = 40  # of the paragraphs that are left of a reply without an end
 # The told model's replies are taken where it follows at least this often: they are what it would say by
 # itself. Where it rarely does, the few that pass are its oddest.
 FOLLOWS = 0.5
@@ -110,11 +112,9 @@ def _told(
 def rewritten(
     engine: Engine, instruction: Instruction, query: Query, reply: Reply, seed: int
 ) -> Example | None:
-    """None where the reply can't be rewritten. One that goes round in circles ends before it does. One that
-    was cut by the limit stays open at its end, unless its form has an end of its own (JSON's last brace),
-    which anything more would break."""
-    said = trim_before_loop(reply.text)
-    was_cut = reply.finish_reason == "length" and said == reply.text
+    """None where the reply can't be rewritten. One that still has no end stays open, unless its form has an
+    end of its own (JSON's last brace), which anything more would break."""
+    said, was_cut = _with_an_end(reply)
     if is_degenerate(said):
         return None
     kwargs = instruction.kwargs_for(query.text)
@@ -123,6 +123,48 @@ def rewritten(
         return None
     ends = not was_cut or not verify(instruction.verifier, _going_on(text), kwargs, prompt=query.text)
     return _from_text(engine, query.text, text, ends=ends, plain=reply.tokens, source="rewritten")
+
+
+def of_steered(
+    engine: Engine,
+    instruction: Instruction,
+    queries: Sequence[Query],
+    vector: ControlVector,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    seed: int = 0,
+    report: Report | None = None,
+) -> list[Example]:
+    """What the model says under a vector, rewritten where it does not follow yet: the mistakes that are left,
+    in the places where they are made. None of a reply that is degenerate, or that can't be rewritten; none at
+    all where every reply follows."""
+    if report:
+        report("replies under what was learned", 0, len(queries))
+    replies = _replies(engine, [query.text for query in queries], max_tokens, vector)
+    pairs = list(zip(queries, replies, strict=True))
+    if all(judge(instruction, query, reply).followed for query, reply in pairs):
+        return []
+    examples = [
+        rewritten(engine, instruction, query, reply, seed)
+        for query, reply in pairs
+        if not is_degenerate(reply.text)
+    ]
+    return [example for example in examples if example is not None]
+
+
+def _with_an_end(reply: Reply) -> tuple[str, bool]:
+    """The text, and whether the limit still cuts it.
+
+    A reply that was cut, or that goes round in circles, ends after its first paragraphs: the model learns to
+    end where it would begin another. An end after just any sentence can't be foreseen, and is never likely
+    enough for greedy decoding: JSON would not be closed.
+    """
+    said = trim_before_loop(reply.text)
+    loops = said != reply.text
+    if reply.finish_reason != "length" and not loops:
+        return said, False
+    paragraphs = trim_to_paragraph(said, LEAST_WORDS)
+    return (said, not loops) if paragraphs is None else (paragraphs, False)
 
 
 def _going_on(text: str) -> str:
@@ -178,8 +220,11 @@ def _enough(examples: list[Example], instruction: Instruction, what: str) -> lis
     return examples
 
 
-def _replies(engine: Engine, prompts: Sequence[str], max_tokens: int) -> list[Reply]:
-    return engine.generate_batch(list(prompts), max_tokens=max_tokens, sampling=GREEDY)
+def _replies(
+    engine: Engine, prompts: Sequence[str], max_tokens: int, vector: ControlVector | None = None
+) -> list[Reply]:
+    steer = () if vector is None else [vector]
+    return engine.generate_batch(list(prompts), steer=steer, max_tokens=max_tokens, sampling=GREEDY)
 
 
 def _example(engine: Engine, prompt: str, reply: Reply, plain: Sequence[int] | None, source: str) -> Example:

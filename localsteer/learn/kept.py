@@ -23,8 +23,9 @@ class Kept:
     def __init__(self, folder: Path | None, digest: str) -> None:
         self._folder, self._digest = folder, digest
 
-    def examples(self) -> list[Example]:
-        record = self._read_json()
+    def examples(self, own: bool = False) -> list[Example]:
+        """own: those of the model under what it had learned."""
+        record = self._read_json(_file(own))
         if record.get("digest") != self._digest:
             return []
         return [
@@ -32,10 +33,10 @@ class Kept:
             for prompt, reply, kept, source in record["examples"]
         ]
 
-    def keep_examples(self, examples: Sequence[Example]) -> None:
+    def keep_examples(self, examples: Sequence[Example], own: bool = False) -> None:
         rows = [(one.prompt, one.reply, one.kept.astype(int).tolist(), one.source) for one in examples]
         text = json.dumps({"digest": self._digest, "examples": rows})
-        self._write("examples.json", lambda path: path.write_text(text, "utf-8"))
+        self._write(_file(own), lambda path: path.write_text(text, "utf-8"))
 
     def state(self) -> dict[str, Any] | None:
         if self._folder is None:
@@ -50,7 +51,7 @@ class Kept:
         self._write("steps.pt", lambda path: torch.save({"digest": self._digest, **state}, path))
 
     def forget(self) -> None:
-        for name in ("examples.json", "steps.pt"):
+        for name in (_file(False), _file(True), "steps.pt"):
             if self._folder is not None:
                 with suppress(OSError):
                     (self._folder / name).unlink()
@@ -58,11 +59,11 @@ class Kept:
             with suppress(OSError):
                 self._folder.rmdir()
 
-    def _read_json(self) -> dict[str, Any]:
+    def _read_json(self, name: str) -> dict[str, Any]:
         if self._folder is None:
             return {}
         try:
-            return json.loads((self._folder / "examples.json").read_text("utf-8"))
+            return json.loads((self._folder / name).read_text("utf-8"))
         except (OSError, ValueError):
             return {}
 
@@ -72,3 +73,7 @@ class Kept:
         self._folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self._folder / name) as path:
             write(path)
+
+
+def _file(own: bool) -> str:
+    return "own_examples.json" if own else "examples.json"

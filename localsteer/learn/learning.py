@@ -19,6 +19,7 @@ from localsteer.tune.record import of as record_of
 from localsteer.tune.setting import Setting
 from localsteer.tune.targets import Told
 from localsteer.vector import ControlVector
+from localsteer.verify import can_rewrite
 
 from . import examples as gathering
 from .kept import Kept
@@ -35,8 +36,10 @@ METHOD = "learned by likelihood"
 N_EXAMPLES = 48
 N_HELD_OUT = 8
 N_CHECKED = 12  # validation queries of the check
-MAX_TOKENS = 2 * gathering.MAX_TOKENS  # of a reply in the check: a form that must be closed (JSON) needs room
-DEPTHS = (0.35, 0.5, 0.65)  # of the blocks that race
+MAX_TOKENS = (
+    gathering.MAX_TOKENS + 64
+)  # of a reply in the check: a form that must be closed (JSON) needs room
+DEPTHS = (0.65, 0.82)  # of the blocks that race
 RACE_STEPS = 8
 EVERY = 5  # steps between two looks at the held-out loss
 PATIENCE = 4  # looks without a better one, after which the steps end
@@ -101,22 +104,24 @@ def learn(
             engine, instruction, queries[:N_EXAMPLES], seed=recipe.seed, report=report
         )
         kept.keep_examples(examples)
-    learning = _Learning(engine, list(examples), checkpoint, n_threads, report)
+    learning = _Learning(engine, list(examples), checkpoint, n_threads, kept, report)
     stopped = False
     try:
-        training = learning.race(layers, recipe, kept)
-        learning.steps(training, recipe.n_steps, kept)
+        learning.race(layers, recipe)
+        learning.steps(recipe.n_steps)
+        if instruction.verifier and can_rewrite(instruction.verifier):
+            learning.own_steps(instruction, queries[:N_EXAMPLES], recipe)
     except KeyboardInterrupt:
-        training = learning.training
-        if training is None or not math.isfinite(training.best):
+        if learning.training is None or not math.isfinite(learning.training.best):
             raise
         stopped = True
+    training = learning.training
     vector = as_vector(engine, instruction, queries, training.layer, training.learned(), recipe)
     vector, record = _checked(engine, vector, instruction, validation, report)
     record |= {
         "search": "learned",
         "examples": {"n": len(examples), "source": examples[0].source},
-        "steps": training.step,
+        "steps": learning.n_steps,
         "loss": round(training.best, 4),
         "blocks_raced": list(layers),
         "seconds": round(time.perf_counter() - started, 1),
@@ -129,47 +134,107 @@ def learn(
 
 
 class _Learning:
+    """The steps of a run: on the examples, then on what the model says under what it has learned by then.
+
+    training: of the steps that were taken last. curve: of all of them, on the block that won.
+    """
+
     def __init__(
         self,
         engine: Engine,
         examples: list[Example],
         checkpoint: str | None,
         n_threads: int | None,
+        kept: Kept,
         report: Report,
     ) -> None:
-        self._report = report
+        self._engine, self._kept, self._report = engine, kept, report
         n_tokens = BATCH * max(len(example.tokens) for example in examples)
         report("loading the weights", 0, 0)
         self._weights = Weights.load(engine, checkpoint, n_tokens=n_tokens, n_threads=n_threads)
         # of few examples none can be spared for looking: they are learned by heart a little
         n_held = min(N_HELD_OUT, len(examples) // 4)
-        self._own, self._held = examples[n_held:], examples[:n_held] or examples
+        self._examples, self._held_out = examples[n_held:], examples[:n_held] or examples
+        self._state = kept.state() or {}
+        self.curve = [Look(*look) for look in self._state.get("curve", ())]
         self.training: Training | None = None
-        self.curve: list[Look] = []
+        self._first: Training | None = None  # once the steps on its own replies have begun
 
-    def race(self, layers: Sequence[int], recipe: Recipe, kept: Kept) -> Training:
-        """Training of the block with the lowest held-out loss after a few steps."""
-        state = kept.state()
-        layers = [state["layer"]] if state else layers
-        own, held = (self._prepared(some, layers) for some in (self._own, self._held))
-        if not all(is_exact(self._weights, layer, own[0]) for layer in layers):
+    @property
+    def n_steps(self) -> int:
+        return sum(training.step for training in (self._first, self.training) if training is not None)
+
+    def race(self, layers: Sequence[int], recipe: Recipe) -> None:
+        """Goes on with the block that has the lowest held-out loss after a few steps."""
+        layers = [self._state["layer"]] if self._state else layers
+        self._own = self._prepared(self._examples, layers)
+        self._held = self._prepared(self._held_out, layers)
+        if not all(is_exact(self._weights, layer, self._own[0]) for layer in layers):
             raise LocalsteerError(
                 "this model treats its blocks by number, so they can't be run from the middle on."
             )
-        runners = [Training(self._weights, layer, own, held, recipe) for layer in layers]
-        if state:
-            self.training = runners[0]
-            self.training.restore(state["training"])
-            self.curve = [Look(*look) for look in state["curve"]]
-        elif len(runners) == 1:
-            self.training = runners[0]
-        else:
-            for runner in runners:
-                self._report(f"racing block {runner.layer}", runners.index(runner), len(runners))
+        runners = [Training(self._weights, layer, self._own, self._held, recipe) for layer in layers]
+        if self._state:
+            runners[0].restore(self._state["first"] or self._state["training"])
+        elif len(runners) > 1:
+            for done, runner in enumerate(runners):
+                self._report(f"racing block {runner.layer}", done, len(runners))
                 runner.run(RACE_STEPS)
                 runner.look()
-            self.training = min(runners, key=lambda runner: runner.best)
-        return self.training
+        self.training = min(runners, key=lambda runner: runner.best)
+
+    def steps(self, n_steps: int) -> None:
+        training, before = self.training, self._first.step if self._first else 0
+        while training.step < n_steps and training.stale < PATIENCE:
+            training.run(min(EVERY, n_steps - training.step))
+            training.look()
+            self.curve.append(Look(before + training.step, training.loss, training.held))
+            what = "its own replies" if self._first else "the examples"
+            self._report(
+                f"learning at block {training.layer} from {what}, loss {training.loss:.2f}, held out "
+                f"{training.held:.2f}",
+                training.step,
+                n_steps,
+            )
+            self._kept.keep_state(
+                {
+                    "layer": training.layer,
+                    "first": self._first and self._first.state(),
+                    "training": training.state(),
+                    "curve": [(look.step, look.loss, look.held_out) for look in self.curve],
+                }
+            )
+
+    def own_steps(self, instruction: Instruction, queries: Sequence[Query], recipe: Recipe) -> None:
+        """Half as many steps, on the replies that it brings by now beside the examples: a model that learns
+        from rewritten replies alone never sees where its own go wrong. None where all of them follow."""
+        first = self.training
+        own = self._kept.examples(own=True)
+        if not own:
+            vector = as_vector(self._engine, instruction, queries, first.layer, first.learned(), recipe)
+            own = gathering.of_steered(
+                self._engine, instruction, queries, vector, seed=recipe.seed, report=self._report
+            )
+            self._kept.keep_examples(own, own=True)
+        if len(own) < gathering.FEWEST:
+            return
+        prepared = self._prepared(own, [first.layer])
+        half = max(1, min(N_HELD_OUT, len(own) // 4) // 2)
+        recipe = replace(recipe, rate=recipe.rate / 2, n_steps=recipe.n_steps // 2, seed=recipe.seed + 1)
+        training = Training(
+            self._weights,
+            first.layer,
+            [*self._own, *prepared[half:]],
+            [*self._held[:half], *prepared[:half]],
+            recipe,
+            first.best_gate(),
+        )
+        if self._state.get("first"):
+            training.restore(self._state["training"])
+        else:
+            training.look()
+        self._first, self.training = first, training
+        self.steps(recipe.n_steps)
 
     def _prepared(self, examples: Sequence[Example], layers: Sequence[int]) -> list[Prepared]:
         return prepare(
@@ -178,22 +243,6 @@ class _Learning:
             layers,
             lambda done, total: self._report("what the plain model makes of the examples", done, total),
         )
-
-    def steps(self, training: Training, n_steps: int, kept: Kept) -> None:
-        since_best = 0
-        while training.step < n_steps and since_best < PATIENCE:
-            before = training.best
-            training.run(min(EVERY, n_steps - training.step))
-            training.look()
-            since_best = 0 if training.best < before else since_best + 1
-            self.curve.append(Look(training.step, training.loss, training.held))
-            self._report(
-                f"learning at block {training.layer}, loss {training.loss:.2f}, held out {training.held:.2f}",
-                training.step,
-                n_steps,
-            )
-            curve = [(look.step, look.loss, look.held_out) for look in self.curve]
-            kept.keep_state({"layer": training.layer, "training": training.state(), "curve": curve})
 
 
 def checked_blocks(blocks: Sequence[int] | None, n_layer: int) -> list[int]:

@@ -35,20 +35,25 @@ CHANGED = 0.5  # share of the loss that is of changed tokens alone
 N_KEPT = 24  # other tokens of an example that a step looks at, drawn anew: logits cost as much as ten blocks
 KEEP = 0.1  # weight of the distance from the plain model, beside the loss
 N_TOP = 32  # of the plain model's probabilities that are kept for each token; the rest is one lump
+PLAIN_STATE = ("step", "stale", "loss", "held", "best", "_rate", "_order")  # of a Training
 WORSE = 1.3  # times the best held-out loss: beyond, the steps were too long
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a vector is learned. blocks: those that race; None takes three around the middle. positions: where
-    the edit acts, in learning and later. constant: an ordinary control vector, without a gate. n_steps: at
-    most. rate: the learning rate. seed: of everything random, and of the form of rewritten replies."""
+    """How a vector is learned.
+
+    blocks: those that race; None takes two in the upper half. positions: where the edit acts, in learning and
+    later. constant: an ordinary control vector, without a gate. n_steps: on the examples, at most; half as
+    many follow on replies that it brings by then. rate: the learning rate. seed: of everything random, and of
+    the form of rewritten replies.
+    """
 
     blocks: tuple[int, ...] | None = None
     positions: str = "all"
     constant: bool = False
-    n_steps: int = 60
-    rate: float = 0.02
+    n_steps: int = 50
+    rate: float = 0.012
     seed: int = 0
 
 
@@ -93,9 +98,10 @@ def typical_length(prepared: Sequence[Prepared], layer: int) -> float:
 
 
 class Training:
-    """Steps on one block.
+    """Steps on one block. gate: what they begin with, a new one by default.
 
-    loss: of the last step. held: the held-out loss where it was last taken, best: the lowest so far.
+    loss: of the last step. held: the held-out loss where it was last taken, best: the lowest so far. stale:
+    looks since then.
     """
 
     def __init__(
@@ -105,11 +111,12 @@ class Training:
         examples: Sequence[Prepared],
         held_out: Sequence[Prepared],
         recipe: Recipe,
+        gate: Gate | None = None,
     ) -> None:
         self._weights, self.layer, self._recipe = weights, layer, recipe
         self._examples, self._held_out = list(examples), list(held_out)
         scale = typical_length(examples, layer) / 10
-        self.gate = Gate(weights.n_embd, scale, constant=recipe.constant, seed=recipe.seed)
+        self.gate = gate or Gate(weights.n_embd, scale, constant=recipe.constant, seed=recipe.seed)
         self._free = [self.gate.writer, self.gate.bias, *([] if recipe.constant else [self.gate.reader])]
         self._optimizer = torch.optim.AdamW(
             [
@@ -122,7 +129,8 @@ class Training:
         self._rate = recipe.rate
         self._random = np.random.default_rng(recipe.seed)
         self._order: list[int] = []
-        self.step, self.loss, self.held, self.best = 0, math.nan, math.nan, math.inf
+        self.step, self.stale = 0, 0
+        self.loss, self.held, self.best = math.nan, math.nan, math.inf
         self._best_state = copy.deepcopy(self.gate.state_dict())
 
     def run(self, n: int) -> None:
@@ -146,35 +154,41 @@ class Training:
                 float(self._losses(batch)) * len(batch) for batch in _split(self._held_out, MICRO_BATCH)
             ]
         self.held = sum(losses) / len(self._held_out)
+        self.stale += 1
         if self.held < self.best:
-            self.best = self.held
+            self.best, self.stale = self.held, 0
             self._best_state = copy.deepcopy(self.gate.state_dict())
         elif not self.held <= WORSE * self.best:
             self._go_back()
         return self.held
 
-    def learned(self) -> Learned:
+    def best_gate(self) -> Gate:
         """The best so far, by the held-out loss."""
         gate = copy.deepcopy(self.gate)
         gate.load_state_dict(self._best_state)
+        return gate
+
+    def learned(self) -> Learned:
+        gate = self.best_gate()
         with torch.inference_mode():
             means = [float(gate.weights(one.states[self.layer][1:]).mean()) for one in self._examples]
         return gate.learned(float(np.mean(means)))
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs to go on as if nothing had stopped it."""
-        own = {name: getattr(self, name) for name in ("step", "loss", "held", "best", "_rate", "_order")}
-        return own | {
+        return {name: getattr(self, name) for name in PLAIN_STATE} | {
             "gate": self.gate.state_dict(),
+            "scale": self.gate.scale,
             "best_state": self._best_state,
             "optimizer": self._optimizer.state_dict(),
             "random": self._random.bit_generator.state,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        for name in ("step", "loss", "held", "best", "_rate", "_order"):
+        for name in PLAIN_STATE:
             setattr(self, name, state[name])
         self.gate.load_state_dict(state["gate"])
+        self.gate.scale = state["scale"]
         self._best_state = state["best_state"]
         self._optimizer.load_state_dict(state["optimizer"])
         self._random.bit_generator.state = state["random"]

@@ -9,6 +9,10 @@
 from __future__ import annotations
 
 from localsteer.verify.rewriters import REWRITERS, can_rewrite, rewrite
-from localsteer.verify.rewriters.sentences import trim_before_loop, trim_to_sentence
+from localsteer.verify.rewriters.sentences import (
+    trim_before_loop,
+    trim_to_paragraph,
+    trim_to_sentence,
+)
 
-__all__ = ["REWRITERS", "can_rewrite", "rewrite", "trim_before_loop", "trim_to_sentence"]
+__all__ = ["REWRITERS", "can_rewrite", "rewrite", "trim_before_loop", "trim_to_paragraph", "trim_to_sentence"]

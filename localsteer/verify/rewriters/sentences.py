@@ -1,5 +1,5 @@
-"""Sentences of a reply; one that a token limit has cut, back at the end of its last sentence; and one that goes
-round in circles, back at the last sentence that says something new."""
+"""Sentences of a reply; one that a token limit has cut, back at the end of its last sentence; one that goes
+round in circles, back at the last sentence that says something new; and the first paragraph or two."""
 
 from __future__ import annotations
 
@@ -73,6 +73,21 @@ def trim_before_loop(reply: str) -> str:
         said.update(_shingles([*words[1 - _SHINGLE :], *own]))
         words = own
     return reply
+
+
+def trim_to_paragraph(reply: str, least: int) -> str | None:
+    """The reply up to the first empty line that comes after `least` words or more and leaves nothing open: no
+    fence, and no line that announces what follows. None where there is no such line, or nothing after it."""
+    lines = reply.split("\n")
+    for at in range(1, len(lines)):
+        before = [line.rstrip() for line in lines[:at]]
+        if lines[at].strip() or not any(line.strip() for line in lines[at:]):
+            continue
+        if len(_WORD.findall("\n".join(before))) < least or not before[-1] or _announces(before[-1]):
+            continue
+        if sum(map(is_fence, before)) % 2 == 0:
+            return "\n".join(before)
+    return None
 
 
 def _shingles(words: Sequence[str]) -> list[tuple[str, ...]]:

@@ -1,0 +1,292 @@
+"""What learned vectors do on questions that nothing was learned from, beside telling, with controls.
+
+    python benchmarks/learned.py -m smol -o FOLDER [-i json,lowercase] [-n 40] [--static] [--found]
+
+For each instruction of the general catalogue that has a rewriter, `localsteer learn` at its defaults, then
+greedy replies to unseen test questions:
+
+    none     the model alone                          told     the instruction in the prompt, in words
+    learned  the learned gate, no word of it          both     told and learned
+    random   its gate, a random direction as long     other    another instruction's learned vector
+    static   (--static) a learned constant            found    (--found) difference in means, the setting
+                                                               that `tune` chooses
+
+A reply counts where its verifier passes and it is not degenerate; intervals are Wilson's, 95%. Quality of the
+learned replies: the share that names the question's subject, their length beside the plain replies', and
+`ppl`, their perplexity under the plain model over that of plain replies rewritten to follow, so that the form
+itself costs nothing. FOLDER keeps vectors and rows, so that a run that was stopped goes on. The last line is
+JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localsteer import ControlVector, Engine, __version__
+from localsteer.cache import atomic_path, file_hash
+from localsteer.catalog import Catalog, Instruction, Query, load_catalog
+from localsteer.errors import LocalsteerError
+from localsteer.evaluate.conditions import (
+    Outcome,
+    alike,
+    mean_state,
+    plain_replies,
+    random_control,
+    run_conditions,
+)
+from localsteer.evaluate.intervals import wilson
+from localsteer.evaluate.study import spread
+from localsteer.extract import extract
+from localsteer.generate import Reply
+from localsteer.learn import Recipe, learn
+from localsteer.learn.examples import rewritten
+from localsteer.model_names import path_of
+from localsteer.tune import N_SEQ_MAX, tune
+from localsteer.verify import can_rewrite
+
+CONDITIONS = ("none", "steered", "instructed", "both", "random", "other")
+NAMES = {"steered": "learned", "instructed": "told"}
+N_PAIRS = 32  # of a difference in means, as first use takes
+
+
+def main() -> None:
+    arguments = _arguments()
+    catalog = load_catalog()
+    folder = Path(arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = path_of(arguments.model)
+    instructions = _instructions(catalog, arguments.instructions)
+    with Engine(path, n_seq_max=N_SEQ_MAX, n_threads=arguments.threads) as engine:
+        print(
+            f"{path.name}, {platform.machine()}, {engine.context.n_threads} threads, localsteer {__version__}"
+        )
+        lessons = Lessons(engine, catalog, folder, arguments.threads)
+        vectors = {each.id: lessons.vector(each, constant=False) for each in instructions}
+        rows = []
+        for instruction in instructions:
+            row = lessons.measured(instruction, vectors, arguments)
+            rows.append(row)
+            print(_line(row), flush=True)
+    document = {"model": path.name, "sha256": file_hash(path), "n": arguments.n, "rows": rows}
+    print(json.dumps({**document, "mean": _mean(rows)}))
+
+
+class Lessons:
+    """Vectors and rows of one model, in a folder."""
+
+    def __init__(self, engine: Engine, catalog: Catalog, folder: Path, n_threads: int | None) -> None:
+        self._engine, self._catalog, self._folder, self._n_threads = engine, catalog, folder, n_threads
+        self._plain: dict[tuple[Query, ...], list[Reply]] = {}
+
+    def vector(self, instruction: Instruction, *, constant: bool) -> ControlVector | None:
+        """None where it can't be learned; the reason is printed."""
+        path = self._folder / f"{instruction.id}{'-static' if constant else ''}.gguf"
+        if not path.exists():
+            queries, validation = (
+                self._catalog.queries_for(instruction, split) for split in ("extraction", "validation")
+            )
+            try:
+                lesson = learn(
+                    self._engine,
+                    instruction,
+                    queries,
+                    validation,
+                    Recipe(constant=constant),
+                    n_threads=self._n_threads,
+                )
+            except LocalsteerError as error:
+                print(error, flush=True)
+                return None
+            lesson.vector.save(path)
+            print(f"{path.stem:<20} learned in {lesson.record['seconds']:.0f} s", flush=True)
+        return ControlVector.load(path)
+
+    def measured(
+        self,
+        instruction: Instruction,
+        vectors: Mapping[str, ControlVector | None],
+        arguments: argparse.Namespace,
+    ) -> dict[str, Any]:
+        path = self._folder / f"{instruction.id}-{arguments.n}.json"
+        row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"id": instruction.id}
+        vector = vectors[instruction.id]
+        if vector is None:
+            return row
+        test = spread(self._catalog.queries_for(instruction, "test"), arguments.n)
+        if "none" not in row:
+            row |= self._arms(instruction, vector, test, vectors)
+        if arguments.static and "static" not in row:
+            row["static"] = self._alone(instruction, self.vector(instruction, constant=True), test)
+        if arguments.found and "found" not in row:
+            row["found"] = self._alone(instruction, self._found(instruction), test)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(row))
+        return row
+
+    def _arms(
+        self,
+        instruction: Instruction,
+        vector: ControlVector,
+        test: Sequence[Query],
+        vectors: Mapping[str, ControlVector | None],
+    ) -> dict[str, Any]:
+        plain = self._plain_replies(test)
+        controls = {"random": random_control(vector, mean_state(self._engine, test), seed=0)}
+        other = self._other(instruction, vectors)
+        if other is not None:
+            controls["other"] = other
+        outcomes = run_conditions(
+            self._engine,
+            instruction,
+            vector,
+            test,
+            controls=controls,
+            conditions=CONDITIONS,
+            plain=plain,
+            scored=("steered",),
+        )
+        record = vector.provenance["validation"]
+        row = {NAMES.get(name, name): _share(outcome) for name, outcome in outcomes.items()}
+        row |= {"seconds": record["seconds"], "layer": vector.layers[0], "strength": vector.strength}
+        return row | {"quality": self._quality(instruction, outcomes, test, plain)}
+
+    def _plain_replies(self, test: Sequence[Query]) -> list[Reply]:
+        key = tuple(test)
+        if key not in self._plain:
+            self._plain[key] = plain_replies(self._engine, test)
+        return self._plain[key]
+
+    def _other(
+        self, instruction: Instruction, vectors: Mapping[str, ControlVector | None]
+    ) -> ControlVector | None:
+        """The next instruction's that is not alike and steers at all."""
+        ids = list(vectors)
+        start = ids.index(instruction.id) + 1
+        for name in (*ids[start:], *ids[: start - 1]):
+            vector = vectors[name]
+            if vector is not None and vector.strength and not alike(self._catalog.get(name), instruction):
+                return vector
+        return None
+
+    def _found(self, instruction: Instruction) -> ControlVector:
+        queries = self._catalog.queries_for(instruction, "extraction")
+        vector = extract(self._engine, instruction, queries, n_pairs=N_PAIRS)
+        validation = self._catalog.queries_for(instruction, "validation")
+        return tune(self._engine, vector, instruction, validation).vector
+
+    def _alone(
+        self, instruction: Instruction, vector: ControlVector | None, test: Sequence[Query]
+    ) -> dict[str, Any] | None:
+        if vector is None:
+            return None
+        outcomes = run_conditions(self._engine, instruction, vector, test, conditions=("steered",), scored=())
+        return _share(outcomes["steered"])
+
+    def _quality(
+        self,
+        instruction: Instruction,
+        outcomes: Mapping[str, Outcome],
+        test: Sequence[Query],
+        plain: Sequence[Reply],
+    ) -> dict[str, float | None]:
+        none, learned = outcomes["none"], outcomes["steered"]
+        n_plain, n_learned = (
+            sum(len(reply.tokens) for reply in outcome.replies) for outcome in (none, learned)
+        )
+        return {
+            "subject_plain": none.subject_kept,
+            "subject_learned": learned.subject_kept,
+            "length": round(n_learned / n_plain, 3) if n_plain else None,
+            "ppl": self._perplexity_ratio(instruction, learned, test, plain),
+            "distinct": round(len({reply.text for reply in learned.replies}) / learned.n, 3),
+        }
+
+    def _perplexity_ratio(
+        self, instruction: Instruction, learned: Outcome, test: Sequence[Query], plain: Sequence[Reply]
+    ) -> float | None:
+        """Both sides carry the form, so that only what it holds is compared."""
+        examples = [
+            rewritten(self._engine, instruction, query, reply, 0)
+            for query, reply in zip(test, plain, strict=True)
+        ]
+        pairs = [(example.prompt, example.reply) for example in examples if example is not None]
+        if not pairs or learned.perplexity is None:
+            return None
+        reference = math.exp(-float(np.mean(self._engine.score(pairs))))
+        return round(learned.perplexity / reference, 3)
+
+
+def _share(outcome: Outcome) -> dict[str, Any]:
+    n_followed = sum(bool(reply.followed) for reply in outcome.replies)
+    low, high = wilson(n_followed, outcome.n)
+    return {
+        "followed": outcome.followed,
+        "low": round(low, 3),
+        "high": round(high, 3),
+        "degenerate": outcome.degenerate,
+        "subject_kept": outcome.subject_kept,
+    }
+
+
+def _instructions(catalog: Catalog, names: str | None) -> list[Instruction]:
+    if names:
+        return [catalog.get(name) for name in names.split(",")]
+    return [
+        instruction.fill()
+        for instruction in catalog.instructions.values()
+        if instruction.verifier
+        and can_rewrite(instruction.verifier)
+        and all(slot in instruction.slots for slot in instruction.open_slots)
+    ]
+
+
+ARMS = ("none", "found", "static", "learned", "told", "both", "random", "other")
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    if "none" not in row:
+        return f"{row['id']:<20} can't be learned"
+    shares = [f"{name} {row[name]['followed']:.0%}" for name in ARMS if row.get(name)]
+    quality = row["quality"]
+    low, high = row["learned"]["low"], row["learned"]["high"]
+    return (
+        f"{row['id']:<20} {', '.join(shares)} (learned {low:.0%} to {high:.0%}); block {row['layer']}, "
+        f"{row['seconds']:.0f} s; length {quality['length']}, ppl {quality['ppl']}, "
+        f"subject {quality['subject_learned']} of {quality['subject_plain']}"
+    )
+
+
+def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Over the instructions that have the arm; one that can't be learned counts as the model alone does."""
+    means = {}
+    for name in ARMS:
+        shares = [row[name]["followed"] for row in rows if row.get(name)]
+        if shares:
+            means[name] = round(sum(shares) / len(shares), 3)
+    return means
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-m", "--model", default="smol")
+    parser.add_argument("-o", "--output", required=True, help="folder of what is done")
+    parser.add_argument("-i", "--instructions")
+    parser.add_argument("-n", type=int, default=40, help="test questions each")
+    parser.add_argument("-t", "--threads", type=int)
+    parser.add_argument("--static", action="store_true")
+    parser.add_argument("--found", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
