@@ -31,11 +31,11 @@ from localsteer.demo import GROUPS
 from localsteer.engine import Engine
 from localsteer.evaluate.conditions import Outcome
 from localsteer.evaluate.intervals import interval
-from localsteer.evaluate.quality import is_degenerate, subject_kept
 from localsteer.evaluate.study import N_CTX, N_SEQ_MAX, Study
 from localsteer.evaluate.workers import Workers
 from localsteer.generate import GREEDY, Reply
 from localsteer.tune import POSITIONS, Tuned
+from localsteer.verify.quality import is_degenerate, subject_kept
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "bundled_model"))

@@ -36,10 +36,10 @@ from localsteer.cache import file_hash
 from localsteer.engine import Engine
 from localsteer.evaluate.intervals import interval, wilson
 from localsteer.evaluate.journal import Journal, Remembered
-from localsteer.evaluate.quality import is_degenerate
 from localsteer.evaluate.suites.ifeval import CASELESS, Item, read_items
-from localsteer.evaluate.verify import verify
 from localsteer.generate import GREEDY, Reply
+from localsteer.verify.quality import is_degenerate
+from localsteer.verify.verdicts import verify
 
 CONDITIONS = ("none", "told", "steered", "both")
 SHOWN = (*CONDITIONS, "decided")

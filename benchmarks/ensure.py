@@ -24,11 +24,11 @@ from typing import Any
 from localsteer import ControlVector, Engine, __version__, bundled
 from localsteer.catalog import Catalog, load_catalog
 from localsteer.ensure import Check, ensure
-from localsteer.evaluate.quality import is_degenerate
 from localsteer.evaluate.study import spread
 from localsteer.extract import extract
 from localsteer.generate import GREEDY, Reply
 from localsteer.tune import tune
+from localsteer.verify.quality import is_degenerate
 
 INSTRUCTIONS = (
     "json",

@@ -22,11 +22,11 @@ from typing import Any
 from localsteer import ControlVector, Engine, __version__
 from localsteer.catalog import Catalog, Instruction, load_catalog
 from localsteer.evaluate.conditions import run_conditions, told_replies
-from localsteer.evaluate.judge import judge
 from localsteer.evaluate.study import spread
 from localsteer.extract import extract
 from localsteer.model_names import path_of
 from localsteer.tune import N_SEQ_MAX, Tuned, tune, tune_exhaustively
+from localsteer.verify.judge import judge
 
 N_TOLD, LEAST_TOLD = 12, 2
 N_PAIRS = 32  # as first use takes

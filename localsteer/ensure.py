@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from .catalog import Instruction
 from .errors import LocalsteerError, PlanError
-from .evaluate.quality import is_degenerate
-from .evaluate.verifiers.early import hopeless
-from .evaluate.verify import check_arguments, verify
 from .generate import Chunk, Reply, Sampling, Timings
 from .plan import Plan
 from .vector import ControlVector
+from .verify.quality import is_degenerate
+from .verify.verdicts import check_arguments, verify
+from .verify.verifiers.early import hopeless
 
 if TYPE_CHECKING:
     from .engine import Engine, Prompt

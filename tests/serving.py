@@ -60,7 +60,7 @@ def best_of(engine: localsteer.Engine, tried: Iterator[localsteer.ControlVector]
 
 def followed(engine: localsteer.Engine, vector: localsteer.ControlVector) -> int:
     """How many of the questions are answered as the vector wants it."""
-    from localsteer.evaluate.verify import verify
+    from localsteer.verify.verdicts import verify
 
     greedy = localsteer.Sampling(temp=0)
     replies = engine.generate_batch(QUESTIONS, steer=vector, sampling=greedy, max_tokens=80)

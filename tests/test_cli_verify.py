@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from cli_runs import invoke, program
 
-from localsteer.evaluate import INSTRUCTION_IDS, verify
-from localsteer.evaluate.verifiers import VERIFIERS
+from localsteer.verify import INSTRUCTION_IDS, verify
+from localsteer.verify.verifiers import VERIFIERS
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 OFFICIAL = DATA / "ifeval_verdicts.jsonl"

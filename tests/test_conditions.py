@@ -22,12 +22,13 @@ from localsteer.evaluate.conditions import (
     run_conditions,
     told_replies,
 )
-from localsteer.evaluate.judge import ENDLESS, judge, log_perplexities, perplexity, share
 from localsteer.extract import extract
 from localsteer.generate import Reply
+from localsteer.perplexity import log_perplexities, perplexity
 from localsteer.plan import Plan, PositionClass
 from localsteer.steering import apply_program
 from localsteer.vector import ControlVector
+from localsteer.verify.judge import ENDLESS, judge, share
 
 N_LAYER, N_EMBD = 4, 32
 CATALOG = load_catalog("bundled")

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from localsteer.evaluate.verifiers import VERIFIERS
-from localsteer.evaluate.verifiers.early import EARLY, hopeless
-from localsteer.evaluate.verify import check_arguments
+from localsteer.verify.verdicts import check_arguments
+from localsteer.verify.verifiers import VERIFIERS
+from localsteer.verify.verifiers.early import EARLY, hopeless
 
 CASES = [
     ("change_case:english_lowercase", {}),

@@ -12,11 +12,11 @@ from localsteer.catalog.languages import NAMES, find_language, languages
 from localsteer.cli import extract as command
 from localsteer.engine import Engine
 from localsteer.errors import CatalogError
-from localsteer.evaluate.language import LANGUAGES
 from localsteer.extract import build_pairs, extract
 from localsteer.extract.levels import DIRECTIONS, LENGTHS, LEVELS, length
 from localsteer.extract.recipes import exclude_word, include_word, language, minus
 from localsteer.plan import Plan
+from localsteer.verify.language import LANGUAGES
 
 GENERAL, BUNDLED = load_catalog(), load_catalog("bundled")
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.heatmap import COLOURS, colour, png_heatmap, terminal_heatmap
+from localsteer.heatmap import COLOURS, colour, png_heatmap, terminal_heatmap
 
 ROWS, COLUMNS = [0, 1, 2], ["all", "prompt"]
 VALUES = [[0.0, 0.25], [1.0, None], [0.5, math.nan]]

@@ -1,4 +1,4 @@
-"""localsteer/evaluate/quality.py: what is flagged as no reply, and what must not be."""
+"""localsteer/verify/quality.py: what is flagged as no reply, and what must not be."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localsteer.evaluate import (
+from localsteer.verify import (
     EMPTY,
     LOCKED,
     LOOPING,
@@ -24,7 +24,7 @@ from localsteer.evaluate import (
     repetition,
     subject_kept,
 )
-from localsteer.evaluate.quality import MIN_RUN_CHARACTERS, MIN_RUN_RULES, MIN_RUN_TOKENS
+from localsteer.verify.quality import MIN_RUN_CHARACTERS, MIN_RUN_RULES, MIN_RUN_TOKENS
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -14,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localsteer.errors import CatalogError
-from localsteer.evaluate import INSTRUCTION_IDS, is_degenerate, verify
 from localsteer.verify import (
+    INSTRUCTION_IDS,
     REWRITERS,
     can_rewrite,
+    is_degenerate,
     rewrite,
     trim_before_loop,
     trim_to_paragraph,
     trim_to_sentence,
+    verify,
 )
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -9,7 +9,6 @@ from bundled_vectors import open_bundled
 from localsteer import ControlVector, bundled
 from localsteer.catalog import Instruction, load_catalog
 from localsteer.errors import CatalogError, PlanError, PromptError
-from localsteer.evaluate.judge import judge
 from localsteer.extract import extract
 from localsteer.generate import GREEDY
 from localsteer.likelihood import Likelihood
@@ -20,6 +19,7 @@ from localsteer.tune.score import Score
 from localsteer.tune.search import STRENGTHS, Search, candidates
 from localsteer.tune.targets import ENOUGH, Telling
 from localsteer.tune.tuning import split
+from localsteer.verify.judge import judge
 
 pytestmark = pytest.mark.skipif(not bundled.is_available(), reason="this copy has no bundled model")
 

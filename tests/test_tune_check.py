@@ -8,10 +8,10 @@ import pytest
 
 from localsteer import bundled
 from localsteer.catalog import load_catalog
-from localsteer.evaluate.judge import ENDLESS
 from localsteer.generate import GREEDY, Reply
 from localsteer.tune import Check, Setting, Trial
 from localsteer.tune.check import IMPROBABLE
+from localsteer.verify.judge import ENDLESS
 
 CATALOG = load_catalog(bundled.CATALOG)
 QUERIES = CATALOG.queries["validation"][:4]

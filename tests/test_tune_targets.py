@@ -10,14 +10,14 @@ import pytest
 from localsteer import bundled
 from localsteer.catalog import Instruction, load_catalog
 from localsteer.errors import PromptError
-from localsteer.evaluate.judge import judge
-from localsteer.evaluate.verify import verify
 from localsteer.generate import GREEDY, Sampling
 from localsteer.likelihood import Likelihood, Row
 from localsteer.plan import Plan
 from localsteer.tune.replies import GIVEN_UP, Asked, replies_to, told_prompt
 from localsteer.tune.setting import Setting
 from localsteer.tune.targets import ENOUGH, MAX_TOKENS, N_ROUND, WORST, Target, Telling
+from localsteer.verify.judge import judge
+from localsteer.verify.verdicts import verify
 
 CATALOG = load_catalog(bundled.CATALOG)
 QUERIES = CATALOG.queries["validation"][:8]

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localsteer.errors import CatalogError, LocalsteerError
-from localsteer.evaluate import INSTRUCTION_IDS, check_arguments, loose_variants, verify
-from localsteer.evaluate.language import LANGUAGES, detect_language
-from localsteer.evaluate.sentences import count_sentences, split_sentences
-from localsteer.evaluate.verifiers import VERIFIERS
-from localsteer.evaluate.words import count_capital_words, count_words
+from localsteer.verify import INSTRUCTION_IDS, check_arguments, loose_variants, verify
+from localsteer.verify.language import LANGUAGES, detect_language
+from localsteer.verify.sentences import count_sentences, split_sentences
+from localsteer.verify.verifiers import VERIFIERS
+from localsteer.verify.words import count_capital_words, count_words
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 MIN_AGREEMENT = 0.99

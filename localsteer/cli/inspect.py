@@ -67,7 +67,7 @@ def command(file: str, model: str | None, plot: str | None, as_json: bool) -> No
     from localsteer.vector import ControlVector, describe
 
     if plot is not None:
-        from localsteer.evaluate.heatmap import check_picture
+        from localsteer.heatmap import check_picture
 
         check_picture(plot)
     file = file if model is None else _shipped(model, file)
@@ -250,7 +250,7 @@ def strip(block: dict[str, Any]) -> str:
 
 def draw(described: dict[str, Any], path: str) -> None:
     """Norms, and projections with their spreads, over the blocks. Raises LocalsteerError."""
-    from localsteer.evaluate.heatmap import new_figure, save_figure
+    from localsteer.heatmap import new_figure, save_figure
 
     figure = new_figure(9, 6)
     norms, projections = figure.subplots(2, 1, sharex=True)

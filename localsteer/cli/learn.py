@@ -166,7 +166,7 @@ def _job(
     else:
         instruction = find_instruction(catalog, text, ())
     if given["plot"]:
-        from localsteer.evaluate.heatmap import check_picture
+        from localsteer.heatmap import check_picture
 
         check_picture(given["plot"])
     return Job(

@@ -132,7 +132,7 @@ def _check_rule(instruction: Instruction) -> None:
     """A wrong verifier or argument is named before the work, not by the first reply that it judges."""
     if instruction.verifier is None:
         return
-    from localsteer.evaluate.verify import check_arguments
+    from localsteer.verify.verdicts import check_arguments
 
     try:
         check_arguments(instruction.verifier, instruction.kwargs_for("?"), prompt="?")

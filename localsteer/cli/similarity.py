@@ -72,7 +72,7 @@ def command(
     from localsteer.extract import build_pairs, open_backend
 
     if plot is not None:
-        from localsteer.evaluate.heatmap import check_picture
+        from localsteer.heatmap import check_picture
 
         check_picture(plot)
     found = catalog_of(model, catalog)
@@ -129,7 +129,7 @@ def _document(done: Similarity, block: int, name: str) -> dict[str, Any]:
 
 
 def _print(done: Similarity, block: int, name: str) -> None:
-    from localsteer.evaluate.heatmap import terminal_heatmap
+    from localsteer.heatmap import terminal_heatmap
 
     console = answer()
     title = f"{name}: cosine between pair differences within an instruction, by block"
@@ -151,7 +151,7 @@ def _print(done: Similarity, block: int, name: str) -> None:
 
 
 def _draw(done: Similarity, block: int, path: str, name: str) -> None:
-    from localsteer.evaluate.heatmap import draw_heatmap, new_figure, save_figure
+    from localsteer.heatmap import draw_heatmap, new_figure, save_figure
 
     k = len(done.instructions)
     height = 2.5 + max(0.32 * k, 2.0)

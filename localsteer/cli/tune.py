@@ -150,7 +150,7 @@ def command(vectors: tuple[str, ...], model: str, as_json: bool, **given: Any) -
     """
     jobs = _jobs(vectors, model, given)
     if given["plot"]:
-        from localsteer.evaluate.heatmap import check_picture
+        from localsteer.heatmap import check_picture
 
         check_picture(given["plot"])
     documents = []
@@ -238,8 +238,8 @@ def _job(
     given: dict[str, Any],
     extraction: tuple[Query, ...] = (),
 ) -> Job:
-    from localsteer.evaluate.verify import check_arguments
     from localsteer.tune.exhaustive import grid
+    from localsteer.verify.verdicts import check_arguments
 
     instruction = replace(instruction, **rule)
     if instruction.verifier is None and (given["exhaustive"] or not instruction.phrasings):

@@ -81,13 +81,13 @@ class HeatMap:
     mark: tuple[int, int] | None
 
     def rendered(self) -> Any:
-        from localsteer.evaluate.heatmap import terminal_heatmap
+        from localsteer.heatmap import terminal_heatmap
 
         content = (self.title, self.rows, self.columns, self.values, self.mark)
         return terminal_heatmap(*content, corner="block", **SHARES)
 
     def draw(self, axes: Any) -> None:
-        from localsteer.evaluate.heatmap import draw_heatmap
+        from localsteer.heatmap import draw_heatmap
 
         draw_heatmap(axes, self.rows, self.columns, self.values, self.mark, **SHARES)
         # a title wider than the picture would be cut off at both ends
@@ -128,7 +128,7 @@ def _heatmap(title: str, figures: Sequence[tuple[Setting, float]], winner: Setti
 
 def draw(done: Sequence[tuple[str, Tuned]], path: str) -> None:
     """One picture of all maps. Raises LocalsteerError."""
-    from localsteer.evaluate.heatmap import new_figure, save_figure
+    from localsteer.heatmap import new_figure, save_figure
 
     maps = [each for label, tuned in done for each in heatmaps(label, tuned)]
     height = sum(1.4 + 0.3 * len(each.rows) for each in maps)

@@ -129,7 +129,7 @@ def _asked(
     ids: Sequence[str], arguments: Sequence[str], prompt: str | None
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """The instructions, each with its checked arguments, as they were written. Raises LocalsteerError."""
-    from localsteer.evaluate import check_arguments
+    from localsteer.verify import check_arguments
 
     if len(arguments) > len(ids):
         raise click.UsageError(
@@ -160,7 +160,7 @@ def _table(text: str) -> Mapping[str, Any]:
 def _verify_one(
     reply: str, asked: Sequence[tuple[str, Mapping[str, Any]]], loose: bool, as_json: bool
 ) -> bool:
-    from localsteer.evaluate import verify
+    from localsteer.verify import verify
 
     passes = [verify(each, reply, kwargs, loose=loose) for each, kwargs in asked]
     if as_json:
@@ -260,7 +260,7 @@ def _rows(text: str, name: str) -> Iterator[Row]:
 
 def _row(number: int, line: str) -> Row:
     """Raises CatalogError with what is wrong in the line."""
-    from localsteer.evaluate import check_arguments
+    from localsteer.verify import check_arguments
 
     try:
         record = json.loads(line)
@@ -293,7 +293,7 @@ def _listed(record: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _judged(row: Row) -> Verdicts:
-    from localsteer.evaluate import verify
+    from localsteer.verify import verify
 
     strict, loose = (
         tuple(verify(each, row.response, kwargs, loose=rule) for each, kwargs in row.instructions)
@@ -369,8 +369,8 @@ def _percent(share: float) -> str:
 
 
 def _list(as_json: bool) -> None:
-    from localsteer.evaluate.verifiers import VERIFIERS
-    from localsteer.evaluate.verifiers.parameters import describe
+    from localsteer.verify.verifiers import VERIFIERS
+    from localsteer.verify.verifiers.parameters import describe
 
     ids = {
         name: {argument: describe(checker) for argument, checker in verifier.parameters.items()}

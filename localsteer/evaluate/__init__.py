@@ -1,22 +1,25 @@
-"""Judging replies without a judge: does a reply follow its instruction, and is it still a reply?
+"""The evaluation of steering: conditions with their controls, suites, studies, and their reports.
 
-Imports numpy and the standard library only; langdetect is loaded by the first verdict on a language.
+What judges a single reply lives in `localsteer.verify`; its names are here, too, where they once were.
 """
 
 from __future__ import annotations
 
-from localsteer.evaluate.quality import (
+from localsteer.verify import (
     EMPTY,
+    INSTRUCTION_IDS,
     LOCKED,
     LOOPING,
+    check_arguments,
     is_degenerate,
     length_words,
+    loose_variants,
     perplexity,
     perplexity_ratio,
     repetition,
     subject_kept,
+    verify,
 )
-from localsteer.evaluate.verify import INSTRUCTION_IDS, check_arguments, loose_variants, verify
 
 __all__ = [
     "EMPTY",

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localsteer.catalog import Instruction, Query
-from localsteer.evaluate.judge import Judged, judge, log_perplexities, perplexity, share
-from localsteer.evaluate.verify import verify
 from localsteer.generate import GREEDY
+from localsteer.perplexity import log_perplexities, perplexity
 from localsteer.vector import ControlVector
+from localsteer.verify.judge import Judged, judge, share
+from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine, Steer

@@ -17,12 +17,12 @@ import numpy as np
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.judge import judge
-from localsteer.evaluate.quality import is_degenerate
-from localsteer.evaluate.verify import verify
 from localsteer.generate import GREEDY
 from localsteer.tune.replies import told_prompt
 from localsteer.verify import can_rewrite, rewrite, trim_before_loop, trim_to_paragraph
+from localsteer.verify.judge import judge
+from localsteer.verify.quality import is_degenerate
+from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine

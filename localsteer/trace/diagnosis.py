@@ -129,7 +129,7 @@ def _where_better(trace: Trace) -> str:
 
 def _loop(trace: Trace) -> Finding | None:
     """A reply that goes round in circles, and whether steering of its tokens holds it there."""
-    from localsteer.evaluate.quality import EMPTY, is_degenerate
+    from localsteer.verify.quality import EMPTY, is_degenerate
 
     tokens = trace.tokens[trace.n_prompt :]
     if trace.finish_reason == "given":

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from localsteer.evaluate.heatmap import colour
+from localsteer.heatmap import colour
 from localsteer.vector import ControlVector
 
 from . import Line, Trace

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from localsteer.evaluate.heatmap import draw_heatmap, new_figure, save_figure
+from localsteer.heatmap import draw_heatmap, new_figure, save_figure
 
 from . import Line, Trace, looks
 from .diagnosis import diagnose

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from localsteer.evaluate.heatmap import terminal_heatmap
+from localsteer.heatmap import terminal_heatmap
 
 from . import Line, Trace, looks
 from .diagnosis import diagnose

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from localsteer.catalog import Instruction, Query
-from localsteer.evaluate.judge import Judged, judge, log_perplexities, share
+from localsteer.perplexity import log_perplexities
 from localsteer.plan import Plan
 from localsteer.vector import ControlVector
+from localsteer.verify.judge import Judged, judge, share
 
 from .replies import Asked, replies_to, told_prompt
 from .setting import Setting

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError, PlanError
-from localsteer.evaluate.verify import check_arguments
 from localsteer.generate import GREEDY, Reply
 from localsteer.vector import ControlVector
+from localsteer.verify.verdicts import check_arguments
 
 from . import record
 from .check import Check, Trial

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import LocalsteerError, PromptError
-from localsteer.evaluate.quality import is_degenerate
-from localsteer.evaluate.verifiers.early import hopeless
-from localsteer.evaluate.verify import check_arguments
 from localsteer.generate import GREEDY, Reply, Sampling, Timings, stops_of
 from localsteer.loop import Loop, new_request
+from localsteer.verify.quality import is_degenerate
+from localsteer.verify.verdicts import check_arguments
+from localsteer.verify.verifiers.early import hopeless
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine, Prompt

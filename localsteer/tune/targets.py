@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localsteer.catalog import Instruction, Query
-from localsteer.evaluate.judge import judge
 from localsteer.generate import GREEDY, Reply, Sampling
 from localsteer.likelihood import Likelihood, Row
+from localsteer.verify.judge import judge
 
 from .replies import Asked, replies_to, told_prompt
 

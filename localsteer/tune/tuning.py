@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import PlanError
-from localsteer.evaluate.verify import check_arguments
 from localsteer.likelihood import Likelihood
 from localsteer.vector import ControlVector
+from localsteer.verify.verdicts import check_arguments
 
 from . import record
 from .check import Check, Trial

@@ -1,18 +1,51 @@
 """Text in, verdict or text out: no engine, no torch.
 
-    rewrite("startend:quotation", "Foxes hunt mice.", {})      # '"Foxes hunt mice."'
+    verify("startend:quotation", reply)                        # does a reply follow its instruction?
+    is_degenerate(reply), subject_kept(reply, "foxes")         # is it still a reply, and about its subject?
+    rewrite("startend:quotation", "Foxes hunt mice.", {})      # '"Foxes hunt mice."': made to follow
 
-`localsteer.verify.rewriters` makes a reply follow an instruction; whether it does is for
-`localsteer.evaluate.verify` to say.
+Imports numpy and the standard library only; langdetect is loaded by the first verdict on a language.
 """
 
 from __future__ import annotations
 
+from localsteer.verify.quality import (
+    EMPTY,
+    LOCKED,
+    LOOPING,
+    is_degenerate,
+    length_words,
+    perplexity,
+    perplexity_ratio,
+    repetition,
+    subject_kept,
+)
 from localsteer.verify.rewriters import REWRITERS, can_rewrite, rewrite
 from localsteer.verify.rewriters.sentences import (
     trim_before_loop,
     trim_to_paragraph,
     trim_to_sentence,
 )
+from localsteer.verify.verdicts import INSTRUCTION_IDS, check_arguments, loose_variants, verify
 
-__all__ = ["REWRITERS", "can_rewrite", "rewrite", "trim_before_loop", "trim_to_paragraph", "trim_to_sentence"]
+__all__ = [
+    "EMPTY",
+    "INSTRUCTION_IDS",
+    "LOCKED",
+    "LOOPING",
+    "REWRITERS",
+    "can_rewrite",
+    "check_arguments",
+    "is_degenerate",
+    "length_words",
+    "loose_variants",
+    "perplexity",
+    "perplexity_ratio",
+    "repetition",
+    "rewrite",
+    "subject_kept",
+    "trim_before_loop",
+    "trim_to_paragraph",
+    "trim_to_sentence",
+    "verify",
+]

@@ -76,7 +76,7 @@ def _heatmap(console: Console, plot: Plot) -> bool:
     """Whether the plot is a heat map that fits, and is printed now."""
     from rich.measure import Measurement
 
-    from localsteer.evaluate.heatmap import terminal_heatmap
+    from localsteer.heatmap import terminal_heatmap
 
     spec = plot.spec
     if spec["kind"] != "heatmap" or not (spec["rows"] and spec["columns"]):

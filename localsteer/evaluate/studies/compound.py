@@ -18,7 +18,6 @@ import numpy as np
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError, PlanError
 from localsteer.evaluate.conditions import random_control
-from localsteer.evaluate.judge import ENDLESS
 from localsteer.evaluate.studies.common import (
     Job,
     accuracy_of,
@@ -42,6 +41,7 @@ from localsteer.evaluate.suites.cells import (
 )
 from localsteer.plan import Plan
 from localsteer.vector import ControlVector
+from localsteer.verify.judge import ENDLESS
 
 NAME = "compound"
 TITLE = "Three instructions at once"

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction, Query
 from localsteer.evaluate.intervals import clustered
-from localsteer.evaluate.judge import share, why_degenerate
-from localsteer.evaluate.quality import length_words, repetition, subject_kept
-from localsteer.evaluate.verify import verify
 from localsteer.generate import GREEDY, Reply
 from localsteer.vector import ControlVector
+from localsteer.verify.judge import share, why_degenerate
+from localsteer.verify.quality import length_words, repetition, subject_kept
+from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine

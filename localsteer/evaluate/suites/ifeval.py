@@ -21,8 +21,8 @@ from localsteer.errors import CatalogError, LocalsteerError
 from localsteer.evaluate.conditions import applied_like
 from localsteer.evaluate.suites.bench import is_possible
 from localsteer.evaluate.suites.cells import Cell, Check, applied
-from localsteer.evaluate.verify import check_arguments
 from localsteer.vector import ControlVector
+from localsteer.verify.verdicts import check_arguments
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine

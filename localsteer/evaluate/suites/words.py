@@ -20,9 +20,9 @@ from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError
 from localsteer.evaluate.conditions import applied_like, random_control, told_prompts
 from localsteer.evaluate.suites.cells import Cell, Result, applied, checks_of, figures, share_cell
-from localsteer.evaluate.verify import verify
 from localsteer.extract.recipes import WORD_PAIRS, Recipe, exclude_word, include_word
 from localsteer.vector import ControlVector
+from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
     from localsteer.evaluate.suites import SuiteReport

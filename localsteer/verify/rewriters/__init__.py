@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from localsteer.evaluate.verify import check_arguments, verify
 from localsteer.verify.rewriters import case, combination, content, formats, keywords, length, startend
 from localsteer.verify.rewriters.plain import Plain
 from localsteer.verify.rewriters.sentences import trim_to_sentence
+from localsteer.verify.verdicts import check_arguments, verify
 
 # `rewriter(plain, **arguments)`: a candidate, which `rewrite` verifies, or None where it knows none
 Rewriter = Callable[..., "str | None"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from localsteer.evaluate.words import count_capital_words
 from localsteer.verify.rewriters.plain import Plain
 from localsteer.verify.rewriters.words import key_words, replaced, spread
+from localsteer.verify.words import count_capital_words
 
 _CAPITALS = re.compile(r"\b[^\W\d_]{2,}\b")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from localsteer.evaluate.words import count_words
 from localsteer.verify.rewriters.plain import Plain
+from localsteer.verify.words import count_words
 
 _DIVIDER = "******"
 _LONG_RUN = re.compile(r"\*{6,}")

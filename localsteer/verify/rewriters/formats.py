@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from localsteer.evaluate.verifiers import VERIFIERS
 from localsteer.verify.rewriters.markdown import HEADING, ITEM, Block, finished, prose, unmarked
 from localsteer.verify.rewriters.plain import Plain, grouped, joined
 from localsteer.verify.rewriters.sentences import sentences
 from localsteer.verify.rewriters.words import Span, key_words, replaced, spread
+from localsteer.verify.verifiers import VERIFIERS
 
 _STAR_MARKER = re.compile(r"^([^\S\n]*)\*(?=[^\S\n])", re.MULTILINE)
 _MAX_QUESTION = 300  # characters; a longer prompt is no question that a JSON would repeat

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from localsteer.evaluate.verifiers.parameters import pattern
 from localsteer.verify.rewriters.markdown import HEADING
 from localsteer.verify.rewriters.plain import Plain
+from localsteer.verify.verifiers.parameters import pattern
 
 # They claim nothing of the subject, so that any word fits.
 _MENTIONS = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from localsteer.evaluate.sentences import count_sentences
-from localsteer.evaluate.words import count_words
 from localsteer.verify.rewriters.markdown import TEXT, finished, parse
 from localsteer.verify.rewriters.plain import Plain
 from localsteer.verify.rewriters.sentences import sentences
+from localsteer.verify.sentences import count_sentences
+from localsteer.verify.words import count_words
 
 _ASTERISKS = re.compile(r"\*{3,}")
 _EMPTY_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")

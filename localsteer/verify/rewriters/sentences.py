@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from localsteer.evaluate.sentences import split_sentences
 from localsteer.verify.rewriters.markdown import is_fence, is_heading
+from localsteer.verify.sentences import split_sentences
 
 _CJK_END = re.compile(r"(?<=[。\uff01\uff1f])(?![」』\uff09。\uff01\uff1f])")
 _FINISHED = re.compile(r"""[.!?。\uff01\uff1f…।]["'*_)\]”\u2019»」』\uff09]*\Z""")

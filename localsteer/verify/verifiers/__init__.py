@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from localsteer.evaluate.verifiers import (
+from localsteer.verify.verifiers import (
     case,
     combination,
     content,
@@ -20,7 +20,7 @@ from localsteer.evaluate.verifiers import (
     parameters,
     startend,
 )
-from localsteer.evaluate.verifiers.parameters import Checker
+from localsteer.verify.verifiers.parameters import Checker
 
 
 @dataclass(frozen=True)

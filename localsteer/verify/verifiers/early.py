@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from localsteer.evaluate.sentences import count_sentences
-from localsteer.evaluate.verifiers import formats
-from localsteer.evaluate.words import count_words
+from localsteer.verify.sentences import count_sentences
+from localsteer.verify.verifiers import formats
+from localsteer.verify.words import count_words
 
 _LESS = "less than"
 _LAST_WORDS = re.compile(r"\s+\S*\s+\S*\Z")

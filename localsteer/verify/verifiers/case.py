@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from localsteer.evaluate.language import chance
-from localsteer.evaluate.verifiers.parameters import compare
-from localsteer.evaluate.words import count_capital_words
+from localsteer.verify.language import chance
+from localsteer.verify.verifiers.parameters import compare
+from localsteer.verify.words import count_capital_words
 
 
 def capital_word_frequency(reply: str, *, capital_frequency: int, capital_relation: str) -> bool:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from localsteer.catalog import Instruction, Query
-from localsteer.evaluate.quality import is_degenerate, repetition, subject_kept
-from localsteer.evaluate.verify import verify
+from localsteer.verify.quality import is_degenerate, repetition, subject_kept
+from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
-    from localsteer.engine import Engine
     from localsteer.generate import Reply
 
 
@@ -81,21 +79,3 @@ def share(values: Sequence[bool | None]) -> float | None:
     """The share of true ones among what could be judged; None when nothing could."""
     judged = [value for value in values if value is not None]
     return sum(judged) / len(judged) if judged else None
-
-
-def log_perplexities(engine: Engine, replies: Sequence[Judged]) -> list[float | None]:
-    """Of each reply under the unsteered model, after its plain query; None for an empty one.
-
-    exp of their mean is the perplexity of several replies, each counted alike.
-    """
-    rows = [i for i, reply in enumerate(replies) if reply.tokens]
-    pairs = [(engine.prompt_tokens(replies[i].query), replies[i].tokens) for i in rows]
-    scores: list[float | None] = [None] * len(replies)
-    for i, score in zip(rows, engine.score(pairs) if pairs else [], strict=True):
-        scores[i] = -score
-    return scores
-
-
-def perplexity(log_perplexities: Sequence[float | None]) -> float | None:
-    known = [value for value in log_perplexities if value is not None]
-    return math.exp(sum(known) / len(known)) if known else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from localsteer.evaluate.verifiers.parameters import pattern
+from localsteer.verify.verifiers.parameters import pattern
 
 _FIXED_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 # The character after the asterisk may be a line break: a line of one asterisk swallows the line after it.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from localsteer.evaluate.sentences import split_sentences
+from localsteer.verify.sentences import split_sentences
 
 _WORD = re.compile(r"\w+")
 

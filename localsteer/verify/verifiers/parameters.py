@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from localsteer.evaluate.language import LANGUAGES
+from localsteer.verify.language import LANGUAGES
 
 Checker = Callable[[Any], Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from localsteer.evaluate.verifiers.parameters import compare, pattern
+from localsteer.verify.verifiers.parameters import compare, pattern
 
 
 def existence(reply: str, *, keywords: tuple[str, ...]) -> bool:

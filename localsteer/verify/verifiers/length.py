@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 
-from localsteer.evaluate.sentences import count_sentences
-from localsteer.evaluate.verifiers.parameters import compare
-from localsteer.evaluate.words import count_words
+from localsteer.verify.sentences import count_sentences
+from localsteer.verify.verifiers.parameters import compare
+from localsteer.verify.words import count_words
 
 _DIVIDER = re.compile(r"\s?\*{3}\s?")
 _WORD_END = re.compile(r"""[.,?!'"]""")
 
 
 def number_sentences(reply: str, *, num_sentences: int, relation: str) -> bool:
-    """Sentences as NLTK's Punkt splits them: `localsteer.evaluate.sentences` lists its quirks."""
+    """Sentences as NLTK's Punkt splits them: `localsteer.verify.sentences` lists its quirks."""
     return compare(count_sentences(reply), relation, num_sentences)
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from localsteer.evaluate.words import count_words
+from localsteer.verify.words import count_words
 
 EMPTY = "empty"
 LOOPING = "looping"

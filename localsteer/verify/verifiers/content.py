@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from localsteer.evaluate.verifiers.parameters import pattern
+from localsteer.verify.verifiers.parameters import pattern
 
 # Not tied to a line's start or to the reply's end, and a prefix is enough: "the P.S. came first" holds one,
 # and so does "P.P.S." for the marker P.S. The word "PS:" never does.

@@ -4,7 +4,7 @@
     verify("keywords:frequency", reply, {"keyword": "fox", "frequency": 2, "relation": "at least"})
 
 Ids and arguments as IFEval writes them. The official checkers' quirks are kept and named in
-`localsteer.evaluate.verifiers`; docs/evaluation.md gathers them and measures the agreement.
+`localsteer.verify.verifiers`; docs/evaluation.md gathers them and measures the agreement.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from localsteer.errors import CatalogError, LocalsteerError
-from localsteer.evaluate.verifiers import VERIFIERS, Verifier
+from localsteer.verify.verifiers import VERIFIERS, Verifier
 
 INSTRUCTION_IDS: tuple[str, ...] = tuple(VERIFIERS)
 

@@ -1,0 +1,29 @@
+"""How surprising replies are to the model that is not steered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+    from localsteer.verify.judge import Judged
+
+
+def log_perplexities(engine: Engine, replies: Sequence[Judged]) -> list[float | None]:
+    """Of each reply under the unsteered model, after its plain query; None for an empty one.
+
+    exp of their mean is the perplexity of several replies, each counted alike.
+    """
+    rows = [i for i, reply in enumerate(replies) if reply.tokens]
+    pairs = [(engine.prompt_tokens(replies[i].query), replies[i].tokens) for i in rows]
+    scores: list[float | None] = [None] * len(replies)
+    for i, score in zip(rows, engine.score(pairs) if pairs else [], strict=True):
+        scores[i] = -score
+    return scores
+
+
+def perplexity(log_perplexities: Sequence[float | None]) -> float | None:
+    known = [value for value in log_perplexities if value is not None]
+    return math.exp(sum(known) / len(known)) if known else None
