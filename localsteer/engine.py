@@ -18,6 +18,7 @@ import numpy as np
 from .attach import Attaching, Notices, Steer
 from .bridge import Context, Model, check_threads
 from .errors import LocalsteerError, ModelFileError, PlanError, PromptError
+from .plan import position_classes
 from .prefix import TokenSequence, trees
 from .templates import DROPS_WORDS, NO_TEMPLATE, ChatTemplate, Message
 
@@ -555,11 +556,6 @@ class _Joined:
 
 def _rendered_tokens(model: Model, template: ChatTemplate, text: str) -> list[int]:
     return model.tokenize(text, add_special=template.adds_special(text), parse_special=True)
-
-
-def position_classes(positions: np.ndarray, n_prompt: np.ndarray | int) -> np.ndarray:
-    """PositionClass of each position, as int8, in a request whose first n_prompt tokens are prompt."""
-    return (positions >= n_prompt - 1).astype(np.int8) + (positions >= n_prompt)
 
 
 def pack(lengths: Sequence[int], size: int, n_seq_max: int) -> Iterator[list[Piece]]:

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .bridge import Sampler
-from .engine import position_classes
 from .errors import LocalsteerError, PromptError
-from .plan import Plan, PositionClass
+from .plan import Plan, PositionClass, position_classes
 
 if TYPE_CHECKING:
     from .engine import Engine, Prompt, Steer

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .engine import WIDE_BYTES, position_classes
+from .engine import WIDE_BYTES
 from .errors import PromptError
+from .plan import position_classes
 from .prefix import TokenSequence, trees
 
 if TYPE_CHECKING:

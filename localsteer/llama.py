@@ -41,10 +41,10 @@ import llama_cpp
 import numpy as np
 
 from .attach import Attaching, Notices, Steer
-from .engine import position_classes
 from .errors import LocalsteerError, ModelFileError, PromptError, UnsupportedModelError
 from .kv import class_keys
 from .llama_cache import KeyedCache
+from .plan import position_classes
 from .templates import ChatTemplate
 
 if TYPE_CHECKING:

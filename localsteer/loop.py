@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .engine import position_classes
 from .errors import LocalsteerError
 from .generate import (
     Chunk,
@@ -27,7 +26,7 @@ from .generate import (
     reply_budget,
 )
 from .kv import CachedSequences, class_keys
-from .plan import Plan, PositionClass
+from .plan import Plan, PositionClass, position_classes
 
 if TYPE_CHECKING:
     from .bridge import Rows, Sampler

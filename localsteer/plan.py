@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .errors import MismatchError, PlanError
-from .vector import ControlVector, _finite
+from .vector import ControlVector, finite_number
 
 # Above this cosine two directions at one block are refused. To move two projections independently the joint
 # solve stretches the change by up to 1 / sqrt(1 - |cosine|): ten times at 0.99, which leaves the residual
@@ -31,6 +31,11 @@ class PositionClass(IntEnum):
     PROMPT = 0  # a prompt token before the last one
     LAST = 1  # the last prompt token
     GENERATION = 2  # a generated token, as input
+
+
+def position_classes(positions: np.ndarray, n_prompt: np.ndarray | int) -> np.ndarray:
+    """PositionClass of each position, as int8, in a request whose first n_prompt tokens are prompt."""
+    return (positions >= n_prompt - 1).astype(np.int8) + (positions >= n_prompt)
 
 
 _ACTIVE = {
@@ -111,7 +116,7 @@ class Plan:
 
     def __init__(self, edits: Sequence[Edit], *, ridge: float = 0.0, n_embd: int = 0) -> None:
         self.edits: tuple[Edit, ...] = tuple(sorted(edits, key=lambda edit: (edit.layer, edit.digest)))
-        self.ridge = _finite(ridge, "ridge")
+        self.ridge = finite_number(ridge, "ridge")
         if self.ridge < 0:
             raise PlanError(f"ridge must not be negative, not {self.ridge:g}.")
         self.n_embd = n_embd if self.edits else 0

@@ -68,7 +68,7 @@ class ControlVector:
             self._put("readers", None)
             self._put("biases", None)
         self._put("layers", checked_layers(self.layers, self.n_layer, self.label))
-        self._put("strength", _finite(self.strength, "strength"))
+        self._put("strength", finite_number(self.strength, "strength"))
         self._put("one_sided", bool(self.one_sided))
         self._put("cap", _cap(self.cap))
         self._put("provenance", dict(self.provenance))
@@ -171,7 +171,7 @@ class ControlVector:
         the class; a `cap` bounds |g| times the length of the writer. Raises PlanError for a mean of 0, and
         for one below 0 that clipping can't give.
         """
-        mean = _finite(mean_gate, "mean_gate")
+        mean = finite_number(mean_gate, "mean_gate")
         if mean == 0 or (mean < 0 and settings.get("one_sided")):
             raise PlanError(
                 f"a gate of mean {mean:g} has no constant effect to fall back on: check mean_gate."
@@ -340,7 +340,7 @@ def checked_layers(layers: int | Sequence[int], n_layer: int, label: str) -> tup
     return tuple(chosen)
 
 
-def _finite(value: Any, what: str) -> float:
+def finite_number(value: Any, what: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -353,7 +353,7 @@ def _finite(value: Any, what: str) -> float:
 def _cap(value: Any) -> float | None:
     if value is None or value == math.inf:
         return None
-    cap = _finite(value, "cap")
+    cap = finite_number(value, "cap")
     if cap <= 0:
         raise PlanError(f"cap must be above 0, not {cap:g}; strength 0 switches a vector off.")
     return cap

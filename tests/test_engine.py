@@ -13,7 +13,7 @@ from engines import GREEDY, open_engine, random_vector
 
 import localsteer
 from localsteer import steering
-from localsteer.engine import Piece, pack, position_classes
+from localsteer.engine import Piece, pack
 from localsteer.errors import (
     LocalsteerError,
     MismatchError,
@@ -22,7 +22,7 @@ from localsteer.errors import (
     PromptError,
     VectorFileError,
 )
-from localsteer.plan import Plan, PositionClass
+from localsteer.plan import Plan, PositionClass, position_classes
 
 POSITIONS = ("all", "prompt", "last", "generation")
 # F32 weights, cache and sums; chunks and batches take other kernels. States are of order 1 to 10.

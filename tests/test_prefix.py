@@ -8,9 +8,8 @@ from engines import open_engine, random_vector
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localsteer.engine import position_classes
 from localsteer.errors import LocalsteerError
-from localsteer.plan import Plan
+from localsteer.plan import Plan, position_classes
 from localsteer.prefix import TokenSequence, trees
 
 ROOMY = {"n_sequences": 100, "n_tokens": 1000, "n_outputs": 1000}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_N_CTX = 4096
 
 
-class _Batch:
+class Batch:
     """A llama_batch over numpy arrays that Python owns."""
 
     def __init__(self, size: int) -> None:
@@ -143,7 +143,7 @@ class Context(Handle):
         self.n_decodes = self.n_tokens = 0  # calls of llama_decode, and the tokens that they computed
         self._outputs = np.zeros(0, dtype=np.int64)  # batch index of each output row
         self._memory = lc.llama_get_memory(pointer)
-        self._batch = _Batch(self.n_batch)
+        self._batch = Batch(self.n_batch)
         self._steerable, self._why_not = frozenset(), "steering is off"
         if self._hook:
             self._steerable, self._why_not = self._try_blocks()

@@ -9,7 +9,7 @@ import llama_cpp.llama_cpp as lc
 import numpy as np
 
 from ..errors import LocalsteerError, PromptError, UnsupportedModelError
-from .context import _Batch
+from .context import Batch
 from .library import Handle, default_threads, log
 from .model import Model
 
@@ -50,7 +50,7 @@ class Embedder(Handle):
         if not self._pointer:
             raise LocalsteerError(f"no context for embeddings of {model.path.name}: {log.why()}.")
         self._depend_on(model, lc.llama_free, self._pointer)
-        self._batch = _Batch(self.n_ctx)
+        self._batch = Batch(self.n_ctx)
         self._lock = threading.Lock()
 
     def embed(self, tokens: Sequence[int]) -> np.ndarray:

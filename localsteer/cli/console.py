@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from localsteer.jsonable import finite
+
 from . import interrupt
 
 if TYPE_CHECKING:
@@ -91,17 +93,7 @@ class NoticeHandler(logging.Handler):
 
 def print_json(document: Any) -> None:
     """The one document of a `--json` command. NaN and infinity, which JSON lacks, become null."""
-    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+    click.echo(json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def shown(text: str) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from localsteer.cache import atomic_path, file_hash
 from localsteer.errors import LocalsteerError
+from localsteer.jsonable import finite
 
 FORMAT = 1
 NAME = "results.json"
@@ -48,7 +48,7 @@ def document(
 
 def write(results: Mapping[str, Any], folder: Path) -> Path:
     """`results.json` in a folder, in one step. Raises LocalsteerError when the disk takes no more."""
-    text = json.dumps(_finite(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(finite(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     path = folder / NAME
     try:
         with atomic_path(path) as temporary:
@@ -101,14 +101,3 @@ def refuse_others(folder: Path, study: str | None) -> None:
 
 def _called(study: str | None) -> str:
     return "an evaluation" if study is None else f"study {study}"
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity, which JSON lacks, become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

@@ -24,7 +24,7 @@ import numpy as np
 
 from localsteer.errors import LocalsteerError, PlanError, PromptError
 from localsteer.generate import GREEDY, TextStream, check_room, reply_budget, stops_of, token_steps
-from localsteer.plan import Plan, PositionClass, active
+from localsteer.plan import Plan, PositionClass, active, position_classes
 from localsteer.steering import dynamic_weights
 from localsteer.vector import ControlVector
 
@@ -129,8 +129,6 @@ class Trace:
 
     @property
     def classes(self) -> np.ndarray:
-        from localsteer.engine import position_classes
-
         return position_classes(np.arange(len(self.tokens)), self.n_prompt)
 
     @property
@@ -348,8 +346,6 @@ class _Run:
         plan: Plan,
         places: Sequence[tuple[ControlVector, int]],
     ) -> None:
-        from localsteer.engine import position_classes
-
         self.engine, self.tokens, self.n_prompt, self.plan = engine, tokens, n_prompt, plan
         self.places = places
         self.blocks = sorted({block for _, block in places})

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from localsteer.plan import PositionClass
 
-from . import Line, Trace
+if TYPE_CHECKING:
+    from localsteer.trace import Line, Trace
+
 
 NO_EFFECT = (
     0.25  # nats, at every token: below it a greedy reply changes where two words were near a tie anyway

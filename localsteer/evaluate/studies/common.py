@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from localsteer.evaluate.studies import study
 from localsteer.evaluate.study import Stage, silent
 from localsteer.evaluate.suites.bench import Bench, Limits, open_bench
 from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures, share_cell
+from localsteer.jsonable import finite
 from localsteer.vector import ControlVector
 
 PICTURES = "plots"
@@ -105,15 +105,6 @@ def _document(name: str, title: str, found: Mapping[str, Any], job: Job) -> dict
         "sections": found["sections"],
         "figures": found["figures"],
     }
-
-
-def finite(value: Any) -> Any:
-    """NaN and infinity, which JSON lacks, become None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
-    return [finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def write(document: Mapping[str, Any], out: Path, name: str) -> None:

@@ -1,0 +1,115 @@
+"""The rooms of localsteer/ and what may lead where: docs/development.md draws them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import localsteer
+
+ROOT = Path(localsteer.__file__).parent
+# From the ground up. A module imports from its own floor and from those below.
+FLOORS = {
+    "ground": (
+        "errors", "jsonable", "cache", "catalog", "vector", "convert", "plan", "steering", "templates",
+        "heatmap", "asked", "verify", "perplexity",
+    ),
+    "runtime": (
+        "bridge", "kv", "prefix", "attach", "generate", "loop", "batch", "engine", "likelihood", "llama",
+        "llama_cache", "scheduler",
+    ),
+    "models": ("bundled", "model_names", "packs", "model_list"),
+    "wings": ("extract", "tune", "learn", "ensure", "trace", "chat", "server"),
+    "evaluation": ("evaluate", "demo"),
+    "command line": ("cli", "__main__"),
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = ["localsteer", *path.relative_to(ROOT).with_suffix("").parts]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything that runs, inside functions too: what only a type checker reads is left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from statements(child)
+
+
+def imports(name: str) -> Iterator[tuple[str, str]]:
+    """(module, name taken from it) of every import from this package."""
+    path = MODULES[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in statements(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                yield (inner, "") if inner in MODULES else (source, alias.name)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+
+
+GRAPH = {name: {source for source, _ in imports(name) if source in MODULES} - {name} for name in MODULES}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_no_module_imports_itself_by_a_detour():
+    try:
+        TopologicalSorter(GRAPH).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_no_private_name_is_taken_from_another_module():
+    taken = [
+        f"{name} takes {taken} from {source}"
+        for name in MODULES
+        for source, taken in imports(name)
+        if source in MODULES and taken.startswith("_") and not taken.startswith("__")
+    ]
+    assert not taken
+
+
+def test_every_room_is_on_a_floor():
+    rooms = {room(name) for name in MODULES if "." in name}
+    placed = {name for names in FLOORS.values() for name in names}
+    assert rooms <= placed
+
+
+def test_nothing_reaches_up():
+    floor = {name: level for level, names in enumerate(FLOORS.values()) for name in names}
+    up = [
+        f"{name} ({list(FLOORS)[floor[room(name)]]}) imports {source} ({list(FLOORS)[floor[room(source)]]})"
+        for name, sources in GRAPH.items()
+        for source in sources
+        if "." in name and "." in source and floor[room(source)] > floor[room(name)]
+    ]
+    assert not up
+
+
+def test_torch_is_imported_in_extract_and_learn_alone():
+    importing = {
+        name
+        for name in MODULES
+        for source, _ in imports(name)
+        if source.split(".")[0] in ("torch", "transformers", "accelerate")
+    }
+    assert {room(name) for name in importing} <= {"extract", "learn"}
