@@ -23,7 +23,7 @@ from typing import Any
 
 from localsteer import ControlVector, Engine, __version__, bundled
 from localsteer.catalog import Catalog, load_catalog
-from localsteer.ensure import Check, ensure
+from localsteer.ensure import Requirement, ensure
 from localsteer.evaluate.study import spread
 from localsteer.extract import extract
 from localsteer.generate import GREEDY, Reply
@@ -81,7 +81,7 @@ def ask(engine: Engine, vector: ControlVector, prompt: str, told: bool) -> Asked
         "always": engine.generate(prompt, steer=vector, **settings),
         "ensure": found.reply,
     }
-    check = Check.of(vector, prompt)
+    check = Requirement.of(vector, prompt)
     followed = {
         way: check.passes(reply.text) and is_degenerate(reply.text) is None for way, reply in replies.items()
     }

@@ -161,11 +161,11 @@ class Chat:
 
     def ensure(self, *names: str) -> None:
         """Steer by these only where a reply fails their verifiers; none switches it off. Raises PlanError."""
-        from .ensure import Check
+        from .ensure import Requirement
 
         found = {name: self._known(name) for name in names}
         for vector in found.values():
-            Check.of(vector, "")
+            Requirement.of(vector, "")
         Plan.from_vectors([*self.active.values(), *found.values()], ridge=self.ridge)
         self.ensured = found
 

@@ -90,7 +90,7 @@ class Ensured:
 
 
 @dataclass(frozen=True)
-class Check:
+class Requirement:
     """One vector's verifier with its arguments, ready for use."""
 
     name: str
@@ -98,7 +98,7 @@ class Check:
     arguments: Mapping[str, Any]
 
     @classmethod
-    def of(cls, vector: ControlVector, asked: str) -> Check:
+    def of(cls, vector: ControlVector, asked: str) -> Requirement:
         """asked: the user's words, which some verifiers compare with. Raises PlanError, CatalogError."""
         known = vector.provenance
         if not known.get("verifier"):
@@ -155,11 +155,11 @@ def ensure(
         raise LocalsteerError(f"tries must be at least 1, not {tries}.")
     sampling = _with_seed(sampling or Sampling())
     asked = asked_of(prompt)
-    run = _Run(
+    run = _Tries(
         source,
         prompt,
         vectors,
-        [Check.of(vector, asked) for vector in vectors],
+        [Requirement.of(vector, asked) for vector in vectors],
         list(steer),
         ridge,
         {"sampling": sampling, "max_tokens": max_tokens, "stop": stop, "raw": raw},
@@ -215,7 +215,7 @@ class _Ladder:
     """Multiples of the vectors' own strengths: 0, 1, then up to the bounds; down after a degenerate reply."""
 
     def __init__(
-        self, vectors: Sequence[ControlVector], tries: int, given: Sequence[float] | None, run: _Run
+        self, vectors: Sequence[ControlVector], tries: int, given: Sequence[float] | None, run: _Tries
     ) -> None:
         self.vectors, self.n, self.given, self.run = vectors, tries - 1, given, run
 
@@ -240,13 +240,13 @@ class _Ladder:
 
 
 @dataclass
-class _Run:
+class _Tries:
     """What the tries of one call share. ends: on time.monotonic's clock."""
 
     source: Engine | Scheduler
     prompt: Prompt
     vectors: Sequence[ControlVector]
-    checks: Sequence[Check]
+    checks: Sequence[Requirement]
     base: Sequence[ControlVector]
     ridge: float
     settings: Mapping[str, Any]

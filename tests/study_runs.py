@@ -11,18 +11,18 @@ import pytest
 from localsteer import bundled
 from localsteer.catalog import load_catalog
 from localsteer.evaluate.studies import study
-from localsteer.evaluate.studies.common import Job
+from localsteer.evaluate.studies.common import StudyJob
 from localsteer.evaluate.suites.bench import BUNDLED_LIMITS
 
 CATALOG = load_catalog(bundled.CATALOG)
 
 
-def job(out: Path, **more: Any) -> Job:
+def job(out: Path, **more: Any) -> StudyJob:
     """A study of the bundled model, small."""
     if not bundled.is_available():
         pytest.skip("this copy of the package holds no bundled model")
     given = {"n": 3, "quick": True, "n_threads": 1, "wanted": ("json",)} | more
-    return Job(CATALOG, out, bundled.gguf_path("instruct", "Q8_0"), BUNDLED_LIMITS, **given)
+    return StudyJob(CATALOG, out, bundled.gguf_path("instruct", "Q8_0"), BUNDLED_LIMITS, **given)
 
 
 def check(document: dict[str, Any], out: Path, name: str) -> dict[str, Any]:

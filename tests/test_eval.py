@@ -20,15 +20,15 @@ from localsteer.evaluate.suites import MODULES, suite
 from localsteer.evaluate.suites.bench import (
     BUNDLED_LIMITS,
     Bench,
-    Limits,
+    EvalLimits,
     open_bench,
     open_judge,
     quantization,
 )
 from localsteer.evaluate.suites.cells import (
     Cell,
-    Check,
     Result,
+    Rule,
     applied,
     checks_of,
     difference,
@@ -118,7 +118,7 @@ def _judged(asked: Cell, reply: Reply, log: float | None) -> tuple:
 
 
 def test_a_cell_follows_when_all_of_its_checks_pass():
-    both = replace(cell(), checks=(*cell().checks, Check("punctuation:no_comma")))
+    both = replace(cell(), checks=(*cell().checks, Rule("punctuation:no_comma")))
     assert judge_cell(both, Reply("the fox runs.", [1], "stop")).strict is True
     assert judge_cell(both, Reply("the fox, it runs.", [1], "stop")).strict is False
     assert judge_cell(replace(both, checks=()), Reply("x", [1], "stop")).strict is None
@@ -282,7 +282,7 @@ def test_a_line_becomes_its_prompts_and_checks(tmp_path):
     first, second = read_items(write_lines(tmp_path / "f.jsonl", GOOD, "", two))
     assert (first.number, first.base, first.label) == (1, "Tell me of foxes.", "punctuation:no_comma")
     assert (second.number, second.base, second.label) == (3, None, "several at once")
-    assert second.checks[1] == Check(
+    assert second.checks[1] == Rule(
         "length_constraints:number_words", {"relation": "less than", "num_words": 9}
     )
 
@@ -491,7 +491,7 @@ def test_the_control_other_is_of_instructions_that_the_model_can_read(run, real_
     catalog = load_catalog("general")
     queries = {"extraction": 24, "validation": 4, "test": 4}
     few = replace(catalog, queries={split: catalog.queries[split][:n] for split, n in queries.items()})
-    options = {"n": 2, "n_threads": 1, "limits": Limits(max_tokens=16)}
+    options = {"n": 2, "n_threads": 1, "limits": EvalLimits(max_tokens=16)}
     with open_bench(path, few, tmp_path, **options) as small:
         no_comma, lowercase = few.get("no_comma"), few.get("lowercase")
         assert "title" not in [each.id for each in small._partners([no_comma], 99)]

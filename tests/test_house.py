@@ -105,6 +105,15 @@ def test_nothing_reaches_up():
     assert not up
 
 
+def test_no_class_name_is_used_twice():
+    places: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(name)
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
 def test_torch_is_imported_in_extract_and_learn_alone():
     importing = {
         name

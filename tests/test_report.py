@@ -23,7 +23,7 @@ from localsteer.errors import LocalsteerError
 from localsteer.evaluate import report
 from localsteer.evaluate.report import figures, markdown, plots
 from localsteer.evaluate.report.document import document, settings_text
-from localsteer.evaluate.report.figures import Cell, cell, interval, number, percent, ratio
+from localsteer.evaluate.report.figures import TableCell, cell, interval, number, percent, ratio
 
 VOID = {"meta", "br", "img", "link"}
 SHOWN_HOSTILE = HOSTILE.replace("\x1b", "\ufffd").replace("\ud800", "\ufffd")
@@ -140,14 +140,14 @@ def test_an_interval_is_left_out_where_it_is_not_known():
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        ({"share": 0.95}, Cell("95%", "", 0.95, True)),
-        ({"share": 0.95, "low": 0.9, "high": 0.98}, Cell("95%", "90-98", 0.95, True)),
-        ({"share": None}, Cell("-", number=True)),
-        (None, Cell("-", number=True)),
-        (True, Cell("yes")),
-        (3, Cell("3", number=True)),
-        ("fox", Cell("fox")),
-        ([1, 2.5, None], Cell("1, 2.5, -")),
+        ({"share": 0.95}, TableCell("95%", "", 0.95, True)),
+        ({"share": 0.95, "low": 0.9, "high": 0.98}, TableCell("95%", "90-98", 0.95, True)),
+        ({"share": None}, TableCell("-", number=True)),
+        (None, TableCell("-", number=True)),
+        (True, TableCell("yes")),
+        (3, TableCell("3", number=True)),
+        ("fox", TableCell("fox")),
+        ([1, 2.5, None], TableCell("1, 2.5, -")),
     ],
 )
 def test_a_table_s_cell_may_hold_any_of_these(value, shown):

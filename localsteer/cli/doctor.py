@@ -45,7 +45,7 @@ CPU_FEATURES = (
 
 
 @dataclass(frozen=True)
-class Check:
+class HealthCheck:
     """One line of the answer. status: ok, warn (works, could be better) or fail."""
 
     name: str
@@ -84,7 +84,7 @@ def command(ctx: click.Context, model: str, as_json: bool) -> None:
     ctx.exit(1 if failed else 0)
 
 
-def _show(check: Check) -> None:
+def _show(check: HealthCheck) -> None:
     from rich.text import Text
 
     colour = {"ok": "green", "warn": "yellow", "fail": "bold red"}[check.status]
@@ -92,34 +92,34 @@ def _show(check: Check) -> None:
     answer().print(line, soft_wrap=True)
 
 
-def _checks(model: str) -> Iterator[Check]:
+def _checks(model: str) -> Iterator[HealthCheck]:
     for name, check in INSTALLATION.items():
         yield from _guarded(name, check)
     if is_bundled(model) and not _has_bundled():
-        yield Check("model", "warn", "this copy has no bundled model: give one with -m MODEL.gguf.")
+        yield HealthCheck("model", "warn", "this copy has no bundled model: give one with -m MODEL.gguf.")
         return
     yield from _guarded("model", lambda: _model(model))
 
 
-def _guarded(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+def _guarded(name: str, check: Callable[[], Iterator[HealthCheck]]) -> Iterator[HealthCheck]:
     """A broken library can raise anything here, and to say so is what this command is for."""
     try:
         yield from check()
     except LocalsteerError as error:
-        yield Check(name, "fail", str(error))
+        yield HealthCheck(name, "fail", str(error))
     except Exception as error:
-        yield Check(name, "fail", f"{type(error).__name__}: {' '.join(str(error).split())}")
+        yield HealthCheck(name, "fail", f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 # --- the installation --------------------------------------------------------------------------------------
 
 
-def _versions() -> Iterator[Check]:
+def _versions() -> Iterator[HealthCheck]:
     system = f"{platform.system()} {platform.machine()}"
-    yield Check("localsteer", "ok", f"{__version__}, Python {platform.python_version()}, {system}")
+    yield HealthCheck("localsteer", "ok", f"{__version__}, Python {platform.python_version()}, {system}")
 
 
-def _llama() -> Iterator[Check]:
+def _llama() -> Iterator[HealthCheck]:
     from localsteer.bridge import system_info
 
     info = system_info()
@@ -127,38 +127,40 @@ def _llama() -> Iterator[Check]:
     others = sorted({key.partition(".")[0] for key in info if "." in key} - {"CPU"})
     version = info["llama-cpp-python"]
     backends = ", ".join(["CPU", *others])
-    yield Check("llama.cpp", "ok", f"llama-cpp-python {version}, {backends} ({' '.join(features)})")
+    yield HealthCheck("llama.cpp", "ok", f"llama-cpp-python {version}, {backends} ({' '.join(features)})")
     if info.get("CPU.AMX_INT8") == "1":
-        yield Check("AMX", "warn", FULL_SPEED.format(version=version))
+        yield HealthCheck("AMX", "warn", FULL_SPEED.format(version=version))
 
 
-def _threads() -> Iterator[Check]:
+def _threads() -> Iterator[HealthCheck]:
     from localsteer.bridge import default_threads, spinning
 
     counts = f"{default_threads()} by default, of {os.cpu_count()} processors"
-    yield Check("threads", "ok", f"{counts}; how long they spin for each other: {spinning}")
+    yield HealthCheck("threads", "ok", f"{counts}; how long they spin for each other: {spinning}")
 
 
-def _torch() -> Iterator[Check]:
+def _torch() -> Iterator[HealthCheck]:
     try:
         versions = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers")]
     except metadata.PackageNotFoundError:
-        yield Check(
+        yield HealthCheck(
             "PyTorch", "ok", 'not installed; only extraction from checkpoints needs it: "localsteer[torch]"'
         )
         return
-    yield Check("PyTorch", "ok", ", ".join(versions))
+    yield HealthCheck("PyTorch", "ok", ", ".join(versions))
 
 
-def _cache() -> Iterator[Check]:
+def _cache() -> Iterator[HealthCheck]:
     from localsteer.cache import cache_folder, cached_vectors
 
     folder = cache_folder()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        yield Check("cache", "warn", f"{folder} can't be written: set LOCALSTEER_CACHE to a folder that can.")
+        yield HealthCheck(
+            "cache", "warn", f"{folder} can't be written: set LOCALSTEER_CACHE to a folder that can."
+        )
     else:
-        yield Check("cache", "ok", f"{folder}, {len(cached_vectors())} vectors")
+        yield HealthCheck("cache", "ok", f"{folder}, {len(cached_vectors())} vectors")
 
 
 INSTALLATION = {
@@ -179,7 +181,7 @@ def _has_bundled() -> bool:
     return bundled.is_available()
 
 
-def _model(model: str) -> Iterator[Check]:
+def _model(model: str) -> Iterator[HealthCheck]:
     with open_engine(model, n_seq_max=1) as engine:
         yield _shape(engine)
         yield _template(engine)
@@ -189,47 +191,53 @@ def _model(model: str) -> Iterator[Check]:
             yield _self_test(engine, sorted(blocks))
 
 
-def _shape(engine: Engine) -> Check:
+def _shape(engine: Engine) -> HealthCheck:
     model = engine.model
     name = model.metadata.get("general.name") or engine.path.stem
     shape = f"{model.n_layer} blocks x {model.n_embd}, vocabulary {model.n_vocab}"
     context = f"context {engine.n_ctx} of {model.n_ctx_train}"
-    return Check("model", "ok", f"{name} ({model.architecture}), {shape}, {context}")
+    return HealthCheck("model", "ok", f"{name} ({model.architecture}), {shape}, {context}")
 
 
-def _template(engine: Engine) -> Check:
+def _template(engine: Engine) -> HealthCheck:
     if engine.template.is_fallback:
-        return Check("template", "warn", "none: prompts are sent as `Q: ...` and `A:`, as to a base model")
+        return HealthCheck(
+            "template", "warn", "none: prompts are sent as `Q: ...` and `A:`, as to a base model"
+        )
     try:
         n = len(engine.prompt_tokens("Tell me about foxes."))
     except LocalsteerError as error:
-        return Check("template", "fail", str(error))
-    return Check(
+        return HealthCheck("template", "fail", str(error))
+    return HealthCheck(
         "template", "ok", f"sha256 {engine.template.template_hash[:12]}, a short question is {n} tokens"
     )
 
 
-def _blocks(engine: Engine, blocks: set[int]) -> Check:
+def _blocks(engine: Engine, blocks: set[int]) -> HealthCheck:
     n_layer = engine.model.n_layer
     if len(blocks) == n_layer:
-        return Check("blocks", "ok", f"all {n_layer} can be steered")
+        return HealthCheck("blocks", "ok", f"all {n_layer} can be steered")
     missing = sorted(set(range(n_layer)) - blocks)
     status = "warn" if blocks else "fail"
     try:
         engine.context.probe(missing)
     except LocalsteerError as error:
-        return Check("blocks", status, f"{len(blocks)} of {n_layer} can be steered: {error}")
-    return Check("blocks", status, f"{len(blocks)} of {n_layer} can be steered, not {missing}")
+        return HealthCheck("blocks", status, f"{len(blocks)} of {n_layer} can be steered: {error}")
+    return HealthCheck("blocks", status, f"{len(blocks)} of {n_layer} can be steered, not {missing}")
 
 
-def _self_test(engine: Engine, blocks: list[int]) -> Check:
+def _self_test(engine: Engine, blocks: list[int]) -> HealthCheck:
     """Project random directions to random targets at the first, the middle and the last block."""
     tried = sorted({blocks[0], blocks[len(blocks) // 2], blocks[-1]})
     worst = max(_miss(engine, block) for block in tried)
     where = ", ".join(map(str, tried))
     if not worst <= TOLERANCE:
-        return Check("self-test", "fail", f"projections miss their targets by {worst:.1e} (blocks {where})")
-    return Check("self-test", "ok", f"projections reach their targets (blocks {where}, error {worst:.0e})")
+        return HealthCheck(
+            "self-test", "fail", f"projections miss their targets by {worst:.1e} (blocks {where})"
+        )
+    return HealthCheck(
+        "self-test", "ok", f"projections reach their targets (blocks {where}, error {worst:.0e})"
+    )
 
 
 def _miss(engine: Engine, block: int) -> float:

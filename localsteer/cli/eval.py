@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from localsteer.catalog import Query
     from localsteer.evaluate.model_judge import ModelJudge
-    from localsteer.evaluate.suites.bench import Bench, Limits
+    from localsteer.evaluate.suites.bench import Bench, EvalLimits
     from localsteer.vector import ControlVector
 
 # as localsteer.evaluate.suites has them
@@ -266,14 +266,14 @@ def _opened(
             yield bench, judge
 
 
-def _limits(bundled: bool, given: dict[str, Any]) -> Limits:
+def _limits(bundled: bool, given: dict[str, Any]) -> EvalLimits:
     from dataclasses import replace
 
-    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, Limits
+    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, EvalLimits
 
     asked = {"max_tokens": given["max_tokens"], "n_ctx": given["ctx_size"]}
     asked = {key: value for key, value in asked.items() if value is not None}
-    limits = replace(BUNDLED_LIMITS if bundled else Limits(max_tokens=MAX_TOKENS), **asked)
+    limits = replace(BUNDLED_LIMITS if bundled else EvalLimits(max_tokens=MAX_TOKENS), **asked)
     if limits.n_ctx is not None and limits.max_tokens >= limits.n_ctx:
         raise LocalsteerError(
             f"--max-tokens {limits.max_tokens} leaves no room for a prompt in a context of {limits.n_ctx}: "

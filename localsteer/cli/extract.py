@@ -20,7 +20,7 @@ from .models import catalog_of, extraction_queries, find_instruction, model_file
 
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction
-    from localsteer.extract.recipes import Recipe
+    from localsteer.extract.recipes import Extracted
     from localsteer.vector import ControlVector
 
 # localsteer.extract.levels has these too, but importing it brings in numpy; a test keeps the two equal
@@ -140,7 +140,7 @@ def _refuse_idle(given: Mapping[str, Any], is_gguf: bool) -> None:
 
 def recipe_of(
     catalog: Catalog, wanted: Mapping[str, str | None], slots: tuple[tuple[str, Any], ...]
-) -> Recipe:
+) -> Extracted:
     """wanted: by option, None where it was not given. Raises click.UsageError unless exactly one was."""
     given = {option: text for option, text in wanted.items() if text is not None}
     if len(given) != 1:
@@ -158,7 +158,7 @@ def recipe_of(
     }
     if option in made:
         return made[option](catalog, text)
-    return recipes.Recipe(find_instruction(catalog, text, slots))
+    return recipes.Extracted(find_instruction(catalog, text, slots))
 
 
 def _gguf_file(gguf: str) -> Path:
@@ -215,7 +215,7 @@ def refuse_source(path: Path, source: str) -> None:
 
 
 def _extract(
-    source: Any, recipe: Recipe, queries: Any, n_pairs: int | None, given: dict[str, Any]
+    source: Any, recipe: Extracted, queries: Any, n_pairs: int | None, given: dict[str, Any]
 ) -> ControlVector:
     with progress(f"extracting {recipe.target.id}") as on_progress:
         return recipe.extract(

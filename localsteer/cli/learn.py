@@ -140,7 +140,7 @@ def _check_installed() -> None:
 
 
 @dataclass(frozen=True)
-class Job:
+class LearnJob:
     """pairs: the user's examples, in place of the queries."""
 
     instruction: Instruction
@@ -153,7 +153,7 @@ class Job:
 
 def _job(
     model: str, text: str | None, examples: str | None, output: str | None, given: dict[str, Any]
-) -> Job:
+) -> LearnJob:
     """Everything that can be refused without the model is refused here."""
     from localsteer.catalog import Instruction
 
@@ -169,7 +169,7 @@ def _job(
         from localsteer.heatmap import check_picture
 
         check_picture(given["plot"])
-    return Job(
+    return LearnJob(
         instruction=instruction,
         target=output_path(output, instruction),
         queries=extraction_queries(catalog, instruction, None),
@@ -179,7 +179,7 @@ def _job(
     )
 
 
-def _learn(engine: Engine, job: Job, model: str, given: dict[str, Any]) -> Lesson:
+def _learn(engine: Engine, job: LearnJob, model: str, given: dict[str, Any]) -> Lesson:
     from localsteer.learn import Recipe, learn
     from localsteer.learn.examples import of_pairs
 
@@ -206,7 +206,7 @@ def _learn(engine: Engine, job: Job, model: str, given: dict[str, Any]) -> Lesso
         )
 
 
-def _kept(job: Job, model: str, given: dict[str, Any]) -> Kept:
+def _kept(job: LearnJob, model: str, given: dict[str, Any]) -> Kept:
     """Where this run's steps are kept: by all that decides what they are."""
     from localsteer.cache import HASH_CHARS, cache_folder, file_hash
     from localsteer.learn import Kept
@@ -219,7 +219,7 @@ def _kept(job: Job, model: str, given: dict[str, Any]) -> Kept:
     return Kept(folder / f"{job.instruction.id}-{digest[:8]}", digest)
 
 
-def _show(job: Job, lesson: Lesson) -> None:
+def _show(job: LearnJob, lesson: Lesson) -> None:
     record, vector = lesson.record, lesson.vector
     scores = {name: "-" if share is None else f"{share:.0%}" for name, share in record["scores"].items()}
     answer().print(

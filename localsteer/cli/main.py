@@ -32,7 +32,7 @@ NO_COMMAND = getattr(click.exceptions, "NoArgsIsHelpError", ())
 HELP_WIDTH = 100  # columns, where the terminal has them
 
 
-class Program(click.Group):
+class Commands(click.Group):
     """Imports a command's module when that command is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -51,7 +51,7 @@ class Program(click.Group):
 
 
 @click.group(
-    cls=Program,
+    cls=Commands,
     name="localsteer",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
 )

@@ -87,7 +87,7 @@ def command(vectors: tuple[str, ...], model: str, output: str, as_json: bool, **
 
 
 @dataclass(frozen=True)
-class Job:
+class PackJob:
     """vector: None for one that is to be extracted and tuned."""
 
     instruction: Instruction
@@ -122,33 +122,33 @@ def _published(model: str, path: Path) -> tuple[str, str]:
     return str(name.value if name else path.stem), str(licence.value if licence else "")
 
 
-def _of_files(vectors: Sequence[str], model: str, catalog: Catalog) -> list[Job]:
+def _of_files(vectors: Sequence[str], model: str, catalog: Catalog) -> list[PackJob]:
     from localsteer.packs.making import check_measured
     from localsteer.vector import ControlVector
 
     path = model_file(model)
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, PackJob] = {}
     for file in dict.fromkeys(vectors):
         vector = ControlVector.load(file)
         instruction = check_measured(vector, Path(file), catalog, path)
         if instruction.id in jobs:
             raise click.UsageError(f"two of the files are of {instruction.id!r}: give one of them.")
-        jobs[instruction.id] = Job(instruction, vector)
+        jobs[instruction.id] = PackJob(instruction, vector)
     return list(jobs.values())
 
 
-def _of_catalog(catalog: Catalog, ids: Sequence[str], pack: PackFolder) -> list[Job]:
+def _of_catalog(catalog: Catalog, ids: Sequence[str], pack: PackFolder) -> list[PackJob]:
     from localsteer.packs.making import instructions_for_a_pack
 
     chosen = instructions_for_a_pack(catalog, ids)
     missing = [instruction for instruction in chosen if instruction.id not in pack]
     if len(missing) < len(chosen):
         note(f"{len(chosen) - len(missing)} of {len(chosen)} are there already.")
-    return [Job(instruction) for instruction in missing]
+    return [PackJob(instruction) for instruction in missing]
 
 
 def _make(
-    engine: Engine, jobs: Sequence[Job], pack: PackFolder, catalog: Catalog, given: Mapping[str, Any]
+    engine: Engine, jobs: Sequence[PackJob], pack: PackFolder, catalog: Catalog, given: Mapping[str, Any]
 ) -> dict[str, str]:
     """Why some could not be made, by instruction."""
     for job in jobs:

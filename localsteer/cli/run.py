@@ -142,7 +142,7 @@ def command(
     with open_engine(model, **loading, n_seq_max=1) as engine:
         always = vectors if literal else insisted
         vectors, left_out = harmless(engine, vectors, message, always=always, raw=given["raw"])
-        request = Request(engine, message, plan_of(engine, vectors, ridge), sampling, given)
+        request = Question(engine, message, plan_of(engine, vectors, ridge), sampling, given)
         if checked:
             found = ensure_reply(request, vectors, checked, tries or TRIES, ridge)
             if as_json:
@@ -170,7 +170,7 @@ def _refuse_idle(
 
 
 @dataclass(frozen=True)
-class Request:
+class Question:
     """One prompt and how it is answered. settings: the command's options of the same names."""
 
     engine: Engine
@@ -258,7 +258,7 @@ def vector_to_ensure(model: str, text: str, given: dict[str, Any], loading: dict
 
 
 def ensure_reply(
-    request: Request,
+    request: Question,
     vectors: Sequence[ControlVector],
     checked: Sequence[ControlVector],
     tries: int,
@@ -276,7 +276,7 @@ def steered_by(found: Ensured, checked: Sequence[ControlVector]) -> list[Control
     return [vector.at(strength=s) for vector, s in zip(checked, chosen.strengths, strict=False)]
 
 
-def show_ensured(request: Request, found: Ensured, timings: bool) -> None:
+def show_ensured(request: Question, found: Ensured, timings: bool) -> None:
     """The accepted reply alone, and on stderr how it came about."""
     text = found.reply.text
     click.echo(shown(text), nl=not text.endswith("\n"))
@@ -299,7 +299,7 @@ def plan_of(engine: Engine, vectors: Sequence[ControlVector], ridge: float) -> P
     return Plan.from_vectors(vectors, ridge=ridge)
 
 
-def show_reply(request: Request, timings: bool, stream: bool = True) -> None:
+def show_reply(request: Question, timings: bool, stream: bool = True) -> None:
     """Text as it comes, and a newline behind it whatever ends it; nothing for an empty reply."""
     text, held = "\n", ""
     try:
@@ -315,7 +315,7 @@ def show_reply(request: Request, timings: bool, stream: bool = True) -> None:
     _say_how_it_went(request, chunk, timings)
 
 
-def _say_how_it_went(request: Request, last: Chunk | Reply, timings: bool, whose: str = "") -> None:
+def _say_how_it_went(request: Question, last: Chunk | Reply, timings: bool, whose: str = "") -> None:
     """whose: `plain: ` or `steered: ` where there are two replies."""
     spent = last.timings
     if last.finish_reason == "length":
@@ -327,14 +327,14 @@ def _say_how_it_went(request: Request, last: Chunk | Reply, timings: bool, whose
         )
 
 
-def _why_cut(request: Request, n: int) -> str:
+def _why_cut(request: Question, n: int) -> str:
     predict = request.settings["predict"]
     if n == predict:
         return f"the reply was cut after {n} tokens: -n allows more."
     return f"the context of {request.engine.n_ctx} tokens is full: the reply was cut after {n} tokens."
 
 
-def show_both(request: Request, vectors: Sequence[ControlVector], timings: bool) -> None:
+def show_both(request: Question, vectors: Sequence[ControlVector], timings: bool) -> None:
     """Two columns, filled one after the other; while they fill, only a terminal shows them."""
     from rich.live import Live
 
@@ -369,7 +369,7 @@ def _title(vector: ControlVector) -> str:
     return f"{vector.label}:{vector.strength:g}@{blocks} {vector.mode} {vector.positions}"
 
 
-def document(request: Request, model: str, vectors: Sequence[ControlVector], reply: Reply) -> dict[str, Any]:
+def document(request: Question, model: str, vectors: Sequence[ControlVector], reply: Reply) -> dict[str, Any]:
     """What `--json` prints."""
     steering = [
         {
@@ -385,7 +385,7 @@ def document(request: Request, model: str, vectors: Sequence[ControlVector], rep
     return made | _reply_document(reply)
 
 
-def plain_document(request: Request, compare: bool) -> dict[str, Any]:
+def plain_document(request: Question, compare: bool) -> dict[str, Any]:
     return {"plain": _reply_document(request.reply(steered=False))} if compare else {}
 
 

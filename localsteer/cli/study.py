@@ -74,18 +74,18 @@ def command(
       localsteer study pairs -m MODEL.gguf -i json,lowercase -o study-pairs
       localsteer study layers -m MODEL.Q8_0.gguf --checkpoint HF_FOLDER
     """
-    from localsteer.evaluate.studies.common import Job, run_study
-    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, Limits
+    from localsteer.evaluate.studies.common import StudyJob, run_study
+    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, EvalLimits
 
     _check_options(name, files, checkpoint)
     found = catalog_of(None if files else model, catalog) if files else catalog_of(model, catalog)
     bundled = is_bundled(model) and not files
     named = _files(name, files, bundled, quick)
-    job = Job(
+    job = StudyJob(
         catalog=found,
         out=Path(out or f"study-{name}"),
         model=named[0][1] if named else model_file(model),
-        limits=BUNDLED_LIMITS if bundled else Limits(),
+        limits=BUNDLED_LIMITS if bundled else EvalLimits(),
         n=n or (N_QUICK if quick else N_TEST),
         seed=seed,
         wanted=_ids(instructions),

@@ -154,7 +154,7 @@ def command(vectors: tuple[str, ...], model: str, as_json: bool, **given: Any) -
 
         check_picture(given["plot"])
     documents = []
-    done: list[tuple[Job, Tuned]] = []
+    done: list[tuple[TuneJob, Tuned]] = []
     loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
     with open_engine(model, n_seq_max=N_SEQ_MAX, **loading) as engine:
         jobs = [_with_vector(engine, job) for job in jobs]
@@ -178,7 +178,7 @@ def command(vectors: tuple[str, ...], model: str, as_json: bool, **given: Any) -
 
 
 @dataclass(frozen=True)
-class Job:
+class TuneJob:
     """One vector on its way. path: None for one that is extracted here, whose vector is None until then.
     extraction: what it is extracted from."""
 
@@ -194,7 +194,7 @@ class Job:
         return self.instruction.id
 
 
-def _jobs(vectors: Sequence[str], model: str, given: dict[str, Any]) -> list[Job]:
+def _jobs(vectors: Sequence[str], model: str, given: dict[str, Any]) -> list[TuneJob]:
     """Everything that can be refused without the model is refused here."""
     if bool(vectors) == (given["text"] is not None):
         raise click.UsageError("give vector files, or --instruction ID to make one.")
@@ -212,7 +212,7 @@ def _jobs(vectors: Sequence[str], model: str, given: dict[str, Any]) -> list[Job
 
 def _loaded_job(
     path: Path, target: Path, catalog: Catalog, rule: dict[str, Any], given: dict[str, Any]
-) -> Job:
+) -> TuneJob:
     from localsteer.catalog import Instruction
     from localsteer.evaluate.vector_instruction import instruction_of
     from localsteer.vector import ControlVector
@@ -237,7 +237,7 @@ def _job(
     rule: dict[str, Any],
     given: dict[str, Any],
     extraction: tuple[Query, ...] = (),
-) -> Job:
+) -> TuneJob:
     from localsteer.tune.exhaustive import grid
     from localsteer.verify.verdicts import check_arguments
 
@@ -251,7 +251,7 @@ def _job(
         check_arguments(instruction.verifier, instruction.kwargs_for(queries[0].text), prompt=queries[0].text)
     if vector is not None:
         grid(vector, **_grid_options(vector, given))
-    return Job(path, target, vector, instruction, queries, extraction)
+    return TuneJob(path, target, vector, instruction, queries, extraction)
 
 
 def _grid_options(vector: ControlVector, given: dict[str, Any]) -> dict[str, Any]:
@@ -352,7 +352,7 @@ def _make_folder(folder: Path) -> None:
 # --- the work ----------------------------------------------------------------------------------------------
 
 
-def _with_vector(engine: Engine, job: Job) -> Job:
+def _with_vector(engine: Engine, job: TuneJob) -> TuneJob:
     if job.vector is not None:
         return job
     from localsteer.extract import extract
@@ -362,7 +362,7 @@ def _with_vector(engine: Engine, job: Job) -> Job:
     return replace(job, vector=vector)
 
 
-def _tune(engine: Engine, job: Job, given: dict[str, Any]) -> tuple[Tuned, dict[str, Any]]:
+def _tune(engine: Engine, job: TuneJob, given: dict[str, Any]) -> tuple[Tuned, dict[str, Any]]:
     from localsteer.evaluate.suites.bench import model_info
     from localsteer.tune import tune
 
@@ -384,7 +384,7 @@ def _tune(engine: Engine, job: Job, given: dict[str, Any]) -> tuple[Tuned, dict[
     return tuned, _document(job, tuned) | replies
 
 
-def _exhaustively(engine: Engine, job: Job, choices: dict[str, Any]) -> tuple[Tuned, int]:
+def _exhaustively(engine: Engine, job: TuneJob, choices: dict[str, Any]) -> tuple[Tuned, int]:
     """And how many replies were not known from an earlier run."""
     from localsteer.evaluate.journal import Remembered
     from localsteer.tune import tune_exhaustively
@@ -430,7 +430,7 @@ def journal_path(vector: ControlVector, model_hash: str) -> Path:
     return cache_folder() / "tune" / model_hash[:HASH_CHARS] / name
 
 
-def _document(job: Job, tuned: Tuned) -> dict[str, Any]:
+def _document(job: TuneJob, tuned: Tuned) -> dict[str, Any]:
     kept = ("search", "n", "scores", "judged_by", "recovered_gap", "with_instruction", "targets", "seconds")
     return {
         "file": None if job.path is None else str(job.path),
@@ -447,7 +447,7 @@ def _document(job: Job, tuned: Tuned) -> dict[str, Any]:
     }
 
 
-def _write(job: Job, tuned: Tuned, dry_run: bool) -> str | None:
+def _write(job: TuneJob, tuned: Tuned, dry_run: bool) -> str | None:
     if dry_run:
         note("nothing is written (--dry-run).")
         return None

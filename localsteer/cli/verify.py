@@ -20,7 +20,7 @@ RULES = ("strict", "loose")
 
 
 @dataclass(frozen=True)
-class Row:
+class VerdictRow:
     """One line of a JSONL file, with the arguments of its instructions checked. number: 1-based."""
 
     number: int
@@ -33,7 +33,7 @@ class Row:
 class Verdicts:
     """Whether a reply follows each of its instructions, by both rules."""
 
-    row: Row
+    row: VerdictRow
     strict: tuple[bool, ...]
     loose: tuple[bool, ...]
 
@@ -248,7 +248,7 @@ def _verify_many(file: str, loose: bool, as_json: bool) -> bool:
     return all(all(getattr(each, RULES[loose])) for each in verdicts)
 
 
-def _rows(text: str, name: str) -> Iterator[Row]:
+def _rows(text: str, name: str) -> Iterator[VerdictRow]:
     # split at line feeds alone: JSON text may hold other line breaks, such as U+2028, as they are
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -258,7 +258,7 @@ def _rows(text: str, name: str) -> Iterator[Row]:
                 raise CatalogError(f"{name}, line {number}: {error}") from None
 
 
-def _row(number: int, line: str) -> Row:
+def _row(number: int, line: str) -> VerdictRow:
     """Raises CatalogError with what is wrong in the line."""
     from localsteer.verify import check_arguments
 
@@ -282,7 +282,7 @@ def _row(number: int, line: str) -> Row:
             "as many of the second are wanted."
         )
     checked = (check_arguments(each, given, prompt=prompt) for each, given in zip(ids, kwargs, strict=True))
-    return Row(number, response, prompt, tuple(zip(ids, checked, strict=True)))
+    return VerdictRow(number, response, prompt, tuple(zip(ids, checked, strict=True)))
 
 
 def _listed(record: Mapping[str, Any], key: str) -> list[Any]:
@@ -292,7 +292,7 @@ def _listed(record: Mapping[str, Any], key: str) -> list[Any]:
     return found
 
 
-def _judged(row: Row) -> Verdicts:
+def _judged(row: VerdictRow) -> Verdicts:
     from localsteer.verify import verify
 
     strict, loose = (

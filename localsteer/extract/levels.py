@@ -15,7 +15,7 @@ from itertools import chain
 from localsteer.catalog import Catalog, Instruction
 from localsteer.errors import CatalogError
 
-from .recipes import Recipe
+from .recipes import Extracted
 
 LEVELS = ("extremely_concise", "concise", "moderate", "verbose", "extremely_verbose")
 DIRECTIONS = {"conciseness": LEVELS[:2], "verbosity": LEVELS[3:]}
@@ -23,16 +23,16 @@ LENGTHS = (*LEVELS, *DIRECTIONS)  # what `--length` takes
 QUERIES_PER_LEVEL = 50  # base queries, each asked at every level of a direction
 
 
-def length(catalog: Catalog, name: str) -> Recipe:
+def length(catalog: Catalog, name: str) -> Extracted:
     """How to extract one of LENGTHS. Raises CatalogError for another name, and for a catalogue that lacks a
     level."""
     if name in DIRECTIONS:
         levels = [catalog.get(level) for level in DIRECTIONS[name]]
         n_pairs = QUERIES_PER_LEVEL * len(levels)
-        return Recipe(direction(name, levels), n_pairs=n_pairs, n_queries=QUERIES_PER_LEVEL)
+        return Extracted(direction(name, levels), n_pairs=n_pairs, n_queries=QUERIES_PER_LEVEL)
     if name not in LEVELS:
         raise CatalogError(f"unknown length {name!r}: {', '.join(LENGTHS)}")
-    return Recipe(catalog.get(name))
+    return Extracted(catalog.get(name))
 
 
 def direction(name: str, levels: list[Instruction]) -> Instruction:

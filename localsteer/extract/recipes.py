@@ -22,7 +22,7 @@ WORD_PAIRS = 20  # examples for each word (Stolfo et al., section 5)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Extracted:
     """instruction: what the prompts of the pairs ask for. n_pairs: at most so many. n_queries: of the base
     queries, at equal distances; None: all. excludes: what minus the vector makes the model do, or None."""
 
@@ -49,12 +49,12 @@ class Recipe:
         return vector if self.excludes is None else minus(vector, self.excludes)
 
 
-def include_word(catalog: Catalog, word: str) -> Recipe:
+def include_word(catalog: Catalog, word: str) -> Extracted:
     """A word that replies should hold. Raises CatalogError for something that is no single word."""
-    return Recipe(_of_word(catalog, "include_word", word), n_pairs=WORD_PAIRS)
+    return Extracted(_of_word(catalog, "include_word", word), n_pairs=WORD_PAIRS)
 
 
-def exclude_word(catalog: Catalog, word: str) -> Recipe:
+def exclude_word(catalog: Catalog, word: str) -> Extracted:
     """A word that replies should not hold: minus the vector of including it (the paper, section 5).
 
     Not the vector of "do not use the word": that is `--instruction exclude_word --slot word=fox`.
@@ -63,9 +63,9 @@ def exclude_word(catalog: Catalog, word: str) -> Recipe:
     return replace(include_word(catalog, word), excludes=excludes)
 
 
-def language(catalog: Catalog, wanted: str) -> Recipe:
+def language(catalog: Catalog, wanted: str) -> Extracted:
     """The language of replies, by code or English name. Raises CatalogError."""
-    return Recipe(find_language(catalog, wanted))
+    return Extracted(find_language(catalog, wanted))
 
 
 def minus(vector: ControlVector, excludes: Instruction) -> ControlVector:

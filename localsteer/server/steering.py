@@ -36,7 +36,7 @@ logger = logging.getLogger("localsteer")
 
 
 @dataclass(frozen=True)
-class Entry:
+class Loaded:
     """One file. misfits: {model: why it can't be steered by this one}; error: why the file can't be read."""
 
     name: str
@@ -57,7 +57,7 @@ class VectorFolder:
     def __init__(self, folder: Path | None, engines: Mapping[str, Engine], limits: Limits) -> None:
         self.folder, self.engines, self.limits = folder, engines, limits
         self._lock = threading.Lock()  # held by who writes; readers take `entries` as it is
-        self.entries: Mapping[str, Entry] = {}
+        self.entries: Mapping[str, Loaded] = {}
         self.reload()
 
     # -- what is there ------------------------------------------------------------------------------
@@ -97,12 +97,12 @@ class VectorFolder:
 
     # -- what changes it ----------------------------------------------------------------------------
 
-    def reload(self) -> list[Entry]:
+    def reload(self) -> list[Loaded]:
         """Read what is new or changed, forget what is gone. Raises LocalsteerError for a missing folder."""
         if self.folder is None:
             return []
         with self._lock:
-            found: dict[str, Entry] = {}
+            found: dict[str, Loaded] = {}
             for path in self._files():
                 before = self.entries.get(path.stem)
                 entry = before if before and before.stamp == _stamp(path) else self._read(path)
@@ -110,7 +110,7 @@ class VectorFolder:
             self.entries = found
         return list(found.values())
 
-    def add(self, name: str, data: bytes, *, replace: bool) -> Entry:
+    def add(self, name: str, data: bytes, *, replace: bool) -> Loaded:
         """Write DIR/name.gguf in one step, once it has been read well and fits a model. Raises ApiError."""
         path = self._writable(name) / f"{name}{SUFFIX}"
         with self._lock, _changing_the_folder():
@@ -130,7 +130,7 @@ class VectorFolder:
             self.entries = dict(sorted({**self.entries, name: entry}.items()))
         return entry
 
-    def remove(self, name: str) -> Entry:
+    def remove(self, name: str) -> Loaded:
         """Delete a vector's file. Raises ApiError for a name that is not there."""
         with self._lock:
             entry = self.entries.get(name)
@@ -151,7 +151,7 @@ class VectorFolder:
             )
         return self.folder
 
-    def _check(self, entry: Entry) -> None:
+    def _check(self, entry: Loaded) -> None:
         if entry.error:
             raise ApiError(f"the upload is refused: {entry.error}", code="invalid_vector")
         if len(entry.misfits) == len(self.engines):
@@ -173,7 +173,7 @@ class VectorFolder:
                 logger.warning("%s is left out: a vector's name has no %r.", path.name, _odd(path.stem))
         return [path for path in found if NAME.fullmatch(path.stem)][: self.limits.max_files]
 
-    def _read(self, path: Path, name: str | None = None) -> Entry:
+    def _read(self, path: Path, name: str | None = None) -> Loaded:
         """An entry in any case: a file that can't be read is listed with the reason."""
         shown_as = f"{name or path.stem}{SUFFIX}"
         try:
@@ -184,8 +184,8 @@ class VectorFolder:
             vector = ControlVector.load(path)
         except (OSError, LocalsteerError) as error:
             why = str(error).replace(str(path), shown_as)
-            return Entry(name or path.stem, "", 0, error=why)
-        return Entry(name or path.stem, digest, stamp[0], vector, misfits=self._misfits(vector), stamp=stamp)
+            return Loaded(name or path.stem, "", 0, error=why)
+        return Loaded(name or path.stem, digest, stamp[0], vector, misfits=self._misfits(vector), stamp=stamp)
 
     def _misfits(self, vector: ControlVector) -> dict[str, str]:
         found = {}
@@ -197,7 +197,7 @@ class VectorFolder:
         return found
 
 
-def document(entry: Entry, models: Sequence[str]) -> dict[str, Any]:
+def document(entry: Loaded, models: Sequence[str]) -> dict[str, Any]:
     """What GET /v1/steering says of one vector: settings, and the figures that tuning left in the file."""
     made: dict[str, Any] = {"object": "steering.vector", "name": entry.name}
     if entry.vector is None:

@@ -22,7 +22,7 @@ HEAT_MARGIN = 7  # the numbers of the blocks
 MIN_WIDTH = 40
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
     """One line of a strip: a text and a share of the colours for each token; NaN leaves a cell plain."""
 
     label: str
@@ -58,11 +58,11 @@ def _strip(trace: Trace, line: Line, width: int) -> Iterator[Text]:
         yield Text()
 
 
-def _rows(trace: Trace, line: Line) -> list[Row]:
+def _rows(trace: Trace, line: Line) -> list[TokenRow]:
     after = line.share(line.after)
     same = np.array_equal(line.plain, line.before, equal_nan=True)
     rows = [
-        Row("", [looks.visible(piece) for piece in trace.pieces], after, "bold"),
+        TokenRow("", [looks.visible(piece) for piece in trace.pieces], after, "bold"),
         # below the first steered block nothing has changed yet
         *([] if same else [_projections("plain", line, line.plain, "dim")]),
         _projections("before", line, line.before),
@@ -71,18 +71,18 @@ def _rows(trace: Trace, line: Line) -> list[Row]:
     if not _is_constant(line.target):
         rows.append(_projections("target", line, line.target))
     weight = np.where(trace.covers(line), line.weight, np.nan)
-    rows.append(Row("weight", list(map(looks.number, weight)), looks.weight_share(line) + 0 * weight))
-    rows.append(Row("effect", list(map(looks.number, trace.effect)), looks.effect_share(trace.effect)))
+    rows.append(TokenRow("weight", list(map(looks.number, weight)), looks.weight_share(line) + 0 * weight))
+    rows.append(TokenRow("effect", list(map(looks.number, trace.effect)), looks.effect_share(trace.effect)))
     instead = [
         looks.visible(piece) if differs else "·"
         for piece, differs in zip(trace.plain_pieces, trace.differs, strict=True)
     ]
-    rows.append(Row("instead", instead, np.full(len(instead), np.nan), "dim"))
+    rows.append(TokenRow("instead", instead, np.full(len(instead), np.nan), "dim"))
     return rows
 
 
-def _projections(label: str, line: Line, values: np.ndarray, style: str = "") -> Row:
-    return Row(label, list(map(looks.number, values)), line.share(values), style)
+def _projections(label: str, line: Line, values: np.ndarray, style: str = "") -> TokenRow:
+    return TokenRow(label, list(map(looks.number, values)), line.share(values), style)
 
 
 def _is_constant(target: np.ndarray) -> bool:
@@ -107,7 +107,7 @@ def _segments(widths: Sequence[int], room: int) -> Iterator[tuple[int, int]]:
     yield start, len(widths)
 
 
-def _row_text(row: Row, tokens: range, widths: Sequence[int], n_prompt: int) -> Text:
+def _row_text(row: TokenRow, tokens: range, widths: Sequence[int], n_prompt: int) -> Text:
     from rich.cells import cell_len
     from rich.text import Text
 

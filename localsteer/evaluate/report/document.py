@@ -12,7 +12,7 @@ from localsteer.evaluate.intervals import certain
 from localsteer.evaluate.report import shape
 from localsteer.evaluate.report.figures import (
     NONE,
-    Cell,
+    TableCell,
     cell,
     known,
     number,
@@ -54,7 +54,7 @@ class Table:
     """rows: as wide as `columns`. strong_last: the last row sums up the others."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[TableCell, ...], ...]
     title: str = ""
     strong_last: bool = False
 
@@ -193,7 +193,7 @@ def _accuracy(figures: Mapping[str, Any] | None, rule: str = "strict") -> Mappin
     return (figures or {}).get(rule) or {}
 
 
-def _follows(figures: Mapping[str, Any] | None, rule: str = "strict") -> Cell:
+def _follows(figures: Mapping[str, Any] | None, rule: str = "strict") -> TableCell:
     found = _accuracy(figures, rule)
     return share_cell(found.get("accuracy"), found.get("low"), found.get("high"))
 
@@ -211,7 +211,7 @@ def _summary(rows: Mapping[str, Any], together: Mapping[str, Any], conditions: S
 
 
 def _sentences(
-    shares: Mapping[str, Cell], rows: Mapping[str, Any], together: Mapping[str, Any]
+    shares: Mapping[str, TableCell], rows: Mapping[str, Any], together: Mapping[str, Any]
 ) -> Iterator[str]:
     steered = shares["steered"]
     spread = f" ({steered.minor})" if steered.minor else ""
@@ -264,7 +264,7 @@ def _quality_table(
     rules = list(dict.fromkeys(key for _, found in labelled for key in found if _is_rule(found[key])))
     extra = [key for key in rules if key not in ("strict", "loose")]
     qualities = {key for _, found in labelled for key in found.get("quality") or {}}
-    columns: dict[str, Callable[[Mapping[str, Any]], Cell]] = {
+    columns: dict[str, Callable[[Mapping[str, Any]], TableCell]] = {
         "n": lambda found: cell(found.get("n")),
         "follows": lambda found: _follows(found),
         "loose": lambda found: _follows(found, "loose"),
@@ -280,7 +280,8 @@ def _quality_table(
     if not kept:
         return None
     lines = tuple(
-        (*map(Cell, names), *(row[i] for i in kept)) for (names, _), row in zip(labelled, rows, strict=True)
+        (*map(TableCell, names), *(row[i] for i in kept))
+        for (names, _), row in zip(labelled, rows, strict=True)
     )
     return Table((*labels, *(list(columns)[i] for i in kept)), lines)
 
@@ -289,15 +290,15 @@ def _is_rule(value: Any) -> bool:
     return isinstance(value, Mapping) and "accuracy" in value
 
 
-def _plain_share(value: float | None) -> Cell:
+def _plain_share(value: float | None) -> TableCell:
     """Without a bar: a high share is not always good news."""
-    return Cell(percent(value), number=True)
+    return TableCell(percent(value), number=True)
 
 
-QUALITY: Mapping[str, tuple[str, Callable[[float | None], Cell]]] = {
-    "perplexity_ratio": ("perplexity", lambda value: Cell(ratio(value), number=True)),
+QUALITY: Mapping[str, tuple[str, Callable[[float | None], TableCell]]] = {
+    "perplexity_ratio": ("perplexity", lambda value: TableCell(ratio(value), number=True)),
     "repetition": ("repetition", _plain_share),
-    "words": ("words", lambda value: Cell(number(value), number=True)),
+    "words": ("words", lambda value: TableCell(number(value), number=True)),
     "degenerate": ("degenerate", _plain_share),
     "subject_kept": ("subject kept", _plain_share),
 }
@@ -324,13 +325,13 @@ def _instructions(
 
 def _instruction(
     label: str, row: Mapping[str, Any], names: Sequence[str], applied: str | None
-) -> tuple[Cell, ...]:
+) -> tuple[TableCell, ...]:
     shares = [_follows(row.get(name)) for name in names]
     if applied is None:
-        return (Cell(label), *shares)
+        return (TableCell(label), *shares)
     quality = (row.get(applied) or {}).get("quality") or {}
-    cost = Cell(ratio(quality.get("perplexity_ratio")), number=True)
-    return (Cell(label), *shares, cost, Cell(settings_text(_settings(row, applied))))
+    cost = TableCell(ratio(quality.get("perplexity_ratio")), number=True)
+    return (TableCell(label), *shares, cost, TableCell(settings_text(_settings(row, applied))))
 
 
 def _settings(row: Mapping[str, Any], condition: str) -> Any:
@@ -435,25 +436,25 @@ def _appendix(results: Mapping[str, Any]) -> Iterator[Table]:
 
 def _pairs(title: str, found: Mapping[str, Any]) -> Table:
     return Table(
-        ("name", "value"), tuple((Cell(str(key)), _plain(value)) for key, value in found.items()), title
+        ("name", "value"), tuple((TableCell(str(key)), _plain(value)) for key, value in found.items()), title
     )
 
 
-def _plain(value: Any) -> Cell:
+def _plain(value: Any) -> TableCell:
     """As cell, for values of any kind; never aligned to the right."""
     if isinstance(value, Mapping):
-        return Cell(", ".join(f"{key} {_plain(each).text}" for key, each in value.items()))
+        return TableCell(", ".join(f"{key} {_plain(each).text}" for key, each in value.items()))
     if isinstance(value, int) and not isinstance(value, bool):
-        return Cell(str(value))  # a seed has no thousands
+        return TableCell(str(value))  # a seed has no thousands
     if isinstance(value, (list, tuple)):
-        return Cell(", ".join(_plain(each).text for each in value))
-    return Cell(cell(value).text)
+        return TableCell(", ".join(_plain(each).text for each in value))
+    return TableCell(cell(value).text)
 
 
 def _vectors(vectors: Mapping[str, Mapping[str, Any]]) -> Table:
-    def line(name: str, vector: Mapping[str, Any]) -> tuple[Cell, ...]:
+    def line(name: str, vector: Mapping[str, Any]) -> tuple[TableCell, ...]:
         hashes = (str(vector.get(key) or NONE)[:_SHORT_HASH] for key in ("sha256", "source_sha256"))
-        return (Cell(name), Cell(settings_text(vector) or NONE), *map(Cell, hashes))
+        return (TableCell(name), TableCell(settings_text(vector) or NONE), *map(TableCell, hashes))
 
     columns = ("vector", "settings", "sha256", "sha256 of its model")
     return Table(columns, tuple(line(name, vector) for name, vector in vectors.items()), "Vectors")

@@ -18,7 +18,7 @@ _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """text: what is read first. minor: what stands small beside it, an interval mostly. share: 0 to 1, for
     the bar behind it. number: aligned to the right."""
 
@@ -37,23 +37,23 @@ def showable(value: Any) -> Any:
     return [showable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def cell(value: Any) -> Cell:
+def cell(value: Any) -> TableCell:
     """Any value of a table in results.json."""
     if isinstance(value, Mapping):
         return share_cell(value.get("share"), value.get("low"), value.get("high"))
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-        return Cell(number(value), number=True)
+        return TableCell(number(value), number=True)
     if isinstance(value, bool):
-        return Cell("yes" if value else "no")
+        return TableCell("yes" if value else "no")
     if isinstance(value, (list, tuple)):
-        return Cell(", ".join(cell(each).text for each in value))
-    return Cell(str(value))
+        return TableCell(", ".join(cell(each).text for each in value))
+    return TableCell(str(value))
 
 
-def share_cell(share: float | None, low: float | None = None, high: float | None = None) -> Cell:
+def share_cell(share: float | None, low: float | None = None, high: float | None = None) -> TableCell:
     if not finite(share):
-        return Cell(NONE, number=True)
-    return Cell(percent(share), interval(low, high), max(0.0, min(1.0, share)), number=True)
+        return TableCell(NONE, number=True)
+    return TableCell(percent(share), interval(low, high), max(0.0, min(1.0, share)), number=True)
 
 
 def value_of(point: Any) -> float:

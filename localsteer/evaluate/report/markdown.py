@@ -8,7 +8,7 @@ from typing import Any
 
 from localsteer.evaluate.report import plots
 from localsteer.evaluate.report.document import Document, Plot, Section, Suite, Table, document, spans
-from localsteer.evaluate.report.figures import Cell
+from localsteer.evaluate.report.figures import TableCell
 
 # what Markdown, or GitHub's maths, would take for its own; an underscore inside a word is left alone
 _SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
@@ -110,7 +110,7 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(each: Cell, strong: bool) -> str:
+def _cell(each: TableCell, strong: bool) -> str:
     text = escape(each.text)
     text = f"**{text}**" if strong and text else text
     return f"{text} ({each.minor})" if each.minor else text

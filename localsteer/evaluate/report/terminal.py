@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from localsteer.evaluate.report.document import Plot, Section, Suite, Table, document
-from localsteer.evaluate.report.figures import Cell, is_share, value_of
+from localsteer.evaluate.report.figures import TableCell, is_share, value_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -148,7 +148,7 @@ def _rich(table: Table, columns: Sequence[int]) -> RichTable:
     return made
 
 
-def _text(cell: Cell) -> Text:
+def _text(cell: TableCell) -> Text:
     from rich.text import Text
 
     text = Text(cell.text)

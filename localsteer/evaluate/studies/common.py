@@ -16,7 +16,7 @@ from localsteer.evaluate.conditions import alike, applied_like
 from localsteer.evaluate.results import refuse_others
 from localsteer.evaluate.studies import study
 from localsteer.evaluate.study import Stage, silent
-from localsteer.evaluate.suites.bench import Bench, Limits, open_bench
+from localsteer.evaluate.suites.bench import Bench, EvalLimits, open_bench
 from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures, share_cell
 from localsteer.jsonable import finite
 from localsteer.vector import ControlVector
@@ -27,7 +27,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Job:
+class StudyJob:
     """wanted: instruction ids in place of the study's own choice. n: test queries. quick: everything smaller,
     to see that it works. files: for `quantization`, (label, file) of one checkpoint, the most exact first.
     checkpoint: for `layers`, the transformers folder that the model was made from."""
@@ -35,7 +35,7 @@ class Job:
     catalog: Catalog
     out: Path
     model: Path
-    limits: Limits
+    limits: EvalLimits
     n: int = 20
     seed: int = 0
     wanted: tuple[str, ...] | None = None
@@ -70,7 +70,7 @@ class Job:
         return found
 
 
-def run_study(name: str, job: Job, *, command: str = "") -> dict[str, Any]:
+def run_study(name: str, job: StudyJob, *, command: str = "") -> dict[str, Any]:
     """Run it, and write OUT/results.json, OUT/NAME.md and its pictures. Returns results.json's content.
 
     Raises CatalogError, ModelFileError, LocalsteerError for an OUT of another run or a full disk.
@@ -86,7 +86,7 @@ def run_study(name: str, job: Job, *, command: str = "") -> dict[str, Any]:
     return document
 
 
-def _document(name: str, title: str, found: Mapping[str, Any], job: Job) -> dict[str, Any]:
+def _document(name: str, title: str, found: Mapping[str, Any], job: StudyJob) -> dict[str, Any]:
     import platform
 
     from localsteer import __version__

@@ -19,7 +19,7 @@ from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError, PlanError
 from localsteer.evaluate.conditions import random_control
 from localsteer.evaluate.studies.common import (
-    Job,
+    StudyJob,
     accuracy_of,
     grouped,
     lines,
@@ -31,8 +31,8 @@ from localsteer.evaluate.studies.common import (
 from localsteer.evaluate.suites.bench import Bench
 from localsteer.evaluate.suites.cells import (
     Cell,
-    Check,
     Result,
+    Rule,
     Verdict,
     applied,
     checks_of,
@@ -97,7 +97,7 @@ class Found:
         return grouped(self.results, "condition").get((condition,), [])
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: StudyJob) -> dict[str, Any]:
     """Raises CatalogError where `wanted` is not three instructions."""
     with job.bench() as bench:
         triples, said = _triples(job, bench)
@@ -128,7 +128,7 @@ def run(job: Job) -> dict[str, Any]:
 # --- which three -------------------------------------------------------------------------------------------
 
 
-def _triples(job: Job, bench: Bench) -> tuple[list[tuple[Instruction, ...]], str]:
+def _triples(job: StudyJob, bench: Bench) -> tuple[list[tuple[Instruction, ...]], str]:
     if job.wanted is not None:
         if len(job.wanted) != 3:
             raise CatalogError(f"three instructions are put together, and {len(job.wanted)} are named")
@@ -154,11 +154,11 @@ def _triples(job: Job, bench: Bench) -> tuple[list[tuple[Instruction, ...]], str
     return triples, said
 
 
-def _filled(job: Job, each: Instruction | str) -> Instruction:
+def _filled(job: StudyJob, each: Instruction | str) -> Instruction:
     return each if isinstance(each, Instruction) else job.catalog.get(each)
 
 
-def _long(job: Job) -> Instruction:
+def _long(job: StudyJob) -> Instruction:
     known = job.catalog.instructions
     if LONG[1] in known:
         return job.catalog.get(LONG[1], n=80)
@@ -328,7 +328,7 @@ def _held(result: Result) -> float:
     return float(np.mean([bool(each) for each in verdicts]))
 
 
-def _judged_by(result: Result, checks: Sequence[Check]) -> Verdict:
+def _judged_by(result: Result, checks: Sequence[Rule]) -> Verdict:
     """By some of its checks: a reply without an end follows none of them either."""
     cell = replace(result.cell, checks=tuple(checks))
     return judge_cell(cell, result.reply, must_end=result.verdict.degenerate == ENDLESS)

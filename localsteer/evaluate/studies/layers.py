@@ -16,7 +16,15 @@ import numpy as np
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import LocalsteerError, ModelFileError
 from localsteer.evaluate.journal import Journal
-from localsteer.evaluate.studies.common import Job, accuracy_of, cells_for, heatmap, lines, section, table
+from localsteer.evaluate.studies.common import (
+    StudyJob,
+    accuracy_of,
+    cells_for,
+    heatmap,
+    lines,
+    section,
+    table,
+)
 from localsteer.evaluate.suites.bench import Bench
 from localsteer.evaluate.suites.cells import Cell, judge_cell
 from localsteer.extract import extract, open_backend
@@ -31,7 +39,7 @@ POSITIONS = ("prompt", "all")
 N_QUERIES, QUICK_QUERIES = 10, 3
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: StudyJob) -> dict[str, Any]:
     """Raises LocalsteerError without a checkpoint, or without torch."""
     if job.checkpoint is None:
         raise LocalsteerError("a study of layers needs the checkpoint that the model was made from.")
@@ -113,7 +121,7 @@ def _torch_profile(
     instructions: Sequence[Instruction],
     positions: Sequence[str],
     queries: Sequence[Query],
-    job: Job,
+    job: StudyJob,
 ) -> np.ndarray:
     """(rows, n_layer) shares. Replies are kept in OUT/torch.jsonl, as the engine's are."""
     profile = []

@@ -16,7 +16,15 @@ from localsteer.catalog import Instruction
 from localsteer.evaluate.probe import GAUSSIAN, LINEAR, PROBES, accuracy
 from localsteer.evaluate.similarity import MIN_PAIRS, probe_groups
 from localsteer.evaluate.states import States
-from localsteer.evaluate.studies.common import Job, accuracy_of, cells_for, heatmap, lines, section, table
+from localsteer.evaluate.studies.common import (
+    StudyJob,
+    accuracy_of,
+    cells_for,
+    heatmap,
+    lines,
+    section,
+    table,
+)
 from localsteer.evaluate.studies.layers import correlate
 from localsteer.evaluate.suites.bench import Bench
 from localsteer.extract import build_pairs, open_backend
@@ -38,7 +46,7 @@ READS = 0.95
 WORKS = 0.5  # share of replies above which steering is said to work
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: StudyJob) -> dict[str, Any]:
     with job.bench() as bench:
         instructions = job.instructions(INSTRUCTIONS)
         raw = bench.raw(instructions)

@@ -17,7 +17,7 @@ from localsteer.evaluate.conditions import random_control
 from localsteer.evaluate.similarity import unit_rows
 from localsteer.evaluate.states import States
 from localsteer.evaluate.studies.common import (
-    Job,
+    StudyJob,
     accuracy_of,
     cells_for,
     grouped,
@@ -58,7 +58,7 @@ class Draw:
         return f"{self.n_pairs} pairs, {self.wordings or 'all'} wordings, draw {self.number}"
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: StudyJob) -> dict[str, Any]:
     counts, wordings, n_draws = COUNTS, WORDINGS, N_DRAWS
     if job.quick:
         counts, wordings, n_draws = QUICK_COUNTS, QUICK_WORDINGS, QUICK_DRAWS

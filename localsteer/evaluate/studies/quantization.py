@@ -18,7 +18,7 @@ from localsteer.errors import LocalsteerError
 from localsteer.evaluate.calibrate import Calibration, calibrate
 from localsteer.evaluate.conditions import random_control
 from localsteer.evaluate.studies.common import (
-    Job,
+    StudyJob,
     accuracy_of,
     cells_for,
     grouped,
@@ -71,7 +71,7 @@ class Measured:
         return grouped(self.results, "condition").get((condition,), [])
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: StudyJob) -> dict[str, Any]:
     """Raises LocalsteerError for fewer than two files, MismatchError for one of another model."""
     files = job.files[:1] if not job.files else job.files
     if len(files) < 2:

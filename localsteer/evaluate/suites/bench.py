@@ -44,7 +44,7 @@ from localsteer.vector import ControlVector, check_model
 if TYPE_CHECKING:
     from localsteer.engine import Engine
     from localsteer.evaluate.model_judge import ModelJudge
-    from localsteer.extract.recipes import Recipe
+    from localsteer.extract.recipes import Extracted
     from localsteer.tune import Tuned
 
 PARTNERS = ("json", "lowercase", "title")  # a control needs other instructions, also where few are wanted
@@ -55,7 +55,7 @@ DIGEST = "eval_digest"  # of a kept vector's provenance: what it was extracted f
 
 
 @dataclass(frozen=True)
-class Limits:
+class EvalLimits:
     """How long prompts and replies may be, in tokens. must_end: a reply that is cut at max_tokens is
     degenerate, because the limit leaves ample room."""
 
@@ -65,7 +65,7 @@ class Limits:
     n_seq_max: int = 8
 
 
-BUNDLED_LIMITS = Limits(BUNDLED_N_CTX, BUNDLED_MAX_TOKENS, True, BUNDLED_N_SEQ_MAX)
+BUNDLED_LIMITS = EvalLimits(BUNDLED_N_CTX, BUNDLED_MAX_TOKENS, True, BUNDLED_N_SEQ_MAX)
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def open_bench(
     catalog: Catalog,
     out: Path,
     *,
-    limits: Limits | None = None,
+    limits: EvalLimits | None = None,
     n_threads: int | None = None,
     base: Path | None = None,
     **options: Any,
@@ -84,7 +84,7 @@ def open_bench(
 
     Raises LocalsteerError when `out` holds another model's run.
     """
-    limits = limits or Limits()
+    limits = limits or EvalLimits()
     with ExitStack() as stack:
         workers = _open_workers(stack, path, out, limits, n_threads)
         bench = Bench(workers, catalog, out, limits=limits, **options)
@@ -103,14 +103,14 @@ def open_judge(path: Path, bench: Bench, *, n_threads: int | None = None) -> Ite
     from localsteer.evaluate.model_judge import ModelJudge, check_judge
 
     with ExitStack() as stack:
-        workers = _open_workers(stack, path, bench.out / f"judge-{path.stem}", Limits(), n_threads)
+        workers = _open_workers(stack, path, bench.out / f"judge-{path.stem}", EvalLimits(), n_threads)
         workers.map(lambda engine, _: check_judge(engine), [None])
         name = workers.map(lambda engine, _: model_info(engine), [None])[0]["name"]
         yield ModelJudge(workers, name, bench.wording)
 
 
 def _open_workers(
-    stack: ExitStack, path: Path, out: Path, limits: Limits, n_threads: int | None, **more: Any
+    stack: ExitStack, path: Path, out: Path, limits: EvalLimits, n_threads: int | None, **more: Any
 ) -> Workers:
     from localsteer.bridge import default_threads
 
@@ -123,7 +123,7 @@ def _open_workers(
     return stack.enter_context(Workers(path, n if small else 1, n_threads=1 if small else n, **more))
 
 
-def _identity(path: Path, limits: Limits) -> dict[str, Any]:
+def _identity(path: Path, limits: EvalLimits) -> dict[str, Any]:
     """What replies in a journal were given by: another version may give others, and a smaller context cuts
     them short, so that a report would say of its replies what is not true."""
     from importlib.metadata import version
@@ -153,7 +153,7 @@ class Bench:
         *,
         n: int = 20,
         seed: int = 0,
-        limits: Limits | None = None,
+        limits: EvalLimits | None = None,
         given: Sequence[tuple[Path, ControlVector]] = (),
         wanted: Sequence[str] | None = None,
         test: Sequence[Query] | None = None,
@@ -161,7 +161,7 @@ class Bench:
     ) -> None:
         self.workers, self.catalog, self.out = workers, catalog, Path(out)
         self.n, self.seed, self.stage = n, seed, stage
-        self.limits = limits or Limits()
+        self.limits = limits or EvalLimits()
         self.max_tokens = self.limits.max_tokens
         self.base: Bench | None = None
         self.results: list[Result] = []
@@ -274,11 +274,11 @@ class Bench:
             self._raw[each.id] = self._save(each, found[each.id]) if each in new else found[each.id]
         return {each.id: self._raw[each.id] for each in chosen}
 
-    def extract(self, recipes: Sequence[Recipe]) -> dict[str, ControlVector]:
+    def extract(self, recipes: Sequence[Extracted]) -> dict[str, ControlVector]:
         """As `raw`, of lengths and words, by the id of what a vector makes the model do."""
         new = [each for each in recipes if each.target.id not in self._raw]
 
-        def work(engine: Engine, recipe: Recipe) -> ControlVector:
+        def work(engine: Engine, recipe: Extracted) -> ControlVector:
             return recipe.extract(engine, self.catalog.queries_for(recipe.instruction, "extraction"))
 
         with self.stage("extracting vectors") as advance:

@@ -34,7 +34,7 @@ Request = tuple[str, tuple[ControlVector, ...]]
 
 
 @dataclass(frozen=True)
-class Check:
+class Rule:
     """One verifier with its arguments, ids and names as IFEval writes them."""
 
     verifier: str
@@ -56,7 +56,7 @@ class Cell:
     query: Query
     prompt: str
     steer: tuple[ControlVector, ...] = ()
-    checks: tuple[Check, ...] = ()
+    checks: tuple[Rule, ...] = ()
     max_tokens: int = 512
     wording: str = ""
 
@@ -83,11 +83,11 @@ class Result:
     verdict: Verdict
 
 
-def checks_of(instruction: Instruction, query: Query) -> tuple[Check, ...]:
+def checks_of(instruction: Instruction, query: Query) -> tuple[Rule, ...]:
     """The instruction's verifier for replies to this query; none where it has none."""
     if instruction.verifier is None:
         return ()
-    return (Check(instruction.verifier, instruction.kwargs_for(query.text)),)
+    return (Rule(instruction.verifier, instruction.kwargs_for(query.text)),)
 
 
 # --- running -----------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ N_REPLIES = 20  # test queries answered by PyTorch, one after the other
 
 
 @dataclass(frozen=True)
-class Pair:
+class Composed:
     """Two instructions, and their vectors as each was picked alone. blocks: the arrangements chosen."""
 
     instructions: tuple[Instruction, Instruction]
@@ -102,12 +102,12 @@ def run(bench: Bench, *, checkpoint: Path | None = None, **_options: Any) -> Sui
 # --- which pairs -------------------------------------------------------------------------------------------
 
 
-def pairs_of(bench: Bench) -> list[Pair]:
+def pairs_of(bench: Bench) -> list[Composed]:
     """`named_pairs`, and a case with a word to exclude."""
     named = named_pairs(bench)
     vectors = bench.vectors(list(dict.fromkeys(name for pair in named for name in pair)))
     found = [
-        Pair((bench.instruction(a), bench.instruction(b)), (_on(vectors[a]), _on(vectors[b])))
+        Composed((bench.instruction(a), bench.instruction(b)), (_on(vectors[a]), _on(vectors[b])))
         for a, b in named
     ]
     return found + list(_case_and_word(bench))
@@ -131,7 +131,7 @@ def case_words(bench: Bench) -> list[str] | None:
     return found or None
 
 
-def _case_and_word(bench: Bench) -> Iterator[Pair]:
+def _case_and_word(bench: Bench) -> Iterator[Composed]:
     """Of words that replies use, one that they use without the case and with it: a case may change what is
     said."""
     words = case_words(bench)
@@ -145,7 +145,7 @@ def _case_and_word(bench: Bench) -> Iterator[Pair]:
         words = [word for word, _ in plain]
     for used in words[:1]:
         word, vector = excluding(bench, used)
-        yield Pair((case, word), (cased, _on(vector)))
+        yield Composed((case, word), (cased, _on(vector)))
 
 
 def _on(vector: ControlVector) -> ControlVector:
@@ -156,7 +156,7 @@ def _on(vector: ControlVector) -> ControlVector:
 # --- arrangements ------------------------------------------------------------------------------------------
 
 
-def choose(bench: Bench, pairs: Sequence[Pair]) -> list[Pair]:
+def choose(bench: Bench, pairs: Sequence[Composed]) -> list[Composed]:
     """Each pair with the arrangements of both kinds whose replies to validation queries are best."""
     queries = {pair.label: pair.queries(bench, "validation")[:N_TRIED] for pair in pairs}
     tried = [(pair, steer) for pair in pairs for steer in arrangements(*pair.alone)]
@@ -200,7 +200,9 @@ def _is_good(result: Result) -> bool:
     return bool(result.verdict.strict) and result.verdict.subject_kept is not False
 
 
-def _best(pair: Pair, same: bool, tried: Sequence[Any], scores: Sequence[int]) -> tuple[ControlVector, ...]:
+def _best(
+    pair: Composed, same: bool, tried: Sequence[Any], scores: Sequence[int]
+) -> tuple[ControlVector, ...]:
     rows = [
         k
         for k, (each, (a, b)) in enumerate(tried)
@@ -212,7 +214,7 @@ def _best(pair: Pair, same: bool, tried: Sequence[Any], scores: Sequence[int]) -
 # --- cells -------------------------------------------------------------------------------------------------
 
 
-def pair_cells(bench: Bench, pair: Pair) -> list[Cell]:
+def pair_cells(bench: Bench, pair: Composed) -> list[Cell]:
     a, b = pair.alone
     queries = pair.queries(bench, "test")
     steers = {"none": (), "first alone": (a,), "second alone": (b,)}
@@ -230,7 +232,7 @@ def pair_cells(bench: Bench, pair: Pair) -> list[Cell]:
 # --- sections ----------------------------------------------------------------------------------------------
 
 
-def together(bench: Bench, pairs: Sequence[Pair], results: Sequence[Result]) -> dict[str, Any]:
+def together(bench: Bench, pairs: Sequence[Composed], results: Sequence[Result]) -> dict[str, Any]:
     rows = []
     for pair in pairs:
         mine = [result for result in results if result.cell.instruction == pair.label]
@@ -269,11 +271,11 @@ def together(bench: Bench, pairs: Sequence[Pair], results: Sequence[Result]) -> 
     }
 
 
-def others_of(bench: Bench, pair: Pair) -> list[Instruction]:
+def others_of(bench: Bench, pair: Composed) -> list[Instruction]:
     return bench.others(*pair.instructions, n=2)
 
 
-def _both(results: Sequence[Result], pair: Pair, condition: str) -> float | None:
+def _both(results: Sequence[Result], pair: Composed, condition: str) -> float | None:
     found = [
         bool(each.verdict.strict)
         for each in results
@@ -282,7 +284,7 @@ def _both(results: Sequence[Result], pair: Pair, condition: str) -> float | None
     return sum(found) / len(found) if found else None
 
 
-def _where(pair: Pair, condition: str) -> str:
+def _where(pair: Composed, condition: str) -> str:
     vectors = {
         "first alone": pair.alone[:1], "second alone": pair.alone[1:],
         SAME: pair.same, DIFFERENT: pair.different,
@@ -292,7 +294,7 @@ def _where(pair: Pair, condition: str) -> str:
     return f"{blocks}, {vectors[0].positions}" if vectors else ""
 
 
-def _shares(bench: Bench, pair: Pair, found: Sequence[Result]) -> list[Any]:
+def _shares(bench: Bench, pair: Composed, found: Sequence[Result]) -> list[Any]:
     """First, second, both."""
     parts = []
     for instruction in pair.instructions:
@@ -313,7 +315,7 @@ def _judged(bench: Bench, cells: Sequence[Cell], replies: Sequence[Reply]) -> di
 # --- one after the other -----------------------------------------------------------------------------------
 
 
-def in_turn(bench: Bench, pairs: Sequence[Pair], checkpoint: Path | None) -> list[dict[str, Any]]:
+def in_turn(bench: Bench, pairs: Sequence[Composed], checkpoint: Path | None) -> list[dict[str, Any]]:
     """The joint solve beside two projections done in turn at the same block. A plan refuses that by design,
     so the states of plain prompts are edited here in numpy, and replies are PyTorch's where the model's
     checkpoint is known."""
@@ -353,7 +355,7 @@ def _answer(rows: Sequence[Sequence[Any]]) -> str:
     )
 
 
-def _miss_row(bench: Bench, pair: Pair) -> list[Any]:
+def _miss_row(bench: Bench, pair: Composed) -> list[Any]:
     a, b = pair.same
     layer = a.layers[0]
     queries = bench.validation[:N_STATES]
@@ -399,7 +401,7 @@ def own_checkpoint(bench: Bench) -> Path | None:
     return folder if bundled.checkpoint_hash(folder) in bench.workers.path.name else None
 
 
-def _reply_rows(bench: Bench, pairs: Sequence[Pair], checkpoint: Path | None) -> list[list[Any]]:
+def _reply_rows(bench: Bench, pairs: Sequence[Composed], checkpoint: Path | None) -> list[list[Any]]:
     """Shares of replies where both hold: jointly, and in both orders. Empty without PyTorch."""
     if checkpoint is None:
         return []
@@ -425,13 +427,13 @@ def _reply_rows(bench: Bench, pairs: Sequence[Pair], checkpoint: Path | None) ->
             return bench.workers.map(work, [None])[0]
 
 
-def _orders(pair: Pair) -> list[list[Plan]]:
+def _orders(pair: Composed) -> list[list[Plan]]:
     a, b = pair.same
     return [[Plan.from_vectors(each) for each in steps] for steps in ([[a, b]], [[a], [b]], [[b], [a]])]
 
 
 def _answered(
-    bench: Bench, engine: Engine, model: Any, pair: Pair, queries: Sequence[Query], plans: Sequence[Plan]
+    bench: Bench, engine: Engine, model: Any, pair: Composed, queries: Sequence[Query], plans: Sequence[Plan]
 ) -> dict[str, float | None]:
     from localsteer.extract.torch_steering import greedy_tokens
 

@@ -20,7 +20,7 @@ from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError, LocalsteerError
 from localsteer.evaluate.conditions import applied_like
 from localsteer.evaluate.suites.bench import is_possible
-from localsteer.evaluate.suites.cells import Cell, Check, applied
+from localsteer.evaluate.suites.cells import Cell, Rule, applied
 from localsteer.vector import ControlVector
 from localsteer.verify.verdicts import check_arguments
 
@@ -43,7 +43,7 @@ class Item:
     number: int
     prompt: str
     base: str | None
-    checks: tuple[Check, ...]
+    checks: tuple[Rule, ...]
 
     @property
     def label(self) -> str:
@@ -88,7 +88,7 @@ def _checked(record: Any, number: int) -> Item:
         raise ValueError("kwargs must be a list with a table for each id.")
     checks = []
     for name, arguments in zip(ids, kwargs, strict=True):
-        checks.append(Check(name, check_arguments(name, arguments, prompt=base or prompt)))
+        checks.append(Rule(name, check_arguments(name, arguments, prompt=base or prompt)))
     return Item(number, prompt, base, tuple(checks))
 
 
@@ -167,7 +167,7 @@ def _matches(bench: Bench, item: Item) -> list[Instruction]:
     return list({each.id: each for each in found if each is not None}.values())
 
 
-def _match(bench: Bench, check: Check) -> Instruction | None:
+def _match(bench: Bench, check: Rule) -> Instruction | None:
     """The given vector's instruction, or the catalogue's, with this verifier and these texts among its
     arguments; numbers may differ, since a direction is that of a kind (three bullets, five bullets)."""
     known = [bench.instruction(each) for each in bench.given]
@@ -182,7 +182,7 @@ def _match(bench: Bench, check: Check) -> Instruction | None:
     return next(iter(exact or fitting), None)
 
 
-def _filled(instruction: Instruction, check: Check) -> Instruction | None:
+def _filled(instruction: Instruction, check: Rule) -> Instruction | None:
     """The catalogue's instruction with the line's own texts in its slots, and its defaults elsewhere."""
     slots = instruction.open_slots
     values = {

@@ -20,7 +20,7 @@ from localsteer.evaluate.conditions import told_prompts
 from localsteer.evaluate.intervals import interval
 from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures
 from localsteer.extract.levels import DIRECTIONS, LENGTHS, LEVELS, length
-from localsteer.extract.recipes import Recipe
+from localsteer.extract.recipes import Extracted
 from localsteer.tune.setting import grid_blocks
 from localsteer.vector import ControlVector
 
@@ -117,7 +117,7 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
 # --- settings ----------------------------------------------------------------------------------------------
 
 
-def _chosen(bench: Bench, recipe: Recipe, vector: ControlVector) -> ControlVector:
+def _chosen(bench: Bench, recipe: Extracted, vector: ControlVector) -> ControlVector:
     """The given file as it is, or the block and positions that move the length of replies furthest."""
     name = recipe.target.id
     if name in bench.given:
@@ -190,7 +190,7 @@ def _cells(
     return [Cell(name, condition, query, query.text, steer, max_tokens=limit) for query in queries]
 
 
-def sweep_cells(bench: Bench, recipe: Recipe, vector: ControlVector) -> list[Cell]:
+def sweep_cells(bench: Bench, recipe: Extracted, vector: ControlVector) -> list[Cell]:
     """The model alone, each strength of the vector and of its controls, and told in words."""
     name, told = recipe.target.id, told_prompts(bench.test, recipe.target.phrasings)
     steers = {STEERED: (vector,), **bench.controls([recipe.target], [vector])}
@@ -204,7 +204,7 @@ def sweep_cells(bench: Bench, recipe: Recipe, vector: ControlVector) -> list[Cel
     ]
 
 
-def level_cells(bench: Bench, recipe: Recipe, vector: ControlVector) -> list[Cell]:
+def level_cells(bench: Bench, recipe: Extracted, vector: ControlVector) -> list[Cell]:
     """One level: none, steered by its own vector, told in words."""
     told = told_prompts(bench.test, recipe.target.phrasings)
     return [

@@ -20,7 +20,7 @@ from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError
 from localsteer.evaluate.conditions import applied_like, random_control, told_prompts
 from localsteer.evaluate.suites.cells import Cell, Result, applied, checks_of, figures, share_cell
-from localsteer.extract.recipes import WORD_PAIRS, Recipe, exclude_word, include_word
+from localsteer.extract.recipes import WORD_PAIRS, Extracted, exclude_word, include_word
 from localsteer.vector import ControlVector
 from localsteer.verify.verdicts import verify
 
@@ -178,7 +178,7 @@ def _of_one_word(bench: Bench, verifier: str, argument: str) -> list[tuple[str, 
 def tasks_of(bench: Bench, kind: str, words: Sequence[str]) -> list[Task]:
     """A vector for each word: from 20 examples, block, positions and strength picked on validation."""
     recipes = [RECIPES[kind](bench, word) for word in words]
-    told = [Recipe(_own(recipe.target)) for recipe in recipes if kind in (CONTEXT, EXCLUDE)]
+    told = [Extracted(_own(recipe.target)) for recipe in recipes if kind in (CONTEXT, EXCLUDE)]
     raw = bench.extract([*recipes, *told])
     picked = _pick(bench, [recipe.target for recipe in (*recipes, *told)], raw)
     return [
@@ -187,12 +187,12 @@ def tasks_of(bench: Bench, kind: str, words: Sequence[str]) -> list[Task]:
     ]
 
 
-def in_replies(bench: Bench, word: str) -> Recipe:
+def in_replies(bench: Bench, word: str) -> Extracted:
     """Minus the vector of including a word, for the queries whose unsteered reply holds it."""
     return _where_held(bench, exclude_word(bench.catalog, word), bench.validation, bench.all_test)
 
 
-def in_context(bench: Bench, word: str) -> Recipe:
+def in_context(bench: Bench, word: str) -> Extracted:
     """As `in_replies`, for the queries that the catalogue has for this word. The vector itself is the given
     one, or comes from the queries that are everybody's: none of these brings the word."""
     recipe, own = exclude_word(bench.catalog, word), contexts(bench)[word]
@@ -204,7 +204,9 @@ def in_context(bench: Bench, word: str) -> Recipe:
     return _where_held(bench, recipe, own.queries["validation"], own.queries["test"])
 
 
-def _where_held(bench: Bench, recipe: Recipe, validation: Sequence[Query], test: Sequence[Query]) -> Recipe:
+def _where_held(
+    bench: Bench, recipe: Extracted, validation: Sequence[Query], test: Sequence[Query]
+) -> Extracted:
     held = {"validation": validation, "test": test}
     kept = {split: _holding(bench, recipe.target, queries) for split, queries in held.items()}
     if min(map(len, kept.values())) >= MIN_HELD:
@@ -221,7 +223,7 @@ def _holding(bench: Bench, target: Instruction, queries: Sequence[Query]) -> lis
     return [query for query, result in found if not verify(FORBIDDEN, result.reply.text, target.kwargs)]
 
 
-def asked_for(bench: Bench, word: str) -> Recipe:
+def asked_for(bench: Bench, word: str) -> Extracted:
     """Minus the vector of including a word, for queries that ask for it: these make a model use a word that
     it would not use by itself, and steering has to win against the prompt."""
     recipe = exclude_word(bench.catalog, word)
@@ -236,7 +238,7 @@ def asked_for(bench: Bench, word: str) -> Recipe:
     return replace(recipe, excludes=replace(recipe.target, id=f"{recipe.target.id}:asked", queries=asking))
 
 
-RECIPES: dict[str, Callable[[Bench, str], Recipe]] = {
+RECIPES: dict[str, Callable[[Bench, str], Extracted]] = {
     INCLUDE: lambda bench, word: include_word(bench.catalog, word),
     CONTEXT: in_context,
     EXCLUDE: in_replies,
@@ -251,7 +253,7 @@ def excluding(bench: Bench, word: str) -> tuple[Instruction, ControlVector]:
     return recipe.target, picked[recipe.target.id]
 
 
-def own_id(recipe: Recipe) -> str:
+def own_id(recipe: Extracted) -> str:
     return _own(recipe.target).id
 
 
