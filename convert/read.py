@@ -11,7 +11,8 @@ import numpy as np
 from gguf import GGUFValueType
 
 from localsteer.errors import LocalsteerError, VectorFileError
-from localsteer.vector import MODES, POSITIONS, STATISTICS, ControlVector
+from localsteer.terms import MODES, POSITIONS
+from localsteer.vector import STATISTICS, ControlVector
 
 from . import keys
 from .gguf_file import GgufFile, open_gguf

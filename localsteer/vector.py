@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from .errors import MismatchError, PlanError, VectorFileError
+from .terms import MODES, POSITIONS
 
-MODES = ("project", "add", "ablate", "gate")
-POSITIONS = ("all", "prompt", "last", "generation")
 STATISTICS = ("mean_with", "mean_without", "std_with", "std_without")  # one number for each block
 
 

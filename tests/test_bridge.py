@@ -29,7 +29,8 @@ from localsteer.errors import (
 )
 from localsteer.plan import Plan, PositionClass
 from localsteer.steering import steer
-from localsteer.vector import MODES, POSITIONS, ControlVector
+from localsteer.terms import MODES, POSITIONS
+from localsteer.vector import ControlVector
 
 PROMPT, LAST, GENERATION = PositionClass
 N_PROMPT, N_REPLY = 6, 4

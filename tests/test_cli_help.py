@@ -77,13 +77,11 @@ def test_every_command_has_its_own_file():
 
 
 def test_choices_written_down_for_speed_are_those_of_the_library():
-    from localsteer import bundled, vector
-    from localsteer.cli import convert, extract, models, options
+    from localsteer import bundled
+    from localsteer.cli import convert, extract, models
     from localsteer.convert import CONVENTIONS
     from localsteer.convert.checkpoint import FTYPES
 
-    assert options.MODES == vector.MODES
-    assert options.POSITIONS == vector.POSITIONS
     assert convert.CONVENTIONS == CONVENTIONS
     assert set(convert.FTYPES) == set(FTYPES)
     assert models.is_bundled("bundled:" + bundled.DEFAULT_QUANT)

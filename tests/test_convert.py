@@ -26,7 +26,8 @@ from localsteer.convert.gguf_file import GgufFile, open_gguf
 from localsteer.convert.read import parse_vector
 from localsteer.convert.write import write_vector
 from localsteer.errors import LocalsteerError, PlanError, VectorFileError
-from localsteer.vector import MODES, POSITIONS, ControlVector
+from localsteer.terms import MODES, POSITIONS
+from localsteer.vector import ControlVector
 
 DATA = Path(__file__).parent / "data"
 ROWS = exact_directions()

@@ -15,8 +15,8 @@ ROOT = Path(localsteer.__file__).parent
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = {
     "ground": (
-        "errors", "jsonable", "cache", "catalog", "vector", "convert", "plan", "steering", "templates",
-        "heatmap", "asked", "verify", "perplexity",
+        "errors", "terms", "jsonable", "cache", "catalog", "vector", "convert", "plan", "steering",
+        "templates", "heatmap", "asked", "verify", "perplexity",
     ),
     "runtime": (
         "bridge", "kv", "prefix", "attach", "generate", "loop", "batch", "engine", "likelihood", "llama",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from localsteer import ControlVector, Plan, PositionClass
 from localsteer.steering import apply_program as oracle
 from localsteer.steering import steer
-from localsteer.vector import MODES
+from localsteer.terms import MODES
 
 torch = pytest.importorskip("torch", reason="the PyTorch hook is what is tested")
 

@@ -13,7 +13,8 @@ import pytest
 from vector_cases import exact_directions, exact_vector, gated_vector, imported_vector
 
 from localsteer.errors import MismatchError, PlanError, VectorFileError
-from localsteer.vector import MODES, POSITIONS, ControlVector, check_model, describe
+from localsteer.terms import MODES, POSITIONS
+from localsteer.vector import ControlVector, check_model, describe
 
 
 def message(error: pytest.ExceptionInfo) -> str:

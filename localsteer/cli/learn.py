@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localsteer.errors import LocalsteerError
+from localsteer.terms import POSITIONS
 
 from . import interrupt, options
 from .console import answer, note, print_json, progress
@@ -55,7 +56,7 @@ N_SEQ_MAX = 16
 )
 @click.option(
     "--positions",
-    type=click.Choice(options.POSITIONS),
+    type=click.Choice(POSITIONS),
     default="all",
     show_default=True,
     help="Which tokens are steered.",

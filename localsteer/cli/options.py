@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 
 import click
 
+from localsteer.terms import MODES, POSITIONS
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# localsteer.vector has these too, but importing it brings in numpy; a test keeps the two equal
-MODES = ("project", "add", "ablate", "gate")
-POSITIONS = ("all", "prompt", "last", "generation")
 MAX_RANGE = 10_000  # blocks in `A-B`; no model has as many
 
 

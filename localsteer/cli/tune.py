@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localsteer.errors import CatalogError, LocalsteerError, VectorFileError
+from localsteer.terms import MODES, POSITIONS
 
 from . import interrupt, options
 from .console import note, print_json, progress
@@ -92,15 +93,13 @@ class Numbers(click.ParamType):
 )
 @click.option(
     "--positions",
-    type=Names(options.POSITIONS),
+    type=Names(POSITIONS),
     default="prompt,last,all",
     show_default=True,
     metavar="LIST",
     help="Positions to try.",
 )
-@click.option(
-    "--modes", type=Names(options.MODES), metavar="LIST", help="Modes to try. [default: the vector's own]"
-)
+@click.option("--modes", type=Names(MODES), metavar="LIST", help="Modes to try. [default: the vector's own]")
 @click.option(
     "--strengths",
     type=Numbers(),

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from . import options
+from localsteer.terms import POSITIONS
+
 from .console import answer, table
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _heatmap(title: str, figures: Sequence[tuple[Setting, float]], winner: Setti
         cell = (setting.layer, setting.positions)
         best[cell] = max(figure, best.get(cell, figure))
     rows = sorted({layer for layer, _ in best})
-    columns = sorted({positions for _, positions in best}, key=options.POSITIONS.index)
+    columns = sorted({positions for _, positions in best}, key=POSITIONS.index)
     values = tuple(tuple(best.get((row, column)) for column in columns) for row in rows)
     is_here = winner is not None and (winner.layer, winner.positions) in best
     mark = (rows.index(winner.layer), columns.index(winner.positions)) if is_here else None

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from localsteer.terms import Mode, Positions
+
 from . import limits
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -36,8 +38,8 @@ class SteeringItem(BaseModel):
     name: Name
     strength: Annotated[Finite, Field(ge=-limits.MAX_STRENGTH, le=limits.MAX_STRENGTH)] | None = None
     layer: Block | Annotated[list[Block], Field(min_length=1, max_length=1000)] | None = None
-    positions: Literal["all", "prompt", "last", "generation"] | None = None
-    mode: Literal["project", "add", "ablate", "gate"] | None = None
+    positions: Positions | None = None
+    mode: Mode | None = None
     one_sided: bool | None = None
     cap: Annotated[Finite, Field(gt=0)] | None = None
 

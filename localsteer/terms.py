@@ -1,0 +1,11 @@
+"""The words that settings are made of. Imports nothing, so that every room can use them."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Mode = Literal["project", "add", "ablate", "gate"]
+Positions = Literal["all", "prompt", "last", "generation"]
+
+MODES: tuple[str, ...] = get_args(Mode)
+POSITIONS: tuple[str, ...] = get_args(Positions)
