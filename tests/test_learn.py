@@ -87,12 +87,13 @@ def test_the_same_seed_gives_the_same_vector(lesson, exact_bundled):
     np.testing.assert_allclose(again.vector.directions, lesson.vector.directions, rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_vector(lesson, exact_bundled, tmp_path):
+@pytest.mark.parametrize(("round_", "at"), [("the examples", 10), ("its own replies", 10)])
+def test_a_run_that_was_killed_goes_on_to_the_same_vector(lesson, exact_bundled, tmp_path, round_, at):
     class Killed(BaseException):
         pass
 
     def die(what: str, done: int, _total: int) -> None:
-        if what.startswith("learning at") and done == 10:
+        if what.startswith("learning at") and f"from {round_}" in what and done == at:
             raise Killed
 
     steps = []
@@ -101,13 +102,18 @@ def test_a_run_that_was_killed_goes_on_to_the_same_vector(lesson, exact_bundled,
         learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, FEW, kept=kept, report=die)
 
     def count(what: str, done: int, _total: int) -> None:
-        if "from the examples" in what:
-            steps.append(done)
+        if what.startswith("learning at"):
+            steps.append((what.partition("from ")[2].partition(",")[0], done))
 
     again = learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, FEW, kept=kept, report=count)
     # the steps before the last state that was kept are not taken again
-    assert min(steps) >= 10 and not (tmp_path / "kept").exists()
+    assert steps[0] == (round_, at) and not (tmp_path / "kept").exists()
     np.testing.assert_allclose(again.vector.directions, lesson.vector.directions, rtol=1e-4, atol=1e-6)
+
+
+def test_the_second_round_learns_from_the_models_own_replies(lesson):
+    assert FEW.n_steps < lesson.record["steps"] <= FEW.n_steps * 3 // 2
+    assert lesson.curve[-1].step == lesson.record["steps"]
 
 
 def test_a_constant_is_an_ordinary_control_vector(exact_bundled):
