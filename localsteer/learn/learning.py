@@ -36,9 +36,8 @@ METHOD = "learned by likelihood"
 N_EXAMPLES = 48
 N_HELD_OUT = 8
 N_CHECKED = 12  # validation queries of the check
-MAX_TOKENS = (
-    gathering.MAX_TOKENS + 64
-)  # of a reply in the check: a form that must be closed (JSON) needs room
+# Of a reply in the check: a form that must be closed (JSON) needs room.
+MAX_TOKENS = gathering.MAX_TOKENS + 64
 DEPTHS = (0.65, 0.82)  # of the blocks that race
 RACE_STEPS = 8
 EVERY = 5  # steps between two looks at the held-out loss
@@ -109,7 +108,8 @@ def learn(
     try:
         learning.race(layers, recipe)
         learning.steps(recipe.n_steps)
-        if instruction.verifier and can_rewrite(instruction.verifier):
+        # how replies of the user's own would have to be rewritten is not known
+        if examples[0].source != "given" and can_rewrite(instruction.verifier):
             learning.own_steps(instruction, queries[:N_EXAMPLES], recipe)
     except KeyboardInterrupt:
         if learning.training is None or not math.isfinite(learning.training.best):
