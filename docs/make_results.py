@@ -88,6 +88,23 @@ def search() -> Iterator[str]:
         yield _row("", ["**mean**", *cells, "", f"{mean['seconds']:.0f}", "", ""])
 
 
+def learned() -> Iterator[str]:
+    arms = ("none", "learned", "told", "both", "random", "other")
+    heads = ("none", "learned", "told", "told and learned", "random", "other")
+    yield f"| | {' | '.join(heads)} | length | perplexity | subject named | distinct | block |"
+    yield "|---|" + "---|" * 11
+    for path in sorted(RESULTS.glob("learned-*.json")):
+        document = _read(path)
+        for row in document["rows"]:
+            cells = [percent(row[arm]["followed"]) for arm in arms]
+            cells[1] += f" ({round(100 * row['learned']['low'])}-{round(100 * row['learned']['high'])})"
+            quality = row["quality"]
+            cells += [f"{quality['length']:.2f}", f"{quality['ppl']:.2f}", percent(quality["subject_learned"])]
+            yield _row(row["id"], [*cells, percent(quality["distinct"]), str(row["layer"])])
+        means = [percent(document["mean"][arm]) for arm in arms]
+        yield _row("**mean**", [*means, "", "", "", "", ""])
+
+
 def real_speed() -> Iterator[str]:
     contention, server = _read(RESULTS / "contention.json"), _read(RESULTS / "server_speed.json")
     yield "| Decoding, tokens per second | nothing else running | beside two busy processes |"
@@ -287,6 +304,7 @@ TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("catalogue", "results/README.md"): catalogue,
     ("search", "results/README.md"): search,
     ("real_speed", "results/README.md"): real_speed,
+    ("learned", "learning.md"): learned,
     ("evaluations", "results/bundled.md"): evaluations,
     ("speed", "results/bundled.md"): speed,
     ("concurrency", "results/bundled.md"): concurrency,
