@@ -50,9 +50,9 @@ from localsteer.learn import Recipe, learn
 from localsteer.learn.examples import rewritten
 from localsteer.model_names import path_of
 from localsteer.tune import N_SEQ_MAX, tune
-from localsteer.verify import can_rewrite
+from localsteer.verify import can_rewrite, rewrite, verify
 
-CONDITIONS = ("none", "steered", "instructed", "both", "random", "other")
+CONDITIONS = ("none", "steered", "instructed", "both", "random")
 NAMES = {"steered": "learned", "instructed": "told"}
 N_PAIRS = 32  # of a difference in means, as first use takes
 
@@ -122,7 +122,9 @@ class Lessons:
             return row
         test = spread(self._catalog.queries_for(instruction, "test"), arguments.n)
         if "none" not in row:
-            row |= self._arms(instruction, vector, test, vectors)
+            row |= self._arms(instruction, vector, test)
+        if "other" not in row:
+            row["other"] = self._alone(instruction, self._other(instruction, vectors, test), test)
         if arguments.static and "static" not in row:
             row["static"] = self._alone(instruction, self.vector(instruction, constant=True), test)
         if arguments.found and "found" not in row:
@@ -136,13 +138,9 @@ class Lessons:
         instruction: Instruction,
         vector: ControlVector,
         test: Sequence[Query],
-        vectors: Mapping[str, ControlVector | None],
     ) -> dict[str, Any]:
         plain = self._plain_replies(test)
         controls = {"random": random_control(vector, mean_state(self._engine, test), seed=0)}
-        other = self._other(instruction, vectors)
-        if other is not None:
-            controls["other"] = other
         outcomes = run_conditions(
             self._engine,
             instruction,
@@ -165,16 +163,34 @@ class Lessons:
         return self._plain[key]
 
     def _other(
-        self, instruction: Instruction, vectors: Mapping[str, ControlVector | None]
+        self,
+        instruction: Instruction,
+        vectors: Mapping[str, ControlVector | None],
+        test: Sequence[Query],
     ) -> ControlVector | None:
-        """The next instruction's that is not alike and steers at all."""
+        """The next instruction's that steers at all and is a fair control: what follows it does not follow
+        this one by itself, as a text in quotation marks is JSON."""
         ids = list(vectors)
         start = ids.index(instruction.id) + 1
         for name in (*ids[start:], *ids[: start - 1]):
-            vector = vectors[name]
-            if vector is not None and vector.strength and not alike(self._catalog.get(name), instruction):
+            vector, other = vectors[name], self._catalog.get(name)
+            if vector is not None and vector.strength and not self._implies(other, instruction, test):
                 return vector
         return None
+
+    def _implies(self, other: Instruction, instruction: Instruction, test: Sequence[Query]) -> bool:
+        if alike(other, instruction):
+            return True
+        texts = [
+            (query, rewrite(other.verifier, reply.text, other.kwargs_for(query.text), prompt=query.text))
+            for query, reply in zip(test, self._plain_replies(test), strict=True)
+        ]
+        passing = [
+            verify(instruction.verifier, text, instruction.kwargs_for(query.text), prompt=query.text)
+            for query, text in texts
+            if text is not None
+        ]
+        return sum(passing) > len(passing) / 10
 
     def _found(self, instruction: Instruction) -> ControlVector:
         queries = self._catalog.queries_for(instruction, "extraction")
