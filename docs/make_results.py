@@ -99,10 +99,31 @@ def learned() -> Iterator[str]:
             cells = [percent(row[arm]["followed"]) for arm in arms]
             cells[1] += f" ({round(100 * row['learned']['low'])}-{round(100 * row['learned']['high'])})"
             quality = row["quality"]
-            cells += [f"{quality['length']:.2f}", f"{quality['ppl']:.2f}", percent(quality["subject_learned"])]
+            cells += [
+                f"{quality['length']:.2f}",
+                f"{quality['ppl']:.2f}",
+                percent(quality["subject_learned"]),
+            ]
             yield _row(row["id"], [*cells, percent(quality["distinct"]), str(row["layer"])])
         means = [percent(document["mean"][arm]) for arm in arms]
         yield _row("**mean**", [*means, "", "", "", "", ""])
+
+
+def learned_paper() -> Iterator[str]:
+    """On the paper's own prompts for these instructions."""
+    arms = ("none", "told", "steered", "both")
+    yield "| | none | told | learned | told and learned | prompts |"
+    yield "|---|---|---|---|---|---|"
+    for path in sorted(RESULTS.glob("learned_paper-*.json")):
+        rows = _read(path)["rows"]
+        for row in rows:
+            cells = [percent(round(row["passed"][arm] / row["n"], 3)) for arm in arms]
+            low, high = row["interval"]["steered"]
+            cells[2] += f" ({round(100 * low)}-{round(100 * high)})"
+            yield _row(row["instruction"], [*cells, str(row["n"])])
+        n = sum(row["n"] for row in rows)
+        shares = [sum(row["passed"][arm] for row in rows) / n for arm in arms]
+        yield _row("**all**", [*(percent(round(share, 3)) for share in shares), str(n)])
 
 
 def real_speed() -> Iterator[str]:
@@ -305,6 +326,7 @@ TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("search", "results/README.md"): search,
     ("real_speed", "results/README.md"): real_speed,
     ("learned", "learning.md"): learned,
+    ("learned_paper", "learning.md"): learned_paper,
     ("evaluations", "results/bundled.md"): evaluations,
     ("speed", "results/bundled.md"): speed,
     ("concurrency", "results/bundled.md"): concurrency,

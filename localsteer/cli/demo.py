@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from localsteer.catalog import Catalog
+    from localsteer.packs import Entry
     from localsteer.vector import ControlVector
 
 REAL = "smol"  # the model of the demo, where its package is installed
@@ -176,18 +177,24 @@ def _published_name(model: str) -> str | None:
 
 
 def _best_known(model: str) -> list[str]:
-    """The instructions that steering does most for, by the figures that ship for this model."""
+    """The instructions where steering does most beyond what the model does by itself or told, by the figures
+    that ship for it."""
     from localsteer.catalog import load_catalog
     from localsteer.packs import pack_for
 
     match = pack_for(model_file(model))
     helpful = [entry for entry in match.pack.instructions.values() if entry.helps] if match else []
-    helpful.sort(key=lambda entry: entry.scores["steered"] - entry.scores["none"], reverse=True)
+    helpful.sort(key=_gain, reverse=True)
     known = load_catalog().instructions
     # two of one verifier would show the same thing twice
     best = {known[entry.id].verifier: entry.id for entry in reversed(helpful) if entry.id in known}
     ordered = [entry.id for entry in helpful if entry.id in best.values()]
     return ordered[:N_SHOWN] or list(DEFAULT_INSTRUCTIONS)
+
+
+def _gain(entry: Entry) -> float:
+    without = max(entry.scores[name] or 0.0 for name in ("none", "instructed"))
+    return entry.scores["steered"] - without
 
 
 def _vectors(
