@@ -115,15 +115,11 @@ def learned_paper() -> Iterator[str]:
     yield "| | none | told | learned | told and learned | prompts |"
     yield "|---|---|---|---|---|---|"
     for path in sorted(RESULTS.glob("learned_paper-*.json")):
-        rows = _read(path)["rows"]
-        for row in rows:
+        for row in _read(path)["rows"]:
             cells = [percent(round(row["passed"][arm] / row["n"], 3)) for arm in arms]
             low, high = row["interval"]["steered"]
             cells[2] += f" ({round(100 * low)}-{round(100 * high)})"
             yield _row(row["instruction"], [*cells, str(row["n"])])
-        n = sum(row["n"] for row in rows)
-        shares = [sum(row["passed"][arm] for row in rows) / n for arm in arms]
-        yield _row("**all**", [*(percent(round(share, 3)) for share in shares), str(n)])
 
 
 def real_speed() -> Iterator[str]:
