@@ -82,11 +82,6 @@ def test_a_vector_survives_its_file(lesson, tmp_path):
     assert again.provenance["validation"] == lesson.record
 
 
-def test_the_same_seed_gives_the_same_vector(lesson, exact_bundled):
-    again = learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, FEW)
-    np.testing.assert_allclose(again.vector.directions, lesson.vector.directions, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize(("round_", "at"), [("the examples", 10), ("its own replies", 10)])
 def test_a_run_that_was_killed_goes_on_to_the_same_vector(lesson, exact_bundled, tmp_path, round_, at):
     class Killed(BaseException):
@@ -106,7 +101,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_vector(lesson, exact_bundled,
             steps.append((what.partition("from ")[2].partition(",")[0], done))
 
     again = learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION, FEW, kept=kept, report=count)
-    # the steps before the last state that was kept are not taken again
+    # steps before the last state that was kept are not taken again; the same seed gives the same vector
     assert steps[0] == (round_, at) and not (tmp_path / "kept").exists()
     np.testing.assert_allclose(again.vector.directions, lesson.vector.directions, rtol=1e-4, atol=1e-6)
 
