@@ -281,7 +281,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Over the instructions that have the arm; one that can't be learned counts as the model alone does."""
+    """Over the instructions that have the arm: one that can't be learned has none, and is printed as such."""
     means = {}
     for name in ARMS:
         shares = [row[name]["followed"] for row in rows if row.get(name)]
