@@ -78,15 +78,14 @@ def trim_before_loop(reply: str) -> str:
 def trim_to_paragraph(reply: str, least: int) -> str | None:
     """The reply up to the first empty line that comes after `least` words or more and leaves nothing open: no
     fence, and no line that announces what follows. None where there is no such line, or nothing after it."""
-    lines = reply.split("\n")
-    for at in range(1, len(lines)):
-        before = [line.rstrip() for line in lines[:at]]
-        if lines[at].strip() or not any(line.strip() for line in lines[at:]):
-            continue
-        if len(_WORD.findall("\n".join(before))) < least or not before[-1] or _announces(before[-1]):
-            continue
-        if sum(map(is_fence, before)) % 2 == 0:
-            return "\n".join(before)
+    lines = [line.rstrip() for line in reply.rstrip().split("\n")]
+    n_words = n_fences = 0
+    for at, line in enumerate(lines):
+        if line:
+            n_words += len(_WORD.findall(line))
+            n_fences += is_fence(line)
+        elif n_words >= least and n_fences % 2 == 0 and lines[at - 1] and not _announces(lines[at - 1]):
+            return "\n".join(lines[:at])
     return None
 
 
