@@ -26,7 +26,7 @@ from localsteer.catalog import Catalog, load_catalog
 from localsteer.ensure import Requirement, ensure
 from localsteer.evaluate.study import spread
 from localsteer.extract import extract
-from localsteer.generate import GREEDY, Reply
+from localsteer.runtime.generate import GREEDY, Reply
 from localsteer.tune import tune
 from localsteer.verify.quality import is_degenerate
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine import Engine as Engine
     from .errors import LocalsteerError as LocalsteerError
-    from .generate import Chunk as Chunk
-    from .generate import Reply as Reply
-    from .generate import Sampling as Sampling
     from .llama import SteeredLlama as SteeredLlama
     from .plan import Plan as Plan
     from .plan import PositionClass as PositionClass
+    from .runtime.generate import Chunk as Chunk
+    from .runtime.generate import Reply as Reply
+    from .runtime.generate import Sampling as Sampling
     from .templates import ChatTemplate as ChatTemplate
     from .vector import ControlVector as ControlVector
 
@@ -34,9 +34,9 @@ _HOMES = {
     "PositionClass": "plan",
     "Engine": "engine",
     "SteeredLlama": "llama",
-    "Sampling": "generate",
-    "Reply": "generate",
-    "Chunk": "generate",
+    "Sampling": "runtime.generate",
+    "Reply": "runtime.generate",
+    "Chunk": "runtime.generate",
     "ChatTemplate": "templates",
     "LocalsteerError": "errors",
     "VectorFileError": "errors",

@@ -30,7 +30,7 @@ from .vector import STATISTICS, ControlVector
 
 if TYPE_CHECKING:
     from .engine import Engine, Prompt
-    from .scheduler import Scheduler
+    from .runtime.scheduler import Scheduler
 
 
 def considerate(

@@ -103,7 +103,7 @@ def checkpoint_hash(checkpoint: Path) -> str:
 def _check_quant(quant: str) -> None:
     from localsteer.convert.checkpoint import FTYPES
 
-    from .bridge import quantization_types
+    from .runtime.bridge import quantization_types
 
     known = {*FTYPES, *quantization_types()}
     if quant not in known:
@@ -114,7 +114,7 @@ def _make(checkpoint: Path, path: Path, quant: str, name: str) -> None:
     """Write one GGUF. A second process that does the same at once writes the same bytes."""
     from localsteer.convert.checkpoint import FTYPES, checkpoint_to_gguf
 
-    from .bridge import quantize
+    from .runtime.bridge import quantize
 
     with atomic_path(path) as temporary:
         if quant in FTYPES:

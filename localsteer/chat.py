@@ -22,14 +22,14 @@ from . import __version__
 from .asked import considerate, why_left_out
 from .cache import atomic_path
 from .errors import LocalsteerError, PlanError, PromptError
-from .generate import Reply, Sampling
 from .plan import Plan
-from .scheduler import Scheduler
+from .runtime.generate import Reply, Sampling
+from .runtime.scheduler import Scheduler
 from .vector import ControlVector
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .scheduler import Ticket
+    from .runtime.scheduler import Ticket
     from .templates import Message
     from .trace import Trace
 

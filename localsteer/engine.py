@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .attach import Attaching, Notices, Steer
-from .bridge import Context, Model, check_threads
 from .errors import LocalsteerError, ModelFileError, PlanError, PromptError
 from .plan import position_classes
-from .prefix import TokenSequence, trees
+from .runtime.attach import Attaching, Notices, Steer
+from .runtime.bridge import Context, Model, check_threads
+from .runtime.prefix import TokenSequence, trees
 from .templates import DROPS_WORDS, NO_TEMPLATE, ChatTemplate, Message
 
 if TYPE_CHECKING:
-    from .bridge import Rows
-    from .generate import Chunk, Reply, Sampling
     from .plan import Plan
+    from .runtime.bridge import Rows
+    from .runtime.generate import Chunk, Reply, Sampling
 
 Prompt = str | Sequence[Message]
 
@@ -152,7 +152,7 @@ class Engine:
         raw: bool = False,
     ) -> Reply:
         """The whole reply at once: `.text .tokens .finish_reason .timings`. See generate.generate."""
-        from . import generate
+        from .runtime import generate
 
         return generate.generate(
             self, prompt, steer=steer, max_tokens=max_tokens, sampling=sampling, stop=stop, raw=raw
@@ -169,7 +169,7 @@ class Engine:
         raw: bool = False,
     ) -> Iterator[Chunk]:
         """The reply as it comes: `.text .token .finish_reason`. See generate.stream."""
-        from . import generate
+        from .runtime import generate
 
         return generate.stream(
             self, prompt, steer=steer, max_tokens=max_tokens, sampling=sampling, stop=stop, raw=raw
@@ -187,7 +187,7 @@ class Engine:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Reply]:
         """Many replies, up to n_seq_max at a time in one decode. See batch.generate_batch."""
-        from . import batch
+        from .runtime import batch
 
         return batch.generate_batch(
             self,

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from .catalog import Instruction
 from .errors import LocalsteerError, PlanError
-from .generate import Chunk, Reply, Sampling, Timings
 from .plan import Plan
+from .runtime.generate import Chunk, Reply, Sampling, Timings
 from .vector import ControlVector
 from .verify.quality import is_degenerate
 from .verify.verdicts import check_arguments, verify
@@ -29,7 +29,7 @@ from .verify.verifiers.early import hopeless
 
 if TYPE_CHECKING:
     from .engine import Engine, Prompt
-    from .scheduler import Scheduler
+    from .runtime.scheduler import Scheduler
 
 TRIES = 3
 BOUNDS = (0.5, 1.5)  # of a vector's own strength, where its tuning tried no others

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bridge import (
+from .runtime.bridge import (
     BorrowedContext,
     BorrowedModel,
     Hook,
@@ -40,11 +40,11 @@ from .bridge import (
 import llama_cpp
 import numpy as np
 
-from .attach import Attaching, Notices, Steer
 from .errors import LocalsteerError, ModelFileError, PromptError, UnsupportedModelError
-from .kv import class_keys
 from .llama_cache import KeyedCache
 from .plan import position_classes
+from .runtime.attach import Attaching, Notices, Steer
+from .runtime.kv import class_keys
 from .templates import ChatTemplate
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from serving import serving
 
 from localsteer.chat import Chat
 from localsteer.evaluate.journal import Journal, Remembered
-from localsteer.generate import Sampling, stops_of
-from localsteer.scheduler import Scheduler
+from localsteer.runtime.generate import Sampling, stops_of
+from localsteer.runtime.scheduler import Scheduler
 from localsteer.trace import trace
 from localsteer.vector import ControlVector
 

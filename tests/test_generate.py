@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localsteer.errors import LocalsteerError, MismatchError, PromptError
-from localsteer.generate import Chunk, Sampling, TextStream, Timings
 from localsteer.plan import Plan
+from localsteer.runtime.generate import Chunk, Sampling, TextStream, Timings
 
 PROMPTS = [
     "Tell me about foxes.",

@@ -22,8 +22,7 @@ FLOORS = {
         "templates", "heatmap", "asked", "verify", "perplexity",
     ),
     "runtime": (
-        "bridge", "kv", "prefix", "attach", "generate", "loop", "batch", "engine", "likelihood", "llama",
-        "llama_cache", "scheduler",
+        "runtime", "engine", "llama", "llama_cache",
     ),
     "models": ("bundled", "model_names", "packs", "model_list"),
     "wings": ("extract", "tune", "learn", "ensure", "trace", "chat", "server"),

@@ -20,13 +20,13 @@ from localsteer.catalog import Instruction, load_catalog
 from localsteer.cli import learn as learn_command
 from localsteer.cli.main import localsteer as program
 from localsteer.errors import LocalsteerError
-from localsteer.generate import GREEDY, Reply
 from localsteer.learn import Kept, Recipe, learn
 from localsteer.learn import weights as loading
 from localsteer.learn.examples import Example, of_pairs, rewritten, shared
 from localsteer.learn.gate import Gate
 from localsteer.learn.learning import checked_blocks
 from localsteer.learn.training import Training, prepare
+from localsteer.runtime.generate import GREEDY, Reply
 from localsteer.vector import ControlVector
 
 CATALOG = load_catalog("bundled")

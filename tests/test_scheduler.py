@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from engines import GREEDY, open_engine, random_vector
 
-from localsteer.bridge import Context
 from localsteer.errors import (
     LocalsteerError,
     ModelFileError,
@@ -20,10 +19,11 @@ from localsteer.errors import (
     QueueFullError,
     SchedulerClosedError,
 )
-from localsteer.generate import Sampling
-from localsteer.kv import CachedSequences
-from localsteer.loop import Loop, new_request
-from localsteer.scheduler import Scheduler
+from localsteer.runtime.bridge import Context
+from localsteer.runtime.generate import Sampling
+from localsteer.runtime.kv import CachedSequences
+from localsteer.runtime.loop import Loop, new_request
+from localsteer.runtime.scheduler import Scheduler
 
 POSITIONS = ("all", "prompt", "last", "generation")
 SHORT = {"max_tokens": 12, "sampling": GREEDY}
@@ -126,7 +126,7 @@ def test_a_second_turn_is_as_from_an_empty_cache(engine, positions):
 def test_a_cache_keyed_by_tokens_alone_would_be_poisoned(engine, monkeypatch, poisoned):
     """So the tests around this one can fail: without the edits in the key a prompt is taken as it is."""
     if poisoned:
-        monkeypatch.setattr("localsteer.loop.class_keys", lambda plan: (b"", b"", b""))
+        monkeypatch.setattr("localsteer.runtime.loop.class_keys", lambda plan: (b"", b"", b""))
     text = prompts(4)[3]
     with Scheduler(engine) as scheduler:
         scheduler.submit(text, steer=[random_vector(engine, 4, strength=8.0)], **SHORT).result()

@@ -24,7 +24,6 @@ from tiny_models import write_tiny_mamba
 
 import localsteer
 from localsteer import SteeredLlama, bundled
-from localsteer.bridge import Hook
 from localsteer.errors import (
     LocalsteerError,
     MismatchError,
@@ -33,7 +32,8 @@ from localsteer.errors import (
     PromptError,
     UnsupportedModelError,
 )
-from localsteer.generate import token_steps
+from localsteer.runtime.bridge import Hook
+from localsteer.runtime.generate import token_steps
 
 POSITIONS = ("all", "prompt", "last", "generation")
 OPTIONS = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False}

@@ -31,7 +31,7 @@ from localsteer.evaluate.transfer import (
     verdict,
 )
 from localsteer.extract import Pair, build_pairs, extract, open_backend
-from localsteer.generate import stops_of
+from localsteer.runtime.generate import stops_of
 
 RHYME = Instruction.from_text("Answer in rhyme.")
 QUERIES = ("Tell me about foxes.", "Describe a quiet village.", "What is a river?")

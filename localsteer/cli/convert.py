@@ -77,8 +77,8 @@ def _check_output(path: Path, force: bool) -> None:
 
 
 def _quantized(folder: str, path: Path, ftype: str, quantization: str, name: str | None) -> None:
-    from localsteer.bridge import quantization_types, quantize
     from localsteer.convert.checkpoint import checkpoint_to_gguf
+    from localsteer.runtime.bridge import quantization_types, quantize
 
     if quantization not in quantization_types():
         known = ", ".join(sorted(quantization_types()))

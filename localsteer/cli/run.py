@@ -22,8 +22,8 @@ from .vector_spec import VectorSpec, with_own_strength
 if TYPE_CHECKING:
     from localsteer.engine import Engine, Prompt
     from localsteer.ensure import Ensured
-    from localsteer.generate import Chunk, Reply, Sampling
     from localsteer.plan import Plan
+    from localsteer.runtime.generate import Chunk, Reply, Sampling
     from localsteer.vector import ControlVector
 
 SETTINGS = ("layer", "mode", "positions", "strength")
@@ -198,7 +198,7 @@ class Question:
 
 def sampling_of(given: dict[str, Any]) -> Sampling:
     """From the sampling options, with a seed drawn here, so that two replies can share it."""
-    from localsteer.generate import Sampling
+    from localsteer.runtime.generate import Sampling
 
     grammar = given["grammar"]
     if given["grammar_file"] is not None:

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localsteer.catalog import Instruction, Query
-from localsteer.generate import GREEDY
 from localsteer.perplexity import log_perplexities, perplexity
+from localsteer.runtime.generate import GREEDY
 from localsteer.vector import ControlVector
 from localsteer.verify.judge import Judged, judge, share
 from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine, Steer
-    from localsteer.generate import Reply
+    from localsteer.runtime.generate import Reply
 
 CONDITIONS = ("none", "steered", "random", "other", "instructed", "both")
 MIN_QUERIES = 20  # below that a share says little

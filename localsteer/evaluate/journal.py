@@ -18,14 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localsteer.batch import plans_of, stream_batch
 from localsteer.errors import LocalsteerError
-from localsteer.generate import Reply, stops_of
+from localsteer.runtime.batch import plans_of, stream_batch
+from localsteer.runtime.generate import Reply, stops_of
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine, Prompt, Steer
-    from localsteer.generate import Sampling
     from localsteer.plan import Plan
+    from localsteer.runtime.generate import Sampling
 
 FORMAT = 1
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from localsteer import __version__
-from localsteer.scheduler import Scheduler
+from localsteer.runtime.scheduler import Scheduler
 
 from . import chat, completions, embeddings, errors, pages, vectors
 from .limits import Limits

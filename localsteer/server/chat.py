@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from localsteer.generate import stops_of
+from localsteer.runtime.generate import stops_of
 
 from .answers import REASONS, Whole, chat_logprobs, envelope, scored
 from .considered import harmless, report

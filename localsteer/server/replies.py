@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from localsteer.generate import Chunk, Sampling
+from localsteer.runtime.generate import Chunk, Sampling
 
 from .errors import ApiError, api_error
 
 if TYPE_CHECKING:
-    from localsteer.scheduler import Ticket
+    from localsteer.runtime.scheduler import Ticket
     from localsteer.vector import ControlVector
 
     from .models import Served, State

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from localsteer.errors import LocalsteerError, PlanError, PromptError
-from localsteer.generate import GREEDY, TextStream, check_room, reply_budget, stops_of, token_steps
 from localsteer.plan import Plan, PositionClass, active, position_classes
+from localsteer.runtime.generate import GREEDY, TextStream, check_room, reply_budget, stops_of, token_steps
 from localsteer.steering import dynamic_weights
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine, Prompt
-    from localsteer.generate import Sampling
+    from localsteer.runtime.generate import Sampling
 
 Vectors = ControlVector | Sequence[ControlVector]
 Blocks = Sequence[int] | Literal["all"] | None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError, PlanError
-from localsteer.generate import GREEDY, Reply
+from localsteer.runtime.generate import GREEDY, Reply
 from localsteer.vector import ControlVector
 from localsteer.verify.verdicts import check_arguments
 

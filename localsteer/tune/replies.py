@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import LocalsteerError, PromptError
-from localsteer.generate import GREEDY, Reply, Sampling, Timings, stops_of
-from localsteer.loop import Loop, new_request
+from localsteer.runtime.generate import GREEDY, Reply, Sampling, Timings, stops_of
+from localsteer.runtime.loop import Loop, new_request
 from localsteer.verify.quality import is_degenerate
 from localsteer.verify.verdicts import check_arguments
 from localsteer.verify.verifiers.early import hopeless

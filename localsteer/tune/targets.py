@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localsteer.catalog import Instruction, Query
-from localsteer.generate import GREEDY, Reply, Sampling
-from localsteer.likelihood import Likelihood, Row
+from localsteer.runtime.generate import GREEDY, Reply, Sampling
+from localsteer.runtime.likelihood import Likelihood, Row
 from localsteer.verify.judge import judge
 
 from .replies import Asked, replies_to, told_prompt

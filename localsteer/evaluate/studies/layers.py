@@ -28,8 +28,8 @@ from localsteer.evaluate.studies.common import (
 from localsteer.evaluate.suites.bench import Bench
 from localsteer.evaluate.suites.cells import Cell, judge_cell
 from localsteer.extract import extract, open_backend
-from localsteer.generate import Reply
 from localsteer.plan import Plan
+from localsteer.runtime.generate import Reply
 from localsteer.vector import ControlVector
 
 NAME = "layers"

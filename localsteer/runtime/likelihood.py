@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .engine import WIDE_BYTES
-from .errors import PromptError
-from .plan import position_classes
+from ..engine import WIDE_BYTES
+from ..errors import PromptError
+from ..plan import position_classes
 from .prefix import TokenSequence, trees
 
 if TYPE_CHECKING:
-    from .engine import Engine
-    from .plan import Plan
+    from ..engine import Engine
+    from ..plan import Plan
 
 
 @dataclass(frozen=True, eq=False)

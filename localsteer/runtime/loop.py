@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import LocalsteerError
+from ..errors import LocalsteerError
+from ..plan import Plan, PositionClass, position_classes
 from .generate import (
     Chunk,
     Clock,
@@ -26,11 +27,10 @@ from .generate import (
     reply_budget,
 )
 from .kv import CachedSequences, class_keys
-from .plan import Plan, PositionClass, position_classes
 
 if TYPE_CHECKING:
+    from ..engine import Engine
     from .bridge import Rows, Sampler
-    from .engine import Engine
 
 _GENERATION = int(PositionClass.GENERATION)  # a plain number: an enum costs time at every token
 # With separate caches. Two rows more cost a decode less than a second decode does, so up to so many sequences

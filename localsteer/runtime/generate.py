@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import LocalsteerError, PromptError
+from ..plan import Plan, PositionClass, position_classes
 from .bridge import Sampler
-from .errors import LocalsteerError, PromptError
-from .plan import Plan, PositionClass, position_classes
 
 if TYPE_CHECKING:
-    from .engine import Engine, Prompt, Steer
+    from ..engine import Engine, Prompt, Steer
 
 
 @dataclass(frozen=True)

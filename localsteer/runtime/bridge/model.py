@@ -11,8 +11,8 @@ from pathlib import Path
 
 import llama_cpp.llama_cpp as lc
 
-from ..cache import atomic_path
-from ..errors import ModelFileError, PromptError
+from ...cache import atomic_path
+from ...errors import ModelFileError, PromptError
 from .library import Handle, check_version, choose_extra_bufts, default_threads, log, notice_once, text_of
 from .rwkv import Spellings
 

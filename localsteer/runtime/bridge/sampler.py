@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import llama_cpp.llama_cpp as lc
 import numpy as np
 
-from ..errors import LocalsteerError
+from ...errors import LocalsteerError
 from .context import Context
 from .library import Handle, log
 from .model import Model

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .errors import LocalsteerError, PromptError
+from ..errors import LocalsteerError, PromptError
+from ..plan import Plan
+from ..vector import ControlVector
 from .generate import Reply, Sampling, Timings, stops_of
 from .loop import Loop, Request, new_request
-from .plan import Plan
-from .vector import ControlVector
 
 if TYPE_CHECKING:
-    from .engine import Engine, Prompt, Steer
+    from ..engine import Engine, Prompt, Steer
 
 
 def generate_batch(

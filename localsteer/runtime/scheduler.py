@@ -25,14 +25,14 @@ from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from .errors import LocalsteerError, QueueFullError, SchedulerClosedError
+from ..errors import LocalsteerError, QueueFullError, SchedulerClosedError
 from .generate import GREEDY, Chunk, Reply, Sampling, Timings, stops_of
 from .loop import Loop, Request, new_request
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .engine import Engine, Prompt, Steer
+    from ..engine import Engine, Prompt, Steer
 
 MAX_QUEUE = 64
 # Prompt tokens of one step while others reply: more finish a prompt sooner and hold the others up longer.
