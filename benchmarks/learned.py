@@ -48,7 +48,7 @@ from localsteer.extract import extract
 from localsteer.learn import Recipe, learn
 from localsteer.learn.examples import rewritten
 from localsteer.model_names import path_of
-from localsteer.runtime.generate import Reply
+from localsteer.runtime.reply import Reply
 from localsteer.tune import N_SEQ_MAX, tune
 from localsteer.verify import can_rewrite, rewrite, verify
 

@@ -27,7 +27,8 @@ from localsteer.learn import Recipe, learn
 from localsteer.learn.examples import of_pairs
 from localsteer.model_names import path_of
 from localsteer.perplexity import log_perplexities, perplexity
-from localsteer.runtime.generate import GREEDY, Reply
+from localsteer.runtime.reply import Reply
+from localsteer.runtime.sampling import GREEDY
 from localsteer.tune import N_SEQ_MAX
 from localsteer.verify import is_degenerate
 from localsteer.verify.judge import judge

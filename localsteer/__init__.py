@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from .llama import SteeredLlama as SteeredLlama
     from .plan import Plan as Plan
     from .plan import PositionClass as PositionClass
-    from .runtime.generate import Chunk as Chunk
-    from .runtime.generate import Reply as Reply
-    from .runtime.generate import Sampling as Sampling
+    from .runtime.reply import Chunk as Chunk
+    from .runtime.reply import Reply as Reply
+    from .runtime.sampling import Sampling as Sampling
     from .templates import ChatTemplate as ChatTemplate
     from .vector import ControlVector as ControlVector
 
@@ -33,10 +33,11 @@ _HOMES = {
     "Plan": "plan",
     "PositionClass": "plan",
     "Engine": "engine",
+    "Ask": "runtime.ask",
     "SteeredLlama": "llama",
-    "Sampling": "runtime.generate",
-    "Reply": "runtime.generate",
-    "Chunk": "runtime.generate",
+    "Sampling": "runtime.sampling",
+    "Reply": "runtime.reply",
+    "Chunk": "runtime.reply",
     "ChatTemplate": "templates",
     "LocalsteerError": "errors",
     "VectorFileError": "errors",

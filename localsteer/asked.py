@@ -29,7 +29,8 @@ import numpy as np
 from .vector import STATISTICS, ControlVector
 
 if TYPE_CHECKING:
-    from .engine import Engine, Prompt
+    from .engine import Engine
+    from .runtime.ask import Prompt
     from .runtime.scheduler import Scheduler
 
 

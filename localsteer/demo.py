@@ -34,7 +34,7 @@ from .evaluate.study import N_CTX, N_SEQ_MAX, Stage, Study, silent, spread
 from .evaluate.suites.bench import quantization
 from .evaluate.workers import Workers
 from .runtime.bridge import default_threads
-from .runtime.generate import GREEDY
+from .runtime.sampling import GREEDY
 from .tune import Tuned
 from .vector import ControlVector
 

@@ -25,7 +25,7 @@ from localsteer.evaluate.conditions import (
 from localsteer.extract import extract
 from localsteer.perplexity import log_perplexities, perplexity
 from localsteer.plan import Plan, PositionClass
-from localsteer.runtime.generate import Reply
+from localsteer.runtime.reply import Reply
 from localsteer.steering import apply_program
 from localsteer.vector import ControlVector
 from localsteer.verify.judge import ENDLESS, judge, share

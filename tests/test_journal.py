@@ -16,7 +16,7 @@ from engines import GREEDY, open_engine, random_vector
 from localsteer.errors import LocalsteerError
 from localsteer.evaluate.journal import Journal, Remembered
 from localsteer.evaluate.workers import Workers
-from localsteer.runtime.generate import Sampling
+from localsteer.runtime.sampling import Sampling
 
 IDENTITY = {"model": "0123abcd"}
 RECORD = {"kind": "reply", "text": "a fox", "tokens": [1, 2], "finish_reason": "stop"}

@@ -26,7 +26,8 @@ from localsteer.learn.examples import Example, of_pairs, rewritten, shared
 from localsteer.learn.gate import Gate
 from localsteer.learn.learning import checked_blocks
 from localsteer.learn.training import Training, prepare
-from localsteer.runtime.generate import GREEDY, Reply
+from localsteer.runtime.reply import Reply
+from localsteer.runtime.sampling import GREEDY
 from localsteer.vector import ControlVector
 
 CATALOG = load_catalog("bundled")

@@ -13,7 +13,7 @@ import localsteer
 from localsteer import bundled, model_names
 from localsteer.errors import ModelFileError
 from localsteer.model_names import PACKAGED, is_bundled, is_named, packaged_file, path_of
-from localsteer.runtime.generate import GREEDY
+from localsteer.runtime.sampling import GREEDY
 
 SMOL = PACKAGED["smol"]
 

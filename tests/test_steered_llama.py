@@ -20,6 +20,7 @@ import pytest
 from cli_runs import write_vector
 from engines import GREEDY, open_engine, random_vector
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from one_sequence import token_steps
 from tiny_models import write_tiny_mamba
 
 import localsteer
@@ -33,7 +34,6 @@ from localsteer.errors import (
     UnsupportedModelError,
 )
 from localsteer.runtime.bridge import Hook
-from localsteer.runtime.generate import token_steps
 
 POSITIONS = ("all", "prompt", "last", "generation")
 OPTIONS = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False}

@@ -17,7 +17,7 @@ from localsteer.evaluate.suites import composition, length, words
 from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, open_bench
 from localsteer.evaluate.suites.cells import Cell, Result, Verdict
 from localsteer.plan import Plan
-from localsteer.runtime.generate import Reply
+from localsteer.runtime.reply import Reply
 
 CATALOG = load_catalog("bundled")
 N_TEST = 4

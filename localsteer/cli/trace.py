@@ -87,7 +87,7 @@ def command(
       localsteer trace -m MODEL.gguf -s json.gguf@12 --blocks all --plot trace.png "Tell me about foxes."
       localsteer trace -m MODEL.gguf -s json.gguf --reply "A fox is red." --html trace.html "What is a fox?"
     """
-    from localsteer.runtime.generate import Sampling
+    from localsteer.runtime.sampling import Sampling
     from localsteer.trace import trace
 
     from .run import load_vectors, message_of, vector_of

@@ -19,13 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localsteer.errors import LocalsteerError
-from localsteer.runtime.batch import plans_of, stream_batch
-from localsteer.runtime.generate import Reply, stops_of
+from localsteer.runtime.ask import asks_for
+from localsteer.runtime.generate import generate_batch, new_requests, stream_requests
+from localsteer.runtime.loop import stops_of
+from localsteer.runtime.reply import Reply
 
 if TYPE_CHECKING:
-    from localsteer.engine import Engine, Prompt, Steer
+    from localsteer.engine import Engine
     from localsteer.plan import Plan
-    from localsteer.runtime.generate import Sampling
+    from localsteer.runtime.ask import Prompt
+    from localsteer.runtime.attach import Steer
+    from localsteer.runtime.sampling import Sampling
 
 FORMAT = 1
 
@@ -185,34 +189,31 @@ class Remembered:
         prompts: Sequence[Prompt],
         *,
         steer: Steer | Sequence[Steer] = (),
-        max_tokens: int | None = 512,
         sampling: Sampling | Sequence[Sampling] | None = None,
-        stop: Sequence[str] = (),
-        raw: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
+        **fields: Any,
     ) -> list[Reply]:
         """As Engine.generate_batch; what is known already counts as done at once."""
-        stop = stops_of(self._engine, stop, raw)
-        given = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop, "raw": raw}
+        asks = asks_for(prompts, steer=steer, sampling=sampling, **fields)
         if not getattr(sampling, "is_argmax", False):
-            return self._engine.generate_batch(prompts, steer=steer, **given, on_progress=on_progress)
-        plans = plans_of(self._engine, steer, len(prompts))
-        settings = (max_tokens, stop)
+            return generate_batch(self._engine, asks, on_progress=on_progress)
+        requests = new_requests(self._engine, asks)
         keys = [
-            _key("reply", self._engine.prompt_tokens(prompt, raw), _plan_key(plan), *settings)
-            for prompt, plan in zip(prompts, plans, strict=True)
+            _key(
+                "reply", request.prompt, _plan_key(request.plan), ask.max_tokens, stops_of(self._engine, ask)
+            )
+            for ask, request in zip(asks, requests, strict=True)
         ]
         call = _key(keys)
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        asked = sorted(first[key] for key in self._missing(keys, call))
-        ended = stream_batch(
-            self._engine, [prompts[i] for i in asked], steer=[plans[i] for i in asked], **given
-        )
+        missing = sorted(first[key] for key in self._missing(keys, call))
+        ended = stream_requests(self._engine, [requests[i] for i in missing])
         with contextlib.closing(ended):  # what ends it early must leave no sequence in the engine
-            for left, (k, reply) in zip(range(len(asked) - 1, -1, -1), ended, strict=True):
-                i = asked[k]
+            for left, (k, reply) in zip(range(len(missing) - 1, -1, -1), ended, strict=True):
+                i = missing[k]
                 self.n_decoded += self._journal.get(keys[i]) is None
-                self._journal.put(keys[i], _reply_record(prompts[i], plans[i], reply) | {"call": call})
+                record = _reply_record(prompts[i], requests[i].plan, reply)
+                self._journal.put(keys[i], record | {"call": call})
                 self._check()
                 if on_progress:
                     on_progress(len(prompts) - left, len(prompts))

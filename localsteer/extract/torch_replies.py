@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from localsteer.plan import Plan
-from localsteer.runtime.generate import Reply
+from localsteer.runtime.reply import Reply
 
 from .torch_backend import TorchBackend, torch
 from .torch_steering import steer_hooks

@@ -1,1 +1,1 @@
-"""From prompts to replies on one model: the native door, what the KV cache holds, and the one generation loop."""
+"""From prompts to replies on one model: the native door, the KV cache, and the one generation loop."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from localsteer.runtime.generate import Chunk, Sampling
+from localsteer.runtime.reply import Chunk
+from localsteer.runtime.sampling import Sampling
 
 from .errors import ApiError, api_error
 

@@ -29,7 +29,7 @@ from localsteer.evaluate.suites.bench import Bench
 from localsteer.evaluate.suites.cells import Cell, judge_cell
 from localsteer.extract import extract, open_backend
 from localsteer.plan import Plan
-from localsteer.runtime.generate import Reply
+from localsteer.runtime.reply import Reply
 from localsteer.vector import ControlVector
 
 NAME = "layers"
