@@ -45,10 +45,10 @@ class Journal:
 
     path: made, with its folder, if need be; None keeps everything in memory. identity: what the records hold
     for, the model's sha256 first of all; a file with records of another one is refused.
-    Half a line at the end, which a killed run leaves, is dropped. A record that has changed, or lacks what its
-    kind must hold, is not there, so that it is made again; a notice says so. A file that nothing was put into, as by a run
-    that was refused, is removed when it is closed. Raises LocalsteerError for any other line that can't be
-    read.
+    Half a line at the end, which a killed run leaves, is dropped. A record that has changed, or lacks what
+    its kind must hold, is not there, so that it is made again; a notice says so. A file that nothing was put
+    into, as by a run that was refused, is removed when it is closed. Raises LocalsteerError for any other
+    line that can't be read.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:

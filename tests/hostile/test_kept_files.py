@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import pytest
+from cli_runs import invoke, program
 from engines import GREEDY, open_engine
 
+from localsteer import bundled, cache
+from localsteer.errors import VectorFileError
 from localsteer.evaluate.journal import Journal, Remembered
+from localsteer.packs import all_packs, read_pack
 
 IDENTITY = {"model": "0123abcd"}
 PROMPTS = ["Tell me about foxes.", "Tell me about rivers."]
@@ -75,3 +81,108 @@ def test_a_damaged_record_of_a_score_is_made_again(engine, tmp_path, damage):
     with Journal(path, IDENTITY) as journal:
         assert len(journal) == 0
         assert Remembered(engine, journal).score(pairs) == expected
+
+
+# --- the bundled model ---
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A cache folder with the bundled model in it: (folder, the model's path in it, its bytes)."""
+    if not bundled.is_available():
+        pytest.skip("this copy of the package holds no bundled model")
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCALSTEER_CACHE", str(folder))
+        path = bundled.gguf_path()
+    return folder, path, path.read_bytes()
+
+
+def flipped(raw: bytes, start: int, n: int) -> bytes:
+    return raw[:start] + bytes(byte ^ 0xFF for byte in raw[start : start + n]) + raw[start + n :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[: len(raw) // 2],
+        lambda raw: b"",
+        lambda raw: flipped(raw, len(raw) // 2, 20_000),
+        lambda raw: flipped(raw, len(raw) - 1, 1),
+        lambda raw: flipped(raw, 100, 1),
+        lambda raw: bytes(len(raw)),
+        lambda raw: raw + b"more",
+    ],
+)
+def test_a_damaged_bundled_model_is_made_again_with_one_notice(made, damage, monkeypatch):
+    folder, path, whole = made
+    monkeypatch.setenv("LOCALSTEER_CACHE", str(folder))
+    path.write_bytes(damage(whole))
+    said = []
+    assert bundled.gguf_path(on_making=said.append) == path
+    assert path.read_bytes() == whole
+    assert len(said) == 1 and "is damaged" in said[0]
+    assert bundled.gguf_path(on_making=said.append) == path and len(said) == 1
+
+
+def test_damage_that_keeps_size_and_time_is_seen_by_the_next_process(made, monkeypatch):
+    folder, path, whole = made
+    monkeypatch.setenv("LOCALSTEER_CACHE", str(folder))
+    before = path.stat()
+    path.write_bytes(flipped(whole, 50_000, 4))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    done = program("run", "--temp", "0", "-n", "4", "-t", "1", "Tell me about foxes.")
+    assert done.status == 0, done.err
+    assert done.err.count("is damaged") == 1
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("text", ["", "0" * 64, "\xff", "not a hash\n" * 100])
+def test_a_damaged_seal_costs_another_making(made, text, monkeypatch):
+    folder, path, whole = made
+    monkeypatch.setenv("LOCALSTEER_CACHE", str(folder))
+    monkeypatch.setattr(cache, "_intact", {})
+    path.with_name(path.name + cache.SEAL).write_text(text, "latin-1")
+    assert bundled.gguf_path().read_bytes() == whole
+    assert cache.is_intact(path)
+
+
+# --- the index of hashes, vectors, packs, what is being learned ---
+
+
+def test_a_changed_entry_of_the_index_is_computed_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCALSTEER_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"one")
+    expected = cache.file_hash(model)
+    index = tmp_path / "cache" / "hashes.json"
+    whole = index.read_text()
+    for text in (whole.replace(expected, "0" * 64), whole.replace('"sha256"', '"identity"'), "[" * 99999):
+        index.write_text(text)
+        assert cache.file_hash(model) == expected
+        assert cache.remembered(model, "identity", lambda path: "computed") == "computed"
+
+
+def test_a_cached_vector_that_was_changed_is_made_again(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("LOCALSTEER_CACHE", str(tmp_path))
+    command = ("run", "-t", "1", "--layer", "2", "--instruction", "json", "--temp", "0", "-n", "3", "Foxes?")
+    first = invoke(*command)
+    assert first.status == 0, first.err
+    (path,) = cache.cached_vectors()
+    whole = path.read_bytes()
+    for damaged in (flipped(whole, len(whole) - 40, 1), whole[:-100], b""):
+        path.write_bytes(damaged)
+        again = invoke(*command)
+        assert (again.status, again.out) == (0, first.out)
+        assert "the cached vector is made again" in again.err
+        assert path.read_bytes() == whole
+
+
+def test_a_vector_of_a_pack_that_was_changed_is_named(tmp_path):
+    (pack,) = all_packs()
+    folder = shutil.copytree(pack.folder, tmp_path / "pack")
+    path = folder / "json.gguf"
+    path.write_bytes(flipped(path.read_bytes(), path.stat().st_size - 64, 1))
+    with pytest.raises(VectorFileError, match=r"pack .* is damaged: .*json\.gguf"):
+        read_pack(folder).vector("json")
+    assert read_pack(folder).vector("title")
