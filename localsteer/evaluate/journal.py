@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import threading
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,14 @@ if TYPE_CHECKING:
     from localsteer.runtime.sampling import Sampling
 
 FORMAT = 1
+SUM = "crc32"  # of a record's line without it
+logger = logging.getLogger("localsteer")
+# What a record of each kind must hold to be of use; one that lacks it is made again.
+_TYPES = {
+    "reply": {"text": str, "tokens": list, "finish_reason": str},
+    "score": {"score": (int, float)},
+    "torch": {"replies": list},
+}
 
 
 class Journal:
@@ -39,9 +49,10 @@ class Journal:
 
     path: made, with its folder, if need be; None keeps everything in memory. identity: what the records hold
     for, the model's sha256 first of all; a file with records of another one is refused.
-    Half a line at the end, which a killed run leaves, is dropped. A file that nothing was put into, as by a
-    run that was refused, is removed when it is closed. Raises LocalsteerError for any other line that can't
-    be read.
+    Half a line at the end, which a killed run leaves, is dropped. A record that has changed, or lacks what
+    its kind must hold, is not there, so that it is made again; a notice says so. A file that nothing was put
+    into, as by a run that was refused, is removed when it is closed. Raises LocalsteerError for any other
+    line that can't be read.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
@@ -74,7 +85,7 @@ class Journal:
         """Keep a record. Raises LocalsteerError when the disk takes no more; what was kept stays."""
         with self._lock:
             if key not in self._records:
-                self._append({"key": key, **record})
+                self._append(_sealed({"key": key, **record}))
                 self._records[key] = dict(record)
 
     def close(self) -> None:
@@ -124,14 +135,19 @@ class Journal:
         if not whole and not _line(header).startswith(content):
             raise LocalsteerError(f"{path} is no journal of a run: choose another folder, or delete it.")
         lines = content[:whole].splitlines()
+        damaged = set()
         for number, line in enumerate(lines, 1):
             record = _parsed(line, path, number)
             if len(lines) == 1 and record.get("localsteer") == header["localsteer"]:
                 whole = 0  # nothing was kept, as by a run that was refused: another one may have the file
             elif number == 1:
                 self._check(record, header)
-            else:
+            elif _is_unchanged(record) and _is_whole(record):
                 self._records[record.pop("key")] = record
+            else:
+                damaged.add(record["key"])
+        if again := damaged - self._records.keys():  # a later line may hold what was made again
+            logger.warning(f"{path}: {len(again)} records are damaged, and are made again.")
         # last of all: a file that is not ours stays as it is
         if whole < len(content):
             with path.open("r+b") as file:
@@ -144,6 +160,32 @@ class Journal:
                     f"{self.path} belongs to another run ({name} {found.get(name)!r}, now {wanted!r}): "
                     "choose another folder, or delete this one to begin anew."
                 )
+
+
+def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {**record, SUM: zlib.crc32(_line(record))}
+
+
+def _is_unchanged(record: dict[str, Any]) -> bool:
+    """By its checksum, which is taken out; a record of an earlier version has none."""
+    found = record.pop(SUM, None)
+    return found is None or found == zlib.crc32(_line(record))
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether a record holds what it is read for."""
+    kind = record.get("kind")
+    types = _TYPES.get(kind, {}) if isinstance(kind, str) else None
+    if types is None or not all(isinstance(record.get(name), type_) for name, type_ in types.items()):
+        return False
+    if kind == "reply":
+        return all(type(token) is int for token in record["tokens"])
+    return kind != "torch" or all(_is_torch_reply(reply) for reply in record["replies"])
+
+
+def _is_torch_reply(reply: Any) -> bool:
+    types = (str, list, str)  # as studies/layers.py keeps a Reply
+    return isinstance(reply, list) and [*map(type, reply)] == [*types]
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
