@@ -14,7 +14,7 @@ itself. So one more pass over the same tokens, without the edits at this block a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -184,12 +184,13 @@ def trace(
     ridge: float = 0.0,
     raw: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    on_token: Callable[[], None] | None = None,
 ) -> Trace:
     """Let the model answer, steered, and look at every token of prompt and reply.
 
     reply: a text in the place of the model's own answer. blocks: where to look: None = where each vector
     steers, `all` = wherever it has a direction; each block costs one more pass over the tokens.
-    ridge: as Plan.from_vectors has it.
+    ridge: as Plan.from_vectors has it. on_token: called at each token drawn; what it raises ends the trace.
     Raises PromptError, MismatchError, PlanError.
     """
     tokens = engine.prompt_tokens(prompt, raw)
@@ -197,7 +198,8 @@ def trace(
     if reply is not None:
         answer, reason = reply_tokens(engine, prompt, reply, raw), "given"
     else:
-        answer, reason = _draw(engine, tokens, plan, max_tokens, sampling, stops_of(engine, raw=raw))
+        steps = _steps(engine, tokens, plan, max_tokens, sampling, on_token)
+        answer, reason = _draw(engine, steps, stops_of(engine, raw=raw))
     return trace_tokens(
         engine,
         [*tokens, *answer],
@@ -297,23 +299,32 @@ def _watched(engine: Engine, vector: ControlVector, blocks: Blocks) -> tuple[int
     return tuple(sorted({*chosen, *vector.layers}))
 
 
-def _draw(
+def _steps(
     engine: Engine,
     prompt: list[int],
     plan: Plan,
     max_tokens: int | None,
     sampling: Sampling,
-    stops: Sequence[str],
-) -> tuple[list[int], str]:
-    """The reply's tokens, a token that ends it included, and why it ended. Tokens of a stop string are left
-    out."""
-    drawn: list[int] = []
-    text = TextStream(stops)
+    on_token: Callable[[], None] | None,
+) -> Generator[int, None, None]:
+    """Tokens of a reply, as many as there may be."""
     check_room(engine, len(prompt))
     budget = reply_budget(engine, len(prompt), max_tokens)
     steps = token_steps(engine, prompt, plan=engine.plan(plan), sampling=sampling)
     with closing(steps):
         for token in islice(steps, budget):
+            if on_token:
+                on_token()
+            yield token
+
+
+def _draw(engine: Engine, steps: Generator[int, None, None], stops: Sequence[str]) -> tuple[list[int], str]:
+    """The reply's tokens, a token that ends it included, and why it ended. Tokens of a stop string are left
+    out."""
+    drawn: list[int] = []
+    text = TextStream(stops)
+    with closing(steps):
+        for token in steps:
             drawn.append(token)
             if engine.ends(token):
                 return drawn, "stop"
