@@ -95,6 +95,13 @@ MAX_PORT = 65535
     metavar="SECONDS",
     help="For replies under way when the server is told to end. [default: 10]",
 )
+@click.option(
+    "--request-timeout",
+    type=click.FloatRange(0.1, 86_400),
+    default=600.0,
+    metavar="SECONDS",
+    help="For one request, waiting and writing included; then it ends with status 504. [default: 600]",
+)
 @options.engine
 @options.as_json
 def command(models: tuple[str, ...], folder: str | None, as_json: bool, **given: Any) -> int:
@@ -102,7 +109,8 @@ def command(models: tuple[str, ...], folder: str | None, as_json: bool, **given:
 
     A request chooses its steering by the field `steering`, or by the model's name: MODEL+json+lowercase.
     GET /v1/models lists these names, GET /v1/steering the vectors with their figures. SIGTERM and Ctrl-C let
-    replies finish for --grace seconds; a second Ctrl-C does not wait.
+    replies finish for --grace seconds; a few seconds later the process ends in any case. A second Ctrl-C does
+    not wait.
 
     \b
     Examples:
@@ -175,7 +183,10 @@ def _application(
         schedulers,
         folder=Path(folder) if folder is not None else None,
         access=access,
-        limits=Limits(predict=None if given["predict"] < 0 else given["predict"]),
+        limits=Limits(
+            predict=None if given["predict"] < 0 else given["predict"],
+            request_seconds=given["request_timeout"],
+        ),
     )
     return Running(application, given["host"], given["port"], given["grace"])
 

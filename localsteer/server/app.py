@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.concurrency import run_in_threadpool
 
 from localsteer import __version__
 from localsteer.runtime.scheduler import Scheduler
 
 from . import chat, completions, embeddings, errors, pages, vectors
+from .deadline import Deadline
 from .limits import Limits
 from .metrics import CountRequests, Metrics
 from .models import Served, State
@@ -56,7 +57,7 @@ def create_app(
     errors.install(app)
     for routes in (chat, completions, embeddings, vectors, pages):
         app.include_router(routes.router)
-    return CountRequests(Guard(BodyLimit(app, limits), access), metrics)
+    return CountRequests(Guard(Deadline(BodyLimit(app, limits), limits), access), metrics)
 
 
 def state_of(application: Any) -> State:
@@ -71,4 +72,4 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     # readers of tickets live in this event loop: the schedulers must be done before it ends
     for served in app.state.localsteer.models.values():
-        await run_in_threadpool(served.scheduler.stop)
+        await asyncio.to_thread(served.scheduler.stop)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from .answers import REASONS, Whole, chat_logprobs, envelope, scored
@@ -19,6 +18,7 @@ from .models import State
 from .replies import ClientGone, Job, Order, begin, samplings, unless_gone
 from .schemas import ChatRequest, Tool
 from .streaming import event, stream
+from .threads import off_loop
 from .tools import CallHold, forced_grammar, offered, parse, rendered
 
 router = APIRouter()
@@ -30,7 +30,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     tools = offered(body, state.served(body.model)[0])
     if body.ensured:
         return await ensured_chat(state, body, tools, request)
-    order = await run_in_threadpool(_order, state, body, tools)
+    order = await off_loop(_order, state, body, tools)
     steer, left_out = await harmless(order.served, order.steer, body, tools)
     job = await begin(state, replace(order, steer=steer, left_out=left_out))
     if body.stream:

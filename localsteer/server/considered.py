@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from starlette.concurrency import run_in_threadpool
 
 from localsteer.asked import Inquiry
 
 from .errors import api_error
+from .threads import off_loop
 from .tools import rendered, template_message
 
 if TYPE_CHECKING:
+    from localsteer.runtime.scheduler import Ticket
     from localsteer.vector import ControlVector
 
     from .models import Served
-    from .schemas import ChatRequest, Tool
+    from .schemas import ChatMessage, ChatRequest, Tool
 
 
 async def harmless(
@@ -28,14 +30,22 @@ async def harmless(
     messages = body.messages[:-1] if body.continue_final_message else body.messages
     wanted = steer if body.always_steer else body.with_own_strength
     always = [vector for name, vector in steer.items() if name in wanted]
-    inquiry = Inquiry.of(steer.values(), [template_message(message) for message in messages], always)
+    if not steer:
+        return {}, []
+    inquiry = await off_loop(_inquiry, messages, steer, always)
     states: dict[int, np.ndarray] = {}
     if inquiry.blocks:
-        text = await run_in_threadpool(rendered, served, messages, tools)
+        text = await off_loop(rendered, served, messages, tools)
         states = await _states(served, text, inquiry.blocks)
     _, left_out = inquiry.settle(states)
     applied = {name: vector for name, vector in steer.items() if vector not in left_out}
     return applied, [name for name in steer if name not in applied]
+
+
+def _inquiry(
+    messages: Sequence[ChatMessage], steer: Mapping[str, ControlVector], always: Sequence[ControlVector]
+) -> Inquiry:
+    return Inquiry.of(steer.values(), [template_message(message) for message in messages], always)
 
 
 def report(applied: Iterable[str], left_out: Sequence[str]) -> dict[str, Any]:
@@ -46,13 +56,21 @@ def report(applied: Iterable[str], left_out: Sequence[str]) -> dict[str, Any]:
 async def _states(served: Served, text: str, blocks: Sequence[int]) -> dict[int, np.ndarray]:
     """By block, at the end of a text. The scheduler reads it beside all other requests, and what it reads
     stays in the cache for the reply."""
+    gone = threading.Event()
     ticket = None
+
+    def look() -> Ticket:
+        made = served.scheduler.look(served.engine.rendered_tokens(text), blocks)
+        if gone.is_set():  # nobody waits for this thread any more
+            made.cancel()
+        return made
+
     try:
-        tokens = await run_in_threadpool(served.engine.rendered_tokens, text)
-        ticket = await run_in_threadpool(served.scheduler.look, tokens, blocks)
+        ticket = await off_loop(look)
         return dict(zip(blocks, await ticket.astates(), strict=True))
     except Exception as error:
         raise api_error(error) from None
     finally:
+        gone.set()
         if ticket is not None:
             ticket.cancel()

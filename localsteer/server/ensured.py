@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,6 +24,7 @@ from .models import Served, State
 from .replies import ClientGone, samplings, unless_gone
 from .schemas import ChatRequest, Tool
 from .streaming import event, stream
+from .threads import off_loop
 from .tools import rendered, template_message
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ async def ensured_chat(state: State, body: ChatRequest, tools: list[Tool], reque
     _check(body, tools)
     body.model = body.model or state.default.name
     cancel = threading.Event()
-    served, wanted, base = await run_in_threadpool(_chosen, state, body)
+    served, wanted, base = await off_loop(_chosen, state, body)
     steer, left_out = await harmless(served, base, body, tools)
     told = report(steer, left_out)
-    work = _begin(await run_in_threadpool(_tries, state, body, served, wanted, steer, cancel))
+    work = _begin(await off_loop(_tries, state, body, served, wanted, steer, cancel))
     if body.stream:
         events = _events(body, work, told)
         return await stream(request, events, cancel.set, state.limits.write_seconds)

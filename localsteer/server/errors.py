@@ -23,6 +23,13 @@ _TYPES = {
     429: "rate_limit_error",
     500: "server_error",
     503: "server_error",
+    504: "timeout_error",
+}
+_HEADERS = {
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "1"},
+    # OpenAI's clients would send it again by themselves, to be late again
+    504: {"X-Should-Retry": "false"},
 }
 SHOWN = 80  # characters of a value that an error quotes
 
@@ -55,8 +62,7 @@ class ApiError(Exception):
         }
 
     def response(self) -> Json:
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
-        return Json(self.document, self.status, headers)
+        return Json(self.document, self.status, _HEADERS.get(self.status))
 
 
 def api_error(error: BaseException, param: str | None = None) -> ApiError:

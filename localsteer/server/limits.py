@@ -27,14 +27,15 @@ MAX_TRACE_TOKENS = 512
 class Limits:
     """What the command line sets. Bytes and seconds.
 
-    body_seconds: for a request's body to arrive. write_seconds: that one piece of a reply may wait for a
-    client that does not read. predict: tokens of a reply where the request names no bound; None: until the
-    context is full.
+    request_seconds: for a request, from its head to the end of its answer. body_seconds: for its body to
+    arrive. write_seconds: that one piece of a reply may wait for a client that does not read. predict: tokens
+    of a reply where the request names no bound; None: until the context is full.
     """
 
     max_body: int = 4 << 20
     max_upload: int = 64 << 20
     max_files: int = 1000
+    request_seconds: float = 600.0
     body_seconds: float = 30.0
     write_seconds: float = 60.0
     predict: int | None = 1024

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from localsteer.runtime.reply import Chunk
 from localsteer.runtime.sampling import Sampling
 
 from .errors import ApiError, api_error
+from .threads import off_loop
 
 if TYPE_CHECKING:
     from localsteer.runtime.scheduler import Ticket
@@ -127,7 +127,7 @@ async def begin(state: State, order: Order) -> Job:
     """Hand everything to the scheduler; all of it or nothing. Raises ApiError."""
     job = Job(state, order)
     try:
-        await run_in_threadpool(_submit, job)
+        await off_loop(_submit, job)
     except BaseException:
         job.end()
         raise
@@ -152,6 +152,9 @@ def _submit(job: Job) -> None:
             except Exception as error:
                 raise api_error(error) from None
             job.tickets.append(ticket)
+            if job.ended:  # while this thread was busy: whoever ended it has not seen the ticket
+                ticket.cancel()
+                return
 
 
 def samplings(request: SamplingFields, grammar: str | None = None) -> list[Sampling]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 import threading
@@ -13,11 +14,13 @@ from typing import Any
 import uvicorn
 
 from localsteer.errors import LocalsteerError
+from localsteer.runtime.bridge import end_after
 
 from .app import state_of
 
 MAX_CONNECTIONS = 512
-CLOSING_SECONDS = 5.0  # for the last events of cancelled replies to be read
+CLOSING_SECONDS = 2.0  # for the last events of cancelled replies to be read
+LAST_RESORT_SECONDS = 3.0  # beyond that the process is ended from outside of Python
 
 
 class _Server(uvicorn.Server):
@@ -48,7 +51,7 @@ class Running:
                 ws="none",
                 lifespan="on",
                 limit_concurrency=MAX_CONNECTIONS,
-                timeout_graceful_shutdown=int(grace + CLOSING_SECONDS + 1),
+                timeout_graceful_shutdown=math.ceil(grace + CLOSING_SECONDS),
             )
         )
 
@@ -84,6 +87,7 @@ class Running:
                 loop.add_signal_handler(number, self._end, number)
             except NotImplementedError:  # the event loops of Windows take none
                 signal.signal(number, lambda got, _frame: loop.call_soon_threadsafe(self._end, got))
+            end_after(number, self.grace + CLOSING_SECONDS + LAST_RESORT_SECONDS, LAST_RESORT_SECONDS)
 
     async def _tell(self, on_ready: Callable[[], None] | None) -> None:
         while not self._server.started:

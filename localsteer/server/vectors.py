@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import threading
+from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from localsteer.errors import LocalsteerError
 
 from .errors import ApiError, Json, api_error
 from .models import State
+from .replies import ClientGone, unless_gone
 from .schemas import TraceRequest, as_items
 from .steering import document, plain
+from .threads import aside, off_loop
 from .tools import rendered, template_message
 
 router = APIRouter(tags=["Steering"])
@@ -58,21 +60,21 @@ async def add_vector(name: VectorName, request: Request, replace: bool = False) 
     """A control-vector GGUF that fits a model served here; `replace` lets it take another's place."""
     state = _state(request)
     data = await request.body()
-    entry = await run_in_threadpool(state.vectors.add, name, data, replace=replace)
+    entry = await aside(state.vectors.add, name, data, replace=replace)
     return Json(document(entry, list(state.models)), 201)
 
 
 @router.post("/v1/steering/reload", summary="Read the folder again")
 async def reload_vectors(request: Request) -> Response:
     state = _state(request)
-    await run_in_threadpool(state.vectors.reload)
+    await aside(state.vectors.reload)
     return _list(state)
 
 
 @router.delete("/v1/steering/{name}", summary="Remove a vector and its file")
 async def remove_vector(name: str, request: Request) -> Response:
     state = _state(request)
-    await run_in_threadpool(state.vectors.remove, name)
+    await aside(state.vectors.remove, name)
     return Json({"object": "steering.vector.deleted", "name": name, "deleted": True})
 
 
@@ -83,13 +85,19 @@ async def trace(body: TraceRequest, request: Request) -> Response:
     served, vectors = state.steering(body.model, as_items(body.steering))
     if not vectors:
         raise ApiError("steering: a trace needs at least one vector.", param="steering")
-    rendered(served, body.messages)  # to refuse what the template does not take
+    await off_loop(rendered, served, body.messages)  # to refuse what the template does not take
     messages = [template_message(message) for message in body.messages]
+    gone = threading.Event()
 
-    def run() -> dict[str, Any]:
+    def check() -> None:
+        if gone.is_set():
+            raise ClientGone
+
+    def run() -> Response:
         from localsteer.trace import trace as trace_reply
 
         with served.scheduler.paused() as engine:
+            check()
             try:
                 made = trace_reply(
                     engine,
@@ -97,6 +105,7 @@ async def trace(body: TraceRequest, request: Request) -> Response:
                     list(vectors.values()),
                     reply=body.reply or None,
                     max_tokens=body.max_tokens,
+                    on_token=check,
                 )
             except LocalsteerError as error:
                 raise api_error(error) from None
@@ -105,10 +114,15 @@ async def trace(body: TraceRequest, request: Request) -> Response:
         found = made.to_dict()
         for line, share, before in zip(found["lines"], shares, plains, strict=True):
             line |= {"share": share, "plain_share": before}
-        return plain(found) | {"model": body.model or served.name}
+        return Json(plain(found) | {"model": body.model or served.name})
 
-    async with state.tracing:
-        return Json(await run_in_threadpool(run))
+    try:
+        async with state.tracing:
+            return await unless_gone(request, aside(run))
+    except ClientGone:
+        return Response(status_code=499)
+    finally:
+        gone.set()
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

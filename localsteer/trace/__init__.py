@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
@@ -189,12 +190,13 @@ def trace(
     ridge: float = 0.0,
     raw: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    on_token: Callable[[], None] | None = None,
 ) -> Trace:
     """Let the model answer, steered, and look at every token of prompt and reply.
 
     reply: a text in the place of the model's own answer. blocks: where to look: None = where each vector
     steers, `all` = wherever it has a direction; each block costs one more pass over the tokens.
-    ridge: as Plan.from_vectors has it.
+    ridge: as Plan.from_vectors has it. on_token: called at each token drawn; what it raises ends the trace.
     Raises PromptError, MismatchError, PlanError.
     """
     tokens = engine.prompt_tokens(prompt, raw)
@@ -203,7 +205,7 @@ def trace(
         answer, reason = reply_tokens(engine, prompt, reply, raw), "given"
     else:
         ask = Ask(prompt, steer=plan, max_tokens=max_tokens, sampling=sampling, raw=raw)
-        answer, reason = _draw(engine, ask)
+        answer, reason = _draw(engine, ask, on_token)
     return trace_tokens(
         engine,
         [*tokens, *answer],
@@ -303,11 +305,14 @@ def _watched(engine: Engine, vector: ControlVector, blocks: Blocks) -> tuple[int
     return tuple(sorted({*chosen, *vector.layers}))
 
 
-def _draw(engine: Engine, ask: Ask) -> tuple[list[int], str]:
+def _draw(engine: Engine, ask: Ask, on_token: Callable[[], None] | None) -> tuple[list[int], str]:
     """The reply's tokens, a token that ends it included, and why it ended. Tokens of a stop string are left
     out."""
     request = new_request(engine, ask)
-    *_, last = chunks_of(engine, request)
+    with closing(chunks_of(engine, request)) as chunks:
+        for last in chunks:
+            if on_token:
+                on_token()
     if request.end is not None:
         return [*request.tokens, request.end], "stop"
     if request.text.stopped:

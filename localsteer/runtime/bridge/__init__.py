@@ -12,6 +12,7 @@ from .borrowed import BorrowedContext, BorrowedModel, batch_arrays, install, our
 from .context import Context, Rows
 from .embedding import Embedder, pooling_of
 from .hook import Hook
+from .last_resort import end_after
 from .library import check_threads, check_version, choose_extra_bufts, default_threads, has_amx, system_info
 from .model import Model, check_gguf, quantization_types, quantize
 from .sampler import Sampler
@@ -31,6 +32,7 @@ __all__ = [
     "check_version",
     "choose_extra_bufts",
     "default_threads",
+    "end_after",
     "has_amx",
     "install",
     "our_log",

@@ -1,0 +1,86 @@
+"""Every request has a deadline, whatever it is doing: being read, waiting for a slot, decoding, being
+checked, or being written to a client that reads slowly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from .errors import ApiError
+from .limits import Limits
+from .streaming import event
+
+UNWINDING_SECONDS = 1.0  # for a request that is cancelled to let go of what it holds
+FAREWELL_SECONDS = 1.0  # for the error to be written
+
+
+class Deadline:
+    """ASGI middleware: cancels a request after limits.request_seconds. What it holds it lets go of in its
+    `finally` clauses; work in threads is told there that nobody waits for it."""
+
+    def __init__(self, app: Callable[..., Any], limits: Limits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        answer = _Answer(send)
+        seconds = self.limits.request_seconds
+        work = asyncio.ensure_future(self.app(scope, receive, answer.send))
+        try:
+            await asyncio.wait({work}, timeout=seconds)
+        except asyncio.CancelledError:  # the server is closing
+            work.cancel()
+            raise
+        if work.done():
+            return work.result()
+        answer.closed = True
+        work.cancel()
+        await asyncio.wait({work}, timeout=UNWINDING_SECONDS)
+        try:
+            await asyncio.wait_for(answer.give_up(scope, receive, _late(seconds)), FAREWELL_SECONDS)
+        except asyncio.TimeoutError:
+            let_go(scope)
+
+
+class _Answer:
+    """What has been sent of an answer; after `closed` the request itself can send no more."""
+
+    def __init__(self, send: Any) -> None:
+        self._send = send
+        self.closed = self.started = self.is_stream = self.ended = False
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if self.closed:
+            return
+        if message["type"] == "http.response.start":
+            self.started = True
+            self.is_stream = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
+        self.ended = message["type"] == "http.response.body" and not message.get("more_body")
+        await self._send(message)
+
+    async def give_up(self, scope: dict[str, Any], receive: Any, error: ApiError) -> None:
+        if not self.started:
+            await error.response()(scope, receive, self._send)
+        elif self.is_stream and not self.ended:
+            body = event(error.document)
+            await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        else:
+            let_go(scope)
+
+
+def let_go(scope: dict[str, Any]) -> None:
+    """Drop a connection with what is still to be written: closing would wait for a client to read it."""
+    abort = scope.get("state", {}).get("abort")
+    if abort:
+        abort()
+
+
+def _late(seconds: float) -> ApiError:
+    return ApiError(
+        f"the request was not done within {seconds:g} seconds: ask for less, or start the server with a "
+        "longer --request-timeout.",
+        status=504,
+        code="request_timeout",
+    )
