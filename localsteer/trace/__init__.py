@@ -310,14 +310,14 @@ def _draw(engine: Engine, ask: Ask, on_token: Callable[[], None] | None) -> tupl
     out."""
     request = new_request(engine, ask)
     with closing(chunks_of(engine, request)) as chunks:
-        for last in chunks:
+        for _chunk in chunks:
             if on_token:
                 on_token()
     if request.end is not None:
         return [*request.tokens, request.end], "stop"
     if request.text.stopped:
         return _before_stop(engine, request.tokens, stops_of(engine, ask)), "stop"
-    return request.tokens, last.finish_reason or "length"
+    return request.tokens, "length"
 
 
 def _before_stop(engine: Engine, drawn: Sequence[int], stops: Sequence[str]) -> list[int]:
