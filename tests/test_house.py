@@ -21,9 +21,8 @@ FLOORS = {
         "errors", "terms", "jsonable", "cache", "catalog", "vector", "convert", "plan", "steering",
         "templates", "heatmap", "asked", "verify", "perplexity",
     ),
-    "runtime": (
-        "runtime", "engine", "llama", "llama_cache",
-    ),
+    "runtime": ("runtime",),
+    "doors": ("engine", "llama", "llama_cache"),
     "models": ("bundled", "model_names", "packs", "model_list"),
     "wings": ("extract", "tune", "learn", "ensure", "trace", "chat", "server"),
     "evaluation": ("evaluate", "demo"),
