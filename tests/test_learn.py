@@ -262,7 +262,7 @@ def test_what_is_to_be_learned_must_be_said():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-i", "json", "--blocks", "7"], "block 7 can't be learned at: choose 0 to 6"),
+        (["-i", "json", "--layer", "7"], "block 7 can't be learned at: choose 0 to 6"),
         (["-i", "language_de"], "no rule rewrites a plain reply"),
         (["--examples", "none.jsonl"], "none.jsonl can't be read"),
         (["-i", "json", "-o", "no/such/folder/json.gguf"], "no/such/folder"),

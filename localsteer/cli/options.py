@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -97,6 +97,19 @@ model = click.option(
     help="The model: a GGUF file, or a name that `localsteer models` lists: bundled (or bundled:Q4_K_M), "
     "bundled-base, smol.",
 )
+
+
+class Renamed(click.Option):
+    """An option that also answers to names it once had, which no help mentions."""
+
+    def __init__(self, *args: Any, old: Sequence[str], **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.old = list(old)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        super().add_to_parser(parser, ctx)
+        parser.add_option(self, self.old, self.name, action="store", nargs=self.nargs)
+
 
 engine = all_of(
     click.option(
