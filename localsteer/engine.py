@@ -7,6 +7,7 @@ alone knows llama.cpp.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .constrain import END, Constraint, Matcher, TokenBytes
 from .errors import LocalsteerError, ModelFileError, PlanError, PromptError
 from .plan import position_classes
 from .runtime.attach import Attaching, Notices, Steer
@@ -86,7 +88,9 @@ class Engine:
         self._closed = False
         self.notice = Notices()
         self._pieces: dict[int, bytes] = {}
-        self._ends: dict[int, bool] = {}
+        self._ends: dict[int, bool] = {END: True}
+        self._token_bytes: TokenBytes | None = None
+        self._token_bytes_lock = threading.Lock()
         self._run = 0
         self._leaving: list[Callable[[], None]] = []
         self.model = Model(path, n_gpu_layers=n_gpu_layers, on_progress=on_progress)
@@ -251,6 +255,19 @@ class Engine:
         if known is None:
             known = self._ends[token] = self.model.is_eog(token)
         return known
+
+    @property
+    def token_bytes(self) -> TokenBytes:
+        """The tokens as constraints see them, for any thread; made at the first use (0.4 s for 49,000)."""
+        self._check_open()
+        with self._token_bytes_lock:
+            if self._token_bytes is None:
+                self._token_bytes = TokenBytes(self.model.pieces(), self.model.ends())
+            return self._token_bytes
+
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """What keeps one reply to a constraint. Raises ConstraintError for what can't be read or enforced."""
+        return self.token_bytes.matcher(constraint)
 
     def text(self, tokens: Sequence[int]) -> str:
         return b"".join(map(self.piece, tokens)).decode("utf-8", "replace")

@@ -9,11 +9,12 @@ import codecs
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..constrain import Constraint, Matcher
 from ..errors import LocalsteerError, PromptError
 from ..plan import Plan, PositionClass, position_classes
 from .bridge import Sampler
@@ -27,7 +28,8 @@ class Sampling:
     """How the next token is drawn, by llama.cpp's names and defaults; `temp` 0 is greedy.
 
     seed: None draws one. repeat_last_n: tokens of the reply that penalties look back on, -1 = all of them.
-    grammar: GBNF text. Raises LocalsteerError for a value out of range.
+    grammar: what the reply must be, a Constraint or GBNF text. Raises LocalsteerError for a value out of
+    range.
     """
 
     temp: float = 0.8
@@ -39,7 +41,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    grammar: str | None = None
+    grammar: Constraint | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("temp", "repeat_penalty", "presence_penalty", "frequency_penalty"):
@@ -265,14 +267,24 @@ def generate(
     )
 
 
-def new_sampler(engine: Engine, sampling: Sampling) -> Sampler | None:
-    """A sampler of its own for one reply; None where the largest logit is all that counts."""
+def new_matcher(engine: Engine, sampling: Sampling) -> Matcher | None:
+    """Raises ConstraintError for a grammar that can't be read or enforced."""
+    return None if sampling.grammar is None else engine.matcher(Constraint.of(sampling.grammar))
+
+
+def new_sampler(engine: Engine, sampling: Sampling, matcher: Matcher | None = None) -> Sampler | None:
+    """A sampler of its own for one reply; None where the largest logit is all that counts.
+
+    matcher: of the reply, where its grammar has been compiled already.
+    """
     if sampling.is_argmax:
         return None
-    settings = asdict(sampling)
+    settings = {
+        each.name: getattr(sampling, each.name) for each in fields(sampling) if each.name != "grammar"
+    }
     if sampling.repeat_last_n < 0:
         settings["repeat_last_n"] = engine.n_ctx  # llama.cpp's sampler itself takes -1 for off
-    return Sampler(engine.model, **settings)
+    return Sampler(engine.model, **settings, matcher=matcher or new_matcher(engine, sampling))
 
 
 def check_room(engine: Engine, n_prompt: int) -> None:

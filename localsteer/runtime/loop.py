@@ -23,12 +23,14 @@ from .generate import (
     TextStream,
     TokenScores,
     check_room,
+    new_matcher,
     new_sampler,
     reply_budget,
 )
 from .kv import CachedSequences, class_keys
 
 if TYPE_CHECKING:
+    from ..constrain import Matcher
     from ..engine import Engine
     from .bridge import Rows, Sampler
 
@@ -64,6 +66,7 @@ class Request:
     pending: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     sampler: Sampler | None = None
+    matcher: Matcher | None = None
     n_top: int | None = None
     keep_cache: bool = False
     capture: tuple[int, ...] = ()
@@ -94,11 +97,15 @@ def new_request(
     stop: Sequence[str],
     n_top: int | None = None,
 ) -> Request:
-    """Raises PromptError for a prompt that leaves no room for a reply."""
+    """A grammar is compiled here, in the caller's thread: it may take a while.
+
+    Raises PromptError for a prompt that leaves no room for a reply, ConstraintError for the grammar.
+    """
     check_room(engine, len(tokens))
     budget = reply_budget(engine, len(tokens), max_tokens)
     clock = Clock(time.perf_counter(), len(tokens))
-    return Request(tokens, budget, plan, sampling, TextStream(stop), clock, n_top=n_top)
+    matcher = new_matcher(engine, sampling)
+    return Request(tokens, budget, plan, sampling, TextStream(stop), clock, n_top=n_top, matcher=matcher)
 
 
 class Loop:
@@ -179,8 +186,10 @@ class Loop:
                 return
             self.waiting.popleft()
             try:
-                request.sampler = request.sampler or new_sampler(self.engine, request.sampling)
-            except LocalsteerError as error:  # a grammar that can't be parsed
+                request.sampler = request.sampler or new_sampler(
+                    self.engine, request.sampling, request.matcher
+                )
+            except LocalsteerError as error:
                 self._idle.append(request.slot)
                 yield request, error
                 continue

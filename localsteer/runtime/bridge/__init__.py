@@ -14,7 +14,7 @@ from .embedding import Embedder, pooling_of
 from .hook import Hook
 from .library import check_threads, check_version, choose_extra_bufts, default_threads, has_amx, system_info
 from .model import Model, check_gguf, quantization_types, quantize
-from .sampler import Sampler
+from .sampler import Sampler, check_llama_grammar
 
 __all__ = [
     "BorrowedContext",
@@ -27,6 +27,7 @@ __all__ = [
     "Sampler",
     "batch_arrays",
     "check_gguf",
+    "check_llama_grammar",
     "check_threads",
     "check_version",
     "choose_extra_bufts",
