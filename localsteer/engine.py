@@ -17,6 +17,7 @@ from .runtime.bridge import Context, Model, check_threads
 from .runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from .constrain import Constraint, Matcher
     from .plan import Plan
     from .runtime.reply import Chunk, Reply
     from .runtime.sampling import Sampling
@@ -168,6 +169,11 @@ class Engine:
         """Tokens of a text that a template rendered. This is how a vector's probes are tokenised too."""
         self._check_open()
         return self._tokenizer.rendered_tokens(text)
+
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """What keeps one reply to a constraint. Raises ConstraintError for what can't be read or enforced."""
+        self._check_open()
+        return self._tokenizer.matcher(constraint)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Special tokens have none. `piece(token)`: its bytes; `ends(token)`: whether it ends a reply."""

@@ -26,9 +26,9 @@ from .runtime.bridge import (
     BorrowedContext,
     BorrowedModel,
     Hook,
-    Sampler,
     batch_arrays,
     check_gguf,
+    check_llama_grammar,
     check_threads,
     check_version,
     install,
@@ -340,7 +340,7 @@ class SteeredLlama(llama_cpp.Llama):
         grammar = options.get("grammar")
         if grammar is not None and self._hook is not None:
             with our_log():  # Llama itself goes on without one, and the process ends
-                Sampler(self._borrowed, temp=0.0, grammar=grammar._grammar).close()
+                check_llama_grammar(self._borrowed, grammar._grammar)
         return super()._init_sampler(*args, **options)
 
     # -- decoding ------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ def token_steps(
     sampling: Sampling = GREEDY,
 ) -> Iterator[int]:
     """Token after token, end-of-generation tokens included, until the context is full."""
-    sampler = None if sampling.is_argmax else Sampler(engine.model, **asdict(sampling))
+    settings = {name: value for name, value in asdict(sampling).items() if name != "grammar"}
+    sampler = None if sampling.is_argmax else Sampler(engine.model, **settings)
     engine.begin()
     size = engine.context.n_batch
     for start in range(0, len(prompt), size):

@@ -17,6 +17,7 @@ import llama_cpp.llama_cpp as lc
 import numpy as np
 import pytest
 
+from localsteer.constrain import Constraint, TokenBytes
 from localsteer.errors import (
     LocalsteerError,
     MismatchError,
@@ -26,7 +27,7 @@ from localsteer.errors import (
 )
 from localsteer.plan import Plan, PositionClass
 from localsteer.runtime import bridge
-from localsteer.runtime.bridge import Context, Model, Sampler, library
+from localsteer.runtime.bridge import Context, Model, Sampler, check_llama_grammar, library
 from localsteer.runtime.bridge.hook import Accessors, Hook
 from localsteer.steering import steer
 from localsteer.terms import MODES, POSITIONS
@@ -617,7 +618,8 @@ def test_repeat_penalty_moves_on(model: Model, context: Context) -> None:
 def test_grammar_is_kept_to_its_end(model: Model, context: Context) -> None:
     run(context)
     text = b""
-    with Sampler(model, temp=1.0, seed=1, grammar='root ::= "ab" [0-9]') as sampler:
+    matcher = TokenBytes(model.pieces(), model.ends()).matcher(Constraint.gbnf('root ::= "ab" [0-9]'))
+    with Sampler(model, temp=1.0, seed=1, matcher=matcher) as sampler:
         for _ in range(10):
             token = sampler.sample(context)
             if model.is_eog(token):
@@ -630,7 +632,7 @@ def test_grammar_is_kept_to_its_end(model: Model, context: Context) -> None:
 def test_a_broken_grammar_is_one_line(model: Model, capfd) -> None:
     for grammar in ("root ::= [", 'other ::= "a"', "root ::= thing", ""):
         with pytest.raises(LocalsteerError, match="grammar can't be parsed") as error:
-            Sampler(model, grammar=grammar)
+            check_llama_grammar(model, grammar)
         assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""
 

@@ -18,8 +18,8 @@ ALLOWED = {("localsteer.vector", "localsteer.convert")}
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = {
     "ground": (
-        "errors", "terms", "jsonable", "cache", "catalog", "vector", "convert", "plan", "steering",
-        "templates", "heatmap", "asked", "verify", "perplexity",
+        "errors", "terms", "jsonable", "cache", "catalog", "constrain", "vector", "convert", "plan",
+        "steering", "templates", "heatmap", "asked", "verify", "perplexity",
     ),
     "runtime": ("runtime",),
     "doors": ("engine", "llama", "llama_cache"),

@@ -348,9 +348,8 @@ def test_what_is_wrong_with_a_request_is_its_own_affair(engine):
         good = scheduler.submit(prompts(1)[0], **SHORT)
         with pytest.raises(PromptError):
             scheduler.submit("x" * 100_000, **SHORT)
-        bad = scheduler.submit("A", sampling=Sampling(grammar="root ::= ("))
         with pytest.raises(LocalsteerError, match="grammar"):
-            bad.result()
+            scheduler.submit("A", sampling=Sampling(grammar="root ::= ("))
         assert good.result().tokens
         assert scheduler.submit("A", **SHORT).result().tokens
 

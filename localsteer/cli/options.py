@@ -152,6 +152,12 @@ sampling = all_of(
     click.option("--seed", type=int, metavar="N", help="[default: another one each time]"),
     click.option("--grammar", metavar="GBNF", help="A grammar that the reply must follow."),
     click.option("--grammar-file", type=click.Path(), metavar="FILE", help="The same, from a file."),
+    click.option(
+        "-j",
+        "--json-schema",
+        metavar="JSON_OR_FILE",
+        help="A JSON schema that the reply must follow: its text, or a file; {} is any JSON.",
+    ),
 )
 
 vectors = all_of(

@@ -20,6 +20,7 @@ from .prompt_input import read_prompt
 from .vector_spec import VectorSpec, with_own_strength
 
 if TYPE_CHECKING:
+    from localsteer.constrain import Constraint
     from localsteer.engine import Engine
     from localsteer.ensure import Ensured
     from localsteer.plan import Plan
@@ -203,18 +204,30 @@ def sampling_of(given: dict[str, Any]) -> Sampling:
     """From the sampling options, with a seed drawn here, so that two replies can share it."""
     from localsteer.runtime.sampling import Sampling
 
-    grammar = given["grammar"]
-    if given["grammar_file"] is not None:
-        if grammar is not None:
-            raise click.UsageError("--grammar and --grammar-file exclude each other.")
-        grammar = read_text(given["grammar_file"], "the grammar file")
     names = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty")
     return Sampling(
         **{name: given[name] for name in names},
         frequency_penalty=given["frequency_penalty"],
         seed=random.randrange(2**32 - 1) if given["seed"] in (None, -1) else given["seed"],
-        grammar=grammar,
+        grammar=grammar_of(given),
     )
+
+
+def grammar_of(given: dict[str, Any]) -> Constraint | str | None:
+    """From --grammar, --grammar-file or --json-schema."""
+    from localsteer.constrain import Constraint
+
+    there = [name for name in ("grammar", "grammar_file", "json_schema") if given[name] is not None]
+    if len(there) > 1:
+        first, second = (f"--{name.replace('_', '-')}" for name in there[:2])
+        raise click.UsageError(f"{first} and {second} exclude each other.")
+    if given["grammar_file"] is not None:
+        return read_text(given["grammar_file"], "the grammar file")
+    schema = given["json_schema"]
+    if schema is None:
+        return given["grammar"]
+    is_text = schema.lstrip().startswith("{") or schema.strip() in ("true", "false")
+    return Constraint.json_schema(schema if is_text else read_text(schema, "the JSON schema"))
 
 
 def load_vectors(specs: Sequence[str], given: dict[str, Any]) -> list[ControlVector]:

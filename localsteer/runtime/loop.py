@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..constrain import Constraint, Matcher
 from ..errors import LocalsteerError
 from ..plan import Plan, PositionClass, position_classes
 from .ask import Ask
@@ -59,6 +60,7 @@ class Request:
     pending: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     sampler: Sampler | None = None
+    matcher: Matcher | None = None
     n_top: int | None = None
     keep_cache: bool = False
     capture: tuple[int, ...] = ()
@@ -81,7 +83,10 @@ class Request:
 
 
 def new_request(engine: Engine, ask: Ask) -> Request:
-    """Everything is checked here. Raises PromptError, MismatchError, PlanError."""
+    """Everything is checked here, and a grammar compiled, in the caller's thread: it may take a while.
+
+    Raises PromptError, MismatchError, PlanError, ConstraintError.
+    """
     plan = engine.plan(ask.steer)
     tokens = (
         engine.prompt_tokens(ask.prompt, ask.raw)
@@ -97,6 +102,7 @@ def new_request(engine: Engine, ask: Ask) -> Request:
         sampling=ask.sampling,
         text=TextStream(stops_of(engine, ask)),
         clock=Clock(time.perf_counter(), len(tokens)),
+        matcher=_new_matcher(engine, ask.sampling),
         n_top=ask.n_top,
         keep_cache=ask.keep_cache,
     )
@@ -116,14 +122,19 @@ def new_look(engine: Engine, tokens: Sequence[int], layers: Sequence[int]) -> Re
     return request
 
 
-def _new_sampler(engine: Engine, sampling: Sampling) -> Sampler | None:
+def _new_matcher(engine: Engine, sampling: Sampling) -> Matcher | None:
+    return None if sampling.grammar is None else engine.matcher(Constraint.of(sampling.grammar))
+
+
+def _new_sampler(engine: Engine, request: Request) -> Sampler | None:
     """A sampler of its own for one reply; None where the largest logit is all that counts."""
+    sampling = request.sampling
     if sampling.is_argmax:
         return None
-    settings = asdict(sampling)
+    settings = {one.name: getattr(sampling, one.name) for one in fields(sampling) if one.name != "grammar"}
     if sampling.repeat_last_n < 0:
         settings["repeat_last_n"] = engine.n_ctx  # llama.cpp's sampler itself takes -1 for off
-    return Sampler(engine.model, **settings)
+    return Sampler(engine.model, **settings, matcher=request.matcher)
 
 
 class Loop:
@@ -216,12 +227,7 @@ class Loop:
             if not self._place(request):
                 return
             self.waiting.popleft()
-            try:
-                request.sampler = request.sampler or _new_sampler(self.engine, request.sampling)
-            except LocalsteerError as error:  # a grammar that can't be parsed
-                self._idle.append(request.slot)
-                yield request, error
-                continue
+            request.sampler = request.sampler or _new_sampler(self.engine, request)
             self.live.append(request)
 
     def _place(self, request: Request) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..constrain import Constraint
 from ..errors import LocalsteerError
 
 
@@ -13,7 +14,8 @@ class Sampling:
     """How the next token is drawn, by llama.cpp's names and defaults; `temp` 0 is greedy.
 
     seed: None draws one. repeat_last_n: tokens of the reply that penalties look back on, -1 = all of them.
-    grammar: GBNF text. Raises LocalsteerError for a value out of range.
+    grammar: what the reply must be, a Constraint or GBNF text. Raises LocalsteerError for a value out of
+    range.
     """
 
     temp: float = 0.8
@@ -25,7 +27,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    grammar: str | None = None
+    grammar: Constraint | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("temp", "repeat_penalty", "presence_penalty", "frequency_penalty"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..constrain import END, Constraint, Matcher, TokenBytes
 from ..errors import ModelFileError, PromptError
 from ..templates import DROPS_WORDS, NO_TEMPLATE, ChatTemplate, Message
 
@@ -20,7 +22,9 @@ class Tokenizer:
     def __init__(self, model: Model, name: str, notice: Notices, *, plain_prompts: bool = False) -> None:
         self._model, self._name, self._notice = model, name, notice
         self._pieces: dict[int, bytes] = {}
-        self._ends: dict[int, bool] = {}
+        self._ends: dict[int, bool] = {END: True}
+        self._token_bytes: TokenBytes | None = None
+        self._lock = threading.Lock()
         self.template = ChatTemplate(
             None if plain_prompts else model.chat_template,
             bos=self._special_text(model.bos),
@@ -67,6 +71,13 @@ class Tokenizer:
         if known is None:
             known = self._ends[token] = self._model.is_eog(token)
         return known
+
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """What constraints know of the tokens is made at the first use, for any thread (0.4 s for 49,000)."""
+        with self._lock:
+            if self._token_bytes is None:
+                self._token_bytes = TokenBytes(self._model.pieces(), self._model.ends())
+        return self._token_bytes.matcher(constraint)
 
     def _special_text(self, token: int | None) -> str:
         if token is None or token < 0:
