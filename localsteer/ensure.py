@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 TRIES = 3
 BOUNDS = (0.5, 1.5)  # of a vector's own strength, where its tuning tried no others
+RARER = 4096  # characters; a reply twice as long is looked at after every second character more, and so on
 STOPPED = "stopped"  # finish_reason of a try that could not pass any more
 ENDED = ("cancelled", "deadline")  # finish reasons after which nothing is tried again
 
@@ -298,6 +299,7 @@ class _Tries:
         """The reply, and who can't pass it any more where that ended it."""
         texts: list[str] = []
         tokens: list[int] = []
+        n_chars = due = 0
         reason, timings = "", Timings()
         with closing(self._chunks(factor)) as chunks:
             for chunk in chunks:
@@ -308,8 +310,12 @@ class _Tries:
                     break
                 if reason := self._why_over():
                     break
-                if not whole and chunk.text and (names := self._hopeless("".join(texts))):
+                n_chars += len(chunk.text)
+                if whole or not chunk.text or n_chars < due:
+                    continue
+                if names := self._hopeless("".join(texts)):
                     return Reply("".join(texts), tokens, STOPPED), names
+                due = n_chars + n_chars // RARER
         return Reply("".join(texts), tokens, reason, timings), ()
 
     def _chunks(self, factor: float) -> Iterator[Chunk]:

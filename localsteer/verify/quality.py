@@ -184,10 +184,22 @@ def _longest_loop(items: np.ndarray, max_period: int) -> _Loop | None:
     """The loop with the longest run over all periods, of those that hold their period three times or more."""
     best: _Loop | None = None
     for period in range(1, min(len(items) // 3, max_period) + 1):
-        start, run = _longest_true(items[:-period] == items[period:])
-        if run >= 2 * period and (best is None or run > best.run):
+        repeats = items[:-period] == items[period:]
+        least = max(2 * period, best.run + 1 if best else 0)
+        if _has_run(repeats, least):
+            start, run = _longest_true(repeats)
             best = _Loop(start, period, run + period)
     return best
+
+
+def _has_run(flags: np.ndarray, length: int) -> bool:
+    """Whether so many stand in a row. Most texts answer after a few doublings, without a list of runs."""
+    known = 1  # flags[i]: whether this many are true from i on
+    while known < length and flags.any():
+        step = min(known, length - known)
+        flags = flags[:-step] & flags[step:]
+        known += step
+    return bool(flags.any())
 
 
 def _longest_true(flags: np.ndarray) -> tuple[int, int]:
@@ -202,9 +214,19 @@ def _longest_true(flags: np.ndarray) -> tuple[int, int]:
 
 def _plain(text: str) -> str:
     """Letters and digits in one spelling (NFKC, case folded), everything else one blank."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    composed = unicodedata.normalize("NFKC", _few_marks(text))
+    folded = unicodedata.normalize("NFKC", _few_marks(composed.casefold()))
     kept = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folded)
     return " ".join("".join(kept).split())
+
+
+def _few_marks(text: str) -> str:
+    """The text with 30 combining marks in a row at most, as the Unicode Standard's stream-safe text (UAX 15,
+    13) has it: normalising sorts them, in time that grows with the square of their number."""
+    if text.isascii():
+        return text
+    marks = "".join(c for c in set(text) if unicodedata.combining(unicodedata.normalize("NFKD", c)[0]))
+    return re.sub(f"([{re.escape(marks)}]{{30}})[{re.escape(marks)}]+", r"\1", text) if marks else text
 
 
 def _forms(word: str) -> set[str]:

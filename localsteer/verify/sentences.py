@@ -134,9 +134,10 @@ def _candidates(text: str) -> list[tuple[int, re.Match[str]]]:
     candidates: list[tuple[int, re.Match[str]]] = []
     word_start, seen = 0, 1  # NLTK overlooks a blank that opens the text
     for match in _MARK.finditer(text):
-        for blank in _BLANK.finditer(text, seen, max(seen, match.start())):
-            word_start = blank.end()
-        seen = max(seen, match.start())
+        if match.start() > seen:
+            for blank in _BLANK.finditer(text, seen, match.start()):
+                word_start = blank.end()
+        seen = match.end()
         if candidates and candidates[-1][0] == word_start < candidates[-1][1].start():
             candidates.pop()
         candidates.append((word_start, match))
@@ -167,7 +168,7 @@ def _give_closers_back(text: str, pieces: list[tuple[int, int]]) -> list[tuple[i
 
 def _ends_sentence(context: str, *, label: bool) -> bool:
     """Does any token of a word and its follower, the last token apart, end a sentence?"""
-    tokens = [_first_pass(found) for found in _TOKEN.findall(context)]
+    tokens = (_first_pass(found[0]) for found in _TOKEN.finditer(context))
     return any(_second_pass(token, after, label) for token, after in pairwise(tokens))
 
 

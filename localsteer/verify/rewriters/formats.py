@@ -11,7 +11,7 @@ from localsteer.verify.rewriters.markdown import HEADING, ITEM, Block, finished,
 from localsteer.verify.rewriters.plain import Plain, grouped, joined
 from localsteer.verify.rewriters.sentences import sentences
 from localsteer.verify.rewriters.words import Span, key_words, replaced, spread
-from localsteer.verify.verifiers import VERIFIERS
+from localsteer.verify.verifiers.formats import count_highlights
 
 _STAR_MARKER = re.compile(r"^([^\S\n]*)\*(?=[^\S\n])", re.MULTILINE)
 _MAX_QUESTION = 300  # characters; a longer prompt is no question that a JSON would repeat
@@ -157,9 +157,8 @@ def _around_list(blocks: Sequence[Block]) -> tuple[Sequence[Block], Sequence[Blo
 def number_highlighted_sections(plain: Plain, *, num_highlights: int) -> str:
     """*Key words* all over the reply, two where they stand side by side; bold type counts already."""
     text = _STAR_MARKER.sub(r"\1-", plain.text)
-    passes = VERIFIERS["detectable_format:number_highlighted_sections"].check
-    has = next(n for n in range(num_highlights, -1, -1) if passes(text, num_highlights=n))
-    return replaced(text, spread(_phrases(text), num_highlights - has), "*{}*".format)
+    missing = max(0, num_highlights - count_highlights(text))
+    return replaced(text, spread(_phrases(text), missing), "*{}*".format)
 
 
 def _phrases(text: str) -> list[Span]:

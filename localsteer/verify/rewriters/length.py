@@ -88,6 +88,10 @@ def _new_sentence(found: re.Match[str]) -> str:
 
 def _first_clauses(plain: Plain, budget: int) -> str | None:
     opening = (plain.sentences or [""])[0]
-    ends = [found.start() for found in _CLAUSE_END.finditer(opening)]
-    fitting = [end for end in ends if count_words(opening[:end]) <= budget]
-    return finished(opening[: fitting[-1]]) if fitting else None
+    kept = start = 0
+    for found in _CLAUSE_END.finditer(opening):
+        budget -= count_words(opening[start : found.start()])
+        if budget < 0:
+            break
+        kept, start = found.start(), found.end()
+    return finished(opening[:kept]) if start else None

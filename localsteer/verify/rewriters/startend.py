@@ -8,7 +8,6 @@ from localsteer.verify.rewriters.plain import Plain
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
 _CLAUSE_END = re.compile(r"([.;:!?\n])")
-_COMMA = re.compile(r"\s*,\s*")
 _CONJUNCTION = re.compile(r"\b(?:and|or)\b")
 # "However, red, green and blue ...": what opens a sentence is no item of the list after it.
 _OPENING = re.compile(
@@ -36,15 +35,25 @@ def no_comma(plain: Plain) -> str | None:
 
 
 def _without_commas(clause: str) -> str:
-    if "," not in clause:
+    parts = clause.split(",")
+    if len(parts) == 1:
         return clause
-    first, *others = _COMMA.split(clause)
-    if len(others) > 2 and _OPENING.match(first.lstrip("*_# ")):
-        return f"{first} {_without_commas(','.join(others))}"
+    parts = [parts[0].rstrip(), *map(str.strip, parts[1:-1]), parts[-1].lstrip()]
+    last_opening = len(parts) - 3
+    n_openings = next((n for n, part in enumerate(parts) if n >= last_opening or not _opens(part)), 0)
+    first, *others = parts[n_openings:]
     listed = _enumeration(others)
-    return first + "".join(
-        f" {listed} {part}" if listed and not _CONJUNCTION.match(part) else f" {part}" for part in others
+    return (
+        "".join(f"{part} " for part in parts[:n_openings])
+        + first
+        + "".join(
+            f" {listed} {part}" if listed and not _CONJUNCTION.match(part) else f" {part}" for part in others
+        )
     )
+
+
+def _opens(part: str) -> bool:
+    return _OPENING.match(part.lstrip("*_# ")) is not None
 
 
 def _enumeration(parts: list[str]) -> str | None:

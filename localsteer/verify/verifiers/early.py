@@ -19,7 +19,6 @@ from localsteer.verify.verifiers import formats
 from localsteer.verify.words import count_words
 
 _LESS = "less than"
-_LAST_WORDS = re.compile(r"\s+\S*\s+\S*\Z")
 # Python's own reading of JSON: NaN and the infinities are values
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _BLANKS = re.compile(r"[ \t\n\r]*")
@@ -30,7 +29,7 @@ _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _OPEN_NUMBER = re.compile(
     r"-?(?:(?:0|[1-9][0-9]*)(?:\.|(?:\.[0-9]+)?[eE][-+]?|(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)?)?\Z"
 )
-_END = re.compile(r"\s*`{0,3}\s*\Z")
+_END = re.compile(r"\s*(?:`{1,3}\s*)?\Z")
 
 
 def hopeless(instruction_id: str, text: str, arguments: Mapping[str, Any]) -> bool:
@@ -94,8 +93,24 @@ def _number_words(text: str, *, num_words: int, relation: str) -> bool:
 def _number_sentences(text: str, *, num_sentences: int, relation: str) -> bool:
     """Of the text without its last two words, what follows a mark decides whether a sentence ends there; one
     more is given away for brackets that a later text moves to the sentence before."""
-    known = _LAST_WORDS.sub("", text)
-    return relation == _LESS and known != text and count_sentences(known) > num_sentences
+    known = without_last_words(text) if relation == _LESS else None
+    return known is not None and count_sentences(known) > num_sentences
+
+
+def without_last_words(text: str) -> str | None:
+    """The text without its last two words and the blanks before each; None where there are no two. After a
+    blank that ends the text the last word is an empty one, and between two blanks there is one as well."""
+    before_last = _without_last_word(text)
+    bare = before_last.rstrip()
+    before = _without_last_word(bare)
+    if before:
+        return before.rstrip()
+    return bare if len(before_last) - len(bare) > 1 else None
+
+
+def _without_last_word(text: str) -> str:
+    ends_in_word = text[-1:].strip() != ""
+    return text[: len(text) - len(text.rsplit(None, 1)[-1])] if ends_in_word else text
 
 
 def _letter_frequency(text: str, *, letter: str, let_frequency: int, let_relation: str) -> bool:
@@ -183,7 +198,7 @@ def _after_scalar(text: str, at: int) -> int | None:
     for word in _WORDS:
         if text.startswith(word, at):
             return at + len(word)
-        if word.startswith(text[at:]):
+        if len(text) - at < len(word) and word.startswith(text[at:]):
             return len(text)
     if _OPEN_NUMBER.match(text, at):
         return len(text)

@@ -37,9 +37,13 @@ def number_highlighted_sections(reply: str, *, num_highlights: int) -> bool:
 
     2 * 3 * 4 makes one, and so does a bullet with an asterisk in its text; ***both*** makes two.
     """
+    return count_highlights(reply) >= num_highlights
+
+
+def count_highlights(reply: str) -> int:
     single = sum(1 for found in _HIGHLIGHT.findall(reply) if found.strip("*").strip())
     double = sum(1 for found in _DOUBLE_HIGHLIGHT.findall(reply) if found[2:-2].strip())
-    return single + double >= num_highlights
+    return single + double
 
 
 def multiple_sections(reply: str, *, section_spliter: str, num_sections: int) -> bool:
