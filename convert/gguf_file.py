@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from localsteer.errors import VectorFileError
+from localsteer.errors import LocalsteerError, VectorFileError
 
 from . import keys
 
@@ -60,8 +60,18 @@ class GgufFile:
         self.tensors: dict[str, TensorInfo] = {}
         self._read_header()
 
-    def error(self, message: str) -> VectorFileError:
+    def error(self, message: str) -> LocalsteerError:
         return VectorFileError(f"{self.path} {message}")
+
+    def _text(self, raw: bytes) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            raise self.error("is damaged: it holds a string that is not UTF-8.") from None
+
+    def _texts(self, raws: list[bytes]) -> list[Any]:
+        """The items of an array of strings."""
+        return [*map(self._text, raws)]
 
     def get(self, key: str, *types: GGUFValueType, item: GGUFValueType | None = None) -> Any:
         """The value of a key, None where it is absent. Raises when it has another type."""
@@ -104,10 +114,22 @@ class GgufFile:
 
     def _string(self, limit: int | None = None) -> str:
         n_bytes = self._unpack("Q") if limit is None else self._count("bytes in a name", limit)
-        try:
-            return self._take(n_bytes).decode()
-        except UnicodeDecodeError:
-            raise self.error("is damaged: it holds a string that is not UTF-8.") from None
+        return self._text(self._take(n_bytes))
+
+    def _strings(self, count: int) -> list[bytes]:
+        """Some hundred thousand of them in a vocabulary: the loop does no more than it must."""
+        raws, data, at, size = [], self._data, self._at, len(self._data)
+        read_length = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at + 8 > size:
+                break
+            start = at + 8
+            at = start + read_length(data, at)[0]
+            raws.append(data[start:at])
+        if at > size or len(raws) < count:
+            raise self.error(f"is truncated: it ends at byte {size}, inside its header.")
+        self._at = at
+        return raws
 
     def _value_type(self) -> GGUFValueType:
         code = self._unpack("I")
@@ -150,7 +172,7 @@ class GgufFile:
         if item == GGUFValueType.ARRAY:
             raise self.error("is damaged: it holds an array of arrays.")
         if item == GGUFValueType.STRING:
-            return KeyValue(GGUFValueType.ARRAY, [self._string() for _ in range(count)], item)
+            return KeyValue(GGUFValueType.ARRAY, self._texts(self._strings(count)), item)
         return KeyValue(GGUFValueType.ARRAY, self._numbers(item, count), item)
 
     def _numbers(self, type_: GGUFValueType, count: int) -> np.ndarray:
