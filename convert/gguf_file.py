@@ -30,6 +30,8 @@ _SCALARS = {
     GGUFValueType.UINT64: "<u8", GGUFValueType.INT64: "<i8", GGUFValueType.FLOAT64: "<f8",
 }  # fmt: skip
 
+_ROWS = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2", GGMLQuantizationType.BF16: "<u2"}
+
 
 @dataclass(frozen=True)
 class KeyValue:
@@ -83,17 +85,21 @@ class GgufFile:
         return found.value
 
     def f32(self, name: str) -> np.ndarray:
-        """The data of a 1-D F32 tensor, copied."""
+        """The data of a 1-D tensor of F32, F16 or BF16 as float32, copied."""
         info = self.tensors[name]
-        if info.type != GGMLQuantizationType.F32 or len(info.shape) != 1:
-            raise self.error(f"is not a control vector: tensor {name} is not one row of F32.")
-        end = info.offset + 4 * info.shape[0]
+        if info.type not in _ROWS or len(info.shape) != 1:
+            raise self.error(f"is not a control vector: tensor {name} is not one row of F32, F16 or BF16.")
+        dtype = np.dtype(_ROWS[info.type])
+        end = info.offset + dtype.itemsize * info.shape[0]
         if end > len(self._data):
             raise self.error(f"is truncated: tensor {name} ends at byte {end} of {len(self._data)}.")
         self._taken += end - info.offset
         if self._taken > len(self._data):  # else a small file could claim the same bytes a thousand times
             raise self.error("is damaged: its tensors overlap.")
-        return np.frombuffer(self._data[info.offset : end], dtype="<f4").astype(np.float32)
+        numbers = np.frombuffer(self._data[info.offset : end], dtype=dtype)
+        if info.type == GGMLQuantizationType.BF16:  # the upper half of a float32
+            return (numbers.astype(np.uint32) << 16).view(np.float32)
+        return numbers.astype(np.float32)
 
     def _take(self, n_bytes: int) -> bytes:
         end = self._at + n_bytes
