@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from localsteer.errors import VectorFileError
+from localsteer.errors import LocalsteerError, VectorFileError
 
 from . import keys
 
@@ -29,6 +29,8 @@ _SCALARS = {
     GGUFValueType.UINT32: "<u4", GGUFValueType.INT32: "<i4", GGUFValueType.FLOAT32: "<f4",
     GGUFValueType.UINT64: "<u8", GGUFValueType.INT64: "<i8", GGUFValueType.FLOAT64: "<f8",
 }  # fmt: skip
+
+_ROWS = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2", GGMLQuantizationType.BF16: "<u2"}
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,18 @@ class GgufFile:
         self.tensors: dict[str, TensorInfo] = {}
         self._read_header()
 
-    def error(self, message: str) -> VectorFileError:
+    def error(self, message: str) -> LocalsteerError:
         return VectorFileError(f"{self.path} {message}")
+
+    def _text(self, raw: bytes) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            raise self.error("is damaged: it holds a string that is not UTF-8.") from None
+
+    def _texts(self, raws: list[bytes]) -> list[Any]:
+        """The items of an array of strings."""
+        return [*map(self._text, raws)]
 
     def get(self, key: str, *types: GGUFValueType, item: GGUFValueType | None = None) -> Any:
         """The value of a key, None where it is absent. Raises when it has another type."""
@@ -73,17 +85,21 @@ class GgufFile:
         return found.value
 
     def f32(self, name: str) -> np.ndarray:
-        """The data of a 1-D F32 tensor, copied."""
+        """The data of a 1-D tensor of F32, F16 or BF16 as float32, copied."""
         info = self.tensors[name]
-        if info.type != GGMLQuantizationType.F32 or len(info.shape) != 1:
-            raise self.error(f"is not a control vector: tensor {name} is not one row of F32.")
-        end = info.offset + 4 * info.shape[0]
+        if info.type not in _ROWS or len(info.shape) != 1:
+            raise self.error(f"is not a control vector: tensor {name} is not one row of F32, F16 or BF16.")
+        dtype = np.dtype(_ROWS[info.type])
+        end = info.offset + dtype.itemsize * info.shape[0]
         if end > len(self._data):
             raise self.error(f"is truncated: tensor {name} ends at byte {end} of {len(self._data)}.")
         self._taken += end - info.offset
         if self._taken > len(self._data):  # else a small file could claim the same bytes a thousand times
             raise self.error("is damaged: its tensors overlap.")
-        return np.frombuffer(self._data[info.offset : end], dtype="<f4").astype(np.float32)
+        numbers = np.frombuffer(self._data[info.offset : end], dtype=dtype)
+        if info.type == GGMLQuantizationType.BF16:  # the upper half of a float32
+            return (numbers.astype(np.uint32) << 16).view(np.float32)
+        return numbers.astype(np.float32)
 
     def _take(self, n_bytes: int) -> bytes:
         end = self._at + n_bytes
@@ -104,10 +120,22 @@ class GgufFile:
 
     def _string(self, limit: int | None = None) -> str:
         n_bytes = self._unpack("Q") if limit is None else self._count("bytes in a name", limit)
-        try:
-            return self._take(n_bytes).decode()
-        except UnicodeDecodeError:
-            raise self.error("is damaged: it holds a string that is not UTF-8.") from None
+        return self._text(self._take(n_bytes))
+
+    def _strings(self, count: int) -> list[bytes]:
+        """Some hundred thousand of them in a vocabulary: the loop does no more than it must."""
+        raws, data, at, size = [], self._data, self._at, len(self._data)
+        read_length = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at + 8 > size:
+                break
+            start = at + 8
+            at = start + read_length(data, at)[0]
+            raws.append(data[start:at])
+        if at > size or len(raws) < count:
+            raise self.error(f"is truncated: it ends at byte {size}, inside its header.")
+        self._at = at
+        return raws
 
     def _value_type(self) -> GGUFValueType:
         code = self._unpack("I")
@@ -150,7 +178,7 @@ class GgufFile:
         if item == GGUFValueType.ARRAY:
             raise self.error("is damaged: it holds an array of arrays.")
         if item == GGUFValueType.STRING:
-            return KeyValue(GGUFValueType.ARRAY, [self._string() for _ in range(count)], item)
+            return KeyValue(GGUFValueType.ARRAY, self._texts(self._strings(count)), item)
         return KeyValue(GGUFValueType.ARRAY, self._numbers(item, count), item)
 
     def _numbers(self, type_: GGUFValueType, count: int) -> np.ndarray:

@@ -130,5 +130,5 @@ def _make(checkpoint: Path, path: Path, quant: str, name: str) -> None:
         else:
             with tempfile.TemporaryDirectory() as folder:
                 full = checkpoint_to_gguf(checkpoint, Path(folder) / "full.gguf", "F32", name=name)
-                quantize(full, temporary, quant)
+                quantize(full, temporary, quant, trusted=True)
     seal(path)

@@ -3,6 +3,7 @@
     <folder>/hashes.json                     path, size and time of a model file -> sha256, identity
     <folder>/vectors/<model hash>/<name>.gguf
     <folder>/models/<name>.gguf
+    <folder>/tried/<fingerprint>.json        how the first load of a model file went (bridge/guard.py)
     <folder>/.../<file>.sha256               the seal of the file beside it: what was written (`seal`)
 
 Everything in it can be deleted at any time, and nothing in it is believed unread: a file that is not what
@@ -101,7 +102,7 @@ def _one_line_for(path: Path) -> Iterator[None]:
 def seal(path: Path) -> None:
     """Write down what a file of the cache holds now, for `is_intact`."""
     with atomic_path(_seal_of(path)) as temporary:
-        temporary.write_text(_sha256(path), "ascii")
+        temporary.write_text(file_sha256(path), "ascii")
 
 
 def is_intact(path: Path) -> bool:
@@ -111,7 +112,7 @@ def is_intact(path: Path) -> bool:
         stat = path.stat()
         stamp = (stat.st_size, stat.st_mtime_ns)
         if _intact.get(path) != stamp:
-            if _sha256(path) != _seal_of(path).read_text("ascii").strip():
+            if file_sha256(path) != _seal_of(path).read_text("ascii").strip():
                 return False
             _intact[path] = stamp
     except (OSError, ValueError):
@@ -138,7 +139,7 @@ def _seal_of(path: Path) -> Path:
 
 def file_hash(path: str | os.PathLike[str]) -> str:
     """sha256 of a file as hex. Raises ModelFileError for a file that can't be read."""
-    return remembered(path, "sha256", _sha256)
+    return remembered(path, "sha256", file_sha256)
 
 
 def remembered(path: str | os.PathLike[str], what: str, compute: Callable[[Path], str]) -> str:
@@ -230,7 +231,8 @@ def _remember(key: str, entry: dict[str, object]) -> None:
         pass  # a folder that can't be written costs a second reading, nothing else
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Read now, whatever is remembered. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):

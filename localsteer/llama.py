@@ -123,7 +123,8 @@ class SteeredLlama(llama_cpp.Llama):
         **options: Any,
     ) -> None:
         check_version()
-        check_gguf(Path(model_path))
+        n_gpu_layers = options.get("n_gpu_layers", 0)
+        check_gguf(model_path, n_gpu_layers=n_gpu_layers, use_extra_bufts=use_extra_bufts)
         self._asked_extra_bufts = use_extra_bufts
         self._plan: Plan | None = None
         self._lock = threading.RLock()

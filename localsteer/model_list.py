@@ -75,8 +75,8 @@ def _shape(file: GgufFile) -> Shape:
     return Shape(
         quantization=_file_type(values.get("general.file_type")),
         architecture=architecture,
-        n_layer=int(values.get(f"{architecture}.block_count", 0)),
-        n_embd=int(values.get(f"{architecture}.embedding_length", 0)),
+        n_layer=file.get(f"{architecture}.block_count", gguf.GGUFValueType.UINT32) or 0,
+        n_embd=file.get(f"{architecture}.embedding_length", gguf.GGUFValueType.UINT32) or 0,
         chat_template="tokenizer.chat_template" in values,
     )
 
@@ -85,7 +85,7 @@ def _file_type(number: Any) -> str | None:
     """`Q4_1` of 3, which gguf calls MOSTLY_Q4_1."""
     try:
         return gguf.LlamaFileType(number).name.partition("_")[2]
-    except ValueError:
+    except (ValueError, TypeError):  # an unknown number, or none
         return None
 
 

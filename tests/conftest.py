@@ -21,6 +21,9 @@ from tiny_models import ARCHITECTURES, TinyModel, write_tiny  # noqa: E402
 # Tokenizers are used from forked helpers in some tests; their thread pool warns about it otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# The first load of each tiny model in a process of its own would take a second each: tests/hostile/ alone.
+os.environ.setdefault("LOCALSTEER_MODEL_CHECK", "header")
+
 
 # A shell that starts a job in the background lets it ignore Ctrl-C, and what the job starts inherits that.
 # Children of a process with a handler of its own get the default back.

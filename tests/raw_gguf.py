@@ -21,7 +21,7 @@ _PACK = {
     I64: "q",
     F64: "d",
 }
-TENSOR_F32, TENSOR_F16 = 0, 1
+TENSOR_F32, TENSOR_F16, TENSOR_Q8_0, TENSOR_BF16 = 0, 1, 8, 30
 
 
 def text(value: str | bytes) -> bytes:

@@ -461,7 +461,7 @@ def test_truncated_files_are_one_line_and_no_abort(tiny_llama, tmp_path: Path, p
     whole = tiny_llama.gguf_path.read_bytes()
     path = tmp_path / "cut.gguf"
     path.write_bytes(whole[: max(4, int(len(whole) * part))])
-    with pytest.raises(ModelFileError, match=r"cut\.gguf can't be loaded: ") as error:
+    with pytest.raises(ModelFileError, match=r"cut\.gguf (can't be loaded:|is) ") as error:
         Model(path)
     assert "\n" not in str(error.value)
 
@@ -472,11 +472,11 @@ def test_too_many_blocks_are_one_line_and_no_abort(tiny_llama, tmp_path: Path, n
     at = whole.index(key) + len(key)
     path = tmp_path / "deep.gguf"
     path.write_bytes(whole[:at] + n_blocks.to_bytes(4, "little") + whole[at + 4 :])
-    with pytest.raises(ModelFileError, match="claims more than 512 blocks"):
+    with pytest.raises(ModelFileError, match=r"block_count is .* \(1 to 512\)"):
         bridge.check_gguf(path)  # Model does this first; without it llama.cpp would end this very process
     path.write_bytes(whole[:at] + (512).to_bytes(4, "little") + whole[at + 4 :])
     with pytest.raises(ModelFileError, match="can't be loaded"):
-        Model(path)
+        Model(path)  # no tensors for so many
 
 
 def test_a_control_vector_is_no_model(model: Model, tmp_path: Path) -> None:
@@ -734,7 +734,7 @@ def test_quantizing_fails_cleanly(tiny_llama, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="unknown quantization 'Q5_X'"):
         bridge.quantize(tiny_llama.gguf_path, tmp_path / "a.gguf", "Q5_X")
     (tmp_path / "cut.gguf").write_bytes(tiny_llama.gguf_path.read_bytes()[:5000])
-    with pytest.raises(ModelFileError, match="can't be quantized"):
+    with pytest.raises(ModelFileError, match="is truncated"):
         bridge.quantize(tmp_path / "cut.gguf", tmp_path / "b.gguf", "Q8_0", n_threads=1)
     assert [path.name for path in tmp_path.iterdir()] == ["cut.gguf"]
 

@@ -84,7 +84,7 @@ def test_a_hash_is_read_once_and_again_when_the_file_changes(tmp_path, monkeypat
     path.write_bytes(b"one")
     assert cache.file_hash(path) == hashlib.sha256(b"one").hexdigest()
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_sha256", lambda path: pytest.fail("the file was read again"))
+        patch.setattr(cache, "file_sha256", lambda path: pytest.fail("the file was read again"))
         assert cache.file_hash(path) == hashlib.sha256(b"one").hexdigest()
     path.write_bytes(b"two")
     os.utime(path, ns=(1, 1))

@@ -33,6 +33,7 @@ def test_a_healthy_model_has_a_line_for_each_check(tiny_model):
         "threads",
         "PyTorch",
         "cache",
+        "file",
         "model",
         "template",
         "blocks",

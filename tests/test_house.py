@@ -19,7 +19,7 @@ ALLOWED = {("localsteer.vector", "localsteer.convert")}
 FLOORS = {
     "ground": (
         "errors", "terms", "jsonable", "cache", "catalog", "constrain", "vector", "convert", "plan",
-        "steering", "templates", "heatmap", "asked", "verify", "perplexity",
+        "steering", "templates", "heatmap", "asked", "model_header", "verify", "perplexity",
     ),
     "runtime": ("runtime",),
     "doors": ("engine", "llama", "llama_cache"),

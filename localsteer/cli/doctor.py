@@ -16,7 +16,7 @@ from localsteer.errors import LocalsteerError
 
 from . import options
 from .console import answer, print_json
-from .models import is_bundled, open_engine
+from .models import is_bundled, model_file, open_engine
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
@@ -182,6 +182,13 @@ def _has_bundled() -> bool:
 
 
 def _model(model: str) -> Iterator[HealthCheck]:
+    from localsteer.runtime.bridge import check_gguf
+
+    check_gguf(model_file(model), again=True)
+    if os.environ.get("LOCALSTEER_MODEL_CHECK") == "off":
+        yield HealthCheck("file", "warn", "not checked: LOCALSTEER_MODEL_CHECK=off")
+    else:
+        yield HealthCheck("file", "ok", "loads, reads its vocabulary and decodes in a process of its own")
     with open_engine(model, n_seq_max=1) as engine:
         yield _shape(engine)
         yield _template(engine)

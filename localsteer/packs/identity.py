@@ -49,6 +49,8 @@ def identity_of(path: str | os.PathLike[str]) -> Identity:
 
 
 def read_identity(path: Path) -> Identity:
+    from gguf import GGUFValueType
+
     from localsteer.convert.gguf_file import open_gguf
 
     with open_gguf(path) as file:
@@ -56,8 +58,8 @@ def read_identity(path: Path) -> Identity:
         architecture = str(values.get("general.architecture"))
         return Identity(
             architecture=architecture,
-            n_layer=int(values.get(f"{architecture}.block_count", 0)),
-            n_embd=int(values.get(f"{architecture}.embedding_length", 0)),
+            n_layer=file.get(f"{architecture}.block_count", GGUFValueType.UINT32) or 0,
+            n_embd=file.get(f"{architecture}.embedding_length", GGUFValueType.UINT32) or 0,
             tokenizer=_tokenizer(values),
             weights=_weights(file),
         )
@@ -66,7 +68,7 @@ def read_identity(path: Path) -> Identity:
 def _tokenizer(values: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for key in ("model", "pre", "tokens"):
-        digest.update(json.dumps(values.get(f"tokenizer.ggml.{key}")).encode())
+        digest.update(json.dumps(values.get(f"tokenizer.ggml.{key}"), default=str).encode())
     return digest.hexdigest()
 
 

@@ -13,11 +13,9 @@ import llama_cpp.llama_cpp as lc
 
 from ...cache import atomic_path
 from ...errors import ModelFileError, PromptError
+from .guard import Load, check_file
 from .library import Handle, check_version, choose_extra_bufts, default_threads, log, notice_once, text_of
 from .rwkv import Spellings
-
-MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS: llama.cpp ends the process for more
-_HEAD_BYTES = 1 << 16  # of a file, where its numbers of blocks, heads, ... stand, before the vocabulary
 
 
 class Model(Handle):
@@ -35,13 +33,10 @@ class Model(Handle):
     ) -> None:
         check_version()
         self.path = Path(path)
-        check_gguf(self.path)
-        lc.llama_backend_init()
-        extra_bufts, notice = choose_extra_bufts(text_of(lc.llama_print_system_info()), use_extra_bufts)
-        notice_once(notice)
+        load = check_gguf(self.path, n_gpu_layers=n_gpu_layers, use_extra_bufts=use_extra_bufts)
         params = lc.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        params.use_extra_bufts = extra_bufts
+        params.use_extra_bufts = load.use_extra_bufts
         progress = lc.llama_progress_callback(lambda part, _: on_progress(part) is not False)
         if on_progress is not None:
             params.progress_callback = progress
@@ -241,20 +236,24 @@ class Model(Handle):
         super().close()
 
 
-def check_gguf(path: Path) -> None:
-    """llama.cpp's own messages for these are about its internals."""
-    try:
-        if path.is_fifo() or path.is_char_device():
-            raise ModelFileError(f"{path} is a pipe or a device: give a file.")
-        with open(path, "rb") as file:
-            head = file.read(_HEAD_BYTES)
-    except OSError as error:
-        raise ModelFileError(f"{path} can't be read: {error.strerror or error}.") from None
-    if head[:4] != b"GGUF":
-        raise ModelFileError(f"{path} is not a GGUF file: give a model in llama.cpp's format.")
-    blocks = re.search(rb"\.block_count\x04\0\0\0(.{4})", head, re.DOTALL)  # 4: UINT32
-    if blocks and int.from_bytes(blocks[1], "little") > MAX_BLOCKS:
-        raise ModelFileError(f"{path} claims more than {MAX_BLOCKS} blocks: it is damaged, copy it again.")
+def check_gguf(
+    path: str | os.PathLike[str],
+    *,
+    n_gpu_layers: int = 0,
+    use_extra_bufts: bool | None = None,
+    again: bool = False,
+) -> Load:
+    """Find out whether llama.cpp can load a file and lives on (guard.py), and how it is to be loaded.
+
+    again: try a file that is known, too. Raises ModelFileError, one line.
+    """
+    lc.llama_backend_init()
+    system = text_of(lc.llama_print_system_info())
+    extra_bufts, notice = choose_extra_bufts(system, use_extra_bufts)
+    load = Load(n_gpu_layers, extra_bufts, system)
+    check_file(Path(path), load, again=again)
+    notice_once(notice)
+    return load
 
 
 def quantization_types() -> dict[str, int]:
@@ -268,10 +267,16 @@ def quantization_types() -> dict[str, int]:
 
 
 def quantize(
-    src: str | os.PathLike[str], dst: str | os.PathLike[str], ftype: str, n_threads: int = 0
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    ftype: str,
+    n_threads: int = 0,
+    *,
+    trusted: bool = False,
 ) -> None:
     """Write dst in one step, so that an interrupted run leaves no half model. ftype: "Q8_0", "Q4_K_M", ...
 
+    trusted: src was made here, and is not tried first (guard.py).
     Tensors whose width a type can't hold fall back to a neighbouring type, as llama.cpp decides.
     """
     src, dst = Path(src), Path(dst)
@@ -279,7 +284,8 @@ def quantize(
     if ftype.upper() not in types:
         raise ModelFileError(f"unknown quantization {ftype!r}: one of {', '.join(sorted(types))}.")
     check_version()
-    check_gguf(src)
+    if not trusted:
+        check_gguf(src)
     params = lc.llama_model_quantize_default_params()
     params.ftype = types[ftype.upper()]
     params.nthread = n_threads or default_threads()

@@ -1,0 +1,295 @@
+"""Before a model file is loaded into this process: what is wrong with it, as far as one can know.
+
+llama.cpp ends the process for much of what can be wrong with a file. So its header is checked
+(model_header.py), and the first load of a file that has not been seen here happens in a process of its own
+(trial.py). How that went is kept in the cache folder, under a fingerprint of the file; the second time costs
+some milliseconds. LOCALSTEER_MODEL_CHECK=header leaves the trial out, =off the header as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ... import errors
+from ...cache import atomic_path, cache_folder, file_sha256, is_intact
+from ...errors import LocalsteerError, ModelFileError
+
+VARIABLE = "LOCALSTEER_MODEL_CHECK"
+FULL, HEADER, OFF = "full", "header", "off"
+# Files that were tried before this was released: size, and sha256 of all of it
+KNOWN = {98362432: ("b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",)}
+WHOLE_BYTES = 16 << 20  # a file up to this size is part of its fingerprint as a whole
+N_SAMPLES, SAMPLE_BYTES, EDGE_BYTES = 64, 4096, 1 << 20
+SECONDS, BYTES_PER_SECOND = 60.0, 20e6  # a trial may take that long, and its file to be read at this speed
+_SHOWN = 300  # characters of what llama.cpp says
+_ADVICE = "the file is damaged or hostile: copy or download it again, or use another model."
+logger = logging.getLogger("localsteer")
+
+
+@dataclass(frozen=True)
+class Load:
+    """How a model is to be loaded, as far as it matters to whether that ends well."""
+
+    n_gpu_layers: int
+    use_extra_bufts: bool
+    system: str  # what llama.cpp was compiled for
+
+
+class TrialError(Exception):
+    """A trial that says nothing about its file: it could not begin, or had no time or memory."""
+
+
+def check_file(path: Path, load: Load, *, again: bool = False) -> None:
+    """Raise ModelFileError, one line, for a file that llama.cpp can't load, or would end the process with.
+
+    again: try a file even if it is known, or trials are left out.
+    """
+    mode = _mode()
+    _check_magic(path)
+    if mode == OFF:
+        return
+    if mode == HEADER and not again:
+        _header_length(path)
+        return
+    stamp = _stamp(path, load)
+    if stamp in _passed and not again:
+        return
+    if not (_is_ours(path) and not again):
+        _check_unknown(path, load, again)
+    _passed.add(stamp)
+
+
+_passed: set[tuple[Any, ...]] = set()  # files that this process has found good
+
+
+def _mode() -> str:
+    mode = os.environ.get(VARIABLE, "").strip().lower() or FULL
+    if mode not in (FULL, HEADER, OFF):
+        raise LocalsteerError(f"{VARIABLE}={mode} is not known: choose {FULL}, {HEADER} or {OFF}.")
+    return mode
+
+
+def _check_magic(path: Path) -> None:
+    """llama.cpp's own messages for these are about its internals."""
+    try:
+        if path.is_fifo() or path.is_char_device():
+            raise ModelFileError(f"{path} is a pipe or a device: give a file.")
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelFileError(f"{path} can't be read: {error.strerror or error}.") from None
+    except ValueError:  # a NUL in the name
+        raise ModelFileError(f"{str(path)!r} can't be the name of a file.") from None
+    if magic != b"GGUF":
+        raise ModelFileError(f"{path} is not a GGUF file: give a model in llama.cpp's format.")
+
+
+def _header_length(path: Path) -> int:
+    from ...model_header import check_header
+
+    return check_header(path)
+
+
+def _stamp(path: Path, load: Load) -> tuple[Any, ...]:
+    try:
+        stat = path.stat()
+        return (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, load)
+    except OSError as error:
+        raise ModelFileError(f"{path} can't be read: {error.strerror or error}.") from None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this project has made the file itself, and it is what was written then."""
+    try:
+        ours = path.resolve().is_relative_to((cache_folder() / "models").resolve())
+    except LocalsteerError:
+        return False
+    return ours and is_intact(path)
+
+
+def _check_unknown(path: Path, load: Load, again: bool) -> None:
+    try:
+        fingerprint = _fingerprint(path, load)
+        outcome = None if again else _read_outcome(fingerprint, path)
+    except OSError as error:
+        raise ModelFileError(f"{path} can't be read: {error.strerror or error}.") from None
+    if outcome is None:
+        length = _header_length(path)
+        outcome = {"header": length, "digest": _digest(path, length), "refused": None}
+        if again or not _is_known(path):
+            try:
+                outcome["refused"] = _try(path, load)
+            except TrialError as error:
+                raise ModelFileError(f"{path} can't be loaded: {error}") from None
+        _keep_outcome(fingerprint, outcome)
+    if outcome["refused"]:
+        raise ModelFileError(f"{path} can't be loaded: {outcome['refused']}")
+
+
+# --- what is known of files ---
+
+
+def _fingerprint(path: Path, load: Load) -> str:
+    """Of a file and of how it is loaded. A large file by its size, time, ends and samples: a copy that was
+    cut short or overwritten is another file, and so is one that was changed by a program that does not set
+    the time back."""
+    versions = [importlib.metadata.version("llama-cpp-python"), asdict(load), _trial_digest()]
+    digest = hashlib.blake2b(json.dumps(versions).encode(), digest_size=20)
+    for part in _parts(path):
+        stat = part.stat()
+        digest.update(f"\n{part.name if part != path else ''} {stat.st_size}\n".encode("utf-8", "replace"))
+        with part.open("rb", buffering=0) as file:
+            if stat.st_size <= WHOLE_BYTES:
+                digest.update(file.read())
+                continue
+            digest.update(f"{stat.st_mtime_ns}\n".encode())
+            digest.update(file.read(EDGE_BYTES))
+            for k in range(1, N_SAMPLES + 1):
+                file.seek(stat.st_size * k // N_SAMPLES - SAMPLE_BYTES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _trial_digest() -> str:
+    """Another version of the trial, or of the check before it, tries every file again."""
+    folder = Path(__file__).parent
+    sources = (folder / "trial.py", Path(errors.__file__).with_name("model_header.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+def _parts(path: Path) -> list[Path]:
+    """All files of a model that is split into several: llama.cpp finds the others by their names."""
+    match = re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\.gguf)", path.name)
+    if not match:
+        return [path]
+    found = path.parent.glob(f"{_escaped(match[1])}[0-9][0-9][0-9][0-9][0-9]{_escaped(match[2])}")
+    return sorted({path, *found})
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _digest(path: Path, length: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.blake2b(file.read(length), digest_size=20).hexdigest()
+
+
+def _outcome_path(fingerprint: str) -> Path:
+    return cache_folder() / "tried" / f"{fingerprint}.json"
+
+
+def _read_outcome(fingerprint: str, path: Path) -> dict[str, Any] | None:
+    """None where nothing is known, or the header is not the one that was tried."""
+    try:
+        outcome = json.loads(_outcome_path(fingerprint).read_text("utf-8"))
+        length, digest, refused = outcome["header"], outcome["digest"], outcome["refused"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, LocalsteerError):
+        return None
+    whole = type(length) is int and 0 < length <= 1 << 30 and (refused is None or isinstance(refused, str))
+    return outcome if whole and digest == _digest(path, length) else None
+
+
+def _keep_outcome(fingerprint: str, outcome: dict[str, Any]) -> None:
+    # a folder that can't be written costs another trial, nothing else
+    with contextlib.suppress(OSError, LocalsteerError), atomic_path(_outcome_path(fingerprint)) as temporary:
+        temporary.write_text(json.dumps(outcome), "utf-8")
+
+
+def _is_known(path: Path) -> bool:
+    return file_sha256(path) in KNOWN.get(path.stat().st_size, ())
+
+
+# --- the trial ---
+
+
+def _try(path: Path, load: Load) -> str | None:
+    """Load it in a process of its own. Returns why it can't be used, as llama.cpp's end says; None: it can.
+
+    Raises TrialError, and the error of this project that the file was refused by there.
+    """
+    if not sys.executable:  # Python inside of another program
+        return None
+    seconds = SECONDS + path.stat().st_size / BYTES_PER_SECOND
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", str(Path(__file__).with_name("trial.py")), _job(path, load)],
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, env=_environment(),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise TrialError(f"llama.cpp is not done with it after {seconds:.0f} s; {_ADVICE}") from None
+    except OSError as error:
+        logger.warning(f"{path.name} is loaded untried: no process for it ({error.strerror or error}).")
+        return None
+    stage, _, said = done.stdout.decode("utf-8", "replace").rstrip("\n").rpartition("\n")[2].partition(" ")
+    if done.returncode == 0 and stage == "done":
+        return None
+    if stage == "error":
+        name, message = json.loads(said)
+        raise getattr(errors, name)(message)
+    stderr = done.stderr.decode("utf-8", "replace")
+    if not stage:
+        logger.warning(f"{path.name} is loaded untried: {_one_line(stderr)[-_SHOWN:]}")
+        return None
+    if done.returncode == -getattr(signal, "SIGKILL", 9):
+        raise TrialError("the system killed llama.cpp for it (no memory?): use a smaller model.")
+    if done.returncode > 0 and "Traceback" in stderr:
+        return f"{_one_line(stderr.splitlines()[-1])}; {_ADVICE}"
+    return f"llama.cpp ends the process with {_last_words(stderr, done.returncode)}; {_ADVICE}"
+
+
+def _job(path: Path, load: Load) -> str:
+    """What the other process is told. It finds packages where this one has them, without their imports."""
+    package = __package__ or "localsteer.runtime.bridge"
+    parts = package.split(".")
+    stubs = [".".join(parts[: n + 1]) for n in range(len(parts))]
+    from .library import default_threads
+
+    return json.dumps(
+        {
+            "model": os.fspath(path.resolve()),
+            "stubs": {name: list(sys.modules[name].__path__) for name in (*stubs, "llama_cpp")},
+            "package": package,
+            "root": parts[0],
+            "sys_path": [entry for entry in sys.path if entry],
+            "n_gpu_layers": load.n_gpu_layers,
+            "use_extra_bufts": load.use_extra_bufts,
+            "n_threads": default_threads(),
+            "file_size": path.stat().st_size,
+        }
+    )
+
+
+def _environment() -> dict[str, str]:
+    # without a backtrace, for which ggml starts a debugger if there is one
+    ours = {VARIABLE: OFF, "GGML_NO_BACKTRACE": "1", "PYTHONIOENCODING": "utf-8"}
+    return {"GOMP_SPINCOUNT": "1000", **os.environ, **ours}
+
+
+def _last_words(stderr: str, status: int) -> str:
+    """What llama.cpp said as it ended: an assertion, an exception that nobody caught, or else the signal."""
+    lines = [line.strip() for line in stderr.splitlines()]
+    for pattern in (r"GGML_(?:ASSERT|ABORT)", r"\.(?:c|cpp|h|cc):\d+: ", r"^what\(\):", "^terminate called"):
+        found = next((line for line in lines if re.search(pattern, line)), None)
+        if found:
+            words = re.sub(r"^what\(\): *|^\S*?\.(?:c|cpp|h|cc):\d+: ", "", found)
+            return f'"{_one_line(words)[:_SHOWN]}"'
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-status).name
+    return f"status {status}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

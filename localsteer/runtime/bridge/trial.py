@@ -1,0 +1,195 @@
+"""A program: load a model file, read all of its vocabulary, and decode, in a process that may end by it.
+
+guard.py runs this file by its path with one argument, and reads from stdout how far it came: a word for each
+stage that is begun, `done` at last, or `error` with what was raised. It starts in a tenth of a second,
+because it imports neither numpy nor all of llama_cpp: packages are empty here but for what is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import signal
+import sys
+import time
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+N_CTX = 512
+N_SEQ_MAX = 8  # as Engine opens a model, where its kind allows it
+TEMPLATE_SECONDS = 5
+MAX_TEXT = 1 << 18  # characters of a rendered template that are tokenized
+CPU_SECONDS = 0.25  # for tokenizing: some 30,000 tokens, or their like of a larger vocabulary
+BLOCK, MIXED = 256, 16  # tokens whose texts are tokenized together; every MIXED-th block comes first
+GIB = 1 << 30
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    _limit(job["file_size"])
+    _prepare(job)
+    model_module = importlib.import_module(f"{job['package']}.model")
+    errors = importlib.import_module(f"{job['root']}.errors")
+    stage("load")
+    try:
+        with model_module.Model(
+            job["model"], n_gpu_layers=job["n_gpu_layers"], use_extra_bufts=job["use_extra_bufts"]
+        ) as model:
+            _read_vocabulary(model, errors.PromptError)
+            _decode(model, job["n_threads"])
+            _render(model, job["root"])
+    except errors.LocalsteerError as error:
+        stage("error " + json.dumps([type(error).__name__, str(error)]))
+        return
+    stage("done")
+
+
+def stage(line: str) -> None:
+    print(line, flush=True)
+
+
+def _limit(file_size: int) -> None:
+    """No core file, and no more memory of its own than twice the file and a few GB: what a file claims must
+    not fill the machine. A mapped file does not count, on Linux."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if sys.platform == "linux":
+            limit = 2 * file_size + 8 * GIB
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _prepare(job: dict[str, Any]) -> None:
+    sys.path[:] = job["sys_path"]
+    for name, folders in job["stubs"].items():
+        package = types.ModuleType(name)
+        package.__path__ = folders
+        sys.modules[name] = package
+
+
+def _read_vocabulary(model: Any, refused: type[Exception]) -> None:
+    """The text of every token, as llama.cpp writes it, and tokens of these texts and of all sorts of
+    characters. What is special about a vocabulary comes first: a large one is not read to its end."""
+    if not model.has_vocabulary:
+        return
+    stage("vocabulary")
+    blocks = [*_blocks(_special(model)), *_mixed(_blocks(range(model.n_vocab)))]
+    texts = [_text(model, block) for block in blocks]
+    stage("tokenizer")
+    end = time.process_time() + CPU_SECONDS
+    for text in (*_characters(), *texts):
+        for parse_special in (True, False):
+            with contextlib.suppress(refused):  # what the vocabulary can't spell
+                model.tokenize(text, add_special=True, parse_special=parse_special)
+        if time.process_time() > end:
+            break
+
+
+def _special(model: Any) -> list[int]:
+    """Control tokens, bytes, the user's own, ..."""
+    import llama_cpp.llama_cpp as lc
+
+    attribute, vocab, normal = lc.llama_vocab_get_attr, model.vocab, lc.LLAMA_TOKEN_ATTR_NORMAL
+    return [token for token in range(model.n_vocab) if attribute(vocab, token) != normal]
+
+
+def _blocks(tokens: Sequence[int]) -> list[Sequence[int]]:
+    return [tokens[start : start + BLOCK] for start in range(0, len(tokens), BLOCK)]
+
+
+def _mixed(blocks: list[Any]) -> list[Any]:
+    """Some from everywhere before the others."""
+    return [block for first in range(MIXED) for block in blocks[first::MIXED]]
+
+
+def _text(model: Any, tokens: Sequence[int]) -> str:
+    import ctypes
+
+    import llama_cpp.llama_cpp as lc
+
+    array = (lc.llama_token * len(tokens))(*tokens)
+    size = 16 * len(tokens)
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = lc.llama_detokenize(model.vocab, array, len(tokens), buffer, size, False, True)
+        if n >= 0:
+            return buffer.raw[:n].decode("utf-8", "replace")
+        size = -n
+
+
+def _characters() -> Iterator[str]:
+    """All of the first planes' beginning, one of sixteen beyond: every byte that UTF-8 has is among them."""
+    codes = [*range(0x3000), *range(0x3000, 0x30000, 16), 0x10FFFF]
+    text = " ".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
+    yield from (text[start : start + 4096] for start in range(0, len(text), 4096))
+
+
+def _decode(model: Any, n_threads: int) -> None:
+    """A prompt of some tokens, then one more, in a context as Engine makes it; and as Embedder does."""
+    import llama_cpp.llama_cpp as lc
+
+    stage("decode")
+    if lc.llama_model_has_encoder(model.pointer) or not lc.llama_model_has_decoder(model.pointer):
+        return  # refused by Context
+    tokens = [model.n_vocab * k // 8 for k in range(8)] if model.n_vocab else [0]
+    n_seq_max = 1 if model.why_not_steerable(N_SEQ_MAX) else N_SEQ_MAX
+    for embeddings in (False, True) if _pools(model) else (False,):
+        params = lc.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = max(1, min(N_CTX, model.n_ctx_train))
+        params.n_seq_max = 1 if embeddings else n_seq_max
+        params.n_threads = params.n_threads_batch = n_threads
+        params.kv_unified = params.swa_full = not embeddings
+        params.embeddings = embeddings
+        context = lc.llama_init_from_model(model.pointer, params)
+        if not context:
+            continue  # no memory, or a model of another kind: Context says so
+        for batch in (tokens[: params.n_ctx], tokens[:1]):
+            array = (lc.llama_token * len(batch))(*batch)
+            lc.llama_decode(context, lc.llama_batch_get_one(array, len(batch)))
+            lc.llama_get_logits_ith(context, -1)
+        lc.llama_free(context)
+
+
+def _pools(model: Any) -> bool:
+    return model.metadata.get(f"{model.architecture}.pooling_type", "0") not in ("0", "4")
+
+
+def _render(model: Any, root: str) -> None:
+    """One message through the model's template, and its tokens. What the template itself raises is told when
+    it is used."""
+    if not model.chat_template or not model.has_vocabulary:
+        return
+    stage("template")
+    with contextlib.suppress(Exception), _alarm(TEMPLATE_SECONDS):
+        templates = importlib.import_module(f"{root}.templates")
+        bos, eos = (
+            model.token_to_piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+            for token in (model.bos, model.eos)
+        )
+        template = templates.ChatTemplate(model.chat_template, bos=bos, eos=eos)
+        text = template.render([{"role": "user", "content": "Tell me about foxes."}])
+        model.tokenize(text[:MAX_TEXT], add_special=template.adds_special(text), parse_special=True)
+
+
+@contextlib.contextmanager
+def _alarm(seconds: int) -> Any:
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+if __name__ == "__main__":
+    main()
