@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from localsteer import __version__, bundled
-from localsteer.bridge import default_threads, system_info
 from localsteer.catalog import Instruction as Steered
 from localsteer.catalog import load_catalog
 from localsteer.demo import GROUPS
@@ -33,7 +32,9 @@ from localsteer.evaluate.conditions import Outcome
 from localsteer.evaluate.intervals import interval
 from localsteer.evaluate.study import N_CTX, N_SEQ_MAX, Study
 from localsteer.evaluate.workers import Workers
-from localsteer.generate import GREEDY, Reply
+from localsteer.runtime.bridge import default_threads, system_info
+from localsteer.runtime.reply import Reply
+from localsteer.runtime.sampling import GREEDY
 from localsteer.tune import POSITIONS, Tuned
 from localsteer.verify.quality import is_degenerate, subject_kept
 

@@ -26,11 +26,11 @@ import numpy as np
 from decode_overhead import random_vector, write_random_model
 
 from localsteer import ControlVector, Engine
-from localsteer.bridge import Context, default_threads, system_info
 from localsteer.cli.tune import N_SEQ_MAX as N_SEQ_SEARCH
-from localsteer.generate import GREEDY
-from localsteer.loop import Loop, new_request
 from localsteer.plan import Plan
+from localsteer.runtime.bridge import Context, default_threads, system_info
+from localsteer.runtime.loop import Loop, new_request
+from localsteer.runtime.sampling import GREEDY
 
 N_SEQ, N_PROMPT, N_REPLY, N_LONG = 8, 32, 48, 1000
 N_SETTINGS, N_QUERIES, N_SEARCH_REPLY = 12, 8, 24

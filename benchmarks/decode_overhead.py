@@ -25,8 +25,8 @@ import llama_cpp.llama_cpp as lc
 import numpy as np
 
 from localsteer import ControlVector
-from localsteer.bridge import Context, Model, default_threads, system_info
 from localsteer.plan import Plan, PositionClass
+from localsteer.runtime.bridge import Context, Model, default_threads, system_info
 
 N_PREFILL, N_CHUNK, N_DECODE = 256, 128, 32
 FLOOR = 0.97

@@ -37,7 +37,8 @@ from localsteer.engine import Engine
 from localsteer.evaluate.intervals import interval, wilson
 from localsteer.evaluate.journal import Journal, Remembered
 from localsteer.evaluate.suites.ifeval import CASELESS, Item, read_items
-from localsteer.generate import GREEDY, Reply
+from localsteer.runtime.reply import Reply
+from localsteer.runtime.sampling import GREEDY
 from localsteer.verify.quality import is_degenerate
 from localsteer.verify.verdicts import verify
 

@@ -26,7 +26,8 @@ from localsteer.catalog import Catalog, load_catalog
 from localsteer.ensure import Requirement, ensure
 from localsteer.evaluate.study import spread
 from localsteer.extract import extract
-from localsteer.generate import GREEDY, Reply
+from localsteer.runtime.reply import Reply
+from localsteer.runtime.sampling import GREEDY
 from localsteer.tune import tune
 from localsteer.verify.quality import is_degenerate
 

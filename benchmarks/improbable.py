@@ -17,13 +17,13 @@ from dataclasses import replace
 from typing import Any
 
 from localsteer import __version__, bundled
-from localsteer.bridge import default_threads
 from localsteer.catalog import Catalog, Instruction, load_catalog
 from localsteer.engine import Engine
 from localsteer.evaluate.study import spread
 from localsteer.evaluate.workers import Workers
 from localsteer.extract import extract
 from localsteer.perplexity import log_perplexities
+from localsteer.runtime.bridge import default_threads
 from localsteer.tune import Check
 from localsteer.tune.check import IMPROBABLE, IMPROBABLE_RATIO
 from localsteer.tune.exhaustive import grid

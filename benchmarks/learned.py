@@ -45,10 +45,10 @@ from localsteer.evaluate.conditions import (
 from localsteer.evaluate.intervals import wilson
 from localsteer.evaluate.study import spread
 from localsteer.extract import extract
-from localsteer.generate import Reply
 from localsteer.learn import Recipe, learn
 from localsteer.learn.examples import rewritten
 from localsteer.model_names import path_of
+from localsteer.runtime.reply import Reply
 from localsteer.tune import N_SEQ_MAX, tune
 from localsteer.verify import can_rewrite, rewrite, verify
 

@@ -23,11 +23,12 @@ from localsteer import ControlVector, Engine, __version__
 from localsteer.catalog import Instruction, Query, load_catalog
 from localsteer.evaluate.intervals import wilson
 from localsteer.evaluate.study import spread
-from localsteer.generate import GREEDY, Reply
 from localsteer.learn import Recipe, learn
 from localsteer.learn.examples import of_pairs
 from localsteer.model_names import path_of
 from localsteer.perplexity import log_perplexities, perplexity
+from localsteer.runtime.reply import Reply
+from localsteer.runtime.sampling import GREEDY
 from localsteer.tune import N_SEQ_MAX
 from localsteer.verify import is_degenerate
 from localsteer.verify.judge import judge

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine import Engine as Engine
     from .errors import LocalsteerError as LocalsteerError
-    from .generate import Chunk as Chunk
-    from .generate import Reply as Reply
-    from .generate import Sampling as Sampling
     from .llama import SteeredLlama as SteeredLlama
     from .plan import Plan as Plan
     from .plan import PositionClass as PositionClass
+    from .runtime.reply import Chunk as Chunk
+    from .runtime.reply import Reply as Reply
+    from .runtime.sampling import Sampling as Sampling
     from .templates import ChatTemplate as ChatTemplate
     from .vector import ControlVector as ControlVector
 
@@ -33,10 +33,11 @@ _HOMES = {
     "Plan": "plan",
     "PositionClass": "plan",
     "Engine": "engine",
+    "Ask": "runtime.ask",
     "SteeredLlama": "llama",
-    "Sampling": "generate",
-    "Reply": "generate",
-    "Chunk": "generate",
+    "Sampling": "runtime.sampling",
+    "Reply": "runtime.reply",
+    "Chunk": "runtime.reply",
     "ChatTemplate": "templates",
     "LocalsteerError": "errors",
     "VectorFileError": "errors",

@@ -29,8 +29,9 @@ import numpy as np
 from .vector import STATISTICS, ControlVector
 
 if TYPE_CHECKING:
-    from .engine import Engine, Prompt
-    from .scheduler import Scheduler
+    from .engine import Engine
+    from .runtime.ask import Prompt
+    from .runtime.scheduler import Scheduler
 
 
 def considerate(

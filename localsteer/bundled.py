@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import logging
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
-from .cache import atomic_path, model_path
+from .cache import atomic_path, is_intact, is_sealed, model_path, seal
 from .errors import ModelFileError
+
+logger = logging.getLogger("localsteer")
 
 MODELS = ("instruct", "base")
 CATALOG = "bundled"  # the catalogue of the instructions that the instruct model was trained on
@@ -67,17 +70,22 @@ def gguf_path(
     """The GGUF of a bundled model, converted and quantized now unless an earlier call did it.
 
     quant: F32, F16, BF16 or any name that llama.cpp's quantization knows (Q8_0, Q4_K_M, ...). folder: another
-    checkpoint in the model's place. on_making: told in one line that a file is being made.
+    checkpoint in the model's place. on_making: told in one line that a file is being made. A kept file that
+    is not what was written is made again; a notice says so.
     Raises ModelFileError; LocalsteerError when the cache folder can't be written.
     """
     quant = quant.upper()
     checkpoint = checkpoint_folder(name, folder=folder)
     _check_quant(quant)
     path = cached_path(checkpoint, name, quant)
-    if not path.is_file():
-        if on_making:
-            on_making(f"making {path.name} from the bundled checkpoint")
-        _make(checkpoint, path, quant, f"localsteer-{name}")
+    if is_intact(path):
+        return path
+    if path.is_file() and is_sealed(path):
+        say = on_making or logger.warning
+        say(f"the kept {path.name} is damaged: it is made again from the bundled checkpoint")
+    elif on_making:
+        on_making(f"making {path.name} from the bundled checkpoint")
+    _make(checkpoint, path, quant, f"localsteer-{name}")
     return path
 
 
@@ -103,7 +111,7 @@ def checkpoint_hash(checkpoint: Path) -> str:
 def _check_quant(quant: str) -> None:
     from localsteer.convert.checkpoint import FTYPES
 
-    from .bridge import quantization_types
+    from .runtime.bridge import quantization_types
 
     known = {*FTYPES, *quantization_types()}
     if quant not in known:
@@ -111,15 +119,16 @@ def _check_quant(quant: str) -> None:
 
 
 def _make(checkpoint: Path, path: Path, quant: str, name: str) -> None:
-    """Write one GGUF. A second process that does the same at once writes the same bytes."""
+    """Write one GGUF and its seal. A second process that does the same at once writes the same bytes."""
     from localsteer.convert.checkpoint import FTYPES, checkpoint_to_gguf
 
-    from .bridge import quantize
+    from .runtime.bridge import quantize
 
     with atomic_path(path) as temporary:
         if quant in FTYPES:
             checkpoint_to_gguf(checkpoint, temporary, quant, name=name)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            full = checkpoint_to_gguf(checkpoint, Path(folder) / "full.gguf", "F32", name=name)
-            quantize(full, temporary, quant)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                full = checkpoint_to_gguf(checkpoint, Path(folder) / "full.gguf", "F32", name=name)
+                quantize(full, temporary, quant)
+    seal(path)

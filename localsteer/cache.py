@@ -3,8 +3,10 @@
     <folder>/hashes.json                     path, size and time of a model file -> sha256, identity
     <folder>/vectors/<model hash>/<name>.gguf
     <folder>/models/<name>.gguf
+    <folder>/.../<file>.sha256               the seal of the file beside it: what was written (`seal`)
 
-Everything in it can be deleted at any time. LOCALSTEER_CACHE overrides where it is.
+Everything in it can be deleted at any time, and nothing in it is believed unread: a file that is not what
+was sealed is made again. LOCALSTEER_CACHE overrides where it is.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import re
 import secrets
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +25,8 @@ from pathlib import Path
 from .errors import LocalsteerError, ModelFileError
 
 HASH_CHARS = 16  # of a model's sha256 in folder names: 64 bits, far from any collision on one disk
+SEAL = ".sha256"  # added to a file's name
+SUM = "crc32"  # of an entry of the index, without it
 _READ_BYTES = 1 << 20
 _ADVICE = "choose another folder, or set LOCALSTEER_CACHE for cached files."
 
@@ -93,6 +98,44 @@ def _one_line_for(path: Path) -> Iterator[None]:
         raise LocalsteerError(f"can't write {path} ({error.strerror or error}): {_ADVICE}") from error
 
 
+def seal(path: Path) -> None:
+    """Write down what a file of the cache holds now, for `is_intact`."""
+    with atomic_path(_seal_of(path)) as temporary:
+        temporary.write_text(_sha256(path), "ascii")
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file holds what it held when it was sealed. It is read at the first use in a process, and
+    again when its size or time changes. False for a file that was never sealed, or can't be read."""
+    try:
+        stat = path.stat()
+        stamp = (stat.st_size, stat.st_mtime_ns)
+        if _intact.get(path) != stamp:
+            if _sha256(path) != _seal_of(path).read_text("ascii").strip():
+                return False
+            _intact[path] = stamp
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def is_sealed(path: Path) -> bool:
+    return _seal_of(path).is_file()
+
+
+def unlink_sealed(path: Path) -> None:
+    """Delete a file and its seal. A missing file is no error."""
+    for each in (path, _seal_of(path)):
+        each.unlink(missing_ok=True)
+
+
+_intact: dict[Path, tuple[int, int]] = {}  # size and time of what was found intact
+
+
+def _seal_of(path: Path) -> Path:
+    return path.with_name(path.name + SEAL)
+
+
 def file_hash(path: str | os.PathLike[str]) -> str:
     """sha256 of a file as hex. Raises ModelFileError for a file that can't be read."""
     return remembered(path, "sha256", _sha256)
@@ -109,8 +152,7 @@ def remembered(path: str | os.PathLike[str], what: str, compute: Callable[[Path]
         stat = path.stat()
         key = str(path.resolve())
         stamp = [stat.st_size, stat.st_mtime_ns]
-        known = _read_index().get(key)
-        known = known if isinstance(known, dict) and known.get("stamp") == stamp else {}
+        known = _known(key, stamp)
         if isinstance(known.get(what), str):
             return known[what]
         text = compute(path)
@@ -118,6 +160,18 @@ def remembered(path: str | os.PathLike[str], what: str, compute: Callable[[Path]
         raise ModelFileError(f"can't read {path} ({error.strerror or error}).") from error
     _remember(key, {**known, "stamp": stamp, what: text})
     return text
+
+
+def _known(key: str, stamp: list[int]) -> dict[str, object]:
+    """What the index says of a file as it is now; nothing where the entry itself has changed."""
+    known = _read_index().get(key)
+    if not isinstance(known, dict) or known.get("stamp") != stamp:
+        return {}
+    return known if known.pop(SUM, None) == _sum(known) else {}
+
+
+def _sum(entry: dict[str, object]) -> int:
+    return zlib.crc32(json.dumps(entry, sort_keys=True).encode())
 
 
 def vector_folder(model_hash: str) -> Path:
@@ -142,7 +196,7 @@ def cached_vectors(model_hash: str | None = None) -> list[Path]:
 
 def remove_vector(path: Path) -> None:
     """Delete one cached vector, and its model's folder with the last one. A missing file is no error."""
-    path.unlink(missing_ok=True)
+    unlink_sealed(path)
     if path.parent.is_dir() and not any(path.parent.iterdir()):
         path.parent.rmdir()
 
@@ -162,7 +216,7 @@ def _index_path() -> Path:
 def _read_index() -> dict[str, object]:
     try:
         index = json.loads(_index_path().read_text("utf-8"))
-    except (OSError, ValueError, LocalsteerError):
+    except (OSError, ValueError, RecursionError, LocalsteerError):
         return {}  # missing or damaged: it is only a memory of what can be computed again
     return index if isinstance(index, dict) else {}
 
@@ -170,7 +224,8 @@ def _read_index() -> dict[str, object]:
 def _remember(key: str, entry: dict[str, object]) -> None:
     try:
         with atomic_path(_index_path()) as temporary:
-            temporary.write_text(json.dumps(_read_index() | {key: entry}, indent=1), "utf-8")
+            index = _read_index() | {key: {**entry, SUM: _sum(entry)}}
+            temporary.write_text(json.dumps(index, indent=1), "utf-8")
     except (OSError, LocalsteerError):
         pass  # a folder that can't be written costs a second reading, nothing else
 

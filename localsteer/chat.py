@@ -22,14 +22,16 @@ from . import __version__
 from .asked import considerate, why_left_out
 from .cache import atomic_path
 from .errors import LocalsteerError, PlanError, PromptError
-from .generate import Reply, Sampling
 from .plan import Plan
-from .scheduler import Scheduler
+from .runtime.ask import MAX_TOKENS, Ask
+from .runtime.reply import Reply
+from .runtime.sampling import Sampling
+from .runtime.scheduler import Scheduler
 from .vector import ControlVector
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .scheduler import Ticket
+    from .runtime.scheduler import Ticket
     from .templates import Message
     from .trace import Trace
 
@@ -84,7 +86,7 @@ class Chat:
         vectors: Mapping[str, ControlVector] | None = None,
         system: str | None = None,
         sampling: Sampling | None = None,
-        max_tokens: int | None = 512,
+        max_tokens: int | None = MAX_TOKENS,
         stop: Sequence[str] = (),
         ridge: float = 0.0,
         keep_cache: bool = False,
@@ -212,13 +214,14 @@ class Chat:
         """
         messages = self.messages(question)
         self._check_room(messages)
-        settings = self._settings()
+        ask = self._next_ask(messages)
         steer, left_out = self._considered(messages)
-        turn = self._ensured(messages, steer, settings) if self.ensured else None
-        if turn is None:
-            turn = self._streamed(messages, steer, settings, on_text)
-        elif turn.reply:
-            on_text(turn.reply)
+        if self.ensured:
+            turn = self._ensured(ask, steer)
+            if turn.reply:
+                on_text(turn.reply)
+        else:
+            turn = self._streamed(ask, steer, on_text)
         turn = replace(turn, question=question, left_out=left_out)
         if turn.reply or turn.finish_reason != "cancelled":
             self.turns.append(turn)
@@ -235,8 +238,8 @@ class Chat:
             )
         *before, last = self.turns
         messages = self.messages(last.question, turns=before)
-        settings = self._settings()
-        tickets = [self.scheduler.submit(messages, steer=steer, **settings) for steer in ((), self.plan)]
+        ask = self._next_ask(messages)
+        tickets = [self.scheduler.submit(ask, steer=steer) for steer in ((), self.plan)]
         try:
             plain, steered = (ticket.result() for ticket in tickets)
         finally:
@@ -272,11 +275,12 @@ class Chat:
         self.turns.clear()
         return n
 
-    def _settings(self) -> dict[str, Any]:
+    def _next_ask(self, messages: Sequence[Message]) -> Ask:
+        """Unsteered as yet, and with the seed of the turn."""
         seed = random.randrange(_SEEDS) if self.sampling.seed is None else self.sampling.seed + self._asked
         self._asked += 1
         sampling = replace(self.sampling, seed=seed % _SEEDS)
-        return {"sampling": sampling, "max_tokens": self.max_tokens, "stop": self.stop}
+        return Ask(messages, sampling=sampling, max_tokens=self.max_tokens, stop=self.stop)
 
     def _considered(self, messages: Sequence[Message]) -> tuple[list[ControlVector], tuple[str, ...]]:
         """What steers this turn, and the names of what is left out of it, each told once."""
@@ -313,16 +317,10 @@ class Chat:
         else:
             self.on_note(f"the reply was cut after {turn.n_tokens} tokens: -n allows more.")
 
-    def _streamed(
-        self,
-        messages: Sequence[Message],
-        steer: Sequence[ControlVector],
-        settings: Mapping[str, Any],
-        on_text: Say,
-    ) -> Turn:
+    def _streamed(self, ask: Ask, steer: Sequence[ControlVector], on_text: Say) -> Turn:
         plan = Plan.from_vectors(steer, ridge=self.ridge)
-        ticket = self.scheduler.submit(messages, steer=plan, keep_cache=self.keep_cache, **settings)
-        prompt = self.engine.prompt_tokens(messages)
+        ticket = self.scheduler.submit(ask, steer=plan, keep_cache=self.keep_cache)
+        prompt = self.engine.prompt_tokens(ask.prompt)
         texts: list[str] = []
         reason = ""
         try:
@@ -357,22 +355,13 @@ class Chat:
                 f"steering changed: {n_again} of the {n_known} tokens so far are read again under it."
             )
 
-    def _ensured(
-        self, messages: Sequence[Message], steer: Sequence[ControlVector], settings: Mapping[str, Any]
-    ) -> Turn:
+    def _ensured(self, ask: Ask, steer: Sequence[ControlVector]) -> Turn:
         from .ensure import ensure
 
         vectors = list(self.ensured.values())
+        ask = replace(ask, steer=steer)
         try:
-            found = ensure(
-                self.scheduler,
-                messages,
-                vectors,
-                steer=tuple(steer),
-                tries=self.tries,
-                ridge=self.ridge,
-                **settings,
-            )
+            found = ensure(self.scheduler, ask, vectors, tries=self.tries, ridge=self.ridge)
         except KeyboardInterrupt:
             return self._turn("", "cancelled", 0, ())
         if found.notice:

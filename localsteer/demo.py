@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from . import bundled
-from .bridge import default_threads
 from .cache import cache_folder
 from .catalog import Catalog, Instruction, load_catalog
 from .engine import Engine
@@ -34,7 +33,8 @@ from .evaluate.conditions import (
 from .evaluate.study import N_CTX, N_SEQ_MAX, Stage, Study, silent, spread
 from .evaluate.suites.bench import quantization
 from .evaluate.workers import Workers
-from .generate import GREEDY
+from .runtime.bridge import default_threads
+from .runtime.sampling import GREEDY
 from .tune import Tuned
 from .vector import ControlVector
 

@@ -20,16 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from .catalog import Instruction
 from .errors import LocalsteerError, PlanError
-from .generate import Chunk, Reply, Sampling, Timings
 from .plan import Plan
+from .runtime.ask import Ask
+from .runtime.reply import Chunk, Reply, Timings
+from .runtime.sampling import Sampling
 from .vector import ControlVector
 from .verify.quality import is_degenerate
 from .verify.verdicts import check_arguments, verify
 from .verify.verifiers.early import hopeless
 
 if TYPE_CHECKING:
-    from .engine import Engine, Prompt
-    from .scheduler import Scheduler
+    from .engine import Engine
+    from .runtime.ask import Prompt
+    from .runtime.scheduler import Scheduler
 
 TRIES = 3
 BOUNDS = (0.5, 1.5)  # of a vector's own strength, where its tuning tried no others
@@ -119,20 +122,16 @@ class Requirement:
 
 def ensure(
     source: Engine | Scheduler,
-    prompt: Prompt,
+    prompt: Prompt | Ask,
     vectors: ControlVector | Sequence[ControlVector],
     *,
-    steer: Sequence[ControlVector] = (),
     tries: int = TRIES,
     strengths: Sequence[float] | None = None,
-    sampling: Sampling | None = None,
-    max_tokens: int | None = 512,
-    stop: Sequence[str] = (),
-    raw: bool = False,
     ridge: float = 0.0,
     deadline: float | None = None,
     cancel: Event | None = None,
     on_try: Callable[[int, float], None] | None = None,
+    **fields: Any,
 ) -> Ensured:
     """A reply that each vector's verifier passes and that is not degenerate, if one of `tries` replies is.
 
@@ -141,10 +140,11 @@ def ensure(
     instead. A reply is stopped as soon as it can't pass any more. If none passes: the one that fails the
     fewest verifiers, rather not degenerate, rather plain; one that had been stopped is generated once more.
 
-    steer: vectors that are applied in every try, unverified. tries: replies at most, the plain one included.
+    fields: of Ask; its steer, vectors and no plan, is applied in every try, unverified; one seed serves all
+    tries. tries: replies at most, the plain one included.
     strengths: multiples of the vectors' own strengths to try in place of those above. deadline: seconds for
     everything; cancel: ends it from another thread; both give what there is by then. on_try: called with
-    (number of the try, its multiple, 0 = plain). The rest as Engine.stream has it; one seed serves all tries.
+    (number of the try, its multiple, 0 = plain).
 
     Raises PlanError for a vector without a verifier, and what Engine.stream and Scheduler.submit raise.
     """
@@ -153,16 +153,15 @@ def ensure(
         raise PlanError("there is nothing to ensure: give at least one vector.")
     if tries < 1:
         raise LocalsteerError(f"tries must be at least 1, not {tries}.")
-    sampling = _with_seed(sampling or Sampling())
-    asked = asked_of(prompt)
+    ask = Ask.of(prompt, **fields)
+    ask = replace(ask, sampling=_with_seed(ask.sampling))
+    asked = asked_of(ask.prompt)
     run = _Tries(
         source,
-        prompt,
+        ask,
         vectors,
         [Requirement.of(vector, asked) for vector in vectors],
-        list(steer),
         ridge,
-        {"sampling": sampling, "max_tokens": max_tokens, "stop": stop, "raw": raw},
         None if deadline is None else time.monotonic() + deadline,
         cancel or Event(),
         on_try or (lambda _number, _factor: None),
@@ -244,12 +243,10 @@ class _Tries:
     """What the tries of one call share. ends: on time.monotonic's clock."""
 
     source: Engine | Scheduler
-    prompt: Prompt
+    ask: Ask
     vectors: Sequence[ControlVector]
     checks: Sequence[Requirement]
-    base: Sequence[ControlVector]
     ridge: float
-    settings: Mapping[str, Any]
     ends: float | None
     cancel: Event
     on_try: Callable[[int, float], None]
@@ -258,12 +255,17 @@ class _Tries:
     def check_plans(self) -> None:
         """Before a token is generated: a vector of another model, directions that are nearly parallel."""
         engine = getattr(self.source, "engine", self.source)
-        for vector in (*self.base, *self.vectors):
+        for vector in (*self._base, *self.vectors):
             engine.plan(vector)
         engine.plan(self.plan(1.0))
 
+    @property
+    def _base(self) -> Sequence[ControlVector]:
+        steer = self.ask.steer
+        return [steer] if isinstance(steer, ControlVector) else steer or ()
+
     def plan(self, factor: float) -> Plan:
-        return Plan.from_vectors([*self.base, *self._at(factor)], ridge=self.ridge)
+        return Plan.from_vectors([*self._base, *self._at(factor)], ridge=self.ridge)
 
     def attempt(self, factor: float, *, whole: bool = False) -> Try:
         """Generate and judge one reply; whole: also where it can't pass."""
@@ -311,13 +313,13 @@ class _Tries:
         return Reply("".join(texts), tokens, reason, timings), ()
 
     def _chunks(self, factor: float) -> Iterator[Chunk]:
-        settings = {**self.settings, "steer": self.plan(factor)}
+        ask = replace(self.ask, steer=self.plan(factor))
         if not hasattr(self.source, "submit"):
-            with closing(self.source.stream(self.prompt, **settings)) as chunks:
+            with closing(self.source.stream(ask)) as chunks:
                 yield from chunks
             return
         left = None if self.ends is None else max(0.0, self.ends - time.monotonic())
-        ticket = self.source.submit(self.prompt, **settings, deadline=left)
+        ticket = self.source.submit(ask, deadline=left)
         try:
             yield from ticket
         finally:

@@ -47,3 +47,14 @@ class QueueFullError(LocalsteerError):
 
 class SchedulerClosedError(LocalsteerError):
     """A request to a scheduler that is closing."""
+
+
+class ConstraintError(LocalsteerError):
+    """A schema, pattern or grammar that can't be read, or asks for more than can be enforced.
+
+    path: of a JSON schema, the keys that lead to the keyword at fault. why: the same without the path.
+    """
+
+    def __init__(self, message: str, path: tuple[str, ...] = (), why: str = "") -> None:
+        super().__init__(message)
+        self.path, self.why = path, why or message

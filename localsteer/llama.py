@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bridge import (
+from .runtime.bridge import (
     BorrowedContext,
     BorrowedModel,
     Hook,
-    Sampler,
     batch_arrays,
     check_gguf,
+    check_llama_grammar,
     check_threads,
     check_version,
     install,
@@ -40,11 +40,11 @@ from .bridge import (
 import llama_cpp
 import numpy as np
 
-from .attach import Attaching, Notices, Steer
 from .errors import LocalsteerError, ModelFileError, PromptError, UnsupportedModelError
-from .kv import class_keys
 from .llama_cache import KeyedCache
 from .plan import position_classes
+from .runtime.attach import Attaching, Notices, Steer
+from .runtime.kv import class_keys
 from .templates import ChatTemplate
 
 if TYPE_CHECKING:
@@ -340,7 +340,7 @@ class SteeredLlama(llama_cpp.Llama):
         grammar = options.get("grammar")
         if grammar is not None and self._hook is not None:
             with our_log():  # Llama itself goes on without one, and the process ends
-                Sampler(self._borrowed, temp=0.0, grammar=grammar._grammar).close()
+                check_llama_grammar(self._borrowed, grammar._grammar)
         return super()._init_sampler(*args, **options)
 
     # -- decoding ------------------------------------------------------------------------------------

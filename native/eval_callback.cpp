@@ -25,7 +25,7 @@ struct ggml_tensor; // opaque
 
 using localsteer::steer_program;
 
-// must match Accessors in localsteer/bridge/hook.py
+// must match Accessors in localsteer/runtime/bridge/hook.py
 struct localsteer_ggml {
     const char * (*get_name)     (const ggml_tensor * t);
     int64_t      (*nelements)    (const ggml_tensor * t);

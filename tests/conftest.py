@@ -13,6 +13,9 @@ import pytest
 # `python -m pytest` puts the checkout first, whose localsteer/ has no native library: test what is installed
 ROOT = Path(__file__).parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+from workers import take_share_of_cores, workers_for  # noqa: E402
+
+take_share_of_cores()
 from tiny_models import ARCHITECTURES, TinyModel, write_tiny  # noqa: E402
 
 # Tokenizers are used from forked helpers in some tests; their thread pool warns about it otherwise.
@@ -22,6 +25,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A shell that starts a job in the background lets it ignore Ctrl-C, and what the job starts inherits that.
 # Children of a process with a handler of its own get the default back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    return workers_for(config)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import localsteer
-from localsteer.generate import Sampling
+from localsteer.runtime.sampling import Sampling
 
 GREEDY = Sampling(temp=0.0)
 

@@ -117,7 +117,7 @@ def serving(
     folder: Path | None, *, models: dict[str, Path] | None = None, grace: float = 0.0, **options: Any
 ) -> Iterator[Server]:
     """options: as create_app has them; `engine` and `scheduler` hold those of the engines and schedulers."""
-    from localsteer.scheduler import Scheduler
+    from localsteer.runtime.scheduler import Scheduler
     from localsteer.server.app import create_app
     from localsteer.server.run import Running
 

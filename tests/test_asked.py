@@ -22,7 +22,7 @@ from localsteer.asked import (
 from localsteer.catalog import load_catalog
 from localsteer.errors import MismatchError, SchedulerClosedError
 from localsteer.extract.recipes import minus
-from localsteer.scheduler import Scheduler
+from localsteer.runtime.scheduler import Scheduler
 
 pytestmark = pytest.mark.skipif(not bundled.is_available(), reason="this copy has no bundled model")
 

@@ -11,8 +11,10 @@ from serving import serving
 
 from localsteer.chat import Chat
 from localsteer.evaluate.journal import Journal, Remembered
-from localsteer.generate import Sampling, stops_of
-from localsteer.scheduler import Scheduler
+from localsteer.runtime.ask import Ask
+from localsteer.runtime.loop import stops_of
+from localsteer.runtime.sampling import Sampling
+from localsteer.runtime.scheduler import Scheduler
 from localsteer.trace import trace
 from localsteer.vector import ControlVector
 
@@ -67,7 +69,7 @@ def test_a_reply_ends_before_the_next_question_whoever_asks(engine, sampling):
 def test_stop_strings_of_the_caller_count_beside_it(engine, sampling):
     assert engine.generate(ASKED, sampling=sampling, stop=["fox"]).text == " A "
     assert engine.generate(ASKED, sampling=sampling, stop="Owls").text == REPLY
-    assert stops_of(engine, ["\nQ:", "x"]) == ["\nQ:", "x", "\n\nQ:"]  # none twice
+    assert stops_of(engine, Ask(ASKED, stop=["\nQ:", "x"])) == ["\nQ:", "x", "\n\nQ:"]  # none twice
 
 
 def test_a_raw_prompt_goes_on(engine, sampling):

@@ -17,9 +17,7 @@ import llama_cpp.llama_cpp as lc
 import numpy as np
 import pytest
 
-from localsteer import bridge
-from localsteer.bridge import Context, Model, Sampler, library
-from localsteer.bridge.hook import Accessors, Hook
+from localsteer.constrain import Constraint, TokenBytes
 from localsteer.errors import (
     LocalsteerError,
     MismatchError,
@@ -28,6 +26,9 @@ from localsteer.errors import (
     UnsupportedModelError,
 )
 from localsteer.plan import Plan, PositionClass
+from localsteer.runtime import bridge
+from localsteer.runtime.bridge import Context, Model, Sampler, check_llama_grammar, library
+from localsteer.runtime.bridge.hook import Accessors, Hook
 from localsteer.steering import steer
 from localsteer.terms import MODES, POSITIONS
 from localsteer.vector import ControlVector
@@ -542,7 +543,7 @@ def test_one_llama_and_one_ggml_in_the_process(tiny_llama) -> None:
     if not Path("/proc/self/maps").exists():
         pytest.skip("no /proc/self/maps on this system")
     code = f"""if True:
-        from localsteer.bridge import Context, Model
+        from localsteer.runtime.bridge import Context, Model
         context = Context(Model({str(tiny_llama.gguf_path)!r}), n_ctx=64, n_threads=1)
         assert context.probe()
         print(*{{line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}}, sep="\\n")
@@ -617,7 +618,8 @@ def test_repeat_penalty_moves_on(model: Model, context: Context) -> None:
 def test_grammar_is_kept_to_its_end(model: Model, context: Context) -> None:
     run(context)
     text = b""
-    with Sampler(model, temp=1.0, seed=1, grammar='root ::= "ab" [0-9]') as sampler:
+    matcher = TokenBytes(model.pieces(), model.ends()).matcher(Constraint.gbnf('root ::= "ab" [0-9]'))
+    with Sampler(model, temp=1.0, seed=1, matcher=matcher) as sampler:
         for _ in range(10):
             token = sampler.sample(context)
             if model.is_eog(token):
@@ -630,13 +632,13 @@ def test_grammar_is_kept_to_its_end(model: Model, context: Context) -> None:
 def test_a_broken_grammar_is_one_line(model: Model, capfd) -> None:
     for grammar in ("root ::= [", 'other ::= "a"', "root ::= thing", ""):
         with pytest.raises(LocalsteerError, match="grammar can't be parsed") as error:
-            Sampler(model, grammar=grammar)
+            check_llama_grammar(model, grammar)
         assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""
 
 
 def test_grammars_in_two_threads_leave_stderr_where_it_was() -> None:
-    from localsteer.bridge.sampler import _stderr_kept
+    from localsteer.runtime.bridge.sampler import _stderr_kept
 
     before = os.fstat(2).st_ino
     first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
@@ -688,7 +690,7 @@ def test_amx_builds_get_the_safe_setting(info: str, asked: bool | None, expected
 
 
 NOTICE = """
-from localsteer.bridge import library
+from localsteer.runtime.bridge import library
 _, notice = library.choose_extra_bufts("AMX_INT8 = 1", None)
 library.notice_once(notice)
 library.notice_once(notice)

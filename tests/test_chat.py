@@ -16,7 +16,7 @@ from localsteer import bundled
 from localsteer.catalog import load_catalog
 from localsteer.chat import Chat
 from localsteer.errors import LocalsteerError, PlanError, PromptError
-from localsteer.scheduler import Scheduler
+from localsteer.runtime.scheduler import Scheduler
 
 pytestmark = pytest.mark.skipif(not bundled.is_available(), reason="this copy has no bundled model")
 
@@ -130,7 +130,7 @@ def test_a_reply_without_a_word_is_not_kept(chat, monkeypatch):
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr("localsteer.scheduler.Ticket.__iter__", interrupted)
+    monkeypatch.setattr("localsteer.runtime.scheduler.Ticket.__iter__", interrupted)
     assert chat.ask(FOXES).finish_reason == "cancelled"
     assert chat.turns == []
 

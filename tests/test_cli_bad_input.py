@@ -60,6 +60,9 @@ def refused(*args, input=""):
         (["run", "--temp", "nan", "Hi"], "temp must be a finite number"),
         (["run", "--grammar", "x", "--grammar-file", "y", "Hi"], "exclude each other"),
         (["run", "--grammar-file", "none.gbnf", "Hi"], "none.gbnf can't be read"),
+        (["run", "--grammar", "x", "--json-schema", "{}", "Hi"], "--grammar and --json-schema exclude"),
+        (["run", "--json-schema", "none.json", "Hi"], "none.json can't be read"),
+        (["run", "--json-schema", "{a}", "Hi"], "the JSON schema is no JSON"),
         (["extract", "-i", "json"], "--gguf"),
         (["extract", "--gguf", "a.gguf", "--model", "b", "-i", "json"], "either"),
         (["extract", "--gguf", "a.gguf"], "--instruction"),
@@ -204,6 +207,11 @@ def test_an_empty_stop_text(model):
 def test_a_broken_grammar(model):
     assert "grammar can't be parsed" in refused("run", "-m", model, "--grammar", "root ::= (", "Hi")
     assert "grammar can't be parsed: it is empty" in refused("run", "-m", model, "--grammar", " ", "Hi")
+
+
+def test_a_schema_that_can_t_be_enforced(model):
+    schema = '{"properties": {"a": {"uniqueItems": true}}}'
+    assert "properties.a.uniqueItems" in refused("run", "-m", model, "--json-schema", schema, "Hi")
 
 
 def test_penalties_that_leave_no_token_are_no_grammar(model):

@@ -64,7 +64,7 @@ def test_numbers_that_are_none_fail(tiny_llama, monkeypatch):
 
 
 def test_blocks_that_can_not_be_steered_are_named(tiny_llama, monkeypatch):
-    from localsteer.bridge import Context
+    from localsteer.runtime.bridge import Context
 
     monkeypatch.setattr(Context, "probe", lambda self, layers=None: {1, 2})
     done = invoke("doctor", "-m", tiny_llama.gguf_path, "--json")
@@ -88,11 +88,11 @@ def test_an_installation_without_a_model_is_checked_all_the_same(monkeypatch):
 
 
 def test_an_amx_build_is_told_how_to_be_fast(monkeypatch):
-    import localsteer.bridge
+    import localsteer.runtime.bridge
 
     monkeypatch.setattr(doctor, "_has_bundled", lambda: False)
     monkeypatch.setattr(
-        localsteer.bridge, "system_info", lambda: {"llama-cpp-python": "0.3.36", "CPU.AMX_INT8": "1"}
+        localsteer.runtime.bridge, "system_info", lambda: {"llama-cpp-python": "0.3.36", "CPU.AMX_INT8": "1"}
     )
     done = invoke("doctor")
     assert done.status == 0
@@ -101,13 +101,13 @@ def test_an_amx_build_is_told_how_to_be_fast(monkeypatch):
 
 
 def test_a_broken_library_is_a_line_and_no_traceback(monkeypatch):
-    import localsteer.bridge
+    import localsteer.runtime.bridge
 
     def broken():
         raise OSError("libllama.so: undefined symbol")
 
     monkeypatch.setattr(doctor, "_has_bundled", lambda: False)
-    monkeypatch.setattr(localsteer.bridge, "system_info", broken)
+    monkeypatch.setattr(localsteer.runtime.bridge, "system_info", broken)
     done = invoke("doctor")
     assert done.status == 1
     assert "OSError: libllama.so: undefined symbol" in done.out

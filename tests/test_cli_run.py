@@ -129,6 +129,12 @@ def test_a_grammar_binds_the_reply(tiny_llama, folder):
     assert run(tiny_llama, "--grammar-file", "yes.gbnf", "Hi").out == "yes\n"
 
 
+def test_a_json_schema_binds_the_reply(tiny_llama, folder):
+    (folder / "no.json").write_text('{"const": "no"}')
+    assert run(tiny_llama, "--json-schema", '{"const": ["a"]}', "Hi").out.replace(" ", "") == '["a"]\n'
+    assert run(tiny_llama, "-j", "no.json", "Hi").out == '"no"\n'
+
+
 def test_a_stop_text_ends_the_reply_before_it(tiny_llama, replies):
     whole = replies("Hi")
     stop = next(whole[i : i + 3] for i in range(3, len(whole)) if whole.index(whole[i : i + 3]) == i)

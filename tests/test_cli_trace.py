@@ -175,7 +175,7 @@ def test_pictures_are_talk_and_the_strip_is_the_answer(tiny_llama, vector):
 
 def test_the_document_holds_every_token(tiny_llama, vector):
     model = tiny_llama.gguf_path
-    done = invoke("trace", "-m", model, "-s", f"{vector}:0.5@1", *FEW, "--blocks", "0-1", "--json", "Foxes")
+    done = invoke("trace", "-m", model, "-s", f"{vector}:0.5@1", *FEW, "--watch", "0-1", "--json", "Foxes")
     document = done.json
     assert (done.err, document["prompt"], len(document["tokens"])) == ("", "Foxes", document["n_prompt"] + 8)
     assert [(line["block"], line["steered"], line["strength"]) for line in document["lines"]] == [
@@ -212,8 +212,8 @@ def test_an_instruction_of_the_catalogue_is_traced_at_once():
         (["-s", "none.gguf", "Foxes"], "none.gguf"),
         (["-s", "strong.gguf", ""], "the prompt is empty"),
         (["-s", "strong.gguf", "--raw", ""], "the prompt is empty"),
-        (["-s", "strong.gguf", "--blocks", "some", "Foxes"], "'some' names no block"),
-        (["-s", "strong.gguf", "--blocks", "4", "Foxes"], "layer 4 is out of range"),
+        (["-s", "strong.gguf", "--watch", "some", "Foxes"], "'some' names no block"),
+        (["-s", "strong.gguf", "--watch", "4", "Foxes"], "layer 4 is out of range"),
         (["-s", "strong.gguf@9", "Foxes"], "layer 9 is out of range"),
         (["-s", "strong.gguf", "--plot", "none/a.png", "Foxes"], "there is no folder none"),
         (["-s", "strong.gguf", "--html", "none/a.html", "Foxes"], "there is no folder none"),

@@ -19,7 +19,7 @@ from localsteer import ControlVector, bundled
 pytestmark = pytest.mark.skipif(not bundled.is_available(), reason="this copy has no bundled model")
 
 # few settings and short replies, so that a search takes seconds
-FEW = ("-t", "1", "-n", "4", "--blocks", "3,7", "--positions", "generation,prompt", "--max-tokens", "128")
+FEW = ("-t", "1", "-n", "4", "--layer", "3,7", "--positions", "generation,prompt", "--max-tokens", "128")
 SMALL = (*FEW, "--strengths", "1", "--exhaustive")
 PATIENCE_SECONDS = 100
 
@@ -127,7 +127,7 @@ def test_output_goes_elsewhere(vector, no_comma, folder):
 
 
 def test_where_steering_does_not_help_the_file_does_nothing(vector):
-    done = tune(vector, *SMALL, "--blocks", "7", "--positions", "prompt")
+    done = tune(vector, *SMALL, "--layer", "7", "--positions", "prompt")
     assert "No setting made the model follow no_comma more often" in done.out
     assert ControlVector.load(vector).strength == 0
     assert ControlVector.load(vector).provenance["validation"]["advice"]
@@ -196,7 +196,7 @@ def test_inspect_shows_why(tuned):
 
 
 def test_words_without_a_verifier_are_tuned_by_likelihood(folder):
-    options = ("-t", "2", "--max-tokens", "64", "-n", "4", "--blocks", "2-4", "--json", "-o", "own.gguf")
+    options = ("-t", "2", "--max-tokens", "64", "-n", "4", "--layer", "2-4", "--json", "-o", "own.gguf")
     (document,) = tune("-i", "Answer in small letters only.", *options).json["vectors"]
     assert document["judged_by"] == "likelihood" and document["verifier"] is None
     assert any("has no verifier" in line for line in document["advice"])
@@ -292,7 +292,7 @@ def test_without_a_cache_folder_it_works_and_says_so(vector, folder, monkeypatch
     model = bundled.gguf_path("instruct", "Q8_0")
     (folder / "file").write_text("")
     monkeypatch.setenv("LOCALSTEER_CACHE", str(folder / "file"))
-    few = ("-t", "1", "-n", "1", "--blocks", "1", "--positions", "prompt", "--catalog", "bundled")
+    few = ("-t", "1", "-n", "1", "--layer", "1", "--positions", "prompt", "--catalog", "bundled")
     few += ("--exhaustive",)
     done = tune("-m", model, vector, *few)
     assert "a search that is stopped will begin anew" in done.err
@@ -312,8 +312,8 @@ def test_without_a_cache_folder_it_works_and_says_so(vector, folder, monkeypatch
         (["V", "--modes", "project,replace"], "'replace' is none of project"),
         (["V", "--strengths", "1,x"], "'1,x' is no list of strengths"),
         (["V", "--strengths", "0"], "0 steers nothing"),
-        (["V", "--blocks", "two"], "'two' names no block"),
-        (["V", "--blocks", "8"], "layer 8 is out of range"),
+        (["V", "--layer", "two"], "'two' names no block"),
+        (["V", "--layer", "8"], "layer 8 is out of range"),
         (["V", "-n", "0"], "0 is not in the range"),
         (["V", "--kwargs", "{}"], "--verifier"),
         (["V", "--verifier", "keywords:existence", "--kwargs", "moon"], "moon is no JSON object"),
@@ -361,7 +361,7 @@ def test_queries_that_an_instruction_s_own_test_holds_are_refused(folder):
 
 def test_a_vector_of_another_model_is_refused_before_any_search(vector, no_comma, folder):
     write_vector(folder / "tiny.gguf", provenance={"verifier": "punctuation:no_comma", "phrasings": ["x"]})
-    done = invoke("tune", vector, "tiny.gguf", "-t", "1", "--blocks", "1")
+    done = invoke("tune", vector, "tiny.gguf", "-t", "1", "--layer", "1")
     assert "was made for a model with embedding width 64 but this model has 256" in done.complaint()
     assert vector.read_bytes() == no_comma
 
@@ -376,3 +376,11 @@ def test_an_unreadable_line_of_the_journal_is_named(vector, cache):
         assert "line 5: this is no record of a run" in invoke("tune", vector, *SMALL).complaint()
     finally:
         path.write_bytes(content)
+
+
+def test_options_answer_to_the_names_that_they_once_had(vector):
+    """And no help mentions these."""
+    for name in ("--layer", "--blocks"):
+        assert "layer 8 is out of range" in invoke("tune", vector, name, "8").complaint()
+    for command in ("tune", "learn", "trace", "similarity"):
+        assert "--block" not in invoke(command, "--help").out

@@ -23,9 +23,9 @@ from localsteer.evaluate.conditions import (
     told_replies,
 )
 from localsteer.extract import extract
-from localsteer.generate import Reply
 from localsteer.perplexity import log_perplexities, perplexity
 from localsteer.plan import Plan, PositionClass
+from localsteer.runtime.reply import Reply
 from localsteer.steering import apply_program
 from localsteer.vector import ControlVector
 from localsteer.verify.judge import ENDLESS, judge, share

@@ -17,7 +17,6 @@ import pytest
 from cli_runs import environment, invoke
 
 from localsteer import bundled
-from localsteer.bridge import Context
 from localsteer.bundled import checkpoint_hash, gguf_path
 from localsteer.catalog import load_catalog
 from localsteer.demo import GROUPS, _chosen, answers, demonstrate, mean, run_demo
@@ -27,6 +26,7 @@ from localsteer.evaluate.conditions import CONDITIONS
 from localsteer.evaluate.study import Advance, extract_all, silent, spread
 from localsteer.evaluate.workers import Workers
 from localsteer.extract import extract
+from localsteer.runtime.bridge import Context
 from localsteer.vector import ControlVector
 
 ROW_KEYS = {

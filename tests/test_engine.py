@@ -13,7 +13,6 @@ from engines import GREEDY, open_engine, random_vector
 
 import localsteer
 from localsteer import steering
-from localsteer.engine import Piece, pack
 from localsteer.errors import (
     LocalsteerError,
     MismatchError,
@@ -23,6 +22,7 @@ from localsteer.errors import (
     VectorFileError,
 )
 from localsteer.plan import Plan, PositionClass, position_classes
+from localsteer.runtime.forward import Piece, pack
 
 POSITIONS = ("all", "prompt", "last", "generation")
 # F32 weights, cache and sums; chunks and batches take other kernels. States are of order 1 to 10.

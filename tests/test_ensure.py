@@ -13,7 +13,7 @@ from engines import random_vector
 from localsteer import Sampling, bundled
 from localsteer.ensure import bounds_of, ensure
 from localsteer.errors import CatalogError, LocalsteerError, MismatchError, PlanError
-from localsteer.scheduler import Scheduler
+from localsteer.runtime.scheduler import Scheduler
 from localsteer.verify.verdicts import verify
 
 pytestmark = pytest.mark.skipif(not bundled.is_available(), reason="this copy has no bundled model")

@@ -235,6 +235,6 @@ def test_extract_takes_the_mapped_instruction_directly(engine):
 
 
 def _greedy():
-    from localsteer.generate import GREEDY
+    from localsteer.runtime.sampling import GREEDY
 
     return GREEDY

@@ -5,14 +5,17 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import one_sequence
 import pytest
 from engines import GREEDY, open_engine, random_vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localsteer.errors import LocalsteerError, MismatchError, PromptError
-from localsteer.generate import Chunk, Sampling, TextStream, Timings
 from localsteer.plan import Plan
+from localsteer.runtime.reply import Chunk, TextStream, Timings
+from localsteer.runtime.sampling import Sampling
+from localsteer.terms import POSITIONS
 
 PROMPTS = [
     "Tell me about foxes.",
@@ -48,6 +51,18 @@ def told(reply) -> tuple[str, list[int], str]:
 
 
 # --- one, streamed and batched ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_the_loop_draws_what_one_sequence_by_itself_draws(engine, sampling):
+    """Steered in every class of positions, and with a prompt of more than one decode."""
+    long = "word " * 20
+    vectors = [None, *(random_vector(engine, k, positions=where) for k, where in enumerate(POSITIONS))]
+    for prompt, steer in [(long, None), *((PROMPTS[2], vector) for vector in vectors)]:
+        tokens = engine.prompt_tokens(prompt)
+        expected = one_sequence.reply_tokens(engine, tokens, 24, plan=engine.plan(steer), sampling=sampling)
+        assert engine.generate(prompt, steer=steer, sampling=sampling, max_tokens=24).tokens == expected
+        assert len(expected) > 1
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])

@@ -18,13 +18,11 @@ ALLOWED = {("localsteer.vector", "localsteer.convert")}
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = {
     "ground": (
-        "errors", "terms", "jsonable", "cache", "catalog", "vector", "convert", "plan", "steering",
-        "templates", "heatmap", "asked", "verify", "perplexity",
+        "errors", "terms", "jsonable", "cache", "catalog", "constrain", "vector", "convert", "plan",
+        "steering", "templates", "heatmap", "asked", "verify", "perplexity",
     ),
-    "runtime": (
-        "bridge", "kv", "prefix", "attach", "generate", "loop", "batch", "engine", "likelihood", "llama",
-        "llama_cache", "scheduler",
-    ),
+    "runtime": ("runtime",),
+    "doors": ("engine", "llama", "llama_cache"),
     "models": ("bundled", "model_names", "packs", "model_list"),
     "wings": ("extract", "tune", "learn", "ensure", "trace", "chat", "server"),
     "evaluation": ("evaluate", "demo"),

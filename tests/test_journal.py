@@ -16,7 +16,7 @@ from engines import GREEDY, open_engine, random_vector
 from localsteer.errors import LocalsteerError
 from localsteer.evaluate.journal import Journal, Remembered
 from localsteer.evaluate.workers import Workers
-from localsteer.generate import Sampling
+from localsteer.runtime.sampling import Sampling
 
 IDENTITY = {"model": "0123abcd"}
 RECORD = {"kind": "reply", "text": "a fox", "tokens": [1, 2], "finish_reason": "stop"}
@@ -172,7 +172,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     with Journal(Path(sys.argv[1]), {"model": "0123abcd"}) as journal:
         for k in range(1000):
-            journal.put(f"key {k}", {"kind": "reply", "text": "x" * 100})
+            journal.put(f"key {k}", {"kind": "reply", "text": "x" * 100, "tokens": [], "finish_reason": ""})
 except LocalsteerError as error:
     print(k, error)
 """
@@ -212,7 +212,7 @@ from pathlib import Path
 from localsteer.evaluate.journal import Journal
 journal = Journal(Path(sys.argv[1]), {"model": "0123abcd"})
 for k in range(50):
-    journal.put(f"key {k}", {"kind": "reply", "text": "kept"})
+    journal.put(f"key {k}", {"kind": "reply", "text": "kept", "tokens": [], "finish_reason": ""})
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

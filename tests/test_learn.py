@@ -20,13 +20,14 @@ from localsteer.catalog import Instruction, load_catalog
 from localsteer.cli import learn as learn_command
 from localsteer.cli.main import localsteer as program
 from localsteer.errors import LocalsteerError
-from localsteer.generate import GREEDY, Reply
 from localsteer.learn import Kept, Recipe, learn
 from localsteer.learn import weights as loading
 from localsteer.learn.examples import Example, of_pairs, rewritten, shared
 from localsteer.learn.gate import Gate
 from localsteer.learn.learning import checked_blocks
 from localsteer.learn.training import Training, prepare
+from localsteer.runtime.reply import Reply
+from localsteer.runtime.sampling import GREEDY
 from localsteer.vector import ControlVector
 
 CATALOG = load_catalog("bundled")
@@ -261,7 +262,7 @@ def test_what_is_to_be_learned_must_be_said():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-i", "json", "--blocks", "7"], "block 7 can't be learned at: choose 0 to 6"),
+        (["-i", "json", "--layer", "7"], "block 7 can't be learned at: choose 0 to 6"),
         (["-i", "language_de"], "no rule rewrites a plain reply"),
         (["--examples", "none.jsonl"], "none.jsonl can't be read"),
         (["-i", "json", "-o", "no/such/folder/json.gguf"], "no/such/folder"),

@@ -8,7 +8,8 @@ from engines import GREEDY, open_engine, random_vector
 
 from localsteer import bundled
 from localsteer.errors import PromptError
-from localsteer.likelihood import Likelihood, Row, log_probabilities
+from localsteer.runtime.forward import log_probabilities
+from localsteer.runtime.likelihood import Likelihood, Row
 from localsteer.tune import POSITIONS
 
 EXACT = 1e-4  # F32 weights and cache; sums differ in their order alone

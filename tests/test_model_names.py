@@ -12,8 +12,8 @@ from cli_runs import invoke, program
 import localsteer
 from localsteer import bundled, model_names
 from localsteer.errors import ModelFileError
-from localsteer.generate import GREEDY
 from localsteer.model_names import PACKAGED, is_bundled, is_named, packaged_file, path_of
+from localsteer.runtime.sampling import GREEDY
 
 SMOL = PACKAGED["smol"]
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localsteer.bridge import hook as hook_module
-from localsteer.bridge.hook import Accessors, Hook
 from localsteer.errors import LocalsteerError
 from localsteer.plan import PositionClass, Program
+from localsteer.runtime.bridge import hook as hook_module
+from localsteer.runtime.bridge.hook import Accessors, Hook
 from localsteer.steering import apply_program
 
 NATIVE = Path(__file__).parents[1] / "native"

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from localsteer.bridge import openmp
+from localsteer.runtime.bridge import openmp
 
 pytestmark = pytest.mark.skipif(not openmp.is_loaded(), reason="this llama.cpp does not use libgomp")
 
 IMPORTS = ("from localsteer import Engine", "from localsteer import SteeredLlama")
-BRIDGE = "from localsteer.bridge import spinning; print(spinning)"
+BRIDGE = "from localsteer.runtime.bridge import spinning; print(spinning)"
 
 
 def settings_of(code: str, **environment: str) -> tuple[dict[str, str], str]:

@@ -215,7 +215,9 @@ def test_off_makes_first_use_search_for_itself(named, monkeypatch):
 
 def test_an_instruction_that_nothing_helps_is_said_at_once(pack, named):
     document = json.loads((pack / "pack.json").read_text("utf-8"))
-    row = document["instructions"]["lowercase"] | {"strength": 0.0, "advice": ["nothing helps here."]}
+    row = document["instructions"]["lowercase"] | {
+        "strength": 0.0, "advice": ["nothing helps here."], "sha256": None,
+    }  # fmt: skip
     edit(pack, instructions={"lowercase": row})
     vector = ControlVector.load(pack / "lowercase.gguf").at(strength=0.0)
     vector.save(pack / "lowercase.gguf")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from localsteer.errors import LocalsteerError
 from localsteer.plan import Plan, position_classes
-from localsteer.prefix import TokenSequence, trees
+from localsteer.runtime.prefix import TokenSequence, trees
 
 ROOMY = {"n_sequences": 100, "n_tokens": 1000, "n_outputs": 1000}
 N_VOCAB = 512

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from engines import GREEDY, open_engine, random_vector
 
-from localsteer.bridge import Context
 from localsteer.errors import (
     LocalsteerError,
     ModelFileError,
@@ -20,10 +19,12 @@ from localsteer.errors import (
     QueueFullError,
     SchedulerClosedError,
 )
-from localsteer.generate import Sampling
-from localsteer.kv import CachedSequences
-from localsteer.loop import Loop, new_request
-from localsteer.scheduler import Scheduler
+from localsteer.runtime.ask import Ask
+from localsteer.runtime.bridge import Context
+from localsteer.runtime.kv import CachedSequences
+from localsteer.runtime.loop import Loop, new_request
+from localsteer.runtime.sampling import Sampling
+from localsteer.runtime.scheduler import Scheduler
 
 POSITIONS = ("all", "prompt", "last", "generation")
 SHORT = {"max_tokens": 12, "sampling": GREEDY}
@@ -126,7 +127,7 @@ def test_a_second_turn_is_as_from_an_empty_cache(engine, positions):
 def test_a_cache_keyed_by_tokens_alone_would_be_poisoned(engine, monkeypatch, poisoned):
     """So the tests around this one can fail: without the edits in the key a prompt is taken as it is."""
     if poisoned:
-        monkeypatch.setattr("localsteer.loop.class_keys", lambda plan: (b"", b"", b""))
+        monkeypatch.setattr("localsteer.runtime.loop.class_keys", lambda plan: (b"", b"", b""))
     text = prompts(4)[3]
     with Scheduler(engine) as scheduler:
         scheduler.submit(text, steer=[random_vector(engine, 4, strength=8.0)], **SHORT).result()
@@ -195,7 +196,7 @@ def test_slots_in_a_gap_keep_what_they_hold(engine):
     loop = Loop(engine)
 
     def begin(tokens, n):
-        request = new_request(engine, tokens, None, max_tokens=n, sampling=GREEDY, stop=())
+        request = new_request(engine, Ask(tokens=tokens, max_tokens=n, sampling=GREEDY))
         loop.add(request)
         list(loop.step())
         return request
@@ -219,7 +220,7 @@ def test_a_slot_in_a_gap_may_be_full(tiny_llama):
         loop = Loop(engine)
         lengths = (20, engine.context.n_ctx_seq - 1, 20)
         requests = [
-            new_request(engine, [k + 1] * n, None, max_tokens=m, sampling=GREEDY, stop=())
+            new_request(engine, Ask(tokens=[k + 1] * n, max_tokens=m, sampling=GREEDY))
             for k, (n, m) in enumerate(zip(lengths, (9, 1, 9), strict=True))
         ]
         for request in requests:
@@ -347,9 +348,8 @@ def test_what_is_wrong_with_a_request_is_its_own_affair(engine):
         good = scheduler.submit(prompts(1)[0], **SHORT)
         with pytest.raises(PromptError):
             scheduler.submit("x" * 100_000, **SHORT)
-        bad = scheduler.submit("A", sampling=Sampling(grammar="root ::= ("))
         with pytest.raises(LocalsteerError, match="grammar"):
-            bad.result()
+            scheduler.submit("A", sampling=Sampling(grammar="root ::= ("))
         assert good.result().tokens
         assert scheduler.submit("A", **SHORT).result().tokens
 
@@ -540,11 +540,10 @@ def test_ctrl_c_while_the_engine_opens_leaves_nothing_open(tiny_llama):
 def test_a_long_prompt_does_not_stall_a_running_reply(engine):
     """Between two tokens of a reply no step takes more than prefill_chunk tokens of the prompt."""
     loop = Loop(engine, prefill_chunk=8)
-    settings = {"max_tokens": 30, "sampling": GREEDY, "stop": ()}
-    short = new_request(engine, engine.prompt_tokens("Hi"), None, **settings)
+    short = new_request(engine, Ask("Hi", max_tokens=30, sampling=GREEDY))
     loop.add(short)
     list(loop.step())
-    long = new_request(engine, engine.prompt_tokens("word " * 40), None, **settings)
+    long = new_request(engine, Ask("word " * 40, max_tokens=30, sampling=GREEDY))
     loop.add(long)
     seen = []
     while not long.tokens:

@@ -82,7 +82,7 @@ def test_a_hang_up_ends_the_tries_of_ensure(server):
 
 def test_a_hang_up_is_seen_within_a_step_of_the_cancel(server, monkeypatch):
     """From the cancel on no further token of the reply is drawn."""
-    from localsteer.scheduler import Ticket
+    from localsteer.runtime.scheduler import Ticket
 
     seen = []
     cancel = Ticket.cancel

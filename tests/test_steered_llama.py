@@ -20,11 +20,11 @@ import pytest
 from cli_runs import write_vector
 from engines import GREEDY, open_engine, random_vector
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from one_sequence import token_steps
 from tiny_models import write_tiny_mamba
 
 import localsteer
 from localsteer import SteeredLlama, bundled
-from localsteer.bridge import Hook
 from localsteer.errors import (
     LocalsteerError,
     MismatchError,
@@ -33,7 +33,7 @@ from localsteer.errors import (
     PromptError,
     UnsupportedModelError,
 )
-from localsteer.generate import token_steps
+from localsteer.runtime.bridge import Hook
 
 POSITIONS = ("all", "prompt", "last", "generation")
 OPTIONS = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False}

@@ -69,7 +69,7 @@ def stock_logits(
 
 
 def our_logits(model: Path, vectors: list[ControlVector]) -> np.ndarray:
-    bridge = pytest.importorskip("localsteer.bridge")
+    bridge = pytest.importorskip("localsteer.runtime.bridge")
     n, plan = len(TOKENS), Plan.from_vectors(vectors)
     with bridge.Model(model) as owner, bridge.Context(owner, n_ctx=512, exact=True, n_threads=1) as context:
         classes = [PositionClass.PROMPT] * (n - 1) + [PositionClass.LAST]

@@ -16,7 +16,7 @@ from localsteer.evaluate.probe import GAUSSIAN, LINEAR, MEANS
 from localsteer.evaluate.studies import NAMES, compound, layers, linear, pairs, quantization
 from localsteer.evaluate.studies.common import other_vector, run_study, working
 from localsteer.evaluate.suites.cells import Cell, Result, checks_of, judge_cell
-from localsteer.generate import Reply
+from localsteer.runtime.reply import Reply
 
 QUERIES = CATALOG.queries["extraction"]
 N_LAYER, N_EMBD = 6, 32

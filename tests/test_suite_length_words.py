@@ -16,8 +16,8 @@ from localsteer.evaluate.report.shape import check
 from localsteer.evaluate.suites import composition, length, words
 from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, open_bench
 from localsteer.evaluate.suites.cells import Cell, Result, Verdict
-from localsteer.generate import Reply
 from localsteer.plan import Plan
+from localsteer.runtime.reply import Reply
 
 CATALOG = load_catalog("bundled")
 N_TEST = 4

@@ -31,7 +31,8 @@ from localsteer.evaluate.transfer import (
     verdict,
 )
 from localsteer.extract import Pair, build_pairs, extract, open_backend
-from localsteer.generate import stops_of
+from localsteer.runtime.ask import Ask
+from localsteer.runtime.loop import stops_of
 
 RHYME = Instruction.from_text("Answer in rhyme.")
 QUERIES = ("Tell me about foxes.", "Describe a quiet village.", "What is a river?")
@@ -319,7 +320,7 @@ def test_a_model_asked_as_q_and_a_is_stopped_at_its_next_question(monkeypatch, b
 
     def look(engine, _instruction, vector, *_rest, **_options):
         engine.plan(vector)
-        raise LocalsteerError(f"stops: {stops_of(engine)}")
+        raise LocalsteerError(f"stops: {stops_of(engine, Ask())}")
 
     monkeypatch.setattr(transfer, "examine", look)
     said = invoke("transfer", bundled_vector, "-m", "bundled", "--qa", "-t", 1).complaint()

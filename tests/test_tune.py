@@ -10,8 +10,8 @@ from localsteer import ControlVector, bundled
 from localsteer.catalog import Instruction, load_catalog
 from localsteer.errors import CatalogError, PlanError, PromptError
 from localsteer.extract import extract
-from localsteer.generate import GREEDY
-from localsteer.likelihood import Likelihood
+from localsteer.runtime.likelihood import Likelihood
+from localsteer.runtime.sampling import GREEDY
 from localsteer.tune import Setting, tune, tune_exhaustively
 from localsteer.tune.check import Check
 from localsteer.tune.replies import GIVEN_UP, Asked, replies_to

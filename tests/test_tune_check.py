@@ -8,7 +8,8 @@ import pytest
 
 from localsteer import bundled
 from localsteer.catalog import load_catalog
-from localsteer.generate import GREEDY, Reply
+from localsteer.runtime.reply import Reply
+from localsteer.runtime.sampling import GREEDY
 from localsteer.tune import Check, Setting, Trial
 from localsteer.tune.check import IMPROBABLE
 from localsteer.verify.judge import ENDLESS

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from localsteer import bundled
 from localsteer.catalog import load_catalog
 from localsteer.errors import PlanError
-from localsteer.likelihood import Likelihood
+from localsteer.runtime.likelihood import Likelihood
 from localsteer.tune import POSITIONS, Setting
 from localsteer.tune.score import DAMAGE, Score
 from localsteer.tune.search import N_COARSE, N_TARGETS, STRENGTHS, Search, candidates, usable_blocks

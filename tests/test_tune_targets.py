@@ -10,9 +10,9 @@ import pytest
 from localsteer import bundled
 from localsteer.catalog import Instruction, load_catalog
 from localsteer.errors import PromptError
-from localsteer.generate import GREEDY, Sampling
-from localsteer.likelihood import Likelihood, Row
 from localsteer.plan import Plan
+from localsteer.runtime.likelihood import Likelihood, Row
+from localsteer.runtime.sampling import GREEDY, Sampling
 from localsteer.tune.replies import GIVEN_UP, Asked, replies_to, told_prompt
 from localsteer.tune.setting import Setting
 from localsteer.tune.targets import ENOUGH, MAX_TOKENS, N_ROUND, WORST, Target, Telling

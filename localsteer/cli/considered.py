@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from .console import note
 
 if TYPE_CHECKING:
-    from localsteer.engine import Engine, Prompt
+    from localsteer.engine import Engine
+    from localsteer.runtime.ask import Prompt
     from localsteer.vector import ControlVector
 
 

@@ -77,8 +77,8 @@ def _check_output(path: Path, force: bool) -> None:
 
 
 def _quantized(folder: str, path: Path, ftype: str, quantization: str, name: str | None) -> None:
-    from localsteer.bridge import quantization_types, quantize
     from localsteer.convert.checkpoint import checkpoint_to_gguf
+    from localsteer.runtime.bridge import quantization_types, quantize
 
     if quantization not in quantization_types():
         known = ", ".join(sorted(quantization_types()))
@@ -99,7 +99,12 @@ def _quantized(folder: str, path: Path, ftype: str, quantization: str, name: str
     "npz and safetensors: blocks (row 0 is block 0), or hidden_states (row 0 is the embedding).",
 )
 @click.option(
-    "--blocks", "n_layer", type=click.IntRange(min=1), metavar="N", help="Number of blocks of the model."
+    "--n-layer",
+    cls=options.Renamed,
+    old=["--blocks"],
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of blocks of the model.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(), metavar="GGUF", help="The vector file.")
 @options.settings

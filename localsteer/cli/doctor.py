@@ -120,7 +120,7 @@ def _versions() -> Iterator[HealthCheck]:
 
 
 def _llama() -> Iterator[HealthCheck]:
-    from localsteer.bridge import system_info
+    from localsteer.runtime.bridge import system_info
 
     info = system_info()
     features = [name for name in CPU_FEATURES if info.get(f"CPU.{name}") == "1"]
@@ -133,7 +133,7 @@ def _llama() -> Iterator[HealthCheck]:
 
 
 def _threads() -> Iterator[HealthCheck]:
-    from localsteer.bridge import default_threads, spinning
+    from localsteer.runtime.bridge import default_threads, spinning
 
     counts = f"{default_threads()} by default, of {os.cpu_count()} processors"
     yield HealthCheck("threads", "ok", f"{counts}; how long they spin for each other: {spinning}")

@@ -163,7 +163,7 @@ def recipe_of(
 
 def _gguf_file(gguf: str) -> Path:
     """Raises ModelFileError for a file that is none: it would be taken for a checkpoint's name."""
-    from localsteer.bridge import check_gguf
+    from localsteer.runtime.bridge import check_gguf
 
     path = model_file(gguf)
     check_gguf(path)

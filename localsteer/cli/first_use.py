@@ -74,23 +74,30 @@ def _digest(content: Any) -> str:
 
 
 def _read(path: Path) -> ControlVector | None:
+    from localsteer.cache import is_intact, is_sealed
     from localsteer.vector import ControlVector
 
     if not path.is_file():
         return None
     try:
-        return ControlVector.load(path)
+        vector = ControlVector.load(path)
     except VectorFileError as error:
         note(f"the cached vector is made again: {error}")
         return None
+    if is_sealed(path) and not is_intact(path):  # a vector of an earlier version has no seal
+        note(f"the cached vector is made again: {path} is damaged.")
+        return None
+    return vector
 
 
 def _keep(vector: ControlVector, path: Path) -> None:
-    from localsteer.cache import cache_folder
+    from localsteer.cache import cache_folder, seal, unlink_sealed
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        unlink_sealed(path)  # never an old seal beside a new file
         vector.save(path)
+        seal(path)
         note(f"kept in {cache_folder()}; `localsteer vectors` lists it.")
     except (OSError, LocalsteerError) as error:
         reason = getattr(error, "strerror", None) or error

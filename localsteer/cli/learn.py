@@ -49,7 +49,10 @@ N_SEQ_MAX = 16
     help="Learn a constant: an ordinary control vector, which llama.cpp and others apply as it is.",
 )
 @click.option(
-    "--blocks",
+    "--layer",
+    "blocks",
+    cls=options.Renamed,
+    old=["--blocks"],
     type=options.Blocks(),
     metavar="BLOCKS",
     help="Blocks that race: 12, 3,4 or 3-5. [default: two in the upper half]",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -98,6 +98,19 @@ model = click.option(
     "bundled-base, smol.",
 )
 
+
+class Renamed(click.Option):
+    """An option that also answers to names it once had, which no help mentions."""
+
+    def __init__(self, *args: Any, old: Sequence[str], **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.old = list(old)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        super().add_to_parser(parser, ctx)
+        parser.add_option(self, self.old, self.name, action="store", nargs=self.nargs)
+
+
 engine = all_of(
     click.option(
         "-c",
@@ -139,6 +152,12 @@ sampling = all_of(
     click.option("--seed", type=int, metavar="N", help="[default: another one each time]"),
     click.option("--grammar", metavar="GBNF", help="A grammar that the reply must follow."),
     click.option("--grammar-file", type=click.Path(), metavar="FILE", help="The same, from a file."),
+    click.option(
+        "-j",
+        "--json-schema",
+        metavar="JSON_OR_FILE",
+        help="A JSON schema that the reply must follow: its text, or a file; {} is any JSON.",
+    ),
 )
 
 vectors = all_of(

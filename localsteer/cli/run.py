@@ -6,7 +6,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,13 @@ from .prompt_input import read_prompt
 from .vector_spec import VectorSpec, with_own_strength
 
 if TYPE_CHECKING:
-    from localsteer.engine import Engine, Prompt
+    from localsteer.constrain import Constraint
+    from localsteer.engine import Engine
     from localsteer.ensure import Ensured
-    from localsteer.generate import Chunk, Reply, Sampling
     from localsteer.plan import Plan
+    from localsteer.runtime.ask import Ask, Prompt
+    from localsteer.runtime.reply import Chunk, Reply
+    from localsteer.runtime.sampling import Sampling
     from localsteer.vector import ControlVector
 
 SETTINGS = ("layer", "mode", "positions", "strength")
@@ -119,6 +122,8 @@ def command(
       localsteer run --ensure json "Tell me about foxes."
       cat notes.txt | localsteer run -m MODEL.gguf -i "Answer in rhyme." "Sum this up."
     """
+    from localsteer.runtime.ask import Ask
+
     if compare and ensured:
         raise click.UsageError(
             "--ensure chooses between the plain and the steered reply: leave --compare out."
@@ -142,7 +147,15 @@ def command(
     with open_engine(model, **loading, n_seq_max=1) as engine:
         always = vectors if literal else insisted
         vectors, left_out = harmless(engine, vectors, message, always=always, raw=given["raw"])
-        request = Question(engine, message, plan_of(engine, vectors, ridge), sampling, given)
+        ask = Ask(
+            message,
+            steer=plan_of(engine, vectors, ridge),
+            max_tokens=None if given["predict"] < 0 else given["predict"],
+            sampling=sampling,
+            stop=given["stop"],
+            raw=given["raw"],
+        )
+        request = Question(engine, ask)
         if checked:
             found = ensure_reply(request, vectors, checked, tries or TRIES, ridge)
             if as_json:
@@ -171,47 +184,50 @@ def _refuse_idle(
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt and how it is answered. settings: the command's options of the same names."""
+    """What is asked, steered, and of which engine."""
 
     engine: Engine
-    prompt: Prompt
-    plan: Plan
-    sampling: Sampling
-    settings: dict[str, Any]
+    ask: Ask
 
     def stream(self, *, steered: bool = True) -> Iterator[Chunk]:
-        return self.engine.stream(self.prompt, **self._how(steered))
+        return self.engine.stream(self.ask if steered else self.plain)
 
     def reply(self, *, steered: bool = True) -> Reply:
-        return self.engine.generate(self.prompt, **self._how(steered))
+        return self.engine.generate(self.ask if steered else self.plain)
 
-    def _how(self, steered: bool) -> dict[str, Any]:
-        predict = self.settings["predict"]
-        return {
-            "steer": self.plan if steered else (),
-            "max_tokens": None if predict < 0 else predict,
-            "sampling": self.sampling,
-            "stop": self.settings["stop"],
-            "raw": self.settings["raw"],
-        }
+    @property
+    def plain(self) -> Ask:
+        return replace(self.ask, steer=())
 
 
 def sampling_of(given: dict[str, Any]) -> Sampling:
     """From the sampling options, with a seed drawn here, so that two replies can share it."""
-    from localsteer.generate import Sampling
+    from localsteer.runtime.sampling import Sampling
 
-    grammar = given["grammar"]
-    if given["grammar_file"] is not None:
-        if grammar is not None:
-            raise click.UsageError("--grammar and --grammar-file exclude each other.")
-        grammar = read_text(given["grammar_file"], "the grammar file")
     names = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty")
     return Sampling(
         **{name: given[name] for name in names},
         frequency_penalty=given["frequency_penalty"],
         seed=random.randrange(2**32 - 1) if given["seed"] in (None, -1) else given["seed"],
-        grammar=grammar,
+        grammar=grammar_of(given),
     )
+
+
+def grammar_of(given: dict[str, Any]) -> Constraint | str | None:
+    """From --grammar, --grammar-file or --json-schema."""
+    from localsteer.constrain import Constraint
+
+    there = [name for name in ("grammar", "grammar_file", "json_schema") if given[name] is not None]
+    if len(there) > 1:
+        first, second = (f"--{name.replace('_', '-')}" for name in there[:2])
+        raise click.UsageError(f"{first} and {second} exclude each other.")
+    if given["grammar_file"] is not None:
+        return read_text(given["grammar_file"], "the grammar file")
+    schema = given["json_schema"]
+    if schema is None:
+        return given["grammar"]
+    is_text = schema.lstrip().startswith("{") or schema.strip() in ("true", "false")
+    return Constraint.json_schema(schema if is_text else read_text(schema, "the JSON schema"))
 
 
 def load_vectors(specs: Sequence[str], given: dict[str, Any]) -> list[ControlVector]:
@@ -266,8 +282,8 @@ def ensure_reply(
 ) -> Ensured:
     from localsteer.ensure import ensure
 
-    how = {**request._how(False), "steer": vectors, "tries": tries, "ridge": ridge}
-    return ensure(request.engine, request.prompt, checked, **how)
+    ask = replace(request.ask, steer=vectors)
+    return ensure(request.engine, ask, checked, tries=tries, ridge=ridge)
 
 
 def steered_by(found: Ensured, checked: Sequence[ControlVector]) -> list[ControlVector]:
@@ -328,8 +344,7 @@ def _say_how_it_went(request: Question, last: Chunk | Reply, timings: bool, whos
 
 
 def _why_cut(request: Question, n: int) -> str:
-    predict = request.settings["predict"]
-    if n == predict:
+    if n == request.ask.max_tokens:
         return f"the reply was cut after {n} tokens: -n allows more."
     return f"the context of {request.engine.n_ctx} tokens is full: the reply was cut after {n} tokens."
 
@@ -381,7 +396,12 @@ def document(request: Question, model: str, vectors: Sequence[ControlVector], re
         }
         for vector in vectors
     ]
-    made = {"model": model, "prompt": request.prompt, "steering": steering, "seed": request.sampling.seed}
+    made = {
+        "model": model,
+        "prompt": request.ask.prompt,
+        "steering": steering,
+        "seed": request.ask.sampling.seed,
+    }
     return made | _reply_document(reply)
 
 

@@ -21,7 +21,7 @@ from .console import note, print_json
 from .models import is_named, load_engine, model_file
 
 if TYPE_CHECKING:
-    from localsteer.scheduler import Scheduler
+    from localsteer.runtime.scheduler import Scheduler
     from localsteer.server.run import Running
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
@@ -184,7 +184,7 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def _opened(models: Sequence[str], given: dict[str, Any]) -> Iterator[dict[str, Scheduler]]:
-    from localsteer.scheduler import Scheduler
+    from localsteer.runtime.scheduler import Scheduler
 
     loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers", "kv_unified")}
     names = model_names(models)

@@ -23,7 +23,13 @@ GROUPS = ("format", "length")
 @click.argument("instructions", nargs=-1, metavar="[INSTRUCTION]...")
 @options.model
 @click.option(
-    "--block", type=click.IntRange(min=0), metavar="N", help="Of the second heat map. [default: the clearest]"
+    "--layer",
+    "block",
+    cls=options.Renamed,
+    old=["--block"],
+    type=click.IntRange(min=0),
+    metavar="BLOCK",
+    help="Of the second heat map. [default: the clearest]",
 )
 @click.option(
     "--plot", type=click.Path(), metavar="PNG", help="Draw both heat maps and the probes into a picture."
@@ -105,7 +111,7 @@ def _chosen(catalog: Catalog, names: tuple[str, ...]) -> list[Instruction]:
 
 def _checked(block: int | None, n_layer: int) -> int | None:
     if block is not None and block >= n_layer:
-        raise click.UsageError(f"--block {block} is out of range: the model has blocks 0 to {n_layer - 1}.")
+        raise click.UsageError(f"--layer {block} is out of range: the model has blocks 0 to {n_layer - 1}.")
     return block
 
 

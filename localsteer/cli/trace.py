@@ -28,7 +28,10 @@ class Watched(options.Blocks):
 @options.vectors
 @options.settings
 @click.option(
-    "--blocks",
+    "--watch",
+    "blocks",
+    cls=options.Renamed,
+    old=["--blocks"],
     type=Watched(),
     metavar="BLOCKS",
     help="Look at these blocks too, steered or not, and what steering there would do: 3, 2-5 or `all`.",
@@ -84,10 +87,10 @@ def command(
     Examples:
       localsteer trace --instruction json "Tell me about foxes."
       localsteer trace -m MODEL.gguf -s json.gguf "Tell me about foxes."
-      localsteer trace -m MODEL.gguf -s json.gguf@12 --blocks all --plot trace.png "Tell me about foxes."
+      localsteer trace -m MODEL.gguf -s json.gguf@12 --watch all --plot trace.png "Tell me about foxes."
       localsteer trace -m MODEL.gguf -s json.gguf --reply "A fox is red." --html trace.html "What is a fox?"
     """
-    from localsteer.generate import Sampling
+    from localsteer.runtime.sampling import Sampling
     from localsteer.trace import trace
 
     from .run import load_vectors, message_of, vector_of

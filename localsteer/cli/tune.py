@@ -89,7 +89,13 @@ class Numbers(click.ParamType):
     "-n", "n", default=8, show_default=True, type=click.IntRange(min=1), help="Queries that check a setting."
 )
 @click.option(
-    "--blocks", type=options.Blocks(), metavar="BLOCKS", help="Blocks to try: 12, 3,4 or 3-5. [default: all]"
+    "--layer",
+    "blocks",
+    cls=options.Renamed,
+    old=["--blocks"],
+    type=options.Blocks(),
+    metavar="BLOCKS",
+    help="Blocks to try: 12, 3,4 or 3-5. [default: all]",
 )
 @click.option(
     "--positions",
@@ -145,7 +151,7 @@ def command(vectors: tuple[str, ...], model: str, as_json: bool, **given: Any) -
       localsteer tune -m MODEL.gguf json.gguf lowercase.gguf -o tuned/
       localsteer tune -m MODEL.gguf --instruction "Answer in rhyme." -o rhyme.gguf
       localsteer tune -m MODEL.gguf rhyme.gguf --verifier keywords:existence --kwargs '{"keywords": ["moon"]}'
-      localsteer tune -m MODEL.gguf json.gguf --exhaustive --blocks 8-20 --plot json.png
+      localsteer tune -m MODEL.gguf json.gguf --exhaustive --layer 8-20 --plot json.png
     """
     jobs = _jobs(vectors, model, given)
     if given["plot"]:

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localsteer.catalog import Instruction, Query
-from localsteer.generate import GREEDY
 from localsteer.perplexity import log_perplexities, perplexity
+from localsteer.runtime.sampling import GREEDY
 from localsteer.vector import ControlVector
 from localsteer.verify.judge import Judged, judge, share
 from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
-    from localsteer.engine import Engine, Steer
-    from localsteer.generate import Reply
+    from localsteer.engine import Engine
+    from localsteer.runtime.attach import Steer
+    from localsteer.runtime.reply import Reply
 
 CONDITIONS = ("none", "steered", "random", "other", "instructed", "both")
 MIN_QUERIES = 20  # below that a share says little

@@ -12,22 +12,36 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import threading
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localsteer.batch import plans_of, stream_batch
 from localsteer.errors import LocalsteerError
-from localsteer.generate import Reply, stops_of
+from localsteer.runtime.ask import asks_for
+from localsteer.runtime.generate import generate_batch, new_requests, stream_requests
+from localsteer.runtime.loop import stops_of
+from localsteer.runtime.reply import Reply
 
 if TYPE_CHECKING:
-    from localsteer.engine import Engine, Prompt, Steer
-    from localsteer.generate import Sampling
+    from localsteer.engine import Engine
     from localsteer.plan import Plan
+    from localsteer.runtime.ask import Prompt
+    from localsteer.runtime.attach import Steer
+    from localsteer.runtime.sampling import Sampling
 
 FORMAT = 1
+SUM = "crc32"  # of a record's line without it
+logger = logging.getLogger("localsteer")
+# What a record of each kind must hold to be of use; one that lacks it is made again.
+_TYPES = {
+    "reply": {"text": str, "tokens": list, "finish_reason": str},
+    "score": {"score": (int, float)},
+    "torch": {"replies": list},
+}
 
 
 class Journal:
@@ -35,9 +49,10 @@ class Journal:
 
     path: made, with its folder, if need be; None keeps everything in memory. identity: what the records hold
     for, the model's sha256 first of all; a file with records of another one is refused.
-    Half a line at the end, which a killed run leaves, is dropped. A file that nothing was put into, as by a
-    run that was refused, is removed when it is closed. Raises LocalsteerError for any other line that can't
-    be read.
+    Half a line at the end, which a killed run leaves, is dropped. A record that has changed, or lacks what
+    its kind must hold, is not there, so that it is made again; a notice says so. A file that nothing was put
+    into, as by a run that was refused, is removed when it is closed. Raises LocalsteerError for any other
+    line that can't be read.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
@@ -70,7 +85,7 @@ class Journal:
         """Keep a record. Raises LocalsteerError when the disk takes no more; what was kept stays."""
         with self._lock:
             if key not in self._records:
-                self._append({"key": key, **record})
+                self._append(_sealed({"key": key, **record}))
                 self._records[key] = dict(record)
 
     def close(self) -> None:
@@ -120,14 +135,19 @@ class Journal:
         if not whole and not _line(header).startswith(content):
             raise LocalsteerError(f"{path} is no journal of a run: choose another folder, or delete it.")
         lines = content[:whole].splitlines()
+        damaged = set()
         for number, line in enumerate(lines, 1):
             record = _parsed(line, path, number)
             if len(lines) == 1 and record.get("localsteer") == header["localsteer"]:
                 whole = 0  # nothing was kept, as by a run that was refused: another one may have the file
             elif number == 1:
                 self._check(record, header)
-            else:
+            elif _is_unchanged(record) and _is_whole(record):
                 self._records[record.pop("key")] = record
+            else:
+                damaged.add(record["key"])
+        if again := damaged - self._records.keys():  # a later line may hold what was made again
+            logger.warning(f"{path}: {len(again)} records are damaged, and are made again.")
         # last of all: a file that is not ours stays as it is
         if whole < len(content):
             with path.open("r+b") as file:
@@ -140,6 +160,32 @@ class Journal:
                     f"{self.path} belongs to another run ({name} {found.get(name)!r}, now {wanted!r}): "
                     "choose another folder, or delete this one to begin anew."
                 )
+
+
+def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {**record, SUM: zlib.crc32(_line(record))}
+
+
+def _is_unchanged(record: dict[str, Any]) -> bool:
+    """By its checksum, which is taken out; a record of an earlier version has none."""
+    found = record.pop(SUM, None)
+    return found is None or found == zlib.crc32(_line(record))
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether a record holds what it is read for."""
+    kind = record.get("kind")
+    types = _TYPES.get(kind, {}) if isinstance(kind, str) else None
+    if types is None or not all(isinstance(record.get(name), type_) for name, type_ in types.items()):
+        return False
+    if kind == "reply":
+        return all(type(token) is int for token in record["tokens"])
+    return kind != "torch" or all(_is_torch_reply(reply) for reply in record["replies"])
+
+
+def _is_torch_reply(reply: Any) -> bool:
+    types = (str, list, str)  # as studies/layers.py keeps a Reply
+    return isinstance(reply, list) and [*map(type, reply)] == [*types]
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -185,34 +231,31 @@ class Remembered:
         prompts: Sequence[Prompt],
         *,
         steer: Steer | Sequence[Steer] = (),
-        max_tokens: int | None = 512,
         sampling: Sampling | Sequence[Sampling] | None = None,
-        stop: Sequence[str] = (),
-        raw: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
+        **fields: Any,
     ) -> list[Reply]:
         """As Engine.generate_batch; what is known already counts as done at once."""
-        stop = stops_of(self._engine, stop, raw)
-        given = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop, "raw": raw}
+        asks = asks_for(prompts, steer=steer, sampling=sampling, **fields)
         if not getattr(sampling, "is_argmax", False):
-            return self._engine.generate_batch(prompts, steer=steer, **given, on_progress=on_progress)
-        plans = plans_of(self._engine, steer, len(prompts))
-        settings = (max_tokens, stop)
+            return generate_batch(self._engine, asks, on_progress=on_progress)
+        requests = new_requests(self._engine, asks)
         keys = [
-            _key("reply", self._engine.prompt_tokens(prompt, raw), _plan_key(plan), *settings)
-            for prompt, plan in zip(prompts, plans, strict=True)
+            _key(
+                "reply", request.prompt, _plan_key(request.plan), ask.max_tokens, stops_of(self._engine, ask)
+            )
+            for ask, request in zip(asks, requests, strict=True)
         ]
         call = _key(keys)
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        asked = sorted(first[key] for key in self._missing(keys, call))
-        ended = stream_batch(
-            self._engine, [prompts[i] for i in asked], steer=[plans[i] for i in asked], **given
-        )
+        missing = sorted(first[key] for key in self._missing(keys, call))
+        ended = stream_requests(self._engine, [requests[i] for i in missing])
         with contextlib.closing(ended):  # what ends it early must leave no sequence in the engine
-            for left, (k, reply) in zip(range(len(asked) - 1, -1, -1), ended, strict=True):
-                i = asked[k]
+            for left, (k, reply) in zip(range(len(missing) - 1, -1, -1), ended, strict=True):
+                i = missing[k]
                 self.n_decoded += self._journal.get(keys[i]) is None
-                self._journal.put(keys[i], _reply_record(prompts[i], plans[i], reply) | {"call": call})
+                record = _reply_record(prompts[i], requests[i].plan, reply)
+                self._journal.put(keys[i], record | {"call": call})
                 self._check()
                 if on_progress:
                     on_progress(len(prompts) - left, len(prompts))

@@ -28,7 +28,7 @@ def document(
     import platform
 
     from localsteer import __version__
-    from localsteer.bridge import system_info
+    from localsteer.runtime.bridge import system_info
 
     return {
         "format": FORMAT,

@@ -27,8 +27,8 @@ from localsteer.evaluate.conditions import (
 )
 from localsteer.evaluate.workers import Workers
 from localsteer.extract import Backend, batches, build_pairs, extract, open_backend, prompt_tokens
-from localsteer.generate import Reply
 from localsteer.perplexity import perplexity
+from localsteer.runtime.reply import Reply
 from localsteer.tune import DEFAULT_N as TUNE_QUERIES
 from localsteer.tune import MAX_TOKENS as TUNE_TOKENS
 from localsteer.tune import Tuned, tune, tune_exhaustively

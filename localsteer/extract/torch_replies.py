@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from localsteer.generate import Reply
 from localsteer.plan import Plan
+from localsteer.runtime.reply import Reply
 
 from .torch_backend import TorchBackend, torch
 from .torch_steering import steer_hooks

@@ -17,7 +17,7 @@ import numpy as np
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import LocalsteerError
-from localsteer.generate import GREEDY
+from localsteer.runtime.sampling import GREEDY
 from localsteer.tune.replies import told_prompt
 from localsteer.verify import can_rewrite, rewrite, trim_before_loop, trim_to_paragraph
 from localsteer.verify.judge import judge
@@ -26,7 +26,7 @@ from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.generate import Reply
+    from localsteer.runtime.reply import Reply
     from localsteer.vector import ControlVector
 
 FEWEST = 4  # examples; fewer are learned by heart

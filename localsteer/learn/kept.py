@@ -1,4 +1,7 @@
-"""What a run of learning has done so far, in a folder, so that one that was killed goes on."""
+"""What a run of learning has done so far, in a folder, so that one that was killed goes on.
+
+Each file has a seal (cache.py): one that is damaged is not there, and what it held is made again.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from localsteer.cache import atomic_path
+from localsteer.cache import atomic_path, is_intact, seal, unlink_sealed
 from localsteer.extract.torch_backend import torch
 
 from .examples import Example
@@ -26,12 +29,15 @@ class Kept:
     def examples(self, own: bool = False) -> list[Example]:
         """own: those of the model under what it had learned."""
         record = self._read_json(_file(own))
-        if record.get("digest") != self._digest:
+        if not isinstance(record, dict) or record.get("digest") != self._digest:
             return []
-        return [
-            Example(tuple(prompt), tuple(reply), np.array(kept, bool), source)
-            for prompt, reply, kept, source in record["examples"]
-        ]
+        try:
+            return [
+                Example(tuple(prompt), tuple(reply), np.array(kept, bool), source)
+                for prompt, reply, kept, source in record["examples"]
+            ]
+        except (KeyError, TypeError, ValueError):  # damaged: made again
+            return []
 
     def keep_examples(self, examples: Sequence[Example], own: bool = False) -> None:
         rows = [(one.prompt, one.reply, one.kept.astype(int).tolist(), one.source) for one in examples]
@@ -39,13 +45,13 @@ class Kept:
         self._write(_file(own), lambda path: path.write_text(text, "utf-8"))
 
     def state(self) -> dict[str, Any] | None:
-        if self._folder is None:
+        if self._folder is None or not is_intact(self._folder / "steps.pt"):
             return None
         try:
             state = torch.load(self._folder / "steps.pt", weights_only=True)
-        except Exception:  # not there, or cut short: torch raises nearly every type
+        except Exception:  # of another version of torch, which raises nearly every type
             return None
-        return state if state.get("digest") == self._digest else None
+        return state if isinstance(state, dict) and state.get("digest") == self._digest else None
 
     def keep_state(self, state: Mapping[str, Any]) -> None:
         self._write("steps.pt", lambda path: torch.save({"digest": self._digest, **state}, path))
@@ -54,17 +60,17 @@ class Kept:
         for name in (_file(False), _file(True), "steps.pt"):
             if self._folder is not None:
                 with suppress(OSError):
-                    (self._folder / name).unlink()
+                    unlink_sealed(self._folder / name)
         if self._folder is not None:
             with suppress(OSError):
                 self._folder.rmdir()
 
     def _read_json(self, name: str) -> dict[str, Any]:
-        if self._folder is None:
+        if self._folder is None or not is_intact(self._folder / name):
             return {}
         try:
             return json.loads((self._folder / name).read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
 
     def _write(self, name: str, write: Any) -> None:
@@ -73,6 +79,7 @@ class Kept:
         self._folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self._folder / name) as path:
             write(path)
+        seal(self._folder / name)
 
 
 def _file(own: bool) -> str:

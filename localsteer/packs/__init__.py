@@ -12,6 +12,7 @@ one pack, which is then refused for every other model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -39,7 +40,8 @@ _ADVICE = f"install localsteer again, or set {VARIABLE}={OFF}"
 class Entry:
     """One instruction of a pack. settings: layers, mode, positions and strength; strength 0 where nothing was
     found that helps. scores: shares of good replies, of the model alone (none), steered, instructed, and
-    both; None where it was not asked. n: replies each. advice: what the user should know."""
+    both; None where it was not asked. n: replies each. advice: what the user should know. sha256: of the
+    file; None in a pack of an earlier version."""
 
     id: str
     file: str
@@ -48,6 +50,7 @@ class Entry:
     n: int
     advice: tuple[str, ...] = ()
     seconds: float | None = None
+    sha256: str | None = None
 
     @property
     def helps(self) -> bool:
@@ -83,8 +86,12 @@ class Pack:
         """Raises VectorFileError for a file that is missing or damaged."""
         from localsteer.vector import ControlVector
 
+        path, expected = self.path(instruction_id), self.instructions[instruction_id].sha256
         try:
-            return ControlVector.load(self.path(instruction_id))
+            vector = ControlVector.load(path)
+            if expected not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+                raise VectorFileError(f"{path} is not the file that was measured.")
+            return vector
         except VectorFileError as error:
             raise VectorFileError(f"the pack for {self.model} is damaged: {error} ({_ADVICE})") from None
 
@@ -220,4 +227,5 @@ def _entry(name: str, row: Mapping[str, Any]) -> Entry:
         n=int(row["n"]),
         advice=tuple(map(str, row.get("advice", ()))),
         seconds=row.get("seconds"),
+        sha256=row.get("sha256"),
     )

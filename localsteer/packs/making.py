@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -131,7 +132,8 @@ class PackFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = f"{re.sub(r'[^a-z0-9_.-]+', '-', instruction.id.lower())}.gguf"
         write_vector(compact(vector), self.folder / file, compact=True)
-        row = {"file": file, **_row(vector)}
+        digest = hashlib.sha256((self.folder / file).read_bytes()).hexdigest()
+        row = {"file": file, "sha256": digest, **_row(vector)}
         rows = {**self._document["instructions"], instruction.id: row}
         self._document["instructions"] = dict(sorted(rows.items()))
         with atomic_path(self.folder / FILE) as temporary:

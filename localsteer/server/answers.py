@@ -12,7 +12,7 @@ from localsteer import __version__
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.generate import Chunk, TokenScores
+    from localsteer.runtime.reply import Chunk, TokenScores
 
 FINGERPRINT = f"localsteer-{__version__}"
 REASONS = {"stop": "stop", "length": "length", "deadline": "length"}

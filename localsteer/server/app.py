@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from localsteer import __version__
-from localsteer.scheduler import Scheduler
+from localsteer.runtime.scheduler import Scheduler
 
 from . import chat, completions, embeddings, errors, pages, vectors
 from .bodies import BodyLimit

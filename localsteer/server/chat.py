@@ -9,8 +9,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from localsteer.generate import stops_of
-
 from .answers import REASONS, Whole, chat_logprobs, envelope, scored
 from .considered import harmless, report
 from .ensured import ensured_chat
@@ -54,7 +52,7 @@ def _order(state: State, body: ChatRequest, tools: list[Tool]) -> Order:
         steer=steer,
         samplings=samplings(body, _grammar(body, tools)),
         max_tokens=body.most_tokens(state.limits.predict),
-        stop=stops_of(served.engine, body.stops),  # the prompt goes on as a raw text
+        stop=[*body.stops, *served.engine.template.stop],  # the prompt goes on as a raw text
         n_top=body.n_top,
     )
 

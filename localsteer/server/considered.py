@@ -15,7 +15,7 @@ from .threads import off_loop
 from .tools import rendered, template_message
 
 if TYPE_CHECKING:
-    from localsteer.scheduler import Ticket
+    from localsteer.runtime.scheduler import Ticket
     from localsteer.vector import ControlVector
 
     from .models import Served

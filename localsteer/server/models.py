@@ -14,9 +14,9 @@ from .limits import Limits
 from .metrics import Metrics
 
 if TYPE_CHECKING:
-    from localsteer.bridge import Embedder
     from localsteer.engine import Engine
-    from localsteer.scheduler import Scheduler
+    from localsteer.runtime.bridge import Embedder
+    from localsteer.runtime.scheduler import Scheduler
     from localsteer.vector import ControlVector
 
     from .schemas import SteeringItem
@@ -37,7 +37,7 @@ class Served:
 
     def embedder(self) -> Embedder:
         """Made at the first use: it takes a context of its own. Raises ApiError for a model without."""
-        from localsteer.bridge import Embedder, pooling_of
+        from localsteer.runtime.bridge import Embedder, pooling_of
 
         if pooling_of(self.engine.model) is None:
             raise ApiError(

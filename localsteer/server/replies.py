@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
 
-from localsteer.generate import Chunk, Sampling
+from localsteer.runtime.reply import Chunk
+from localsteer.runtime.sampling import Sampling
 
 from .errors import ApiError, api_error
 from .threads import off_loop
 
 if TYPE_CHECKING:
-    from localsteer.scheduler import Ticket
+    from localsteer.runtime.scheduler import Ticket
     from localsteer.vector import ControlVector
 
     from .models import Served, State

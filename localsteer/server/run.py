@@ -13,8 +13,8 @@ from typing import Any
 
 import uvicorn
 
-from localsteer.bridge import end_after
 from localsteer.errors import LocalsteerError
+from localsteer.runtime.bridge import end_after
 
 from .app import state_of
 from .connections import connection_class

@@ -14,23 +14,29 @@ itself. So one more pass over the same tokens, without the edits at this block a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from localsteer.errors import LocalsteerError, PlanError, PromptError
-from localsteer.generate import GREEDY, TextStream, check_room, reply_budget, stops_of, token_steps
 from localsteer.plan import Plan, PositionClass, active, position_classes
+from localsteer.runtime.ask import Ask
+from localsteer.runtime.forward import passes, wide_size
+from localsteer.runtime.generate import chunks_of
+from localsteer.runtime.limits import check_layers, check_tokens
+from localsteer.runtime.loop import new_request, stops_of
+from localsteer.runtime.sampling import GREEDY
 from localsteer.steering import dynamic_weights
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
-    from localsteer.engine import Engine, Prompt
-    from localsteer.generate import Sampling
+    from localsteer.engine import Engine
+    from localsteer.runtime.ask import Prompt
+    from localsteer.runtime.sampling import Sampling
 
 Vectors = ControlVector | Sequence[ControlVector]
 Blocks = Sequence[int] | Literal["all"] | None
@@ -198,8 +204,8 @@ def trace(
     if reply is not None:
         answer, reason = reply_tokens(engine, prompt, reply, raw), "given"
     else:
-        steps = _steps(engine, tokens, plan, max_tokens, sampling, on_token)
-        answer, reason = _draw(engine, steps, stops_of(engine, raw=raw))
+        ask = Ask(prompt, steer=plan, max_tokens=max_tokens, sampling=sampling, raw=raw)
+        answer, reason = _draw(engine, ask, on_token)
     return trace_tokens(
         engine,
         [*tokens, *answer],
@@ -229,7 +235,7 @@ def trace_tokens(
     if not 1 <= n_prompt <= len(tokens):
         raise PromptError(f"n_prompt must be 1 to the {len(tokens)} tokens given, not {n_prompt}.")
     ended = len(tokens) > n_prompt and engine.ends(tokens[-1])
-    read = engine._checked_tokens(tokens[:-1] if ended else tokens)
+    read = check_tokens(engine, tokens[:-1] if ended else tokens)
     places = [(vector, block) for vector in vectors for block in _watched(engine, vector, blocks)]
     run = _Reading(engine, read, n_prompt, plan, places)
     effect, plain_tokens, steered_tokens = run.effect(len(tokens))
@@ -293,45 +299,25 @@ def _watched(engine: Engine, vector: ControlVector, blocks: Blocks) -> tuple[int
         return vector.layers
     if blocks == "all":
         return vector.blocks
-    chosen = engine._checked_layers(sorted(set(blocks)))
+    chosen = check_layers(engine, sorted(set(blocks)))
     for block in chosen:
         vector.unit(block)  # raises where there is no direction
     return tuple(sorted({*chosen, *vector.layers}))
 
 
-def _steps(
-    engine: Engine,
-    prompt: list[int],
-    plan: Plan,
-    max_tokens: int | None,
-    sampling: Sampling,
-    on_token: Callable[[], None] | None,
-) -> Generator[int, None, None]:
-    """Tokens of a reply, as many as there may be."""
-    check_room(engine, len(prompt))
-    budget = reply_budget(engine, len(prompt), max_tokens)
-    steps = token_steps(engine, prompt, plan=engine.plan(plan), sampling=sampling)
-    with closing(steps):
-        for token in islice(steps, budget):
-            if on_token:
-                on_token()
-            yield token
-
-
-def _draw(engine: Engine, steps: Generator[int, None, None], stops: Sequence[str]) -> tuple[list[int], str]:
+def _draw(engine: Engine, ask: Ask, on_token: Callable[[], None] | None) -> tuple[list[int], str]:
     """The reply's tokens, a token that ends it included, and why it ended. Tokens of a stop string are left
     out."""
-    drawn: list[int] = []
-    text = TextStream(stops)
-    with closing(steps):
-        for token in steps:
-            drawn.append(token)
-            if engine.ends(token):
-                return drawn, "stop"
-            text.push(engine.piece(token))
-            if text.stopped:
-                return _before_stop(engine, drawn, stops), "stop"
-    return drawn, "length"
+    request = new_request(engine, ask)
+    with closing(chunks_of(engine, request)) as chunks:
+        for _chunk in chunks:
+            if on_token:
+                on_token()
+    if request.end is not None:
+        return [*request.tokens, request.end], "stop"
+    if request.text.stopped:
+        return _before_stop(engine, request.tokens, stops_of(engine, ask)), "stop"
+    return request.tokens, "length"
 
 
 def _before_stop(engine: Engine, drawn: Sequence[int], stops: Sequence[str]) -> list[int]:
@@ -433,13 +419,14 @@ class _Reading:
         """Positions of a piece, its states, and the logits of those from the last prompt token on."""
         last = self.n_prompt - 1
         first = 0 if self.engine.model.n_layer - 1 in self.blocks else last  # it keeps rows of outputs alone
-        for piece, rows, taken, outputs in self.engine._evaluate(
+        for piece, rows, taken, outputs in passes(
+            self.engine,
             [self.tokens],
             [first],
             plan=plan if plan is not None and not plan.is_empty else None,
             n_prompt=self.n_prompt,
             capture=blocks,
-            size=self.engine._wide_size,
+            size=wide_size(self.engine),
         ):
             wanted = max(0, last - max(first, piece.start))
             states = {block: rows.states[block][taken] for block in blocks}

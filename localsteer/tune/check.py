@@ -22,7 +22,7 @@ from .setting import Setting
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.generate import Reply
+    from localsteer.runtime.reply import Reply
 
 Generate = Callable[[Sequence[Asked], Callable[[int], None]], "list[Reply]"]
 

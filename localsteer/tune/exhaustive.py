@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError, PlanError
-from localsteer.generate import GREEDY, Reply
+from localsteer.runtime.reply import Reply
+from localsteer.runtime.sampling import GREEDY
 from localsteer.vector import ControlVector
 from localsteer.verify.verdicts import check_arguments
 

@@ -12,16 +12,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from localsteer.catalog import Instruction, Query
-from localsteer.errors import LocalsteerError, PromptError
-from localsteer.generate import GREEDY, Reply, Sampling, Timings, stops_of
-from localsteer.loop import Loop, new_request
+from localsteer.errors import PromptError
+from localsteer.runtime.ask import Ask
+from localsteer.runtime.generate import stream_batch
+from localsteer.runtime.reply import Reply
+from localsteer.runtime.sampling import GREEDY, Sampling
 from localsteer.verify.quality import is_degenerate
 from localsteer.verify.verdicts import check_arguments
 from localsteer.verify.verifiers.early import hopeless
 
 if TYPE_CHECKING:
-    from localsteer.engine import Engine, Prompt
+    from localsteer.engine import Engine
     from localsteer.plan import Plan
+    from localsteer.runtime.ask import Prompt
 
 GIVEN_UP = "given up"  # finish_reason of a reply whose verdict was known before its end
 EVERY = 4  # tokens between two looks at a reply
@@ -51,42 +54,19 @@ def replies_to(
     Raises PromptError for a prompt that leaves no room for a reply.
     """
     watches = [_watch(instruction, one.query) for one in asked]
-    samplings = [_seeded(sampling, i) for i in range(len(asked))]
-    requests = [
-        new_request(
-            engine,
-            engine.prompt_tokens(one.prompt),
-            one.plan,
-            max_tokens=max_tokens,
-            sampling=drawn,
-            stop=stops_of(engine),
-        )
-        for one, drawn in zip(asked, samplings, strict=True)
+    asks = [
+        Ask(one.prompt, steer=one.plan, max_tokens=max_tokens, sampling=_seeded(sampling, i))
+        for i, one in enumerate(asked)
     ]
-    place = {id(request): i for i, request in enumerate(requests)}
-    texts = [""] * len(asked)
-    replies: list[Reply | None] = [None] * len(asked)
-    loop = Loop(engine)
-    for request in requests:
-        loop.add(request)
-    try:
-        while loop.busy:
-            for request, event in loop.step():
-                if isinstance(event, LocalsteerError):
-                    raise event
-                i = place[id(request)]
-                texts[i] += event.text
-                reason = event.finish_reason
-                n = len(request.tokens)
-                if not reason and n % EVERY == 0 and watches[i](texts[i], n):
-                    loop.drop(request)
-                    reason = GIVEN_UP
-                if reason:
-                    replies[i] = Reply(texts[i], list(request.tokens), reason, event.timings or Timings())
-                    if on_reply:
-                        on_reply(len(asked) - replies.count(None))
-    finally:
-        loop.close()
+
+    def watch(index: int, text: str, n: int) -> str:
+        return GIVEN_UP if n % EVERY == 0 and watches[index](text, n) else ""
+
+    replies: list[Reply | None] = [None] * len(asks)
+    for n_done, (index, reply) in enumerate(stream_batch(engine, asks, watch=watch), 1):
+        replies[index] = reply
+        if on_reply:
+            on_reply(n_done)
     return replies
 
 

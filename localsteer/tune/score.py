@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from localsteer.likelihood import Likelihood
 from localsteer.plan import Plan
+from localsteer.runtime.likelihood import Likelihood
 from localsteer.vector import ControlVector
 
 from .setting import Setting

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localsteer.catalog import Instruction, Query
-from localsteer.generate import GREEDY, Reply, Sampling
-from localsteer.likelihood import Likelihood, Row
+from localsteer.runtime.likelihood import Likelihood, Row
+from localsteer.runtime.reply import Reply
+from localsteer.runtime.sampling import GREEDY, Sampling
 from localsteer.verify.judge import judge
 
 from .replies import Asked, replies_to, told_prompt
 
 if TYPE_CHECKING:
-    from localsteer.engine import Engine, Prompt
+    from localsteer.engine import Engine
     from localsteer.plan import Plan
+    from localsteer.runtime.ask import Prompt
 
 ENOUGH = 4  # targets; further ones hardly change the order of the settings
 N_ROUND = 8  # replies in one round of asking: one decode's worth

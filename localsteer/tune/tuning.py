@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import PlanError
-from localsteer.likelihood import Likelihood
+from localsteer.runtime.likelihood import Likelihood
 from localsteer.vector import ControlVector
 from localsteer.verify.verdicts import check_arguments
 

@@ -11,7 +11,7 @@ from localsteer.verify.quality import is_degenerate, repetition, subject_kept
 from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
-    from localsteer.generate import Reply
+    from localsteer.runtime.reply import Reply
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _document(name: str, title: str, found: Mapping[str, Any], job: StudyJob) ->
     import platform
 
     from localsteer import __version__
-    from localsteer.bridge import system_info
+    from localsteer.runtime.bridge import system_info
 
     return {
         "format": FORMAT,

@@ -28,8 +28,8 @@ from localsteer.evaluate.studies.common import (
 from localsteer.evaluate.suites.bench import Bench
 from localsteer.evaluate.suites.cells import Cell, judge_cell
 from localsteer.extract import extract, open_backend
-from localsteer.generate import Reply
 from localsteer.plan import Plan
+from localsteer.runtime.reply import Reply
 from localsteer.vector import ControlVector
 
 NAME = "layers"
@@ -151,7 +151,7 @@ def _share(bench: Bench, backend: Any, journal: Journal, cells: Sequence[Cell]) 
     content = f"torch {backend.source_hash} {plan.key.hex()} {prompts} {cells[0].max_tokens}"
     key = hashlib.sha256(content.encode()).hexdigest()
     known = journal.get(key)
-    if known is None:
+    if known is None or len(known["replies"]) != len(cells):
         replies = torch_replies(backend, prompts, plan, max_tokens=cells[0].max_tokens)
         journal.put(key, {"kind": "torch", "replies": [[r.text, r.tokens, r.finish_reason] for r in replies]})
         known = journal.get(key)

@@ -112,7 +112,7 @@ def open_judge(path: Path, bench: Bench, *, n_threads: int | None = None) -> Ite
 def _open_workers(
     stack: ExitStack, path: Path, out: Path, limits: EvalLimits, n_threads: int | None, **more: Any
 ) -> Workers:
-    from localsteer.bridge import default_threads
+    from localsteer.runtime.bridge import default_threads
 
     if not path.is_file():
         raise ModelFileError(f"there is no model {path}.")

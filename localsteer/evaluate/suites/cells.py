@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction, Query
 from localsteer.evaluate.intervals import clustered
-from localsteer.generate import GREEDY, Reply
+from localsteer.runtime.reply import Reply
+from localsteer.runtime.sampling import GREEDY
 from localsteer.vector import ControlVector
 from localsteer.verify.judge import share, why_degenerate
 from localsteer.verify.quality import length_words, repetition, subject_kept

@@ -21,8 +21,8 @@ from localsteer.errors import LocalsteerError
 from localsteer.evaluate.suites.bench import is_possible
 from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures, judge_cell, share_cell
 from localsteer.evaluate.suites.words import contexts, excluding, words_to_exclude, words_used
-from localsteer.generate import Reply
 from localsteer.plan import Plan, PositionClass
+from localsteer.runtime.reply import Reply
 from localsteer.steering import apply_program
 from localsteer.tune.setting import FEW_BLOCKS
 from localsteer.vector import ControlVector

@@ -25,14 +25,16 @@ from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from .errors import LocalsteerError, QueueFullError, SchedulerClosedError
-from .generate import GREEDY, Chunk, Reply, Sampling, Timings, stops_of
-from .loop import Loop, Request, new_request
+from ..errors import LocalsteerError, QueueFullError, SchedulerClosedError
+from .ask import Ask
+from .loop import Loop, Request, new_look, new_request
+from .reply import Chunk, Reply, Timings
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .engine import Engine, Prompt, Steer
+    from ..engine import Engine
+    from .ask import Prompt
 
 MAX_QUEUE = 64
 # Prompt tokens of one step while others reply: more finish a prompt sooner and hold the others up longer.
@@ -186,35 +188,12 @@ class Scheduler:
                 opened.result().close()
             raise
 
-    def submit(
-        self,
-        prompt: Prompt,
-        *,
-        steer: Steer = (),
-        max_tokens: int | None = 512,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-        raw: bool = False,
-        tokens: Sequence[int] | None = None,
-        n_top: int | None = None,
-        deadline: float | None = None,
-        keep_cache: bool = False,
-    ) -> Ticket:
-        """Everything is checked here, in the caller's thread. deadline: seconds from now. keep_cache: as in
-        loop.Request; wrong for anything but a deliberate mix of two plans in one conversation.
+    def submit(self, prompt: Prompt | Ask, *, deadline: float | None = None, **fields: Any) -> Ticket:
+        """Everything is checked here, in the caller's thread. fields: of Ask. deadline: seconds from now.
 
-        tokens: the prompt's ids, in the place of a text. n_top: as Request has it.
         Raises PromptError, MismatchError, PlanError, QueueFullError, SchedulerClosedError.
         """
-        settings: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling or Sampling()}
-        settings |= {"stop": stops_of(self.engine, stop, raw or tokens is not None), "n_top": n_top}
-        if tokens is None:
-            ids = self.engine.prompt_tokens(prompt, raw)
-        else:
-            ids = self.engine._checked_tokens(tokens).tolist()
-        request = new_request(self.engine, ids, self.engine.plan(steer), **settings)
-        request.keep_cache = keep_cache
-        return self._enqueue(request, deadline)
+        return self._enqueue(new_request(self.engine, Ask.of(prompt, **fields)), deadline)
 
     def look(self, tokens: Sequence[int], layers: Sequence[int]) -> Ticket:
         """A request for states in the place of a reply: the plain model's at a prompt's last token, after
@@ -222,11 +201,7 @@ class Scheduler:
 
         What it reads of the prompt stays in the cache for the request that follows. Raises as `submit` does.
         """
-        ids = self.engine._checked_tokens(tokens).tolist()
-        layers = self.engine._checked_layers(layers)
-        request = new_request(self.engine, ids, None, max_tokens=1, sampling=GREEDY, stop=())
-        request.capture = tuple(layers)
-        return self._enqueue(request, None)
+        return self._enqueue(new_look(self.engine, tokens, layers), None)
 
     def _enqueue(self, request: Request, deadline: float | None) -> Ticket:
         ends = None if deadline is None else time.monotonic() + deadline

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import llama_cpp.llama_cpp as lc
 import numpy as np
 
-from ..errors import LocalsteerError
+from ...constrain import END, Matcher
+from ...errors import LocalsteerError
 from .context import Context
 from .library import Handle, log
 from .model import Model
@@ -47,7 +48,7 @@ def _stderr_kept() -> Iterator[_Kept]:
 class Sampler(Handle):
     """Penalties, top-k, top-p, min-p, temperature, then one draw, in llama.cpp's order; temp <= 0 is greedy.
 
-    grammar: GBNF text; tokens that it forbids are never drawn. seed: None draws one.
+    matcher: tokens that it forbids are never drawn, and what is drawn it is told. seed: None draws one.
     """
 
     _what = "sampler"
@@ -65,14 +66,15 @@ class Sampler(Handle):
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         seed: int | None = None,
-        grammar: str | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         self._candidates = _Candidates(model.n_vocab)
         penalties = (repeat_last_n, repeat_penalty, frequency_penalty, presence_penalty)
-        stages = [self._grammar(model, grammar)] if grammar is not None else []
-        self._has_grammar = bool(stages)
+        self._matcher = matcher
+        stages = []
         if repeat_last_n != 0 and penalties[1:] != (1.0, 0.0, 0.0):
             stages.append(lc.llama_sampler_init_penalties(model.n_vocab, *penalties))
+        self._is_argmax = temp <= 0 and not stages
         if temp <= 0:
             stages.append(lc.llama_sampler_init_greedy())
         else:
@@ -89,29 +91,45 @@ class Sampler(Handle):
             lc.llama_sampler_chain_add(self._pointer, stage)
         self._depend_on(model, lc.llama_sampler_free, self._pointer)
 
-    @staticmethod
-    def _grammar(model: Model, text: str) -> object:
-        if not text.strip():  # would give a stage that allows everything
-            raise LocalsteerError("the grammar can't be parsed: it is empty.")
-        log.clear()
-        with _stderr_kept() as kept:
-            stage = lc.llama_sampler_init_grammar(model.vocab, text.encode("utf-8"), b"root")
-        if not stage:
-            why = re.search(r"error parsing grammar: (.*)", kept.text)
-            raise LocalsteerError(f"the grammar can't be parsed: {why[1] if why else log.why()}.")
-        return stage
-
     def sample(self, context: Context, i: int = -1) -> int:
-        """Draw from output row i of the last decode, and remember the token for penalties and grammar."""
+        """Draw from output row i of the last decode, and remember the token for penalties and matcher.
+
+        END where the reply is complete and the model has no token that says so.
+        """
         logits = context.logits(i)
         if not np.isfinite(logits.max()):
             raise LocalsteerError("the model gave no finite logits: lower the strength of the steering.")
-        token = self._candidates.choose(self.pointer, logits)
+        if self._matcher:
+            if self._matcher.must_end:
+                return END
+            logits = self._matcher.mask(logits)
+        token = self._choose(logits)
         if token is None:
-            why = "the grammar allows no token here" if self._has_grammar else "the penalties leave no token"
+            why = "the grammar allows no token here" if self._matcher else "the penalties leave no token"
             raise LocalsteerError(f"{why}.")
         lc.llama_sampler_accept(self.pointer, token)
+        if self._matcher:
+            self._matcher.accept(token)
         return token
+
+    def _choose(self, logits: np.ndarray) -> int | None:
+        if self._is_argmax:
+            token = int(logits.argmax())
+            return token if np.isfinite(logits[token]) else None
+        return self._candidates.choose(self.pointer, logits)
+
+
+def check_llama_grammar(model: Model, text: str) -> None:
+    """Whether llama.cpp's own sampler reads a GBNF text. Raises LocalsteerError with its reason."""
+    if not text.strip():  # would give a stage that allows everything
+        raise LocalsteerError("the grammar can't be parsed: it is empty.")
+    log.clear()
+    with _stderr_kept() as kept:
+        stage = lc.llama_sampler_init_grammar(model.vocab, text.encode("utf-8"), b"root")
+    if not stage:
+        why = re.search(r"error parsing grammar: (.*)", kept.text)
+        raise LocalsteerError(f"the grammar can't be parsed: {why[1] if why else log.why()}.")
+    lc.llama_sampler_free(stage)
 
 
 class _Candidates:
@@ -122,7 +140,7 @@ class _Candidates:
         self._ids = np.arange(n_vocab, dtype=np.int32)
 
     def choose(self, sampler: object, logits: np.ndarray) -> int | None:
-        """None where every token is ruled out: to accept one that the grammar forbids ends the process."""
+        """None where every token is ruled out."""
         self._data["id"], self._data["logit"], self._data["p"] = self._ids, logits, 0.0
         array = lc.llama_token_data_array(
             data=ctypes.cast(self._data.ctypes.data, lc.llama_token_data_p),

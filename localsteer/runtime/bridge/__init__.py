@@ -15,7 +15,7 @@ from .hook import Hook
 from .last_resort import end_after
 from .library import check_threads, check_version, choose_extra_bufts, default_threads, has_amx, system_info
 from .model import Model, check_gguf, quantization_types, quantize
-from .sampler import Sampler
+from .sampler import Sampler, check_llama_grammar
 
 __all__ = [
     "BorrowedContext",
@@ -28,6 +28,7 @@ __all__ = [
     "Sampler",
     "batch_arrays",
     "check_gguf",
+    "check_llama_grammar",
     "check_threads",
     "check_version",
     "choose_extra_bufts",

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import llama_cpp.llama_cpp as lc
 import numpy as np
 
-from ..errors import LocalsteerError, MismatchError, PromptError, UnsupportedModelError
+from ...errors import LocalsteerError, MismatchError, PromptError, UnsupportedModelError
 from .hook import Hook
 from .library import Handle, default_threads, log, total_memory
 from .model import Model
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ...plan import Plan
 
 DEFAULT_N_CTX = 4096
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import llama_cpp.llama_cpp as lc
 import numpy as np
 
-from ..errors import LocalsteerError
+from ...errors import LocalsteerError
 from .library import text_of
 
 if TYPE_CHECKING:
-    from ..plan import Plan, Program
+    from ...plan import Plan, Program
 
 MAX_ROUTES = 256  # compiled (plan, class) pairs kept by a context before all are dropped and rebuilt
 

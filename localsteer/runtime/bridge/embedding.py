@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import llama_cpp.llama_cpp as lc
 import numpy as np
 
-from ..errors import LocalsteerError, PromptError, UnsupportedModelError
+from ...errors import LocalsteerError, PromptError, UnsupportedModelError
 from .context import Batch
 from .library import Handle, default_threads, log
 from .model import Model

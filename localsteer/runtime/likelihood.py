@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .engine import WIDE_BYTES
-from .errors import PromptError
-from .plan import position_classes
+from ..errors import PromptError
+from ..plan import position_classes
+from .forward import WIDE_BYTES, log_probabilities
 from .prefix import TokenSequence, trees
 
 if TYPE_CHECKING:
-    from .engine import Engine
-    from .plan import Plan
+    from ..engine import Engine
+    from ..plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,13 +96,3 @@ class Likelihood:
                 "read at once: shorten them, or raise n_ctx (-c)."
             )
         return sequence
-
-
-def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """(n,) float64: log softmax of each row of (n, n_vocab) float32 logits at its token."""
-    if not len(tokens):
-        return np.zeros(0)
-    peak = logits.max(axis=1, keepdims=True)
-    # float32 is exact to 1e-6 here, in a third of the time
-    total = np.log(np.exp(logits - peak).sum(axis=1, dtype=np.float64)) + peak[:, 0]
-    return logits[np.arange(len(tokens)), tokens].astype(np.float64) - total

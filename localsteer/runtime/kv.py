@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .plan import PositionClass
+from ..plan import PositionClass
 
 if TYPE_CHECKING:
+    from ..plan import Plan
     from .bridge import Context
-    from .plan import Plan
 
 NO_KEYS = (b"", b"", b"")
 

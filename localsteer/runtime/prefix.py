@@ -17,8 +17,8 @@ import numpy as np
 from .kv import class_keys
 
 if TYPE_CHECKING:
+    from ..plan import Plan
     from .bridge import Context, Rows
-    from .plan import Plan
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,9 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .errors import MismatchError, PlanError, VectorFileError
-from .plan import Plan
-from .vector import ControlVector, check_model
+from ..errors import MismatchError, PlanError, VectorFileError
+from ..plan import Plan
+from ..vector import ControlVector, check_model
 
 Steer = Plan | ControlVector | Sequence[ControlVector] | None
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import llama_cpp.llama_cpp as lc
 
-from ..errors import LocalsteerError
+from ...errors import LocalsteerError
 
 if TYPE_CHECKING:
     from .model import Model

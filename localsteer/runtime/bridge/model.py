@@ -11,8 +11,8 @@ from pathlib import Path
 
 import llama_cpp.llama_cpp as lc
 
-from ..cache import atomic_path
-from ..errors import ModelFileError, PromptError
+from ...cache import atomic_path
+from ...errors import ModelFileError, PromptError
 from .library import Handle, check_version, choose_extra_bufts, default_threads, log, notice_once, text_of
 from .rwkv import Spellings
 
@@ -191,6 +191,25 @@ class Model(Handle):
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
+
+    def pieces(self) -> list[bytes]:
+        """`token_to_piece` of every token, special ones without bytes, in one go: a vocabulary may have
+        200,000."""
+        if not self.has_vocabulary:
+            return [b""] * self.n_vocab
+        function, vocab, size = lc.llama_token_to_piece, self.vocab, 4096
+        buffer, found = ctypes.create_string_buffer(size), []
+        for token in range(self.n_vocab):
+            n = function(vocab, token, buffer, size, 0, False)
+            found.append(buffer[:n] if n >= 0 else self.token_to_piece(token))
+        return found
+
+    def ends(self) -> list[int]:
+        """The tokens that end a reply."""
+        if not self.has_vocabulary:
+            return []
+        function, vocab = lc.llama_vocab_is_eog, self.vocab
+        return [token for token in range(self.n_vocab) if function(vocab, token)]
 
     def is_eog(self, token: int) -> bool:
         """Whether a token ends the reply (EOS, end of turn, ...)."""

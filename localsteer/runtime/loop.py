@@ -1,7 +1,8 @@
-"""Many replies at once: one decode a step for all of them, each with its own plan, sampler and stop strings.
+"""The one generation loop: a decode a step for all replies, each with its own plan, sampler and stop strings.
 
 Sequences join and leave between steps. A prompt that begins like what the cache already holds, tokens and
-edits alike (kv.py), takes that part from there. batch.py runs a loop to its end, scheduler.py one for ever.
+edits alike (kv.py), takes that part from there. One sequence is the loop with one request. generate.py runs a
+loop to its end, scheduler.py one for ever.
 """
 
 from __future__ import annotations
@@ -9,28 +10,24 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import LocalsteerError
-from .generate import (
-    Chunk,
-    Clock,
-    Sampling,
-    TextStream,
-    TokenScores,
-    check_room,
-    new_sampler,
-    reply_budget,
-)
+from ..constrain import Constraint, Matcher
+from ..errors import LocalsteerError
+from ..plan import Plan, PositionClass, position_classes
+from .ask import Ask
+from .bridge import Sampler
 from .kv import CachedSequences, class_keys
-from .plan import Plan, PositionClass, position_classes
+from .limits import check_layers, check_room, check_tokens
+from .reply import Chunk, Clock, TextStream, TokenScores
+from .sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
-    from .bridge import Rows, Sampler
-    from .engine import Engine
+    from ..engine import Engine
+    from .bridge import Rows
 
 _GENERATION = int(PositionClass.GENERATION)  # a plain number: an enum costs time at every token
 # With separate caches. Two rows more cost a decode less than a second decode does, so up to so many sequences
@@ -46,10 +43,9 @@ Event = tuple["Request", Chunk | LocalsteerError]
 class Request:
     """One prompt on its way to a reply. pending: tokens that are not decoded yet, prompt or last drawn.
 
-    n_cached: tokens of the prompt that were taken from the cache. n_top: None, or how many of the likeliest
-    tokens its chunks tell the log-probabilities of, beside that of the token drawn. keep_cache: take what is
-    cached of these tokens whatever it was computed under, so that a changed plan reads nothing again.
-    capture: blocks whose `states` at the last prompt token, (len(capture), n_embd), are wanted, and no reply.
+    n_cached: tokens of the prompt that were taken from the cache. n_top, keep_cache: as in Ask. end: the
+    end-of-generation token that was drawn. capture: blocks whose `states` at the last prompt token,
+    (len(capture), n_embd), are wanted, and no reply.
     """
 
     prompt: list[int]
@@ -64,10 +60,12 @@ class Request:
     pending: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     sampler: Sampler | None = None
+    matcher: Matcher | None = None
     n_top: int | None = None
     keep_cache: bool = False
     capture: tuple[int, ...] = ()
     states: np.ndarray | None = None
+    end: int | None = None
 
     @property
     def n_prompt(self) -> int:
@@ -84,31 +82,71 @@ class Request:
         return self.n_prompt + self.budget - self.n_past
 
 
-def new_request(
-    engine: Engine,
-    tokens: list[int],
-    plan: Plan | None,
-    *,
-    max_tokens: int | None,
-    sampling: Sampling,
-    stop: Sequence[str],
-    n_top: int | None = None,
-) -> Request:
-    """Raises PromptError for a prompt that leaves no room for a reply."""
+def new_request(engine: Engine, ask: Ask) -> Request:
+    """Everything is checked here, and a grammar compiled, in the caller's thread: it may take a while.
+
+    Raises PromptError, MismatchError, PlanError, ConstraintError.
+    """
+    plan = engine.plan(ask.steer)
+    tokens = (
+        engine.prompt_tokens(ask.prompt, ask.raw)
+        if ask.tokens is None
+        else check_tokens(engine, ask.tokens).tolist()
+    )
     check_room(engine, len(tokens))
-    budget = reply_budget(engine, len(tokens), max_tokens)
-    clock = Clock(time.perf_counter(), len(tokens))
-    return Request(tokens, budget, plan, sampling, TextStream(stop), clock, n_top=n_top)
+    room = engine.n_ctx - len(tokens)
+    return Request(
+        prompt=tokens,
+        budget=room if ask.max_tokens is None else min(room, ask.max_tokens),
+        plan=plan,
+        sampling=ask.sampling,
+        text=TextStream(stops_of(engine, ask)),
+        clock=Clock(time.perf_counter(), len(tokens)),
+        matcher=_new_matcher(engine, ask.sampling),
+        n_top=ask.n_top,
+        keep_cache=ask.keep_cache,
+    )
+
+
+def stops_of(engine: Engine, ask: Ask) -> list[str]:
+    """The caller's stop strings, and those that the prompt's form needs (ChatTemplate.stop): a prompt that
+    goes in as it is has none."""
+    has_form = ask.tokens is None and not ask.raw
+    return list(dict.fromkeys([*ask.stop, *(engine.template.stop if has_form else ())]))
+
+
+def new_look(engine: Engine, tokens: Sequence[int], layers: Sequence[int]) -> Request:
+    """A request for states in the place of a reply (Request.capture)."""
+    request = new_request(engine, Ask(tokens=tokens, max_tokens=1, sampling=GREEDY))
+    request.capture = tuple(check_layers(engine, layers))
+    return request
+
+
+def _new_matcher(engine: Engine, sampling: Sampling) -> Matcher | None:
+    return None if sampling.grammar is None else engine.matcher(Constraint.of(sampling.grammar))
+
+
+def _new_sampler(engine: Engine, request: Request) -> Sampler | None:
+    """A sampler of its own for one reply; None where the largest logit is all that counts."""
+    sampling = request.sampling
+    if sampling.is_argmax:
+        return None
+    settings = {one.name: getattr(sampling, one.name) for one in fields(sampling) if one.name != "grammar"}
+    if sampling.repeat_last_n < 0:
+        settings["repeat_last_n"] = engine.n_ctx  # llama.cpp's sampler itself takes -1 for off
+    return Sampler(engine.model, **settings, matcher=request.matcher)
 
 
 class Loop:
     """prefill_chunk: prompt tokens in one step while others are replying, so that they don't stall; None: as
     many as fit. An engine's other calls end the loop: its next step raises LocalsteerError."""
 
-    def __init__(self, engine: Engine, *, prefill_chunk: int | None = None) -> None:
+    def __init__(
+        self, engine: Engine, requests: Sequence[Request] = (), *, prefill_chunk: int | None = None
+    ) -> None:
         self.engine = engine
         self.prefill_chunk = prefill_chunk or engine.context.n_batch
-        self.waiting: deque[Request] = deque()
+        self.waiting: deque[Request] = deque(requests)
         self.live: list[Request] = []
         self.cache = CachedSequences(engine.context)
         self._idle = deque(range(engine.n_seq_max))  # slots, the one that was left longest ago first
@@ -142,6 +180,17 @@ class Loop:
                 events += self._draw(drawing, logits)
         # only now: whoever hears of them may take the context
         yield from events
+
+    def run(self) -> Iterator[tuple[Request, Chunk]]:
+        """Step until all have ended. Raises the first error of any of them; closed, it ends them all."""
+        try:
+            while self.busy:
+                for request, event in self.step():
+                    if isinstance(event, LocalsteerError):
+                        raise event
+                    yield request, event
+        finally:
+            self.close()
 
     def drop(self, request: Request) -> None:
         """Let one go before its end; what it has decoded stays in the cache for others."""
@@ -178,12 +227,7 @@ class Loop:
             if not self._place(request):
                 return
             self.waiting.popleft()
-            try:
-                request.sampler = request.sampler or new_sampler(self.engine, request.sampling)
-            except LocalsteerError as error:  # a grammar that can't be parsed
-                self._idle.append(request.slot)
-                yield request, error
-                continue
+            request.sampler = request.sampler or _new_sampler(self.engine, request)
             self.live.append(request)
 
     def _place(self, request: Request) -> bool:
@@ -368,6 +412,7 @@ class Loop:
         """Take a token in. The chunk has a finish reason when it was the last."""
         request.clock.tick()
         if self.engine.ends(token):
+            request.end = token
             return self._last(request, request.text.finish(), None, "stop")
         request.tokens.append(token)
         text = request.text.push(self.engine.piece(token))

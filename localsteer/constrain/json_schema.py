@@ -1,0 +1,447 @@
+"""A JSON schema as llguidance takes it, and who is to blame where it does not.
+
+llguidance enforces a large part of draft 2020-12 exactly, and refuses most of the rest by name. Here are
+
+- the rewritings that keep a schema's meaning and spare its users a refusal (`oneOf` of objects with a tag,
+  `propertyNames` of records, `not: {}`),
+- the few keywords that it would read more loosely than they are meant (dates, control characters, integers
+  of more than 64 bits),
+- the search for the keyword and its path behind a refusal that names neither.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+from urllib.parse import unquote
+
+from ..errors import ConstraintError
+from .guidance import grammar_error
+from .patterns import control_character, exact_pattern
+
+Path = tuple[str, ...]
+
+MAX_DEPTH = 100  # of the document: llguidance's reader ends at 128
+MAX_MULTIPLE = 1000
+MAX_TOGETHER = 10_000
+MAX_TAGGED = 256  # branches of one oneOf that are compared with each other
+SEARCH_SECONDS = 1.0  # for whom to blame
+# llama.cpp's rule for the space between tokens: no reply goes on with white space for ever.
+# Characters have one spelling, or `"\u0061"` would be another name for the property `a`.
+OPTIONS = {"whitespace_pattern": " |\\n[ \\t]{0,20}", "json_allowed_escapes": '"\\bfnrt'}
+
+ONE = ("additionalProperties", "items", "additionalItems", "not", "contains", "propertyNames", "if", "then",
+       "else", "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
+LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+NEVER = ("not", "contains", "propertyNames", "if", "then", "else", "unevaluatedItems",
+         "unevaluatedProperties", "dependentSchemas")  # fmt: skip
+TYPES = ("null", "boolean", "number", "string", "array", "object")
+# formats that any text has, or that say how a number is stored
+NO_FORMATS = (
+    "password",
+    "binary",
+    "path",
+    "file-path",
+    "directory-path",
+    "int32",
+    "int64",
+    "float",
+    "double",
+)
+NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+
+_DAYS = r"(?:0[1-9]|1\d|2[0-8])"
+_MONTHS = rf"(?:(?:0[13578]|1[02])-(?:{_DAYS}|29|3[01])|(?:0[469]|11)-(?:{_DAYS}|29|30)|02-{_DAYS})"
+_YEAR = r"(?:\d{3}[1-9]|\d{2}[1-9]0|\d[1-9]00|[1-9]000)"
+_LEAP = r"(?:\d{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DATE = rf"(?:{_YEAR}-{_MONTHS}|{_LEAP}-02-29)"
+_TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,9})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
+# llguidance's own know no leap years, and leap seconds at any time
+FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
+
+
+def compiled_schema(schema: Any) -> str:
+    """The JSON that follows `%json` in a grammar. Raises ConstraintError with the path of the keyword."""
+    check_depth(schema)
+    check_multiples(schema)
+    text = _written(schema)
+    why = why_not(text)
+    if why:
+        raise _blamed(schema, why)
+    return text
+
+
+def check_depth(schema: Any) -> None:
+    left = [(schema, 1)]
+    while left:
+        at, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise ConstraintError(f"the JSON schema is nested more than {MAX_DEPTH} deep: simplify it.")
+        inner = at.values() if isinstance(at, dict) else at if isinstance(at, list) else ()
+        left += [(each, depth + 1) for each in inner]
+
+
+def check_multiples(schema: Any) -> None:
+    """llguidance keeps a state for every remainder, and spends no fuel on them: 99,999 take ten seconds."""
+    found: dict[int, Path] = {}
+    left: list[tuple[Any, Path]] = [(schema, ())]
+    while left:
+        at, path = left.pop()
+        if isinstance(at, dict) and isinstance(at.get("multipleOf"), (int, float)):
+            found.setdefault(_digits(at["multipleOf"]), (*path, "multipleOf"))
+        inner = at.items() if isinstance(at, dict) else enumerate(at) if isinstance(at, list) else ()
+        left += [(each, (*path, str(key))) for key, each in inner]
+    most = max(found, default=0)
+    # keywords of several places may meet at one number, by allOf or $ref
+    if most > MAX_MULTIPLE or math.lcm(*found, 1) > MAX_TOGETHER:
+        raise refused(found[most], f"multiples of up to {MAX_MULTIPLE} can be enforced, and few at once")
+
+
+def _digits(number: float) -> int:
+    """12 of 0.12 and of 12: the number without its point."""
+    try:
+        _sign, digits, exponent = Decimal(repr(number)).as_tuple()
+        return max(1, int("".join(map(str, digits))) * 10 ** max(0, int(exponent)))
+    except (ValueError, OverflowError):
+        return 1
+
+
+def _written(schema: Any) -> str:
+    made = _Rewriter(schema).schema(schema, ())
+    made = dict(made) if isinstance(made, dict) else {"allOf": [made]}
+    return json.dumps({**made, "x-guidance": OPTIONS})
+
+
+# -- rewriting ----------------------------------------------------------------------------------------------
+
+
+class _Rewriter:
+    """root: the whole, which `$ref` leads into."""
+
+    def __init__(self, root: Any) -> None:
+        self.root = root
+
+    def schema(self, schema: Any, path: Path) -> Any:
+        if not isinstance(schema, dict):
+            if not isinstance(schema, bool):
+                raise refused(path, f"a schema is an object, or true or false, not {schema!r:.40}")
+            return schema
+        if "x-guidance" in schema:
+            raise refused((*path, "x-guidance"), "options of the engine are not read: leave it out")
+        made = {key: self._value(key, value, path) for key, value in schema.items()}
+        if made.get("not") in ({}, True) and isinstance(made.get("not"), (dict, bool)):
+            return False
+        _drop_idle(made)
+        _spell_names(made)
+        self._strings(made, path)
+        self._numbers(made, path)
+        self._tagged(made)
+        return made
+
+    def _value(self, key: str, value: Any, path: Path) -> Any:
+        if key in LISTS and isinstance(value, list):
+            return [self.schema(each, (*path, key, str(i))) for i, each in enumerate(value)]
+        if key in MAPS and isinstance(value, dict):
+            inner = {name: self.schema(each, (*path, key, name)) for name, each in value.items()}
+            if key == "patternProperties":
+                self._patterns(inner, (*path, key))
+                inner = {exact_pattern(name): each for name, each in inner.items()}
+            return inner
+        if key in ONE and isinstance(value, (dict, bool)):
+            return self.schema(value, (*path, key))
+        return value
+
+    @staticmethod
+    def _patterns(patterns: Mapping[str, Any], path: Path) -> None:
+        for pattern in patterns:
+            if control_character(pattern):
+                raise refused((*path, pattern), "control characters can't be written")
+
+    @staticmethod
+    def _strings(made: dict[str, Any], path: Path) -> None:
+        names = [*_names(made.get("properties")), *_names(made.get("required"))]
+        for key, values in (
+            ("const", [made.get("const")]),
+            ("enum", made.get("enum")),
+            ("properties", names),
+        ):
+            if any(_is_unwritable(text) for text in _texts(values)):
+                raise refused((*path, key), "control characters and halves of characters can't be written")
+        pattern = made.get("pattern")
+        if isinstance(pattern, str):
+            if control_character(pattern):
+                raise refused((*path, "pattern"), "control characters can't be written")
+            made["pattern"] = exact_pattern(pattern)
+        format_ = made.get("format")
+        if isinstance(format_, str) and format_ in FORMATS:
+            del made["format"]
+            _both(made, "pattern", FORMATS[format_])
+        elif format_ in NO_FORMATS:
+            del made["format"]
+
+    @staticmethod
+    def _numbers(made: dict[str, Any], path: Path) -> None:
+        for key in ("const", "enum", *NUMBERS):
+            if key in made and any(abs(each) >= 2**63 for each in _integers(made[key])):
+                raise refused((*path, key), "integers of more than 64 bits can't be enforced")
+        for key in NUMBERS:
+            number = made.get(key)
+            if isinstance(number, float) and number.is_integer() and abs(number) < 2**53:
+                made[key] = int(number)
+
+    def _tagged(self, made: dict[str, Any]) -> None:
+        """`oneOf` is `anyOf` where no document fits two branches."""
+        branches = made.get("oneOf")
+        if not isinstance(branches, list) or not 1 <= len(branches) <= MAX_TAGGED:
+            return
+        if all(self._apart(a, b) for i, a in enumerate(branches) for b in branches[:i]):
+            _both(made, "anyOf", made.pop("oneOf"))
+
+    def _apart(self, a: Any, b: Any) -> bool:
+        a, b = self._resolved(a), self._resolved(b)
+        if not (isinstance(a, dict) and isinstance(b, dict)):
+            return a is False or b is False
+        if not _types(a) & _types(b):
+            return True
+        if _no_common(_values(a), _values(b)):
+            return True
+        if _types(a) & _types(b) != {"object"}:
+            return False
+        return any(
+            _no_common(_values(self._property(a, name)), _values(self._property(b, name)))
+            for name in {*_names(a.get("required"))} & {*_names(b.get("required"))}
+        )
+
+    def _property(self, schema: dict[str, Any], name: str) -> Any:
+        properties = schema.get("properties")
+        return self._resolved(properties.get(name)) if isinstance(properties, dict) else None
+
+    def _resolved(self, schema: Any) -> Any:
+        """What a `$ref` within the document leads to; others, and those in a circle, as they are."""
+        for _ in range(8):
+            ref = schema.get("$ref") if isinstance(schema, dict) else None
+            if not isinstance(ref, str) or not ref.startswith("#"):
+                break
+            found = self.root
+            for step in filter(None, unquote(ref[1:]).split("/")):
+                step = step.replace("~1", "/").replace("~0", "~")
+                inner = found.get(step) if isinstance(found, dict) else None
+                if isinstance(found, list) and step.isdecimal() and int(step) < len(found):
+                    inner = found[int(step)]
+                found = inner
+            schema = found
+        return schema
+
+
+def refused(path: Path, why: str) -> ConstraintError:
+    """why: without a full stop."""
+    where = ".".join(path)
+    return ConstraintError(
+        f"the JSON schema can't be enforced: {f'{where}: ' if where else ''}{why}.", path, why
+    )
+
+
+def _drop_idle(made: dict[str, Any]) -> None:
+    """Keywords with a value that asks for nothing."""
+    if made.get("uniqueItems") is False:
+        del made["uniqueItems"]
+    if made.get("propertyNames") in (True, {}, {"type": "string"}) and not isinstance(
+        made["propertyNames"], int
+    ):
+        del made["propertyNames"]
+    for key in ("propertyNames", "unevaluatedProperties", "unevaluatedItems"):
+        if made.get(key) is True:
+            del made[key]
+
+
+def _spell_names(made: dict[str, Any]) -> None:
+    """A record: names by a pattern or a list, and one schema for all values."""
+    names = made.get("propertyNames")
+    if not isinstance(names, dict) or made.get("properties") or made.get("patternProperties"):
+        return
+    rest = {key: value for key, value in names.items() if key != "type" or value != "string"}
+    value = made.get("additionalProperties", True)
+    if list(rest) == ["pattern"] and isinstance(rest["pattern"], str):
+        made["patternProperties"] = {rest["pattern"]: value}
+    elif list(rest) == ["enum"] and rest["enum"] and all(isinstance(each, str) for each in rest["enum"]):
+        made["properties"] = dict.fromkeys(rest["enum"], value)
+    else:
+        return
+    made["additionalProperties"] = False
+    del made["propertyNames"]
+
+
+def _both(made: dict[str, Any], key: str, value: Any) -> None:
+    if key in made:
+        made["allOf"] = [*made.get("allOf", ()), {key: value}]
+    else:
+        made[key] = value
+
+
+def _types(schema: dict[str, Any]) -> set[str]:
+    named = schema.get("type", TYPES)
+    found = (
+        {named} if isinstance(named, str) else set(named) if isinstance(named, (list, tuple)) else set(TYPES)
+    )
+    found = {"number" if each == "integer" else each for each in found}
+    values = _values(schema)
+    return found if values is None else found & {_type_of(json.loads(each)) for each in values}
+
+
+def _type_of(value: Any) -> str:
+    kinds = {bool: "boolean", int: "number", float: "number", str: "string", list: "array", dict: "object"}
+    return kinds.get(type(value), "null")
+
+
+def _values(schema: Any) -> set[str] | None:
+    """As JSON; None where they are not listed. 1.0 is 1."""
+    if not isinstance(schema, dict):
+        return None
+    if "const" in schema:
+        return {_as_key(schema["const"])}
+    listed = schema.get("enum")
+    return {_as_key(each) for each in listed} if isinstance(listed, list) else None
+
+
+def _as_key(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value, sort_keys=True)
+
+
+def _no_common(a: set[str] | None, b: set[str] | None) -> bool:
+    return a is not None and b is not None and not a & b
+
+
+def _names(value: Any) -> list[str]:
+    return [each for each in value if isinstance(each, str)] if isinstance(value, (dict, list)) else []
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    left = [value]
+    while left:
+        at = left.pop()
+        yield at
+        if isinstance(at, dict):
+            left += [*at, *at.values()]
+        elif isinstance(at, list):
+            left += at
+
+
+def _texts(value: Any) -> Iterator[str]:
+    return (each for each in _inside(value) if isinstance(each, str))
+
+
+def _integers(value: Any) -> Iterator[int]:
+    return (each for each in _inside(value) if isinstance(each, int))
+
+
+def _is_unwritable(text: str) -> bool:
+    return any((c < " " and c not in "\b\f\n\r\t") or c == "\x7f" or "\ud800" <= c < "\ue000" for c in text)
+
+
+# -- blame --------------------------------------------------------------------------------------------------
+
+
+def why_not(text: str) -> str | None:
+    """llguidance's reason against a schema as `_written` has it, in one line; None: it is taken."""
+    error = grammar_error(f"start: %json {text}")
+    return error and _reason(error)
+
+
+def _reason(error: str) -> str:
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    told = next((line for line in lines if line.startswith("error: ")), lines[0])
+    told = told.removeprefix("error: ").rpartition("failed to compile JSON schema: ")[2]
+    if told.startswith("Unimplemented keys"):
+        return "this keyword can't be enforced: leave it out"
+    if told.startswith("oneOf"):
+        return (
+            "branches that may overlap can't be enforced: use anyOf, or give each a required tag of its own"
+        )
+    for many in ("too large", "fuel", "max is", "too many", "panic", "limit"):
+        if many in told:
+            return f"it is too large or too complex ({told[:80]}): simplify it"
+    return told.replace("json-schema:///", "")[:160].rstrip(".")
+
+
+def _blamed(schema: Any, why: str) -> ConstraintError:
+    """Take parts away, from the first to the last, until the reason goes: the last one taken was it. Then the
+    same within that part."""
+    until = time.monotonic() + SEARCH_SECONDS
+    path: Path = ()
+    while time.monotonic() < until:
+        places = list(_places(_at(schema, path)))
+        found = _first_cure(schema, path, places, why, until)
+        if found is None:
+            break
+        for place in places[:found]:  # another part may have the same fault: one is enough
+            schema = _without(schema, (*path, *place))
+        path = (*path, *places[found])
+    node = _at(schema, path)
+    if isinstance(node, dict):
+        keys = [(key,) for key in reversed(node)]
+        found = _first_cure(schema, path, keys, why, until + SEARCH_SECONDS, drop=True)
+        if found is not None:
+            path = (*path, *keys[found])
+    return refused(path, why)
+
+
+def _first_cure(
+    schema: Any, path: Path, places: list[Path], why: str, until: float, *, drop: bool = False
+) -> int | None:
+    """Index of the place with which, those before it gone too, the reason goes; None: with none of them."""
+
+    def stays(n: int) -> bool:
+        cut = schema
+        for place in places[:n]:
+            cut = _without(cut, (*path, *place), drop=drop)
+        try:
+            return why_not(_written(cut)) == why
+        except ConstraintError:
+            return False
+
+    low, high = 0, len(places)
+    if not places or stays(high):
+        return None
+    while low + 1 < high and time.monotonic() < until:
+        middle = (low + high) // 2
+        low, high = (middle, high) if stays(middle) else (low, middle)
+    return high - 1
+
+
+def _places(node: Any) -> Iterator[Path]:
+    """Where the schemas right under one stand; not those of keywords that are refused anyway."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if key in NEVER:
+            continue
+        if key in LISTS and isinstance(value, list):
+            yield from ((key, str(i)) for i, each in enumerate(value) if each is not True)
+        elif key in MAPS and isinstance(value, dict):
+            yield from ((key, name) for name, each in value.items() if each is not True)
+        elif key in ONE and isinstance(value, dict):
+            yield (key,)
+
+
+def _at(schema: Any, path: Path) -> Any:
+    for step in path:
+        schema = schema[int(step)] if isinstance(schema, list) else schema[step]
+    return schema
+
+
+def _without(schema: Any, path: Path, *, drop: bool = False) -> Any:
+    """A copy that allows anything at the path; drop: that has nothing there."""
+    if not path:
+        return True
+    step: Any = int(path[0]) if isinstance(schema, list) else path[0]
+    made = list(schema) if isinstance(schema, list) else dict(schema)
+    if drop and len(path) == 1:
+        del made[step]
+    else:
+        made[step] = _without(schema[step], path[1:], drop=drop)
+    return made

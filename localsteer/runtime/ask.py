@@ -1,0 +1,110 @@
+"""What is asked of a model: one prompt, and how it is to be answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import LocalsteerError, PromptError
+from ..plan import Plan
+from ..templates import Message
+from ..vector import ControlVector
+from .attach import Steer
+from .sampling import Sampling
+
+Prompt = str | Sequence[Message]
+
+MAX_TOKENS = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """Made once, where the caller's words come in, and passed whole from there on.
+
+    prompt: a question, messages, or with `raw` a text that goes in as it is. tokens: the prompt's ids, in the
+    place of a prompt. steer: one vector, several, or a plan. max_tokens: of the reply; None = until the
+    context is full. sampling: None = llama.cpp's defaults. stop: texts that the reply ends before.
+    n_top: None, or how many of the likeliest tokens each chunk tells the log-probabilities of, beside that of
+    the token drawn. keep_cache: take what is cached of these tokens whatever it was computed under, so that a
+    changed plan reads nothing again: only for a deliberate mix of two plans in one conversation.
+    Raises LocalsteerError for an empty stop string, PromptError for a negative max_tokens.
+    """
+
+    prompt: Prompt = ""
+    steer: Steer = ()
+    max_tokens: int | None = MAX_TOKENS
+    sampling: Sampling | None = None
+    stop: Sequence[str] = ()
+    raw: bool = False
+    tokens: Sequence[int] | None = None
+    n_top: int | None = None
+    keep_cache: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise PromptError(f"max_tokens must not be negative, not {self.max_tokens}.")
+        # looked at more than once, and a generator would be empty by then
+        object.__setattr__(self, "steer", listed(self.steer))
+        object.__setattr__(self, "sampling", self.sampling or Sampling())
+        object.__setattr__(self, "stop", check_stop(self.stop))
+
+    @classmethod
+    def of(cls, prompt: Prompt | Ask, **fields: Any) -> Ask:
+        """A prompt with these fields, or an Ask with some of them changed."""
+        return replace(prompt, **fields) if isinstance(prompt, Ask) else cls(prompt, **fields)
+
+
+def asks_for(
+    prompts: Sequence[Prompt],
+    *,
+    steer: Steer | Sequence[Steer] = (),
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    **fields: Any,
+) -> list[Ask]:
+    """One for each prompt, with the same fields.
+
+    steer: one list of vectors (or one plan) for all prompts, or one such thing for each prompt. sampling: one
+    for all, where prompt i gets seed + i, or one each. Raises PromptError, LocalsteerError.
+    """
+    if isinstance(prompts, str):
+        raise PromptError("one text is no list of prompts: put it into a list, or call `generate`.")
+    steers = _steer_of_each(steer, len(prompts))
+    samplings = _sampling_of_each(sampling, len(prompts))
+    return [
+        Ask(prompt, steer=steer, sampling=drawn, **fields)
+        for prompt, steer, drawn in zip(prompts, steers, samplings, strict=True)
+    ]
+
+
+def listed(steer: Steer) -> Steer:
+    """Several vectors as a tuple; anything else as it is."""
+    return steer if steer is None or isinstance(steer, (Plan, ControlVector)) else tuple(steer)
+
+
+def check_stop(stop: Sequence[str]) -> tuple[str, ...]:
+    """Stop strings, one or several. Raises LocalsteerError for an empty one, which would stop every reply."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(stops):
+        raise LocalsteerError("a stop string must not be empty.")
+    return stops
+
+
+def _steer_of_each(steer: Steer | Sequence[Steer], n: int) -> Sequence[Steer]:
+    steer = listed(steer)
+    if not isinstance(steer, tuple) or all(isinstance(vector, ControlVector) for vector in steer):
+        return [steer] * n
+    if len(steer) != n:
+        raise PromptError(f"steer has {len(steer)} entries for {n} prompts: give one each, or one for all.")
+    return steer
+
+
+def _sampling_of_each(sampling: Sampling | Sequence[Sampling] | None, n: int) -> Sequence[Sampling]:
+    if sampling is None or isinstance(sampling, Sampling):
+        one = sampling or Sampling()
+        if one.seed is None or one.is_argmax:
+            return [one] * n
+        return [replace(one, seed=one.seed + i) for i in range(n)]
+    if len(sampling) != n:
+        raise LocalsteerError(f"sampling has {len(sampling)} entries for {n} prompts: give one each, or one.")
+    return sampling

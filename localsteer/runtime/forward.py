@@ -1,0 +1,251 @@
+"""Forward passes over known tokens: logits, states of the residual stream, scores. Nothing is drawn here.
+
+Engine has them as methods, which say what they take and give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ..errors import PromptError
+from ..plan import Plan, position_classes
+from .limits import check_tokens
+from .prefix import TokenSequence, trees
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from .bridge import Rows
+
+WIDE_BYTES = 64 << 20  # of logits that one decode may return when every token is an output
+
+Progress = Callable[[int, int], None] | None
+
+
+class Piece(NamedTuple):
+    """Tokens start to stop (exclusive) of sequence `index`, as part of one decode."""
+
+    index: int
+    start: int
+    stop: int
+
+
+def logits(engine: Engine, tokens: np.ndarray, plan: Plan | None, n_prompt: int | None) -> np.ndarray:
+    """(n_tokens, n_vocab) float32, of one forward pass."""
+    result = np.empty((len(tokens), engine.model.n_vocab), np.float32)
+    for piece, rows, _, outputs in passes(
+        engine, [tokens], [0], plan=plan, n_prompt=n_prompt, size=wide_size(engine)
+    ):
+        result[piece.start : piece.stop] = rows.logits[outputs]
+    return result
+
+
+def hidden_states(
+    engine: Engine, tokens: np.ndarray, layers: Sequence[int], plan: Plan | None, n_prompt: int | None
+) -> np.ndarray:
+    """(n_tokens, len(layers), n_embd) float32, after each block of `layers`."""
+    # the last block keeps only the rows of outputs
+    every = engine.model.n_layer - 1 in layers
+    result = np.empty((len(tokens), len(layers), engine.model.n_embd), np.float32)
+    for piece, rows, taken, _ in passes(
+        engine,
+        [tokens],
+        [0 if every else len(tokens) - 1],
+        plan=plan,
+        n_prompt=n_prompt,
+        capture=layers,
+        size=wide_size(engine) if every else engine.context.n_batch,
+    ):
+        for i, layer in enumerate(layers):
+            result[piece.start : piece.stop, i] = rows.states[layer][taken]
+    return result
+
+
+def last_hidden_states(
+    engine: Engine, sequences: Sequence[np.ndarray], on_progress: Progress = None
+) -> np.ndarray:
+    """(n_sequences, n_layer, n_embd) float32: every block's state at each last token, unsteered."""
+    size = min(engine.context.n_batch, engine.n_cells)
+    fits = all(len(tokens) <= size for tokens in sequences)
+    if engine.n_seq_max > 1 and engine.context.kv_unified and fits:
+        states = _last_states_together(engine, sequences, size)
+    else:
+        states = _last_states(engine, sequences)
+    result = np.empty((len(sequences), engine.model.n_layer, engine.model.n_embd), np.float32)
+    for n_done, (index, layers) in enumerate(states, 1):
+        result[index] = layers
+        if on_progress:
+            on_progress(n_done, len(sequences))
+    return result
+
+
+def score(
+    engine: Engine, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], on_progress: Progress = None
+) -> list[float]:
+    """Mean log-probability (natural) of each reply's tokens after its prompt. Raises PromptError."""
+    for prompt, reply in pairs:
+        if not len(prompt) or not len(reply):
+            raise PromptError("a score needs a prompt and a reply of at least one token each.")
+    # the last token of a reply is predicted but never read
+    sequences = [check_tokens(engine, [*prompt, *reply][:-1]) for prompt, reply in pairs]
+    firsts = [len(prompt) - 1 for prompt, _ in pairs]
+    totals = np.zeros(len(pairs))
+    for piece, rows, _, outputs in passes(engine, sequences, firsts, size=wide_size(engine)):
+        prompt, reply = pairs[piece.index]
+        first = max(piece.start, len(prompt) - 1) + 1 - len(prompt)
+        wanted = np.asarray(reply[first : first + outputs.stop - outputs.start], np.int64)
+        totals[piece.index] += log_probabilities(rows.logits[outputs], wanted).sum()
+        if on_progress:
+            on_progress(piece.index + 1, len(pairs))
+    return [float(total / len(reply)) for total, (_, reply) in zip(totals, pairs, strict=True)]
+
+
+def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """(n,) float64: log softmax of each row of (n, n_vocab) float32 logits at its token."""
+    if not len(tokens):
+        return np.zeros(0)
+    peak = logits.max(axis=1, keepdims=True)
+    # float32 is exact to 1e-6 here, in a third of the time
+    total = np.log(np.exp(logits - peak).sum(axis=1, dtype=np.float64)) + peak[:, 0]
+    return logits[np.arange(len(tokens)), tokens].astype(np.float64) - total
+
+
+def wide_size(engine: Engine) -> int:
+    """Tokens of one decode whose every token is an output."""
+    return max(1, min(engine.context.n_batch, WIDE_BYTES // (4 * engine.model.n_vocab)))
+
+
+def passes(
+    engine: Engine,
+    sequences: Sequence[np.ndarray],
+    first_outputs: Sequence[int],
+    *,
+    size: int,
+    plan: Plan | None = None,
+    n_prompt: int | None = None,
+    capture: Sequence[int] = (),
+    capture_outputs: bool = False,
+) -> Iterator[tuple[Piece, Rows, slice, slice]]:
+    """Decode sequences from their start, as many as fit `size` tokens at a time, longer ones in chunks.
+
+    Tokens from `first_outputs[i]` on are outputs of sequence i. Yields for each piece its decode's rows
+    and where the piece is in them: a slice of the decode's tokens and a slice of its outputs.
+    capture_outputs: record the states of outputs alone.
+    """
+    if capture:
+        engine.context.probe(capture)
+    run = engine.begin()
+    n_together = engine.n_seq_max if engine.context.kv_unified else 1
+    for batch in pack([len(tokens) for tokens in sequences], size, n_together):
+        engine.check_run(run)
+        if batch[0].start == 0:
+            engine.context.clear()
+        joined = _Joined.of(batch, sequences, first_outputs)
+        lengths = joined.lengths if n_prompt is None else n_prompt
+        rows = engine.context.decode(
+            joined.tokens,
+            joined.positions,
+            joined.owners,
+            joined.outputs,
+            plans=[plan] * len(joined.tokens) if plan else None,
+            classes=position_classes(joined.positions, lengths),
+            capture=capture,
+            capture_tokens=joined.outputs if capture_outputs else None,
+        )
+        for piece, taken, outputs in joined.spans:
+            yield piece, rows, taken, outputs
+
+
+def pack(lengths: Sequence[int], size: int, n_seq_max: int) -> Iterator[list[Piece]]:
+    """Pieces of one decode each: consecutive whole sequences, at most n_seq_max and `size` tokens together.
+
+    A sequence longer than `size` comes alone, in chunks, one after another.
+    """
+    batch: list[Piece] = []
+    room = size
+    for index, length in enumerate(lengths):
+        if batch and (length > room or len(batch) == n_seq_max):
+            yield batch
+            batch, room = [], size
+        if length > size:
+            for start in range(0, length, size):
+                yield [Piece(index, start, min(start + size, length))]
+        else:
+            batch.append(Piece(index, 0, length))
+            room -= length
+    if batch:
+        yield batch
+
+
+def _last_states_together(
+    engine: Engine, sequences: Sequence[np.ndarray], size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Several in one decode, the beginning that they share computed once."""
+    layers = list(range(engine.model.n_layer))
+    engine.context.probe(layers)
+    prompts = [
+        TokenSequence(tokens.tolist(), [0] * (len(tokens) - 1) + [1], [len(tokens) - 1])
+        for tokens in sequences
+    ]
+    run = engine.begin()
+    for tree in trees(prompts, n_sequences=engine.n_seq_max, n_tokens=size, n_outputs=size):
+        engine.check_run(run)
+        engine.context.clear()
+        states = tree.decode(engine.context, layers).states
+        for index, (row,) in tree.rows_of(prompts):
+            yield index, np.stack([states[layer][row] for layer in layers])
+
+
+def _last_states(engine: Engine, sequences: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    """One after the other, long ones in chunks."""
+    layers = list(range(engine.model.n_layer))
+    for piece, rows, _, outputs in passes(
+        engine,
+        sequences,
+        [len(tokens) - 1 for tokens in sequences],
+        capture=layers,
+        capture_outputs=True,
+        size=engine.context.n_batch,
+    ):
+        if piece.stop == len(sequences[piece.index]):
+            yield piece.index, np.stack([rows.states[layer][outputs.start] for layer in layers])
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Pieces of several sequences as the arrays of one decode. spans: of its tokens, and of its outputs.
+
+    lengths: of its sequence, for each token.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    owners: np.ndarray
+    outputs: np.ndarray
+    lengths: np.ndarray
+    spans: list[tuple[Piece, slice, slice]]
+
+    @classmethod
+    def of(
+        cls, batch: Sequence[Piece], sequences: Sequence[np.ndarray], first_outputs: Sequence[int]
+    ) -> _Joined:
+        spans = []
+        n_tokens = n_outputs = 0
+        for piece in batch:
+            given = max(0, piece.stop - max(piece.start, first_outputs[piece.index]))
+            taken = slice(n_tokens, n_tokens + piece.stop - piece.start)
+            spans.append((piece, taken, slice(n_outputs, n_outputs + given)))
+            n_tokens, n_outputs = taken.stop, n_outputs + given
+        counts = [piece.stop - piece.start for piece in batch]
+        positions = np.concatenate([np.arange(piece.start, piece.stop) for piece in batch])
+        return cls(
+            tokens=np.concatenate([sequences[piece.index][piece.start : piece.stop] for piece in batch]),
+            positions=positions,
+            owners=np.repeat(np.arange(len(batch)), counts),
+            outputs=positions >= np.repeat([first_outputs[piece.index] for piece in batch], counts),
+            lengths=np.repeat([len(sequences[piece.index]) for piece in batch], counts),
+            spans=spans,
+        )

@@ -1,0 +1,49 @@
+"""How the next token is drawn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..constrain import Constraint
+from ..errors import LocalsteerError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn, by llama.cpp's names and defaults; `temp` 0 is greedy.
+
+    seed: None draws one. repeat_last_n: tokens of the reply that penalties look back on, -1 = all of them.
+    grammar: what the reply must be, a Constraint or GBNF text. Raises LocalsteerError for a value out of
+    range.
+    """
+
+    temp: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    grammar: Constraint | str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temp", "repeat_penalty", "presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise LocalsteerError(f"{name} must be a finite number, not {getattr(self, name)}.")
+        for name in ("top_p", "min_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise LocalsteerError(f"{name} must be 0 to 1, not {getattr(self, name)}.")
+        if self.repeat_penalty <= 0:
+            raise LocalsteerError(f"repeat_penalty must be above 0, not {self.repeat_penalty}.")
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the token is simply the one with the largest logit."""
+        penalties = (self.repeat_penalty, self.presence_penalty, self.frequency_penalty)
+        return self.temp <= 0 and self.grammar is None and penalties == (1.0, 0.0, 0.0)
+
+
+GREEDY = Sampling(temp=0.0)
