@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 MAX_PORT = 65535
+SWITCH_SECONDS = 0.0005
 
 
 @click.command("serve", short_help="Serve the OpenAI API, each request with its own steering.")
@@ -96,6 +99,20 @@ MAX_PORT = 65535
     help="For replies under way when the server is told to end. [default: 10]",
 )
 @click.option(
+    "--max-connections",
+    type=click.IntRange(2, 100_000),
+    default=512,
+    metavar="N",
+    help="At one time, half of them from one address; those that ask nothing make room. [default: 512]",
+)
+@click.option(
+    "--body-memory",
+    type=click.IntRange(1, 1 << 20),
+    default=64,
+    metavar="MIB",
+    help="For the bodies of all requests that are here at one time. [default: 64]",
+)
+@click.option(
     "--request-timeout",
     type=click.FloatRange(0.1, 86_400),
     default=600.0,
@@ -128,8 +145,18 @@ def command(models: tuple[str, ...], folder: str | None, as_json: bool, **given:
     access.check()
     with _opened(models, given) as schedulers:
         running = _application(schedulers, folder, access, given)
+        _share_the_interpreter()
         ended = running.serve(on_ready=lambda: _tell(running, as_json))
     return interrupt.EXIT_STATUS if ended == 2 else 0  # 2: SIGINT
+
+
+def _share_the_interpreter() -> None:
+    """So that the event loop has its turn in time, whatever other threads do."""
+    # what is here now stays: the collector would go through it all, a quarter of a second each time, alone
+    gc.collect()
+    gc.freeze()
+    # each of the half dozen system calls of an answer has to get the interpreter back from a busy thread
+    sys.setswitchinterval(SWITCH_SECONDS)
 
 
 def _check_extra() -> None:
@@ -186,6 +213,8 @@ def _application(
         limits=Limits(
             predict=None if given["predict"] < 0 else given["predict"],
             request_seconds=given["request_timeout"],
+            max_connections=given["max_connections"],
+            max_held=given["body_memory"] << 20,
         ),
     )
     return Running(application, given["host"], given["port"], given["grace"])

@@ -14,11 +14,12 @@ from localsteer import __version__
 from localsteer.runtime.scheduler import Scheduler
 
 from . import chat, completions, embeddings, errors, pages, vectors
+from .bodies import BodyLimit
 from .deadline import Deadline
 from .limits import Limits
 from .metrics import CountRequests, Metrics
 from .models import Served, State
-from .security import Access, BodyLimit, Guard
+from .security import Access, Guard
 from .steering import VectorFolder
 
 DESCRIPTION = "The OpenAI API on quantized GGUF models, each request with its own steering."

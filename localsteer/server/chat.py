@@ -15,13 +15,14 @@ from .ensured import ensured_chat
 from .errors import ApiError, Json
 from .formats import grammar_of
 from .models import State
+from .reading import BodyRoute
 from .replies import ClientGone, Job, Order, begin, samplings, unless_gone
 from .schemas import ChatRequest, Tool
 from .streaming import event, stream
 from .threads import off_loop
 from .tools import CallHold, forced_grammar, offered, parse, rendered
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/chat/completions", tags=["OpenAI"], summary="Answer a conversation")

@@ -11,11 +11,12 @@ from starlette.responses import Response
 from .answers import REASONS, Whole, envelope, scored, text_logprobs
 from .errors import ApiError, Json
 from .models import State
+from .reading import BodyRoute
 from .replies import ClientGone, Job, Order, begin, samplings, unless_gone
 from .schemas import CompletionRequest
 from .streaming import event, stream
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 DEFAULT_TOKENS = 16  # as OpenAI has it
 
 

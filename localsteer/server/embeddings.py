@@ -15,10 +15,11 @@ from localsteer.errors import PromptError
 
 from .errors import ApiError, Json
 from .models import Served, State
+from .reading import BodyRoute
 from .replies import ClientGone, unless_gone
 from .schemas import EmbeddingRequest
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/embeddings", tags=["OpenAI"], summary="Texts as vectors, where the model gives them")

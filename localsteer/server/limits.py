@@ -21,21 +21,30 @@ MAX_MODEL_NAME = 512
 MAX_SCHEMA = 64 << 10  # bytes of a JSON schema
 MAX_GRAMMAR = 256 << 10  # bytes of what it becomes
 MAX_TRACE_TOKENS = 512
+# of a body: pydantic needs some 20 microseconds for an object, and no thread runs meanwhile
+MAX_CONTAINERS = 20_000  # lists and objects; 128 tools with 20 parameters each are 6,000
+MAX_MEMBERS = 20_000
+MAX_VALUES = 300_000  # OpenAI takes as many tokens in one call for embeddings
+MAX_DEPTH = 64
 
 
 @dataclass(frozen=True)
 class Limits:
     """What the command line sets. Bytes and seconds.
 
-    request_seconds: for a request, from its head to the end of its answer. body_seconds: for its body to
-    arrive. write_seconds: that one piece of a reply may wait for a client that does not read. predict: tokens
-    of a reply where the request names no bound; None: until the context is full.
+    max_held: of all bodies that are here at one time. request_seconds: for a request, from its head to the
+    end of its answer; head_seconds, body_seconds: for its head and its body to arrive. write_seconds: that
+    one piece of a reply may wait for a client that does not read. predict: tokens of a reply where the
+    request names no bound; None: until the context is full.
     """
 
     max_body: int = 4 << 20
-    max_upload: int = 64 << 20
+    max_upload: int = 16 << 20  # 126 blocks of 16,384, the largest model there is, are 8 MiB
+    max_held: int = 64 << 20
+    max_connections: int = 512
     max_files: int = 1000
     request_seconds: float = 600.0
+    head_seconds: float = 10.0
     body_seconds: float = 30.0
     write_seconds: float = 60.0
     predict: int | None = 1024

@@ -17,8 +17,8 @@ from localsteer.errors import LocalsteerError
 from localsteer.runtime.bridge import end_after
 
 from .app import state_of
+from .connections import connection_class
 
-MAX_CONNECTIONS = 512
 CLOSING_SECONDS = 2.0  # for the last events of cancelled replies to be read
 LAST_RESORT_SECONDS = 3.0  # beyond that the process is ended from outside of Python
 
@@ -50,7 +50,7 @@ class Running:
                 proxy_headers=False,
                 ws="none",
                 lifespan="on",
-                limit_concurrency=MAX_CONNECTIONS,
+                http=connection_class(self.state.limits),
                 timeout_graceful_shutdown=math.ceil(grace + CLOSING_SECONDS),
             )
         )

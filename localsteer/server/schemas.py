@@ -37,7 +37,7 @@ class SteeringItem(BaseModel):
 
     name: Name
     strength: Annotated[Finite, Field(ge=-limits.MAX_STRENGTH, le=limits.MAX_STRENGTH)] | None = None
-    layer: Block | Annotated[list[Block], Field(min_length=1, max_length=1000)] | None = None
+    layer: Block | Annotated[list[Block], Field(fail_fast=True, min_length=1, max_length=1000)] | None = None
     positions: Positions | None = None
     mode: Mode | None = None
     one_sided: bool | None = None
@@ -164,7 +164,7 @@ class ToolCall(_Body):
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[ContentPart], Field(max_length=1000)] | None = None
+    content: Text | Annotated[list[ContentPart], Field(fail_fast=True, max_length=1000)] | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=limits.MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
@@ -258,15 +258,15 @@ class ChatRequest(SamplingFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-Tokens = Annotated[list[Token], Field(min_length=1, max_length=limits.MAX_TEXT)]
+Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1, max_length=limits.MAX_TEXT)]
 
 
 class CompletionRequest(SamplingFields):
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=limits.MAX_PROMPTS)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=limits.MAX_PROMPTS)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=limits.MAX_PROMPTS)]
+        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.MAX_PROMPTS)]
     )
     logprobs: Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -296,9 +296,9 @@ class EmbeddingRequest(_Body):
     model: Annotated[str, Field(max_length=limits.MAX_MODEL_NAME)] | None = None
     input: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=limits.MAX_INPUTS)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=limits.MAX_INPUTS)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=limits.MAX_INPUTS)]
+        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.MAX_INPUTS)]
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None

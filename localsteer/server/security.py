@@ -1,4 +1,4 @@
-"""Who may ask: the Host and Origin of a request, its key, and how much it may send.
+"""Who may ask: the Host and Origin of a request, and its key.
 
 A page of another site can make a browser talk to this server. Its requests carry that site's Origin, which is
 refused. With DNS rebinding the site's own name leads here: then the Host is that name, which is refused too.
@@ -7,7 +7,6 @@ An address as Host can't be rebound. Keys are compared in constant time.
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import ipaddress
 from collections.abc import Callable, Collection
@@ -18,10 +17,8 @@ from urllib.parse import urlsplit
 from localsteer.errors import LocalsteerError
 
 from .errors import ApiError, shown
-from .limits import Limits
 
 PUBLIC = ("/", "/health", "/docs")  # and /page/*: what can be read without the key
-UPLOADS = "/v1/steering"
 MIN_KEY = 8
 
 
@@ -163,63 +160,3 @@ def _with_headers(send: Any, more: list[tuple[bytes, bytes]]) -> Any:
         await send(message)
 
     return sending
-
-
-class _Gone(Exception):
-    """The client hung up before its request was whole."""
-
-
-class BodyLimit:
-    """ASGI middleware: reads a request's body whole, within bounds of size and time, before anything else."""
-
-    def __init__(self, app: Callable[..., Any], limits: Limits) -> None:
-        self.app, self.limits = app, limits
-
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        most = self.limits.max_upload if scope["path"] == UPLOADS else self.limits.max_body
-        try:
-            body = await asyncio.wait_for(_read(scope, receive, most), self.limits.body_seconds)
-        except asyncio.TimeoutError:
-            error = ApiError(
-                f"the body did not arrive within {self.limits.body_seconds:g} seconds.", status=408
-            )
-            return await error.response()(scope, receive, send)
-        except ApiError as error:
-            return await error.response()(scope, receive, send)
-        except _Gone:
-            return
-        given = False
-
-        async def again() -> dict[str, Any]:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self.app(scope, again, send)
-
-
-async def _read(scope: dict[str, Any], receive: Any, most: int) -> bytes:
-    for key, value in scope["headers"]:
-        if key == b"content-length" and value.isdigit() and int(value[:20]) > most:
-            raise _too_large(value[:20].decode(), most)
-    chunks, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _Gone
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > most:
-            raise _too_large(f"{size} and more", most)
-        if not message.get("more_body"):
-            return b"".join(chunks)
-
-
-def _too_large(size: str, most: int) -> ApiError:
-    return ApiError(
-        f"body: must be at most {most} bytes, not {size}.", status=413, param="body", code="body_too_large"
-    )

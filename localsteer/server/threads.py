@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import anyio
-import anyio.lowlevel
 import anyio.to_thread
 
 Result = TypeVar("Result")
 
 # Python runs one thread at a time, and the event loop waits for its turn behind each that is busy
-AT_ONCE = 8
-_limiters: dict[Any, anyio.CapacityLimiter] = {}
+AT_ONCE = 4
+READING_AT_ONCE = 1  # what holds the interpreter for tens of milliseconds at a time
+_limiters: WeakKeyDictionary[Any, dict[int, anyio.CapacityLimiter]] = WeakKeyDictionary()
 
 
 async def off_loop(work: Callable[..., Result], *args: Any, **settings: Any) -> Result:
     """The result of `work`, from a thread. Whoever waits may be cancelled: the thread then ends by itself."""
     call = partial(work, *args, **settings)
-    return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=_limiter())
+    return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=_limiter(AT_ONCE))
+
+
+async def reading_slowly(work: Callable[..., Result], *args: Any) -> Result:
+    """The same for large bodies, one after the other."""
+    call, limiter = partial(work, *args), _limiter(READING_AT_ONCE)
+    return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=limiter)
 
 
 async def aside(work: Callable[..., Result], *args: Any, **settings: Any) -> Result:
@@ -28,10 +36,10 @@ async def aside(work: Callable[..., Result], *args: Any, **settings: Any) -> Res
     return await anyio.to_thread.run_sync(partial(work, *args, **settings), abandon_on_cancel=True)
 
 
-def _limiter() -> anyio.CapacityLimiter:
+def _limiter(at_once: int) -> anyio.CapacityLimiter:
     """One for each event loop, since it must not be shared between two."""
-    loop = anyio.lowlevel.current_token()
-    if loop not in _limiters:
-        _limiters.clear()
-        _limiters[loop] = anyio.CapacityLimiter(AT_ONCE)
-    return _limiters[loop]
+    loop = asyncio.get_running_loop()
+    limiters = _limiters.setdefault(loop, {})
+    if at_once not in limiters:
+        limiters[at_once] = anyio.CapacityLimiter(at_once)
+    return limiters[at_once]

@@ -20,7 +20,7 @@ pytest.importorskip("fastapi", reason="the extra localsteer[serve] is not instal
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 pytestmark = pytest.mark.skipif(not bundled.is_available(), reason="no bundled model in this copy")
 
-SECONDS = 0.4
+SECONDS = 1.0
 ANY = {"temperature": 2, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 1}
 # 512 replies one after the other: minutes of work
 LONG = ANY | {"prompt": ["The fox is"] * 32, "n": 16, "max_tokens": 900}
@@ -53,7 +53,7 @@ def test_a_reply_that_takes_too_long(server):
         started = time.monotonic()
         answer = http.post("/v1/completions", json=LONG)
         assert late(answer)
-        assert time.monotonic() - started < SECONDS + 1.5
+        assert time.monotonic() - started < SECONDS + 3
     assert answer.headers["x-should-retry"] == "false"
     assert server.quiet(2)
 
@@ -115,7 +115,7 @@ def test_a_client_that_reads_nothing_is_dropped(server):
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(server.running.address)
         slow.sendall(raw_request("/v1/completions", LONG | {"stream": True, "logprobs": 20}))
-        time.sleep(SECONDS)
+        time.sleep(SECONDS / 2)
         assert server.quiet(3)
 
 

@@ -1,0 +1,133 @@
+"""The bodies of requests: read whole, within bounds of size and time for each, and of bytes for all."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from .errors import ApiError
+from .limits import Limits
+from .threads import aside
+
+UPLOADS = "/v1/steering"
+SMALL = 64 << 10  # bytes of a body that need no place: large ones can't keep ordinary requests out
+WORTH_TRIMMING = 2 << 20  # bytes held at once after which memory is given back
+TRIM_AFTER = 1.0  # seconds without a large body
+
+
+class _Gone(Exception):
+    """The client hung up before its request was whole."""
+
+
+class _Held:
+    """Bytes of bodies that all requests hold beyond SMALL each."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.n = self.peak = 0
+        self._trimming: asyncio.TimerHandle | None = None
+
+    def take(self, n: int) -> None:
+        """Raises ApiError where there is no room."""
+        if n > 0 and self.n + n > self.most:
+            raise ApiError(
+                f"body: other requests hold {self.n} of the {self.most} bytes that there are for bodies: try "
+                "again later.",
+                status=429, param="body", code="bodies_full",
+            )  # fmt: skip
+        self.n += n
+        self.peak = max(self.peak, self.n)
+
+    def give_back(self, n: int) -> None:
+        self.n -= n
+        if self.n or self.peak < WORTH_TRIMMING:
+            return
+        self.peak = 0
+        if self._trimming:
+            self._trimming.cancel()
+        loop = asyncio.get_running_loop()
+        self._trimming = loop.call_later(TRIM_AFTER, lambda: loop.create_task(aside(trim_memory)))
+
+
+def trim_memory() -> None:
+    """glibc keeps what a burst of requests took; others give it back by themselves."""
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
+class BodyLimit:
+    """ASGI middleware: a request goes on when its body is here."""
+
+    def __init__(self, app: Callable[..., Any], limits: Limits) -> None:
+        self.app, self.limits = app, limits
+        self.held = _Held(limits.max_held)
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        reading = _Reading(self.held)
+        try:
+            await self._pass_on(reading, scope, receive, send)
+        finally:
+            self.held.give_back(reading.taken)
+
+    async def _pass_on(self, reading: _Reading, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        most = self.limits.max_upload if scope["path"] == UPLOADS else self.limits.max_body
+        try:
+            body = await asyncio.wait_for(reading.whole(scope, receive, most), self.limits.body_seconds)
+        except asyncio.TimeoutError:
+            error = ApiError(
+                f"the body did not arrive within {self.limits.body_seconds:g} seconds.", status=408
+            )
+            return await error.response()(scope, receive, send)
+        except ApiError as error:
+            return await error.response()(scope, receive, send)
+        except _Gone:
+            return
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+        del body
+
+        async def again() -> dict[str, Any]:
+            return messages.pop() if messages else await receive()
+
+        await self.app(scope, again, send)
+
+
+class _Reading:
+    """taken: bytes of this body that count."""
+
+    def __init__(self, held: _Held) -> None:
+        self.held, self.taken = held, 0
+
+    async def whole(self, scope: dict[str, Any], receive: Any, most: int) -> bytes:
+        for key, value in scope["headers"]:
+            if key == b"content-length" and value.isdigit() and int(value[:20]) > most:
+                raise _too_large(value[:20].decode(), most)
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _Gone
+            body += message.get("body", b"")
+            if len(body) > most:
+                raise _too_large(f"{len(body)} and more", most)
+            self._count(len(body) - SMALL)
+            if not message.get("more_body"):
+                return bytes(body)
+
+    def _count(self, n: int) -> None:
+        more = max(0, n) - self.taken
+        self.held.take(more)
+        self.taken += more
+
+
+def _too_large(size: str, most: int) -> ApiError:
+    return ApiError(
+        f"body: must be at most {most} bytes, not {size}.", status=413, param="body", code="body_too_large"
+    )

@@ -1,0 +1,181 @@
+"""How many connections there may be, and how long one may be here without a request.
+
+uvicorn's protocol, with what it leaves open: a client may take its time with the head of a request, or with
+reading the last answer, for as long as it likes, and at the limit everybody is turned away. Here both have
+their time, and a connection that waits for nothing makes room for a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .errors import ApiError
+from .limits import Limits
+
+# Bytes. A body in chunks of one byte costs the event loop 50 microseconds for each of them.
+RECEIVED_AT_ONCE = 64 << 10
+RECEIVED_OF_CHUNKS = 2 << 10
+MAX_OVERHEAD = 32 << 10  # of one request beside its body: its head, and what stands around chunks
+
+
+class Room:
+    """The connections that are here, by address, the oldest first."""
+
+    def __init__(self, limits: Limits, most: int) -> None:
+        self.limits, self.most = limits, most
+        self._of: dict[str, dict[Connection, None]] = {}
+        self._all: dict[Connection, None] = {}
+
+    def enter(self, connection: Connection) -> bool:
+        """Whether there is a place, which another may have to leave."""
+        own = self._of.get(connection.address, {})
+        of_one = max(1, self.most // 2)  # no single address has it all
+        if len(own) >= of_one and not self._evict(own):
+            return False
+        if len(self._all) >= self.most and not self._evict(self._all):
+            return False
+        self._of.setdefault(connection.address, {})[connection] = None
+        self._all[connection] = None
+        return True
+
+    def leave(self, connection: Connection) -> None:
+        if self._all.pop(connection, connection) is None:
+            own = self._of[connection.address]
+            del own[connection]
+            if not own:
+                del self._of[connection.address]
+
+    def _evict(self, among: Iterable[Connection]) -> bool:
+        idle = min((each for each in among if each.is_idle), key=lambda each: each.since, default=None)
+        if idle is None:
+            return False
+        self.leave(idle)
+        idle.transport.abort()
+        return True
+
+
+class Connection(H11Protocol):
+    """since: on the event loop's clock, when it came or had its last answer."""
+
+    room: ClassVar[Room]
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.address, self.since = "", 0.0
+        self._overhead = 0
+        self._waiting: asyncio.TimerHandle | None = None
+        self._writing: asyncio.TimerHandle | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no whole request of it is under way."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.address = self.client[0] if self.client else ""
+        self.app_state = {**self.app_state, "abort": transport.abort}
+        transport.max_size = RECEIVED_OF_CHUNKS  # until it is known
+        if self.room.enter(self):
+            self._await_request()
+        else:
+            self._refuse(_FULL)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.room.leave(self)
+        self._stop(self._waiting)
+        self._stop(self._writing)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        before = self._n_body
+        super().data_received(data)
+        self._overhead += len(data) - max(0, self._n_body - before)
+        if self._overhead > MAX_OVERHEAD:
+            self.transport.abort()
+        elif self.cycle is not None and self.cycle.more_body:
+            is_chunked = any(key == b"transfer-encoding" for key, _ in self.headers)
+            self.transport.max_size = RECEIVED_OF_CHUNKS if is_chunked else RECEIVED_AT_ONCE
+
+    @property
+    def _n_body(self) -> int:
+        return 0 if self.cycle is None else len(self.cycle.body)
+
+    def on_response_complete(self) -> None:
+        self._overhead, self.transport.max_size = 0, RECEIVED_OF_CHUNKS
+        self._await_request()
+        super().on_response_complete()
+
+    # -- the head of a request ------------------------------------------------------------------------------
+
+    def _await_request(self) -> None:
+        self.since = self.loop.time()
+        self._stop(self._waiting)
+        self._waiting = self.loop.call_later(self.room.limits.head_seconds, self._too_late)
+
+    def _too_late(self) -> None:
+        if not (self.cycle is None or self.cycle.response_complete):
+            return  # a request is under way, and has a deadline of its own
+        is_written = self.transport.get_write_buffer_size() == 0
+        if is_written and not self.transport.is_closing():
+            self._refuse(_LATE)
+        elif is_written or self.loop.time() - self.since > self.room.limits.write_seconds:
+            self.transport.abort()
+        else:
+            self._waiting = self.loop.call_later(self.room.limits.head_seconds, self._too_late)
+
+    def _refuse(self, error: ApiError) -> None:
+        """What no request has been read for is answered by hand."""
+        body = error.response().body
+        head = f"HTTP/1.1 {error.status} {_REASONS[error.status]}\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        self.transport.write(head.encode("ascii") + bytes(body))
+        self.transport.close()
+
+    # -- a client that does not read ------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch(None)
+
+    def resume_writing(self) -> None:
+        self._stop(self._writing)
+        super().resume_writing()
+
+    def _watch(self, before: int | None) -> None:
+        """before: bytes that had not been written write_seconds ago."""
+        left = self.transport.get_write_buffer_size()
+        if before is not None and left >= before:
+            return self.transport.abort()
+        self._writing = self.loop.call_later(self.room.limits.write_seconds, self._watch, left)
+
+    @staticmethod
+    def _stop(timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()
+
+
+_REASONS = {408: "Request Timeout", 503: "Service Unavailable"}
+_LATE = ApiError("no request came in time: the connection is closed.", status=408, code="request_late")
+_FULL = ApiError(
+    "the server has all the connections that it takes: try again later.", status=503, code="full"
+)
+
+
+def connection_class(limits: Limits) -> type[Connection]:
+    """A class of its own for one server, as uvicorn makes its protocols without arguments of ours."""
+    return type("BoundedConnection", (Connection,), {"room": Room(limits, _most(limits.max_connections))})
+
+
+def _most(wanted: int) -> int:
+    """As many as this process may open files, with some left for other things."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return wanted
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - 64))

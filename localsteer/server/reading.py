@@ -1,0 +1,166 @@
+"""From a body's bytes to a checked request, in steps that hold neither the event loop nor other threads up.
+
+Python's JSON reader and pydantic let no other thread run while they are busy, and a few megabytes of `[],[],`
+keep them busy for seconds. So what there may be of each kind is bounded before either sees it, large bodies
+are read one at a time in a thread, and messages are checked one by one.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, get_type_hints
+
+import numpy as np
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from . import limits
+from .errors import ApiError
+from .schemas import ChatMessage
+from .threads import reading_slowly
+
+Body = TypeVar("Body", bound=BaseModel)
+
+QUICK = 8 << 10  # bytes that are read at once
+MAX_DIGITS = 400  # of a whole number
+_DIGITS = bytes(ord("0") if chr(i) in "0123456789" else ord(" ") for i in range(256))
+
+
+class BodyRoute(APIRoute):
+    """A route of a function (body, request): what FastAPI would do in the event loop is done here."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        model = get_type_hints(self.endpoint).get("body")
+        if model is None:
+            return super().get_route_handler()
+        endpoint = self.endpoint
+
+        async def handle(request: Request) -> Response:
+            return await endpoint(body=await body_of(request, model), request=request)
+
+        return handle
+
+
+async def body_of(request: Request, model: type[Body]) -> Body:
+    """Raises ApiError, RequestValidationError."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+        raise ApiError(
+            "the body must be a JSON object, sent with `Content-Type: application/json`.", param="body"
+        )
+    data = await request.body()
+    if len(data) <= QUICK:
+        return checked(data, model)
+    return await reading_slowly(checked, data, model)
+
+
+def checked(data: bytes, model: type[Body]) -> Body:
+    check_structure(data)
+    document = _loaded(data)
+    try:
+        if model.model_fields.get("messages"):
+            document = _with_messages(document)
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise _refusal(error, document) from None
+
+
+def _loaded(data: bytes) -> Any:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ApiError(f"the body is not UTF-8 (byte {error.start}).", param="body") from None
+    was_enabled = gc.isenabled()
+    gc.disable()  # it would go through all that is read again and again: five times slower
+    try:
+        # reading a number takes time by the square of its length; asking for each takes time for all
+        has_long = b"0" * MAX_DIGITS in data.translate(_DIGITS)
+        return json.loads(text, parse_int=_whole if has_long else None)
+    except json.JSONDecodeError as error:
+        raise ApiError(
+            f"the body is not JSON: {error.msg[0].lower() + error.msg[1:]}.", param="body"
+        ) from None
+    except (ValueError, RecursionError):
+        raise ApiError("the body is not JSON that can be read: a number is too long.", param="body") from None
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _whole(digits: str) -> int:
+    if len(digits) >= MAX_DIGITS:
+        raise ValueError
+    return int(digits)
+
+
+def _with_messages(document: Any) -> Any:
+    """Checked here one by one; where something is not as it should be, pydantic sees the rest as it is."""
+    messages = document.get("messages") if isinstance(document, dict) else None
+    if not isinstance(messages, list) or len(messages) > limits.MAX_MESSAGES:
+        return document
+    found = []
+    for i, message in enumerate(messages):
+        try:
+            found.append(ChatMessage.model_validate(message))
+        except ValidationError as error:
+            raise _refusal(error, document, ("messages", i)) from None
+    return document | {"messages": found}
+
+
+def _refusal(error: ValidationError, body: Any, where: tuple[str | int, ...] = ()) -> RequestValidationError:
+    errors = error.errors(include_url=False)
+    return RequestValidationError(
+        [{**each, "loc": ("body", *where, *each["loc"])} for each in errors], body=body
+    )
+
+
+# -- the structure of a JSON text ---------------------------------------------------------------------------
+
+
+def check_structure(data: bytes) -> None:
+    """Raises ApiError for more lists and objects, members, values or levels than any request needs."""
+    bounds = {
+        "lists and objects": limits.MAX_CONTAINERS,
+        "members": limits.MAX_MEMBERS,
+        "values": limits.MAX_VALUES,
+    }
+    signs = {"lists and objects": b"[{", "members": b":", "values": b","}
+    # counted with what stands in strings, which costs next to nothing, that is at most too much
+    counts = {name: sum(data.count(bytes([sign])) for sign in signs[name]) for name in signs}
+    if counts["lists and objects"] <= limits.MAX_DEPTH and all(
+        counts[name] <= bounds[name] for name in bounds
+    ):
+        return
+    outside = outside_strings(data)
+    for name, most in bounds.items():
+        n = sum(int(np.count_nonzero(outside == sign)) for sign in signs[name])
+        if n > most:
+            raise ApiError(
+                f"body: must hold at most {most} {name}, not {n}.", param="body", code="body_too_complex"
+            )
+    ends = np.isin(outside, list(b"]}")).astype(np.int32)
+    depth = int(np.cumsum(np.isin(outside, list(b"[{")) - ends).max(initial=0))
+    if depth > limits.MAX_DEPTH:
+        raise ApiError(
+            f"body: must have at most {limits.MAX_DEPTH} levels, not {depth}.",
+            param="body",
+            code="body_too_complex",
+        )
+
+
+def outside_strings(data: bytes) -> np.ndarray:
+    """uint8: the bytes of a JSON text that stand in no string. In steps that each take milliseconds."""
+    raw = np.frombuffer(data, np.uint8)
+    quotes = raw == ord('"')
+    slashes = raw == ord("\\")
+    if slashes.any():
+        places = np.arange(len(raw), dtype=np.int32)
+        others = np.maximum.accumulate(np.where(slashes, np.int32(-1), places))  # the last that is none
+        is_odd = ((places - others) & 1).astype(bool)  # of the slashes that end here
+        quotes[1:] &= ~is_odd[:-1]
+    return raw[~np.logical_xor.accumulate(quotes)]
