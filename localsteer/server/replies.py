@@ -15,6 +15,7 @@ from localsteer.runtime.generate import Chunk, Sampling
 from .errors import ApiError, api_error
 
 if TYPE_CHECKING:
+    from localsteer.constrain import Constraint
     from localsteer.runtime.scheduler import Ticket
     from localsteer.vector import ControlVector
 
@@ -153,7 +154,7 @@ def _submit(job: Job) -> None:
             job.tickets.append(ticket)
 
 
-def samplings(request: SamplingFields, grammar: str | None = None) -> list[Sampling]:
+def samplings(request: SamplingFields, grammar: Constraint | None = None) -> list[Sampling]:
     """One for each choice; with a seed each has its own, or all would be equal."""
     names = {
         "temp": request.temperature,
