@@ -116,24 +116,83 @@ def test_a_json_schema_is_followed_streamed_or_not(client):
 
 
 @pytest.mark.parametrize(
-    "schema",
+    ("schema", "path"),
     [
-        {"$ref": "https://example.com/schema.json"},
-        {"$ref": "#/definitions/none"},
-        {"type": "spaceship"},
-        {"type": "string", "pattern": "(?<=x)y"},
-        {"type": "object", "properties": {"a": 5}},
-        {"type": "string", "minLength": 10**9, "maxLength": 10**9},
-        {"type": "string", "pattern": "^(a{900}){900}$"},
-        {"type": "array", "minItems": 900, "items": {"type": "string", "minLength": 900}},
-        {"enum": ["x" * 70_000]},
+        ({"$ref": "https://example.com/schema.json"}, "$ref"),
+        ({"$ref": "#/definitions/none"}, "$ref"),
+        ({"type": "spaceship"}, "type"),
+        ({"type": "string", "pattern": "(?<=x)y"}, "pattern"),
+        ({"type": "string", "pattern": "^(a$"}, "pattern"),
+        ({"type": "object", "properties": {"a": 5}}, "properties.a"),
+        ({"properties": {"a": {"items": {"uniqueItems": True}}}}, "properties.a.items.uniqueItems"),
+        ({"anyOf": [{"type": "null"}, {"not": {"type": "string"}}]}, "anyOf.1.not"),
+        ({"$defs": {"a": {"if": {}, "then": False}}, "$ref": "#/$defs/a"}, "$defs.a.if"),
+        ({"enum": ["x" * 70_000]}, ""),
     ],
     ids=lambda schema: str(schema)[:40],
 )
-def test_a_schema_that_makes_no_grammar(client, schema):
+def test_a_schema_that_can_t_be_enforced_is_refused_by_keyword_and_path(client, schema, path):
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.BadRequestError) as caught:
         ask(client, response_format=wanted)
+    assert caught.value.param == f"response_format.json_schema.schema.{path}".rstrip(".")
+    assert "\n" not in caught.value.body["message"] and len(caught.value.body["message"]) < 400
+
+
+FIELDS = [
+    ({"response_format": {"type": "json_object", "schema": {"const": "no"}}}, '"no"'),
+    ({"response_format": {"type": "json_schema", "schema": {"const": "no"}}}, '"no"'),
+    ({"response_format": {"type": "regex", "pattern": "^n[o]$"}}, "no"),
+    ({"response_format": {"type": "grammar", "grammar": 'root ::= "no"'}}, "no"),
+    ({"grammar": 'root ::= "no"'}, "no"),
+    ({"grammar": 'start: "no"'}, "no"),
+    ({"json_schema": {"const": "no"}}, '"no"'),
+    ({"guided_json": {"const": "no"}}, '"no"'),
+    ({"guided_json": '{"const": "no"}'}, '"no"'),
+    ({"guided_regex": "no"}, "no"),
+    ({"guided_choice": ["no"]}, "no"),
+    ({"guided_grammar": 'root ::= "no"'}, "no"),
+    ({"structured_outputs": {"json": {"const": "no"}}}, '"no"'),
+    ({"structured_outputs": {"regex": "no"}}, "no"),
+    ({"structured_outputs": {"choice": ["no"]}}, "no"),
+    ({"structured_outputs": {"grammar": 'root ::= "no"'}}, "no"),
+]
+
+
+@pytest.mark.parametrize(("fields", "says"), FIELDS, ids=lambda given: str(given)[:50])
+def test_every_spelling_of_a_constraint_works(server, client, fields, says):
+    assert ask(client, extra_body=fields).choices[0].message.content == says
+    made = server.http().post("/v1/completions", json={"prompt": "Tell", **fields}).json()
+    assert made["choices"][0]["text"] == says
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"json_schema": {}, "guided_regex": "a"}, "guided_regex"),
+        ({"response_format": {"type": "regex"}}, "response_format"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"json": {"uniqueItems": True}}}, "structured_outputs.json.uniqueItems"),
+        ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),
+        ({"guided_choice": [""]}, "guided_choice"),
+        ({"guided_regex": "(a"}, "guided_regex"),
+        ({"guided_json": "{a"}, "guided_json"),
+        ({"grammar": "root ::= ("}, "grammar"),
+        ({"tools": [WEATHER], "tool_choice": "auto", "guided_choice": ["a"]}, "guided_choice"),
+    ],
+    ids=lambda given: str(given)[:50],
+)
+def test_what_does_not_make_a_constraint_is_named(client, fields, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, "tools", extra_body=fields)
+    assert caught.value.param == param
+
+
+def test_log_probabilities_are_those_before_the_mask(client):
+    asked = {"temperature": 0, "logprobs": True, "top_logprobs": 1, "max_tokens": 1}
+    free = ask(client, **asked).choices[0].logprobs.content[0].top_logprobs[0]
+    kept = ask(client, extra_body={"guided_choice": ["q"]}, **asked).choices[0].logprobs.content[0]
+    assert kept.token == "q" and kept.top_logprobs[0].token == free.token
 
 
 def test_a_schema_is_needed(client):
@@ -169,6 +228,35 @@ def test_a_call_that_is_asked_for_is_made(client, choice):
     calls = [each for chunk in chunks for each in chunk.choices[0].delta.tool_calls or []]
     assert json.loads(calls[0].function.arguments) == json.loads(call.function.arguments)
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_forced_call_is_read_as_json_whatever_is_in_it(client, stream):
+    """Its schema keeps `$ref`s of its own, and a mark of another form of call inside is no mark."""
+    value = "<tool_call>a   x </tool_call>[TOOL_CALLS]<function=f>"
+    parameters = {
+        "$defs": {"a/b": {"const": value}},
+        "properties": {"x": {"$ref": "#/$defs/a~1b"}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+    tools = [WEATHER, {"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    choice = {"type": "function", "function": {"name": "f"}}
+    reply = ask(client, "tools", tools=tools, tool_choice=choice, stream=stream)
+    if stream:
+        (call,) = (each for chunk in reply for each in chunk.choices[0].delta.tool_calls or [])
+    else:
+        (call,) = reply.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"x": value}
+
+
+def test_parameters_of_a_forced_call_that_can_t_be_enforced_are_named(client):
+    other = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}
+    bad = {"type": "function", "function": {"name": "g", "parameters": {"uniqueItems": True}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        choice = {"type": "function", "function": {"name": "g"}}
+        ask(client, "tools", tools=[WEATHER, other, bad], tool_choice=choice)
+    assert caught.value.param == "tools.2.function.parameters.uniqueItems"
 
 
 def test_a_reply_that_calls_nothing_is_text(client):

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from ..errors import ConstraintError
 from .gbnf import lark_of_gbnf
-from .guidance import HEAD
+from .guidance import HEAD, refused
 from .patterns import exact_pattern
 
-Kind = Literal["json_schema", "regex", "gbnf", "lark", "choice"]
+Kind = Literal["json_schema", "regex", "gbnf", "lark", "choice", "tool_call"]
 
 MAX_TEXT = 256 << 10  # characters of a constraint: reading one takes time by its length
-WHAT = {"json_schema": "JSON schema", "regex": "regular expression", "choice": "choice"}
+WHAT = {"json_schema": "JSON schema", "regex": "regular expression", "choice": "choice",
+        "tool_call": "call"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,19 @@ class Constraint:
         return cls("lark", text)
 
     @classmethod
+    def grammar(cls, text: str) -> Constraint:
+        """Lark if it has a rule `start:`, else GBNF."""
+        from llguidance.gbnf_to_lark import is_lark_syntax
+
+        return cls.lark(text) if is_lark_syntax(text) else cls.gbnf(text)
+
+    @classmethod
+    def tool_call(cls, tools: Sequence[tuple[str, Mapping[str, Any]]]) -> Constraint:
+        """The reply is `{"name": ..., "arguments": {...}}` for one of the tools: (name, JSON schema of the
+        arguments). The path of a ConstraintError begins with the number of the tool."""
+        return cls("tool_call", json.dumps(list(tools)))
+
+    @classmethod
     def choice(cls, texts: Sequence[str]) -> Constraint:
         """The reply is one of the texts."""
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
@@ -96,8 +110,10 @@ class Constraint:
     def error(self, why: str) -> ConstraintError:
         """why: without a full stop."""
         if self.kind in ("gbnf", "lark"):
-            return ConstraintError(f"the grammar can't be parsed: {why}.")
-        return ConstraintError(f"the {WHAT[self.kind]} can't be enforced: {why}.")
+            return ConstraintError(f"the grammar can't be parsed: {why}.", why=f"can't be parsed: {why}")
+        return ConstraintError(
+            f"the {WHAT[self.kind]} can't be enforced: {why}.", why=f"can't be enforced: {why}"
+        )
 
 
 def _schema_rule(constraint: Constraint) -> str:
@@ -137,12 +153,31 @@ def _choice_rule(constraint: Constraint) -> str:
     return "start: CHOICE\nCHOICE: " + " | ".join(quoted(text) for text in texts)
 
 
+def _call_rules(constraint: Constraint) -> str:
+    """A document of its own for each tool, so that `$ref` leads where it leads alone."""
+    from .json_schema import compiled_schema
+
+    tools = json.loads(constraint.text)
+    rules = ["start: " + " | ".join(f"call{i}" for i in range(len(tools)))]
+    for i, (name, schema) in enumerate(tools):
+        try:
+            if schema.setdefault("type", "object") != "object":
+                raise refused(("type",), "the arguments of a tool are an object")
+            written = compiled_schema(schema)
+        except ConstraintError as error:
+            raise ConstraintError(str(error), (str(i), *error.path), error.why) from None
+        head = quoted('{"name": ' + json.dumps(name) + ', "arguments": ')
+        rules += [f'call{i}: {head} arguments{i} "}}"', f"arguments{i}: %json {written}"]
+    return "\n".join(rules)
+
+
 _WRITERS = {
     "json_schema": _schema_rule,
     "regex": _regex_rule,
     "gbnf": _gbnf_rules,
     "lark": _lark_rules,
     "choice": _choice_rule,
+    "tool_call": _call_rules,
 }
 
 

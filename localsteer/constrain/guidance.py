@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from ..errors import ConstraintError
+
 if TYPE_CHECKING:
     from llguidance import LLParserLimits, LLTokenizer
 
@@ -45,3 +47,11 @@ def _bytes() -> LLTokenizer:
     from llguidance import LLTokenizer
 
     return LLTokenizer("byte")
+
+
+def refused(path: tuple[str, ...], why: str) -> ConstraintError:
+    """why: without a full stop."""
+    where = ".".join(path)
+    return ConstraintError(
+        f"the JSON schema can't be enforced: {f'{where}: ' if where else ''}{why}.", path, why
+    )

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from ..errors import ConstraintError
-from .guidance import grammar_error
+from .guidance import grammar_error, refused
 from .patterns import control_character, exact_pattern
 
 Path = tuple[str, ...]
@@ -236,14 +236,6 @@ class _Rewriter:
                 found = inner
             schema = found
         return schema
-
-
-def refused(path: Path, why: str) -> ConstraintError:
-    """why: without a full stop."""
-    where = ".".join(path)
-    return ConstraintError(
-        f"the JSON schema can't be enforced: {f'{where}: ' if where else ''}{why}.", path, why
-    )
 
 
 def _drop_idle(made: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ class TokenBytes:
         self.has_end = bool(ends)
         self._tokenizer = _tokenizer(pieces, sorted(ends))
         self._lock = threading.Lock()
+        self._compiling = threading.Lock()  # one at a time: it may take a second of a core
         self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
 
     def matcher(self, constraint: Constraint) -> Matcher:
@@ -41,7 +42,8 @@ class TokenBytes:
             if found is not None:
                 self._compiled.move_to_end(constraint)
                 return Matcher(self, constraint, found.deep_copy())
-        made = self._compile(constraint)
+        with self._compiling:
+            made = self._compile(constraint)
         with self._lock:
             self._compiled[constraint] = made
             while len(self._compiled) > KEPT:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -13,14 +13,17 @@ from .answers import REASONS, Whole, chat_logprobs, envelope, scored
 from .considered import harmless, report
 from .ensured import ensured_chat
 from .errors import ApiError, Json
-from .formats import grammar_of
-from .models import State
+from .formats import constraining_field, constraint_of
+from .models import Served, State
 from .reading import BodyRoute
 from .replies import ClientGone, Job, Order, begin, samplings, unless_gone
 from .schemas import ChatRequest, Tool
 from .streaming import event, stream
 from .threads import off_loop
-from .tools import CallHold, forced_grammar, offered, parse, rendered
+from .tools import CallHold, forced_call, offered, parse, rendered
+
+if TYPE_CHECKING:
+    from localsteer.constrain import Constraint
 
 router = APIRouter(route_class=BodyRoute)
 
@@ -50,21 +53,18 @@ def _order(state: State, body: ChatRequest, tools: list[Tool]) -> Order:
         served=served,
         prompts=[rendered(served, body.messages, tools, go_on=bool(body.continue_final_message))],
         steer=steer,
-        samplings=samplings(body, _grammar(body, tools)),
+        samplings=samplings(body, _grammar(body, served, tools)),
         max_tokens=body.most_tokens(state.limits.predict),
         stop=[*body.stops, *served.engine.template.stop],  # the prompt goes on as a raw text
         n_top=body.n_top,
     )
 
 
-def _grammar(body: ChatRequest, tools: list[Tool]) -> str | None:
-    grammar = grammar_of(body.response_format)
-    if tools and grammar is not None:
-        raise ApiError(
-            "response_format: excludes tools here: send `tool_choice: none`, or no response_format.",
-            param="response_format",
-        )
-    return grammar if grammar is not None else forced_grammar(body, tools)
+def _grammar(body: ChatRequest, served: Served, tools: list[Tool]) -> Constraint | None:
+    field = constraining_field(body)
+    if tools and field is not None:
+        raise ApiError(f"{field}: excludes tools here: send `tool_choice: none`, or no {field}.", param=field)
+    return constraint_of(body, served) or forced_call(body, served, tools)
 
 
 def _head(body: ChatRequest, job: Job, kind: str) -> dict[str, Any]:

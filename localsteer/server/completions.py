@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from .answers import REASONS, Whole, envelope, scored, text_logprobs
 from .errors import ApiError, Json
+from .formats import constraint_of
 from .models import State
 from .reading import BodyRoute
 from .replies import ClientGone, Job, Order, begin, samplings, unless_gone
@@ -23,7 +25,7 @@ DEFAULT_TOKENS = 16  # as OpenAI has it
 @router.post("/v1/completions", tags=["OpenAI"], summary="Continue a text")
 async def completions(body: CompletionRequest, request: Request) -> Response:
     state: State = request.app.state.localsteer
-    job = await begin(state, _order(state, body))
+    job = await begin(state, await run_in_threadpool(_order, state, body))
     if body.stream:
         return await stream(request, _events(body, job), job.end, state.limits.write_seconds)
     try:
@@ -44,7 +46,7 @@ def _order(state: State, body: CompletionRequest) -> Order:
         served=served,
         prompts=body.prompts,
         steer=steer,
-        samplings=samplings(body),
+        samplings=samplings(body, constraint_of(body, served)),
         max_tokens=body.most_tokens(DEFAULT_TOKENS),
         stop=body.stops,
         n_top=body.logprobs,

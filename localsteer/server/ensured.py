@@ -19,7 +19,7 @@ from localsteer.errors import LocalsteerError
 from .answers import REASONS, envelope
 from .considered import harmless, report
 from .errors import ApiError, Json, api_error
-from .formats import grammar_of
+from .formats import constraint_of
 from .models import Served, State
 from .replies import ClientGone, samplings, unless_gone
 from .schemas import ChatRequest, Tool
@@ -92,7 +92,7 @@ def _tries(
 
     settings: dict[str, Any] = {
         "steer": tuple(steer.values()),
-        "sampling": samplings(body, grammar_of(body.response_format))[0],
+        "sampling": samplings(body, constraint_of(body, served))[0],
         "max_tokens": body.most_tokens(state.limits.predict),
         "stop": body.stops,
         "cancel": cancel,

@@ -1,89 +1,127 @@
-"""response_format: a JSON schema becomes a grammar, and llama.cpp draws no token that breaks it."""
+"""What a request says that its reply must be, in fields of OpenAI, llama-server and vLLM: one constraint."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from localsteer.constrain import Constraint
+from localsteer.errors import ConstraintError
 
 from .errors import ApiError
-from .limits import MAX_GRAMMAR, MAX_SCHEMA
-from .schemas import ResponseFormat
+from .limits import MAX_SCHEMA
 
-MAX_RANGE = 256
-# The converter writes a rule for every repetition, one inside the other multiplied: a schema of a few bytes
-# could keep the server busy for minutes.
-MAX_REPEATS = 4096
-_REPEATING = ("minLength", "maxLength", "minItems", "maxItems")
-_COUNTS = re.compile(r"\{(\d+)(?:,(\d*))?\}")  # of a pattern
+if TYPE_CHECKING:
+    from .models import Served
+    from .schemas import ResponseFormat, SamplingFields, StructuredOutputs, Tool
 
-# llama.cpp's rule for a character of a string lets control characters through, which JSON does not have
-_LOOSE, _STRICT = r'[^"\\]', r'[^"\\\x7F\x00-\x1F]'
+Wanted = tuple[str, str, Any]  # the request's field, what kind of constraint it holds, and its value
 
 
-def grammar_of(wanted: ResponseFormat | None) -> str | None:
-    """GBNF text; None where any text will do. Raises ApiError for a schema that can't be turned into one."""
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return grammar_of_schema({"type": "object"}, "response_format")
-    assert wanted.json_schema is not None
-    return grammar_of_schema(wanted.json_schema.schema_, "response_format.json_schema.schema")
+def constraint_of(body: SamplingFields, served: Served) -> Constraint | None:
+    """Compiled once here, so that what can't be enforced is refused with the field and the path in it.
 
-
-def grammar_of_schema(schema: Mapping[str, Any], param: str) -> str:
-    """param: the field to blame."""
-    from llama_cpp.llama_grammar import json_schema_to_gbnf
-
-    _check_repeats(schema, param)
-    try:
-        text = json.dumps(_enumerated(schema))
-        if len(text) > MAX_SCHEMA:
-            raise ApiError(f"{param}: must be at most {MAX_SCHEMA} bytes, not {len(text)}.", param=param)
-        grammar = json_schema_to_gbnf(text)
-    except ApiError:
-        raise
-    except Exception as error:  # the converter raises all sorts for what it does not know
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ApiError(f"{param}: can't be turned into a grammar ({why}).", param=param) from None
-    if len(grammar) > MAX_GRAMMAR:
-        raise ApiError(
-            f"{param}: makes too large a grammar ({len(grammar)} bytes): simplify it.", param=param
-        )
-    return grammar.replace(_LOOSE, _STRICT)
-
-
-def _check_repeats(schema: Any, param: str, times: int = 1) -> None:
-    """times: how often this part of the schema is repeated by those around it."""
-    if isinstance(schema, list):
-        for each in schema:
-            _check_repeats(each, param, times)
-    if not isinstance(schema, dict):
-        return
-    counts = [schema[key] for key in _REPEATING if isinstance(schema.get(key), int)]
-    if isinstance(schema.get("pattern"), str):
-        found = _COUNTS.findall(schema["pattern"])
-        counts.append(math.prod(max(1, *(int(each[:9] or 0) for each in pair)) for pair in found))
-    times *= max(1, *counts) if counts else 1
-    if times > MAX_REPEATS:
-        raise ApiError(f"{param}: repeats {times} times, at most {MAX_REPEATS} are possible.", param=param)
-    for each in schema.values():
-        _check_repeats(each, param, times)
-
-
-def _enumerated(schema: Any) -> Any:
-    """llama.cpp's converter knows no bounds of numbers: a short range of integers becomes its values.
-
-    Wider ones, and those of other numbers, are not enforced; docs/server.md says so.
+    None where any text will do. Takes a while: call it in a worker thread. Raises ApiError.
     """
-    if isinstance(schema, list):
-        return [_enumerated(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    low, high = schema.get("minimum"), schema.get("maximum")
-    is_range = schema.get("type") == "integer" and isinstance(low, int) and isinstance(high, int)
-    if is_range and 0 <= high - low < MAX_RANGE and "enum" not in schema:
-        return {"enum": list(range(low, high + 1))}
-    return {key: _enumerated(each) for key, each in schema.items()}
+    wanted = list(_wanted(body))
+    if len(wanted) > 1:
+        raise ApiError(f"{wanted[1][0]}: excludes {wanted[0][0]}: send one of them.", param=wanted[1][0])
+    return enforced(served, *wanted[0]) if wanted else None
+
+
+def constraining_field(body: SamplingFields) -> str | None:
+    """The name of the field that makes one, as a refusal names it."""
+    return next((field.partition(".")[0] for field, _, _ in _wanted(body)), None)
+
+
+def enforced(served: Served, field: str, kind: str, value: Any) -> Constraint:
+    """Raises ApiError, whose param is the field and, of a schema, the path to the keyword."""
+    try:
+        constraint = _MADE[kind](value)
+        if len(constraint.text) > MAX_SCHEMA:
+            raise ApiError(
+                f"{field}: must be at most {MAX_SCHEMA} bytes, not {len(constraint.text)}.", param=field
+            )
+        served.engine.matcher(constraint)
+    except ConstraintError as error:
+        raise _refusal(field, error) from None
+    return constraint
+
+
+def enforced_call(served: Served, tools: Sequence[Tool], numbers: Sequence[int]) -> Constraint:
+    """One call of one of the tools, and nothing else. numbers: where they stand in the request."""
+    try:
+        constraint = Constraint.tool_call(
+            [(tool.function.name, tool.function.parameters or {"type": "object"}) for tool in tools]
+        )
+        if len(constraint.text) > MAX_SCHEMA:
+            raise ApiError(
+                f"tools: must be at most {MAX_SCHEMA} bytes for a call that must be made, not "
+                f"{len(constraint.text)}.",
+                param="tools",
+            )
+        served.engine.matcher(constraint)
+    except ConstraintError as error:
+        if not error.path:
+            raise _refusal("tools", error) from None
+        number, *path = error.path
+        field = f"tools.{numbers[int(number)]}.function.parameters"
+        raise _refusal(field, ConstraintError(str(error), tuple(path), error.why)) from None
+    return constraint
+
+
+def _refusal(field: str, error: ConstraintError) -> ApiError:
+    param = ".".join([field, *error.path])
+    return ApiError(f"{param}: {error.why.rstrip('.')}.", param=param, code="constraint_unsupported")
+
+
+_MADE = {
+    "json": Constraint.json_schema,
+    "regex": Constraint.regex,
+    "grammar": Constraint.grammar,
+    "choice": Constraint.choice,
+}
+
+
+def _wanted(body: SamplingFields) -> Iterator[Wanted]:
+    yield from _of_response_format(body.response_format)
+    if body.grammar:
+        yield "grammar", "grammar", body.grammar
+    if body.json_schema is not None:
+        yield "json_schema", "json", body.json_schema
+    if body.structured_outputs is not None:
+        yield from _of_structured_outputs(body.structured_outputs)
+    if body.guided_json is not None:
+        yield "guided_json", "json", body.guided_json
+    if body.guided_json_object:
+        yield "guided_json_object", "json", {"type": "object"}
+    for kind in ("regex", "choice", "grammar"):
+        value = getattr(body, f"guided_{kind}")
+        if value is not None:
+            yield f"guided_{kind}", kind, value
+
+
+def _of_response_format(given: ResponseFormat | None) -> Iterator[Wanted]:
+    if given is None or given.type == "text":
+        return
+    if given.type == "regex":
+        yield "response_format.pattern", "regex", given.pattern
+    elif given.type == "grammar":
+        yield "response_format.grammar", "grammar", given.grammar
+    elif given.json_schema is not None and given.type == "json_schema":
+        yield "response_format.json_schema.schema", "json", given.json_schema.schema_
+    elif given.schema_ is not None:
+        yield "response_format.schema", "json", given.schema_
+    else:
+        yield "response_format", "json", {"type": "object"}
+
+
+def _of_structured_outputs(given: StructuredOutputs) -> Iterator[Wanted]:
+    if given.json_ is not None:
+        yield "structured_outputs.json", "json", given.json_
+    if given.json_object:
+        yield "structured_outputs.json_object", "json", {"type": "object"}
+    for kind in ("regex", "choice", "grammar"):
+        value = getattr(given, kind)
+        if value is not None:
+            yield f"structured_outputs.{kind}", kind, value

@@ -19,7 +19,8 @@ MAX_STRENGTH = 100.0
 MAX_NAME = 64  # characters of a vector's name
 MAX_MODEL_NAME = 512
 MAX_SCHEMA = 64 << 10  # bytes of a JSON schema
-MAX_GRAMMAR = 256 << 10  # bytes of what it becomes
+MAX_GRAMMAR = MAX_SCHEMA  # characters of a grammar or pattern
+MAX_CHOICES = 1000  # texts of guided_choice
 MAX_TRACE_TOKENS = 512
 # of a body: pydantic needs some 20 microseconds for an object, and no thread runs meanwhile
 MAX_CONTAINERS = 20_000  # lists and objects; 128 tools with 20 parameters each are 6,000

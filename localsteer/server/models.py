@@ -35,6 +35,10 @@ class Served:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _embedders: list[Embedder] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        # up to two seconds for 150,000 tokens, in which nothing else would run: so at the start
+        _ = self.engine.token_bytes
+
     def embedder(self) -> Embedder:
         """Made at the first use: it takes a context of its own. Raises ApiError for a model without."""
         from localsteer.runtime.bridge import Embedder, pooling_of

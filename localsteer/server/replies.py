@@ -16,6 +16,7 @@ from .errors import ApiError, api_error
 from .threads import off_loop
 
 if TYPE_CHECKING:
+    from localsteer.constrain import Constraint
     from localsteer.runtime.scheduler import Ticket
     from localsteer.vector import ControlVector
 
@@ -157,7 +158,7 @@ def _submit(job: Job) -> None:
                 return
 
 
-def samplings(request: SamplingFields, grammar: str | None = None) -> list[Sampling]:
+def samplings(request: SamplingFields, grammar: Constraint | None = None) -> list[Sampling]:
     """One for each choice; with a seed each has its own, or all would be equal."""
     names = {
         "temp": request.temperature,

@@ -60,6 +60,53 @@ def as_items(given: Sequence[SteeringItem | str]) -> list[SteeringItem]:
     return [SteeringItem(name=each) if isinstance(each, str) else each for each in given]
 
 
+Schema = dict[str, Any] | bool | Annotated[str, Field(max_length=limits.MAX_SCHEMA)]
+Grammar = Annotated[str, Field(max_length=limits.MAX_GRAMMAR)]
+Choices = Annotated[list[Text], Field(min_length=1, max_length=limits.MAX_CHOICES)]
+
+
+class JsonSchema(_Body):
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    name: Annotated[str, Field(max_length=256)] | None = None
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+
+
+class ResponseFormat(_Body):
+    """OpenAI's; llama-server has the schema beside the type, and grammars and patterns are for choice too."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    pattern: Grammar | None = None
+    grammar: Grammar | None = None
+
+    @model_validator(mode="after")
+    def _has_its_part(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
+            raise ValueError("type json_schema needs json_schema: {name, schema}")
+        if self.type == "regex" and self.pattern is None:
+            raise ValueError("type regex needs pattern")
+        if self.type == "grammar" and self.grammar is None:
+            raise ValueError("type grammar needs grammar")
+        return self
+
+
+class StructuredOutputs(_Body):
+    """vLLM's. What is not named here would change the reply, and is refused."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    json_: Schema | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: Grammar | None = None
+    choice: Choices | None = None
+    grammar: Grammar | None = None
+    disable_fallback: bool | None = None  # there is one engine, and nothing to fall back on
+
+
 class StreamOptions(_Body):
     include_usage: bool | None = None
 
@@ -84,6 +131,16 @@ class SamplingFields(_Body):
     stop: StopText | Annotated[list[StopText], Field(max_length=limits.MAX_STOP)] | None = None
     n: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
     logit_bias: dict[str, Finite] | None = None
+    response_format: ResponseFormat | None = None
+    grammar: Grammar | None = Field(None, description="llama-server's: GBNF, or Lark with a rule `start`.")
+    json_schema: Schema | None = Field(None, description="llama-server's.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's.")
+    guided_json: Schema | None = Field(None, description="vLLM's until 0.12, as the next ones.")
+    guided_json_object: bool | None = None
+    guided_regex: Grammar | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Grammar | None = None
+    guided_whitespace_pattern: Any = None
     steering: Items | EnsureSteering | None = None
     ensure: Annotated[list[Name], Field(max_length=limits.MAX_VECTORS)] | None = None
     always_steer: bool | None = Field(
@@ -98,6 +155,12 @@ class SamplingFields(_Body):
         # an empty text is what front ends send for a bias that was opened and not filled in
         if value not in (None, "", {}):
             raise ValueError("this server has no logit_bias: leave it out")
+
+    @field_validator("guided_whitespace_pattern")
+    @classmethod
+    def _own_white_space(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("the white space of JSON is not for choice here: leave it out")
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -176,24 +239,6 @@ class ChatMessage(_Body):
         return self.content
 
 
-class JsonSchema(_Body):
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
-
-    name: Annotated[str, Field(max_length=256)] | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-
-
-class ResponseFormat(_Body):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _has_schema(self) -> ResponseFormat:
-        if self.type == "json_schema" and self.json_schema is None:
-            raise ValueError("type json_schema needs json_schema: {name, schema}")
-        return self
-
-
 class Function(_Body):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: Text | None = None
@@ -219,7 +264,6 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: MostTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=limits.MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     functions: Any = None

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 from localsteer.errors import LocalsteerError
 
 from .errors import ApiError, shown
-from .formats import grammar_of_schema
+from .formats import enforced_call
 from .schemas import ChatMessage, ChatRequest, Tool, ToolChoice
 
 if TYPE_CHECKING:
+    from localsteer.constrain import Constraint
+
     from .models import Served
 
 MARKS = ("<tool_call>", "<function=", "[TOOL_CALLS]", "<|python_tag|>")
-_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
-_FUNCTION = re.compile(r"<function=([\w.-]+)>\s*(.*?)\s*(?:</function>|$)", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([\w.-]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,12 @@ def offered(body: ChatRequest, served: Served) -> list[Tool]:
     return []
 
 
-def forced_grammar(body: ChatRequest, tools: Sequence[Tool]) -> str | None:
-    """For tool_choice `required` or a function's name: a grammar that allows nothing but one call."""
+def forced_call(body: ChatRequest, served: Served, tools: Sequence[Tool]) -> Constraint | None:
+    """For tool_choice `required` or a function's name: nothing but one call."""
     if not tools or body.tool_choice in (None, "auto"):
         return None
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-        }
-        for tool in tools
-    ]
-    return grammar_of_schema(calls[0] if len(calls) == 1 else {"anyOf": calls}, "tools")
+    numbers = [i for i, tool in enumerate(body.tools or ()) if tool in tools]
+    return enforced_call(served, tools, numbers)
 
 
 def rendered(
@@ -141,20 +131,39 @@ def _loaded(arguments: str | dict[str, Any]) -> Any:
 
 
 def parse(text: str, tools: Sequence[Tool]) -> tuple[str, list[Call]]:
-    """The text beside the calls, and the calls; what calls no tool that was offered stays text."""
+    """The text beside the calls, and the calls; what calls no tool that was offered stays text.
+
+    In time linear in the text: it is the model's, which does what its prompt says.
+    """
     names = {tool.function.name for tool in tools}
-    if "<tool_call>" in text:
-        calls = [call for body in _TAGGED.findall(text) for call in _calls_in(body)]
-        rest = _TAGGED.sub("", text)
-    elif "<function=" in text:
-        calls, rest = _functions(text), _FUNCTION.sub("", text)
-    else:
-        for mark in MARKS:
-            text = text.replace(mark, "", 1) if text.lstrip().startswith(mark) else text
-        calls, rest = _json_calls(text), ""
+    calls, rest = _found(text)
     if not calls or any(call.name not in names for call in calls):
         return text, []
     return rest.strip(), calls
+
+
+def _found(text: str) -> tuple[list[Call], str]:
+    if text.lstrip().startswith(("{", "[")) and _is_json(text):
+        return _json_calls(text), ""  # a mark inside a JSON text is no mark
+    if "<tool_call>" in text:
+        bodies, rest = _between(text, "<tool_call>", "</tool_call>")
+        return [call for body in bodies for call in _calls_in(body.strip())], rest
+    if "<function=" in text:
+        return _functions(text), _between(text, "<function=", "</function>")[1]
+    for mark in MARKS:
+        text = text.replace(mark, "", 1) if text.lstrip().startswith(mark) else text
+    return _json_calls(text), ""
+
+
+def _between(text: str, start: str, end: str) -> tuple[list[str], str]:
+    """What stands between marks, the last one closed or not; and the text without any of it."""
+    bodies, rest, at = [], [], 0
+    while (begin := text.find(start, at)) >= 0:
+        rest.append(text[at:begin])
+        stop = text.find(end, begin + len(start))
+        bodies.append(text[begin + len(start) : stop if stop >= 0 else None])
+        at = stop + len(end) if stop >= 0 else len(text)
+    return bodies, "".join([*rest, text[at:]])
 
 
 def _calls_in(body: str) -> list[Call]:
@@ -162,14 +171,23 @@ def _calls_in(body: str) -> list[Call]:
 
 
 def _functions(text: str) -> list[Call]:
-    return [Call(name, _arguments(body)) for name, body in _FUNCTION.findall(text)]
+    found = []
+    for body in _between(text, "<function=", "</function>")[0]:
+        name, closed, rest = body.partition(">")
+        if closed and _NAME.fullmatch(name):
+            found.append(Call(name, _arguments(rest.strip())))
+    return found
 
 
 def _arguments(body: str) -> str:
-    found = _PARAMETER.findall(body)
+    found = {}
+    for part in _between(body, "<parameter=", "</parameter>")[0]:
+        name, closed, value = part.partition(">")
+        if closed and _NAME.fullmatch(name):
+            found[name] = _loaded(value.removeprefix("\n").removesuffix("\n"))
     if not found:
         return body if _is_json(body) else "{}"
-    return json.dumps({key: _loaded(value) for key, value in found}, ensure_ascii=False)
+    return json.dumps(found, ensure_ascii=False)
 
 
 def _json_calls(text: str) -> list[Call]:
@@ -209,10 +227,12 @@ class CallHold:
         self._held += text
         if self._calling:
             return ""
-        start = self._held.lstrip()
-        if not self._begun and (not start or start[0] in "{["):
-            self._calling = bool(start)
-            return ""
+        if not self._begun:
+            if not text or text.isspace():  # all of it so far: looked at once, not again with every piece
+                return ""
+            if text.lstrip()[0] in "{[":
+                self._calling = True
+                return ""
         self._begun = True
         cut = min((at for at in map(self._held.find, MARKS) if at >= 0), default=-1)
         self._calling = cut >= 0
