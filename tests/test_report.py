@@ -480,14 +480,14 @@ def test_a_plot_that_can_not_be_drawn_says_why(tmp_path):
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-def test_write_makes_both_files_and_the_pictures_that_one_of_them_shows(results, tmp_path):
+def test_write_makes_both_files_and_the_pictures_that_one_of_them_shows(results, page, tmp_path):
     written = report.write(results, tmp_path / "run")
     assert written == (tmp_path / "run" / "report.md", tmp_path / "run" / "report.html")
     text = written[0].read_text(encoding="utf-8")
     shown = re.findall(r"\]\((plots/[^)]+)\)", text)
     assert len(shown) == len(set(shown)) == len(list(markdown.all_plots(document(results))))
     assert {tmp_path / "run" / name for name in shown} == set((tmp_path / "run" / "plots").iterdir())
-    assert written[1].read_text(encoding="utf-8") == report.html.render(results)
+    assert written[1].read_text(encoding="utf-8") == page.source
 
 
 def test_results_that_can_not_be_shown_leave_the_report_before_as_it_is(small, tmp_path):
@@ -499,10 +499,10 @@ def test_results_that_can_not_be_shown_leave_the_report_before_as_it_is(small, t
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_a_folder_that_can_not_be_written(results, tmp_path):
+def test_a_folder_that_can_not_be_written(small, tmp_path):
     (tmp_path / "file").write_text("here")
     with pytest.raises(LocalsteerError, match="can't write"):
-        report.write(results, tmp_path / "file")
+        report.write(small, tmp_path / "file")
 
 
 def test_without_matplotlib_the_report_lacks_plots_and_one_notice_says_so(tmp_path):

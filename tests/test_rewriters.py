@@ -473,10 +473,9 @@ SIZE = 6_000
 
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_hostile_replies_take_linear_time(piece):
-    # the lesser of two: a collection of garbage in between is no fault of the rewriter
-    small, large = (min(seconds(piece, size) for _ in range(2)) for size in (SIZE, 4 * SIZE))
     # a quadratic rewriter takes 16 times as long; some give up at once on the small one
-    assert large < 10 * small + 3
+    # once more where it fails: a collection of garbage in between is no fault of the rewriter
+    assert any(seconds(piece, 4 * SIZE) < 10 * seconds(piece, SIZE) + 3 for _ in range(2))
 
 
 def seconds(piece: str, size: int) -> float:

@@ -18,6 +18,7 @@ httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 pytestmark = pytest.mark.skipif(not bundled.is_available(), reason="no bundled model in this copy")
 
 TOTAL = 1000
+AT_LEAST = TOTAL // 10  # from the description, however slow the machine
 SECONDS = 60.0
 BODIES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/steering/trace")
 
@@ -92,7 +93,7 @@ def from_the_description(server):
         )  # fmt: skip
         @given(strategies.one_of(cases))
         def send(case):
-            if time.monotonic() > answers.until:
+            if answers.n >= AT_LEAST and time.monotonic() > answers.until:
                 return
             body = bounded(case.body)
             if isinstance(body, bytes):
@@ -156,7 +157,7 @@ def test_a_thousand_malformed_requests_give_no_500(server):
 
     send()
     assert answers.bad == []
-    assert half >= TOTAL // 10, "schemathesis sent too few"
+    assert half >= AT_LEAST, "schemathesis sent too few"
     # a machine under load sends fewer in its minute; on a quiet one it is a thousand within half of it
     assert answers.n >= TOTAL or time.monotonic() > answers.until, answers.statuses
     assert answers.statuses.get(400, 0) >= answers.n // 2, answers.statuses
