@@ -20,6 +20,7 @@ import gguf
 import numpy as np
 from gguf.utility import LocalTensor, SafetensorsLocal
 
+from localsteer.cache import temporary_beside
 from localsteer.errors import ModelFileError, UnsupportedModelError
 
 from .checkpoint_vocab import read_json, read_vocabulary
@@ -333,28 +334,27 @@ def _lies_inside(tensor: LocalTensor, file_size: int) -> bool:
 
 def _write(writer: gguf.GGUFWriter, checkpoint: Checkpoint, weights: list[Weight], out_path: Path) -> None:
     extra = _rope_factors(checkpoint)
-    part = out_path.with_name(f".{out_path.name}.{os.getpid()}.part")
     for weight in weights:
         n_bytes = math.prod(weight.tensor.shape) * (4 if weight.dtype == gguf.GGMLQuantizationType.F32 else 2)
         writer.add_tensor_info(weight.name, weight.tensor.shape, np.dtype(np.float32), n_bytes, weight.dtype)
     if extra is not None:
         writer.add_tensor_info("rope_freqs.weight", extra.shape, extra.dtype, extra.nbytes)
     try:
-        writer.write_header_to_file(part)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for weight in weights:
-            writer.write_tensor_data(checked(_stored_form(checkpoint, weight)))
-        if extra is not None:
-            writer.write_tensor_data(checked(extra))
-        writer.close()
-        os.replace(part, out_path)
+        with temporary_beside(out_path) as part:
+            writer.write_header_to_file(part)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for weight in weights:
+                writer.write_tensor_data(checked(_stored_form(checkpoint, weight)))
+            if extra is not None:
+                writer.write_tensor_data(checked(extra))
+            writer.close()
+            os.replace(part, out_path)
     except OSError as error:
         raise ModelFileError(f"can't write {out_path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             writer.close()
-        part.unlink(missing_ok=True)
 
 
 def _stored_form(checkpoint: Checkpoint, weight: Weight) -> np.ndarray:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import operator
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValueType, GGUFWriter
 
+from localsteer.cache import temporary_beside
 from localsteer.errors import VectorFileError
 from localsteer.vector import STATISTICS, ControlVector
 
@@ -146,21 +146,19 @@ def _write_atomically(writer: GGUFWriter, path: Path) -> None:
     """Beside the target, because a rename is atomic within one file system only."""
     if path.is_dir():
         raise IsADirectoryError(21, "it is a folder")
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        writer.write_header_to_file(beside)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        for file in writer.fout or ():
-            file.flush()
-            os.fsync(file.fileno())
-        writer.close()
-        os.replace(beside, path)
+        with temporary_beside(path) as beside:
+            writer.write_header_to_file(beside)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            for file in writer.fout or ():
+                file.flush()
+                os.fsync(file.fileno())
+            writer.close()
+            os.replace(beside, path)
     finally:
         with contextlib.suppress(OSError):  # a full disk fails here again, with what was left to write
             writer.close()
-        with contextlib.suppress(FileNotFoundError):
-            beside.unlink()
     _sync_folder(path.parent)
 
 

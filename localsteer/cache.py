@@ -18,14 +18,23 @@ import os
 import re
 import secrets
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from .errors import LocalsteerError, ModelFileError
 
 HASH_CHARS = 16  # of a model's sha256 in folder names: 64 bits, far from any collision on one disk
+NEW_SECONDS = 10.0  # a temporary file is not swept before that, locked or not
+ABANDONED_SECONDS = 86400.0  # where there are no locks, it is after that
+_PART = re.compile(r"\.(.+)\.[0-9a-f]{16}\.part")
 SEAL = ".sha256"  # added to a file's name
 SUM = "crc32"  # of an entry of the index, without it
 _READ_BYTES = 1 << 20
@@ -78,17 +87,57 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path
         return
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
-    with _one_line_for(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # not by mkstemp, whose files only their owner can read: a model or vector is no secret
-        temporary.touch(exist_ok=False)
-    try:
+    with ExitStack() as stack:
+        with _one_line_for(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(temporary_beside(path))
         yield temporary
         with _one_line_for(path):
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, which is gone when the block ends unless it was renamed.
+
+    This process holds a lock on it. What a killed run has left there has none, and is deleted here: of the
+    same target, or in the cache folder of any. Raises OSError.
+    """
+    _sweep(path)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
+    # not by mkstemp, whose files only their owner can read: a model or vector is no secret
+    with temporary.open("xb") as file:
+        if fcntl is None:
+            file.close()  # Windows renames no open file
+        else:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    with suppress(OSError, LocalsteerError):
+        ours = path.parent.resolve().is_relative_to(cache_folder().resolve())
+        for each in path.parent.glob(".*.part"):
+            match = _PART.fullmatch(each.name)
+            if match and (ours or match[1] == path.name) and _is_abandoned(each):
+                each.unlink(missing_ok=True)
+
+
+def _is_abandoned(part: Path) -> bool:
+    """Whether no living process writes a temporary file. A new one may be about to be locked."""
+    age = time.time() - part.stat().st_mtime
+    if fcntl is None or age < NEW_SECONDS:
+        return age > ABANDONED_SECONDS
+    with part.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from cli_runs import invoke, program
@@ -186,3 +188,56 @@ def test_a_vector_of_a_pack_that_was_changed_is_named(tmp_path):
     with pytest.raises(VectorFileError, match=r"pack .* is damaged: .*json\.gguf"):
         read_pack(folder).vector("json")
     assert read_pack(folder).vector("title")
+
+
+# --- temporary files of runs that were killed ---
+
+WRITES = """
+import os, signal, sys, time
+from pathlib import Path
+from localsteer import cache
+with cache.atomic_path(Path(sys.argv[1])) as temporary:
+    temporary.write_bytes(b"half")
+    os.utime(temporary, (1, 1))  # as of long ago
+    if sys.argv[2] == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def writer(path, what):
+    command = [sys.executable, "-c", WRITES, str(path), what]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def parts(folder):
+    return sorted(path.name for path in folder.glob(".*.part"))
+
+
+@pytest.mark.parametrize("in_cache", [True, False])
+def test_what_a_killed_run_left_is_swept_and_a_living_one_keeps_its_own(tmp_path, monkeypatch, in_cache):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LOCALSTEER_CACHE", str(folder if in_cache else tmp_path / "other"))
+    folder.mkdir()
+    with writer(folder / "model.gguf", "lives") as living:
+        living.stdout.readline()
+        (alive,) = parts(folder)
+        writer(folder / "model.gguf", "dies").wait()
+        writer(folder / "old.gguf", "dies").wait()
+        assert len(parts(folder)) == (2 if in_cache else 3)  # the second has swept after the first
+        young = folder / f".model.gguf.{'0' * 16}.part"
+        young.touch()
+        foreign = folder / ".model.gguf.part"
+        foreign.touch()
+        os.utime(foreign, (1, 1))
+        with cache.atomic_path(folder / "model.gguf") as temporary:
+            temporary.write_bytes(b"whole")
+        left = [alive, young.name, foreign.name]
+        if not in_cache:  # a folder of the user's: the same target alone
+            left += [name for name in parts(folder) if name.startswith(".old.gguf.")]
+            assert len(left) == 4
+        assert parts(folder) == sorted(left)
+        living.communicate(b"")
+    assert living.returncode == 0
+    assert (folder / "model.gguf").read_bytes() == b"half" and alive not in parts(folder)
