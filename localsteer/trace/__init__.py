@@ -237,7 +237,7 @@ def trace_tokens(
     ended = len(tokens) > n_prompt and engine.ends(tokens[-1])
     read = check_tokens(engine, tokens[:-1] if ended else tokens)
     places = [(vector, block) for vector in vectors for block in _watched(engine, vector, blocks)]
-    run = _Reading(engine, read, n_prompt, plan, places)
+    run = _Passes(engine, read, n_prompt, plan, places)
     effect, plain_tokens, steered_tokens = run.effect(len(tokens))
     here = np.full((len(places), len(tokens)), np.nan)
     if blocks is not None:
@@ -329,7 +329,7 @@ def _before_stop(engine: Engine, drawn: Sequence[int], stops: Sequence[str]) -> 
     return [token for token, start in zip(drawn, starts, strict=False) if start < cut]
 
 
-class _Reading:
+class _Passes:
     """The passes over the tokens: plain, one up to each steered block but the first, and the steered one.
 
     All of them decode the same pieces, so that what no edit reaches is equal to the last bit.
