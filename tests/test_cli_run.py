@@ -228,21 +228,24 @@ def test_an_instruction_is_extracted_once_and_kept_for_this_model(tiny_llama, fo
     assert [vector["name"] for vector in listed] == ["answer_in_rhyme"]
 
 
+# a block of one's own: no search, whose replies on the tiny model never end, and take seconds
+RHYME = ("-i", "Answer in rhyme.", "--queries", "queries.txt", "--pairs", "2", "--layer", "1", "Hi")
+
+
 def test_other_queries_make_another_vector(tiny_llama, folder):
     for text in ("One.\nTwo.\n", "Three.\nFour.\n"):
         (folder / "queries.txt").write_text(text)
-        run(tiny_llama, "-i", "Answer in rhyme.", "--queries", "queries.txt", "--pairs", "2", "Hi")
+        run(tiny_llama, *RHYME)
     assert len(invoke("vectors", "--json").json["vectors"]) == 2
 
 
 def test_a_damaged_cached_vector_is_made_again(tiny_llama, folder):
     (folder / "queries.txt").write_text("One.\nTwo.\n")
-    args = ("-i", "Answer in rhyme.", "--queries", "queries.txt", "--pairs", "2", "Hi")
-    run(tiny_llama, *args)
+    run(tiny_llama, *RHYME)
     (path,) = (folder / "cache" / "vectors").glob("*/*.gguf")
     path.write_bytes(path.read_bytes()[:100])
-    assert "made again" in run(tiny_llama, *args).err
-    assert "made again" not in run(tiny_llama, *args).err
+    assert "made again" in run(tiny_llama, *RHYME).err
+    assert "made again" not in run(tiny_llama, *RHYME).err
 
 
 def test_an_instruction_of_a_file_of_ten_lines(tiny_llama, folder):

@@ -174,7 +174,7 @@ def tuned(cache, no_comma, tmp_path_factory):
     path.write_bytes(no_comma)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCALSTEER_CACHE", str(cache))
-        done = tune(path, "-t", "2", "--max-tokens", "112")
+        done = tune(path, "--max-tokens", "112")
     return path, done
 
 
@@ -196,7 +196,7 @@ def test_inspect_shows_why(tuned):
 
 
 def test_words_without_a_verifier_are_tuned_by_likelihood(folder):
-    options = ("-t", "2", "--max-tokens", "64", "-n", "4", "--layer", "2-4", "--json", "-o", "own.gguf")
+    options = ("--max-tokens", "64", "-n", "4", "--layer", "2-4", "--json", "-o", "own.gguf")
     (document,) = tune("-i", "Answer in small letters only.", *options).json["vectors"]
     assert document["judged_by"] == "likelihood" and document["verifier"] is None
     assert any("has no verifier" in line for line in document["advice"])

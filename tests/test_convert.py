@@ -115,7 +115,7 @@ def vectors(draw) -> ControlVector:
     )  # fmt: skip
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(vector=vectors())
 def test_any_vector_survives_the_file(tmp_path_factory, vector):
     path = tmp_path_factory.getbasetemp() / "any.gguf"

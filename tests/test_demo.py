@@ -244,7 +244,7 @@ def check_shape(document: dict, ids: list[str], n: int) -> None:
 
 
 def test_the_bundled_model_is_steered(bundled_model, tmp_path: Path) -> None:
-    document = run_demo(instructions=["json", "one_sentence"], n=20, out=tmp_path, n_threads=2)
+    document = run_demo(instructions=["json", "one_sentence"], n=20, out=tmp_path)
     check_shape(document, ["json", "one_sentence"], n=20)
     for row in document["instructions"]:
         assert row["none"] <= 0.05
@@ -354,7 +354,7 @@ def test_options_of_the_bundled_model_are_refused_for_another(tiny_llama) -> Non
 
 def test_any_model_is_demonstrated_with_its_tuned_vectors(bundled_model, tmp_path: Path) -> None:
     names = ("lowercase", "one_sentence")
-    with Engine(gguf_path("instruct"), n_ctx=256, n_threads=2) as engine:
+    with Engine(gguf_path("instruct"), n_ctx=256) as engine:
         queries = CATALOG.queries["extraction"]
         vectors = {
             name: extract(engine, CATALOG.get(name), queries, n_pairs=20, mode="project").at(

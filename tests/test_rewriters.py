@@ -204,7 +204,7 @@ def test_a_reply_that_says_nothing_is_not_rewritten(instruction_id, reply):
 
 @pytest.mark.parametrize("instruction_id", sorted(set(REWRITERS) - DETECTED))
 def test_what_is_rewritten_passes_and_stays(instruction_id):
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=150, deadline=None)
     @given(TEXTS, st.integers(0, 9), st.booleans())
     def check(reply, seed, cut):
         passes_and_stays(instruction_id, reply, seed, cut)
@@ -230,7 +230,7 @@ def passes_and_stays(instruction_id: str, reply: str, seed: int, cut: bool) -> N
         assert rewritten(instruction_id, found, seed=seed + 1) == found
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(TEXTS, st.integers(0, 4), st.integers(0, 9), st.sampled_from(["at least", "less than"]))
 def test_any_number_is_met_or_refused(reply, number, seed, relation):
     for instruction_id, kwargs in numbered(number, relation):

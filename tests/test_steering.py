@@ -89,7 +89,7 @@ def test_strength_goes_that_part_of_the_way(problem, strength):
     np.testing.assert_allclose(after, before + strength * (targets(vectors) - before), atol=CLOSE)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(problems(max_k=4))
 def test_the_order_of_vectors_changes_no_bit(problem):
     x, vectors = problem

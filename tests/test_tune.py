@@ -30,7 +30,7 @@ MAX_TOKENS = 112
 
 @pytest.fixture(scope="module")
 def engine():
-    with open_bundled(n_seq_max=16, n_ctx=256, n_threads=2) as opened:
+    with open_bundled(n_seq_max=16, n_ctx=256, n_threads=None) as opened:
         yield opened
 
 
