@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import enum
 import uuid
-from typing import Annotated, Any, Literal, NamedTuple, Optional, Union
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -107,9 +107,9 @@ PYDANTIC: list[tuple[Any, list[Any]]] = [
     (dict[str, list[str]], [{}, {"a": []}, {"a": ["b"]}, {"a": "b"}, {"a": [1]}]),
     (dict[Literal["a", "b"], int], [{"a": 1, "b": 2}, {"c": 1}, {"a": "x"}]),
     (dict[Annotated[str, Field(pattern="^k[0-9]$")], bool], [{"k1": True}, {"x": True}, {"k1": 1}]),
-    (Optional[int], [None, 3, "3", 1.5]),
-    (Union[int, str], [3, "3", None, [3]]),
-    (Union[list[int], dict[str, str]], [[1], {"a": "b"}, ["a"], {"a": 1}]),
+    (int | None, [None, 3, "3", 1.5]),
+    (int | str, [3, "3", None, [3]]),
+    (list[int] | dict[str, str], [[1], {"a": "b"}, ["a"], {"a": 1}]),
     (Literal["a", 'b"c', "d\\e"], ["a", 'b"c', "d\\e", "x", None]),
     (Literal[1, "1", None], [1, "1", None, 2, "2"]),
     (Color, ["red", 'gr"een', "green", 1]),
