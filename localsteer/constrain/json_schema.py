@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from ..errors import ConstraintError
@@ -61,8 +62,16 @@ _YEAR = r"(?:\d{3}[1-9]|\d{2}[1-9]0|\d[1-9]00|[1-9]000)"
 _LEAP = r"(?:\d{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
 _DATE = rf"(?:{_YEAR}-{_MONTHS}|{_LEAP}-02-29)"
 _TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,9})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
-# llguidance's own know no leap years, and leap seconds at any time
-FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
+# llguidance's own know no leap years, leap seconds at any time, and names of any length and punycode
+FORMATS: dict[str, list[dict[str, Any]]] = {
+    "date": [{"pattern": f"^{_DATE}$"}],
+    "time": [{"pattern": f"^{_TIME}$"}],
+    "date-time": [{"pattern": f"^{_DATE}T{_TIME}$"}],
+    "hostname": [
+        {"pattern": r"^[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*(?:\.[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*)*$"},
+        {"pattern": r"^[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*$", "maxLength": 253},
+    ],
+}
 
 
 def compiled_schema(schema: Any) -> str:
@@ -70,9 +79,9 @@ def compiled_schema(schema: Any) -> str:
     check_depth(schema)
     check_multiples(schema)
     text = _written(schema)
-    why = why_not(text)
-    if why:
-        raise _blamed(schema, why)
+    found = complaint(text)
+    if found:
+        raise _blamed(schema, found)
     return text
 
 
@@ -180,7 +189,7 @@ class _Rewriter:
         format_ = made.get("format")
         if isinstance(format_, str) and format_ in FORMATS:
             del made["format"]
-            _both(made, "pattern", FORMATS[format_])
+            made["allOf"] = [*made.get("allOf", ()), *FORMATS[format_]]
         elif format_ in NO_FORMATS:
             del made["format"]
 
@@ -340,10 +349,21 @@ def _is_unwritable(text: str) -> bool:
 # -- blame --------------------------------------------------------------------------------------------------
 
 
-def why_not(text: str) -> str | None:
-    """llguidance's reason against a schema as `_written` has it, in one line; None: it is taken."""
+class Complaint(NamedTuple):
+    """reason: one line. keys: of those that llguidance names itself."""
+
+    reason: str
+    keys: tuple[str, ...] = ()
+
+
+def complaint(text: str) -> Complaint | None:
+    """What llguidance has against a schema as `_written` has it; None: it is taken."""
     error = grammar_error(f"start: %json {text}")
-    return error and _reason(error)
+    if error is None:
+        return None
+    named = re.search(r"Unimplemented keys: (\[[^]]*\])", error)
+    keys = json.loads(named[1]) if named else ["oneOf"] if "oneOf constraints" in error else []
+    return Complaint(_reason(error), tuple(keys))
 
 
 def _reason(error: str) -> str:
@@ -356,13 +376,15 @@ def _reason(error: str) -> str:
         return (
             "branches that may overlap can't be enforced: use anyOf, or give each a required tag of its own"
         )
+    if "retriev" in told or "Default retriever" in told:
+        return "references lead within the schema alone"
     for many in ("too large", "fuel", "max is", "too many", "panic", "limit"):
         if many in told:
             return f"it is too large or too complex ({told[:80]}): simplify it"
     return told.replace("json-schema:///", "")[:160].rstrip(".")
 
 
-def _blamed(schema: Any, why: str) -> ConstraintError:
+def _blamed(schema: Any, why: Complaint) -> ConstraintError:
     """Take parts away, from the first to the last, until the reason goes: the last one taken was it. Then the
     same within that part."""
     until = time.monotonic() + SEARCH_SECONDS
@@ -376,16 +398,19 @@ def _blamed(schema: Any, why: str) -> ConstraintError:
             schema = _without(schema, (*path, *place))
         path = (*path, *places[found])
     node = _at(schema, path)
-    if isinstance(node, dict):
+    named = [key for key in node if key in why.keys] if isinstance(node, dict) else []
+    if named:
+        path = (*path, named[0])
+    elif isinstance(node, dict):
         keys = [(key,) for key in reversed(node)]
         found = _first_cure(schema, path, keys, why, until + SEARCH_SECONDS, drop=True)
         if found is not None:
             path = (*path, *keys[found])
-    return refused(path, why)
+    return refused(path, why.reason)
 
 
 def _first_cure(
-    schema: Any, path: Path, places: list[Path], why: str, until: float, *, drop: bool = False
+    schema: Any, path: Path, places: list[Path], why: Complaint, until: float, *, drop: bool = False
 ) -> int | None:
     """Index of the place with which, those before it gone too, the reason goes; None: with none of them."""
 
@@ -394,7 +419,7 @@ def _first_cure(
         for place in places[:n]:
             cut = _without(cut, (*path, *place), drop=drop)
         try:
-            return why_not(_written(cut)) == why
+            return complaint(_written(cut)) == why
         except ConstraintError:
             return False
 
@@ -409,9 +434,10 @@ def _first_cure(
 
 def _places(node: Any) -> Iterator[Path]:
     """Where the schemas right under one stand; not those of keywords that are refused anyway."""
-    for key, value in node.items() if isinstance(node, dict) else ():
-        if key in NEVER:
-            continue
+    keys = [key for key in node if key not in NEVER] if isinstance(node, dict) else []
+    # what is used by reference first: without its user its fault would be gone too
+    for key in sorted(keys, key=lambda key: key not in ("$defs", "definitions")):
+        value = node[key]
         if key in LISTS and isinstance(value, list):
             yield from ((key, str(i)) for i, each in enumerate(value) if each is not True)
         elif key in MAPS and isinstance(value, dict):
@@ -430,6 +456,10 @@ def _without(schema: Any, path: Path, *, drop: bool = False) -> Any:
     """A copy that allows anything at the path; drop: that has nothing there."""
     if not path:
         return True
+    if len(path) == 2 and path[0] == "anyOf":  # beside anything at all the others would not count
+        branches = list(schema[path[0]])
+        branches[int(path[1])] = {"const": f"\u2026 {path[1]}"}
+        return {**schema, path[0]: branches}
     step: Any = int(path[0]) if isinstance(schema, list) else path[0]
     made = list(schema) if isinstance(schema, list) else dict(schema)
     if drop and len(path) == 1:
