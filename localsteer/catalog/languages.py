@@ -6,7 +6,7 @@ from localsteer.catalog import Catalog, Instruction
 from localsteer.errors import CatalogError
 
 VERIFIER = "language:response_language"
-# English names of the codes that catalogues use; another code of a catalogue of yours needs no name here.
+# English names of the codes that catalogues use; another code in your own catalogue needs no name here.
 NAMES = {
     "ar": "Arabic",
     "bn": "Bengali",

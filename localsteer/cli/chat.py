@@ -434,7 +434,7 @@ def _require_prompt_toolkit() -> None:
 
 
 def _history_file() -> Path | None:
-    """Readable by its owner alone; None where the cache folder can't be written."""
+    """Readable only by its owner; None where the cache folder can't be written."""
     from localsteer.cache import cache_folder
 
     try:

@@ -71,7 +71,7 @@ def command(
     **bundled: Any,
 ) -> None:
     """Steer a small quantized model: a table of the conditions on test questions, and replies side by side.
-    With a QUESTION of yours: the plain reply to it, and a steered one for each instruction.
+    With your own QUESTION: the plain reply to it, and a steered one for each instruction.
 
     The model is SmolLM2-135M-Instruct where the extra `smol` is installed, with the vectors that ship for it.
     Otherwise it is the one that comes with localsteer: quantized, extracted from and tuned before your eyes.
@@ -131,7 +131,7 @@ def _bundled_demo(
 
     if question is not None:
         raise click.UsageError(
-            "a question of yours needs a real model: give -m MODEL.gguf, or install `smol`."
+            "a question of your own needs a real model: give -m MODEL.gguf, or install `smol`."
         )
     if model != "bundled":
         raise click.UsageError(f"the demo of {model} is chosen with --quant: give -m bundled.")

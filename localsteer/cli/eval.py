@@ -58,7 +58,7 @@ N_TEST = 20
 @click.option(
     "--catalog", metavar="TOML", help="Instructions and queries. [default: that of the model, or `general`]"
 )
-@click.option("--queries", type=click.Path(), metavar="TXT", help="Test queries of yours, one on each line.")
+@click.option("--queries", type=click.Path(), metavar="TXT", help="Your own test queries, one per line.")
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-EXIT_STATUS = 130  # 128 + SIGINT, as shells have it
+EXIT_STATUS = 130  # 128 + SIGINT, as in shells
 PATIENCE = 3  # presses; the last one ends a process that does not let go
 _SEND_AGAIN_SECONDS = 0.05
 _SHOW_CURSOR = b"\x1b[?25h"

@@ -40,7 +40,7 @@ N_SEQ_MAX = 16
     "--examples",
     type=click.Path(),
     metavar="JSONL",
-    help='Replies of yours to learn from, one {"prompt": ..., "reply": ...} on each line; a dozen will do.',
+    help='Your own replies to learn from, one {"prompt": ..., "reply": ...} per line; a dozen will do.',
 )
 @click.option("-o", "--output", type=click.Path(), metavar="PATH", help="The file. [default: ID.gguf]")
 @click.option(

@@ -175,7 +175,7 @@ vectors = all_of(
         "instructions",
         multiple=True,
         metavar="ID_OR_TEXT",
-        help="Steer by a vector made on first use: an id of the catalogue, or words of yours.",
+        help="Steer by a vector made on first use: an id of the catalogue, or your own words.",
     ),
 )
 
@@ -197,7 +197,7 @@ instruction_data = all_of(
     click.option(
         "--catalog",
         metavar="TOML",
-        help="Instructions and queries: a file of yours, or `general`, or `bundled`. "
+        help="Instructions and queries: your own file, `general` or `bundled`. "
         "[default: bundled for the bundled model, else general]",
     ),
     click.option(
@@ -209,7 +209,7 @@ instruction_data = all_of(
         help="Fill a {slot} of the instruction.",
     ),
     click.option(
-        "--queries", type=click.Path(), metavar="TXT", help="Base queries of yours, one on each line."
+        "--queries", type=click.Path(), metavar="TXT", help="Your own base queries, one per line."
     ),
     click.option(
         "--pairs", type=click.IntRange(min=1), metavar="N", help="Prompt pairs to extract from. [default: 50]"

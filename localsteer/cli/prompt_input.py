@@ -14,7 +14,7 @@ WAIT_SECONDS = 2  # for an open pipe that brings nothing, before saying what is 
 
 
 def read_prompt(argument: str | None) -> str:
-    """The argument; what was piped in; or both, the piped text first. `-` stands for standard input alone.
+    """The argument; what was piped in; or both, the piped text first. `-` stands for standard input only.
 
     Raises click.UsageError when there is neither, and for bytes that are no UTF-8 text.
     """

@@ -55,7 +55,7 @@ TRIES = 3
 @click.option(
     "--stream/--no-stream",
     default=True,
-    help="Show the reply as it comes, or at its end; with --ensure always the accepted one alone.",
+    help="Show the reply as it comes, or at its end; with --ensure always only the accepted one.",
 )
 @click.option("--compare", is_flag=True, help="The plain and the steered reply side by side.")
 @options.settings
@@ -293,7 +293,7 @@ def steered_by(found: Ensured, checked: Sequence[ControlVector]) -> list[Control
 
 
 def show_ensured(request: Question, found: Ensured, timings: bool) -> None:
-    """The accepted reply alone, and on stderr how it came about."""
+    """Only the accepted reply, and on stderr how it came about."""
     text = found.reply.text
     click.echo(shown(text), nl=not text.endswith("\n"))
     if found.notice:

@@ -37,7 +37,7 @@ GROUPS = ("format", "length")
 @click.option(
     "--catalog", metavar="TOML", help="Instructions and queries. [default: the model's, as for extract]"
 )
-@click.option("--queries", type=click.Path(), metavar="TXT", help="Base queries of yours, one on each line.")
+@click.option("--queries", type=click.Path(), metavar="TXT", help="Your own base queries, one per line.")
 @click.option(
     "--pairs",
     type=click.IntRange(min=1),

@@ -132,7 +132,7 @@ def _files(name: str, files: tuple[str, ...], bundled: bool, quick: bool) -> tup
         unique = [name if labels.count(name) == 1 else f"{k}-{name}" for k, name in enumerate(labels)]
         return tuple(zip(unique, paths, strict=True))
     if not bundled:
-        raise click.UsageError("name the files with --gguf, the most exact first; -m is one file alone.")
+        raise click.UsageError("name the files with --gguf, the most exact first; -m is only one file.")
     from localsteer.bundled import gguf_path
     from localsteer.evaluate.studies.quantization import QUANTS, QUICK_QUANTS
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from localsteer.vector import ControlVector
 
 N_SEQ_MAX = 8
-N_PROMPTS = 400  # as evaluate.transfer has it
+N_PROMPTS = 400  # as in evaluate.transfer
 
 
 @click.command("transfer", short_help="Try a vector in another model, with controls.")

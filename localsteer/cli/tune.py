@@ -118,11 +118,11 @@ class Numbers(click.ParamType):
 @click.option(
     "--catalog",
     metavar="TOML",
-    help="Instructions and queries: a file of yours, or `general`, or `bundled`. "
+    help="Instructions and queries: your own file, `general` or `bundled`. "
     "[default: bundled for the bundled model, else general]",
 )
 @click.option(
-    "--queries", type=click.Path(), metavar="TXT", help="Validation queries of yours, one on each line."
+    "--queries", type=click.Path(), metavar="TXT", help="Your own validation queries, one per line."
 )
 @click.option(
     "--max-tokens", default=192, show_default=True, type=click.IntRange(min=1), help="Of a reply, at most."
@@ -141,7 +141,7 @@ def command(vectors: tuple[str, ...], model: str, as_json: bool, **given: Any) -
     so likely without telling. The best few then answer other queries, beside the plain and the told model,
     and that decides. A reply counts when the file's verifier passes it, it is not degenerate (empty, looping,
     without end, or far less probable than anything the model says by itself), and it names the query's
-    subject. An instruction without a verifier is tuned by likelihood alone, and the file says so.
+    subject. An instruction without a verifier is tuned by likelihood only, and the file says so.
 
     Ctrl-C keeps the best so far.
 
@@ -403,7 +403,7 @@ def _exhaustively(engine: Engine, job: TuneJob, choices: dict[str, Any]) -> tupl
 
 
 def _journal(vector: ControlVector, model_hash: str) -> Journal:
-    """Of this search; in memory alone where the cache folder can't be written. Raises LocalsteerError for a
+    """Of this search; only in memory where the cache folder can't be written. Raises LocalsteerError for a
     file that is damaged."""
     from localsteer.evaluate.journal import Journal
 

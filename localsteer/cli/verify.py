@@ -115,7 +115,7 @@ def _check_usage(
     of_one = (file, ids, arguments, prompt, prompt_file)
     if (as_list and jsonl is not None) or ((as_list or jsonl is not None) and any(of_one)):
         name = "--list" if as_list else "--jsonl"
-        raise click.UsageError(f"{name} stands alone: it takes no reply, instruction or prompt beside it.")
+        raise click.UsageError(f"{name} is used by itself: it takes no reply, instruction or prompt beside it.")
     if not (as_list or jsonl is not None or ids):
         raise click.UsageError("name an --instruction, or give --jsonl, or --list.")
     if prompt is not None and prompt_file is not None:
@@ -249,7 +249,7 @@ def _verify_many(file: str, loose: bool, as_json: bool) -> bool:
 
 
 def _rows(text: str, name: str) -> Iterator[VerdictRow]:
-    # split at line feeds alone: JSON text may hold other line breaks, such as U+2028, as they are
+    # split only at line feeds: JSON text may hold other line breaks, such as U+2028, as they are
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:

@@ -215,7 +215,7 @@ def _pair(line: str, where: str) -> tuple[str, str, str]:
 def _enough(examples: list[Example], instruction: Instruction, what: str) -> list[Example]:
     if len(examples) < FEWEST:
         raise LocalsteerError(
-            f"{instruction.id} can't be learned: {what}, and {FEWEST} are needed: give --examples of yours."
+            f"{instruction.id} can't be learned: {what}, and {FEWEST} are needed: give your own --examples."
         )
     return examples
 

@@ -19,7 +19,7 @@ from .schemas import CompletionRequest
 from .streaming import event, stream
 
 router = APIRouter(route_class=BodyRoute)
-DEFAULT_TOKENS = 16  # as OpenAI has it
+DEFAULT_TOKENS = 16  # as at OpenAI
 
 
 @router.post("/v1/completions", tags=["OpenAI"], summary="Continue a text")

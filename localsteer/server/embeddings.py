@@ -48,7 +48,7 @@ def _document(served: Served, body: EmbeddingRequest, gone: threading.Event) -> 
         if gone.is_set():
             raise ClientGone
         try:
-            # as llama.cpp's own server has it: special tokens added, and read where the text holds them
+            # as in llama.cpp's own server: special tokens added, and read where the text holds them
             tokens = (
                 engine.model.tokenize(given, add_special=True, parse_special=True)
                 if isinstance(given, str)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 MAX_MESSAGES = 1000
 MAX_TEXT = 1 << 20  # characters of one text; the context bounds it further
 MAX_PROMPTS = 32  # of one call to /v1/completions
-MAX_INPUTS = 2048  # texts of one call to /v1/embeddings, as OpenAI has it: clients send documents whole
+MAX_INPUTS = 2048  # texts of one call to /v1/embeddings, as at OpenAI: clients send documents whole
 MAX_N = 16  # choices
 MAX_STOP = 16
 MAX_STOP_TEXT = 256
 MAX_TOKENS = 1 << 20
 MAX_TOP_LOGPROBS = 20
-MAX_TOOLS = 128  # as OpenAI has it: a front end's own tools and its users' come to more than 64
+MAX_TOOLS = 128  # as at OpenAI: a front end's own tools and its users' come to more than 64
 MAX_VECTORS = 16  # that steer one request
 MAX_STRENGTH = 100.0
 MAX_NAME = 64  # characters of a vector's name

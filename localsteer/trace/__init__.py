@@ -196,7 +196,7 @@ def trace(
 
     reply: a text in the place of the model's own answer. blocks: where to look: None = where each vector
     steers, `all` = wherever it has a direction; each block costs one more pass over the tokens.
-    ridge: as Plan.from_vectors has it. on_token: called at each token drawn; what it raises ends the trace.
+    ridge: see Plan.from_vectors. on_token: called at each token drawn; what it raises ends the trace.
     Raises PromptError, MismatchError, PlanError.
     """
     tokens = engine.prompt_tokens(prompt, raw)

@@ -27,7 +27,7 @@ from .targets import Telling, Told
 if TYPE_CHECKING:
     from localsteer.engine import Engine
 
-DEFAULT_N = 8  # queries of the check, as the paper has it
+DEFAULT_N = 8  # queries of the check, as in the paper
 MAX_TOKENS = 192  # of a reply
 WAVE = 3  # settings that are checked at once, each on half of the queries, and the best of them on all
 N_WAVES = 2  # the second only where the first found nothing as good as telling

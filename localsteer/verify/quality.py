@@ -71,7 +71,7 @@ def is_degenerate(reply: str, *, repetition_limit: float = REPETITION_LIMIT) -> 
 
     Locked: the loop begins with the reply, or there is neither letter, digit nor emoji in it. A reply that
     was asked to say a word twenty times is flagged too: this looks at the form alone. Short replies, JSON,
-    lists, tables, rules, two answers parted by asterisks, capitals, numbered sections and placeholders
+    lists, tables, rules, two answers separated by asterisks, capitals, numbered sections and placeholders
     pass.
 
     repetition_limit: the `repetition` above which a long reply counts as looping.
@@ -110,7 +110,7 @@ def subject_kept(reply: str, subject: str) -> bool:
     """Does the reply name what it was asked about? Case, accents' encoding and plural endings do not matter.
 
     The subject must stand as words of its own: "Ant" is not kept by "elegant". It is found in capitals, with
-    its words parted by line breaks, hyphens or underscores (JSON keys), and where JSON escapes its letters.
+    its words separated by line breaks, hyphens or underscores (JSON keys), and where JSON escapes its letters.
     Raises ValueError on a subject without a letter or digit.
     """
     words = _plain(subject).split()

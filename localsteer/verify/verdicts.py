@@ -78,7 +78,7 @@ def check_arguments(
 
 
 def loose_variants(reply: str) -> tuple[str, ...]:
-    """The eight texts of which one must follow the instruction. Lines are parted by a line feed alone."""
+    """The eight texts of which one must follow the instruction. Only a line feed separates lines."""
     lines = reply.split("\n")
     shortened = ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
     kept = (reply, *shortened)

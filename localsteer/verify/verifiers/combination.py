@@ -6,7 +6,7 @@ _DIVIDER = "******"
 
 
 def two_responses(reply: str) -> bool:
-    """Exactly two different texts parted by six asterisks.
+    """Exactly two different texts separated by six asterisks.
 
     A divider at the very start or end does not count, two in a row fail; a seventh asterisk belongs to the
     text after it. The texts differ as soon as one character does.

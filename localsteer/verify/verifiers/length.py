@@ -36,7 +36,7 @@ def number_paragraphs(reply: str, *, num_paragraphs: int) -> bool:
 
 
 def nth_paragraph_first_word(reply: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Exactly so many paragraphs parted by an empty line, and the nth starts with the word, in any case.
+    """Exactly so many paragraphs separated by an empty line, and the nth starts with the word, in any case.
 
     Blank paragraphs are left out of the count but not out of the numbering: after three line breaks more the
     "third paragraph" is the second one with text. The first word ends at . , ? ! or a quote alone: "Summary:"
