@@ -230,9 +230,9 @@ def test_a_process_is_refused_with_one_line_and_status_2():
         (("-i", LOWERCASE, "."), ". can't be read: Is a directory"),
         (("-i", LOWERCASE, "--prompt-file", "none.txt"), "none.txt can't be read"),
         (("--jsonl", "none.jsonl"), "none.jsonl can't be read"),
-        (("--jsonl", "a.jsonl", "-i", LOWERCASE), "--jsonl stands alone"),
-        (("--list", "reply.txt"), "--list stands alone"),
-        (("--list", "--jsonl", "a.jsonl"), "--list stands alone"),
+        (("--jsonl", "a.jsonl", "-i", LOWERCASE), "--jsonl is used by itself"),
+        (("--list", "reply.txt"), "--list is used by itself"),
+        (("--list", "--jsonl", "a.jsonl"), "--list is used by itself"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
 )

@@ -208,9 +208,7 @@ instruction_data = all_of(
         metavar="NAME=VALUE",
         help="Fill a {slot} of the instruction.",
     ),
-    click.option(
-        "--queries", type=click.Path(), metavar="TXT", help="Your own base queries, one per line."
-    ),
+    click.option("--queries", type=click.Path(), metavar="TXT", help="Your own base queries, one per line."),
     click.option(
         "--pairs", type=click.IntRange(min=1), metavar="N", help="Prompt pairs to extract from. [default: 50]"
     ),

@@ -115,7 +115,9 @@ def _check_usage(
     of_one = (file, ids, arguments, prompt, prompt_file)
     if (as_list and jsonl is not None) or ((as_list or jsonl is not None) and any(of_one)):
         name = "--list" if as_list else "--jsonl"
-        raise click.UsageError(f"{name} is used by itself: it takes no reply, instruction or prompt beside it.")
+        raise click.UsageError(
+            f"{name} is used by itself: it takes no reply, instruction or prompt beside it."
+        )
     if not (as_list or jsonl is not None or ids):
         raise click.UsageError("name an --instruction, or give --jsonl, or --list.")
     if prompt is not None and prompt_file is not None:

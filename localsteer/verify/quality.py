@@ -110,7 +110,7 @@ def subject_kept(reply: str, subject: str) -> bool:
     """Does the reply name what it was asked about? Case, accents' encoding and plural endings do not matter.
 
     The subject must stand as words of its own: "Ant" is not kept by "elegant". It is found in capitals, with
-    its words separated by line breaks, hyphens or underscores (JSON keys), and where JSON escapes its letters.
+    its words separated by line breaks, hyphens or underscores (JSON keys), and where JSON escapes letters.
     Raises ValueError on a subject without a letter or digit.
     """
     words = _plain(subject).split()
