@@ -13,7 +13,7 @@ from localsteer.catalog import Instruction, Query, load_catalog
 from localsteer.errors import CatalogError, MismatchError, PlanError
 from localsteer.tune import Setting, Trial, tune, tune_exhaustively
 from localsteer.tune.exhaustive import grid
-from localsteer.tune.record import BETTER, SAME, WORSE, advice, with_instruction
+from localsteer.tune.record import BETTER, SAME, WORSE, Choice, with_instruction
 from localsteer.tune.targets import Told
 from localsteer.vector import ControlVector
 
@@ -166,10 +166,23 @@ def test_one_reply_of_eight_may_be_chance(told, both, said):
     assert with_instruction({"instructed": told, "both": both}, 8) == said
 
 
+def told_to_the_user(**scores):
+    """The advice where a setting was checked on eight queries, with these scores."""
+
+    class Scored(Choice):
+        @property
+        def scores(self):
+            return scores
+
+    best, nothing = Trial(Setting(3, "all", 1.0), replies=[None] * 8), Trial(None, replies=[None] * 8)
+    told = Told((object(),), 8, 8, 8, 72)
+    return Scored(CATALOG.get("title"), best, [best], nothing, nothing, nothing, told).advice()
+
+
 @pytest.mark.parametrize(
     ("scores", "says"),
     [
-        ((0.0, 0.125, 0.125, 0.125), "one reply of 8 alone, which may be chance"),
+        ((0.0, 0.125, 0.125, 0.125), "only one reply of 8, which may be chance"),
         ((0.0, 0.5, 1.0, 1.0), "follows it more often (100%) than when it is steered (50%)"),
         ((0.0, 1.0, 1.0, 0.5), "prompts that hold the instruction already are better left alone"),
         ((0.0, 1.0, 0.5, 1.0), "it helps prompts that hold the instruction, too"),
@@ -177,16 +190,11 @@ def test_one_reply_of_eight_may_be_chance(told, both, said):
 )  # fmt: skip
 def test_what_the_user_should_know_is_said(scores, says):
     names = dict(zip(("none", "steered", "instructed", "both"), scores, strict=True))
-    best = Trial(Setting(3, "all", 1.0), replies=[None] * 8)
-    told = Told((object(),), 8, 8, 8, 72)
-    lines = advice(CATALOG.get("title"), best, [best], names, 8, told, False)
-    assert any(says in line for line in lines)
+    assert any(says in line for line in told_to_the_user(**names))
 
 
 def test_all_being_well_nothing_is_said():
-    best = Trial(Setting(3, "all", 1.0), replies=[None] * 8)
-    names = dict.fromkeys(("steered", "instructed", "both"), 1.0) | {"none": 0.0}
-    assert advice(CATALOG.get("title"), best, [best], names, 8, Told((object(),), 8, 8, 8, 72), False) == []
+    assert told_to_the_user(none=0.0, steered=1.0, instructed=1.0, both=1.0) == []
 
 
 # --- slips ---

@@ -84,8 +84,9 @@ def command(
     last prompt token, on average over prompts with and without it.
 
     From a GGUF with nothing but llama.cpp, or from a transformers model with PyTorch. --layer, --mode,
-    --positions and --strength are stored in the file, and can be changed whenever it is used. Lengths and words are added
-    to the state (mode add, where a strength of 2 goes twice as far), everything else is projected.
+    --positions and --strength are stored in the file, and can be changed whenever it is used. Lengths and
+    words are added to the state (mode add, where a strength of 2 goes twice as far), everything else is
+    projected.
 
     \b
     Examples:

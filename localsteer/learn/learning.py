@@ -15,7 +15,7 @@ from localsteer.errors import LocalsteerError
 from localsteer.extract import origin_of
 from localsteer.extract.gguf_backend import GgufBackend
 from localsteer.tune.check import Check, Trial
-from localsteer.tune.record import of as record_of
+from localsteer.tune.record import Choice
 from localsteer.tune.setting import Setting
 from localsteer.tune.targets import Told
 from localsteer.vector import ControlVector
@@ -308,10 +308,8 @@ def _checked(
     best = trials[0] if trials[0].score > enough else None
     if best is not None:
         check.ask_both(best.setting)
-    record = record_of(
-        instruction, best, trials, check.plain, check.told, check.both,
-        told_model=Told((), 0, 0, 0, MAX_TOKENS), seconds=None, stopped=False,
-    )  # fmt: skip
+    told_model = Told((), 0, 0, 0, MAX_TOKENS)
+    record = Choice(instruction, best, trials, check.plain, check.told, check.both, told_model).record()
     chosen = vector.at(strength=0.0) if best is None else best.setting.of(vector)
     return chosen, record
 

@@ -17,8 +17,8 @@ from localsteer.runtime.sampling import GREEDY
 from localsteer.vector import ControlVector
 from localsteer.verify.verdicts import check_arguments
 
-from . import record
 from .check import Check, Trial
+from .record import Choice
 from .replies import Asked
 from .search import usable_blocks
 from .setting import POSITIONS, Setting
@@ -81,20 +81,10 @@ def tune_exhaustively(
     on_reply(total)
     chosen = vector.at(strength=0.0) if best is None else best.setting.of(vector)
     n_followed = sum(bool(reply.followed) for reply in check.told.replies)
-    kept = record.of(
-        instruction,
-        best,
-        trials,
-        check.plain,
-        check.told,
-        check.both,
-        told_model=Told((), check.told.n, n_followed, check.told.n, max_tokens),
-        seconds=None,  # a search that went on where it was stopped ends with the same file as one that wasn't
-        stopped=False,
-    )
-    kept |= {"search": "exhaustive", "replies": check.n_replies, **(source or {})}
-    origin = {"verifier": instruction.verifier, "kwargs": dict(instruction.kwargs)}
-    vector = replace(chosen, provenance={**chosen.provenance, **origin, "validation": kept})
+    told_model = Told((), check.told.n, n_followed, check.told.n, max_tokens)
+    choice = Choice(instruction, best, trials, check.plain, check.told, check.both, told_model)
+    kept = choice.record() | {"search": "exhaustive", "replies": check.n_replies, **(source or {})}
+    vector = replace(chosen, provenance={**chosen.provenance, **choice.origin, "validation": kept})
     return Tuned(vector, best and best.setting, tuple(trials), check.plain, check.told, check.both, (), kept)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from localsteer.catalog import Instruction
@@ -15,49 +16,145 @@ WORSE, SAME, BETTER = "worse", "same", "better"
 N_KEPT = 8  # settings of the table in the file
 
 
-def of(
-    instruction: Instruction,
-    best: Trial | None,
-    trials: Sequence[Trial],
-    plain: Trial,
-    told: Trial,
-    both: Trial,
-    *,
-    told_model: Told,
-    seconds: float | None,
-    stopped: bool,
-) -> dict[str, Any]:
-    """JSON without infinities. scores: shares of good replies, None where nothing was asked."""
-    from localsteer import __version__
+@dataclass(frozen=True)
+class Choice:
+    """What one choice of a setting found.
 
-    scores = {
-        "none": _score(plain),
-        "steered": _score(best) if best is not None else _score(plain),
-        "instructed": _score(told),
-        "both": _score(both),
-    }
-    n = plain.n
-    return {
-        "search": "likelihood",
-        "instruction": instruction.id,
-        "n": n,
-        "scores": scores,
-        "judged_by": "verifier" if instruction.verifier else "likelihood",
-        "recovered_gap": None if best is None else _rounded(best.gap),
-        "with_instruction": with_instruction(scores, n),
-        "targets": {
-            "n": len(told_model.targets),
-            "asked": told_model.n_asked,
-            "first": told_model.n,
-            "first_followed": told_model.n_passed,
-        },
-        "max_tokens": told_model.max_tokens,
-        "seconds": None if seconds is None else round(seconds, 1),
-        "stopped": stopped,
-        "advice": advice(instruction, best, trials, scores, n, told_model, stopped),
-        "table": [_row(trial) for trial in trials[:N_KEPT]],
-        "tool_version": __version__,
-    }
+    best: the setting that won, None where the model alone did. trials: what was checked, the best first.
+    plain, told, both: the model alone, told in words, told and steered. told_model: where the targets came
+    from. seconds: None where a search goes on after a break, so that it ends with the same file as one that
+    had none. stopped: Ctrl-C ended it.
+    """
+
+    instruction: Instruction
+    best: Trial | None
+    trials: Sequence[Trial]
+    plain: Trial
+    told: Trial
+    both: Trial
+    told_model: Told
+    seconds: float | None = None
+    stopped: bool = False
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """Shares of good replies; None where nothing was asked."""
+        return {
+            "none": _score(self.plain),
+            "steered": _score(self.plain if self.best is None else self.best),
+            "instructed": _score(self.told),
+            "both": _score(self.both),
+        }
+
+    @property
+    def n(self) -> int:
+        """Questions of the check."""
+        return self.plain.n
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """For the vector's provenance: a file that named no verifier would be asked for it again."""
+        if self.instruction.verifier is None:
+            return {}
+        return {"verifier": self.instruction.verifier, "kwargs": dict(self.instruction.kwargs)}
+
+    def record(self) -> dict[str, Any]:
+        """JSON without infinities."""
+        from localsteer import __version__
+
+        told, scores = self.told_model, self.scores
+        return {
+            "search": "likelihood",
+            "instruction": self.instruction.id,
+            "n": self.n,
+            "scores": scores,
+            "judged_by": "verifier" if self.instruction.verifier else "likelihood",
+            "recovered_gap": None if self.best is None else _rounded(self.best.gap),
+            "with_instruction": with_instruction(scores, self.n),
+            "targets": {
+                "n": len(told.targets),
+                "asked": told.n_asked,
+                "first": told.n,
+                "first_followed": told.n_passed,
+            },
+            "max_tokens": told.max_tokens,
+            "seconds": None if self.seconds is None else round(self.seconds, 1),
+            "stopped": self.stopped,
+            "advice": self.advice(),
+            "table": [_row(trial) for trial in self.trials[:N_KEPT]],
+            "tool_version": __version__,
+        }
+
+    def advice(self) -> list[str]:
+        """A sentence for each thing that the user should know."""
+        stopped = ["the search was stopped: this is the best that it had found."] if self.stopped else []
+        finding = self._on_nothing() if self.best is None else self._on_best(self.best)
+        return [*stopped, *finding, *self._on_telling()]
+
+    def _on_nothing(self) -> list[str]:
+        """Why nothing is applied."""
+        name, none, told = self.instruction.id, self.scores["none"], self.scores["instructed"]
+        if not self.told_model.targets and not self.trials:
+            return [
+                f"the model follows {name} in none of {self.told_model.n_asked} replies when it is told to, "
+                "so there is nothing to look for: nothing is applied. Try a larger model, or a wording that "
+                "it follows."
+            ]
+        if none == 1:
+            return [
+                f"these queries can't tell whether steering helps {name} on this model: the model alone "
+                "follows it in every reply. Tune with --queries whose replies don't."
+            ]
+        words = "" if told is None else f"; told {told:.0%}"
+        return [
+            f"no setting made the model follow {name} more often than it does by itself "
+            f"({none:.0%}{words}): nothing is applied.",
+            *_spoilt(self.trials, none),
+        ]
+
+    def _on_best(self, best: Trial) -> list[str]:
+        """How far to trust what was found."""
+        name, none, steered = self.instruction.id, self.scores["none"], self.scores["steered"]
+        if not best.replies:
+            return ["no reply was looked at yet: tune again for figures."]
+        if self.instruction.verifier is not None:
+            if round((steered - none) * self.n) >= 2:
+                return []
+            return [
+                f"it helps by only one reply of {self.n}, which may be chance: try again with more queries."
+            ]
+        if best.gap is None:
+            return [
+                f"{name} has no verifier: nothing tells whether replies follow it, and {steered:.0%} of them "
+                "are unbroken."
+            ]
+        return [
+            f"{name} has no verifier: this setting makes replies of the told model likely (it recovers "
+            f"{best.gap:.0%} of what telling does) and leaves {steered:.0%} of its own unbroken."
+        ]
+
+    def _on_telling(self) -> list[str]:
+        """The instruction in words, in the place of steering and beside it."""
+        told, both, steered = (self.scores[name] for name in ("instructed", "both", "steered"))
+        lines = []
+        is_known = self.best is not None and bool(self.best.replies) and told is not None
+        if is_known and told - steered >= 2 / max(1, self.n):
+            lines.append(
+                f"told in words the model follows it more often ({told:.0%}) than when it is steered "
+                f"({steered:.0%})."
+            )
+        verdict = with_instruction(self.scores, self.n)
+        if verdict == WORSE:
+            lines.append(
+                "prompts that hold the instruction already are better left alone: told in words the model "
+                f"scores {told:.0%}, told and steered {both:.0%}."
+            )
+        elif verdict == BETTER:
+            lines.append(
+                "it helps prompts that hold the instruction, too: told in words the model scores "
+                f"{told:.0%}, told and steered {both:.0%}."
+            )
+        return lines
 
 
 def with_instruction(scores: Mapping[str, float | None], n: int) -> str | None:
@@ -68,73 +165,6 @@ def with_instruction(scores: Mapping[str, float | None], n: int) -> str | None:
         return None
     replies = round((both - told) * n)
     return WORSE if replies <= -2 else BETTER if replies >= 2 else SAME
-
-
-def advice(
-    instruction: Instruction,
-    best: Trial | None,
-    trials: Sequence[Trial],
-    scores: Mapping[str, float | None],
-    n: int,
-    told_model: Told,
-    stopped: bool,
-) -> list[str]:
-    """A sentence for each thing that the user should know."""
-    lines = []
-    none, told = scores["none"], scores["instructed"]
-    if stopped:
-        lines.append("the search was stopped: this is the best that it had found.")
-    if not told_model.targets and not trials:
-        lines.append(
-            f"the model follows {instruction.id} in none of {told_model.n_asked} replies when it is told to, "
-            "so there is nothing to look for: nothing is applied. Try a larger model, or a wording that it "
-            "follows."
-        )
-    elif best is None and none == 1:
-        lines.append(
-            f"these queries can't tell whether steering helps {instruction.id} on this model: the model "
-            "alone follows it in every reply. Tune with --queries whose replies don't."
-        )
-    elif best is None:
-        words = "" if told is None else f"; told {told:.0%}"
-        lines.append(
-            f"no setting made the model follow {instruction.id} more often than it does by itself "
-            f"({none:.0%}{words}): nothing is applied."
-        )
-        lines += _spoilt(trials, none)
-    elif not best.replies:
-        lines.append("no reply was looked at yet: tune again for figures.")
-    elif instruction.verifier is None and best.gap is None:
-        lines.append(
-            f"{instruction.id} has no verifier: nothing tells whether replies follow it, and "
-            f"{scores['steered']:.0%} of them are unbroken."
-        )
-    elif instruction.verifier is None:
-        lines.append(
-            f"{instruction.id} has no verifier: this setting makes replies of the told model likely (it "
-            f"recovers {best.gap:.0%} of what telling does) and leaves {scores['steered']:.0%} of its own "
-            "unbroken."
-        )
-    elif round((scores["steered"] - none) * n) < 2:
-        lines.append(f"it helps by one reply of {n} alone, which may be chance: try again with more queries.")
-    is_known = best is not None and bool(best.replies) and told is not None
-    if is_known and told - scores["steered"] >= 2 / max(1, n):
-        lines.append(
-            f"told in words the model follows it more often ({told:.0%}) than when it is steered "
-            f"({scores['steered']:.0%})."
-        )
-    verdict = with_instruction(scores, n)
-    if verdict == WORSE:
-        lines.append(
-            f"prompts that hold the instruction already are better left alone: told in words the model "
-            f"scores {told:.0%}, told and steered {scores['both']:.0%}."
-        )
-    elif verdict == BETTER:
-        lines.append(
-            f"it helps prompts that hold the instruction, too: told in words the model scores {told:.0%}, "
-            f"told and steered {scores['both']:.0%}."
-        )
-    return lines
 
 
 def _spoilt(trials: Sequence[Trial], none: float) -> list[str]:

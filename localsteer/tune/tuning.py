@@ -17,8 +17,8 @@ from localsteer.runtime.likelihood import Likelihood
 from localsteer.vector import ControlVector
 from localsteer.verify.verdicts import check_arguments
 
-from . import record
 from .check import Check, Trial
+from .record import Choice
 from .score import Score
 from .search import Search, candidates, usable_blocks
 from .setting import POSITIONS, Setting
@@ -266,21 +266,10 @@ class _Tuning:
         best = self._best()
         trials = tuple(self._ordered())
         chosen = self.vector.at(strength=0.0) if best is None else best.setting.of(self.vector)
-        kept = record.of(
-            self.instruction,
-            best,
-            trials,
-            plain,
-            told,
-            both,
-            told_model=self._told,
-            seconds=seconds,
-            stopped=stopped,
-        ) | dict(source)
-        # the verifier, too: a file that named none would be asked for it again by the next command
-        origin = {"verifier": self.instruction.verifier, "kwargs": dict(self.instruction.kwargs)}
-        if self.instruction.verifier is None:
-            origin = {}
-        vector = replace(chosen, provenance={**chosen.provenance, **origin, "validation": kept})
+        choice = Choice(
+            self.instruction, best, trials, plain, told, both, self._told, seconds=seconds, stopped=stopped
+        )
+        kept = choice.record() | dict(source)
+        vector = replace(chosen, provenance={**chosen.provenance, **choice.origin, "validation": kept})
         scored = tuple((setting, self._search.score.gap(setting)) for setting in ranking)
         return Tuned(vector, best and best.setting, trials, plain, told, both, scored, kept, stopped)
