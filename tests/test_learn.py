@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +12,7 @@ pytest.importorskip("torch", reason="learning needs PyTorch")
 pytest.importorskip("accelerate", reason="transformers reads a GGUF with it")
 
 import torch
+from cli_runs import invoke
 from click.testing import CliRunner
 
 from localsteer.catalog import Instruction, load_catalog
@@ -271,14 +270,10 @@ def test_what_is_to_be_learned_must_be_said():
 )
 def test_what_can_not_be_learned_is_one_line(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "localsteer", "learn", "-m", "bundled", "--catalog", "general", *arguments],
-        capture_output=True,
-        text=True,
-    )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("localsteer:")]
-    assert done.returncode == 2 and message in lines[-1], done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.glob("*.gguf"))
+    done = invoke("learn", "-m", "bundled", "--catalog", "general", *arguments)
+    lines = [line for line in done.err.splitlines() if line.startswith("localsteer:")]
+    assert done.status == 2 and message in lines[-1], done.err
+    assert "Traceback" not in done.err and not list(tmp_path.glob("*.gguf"))
 
 
 def test_without_pytorch_the_command_names_the_extra(tmp_path, monkeypatch):
