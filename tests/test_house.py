@@ -19,7 +19,7 @@ ALLOWED = {("localsteer.vector", "localsteer.convert")}
 FLOORS = {
     "ground": (
         "errors", "terms", "jsonable", "cache", "catalog", "vector", "convert", "plan", "steering",
-        "templates", "heatmap", "asked", "verify", "perplexity",
+        "templates", "rendering", "rendering_child", "heatmap", "asked", "verify", "perplexity",
     ),
     "runtime": (
         "bridge", "kv", "prefix", "attach", "generate", "loop", "batch", "engine", "likelihood", "llama",
