@@ -1,20 +1,21 @@
 """From messages to the one text that a model reads. jinja2 only, so that PyTorch and llama.cpp agree.
 
 A chat template is a program from the model's file: it runs in jinja2's immutable sandbox, with the few
-functions that transformers gives it (transformers, utils/chat_template_utils.py).
+functions that transformers gives it (transformers, utils/chat_template_utils.py), and under limits of time,
+memory and length in a process of its own (rendering.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from typing import Any
 
 from .errors import LocalsteerError, ModelFileError, PromptError
+from .rendering import RENDERER, RenderingFailed
+from .rendering_child import one_line as one_line
 
 Message = Mapping[str, Any]
 
@@ -39,7 +40,7 @@ class ChatTemplate:
     """Render once, tokenise once: a template that writes BOS itself must not get a second one.
 
     template: the model's jinja text, or None for the plain `Q: ...` / `A:` of the paper. bos, eos: the texts
-    of these tokens, "" where the model has none. The template is compiled at the first `render`, so that a
+    of these tokens, "" where the model has none. The template is read at the first `render`, so that a
     model whose template is broken still answers raw prompts.
     """
 
@@ -93,36 +94,29 @@ class ChatTemplate:
         check_messages(messages, with_tools=self.takes_tools)
         if self.is_fallback:
             return render_fallback(messages, add_generation_prompt)
-        compiled = self._compiled
+        values = {
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.bos,
+            "eos_token": self.eos,
+            "tools": list(tools) if tools else None,
+            "documents": None,
+        }
         try:
-            return compiled.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos,
-                eos_token=self.eos,
-                tools=list(tools) if tools else None,
-                documents=None,
-            )
-        except Exception as error:  # a foreign program can raise anything
+            return RENDERER.render(self.template, values)
+        except RenderingFailed as error:
+            if error.is_template:
+                raise ModelFileError(
+                    f"the model's chat template can't be read ({error}): send a raw prompt instead."
+                ) from error
             raise PromptError(
-                f"the model's chat template refuses these messages ({one_line(error)}): "
+                f"the model's chat template refuses these messages ({error}): "
                 "change the messages, or send a raw prompt."
             ) from error
 
     def adds_special(self, rendered: str) -> bool:
         """Whether tokenising `rendered` should add special tokens: not when it begins with BOS already."""
         return not (self.bos and rendered.startswith(self.bos))
-
-    @cached_property
-    def _compiled(self) -> Any:
-        from jinja2 import TemplateError
-
-        try:
-            return _environment().from_string(self.template)
-        except (TemplateError, RecursionError, ValueError) as error:
-            raise ModelFileError(
-                f"the model's chat template can't be read ({one_line(error)}): send a raw prompt instead."
-            ) from error
 
 
 def check_messages(messages: Sequence[Message], *, with_tools: bool = False) -> None:
@@ -164,40 +158,3 @@ def render_fallback(messages: Sequence[Message], add_generation_prompt: bool = T
 def _plain_words(text: str) -> str:
     """Without what a template may well change: capitals and white space."""
     return " ".join(text.casefold().split())
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, for messages of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _environment() -> Any:
-    """jinja2 as transformers sets it up: templates are written against exactly these settings."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class GenerationTag(Extension):
-        """`{% generation %}` marks the assistant's words for training; here its body is just rendered."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        # jinja2's own tojson escapes <, > and &, which a model must see as they are
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment

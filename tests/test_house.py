@@ -20,7 +20,8 @@ ALLOWED = {("localsteer.vector", "localsteer.convert")}
 FLOORS = {
     "ground": (
         "errors", "terms", "jsonable", "cache", "catalog", "constrain", "vector", "convert", "plan",
-        "steering", "templates", "heatmap", "asked", "model_header", "verify", "perplexity",
+        "steering", "templates", "rendering", "rendering_child", "heatmap", "asked", "model_header", "verify",
+        "perplexity",
     ),
     "runtime": ("runtime",),
     "doors": ("engine", "llama", "llama_cache"),

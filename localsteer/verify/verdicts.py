@@ -111,6 +111,8 @@ def _check_names(instruction_id: str, verifier: Verifier, given: Mapping[str, An
 def _checked(instruction_id: str, verifier: Verifier, name: str, value: Any) -> Any:
     try:
         return verifier.parameters[name](value)
+    except CatalogError as error:
+        raise CatalogError(f"{instruction_id}: {name}: {error}") from None
     except ValueError as wanted:
         raise CatalogError(f"{instruction_id}: {name} must be {wanted}, not {_show(value)}") from None
 

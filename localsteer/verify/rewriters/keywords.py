@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from localsteer.verify.patterns import expression
 from localsteer.verify.rewriters.markdown import HEADING
 from localsteer.verify.rewriters.plain import Plain
-from localsteer.verify.verifiers.parameters import pattern
+from localsteer.verify.verifiers.parameters import WHOLE_WORD
 
 # They claim nothing of the subject, so that any word fits.
 _MENTIONS = (
@@ -23,17 +24,17 @@ _PLAIN_WORD = re.compile(r"[\w' -]+")
 
 def existence(plain: Plain, *, keywords: tuple[str, ...]) -> str | None:
     """Words that are missing are named in one sentence that claims nothing. A pattern can't be."""
-    missing = [word.strip() for word in keywords if not pattern(word, re.IGNORECASE).search(plain.text)]
+    missing = [word.strip() for word in keywords if not expression(word, re.IGNORECASE).search(plain.text)]
     mention = plain.pick(_OF_SEVERAL if len(missing) > 1 else _MENTIONS)
     return _with(plain, [mention.format(_listed(missing))], missing)
 
 
 def frequency(plain: Plain, *, keyword: str, frequency: int, relation: str) -> str | None:
     """Less than: the last sentences that hold the word go. At least: it is named once or twice more."""
-    found = pattern(keyword, re.IGNORECASE)
+    found = expression(keyword, re.IGNORECASE)
     if relation == "less than":
-        return _enough(plain, plain.within(lambda text: sum(1 for _ in found.finditer(text)), frequency - 1))
-    missing = frequency - sum(1 for _ in found.finditer(plain.text))
+        return _enough(plain, plain.within(found.count, frequency - 1))
+    missing = frequency - found.count(plain.text)
     if missing > _MAX_MENTIONS:
         return None
     first = plain.pick(range(len(_MENTIONS)))
@@ -43,7 +44,7 @@ def frequency(plain: Plain, *, keyword: str, frequency: int, relation: str) -> s
 
 def forbidden_words(plain: Plain, *, forbidden_words: tuple[str, ...]) -> str | None:
     """The sentences and list items that hold one of the words go."""
-    found = [pattern(rf"\b{word}\b", re.IGNORECASE) for word in forbidden_words]
+    found = [expression(word, re.IGNORECASE, WHOLE_WORD) for word in forbidden_words]
     return _enough(plain, plain.without(lambda text: any(word.search(text) for word in found)))
 
 

@@ -39,12 +39,15 @@ def _verifier(check: Callable[..., float], **checkers: Checker) -> Verifier:
     return Verifier(check, checkers)
 
 
-_count, _relation, _text, _texts = parameters.count, parameters.relation, parameters.text, parameters.texts
+_count, _relation = parameters.count, parameters.relation
+_pattern, _patterns = parameters.pattern, parameters.patterns
 
 VERIFIERS: Mapping[str, Verifier] = {
-    "keywords:existence": _verifier(keywords.existence, keywords=_texts),
-    "keywords:frequency": _verifier(keywords.frequency, keyword=_text, frequency=_count, relation=_relation),
-    "keywords:forbidden_words": _verifier(keywords.forbidden_words, forbidden_words=_texts),
+    "keywords:existence": _verifier(keywords.existence, keywords=_patterns),
+    "keywords:frequency": _verifier(
+        keywords.frequency, keyword=_pattern, frequency=_count, relation=_relation
+    ),
+    "keywords:forbidden_words": _verifier(keywords.forbidden_words, forbidden_words=_patterns),
     "keywords:letter_frequency": _verifier(
         keywords.letter_frequency, letter=parameters.letter, let_frequency=_count, let_relation=_relation
     ),
@@ -61,14 +64,14 @@ VERIFIERS: Mapping[str, Verifier] = {
         first_word=parameters.lower_text,
     ),
     "detectable_content:number_placeholders": _verifier(content.number_placeholders, num_placeholders=_count),
-    "detectable_content:postscript": _verifier(content.postscript, postscript_marker=_text),
+    "detectable_content:postscript": _verifier(content.postscript, postscript_marker=_pattern),
     "detectable_format:number_bullet_lists": _verifier(formats.number_bullet_lists, num_bullets=_count),
     "detectable_format:constrained_response": _verifier(formats.constrained_response),
     "detectable_format:number_highlighted_sections": _verifier(
         formats.number_highlighted_sections, num_highlights=_count
     ),
     "detectable_format:multiple_sections": _verifier(
-        formats.multiple_sections, section_spliter=_text, num_sections=_count
+        formats.multiple_sections, section_spliter=_pattern, num_sections=_count
     ),
     "detectable_format:json_format": _verifier(formats.json_format),
     "detectable_format:title": _verifier(formats.title),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from localsteer.verify.verifiers.parameters import pattern
+from localsteer.verify.patterns import expression
 
 # Not tied to a line's start or to the reply's end, and a prefix is enough: "the P.S. came first" holds one,
 # and so does "P.P.S." for the marker P.S. The word "PS:" never does.
@@ -27,5 +27,7 @@ def _placeholders(line: str) -> int:
 def postscript(reply: str, *, postscript_marker: str) -> bool:
     """The marker stands somewhere in the reply, in any case. Another marker than these two is a regular
     expression."""
-    found = _POSTSCRIPTS.get(postscript_marker) or pattern(postscript_marker.lower())
+    found = _POSTSCRIPTS.get(postscript_marker)
+    if found is None:
+        return expression(postscript_marker.lower()).search(reply.lower())
     return found.search(reply.lower()) is not None

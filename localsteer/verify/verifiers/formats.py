@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 
-from localsteer.verify.verifiers.parameters import pattern
+from localsteer.verify.patterns import expression
+from localsteer.verify.verifiers.parameters import SECTION
 
 _FIXED_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 # The character after the asterisk may be a line break: a line of one asterisk swallows the line after it.
@@ -52,8 +53,9 @@ def multiple_sections(reply: str, *, section_spliter: str, num_sections: int) ->
     In the marker's own case, anywhere in a line, in any order, and without a number none: "Section One" is no
     section. Numbers in the text count too: "see Section 3". The name's spelling is IFEval's.
     """
-    marker = pattern(rf"\s?{section_spliter}\s?\d+\s?")
-    return len(marker.split(reply)) - 1 >= num_sections
+    marker = expression(section_spliter, around=SECTION)
+    # IFEval counts the pieces that re.split leaves, which adds one for every group
+    return marker.count(reply) * (1 + marker.n_groups) >= num_sections
 
 
 def json_format(reply: str) -> bool:

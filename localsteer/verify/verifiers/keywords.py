@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 
-from localsteer.verify.verifiers.parameters import compare, pattern
+from localsteer.verify.patterns import expression
+from localsteer.verify.verifiers.parameters import WHOLE_WORD, compare
 
 
 def existence(reply: str, *, keywords: tuple[str, ...]) -> bool:
     """Every keyword occurs, in any case, also inside a word: "cat" is found in "education"."""
-    return all(pattern(keyword, re.IGNORECASE).search(reply) for keyword in keywords)
+    return all(expression(keyword, re.IGNORECASE).search(reply) for keyword in keywords)
 
 
 def frequency(reply: str, *, keyword: str, frequency: int, relation: str) -> bool:
     """The keyword's occurrences, in any case, also inside words: "art" occurs twice in "Art in parts"."""
-    occurrences = sum(1 for _ in pattern(keyword, re.IGNORECASE).finditer(reply))
+    occurrences = expression(keyword, re.IGNORECASE).count(reply)
     return compare(occurrences, relation, frequency)
 
 
@@ -24,16 +25,9 @@ def forbidden_words(reply: str, *, forbidden_words: tuple[str, ...]) -> bool:
     A word that ends in punctuation ("U.S.", "etc.") is hardly ever found: the boundary after it asks for a
     letter or digit to follow.
     """
-    return not any(_whole_word(word).search(reply) for word in forbidden_words)
+    return not any(expression(word, re.IGNORECASE, WHOLE_WORD).search(reply) for word in forbidden_words)
 
 
 def letter_frequency(reply: str, *, letter: str, let_frequency: int, let_relation: str) -> bool:
     """Lower and upper case count together."""
     return compare(reply.lower().count(letter), let_relation, let_frequency)
-
-
-def _whole_word(word: str) -> re.Pattern[str]:
-    try:
-        return re.compile(rf"\b{word}\b", re.IGNORECASE)
-    except re.error:  # IFEval dies here
-        return re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE)

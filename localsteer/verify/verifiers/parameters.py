@@ -11,8 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from localsteer.verify.language import LANGUAGES
+from localsteer.verify.patterns import expression
 
 Checker = Callable[[Any], Any]
+
+MAX_TEXTS = 200  # each of them is looked for in the whole reply
+WHOLE_WORD = r"\b{}\b"
+SECTION = r"\s?{}\s?\d+\s?"
 
 RELATIONS = ("less than", "at least")  # all that IFEval knows: no "at most", no "exactly"
 
@@ -56,6 +61,25 @@ def texts(value: Any) -> tuple[str, ...]:
         raise ValueError('a list of texts such as ["fox", "dog"]')
     for item in value:
         text(item)
+    if len(value) > MAX_TEXTS:
+        raise ValueError(f"{MAX_TEXTS} texts at most")
+    return tuple(value)
+
+
+def pattern(value: Any) -> str:
+    """Text that IFEval reads as a regular expression. Raises CatalogError for one that can't be searched."""
+    bare = text(value)
+    expression(bare, re.IGNORECASE)
+    expression(bare.lower())
+    expression(bare, around=SECTION)
+    return bare
+
+
+def patterns(value: Any) -> tuple[str, ...]:
+    """One or more of them, with their blanks, as `texts`."""
+    for item in texts(value):
+        expression(item, re.IGNORECASE)
+        expression(item, re.IGNORECASE, WHOLE_WORD)
     return tuple(value)
 
 
@@ -77,26 +101,15 @@ def compare(number: int, relation: str, threshold: int) -> bool:
     return number < threshold if relation == "less than" else number >= threshold
 
 
-def pattern(expression: str, flags: int = 0) -> re.Pattern[str]:
-    """IFEval uses keywords and markers as regular expressions, unescaped: "a.b" finds "axb".
-
-    Where that is no valid expression ("(", "*") IFEval dies; we look for the text itself.
-    """
-    try:
-        return re.compile(expression, flags)
-    except re.error:
-        return re.compile(re.escape(expression), flags)
-
-
 def describe(checker: Checker) -> str:
     """What an argument may be, in a few words."""
     return {
         count: "a whole number, 0 or more",
         position: "a whole number, 1 or more",
         relation: " or ".join(map(repr, RELATIONS)),
-        text: "text",
         lower_text: "text, in any case",
-        texts: "a list of texts",
+        pattern: "text",
+        patterns: "a list of texts",
         letter: "one character",
         language: f"an ISO 639-1 code: {', '.join(LANGUAGES)}",
     }[checker]

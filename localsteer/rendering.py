@@ -1,0 +1,127 @@
+"""Chat templates run in a process of their own, which can be killed.
+
+A chat template is a program from the model's file. jinja2's sandbox keeps it from everything but time and
+memory: `{{ 'a' * 10**10 }}` is a template, and so are loops that never end. One process renders for all
+models and threads of a program. It starts with the first prompt and stays.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+SECONDS = 5.0  # for one rendering; ordinary ones take a millisecond
+START_SECONDS = 60.0  # to import jinja2, on a machine that has much else to do
+MOST_CHARACTERS = 4_000_000  # of a prompt, and
+GROWTH = 8  # more for each byte that went in
+_CODE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from localsteer.rendering_child import serve; serve()"
+)
+
+
+class RenderingFailed(Exception):
+    """is_template: the fault lies with the template, whatever the messages are."""
+
+    def __init__(self, why: str, *, is_template: bool = False) -> None:
+        super().__init__(why)
+        self.is_template = is_template
+
+
+class Renderer:
+    """One child process and whoever waits for it. Any thread may render."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = 0  # a forked copy of this process has no child of its own
+
+    def render(self, template: str, values: Mapping[str, Any]) -> str:
+        """Raises RenderingFailed, in SECONDS at most, and as much again where others were before."""
+        try:
+            said = pickle.dumps((template, dict(values), 0))
+        except Exception as error:
+            raise RenderingFailed(f"they can't be handed over: {error}") from error
+        said = pickle.dumps((template, dict(values), MOST_CHARACTERS + GROWTH * len(said)))
+        if not self._turn.acquire(timeout=START_SECONDS if self._child is None else SECONDS):
+            raise RenderingFailed("other prompts keep it busy")
+        try:
+            answer = self._asked(said)
+        finally:
+            self._turn.release()
+        if "text" not in answer:
+            raise RenderingFailed(answer["why"], is_template=answer["fault"] == "template")
+        return answer["text"]
+
+    def close(self) -> None:
+        """End the child. The next prompt starts another."""
+        child, self._child = self._child, None
+        if child is None or self._owner != os.getpid():
+            return
+        child.kill()
+        for stream in (child.stdin, child.stdout):
+            with suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
+        child.wait()
+
+    def _asked(self, said: bytes) -> Mapping[str, str]:
+        try:
+            child = self._running()
+            return self._timed(child, len(said).to_bytes(8, "big") + said)
+        except BaseException:  # Ctrl-C too: half an answer must not be the next one's
+            self.close()
+            raise
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._child is not None and self._owner == os.getpid() and self._child.poll() is None:
+            return self._child
+        self.close()
+        path = [entry for entry in sys.path if entry]  # without the current folder, which is anybody's
+        child = subprocess.Popen(
+            [sys.executable, "-c", _CODE, json.dumps(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal goes to the whole group
+        )
+        self._child, self._owner = child, os.getpid()
+        with _killed_after(START_SECONDS, child):
+            if child.stdout.readline() != b"ready\n":  # type: ignore[union-attr]
+                raise RenderingFailed("the process that runs it could not be started")
+        return child
+
+    def _timed(self, child: subprocess.Popen[bytes], said: bytes) -> Mapping[str, str]:
+        line = b""
+        with _killed_after(SECONDS, child), suppress(BrokenPipeError):
+            child.stdin.write(said)  # type: ignore[union-attr]
+            child.stdin.flush()  # type: ignore[union-attr]
+            line = child.stdout.readline()  # type: ignore[union-attr]
+        if not line.endswith(b"\n"):
+            raise RenderingFailed(f"it takes more than {SECONDS:g} seconds, or too much memory")
+        return json.loads(line.decode("utf-8", "surrogatepass"))
+
+
+class _killed_after:
+    """Kill a child if the block takes longer: reading from it then ends, on every system."""
+
+    def __init__(self, seconds: float, child: subprocess.Popen[bytes]) -> None:
+        self._timer = threading.Timer(seconds, child.kill)
+        self._timer.daemon = True
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+
+RENDERER = Renderer()
+atexit.register(RENDERER.close)
