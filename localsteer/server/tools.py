@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from localsteer.errors import LocalsteerError
-
 from .errors import ApiError, shown
 from .formats import grammar_of_schema
-from .schemas import ChatMessage, ChatRequest, Tool, ToolChoice
+from .prompts import loaded
+from .schemas import ChatRequest, Tool, ToolChoice
 
 if TYPE_CHECKING:
     from .models import Served
@@ -92,51 +91,6 @@ def forced_grammar(body: ChatRequest, tools: Sequence[Tool]) -> str | None:
     return grammar_of_schema(calls[0] if len(calls) == 1 else {"anyOf": calls}, "tools")
 
 
-def rendered(
-    served: Served, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), *, go_on: bool = False
-) -> str:
-    """The conversation as the model reads it; go_on: its last message is to be continued.
-
-    Raises ApiError for messages that the model's template refuses.
-    """
-    given = [template_message(message) for message in messages]
-    begun = given.pop()["content"] if go_on else ""
-    shown_tools = [tool.model_dump(exclude_none=True) for tool in tools]
-    try:
-        return served.engine.render(given, tools=shown_tools or None) + begun
-    except LocalsteerError as error:
-        raise ApiError(f"messages: {error}", param="messages") from None
-
-
-def template_message(message: ChatMessage) -> dict[str, Any]:
-    """As chat templates read them; an OpenAI client's `developer` is everybody else's `system`."""
-    role = "system" if message.role == "developer" else message.role
-    made: dict[str, Any] = {"role": role, "content": message.text}
-    if message.tool_calls:
-        made["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": _loaded(call.function.arguments)},
-            }
-            for call in message.tool_calls
-        ]
-        made["content"] = message.text or ""
-    if message.role == "tool":
-        # templates ask whether there is a name, and would write None as one
-        given = {"tool_call_id": message.tool_call_id, "name": message.name}
-        made |= {key: value for key, value in given.items() if value is not None}
-    return made
-
-
-def _loaded(arguments: str | dict[str, Any]) -> Any:
-    # templates write them with tojson: a text would be quoted twice
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return arguments
-
-
 # -- out of the reply ---------------------------------------------------------------------------------------
 
 
@@ -169,7 +123,7 @@ def _arguments(body: str) -> str:
     found = _PARAMETER.findall(body)
     if not found:
         return body if _is_json(body) else "{}"
-    return json.dumps({key: _loaded(value) for key, value in found}, ensure_ascii=False)
+    return json.dumps({key: loaded(value) for key, value in found}, ensure_ascii=False)
 
 
 def _json_calls(text: str) -> list[Call]:
