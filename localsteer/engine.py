@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,9 +161,10 @@ class Engine:
         """
         self._tokenizer.check_template()
 
-    def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-        """The text of messages as the model reads it, ready for its reply. tools: see ChatTemplate.render."""
-        return self._tokenizer.render(messages, tools=tools)
+    def render(self, messages: Sequence[Message], **settings: Any) -> str:
+        """The text of messages as the model reads it, ready for its reply. settings: of ChatTemplate.render,
+        `tools` and `variables` above all."""
+        return self._tokenizer.render(messages, **settings)
 
     def rendered_tokens(self, text: str) -> list[int]:
         """Tokens of a text that a template rendered. This is how a vector's probes are tokenised too."""

@@ -30,7 +30,11 @@ class PlanError(LocalsteerError):
 
 
 class PromptError(LocalsteerError):
-    """A prompt that is empty, or longer than the context."""
+    """A prompt that can't be sent: an empty one, a role that the template does not know."""
+
+
+class ContextError(PromptError):
+    """A prompt that leaves no room for a reply."""
 
 
 class UnsupportedModelError(LocalsteerError):

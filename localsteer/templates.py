@@ -42,12 +42,21 @@ class ChatTemplate:
     template: the model's jinja text, or None for the plain `Q: ...` / `A:` of the paper. bos, eos: the texts
     of these tokens, "" where the model has none. The template is read at the first `render`, so that a
     model whose template is broken still answers raw prompts.
+
+    tool_use: a second template of the file, for conversations with tools. variables: what `render` gives the
+    template beside the messages, unless a call has others of the same name: `{"enable_thinking": False}`.
     """
 
-    def __init__(self, template: str | None, bos: str = "", eos: str = "") -> None:
+    RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+
+    def __init__(
+        self, template: str | None, bos: str = "", eos: str = "", *, tool_use: str | None = None
+    ) -> None:
         self.template = template or None
         self.bos = bos
         self.eos = eos
+        self.variables: dict[str, Any] = {}
+        self._for_tools = ChatTemplate(tool_use, bos, eos) if tool_use else None
 
     @property
     def is_fallback(self) -> bool:
@@ -67,16 +76,40 @@ class ChatTemplate:
     def keeps_words(self) -> bool:
         """Whether a user's words are in the prompt. A template that refuses the trial message says why in
         `render`, so it counts as one that keeps them."""
-        try:
-            rendered = self.render([{"role": "user", "content": SAID}])
-        except LocalsteerError:
+        return self._keeps(SAID) is not False or self.reads_parts
+
+    def _keeps(self, content: str | list[dict[str, str]]) -> bool | None:
+        """Whether these words of a user are in the prompt; None where the template refuses them."""
+        if self.is_fallback:
             return True
+        try:
+            rendered = self._render([{"role": "user", "content": content}], True, None, self.variables)
+        except LocalsteerError:
+            return None
         return _plain_words(SAID) in _plain_words(rendered)
 
     @property
     def takes_tools(self) -> bool:
         """Whether the template shows tools to the model, as far as its text tells."""
-        return bool(self.template and re.search(r"\btools\b", self.template))
+        return self._for_tools is not None or self._names("tools")
+
+    @cached_property
+    def reads_parts(self) -> bool:
+        """Whether the template reads content as a list of parts alone: a text as it is would be lost."""
+        return not self._keeps(SAID) and bool(self._keeps([{"type": "text", "text": SAID}]))
+
+    def check_variables(self, variables: Mapping[str, Any]) -> None:
+        """Raise PromptError for a variable that is set here anyway, or that the template never reads."""
+        for name in variables:
+            if name in self.RESERVED:
+                raise PromptError(f"the variable {name!r:.80} of the chat template is set by other means.")
+            if not self._names(name) and not (self._for_tools and self._for_tools._names(name)):
+                raise PromptError(
+                    f"the model's chat template reads no variable {name!r:.80}: it would change nothing."
+                )
+
+    def _names(self, variable: str) -> bool:
+        return bool(self.template and re.search(rf"\b{re.escape(variable)}\b", self.template))
 
     def render(
         self,
@@ -84,17 +117,36 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text. tools: JSON schemas as transformers takes them; `takes_tools` must hold.
+        variables: see the class.
 
         Raises PromptError, ModelFileError for a template that isn't valid jinja.
         """
+        variables = self.variables | dict(variables or {})
+        if self._for_tools and (tools or any(map(_is_of_tools, messages))):
+            return self._for_tools.render(
+                messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+            )
         if tools and not self.takes_tools:
             raise PromptError("the model's chat template has no tools: leave them out, or use another model.")
         check_messages(messages, with_tools=self.takes_tools)
         if self.is_fallback:
             return render_fallback(messages, add_generation_prompt)
+        if self.reads_parts:
+            messages = [_in_parts(message) for message in messages]
+        return self._render(messages, add_generation_prompt, tools, variables)
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> str:
         values = {
+            **variables,
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self.bos,
@@ -129,6 +181,11 @@ def check_messages(messages: Sequence[Message], *, with_tools: bool = False) -> 
     for message in messages:
         if with_tools and isinstance(message, Mapping) and _calls_tools(message):
             continue
+        if not with_tools and _is_of_tools(message):
+            raise PromptError(
+                "the model's chat template knows no tools, so what they were asked and what they answered "
+                "can't be shown: leave these messages out, or use another model."
+            )
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
             raise PromptError(f"a message must be {{'role': ..., 'content': text}}, not {message!r:.80}.")
         roles = (*ROLES, "tool") if with_tools else ROLES
@@ -136,6 +193,17 @@ def check_messages(messages: Sequence[Message], *, with_tools: bool = False) -> 
             raise PromptError(f"unknown role {message.get('role')!r}: choose one of {', '.join(roles)}.")
     if not any((message.get("content") or "").strip() for message in messages):
         raise PromptError("the prompt is empty: give a question.")
+
+
+def _is_of_tools(message: Message) -> bool:
+    return isinstance(message, Mapping) and (message.get("role") == "tool" or bool(message.get("tool_calls")))
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}] if content else []}
 
 
 def _calls_tools(message: Message) -> bool:

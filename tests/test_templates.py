@@ -102,12 +102,42 @@ def test_a_template_that_shows_what_the_user_says_keeps_words(text):
 
 
 @pytest.mark.parametrize(
+    ("text", "reads_parts"),
+    [
+        ("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}", True),
+        ("{% for m in messages %}{{ m.content[0]['text'] }}{% endfor %}", True),
+        ("{% for m in messages %}{{ m.content.0.text.strip() }}{% endfor %}", True),  # refuses a text
+        (
+            "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+            "{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endif %}{% endfor %}",
+            False,
+        ),
+        (CHATML, False),
+    ],
+)
+def test_content_is_given_as_parts_where_a_template_reads_nothing_else(text, reads_parts):
+    template = ChatTemplate(text)
+    assert template.reads_parts == reads_parts
+    assert template.keeps_words
+    assert "Tell me about" in template.render(QUESTION)
+
+
+def test_variables_reach_the_template_and_others_are_refused():
+    template = ChatTemplate("{{ messages[0].content }}{% if thinking is false %}!{% endif %}")
+    asked = [{"role": "user", "content": "a"}]
+    assert template.render(asked, variables={"thinking": False}) == "a!"
+    template.variables = {"thinking": False}
+    assert (template.render(asked), template.render(asked, variables={"thinking": True})) == ("a!", "a")
+    for name in ("messages", "thinkin", "tools"):
+        with pytest.raises(PromptError, match=name):
+            template.check_variables({name: 1})
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "<|user|><|assistant|>",
         "{% for m in messages %}{{ m.role }}: {{ m.text }}{% endfor %}",
-        # content as a list of parts, which a text is not
-        "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
         "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}",
     ],
 )
@@ -154,7 +184,7 @@ def test_broken_jinja_is_the_fault_of_the_model_file_and_found_only_when_needed(
     [
         ([], "empty"),
         ([{"role": "user", "content": "  \n"}], "empty"),
-        ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
+        ([{"role": "tool", "content": "x"}], "knows no tools"),
         ([{"role": "user"}], "a message must be"),
         (["Hello"], "a message must be"),
         ([{"role": "user", "content": 3}], "a message must be"),

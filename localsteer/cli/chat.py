@@ -17,7 +17,7 @@ from localsteer.errors import LocalsteerError, PromptError
 
 from . import interrupt, options
 from .console import answer, note, print_json, progress, shown, table
-from .models import load_engine, model_file
+from .models import load_engine, model_file, set_variables
 from .vector_spec import VectorSpec, with_own_strength
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ GREETING = "/help lists the commands, Alt-Enter begins a new line, Ctrl-D leaves
     "-r", "--reverse-prompt", "--stop", "stop", multiple=True, metavar="TEXT", help="End a reply before TEXT."
 )
 @options.sampling
+@options.template_variables
 @options.engine
 @options.instruction_data
 @click.option("--no-history", is_flag=True, help="Don't keep the lines that are typed in the cache folder.")
@@ -137,6 +138,7 @@ def command(
         always_steer=always_steer or given["strength"] is not None,
         on_note=note,
     ) as chat:
+        set_variables(chat.engine, given["variables"])
         chat.engine.check_template()  # before the first question is typed
         session = Session(chat, shelf, quiet=as_json, piped=lines is not None)
         session.begin(names, vectors, ensured, insisted)

@@ -74,6 +74,12 @@ def model_file(model: str) -> Path:
     return path_of(model, on_making=note)
 
 
+def set_variables(engine: Engine, variables: dict[str, Any] | None) -> None:
+    """For every prompt of this engine. Raises PromptError for one that its chat template never reads."""
+    engine.template.check_variables(variables or {})
+    engine.template.variables = dict(variables or {})
+
+
 def load_engine(
     model: str, *, ctx_size: int = 0, threads: int | None = None, gpu_layers: int = 0, **settings: Any
 ) -> Engine:

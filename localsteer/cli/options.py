@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -63,6 +64,21 @@ class Slot(click.ParamType):
             self.fail(f"{value!r} is not NAME=VALUE, as in n=5.", param, ctx)
         is_number = re.fullmatch(r"-?\d{1,15}", text.strip(), re.ASCII)
         return name.strip(), int(text) if is_number else text
+
+
+class Variables(click.ParamType):
+    """`{"enable_thinking": false}`: a JSON object."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            self.fail(f"{value!r:.80} is no JSON object, like '{{\"enable_thinking\": false}}'.", param, ctx)
+        return found
 
 
 class Finite(click.types.FloatParamType):
@@ -130,6 +146,14 @@ engine = all_of(
         metavar="N",
         help="Blocks to keep on a GPU. [default: 0]",
     ),
+)
+
+template_variables = click.option(
+    "--chat-template-kwargs",
+    "variables",
+    type=Variables(),
+    metavar="JSON",
+    help="Variables for the model's chat template, like '{\"enable_thinking\": false}'.",
 )
 
 sampling = all_of(

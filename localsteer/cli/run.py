@@ -15,7 +15,7 @@ import click
 from . import options
 from .considered import harmless
 from .console import answer, note, print_json, shown, table
-from .models import catalog_of, extraction_queries, find_instruction, open_engine, read_text
+from .models import catalog_of, extraction_queries, find_instruction, open_engine, read_text, set_variables
 from .prompt_input import read_prompt
 from .vector_spec import VectorSpec, with_own_strength
 
@@ -88,6 +88,7 @@ TRIES = 3
     help="End the reply before TEXT.",
 )
 @options.sampling
+@options.template_variables
 @options.engine
 @options.instruction_data
 @click.option("--timings", is_flag=True, help="Tokens per second, on stderr.")
@@ -135,6 +136,8 @@ def command(
     _refuse_idle(given, "--instruction or --ensure ID", instructions + ensured, INSTRUCTION_DATA)
     _refuse_idle({"tries": tries}, "--ensure", ensured, ("tries",))
     _refuse_idle({"always-steer": always_steer or None}, something, specs + instructions, ("always-steer",))
+    if given["raw"] and given["variables"]:
+        raise click.UsageError("--chat-template-kwargs needs the chat template: leave --raw out.")
     sampling = sampling_of(given)
     vectors = load_vectors(specs, given)
     insisted = with_own_strength(specs, vectors)
@@ -145,6 +148,7 @@ def command(
     vectors += [vector_of(model, text, given, loading) for text in instructions]
     checked = [vector_to_ensure(model, text, given, loading) for text in ensured]
     with open_engine(model, **loading, n_seq_max=1) as engine:
+        set_variables(engine, given["variables"])
         always = vectors if literal else insisted
         vectors, left_out = harmless(engine, vectors, message, always=always, raw=given["raw"])
         ask = Ask(

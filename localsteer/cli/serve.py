@@ -18,7 +18,7 @@ from localsteer.errors import LocalsteerError
 
 from . import interrupt, options
 from .console import note, print_json
-from .models import is_named, load_engine, model_file
+from .models import is_named, load_engine, model_file, set_variables
 
 if TYPE_CHECKING:
     from localsteer.runtime.scheduler import Scheduler
@@ -113,12 +113,20 @@ SWITCH_SECONDS = 0.0005
     help="For the bodies of all requests that are here at one time. [default: 64]",
 )
 @click.option(
+    "--ignore-field",
+    "ignored_fields",
+    multiple=True,
+    metavar="NAME",
+    help="A field of requests that is unknown here, to be ignored in the place of an error.",
+)
+@click.option(
     "--request-timeout",
     type=click.FloatRange(0.1, 86_400),
     default=600.0,
     metavar="SECONDS",
     help="For one request, waiting and writing included; then it ends with status 504. [default: 600]",
 )
+@options.template_variables
 @options.engine
 @options.as_json
 def command(models: tuple[str, ...], folder: str | None, as_json: bool, **given: Any) -> int:
@@ -195,6 +203,7 @@ def _opened(models: Sequence[str], given: dict[str, Any]) -> Iterator[dict[str, 
         for name, model in names.items():
             opener = partial(load_engine, model, **loading, n_seq_max=given["parallel"])
             schedulers[name] = stack.enter_context(Scheduler(opener, max_queue=given["max_queue"]))
+            set_variables(schedulers[name].engine, given["variables"])
             schedulers[name].engine.check_template()  # before a client asks
         yield schedulers
 
@@ -214,6 +223,7 @@ def _application(
             predict=None if given["predict"] < 0 else given["predict"],
             request_seconds=given["request_timeout"],
             max_connections=given["max_connections"],
+            ignored_fields=frozenset(given["ignored_fields"]),
             max_held=given["body_memory"] << 20,
         ),
     )

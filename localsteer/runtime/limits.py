@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import LocalsteerError, PlanError, PromptError
+from ..errors import ContextError, LocalsteerError, PlanError, PromptError
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -67,7 +67,7 @@ def check_tokens(engine: Engine, token_ids: Sequence[int], n_prompt: int | None 
         raise PromptError("the prompt is empty: give at least one token.")
     if len(tokens) > engine.n_ctx:
         more = ", or raise n_ctx (-c)" if engine.n_ctx < engine.model.n_ctx_train else ""
-        raise PromptError(
+        raise ContextError(
             f"{len(tokens)} tokens are more than the context of {engine.n_ctx} tokens: shorten the "
             f"prompt{more}."
         )
@@ -90,9 +90,9 @@ def check_layers(engine: Engine, layers: Sequence[int]) -> list[int]:
 
 
 def check_room(engine: Engine, n_prompt: int) -> None:
-    """Raise PromptError unless at least one token of a reply fits behind the prompt."""
+    """Raise ContextError unless at least one token of a reply fits behind the prompt."""
     if n_prompt >= engine.n_ctx:
-        raise PromptError(
+        raise ContextError(
             f"the prompt has {n_prompt} tokens and the context {engine.n_ctx}, reply included: "
             "shorten the prompt, or raise n_ctx (-c) if the model allows more."
         )

@@ -51,7 +51,13 @@ class TokenScores:
         logits = logits.astype(np.float64)
         peak = logits.max()
         logprobs = logits - peak - np.log(np.exp(logits - peak).sum())
-        best = np.argsort(-logprobs, kind="stable")[:n_top].tolist()
+        # the likeliest first, and then in their order: to sort the whole vocabulary takes 10 ms
+        best = (
+            np.argpartition(-logprobs, n_top)[:n_top]
+            if 0 < n_top < len(logprobs)
+            else np.arange(min(n_top, len(logprobs)))
+        )
+        best = best[np.lexsort((best, -logprobs[best]))].tolist()
         return cls(float(logprobs[token]), tuple((token, float(logprobs[token])) for token in best))
 
 

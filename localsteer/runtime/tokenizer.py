@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..constrain import END, TokenBytes
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .ask import Prompt
     from .attach import Notices
     from .bridge import Model
+
+TOOL_USE = "tokenizer.chat_template.tool_use"  # a template of this name, beside the default one
 
 
 class Tokenizer:
@@ -29,6 +31,7 @@ class Tokenizer:
             None if plain_prompts else model.chat_template,
             bos=self._special_text(model.bos),
             eos=self._special_text(model.eos),
+            tool_use=None if plain_prompts else model.metadata.get(TOOL_USE),
         )
 
     def prompt_tokens(self, prompt: Prompt, raw: bool) -> list[int]:
@@ -45,9 +48,9 @@ class Tokenizer:
         if not self.template.keeps_words:
             raise ModelFileError(DROPS_WORDS.format(self._name))
 
-    def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    def render(self, messages: Sequence[Message], **settings: Any) -> str:
         self.check_template()
-        return self.template.render(messages, tools=tools)
+        return self.template.render(messages, **settings)
 
     def tokenize(self, text: str) -> list[int]:
         """Of a text that a template rendered; a vector's probes may be empty, a prompt may not."""

@@ -64,16 +64,18 @@ def chat_logprobs(engine: Engine, scores: Sequence[tuple[int, TokenScores]]) -> 
 
 
 def text_logprobs(
-    engine: Engine, scores: Sequence[tuple[int, TokenScores]], offset: int = 0
+    engine: Engine, scores: Sequence[tuple[int, TokenScores | None]], offset: int = 0
 ) -> dict[str, Any]:
-    """The older shape, of /v1/completions. offset: characters of the reply before these tokens."""
+    """The older shape, of /v1/completions. offset: characters of the text before these tokens. The first
+    token of a prompt has no scores."""
     made: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, each in scores:
         text = piece(engine, token).decode("utf-8", "replace")
         made["tokens"].append(text)
-        made["token_logprobs"].append(each.logprob)
-        tops = {piece(engine, top).decode("utf-8", "replace"): score for top, score in reversed(each.top)}
-        made["top_logprobs"].append(tops)
+        made["token_logprobs"].append(each and each.logprob)
+        tops = reversed(each.top) if each else ()
+        found = {piece(engine, top).decode("utf-8", "replace"): score for top, score in tops}
+        made["top_logprobs"].append(found if each else None)
         made["text_offset"].append(offset)
         offset += len(text)
     return made

@@ -71,13 +71,13 @@ class BodyLimit:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        reading = _Reading(self.held)
+        reading = _Arrival(self.held)
         try:
             await self._pass_on(reading, scope, receive, send)
         finally:
             self.held.give_back(reading.taken)
 
-    async def _pass_on(self, reading: _Reading, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def _pass_on(self, reading: _Arrival, scope: dict[str, Any], receive: Any, send: Any) -> None:
         most = self.limits.max_upload if scope["path"] == UPLOADS else self.limits.max_body
         try:
             body = await asyncio.wait_for(reading.whole(scope, receive, most), self.limits.body_seconds)
@@ -99,7 +99,7 @@ class BodyLimit:
         await self.app(scope, again, send)
 
 
-class _Reading:
+class _Arrival:
     """taken: bytes of this body that count."""
 
     def __init__(self, held: _Held) -> None:

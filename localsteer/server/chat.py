@@ -15,12 +15,13 @@ from .ensured import ensured_chat
 from .errors import ApiError, Json
 from .formats import constraining_field, constraint_of
 from .models import Served, State
+from .prompts import rendered, variables_of
 from .reading import BodyRoute
 from .replies import ClientGone, Job, Order, begin, samplings, unless_gone
 from .schemas import ChatRequest, Tool
 from .streaming import event, stream
 from .threads import off_loop
-from .tools import CallHold, forced_call, offered, parse, rendered
+from .tools import CallHold, forced_call, offered, parse
 
 if TYPE_CHECKING:
     from localsteer.constrain import Constraint
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 router = APIRouter(route_class=BodyRoute)
 
 
+@router.post("/chat/completions", include_in_schema=False)
 @router.post("/v1/chat/completions", tags=["OpenAI"], summary="Answer a conversation")
 async def chat(body: ChatRequest, request: Request) -> Response:
     state: State = request.app.state.localsteer
@@ -49,9 +51,10 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 def _order(state: State, body: ChatRequest, tools: list[Tool]) -> Order:
     served, steer = state.steering(body.model, body.items)
+    variables, go_on = variables_of(body, served.engine.template), bool(body.continue_final_message)
     return Order(
         served=served,
-        prompts=[rendered(served, body.messages, tools, go_on=bool(body.continue_final_message))],
+        prompts=[rendered(served, body.messages, tools, go_on=go_on, variables=variables)],
         steer=steer,
         samplings=samplings(body, _grammar(body, served, tools)),
         max_tokens=body.most_tokens(state.limits.predict),
@@ -86,6 +89,7 @@ async def _document(body: ChatRequest, job: Job, tools: list[Tool]) -> dict[str,
 
 def _choice(i: int, choice: Whole, body: ChatRequest, job: Job, tools: list[Tool]) -> dict[str, Any]:
     text, calls = parse(choice.text, tools) if tools else (choice.text, [])
+    calls = calls[: body.most_calls]
     message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
     if calls:
         message |= {"content": text or None, "tool_calls": [call.document() for call in calls]}
@@ -102,6 +106,7 @@ class _Streamed:
     """One choice on its way to the client."""
 
     tools: list[Tool]
+    most_calls: int | None = None
     hold: CallHold = field(default_factory=CallHold)
 
     def push(self, text: str) -> str:
@@ -113,6 +118,7 @@ class _Streamed:
         if not held:
             return None, reason
         text, calls = parse(held, self.tools)
+        calls = calls[: self.most_calls]
         delta: dict[str, Any] = {"content": text} if text else {}
         if calls:
             delta["tool_calls"] = [{"index": k} | call.document() for k, call in enumerate(calls)]
@@ -121,7 +127,7 @@ class _Streamed:
 
 async def _events(body: ChatRequest, job: Job, tools: list[Tool]) -> AsyncIterator[bytes]:
     head, engine = _head(body, job, "chat.completion.chunk"), job.order.served.engine
-    choices = [_Streamed(tools) for _ in job.tickets]
+    choices = [_Streamed(tools, body.most_calls) for _ in job.tickets]
 
     def made(i: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
         choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from .answers import REASONS, Whole, envelope, scored, text_logprobs
+from .echoed import Scored, prompt_scores, with_gap
 from .errors import ApiError, Json
 from .formats import constraint_of
 from .models import State
@@ -17,23 +18,42 @@ from .reading import BodyRoute
 from .replies import ClientGone, Job, Order, begin, samplings, unless_gone
 from .schemas import CompletionRequest
 from .streaming import event, stream
+from .threads import aside, off_loop
 
 router = APIRouter(route_class=BodyRoute)
 DEFAULT_TOKENS = 16  # as at OpenAI
 
 
+@router.post("/completions", include_in_schema=False)
 @router.post("/v1/completions", tags=["OpenAI"], summary="Continue a text")
 async def completions(body: CompletionRequest, request: Request) -> Response:
     state: State = request.app.state.localsteer
-    job = await begin(state, await run_in_threadpool(_order, state, body))
-    if body.stream:
-        return await stream(request, _events(body, job), job.end, state.limits.write_seconds)
+    order = await off_loop(_order, state, body)
     try:
-        return Json(await unless_gone(request, _document(body, job)))
+        scores = await unless_gone(request, _scores_of_prompts(state, body, order))
+    except ClientGone:
+        return Response(status_code=499)
+    job = await begin(state, order)
+    if body.stream:
+        return await stream(request, _events(body, job, scores), job.end, state.limits.write_seconds)
+    try:
+        return Json(await unless_gone(request, _document(body, job, scores)))
     except ClientGone:
         return Response(status_code=499)
     finally:
         job.end()
+
+
+async def _scores_of_prompts(state: State, body: CompletionRequest, order: Order) -> list[list[Scored]]:
+    """For each prompt; nothing where they are not asked for."""
+    if not body.echo or body.logprobs is None:
+        return [[] for _ in order.prompts]
+    gone = threading.Event()
+    try:
+        async with state.tracing:
+            return await aside(prompt_scores, order, gone)
+    finally:
+        gone.set()
 
 
 def _order(state: State, body: CompletionRequest) -> Order:
@@ -42,14 +62,18 @@ def _order(state: State, body: CompletionRequest) -> Order:
     served, steer = state.steering(body.model, body.items)
     if any(not prompt for prompt in body.prompts):
         raise ApiError("prompt: must not be empty: give a text to continue.", param="prompt")
+    prompts = body.prompts
+    if body.suffix:
+        prompts = [with_gap(served, prompt, body.suffix) for prompt in prompts]
     return Order(
         served=served,
-        prompts=body.prompts,
+        prompts=prompts,
         steer=steer,
         samplings=samplings(body, constraint_of(body, served)),
         max_tokens=body.most_tokens(DEFAULT_TOKENS),
         stop=body.stops,
         n_top=body.logprobs,
+        param="prompt",
     )
 
 
@@ -64,29 +88,33 @@ def _echo(body: CompletionRequest, job: Job, i: int) -> str:
     return prompt if isinstance(prompt, str) else job.order.served.engine.text(prompt)
 
 
-async def _document(body: CompletionRequest, job: Job) -> dict[str, Any]:
+async def _document(body: CompletionRequest, job: Job, heads: Sequence[list[Scored]]) -> dict[str, Any]:
+    """heads: scores of each prompt's tokens."""
     choices = [Whole() for _ in job.tickets]
     async for i, chunk in job.chunks():
         choices[i].add(chunk)
-    engine, wanted = job.order.served.engine, body.logprobs is not None
-    found = [
-        {
+    engine, wanted, n = job.order.served.engine, body.logprobs is not None, len(job.order.samplings)
+
+    def one(i: int, choice: Whole) -> dict[str, Any]:
+        scores = [*heads[i // n], *choice.scores]
+        return {
             "index": i,
             "text": _echo(body, job, i) + choice.text,
-            "logprobs": text_logprobs(engine, choice.scores) if wanted else None,
+            "logprobs": text_logprobs(engine, scores) if wanted else None,
             "finish_reason": choice.reason,
         }
-        for i, choice in enumerate(choices)
-    ]
+
+    found = [one(i, choice) for i, choice in enumerate(choices)]
     return _head(body, job) | {"choices": found, "usage": job.usage}
 
 
-async def _events(body: CompletionRequest, job: Job) -> AsyncIterator[bytes]:
+async def _events(body: CompletionRequest, job: Job, heads: Sequence[list[Scored]]) -> AsyncIterator[bytes]:
     head, engine = _head(body, job), job.order.served.engine
     texts = [_echo(body, job, i) for i in range(len(job.tickets))]
-    offsets = [0] * len(job.tickets)
+    offsets, n = [0] * len(job.tickets), len(job.order.samplings)
+    ahead: list[list[Scored]] = [heads[i // n] for i in range(len(texts))]
     async for i, chunk in job.chunks():
-        scores = scored(chunk)
+        scores, ahead[i] = [*ahead[i], *scored(chunk)], []
         text, texts[i] = texts[i] + chunk.text, ""
         if not (text or scores or chunk.finish_reason):
             continue

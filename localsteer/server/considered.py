@@ -11,8 +11,8 @@ import numpy as np
 from localsteer.asked import Inquiry
 
 from .errors import api_error
+from .prompts import rendered, template_message, variables_of
 from .threads import off_loop
-from .tools import rendered, template_message
 
 if TYPE_CHECKING:
     from localsteer.runtime.scheduler import Ticket
@@ -35,7 +35,8 @@ async def harmless(
     inquiry = await off_loop(_inquiry, messages, steer, always)
     states: dict[int, np.ndarray] = {}
     if inquiry.blocks:
-        text = await off_loop(rendered, served, messages, tools)
+        variables = variables_of(body, served.engine.template)
+        text = await off_loop(rendered, served, messages, tools, variables=variables)
         states = await _states(served, text, inquiry.blocks)
     _, left_out = inquiry.settle(states)
     applied = {name: vector for name, vector in steer.items() if vector not in left_out}

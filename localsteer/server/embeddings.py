@@ -22,6 +22,7 @@ from .schemas import EmbeddingRequest
 router = APIRouter(route_class=BodyRoute)
 
 
+@router.post("/embeddings", include_in_schema=False)
 @router.post("/v1/embeddings", tags=["OpenAI"], summary="Texts as vectors, where the model gives them")
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     state: State = request.app.state.localsteer

@@ -21,11 +21,11 @@ from .considered import harmless, report
 from .errors import ApiError, Json, api_error
 from .formats import constraint_of
 from .models import Served, State
+from .prompts import rendered, template_message
 from .replies import ClientGone, samplings, unless_gone
 from .schemas import ChatRequest, Tool
 from .streaming import event, stream
 from .threads import off_loop
-from .tools import rendered, template_message
 
 if TYPE_CHECKING:
     from localsteer.ensure import Ensured
@@ -62,6 +62,9 @@ def _check(body: ChatRequest, tools: list[Tool]) -> None:
         "logprobs": body.logprobs,
         "tools": tools,
         "continue_final_message": body.continue_final_message,
+        "chat_template_kwargs": body.chat_template_kwargs,
+        "enable_thinking": body.enable_thinking,
+        "reasoning_effort": body.reasoning_effort,
     }
     for name, given in excluded.items():
         if given:

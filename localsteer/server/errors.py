@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from localsteer.errors import LocalsteerError, QueueFullError, SchedulerClosedError
+from localsteer.errors import ContextError, LocalsteerError, QueueFullError, SchedulerClosedError
 
 logger = logging.getLogger("localsteer.server")
 
@@ -73,6 +73,8 @@ def api_error(error: BaseException, param: str | None = None) -> ApiError:
         return ApiError(str(error), status=429, code="queue_full")
     if isinstance(error, SchedulerClosedError):
         return ApiError(str(error), status=503, code="closing")
+    if isinstance(error, ContextError):  # clients shorten the conversation where they see this code
+        return ApiError(str(error), param=param or "messages", code="context_length_exceeded")
     if isinstance(error, LocalsteerError):
         return ApiError(str(error), param=param)
     logger.error("a request failed", exc_info=error)
@@ -131,6 +133,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(
             "the body must be a JSON object, sent with `Content-Type: application/json`.", param="body"
         )
+    if first["type"] == "extra_forbidden":
+        return ApiError(f"{where}: this server does not read it: leave it out.", param=where)
     if first["type"] == "missing":
         return ApiError(f"{where} is missing: it is required.", param=where)
     message, value = first["msg"], shown(first.get("input"))

@@ -22,6 +22,7 @@ MAX_SCHEMA = 64 << 10  # bytes of a JSON schema
 MAX_GRAMMAR = MAX_SCHEMA  # characters of a grammar or pattern
 MAX_CHOICES = 1000  # texts of guided_choice
 MAX_TRACE_TOKENS = 512
+MAX_VARIABLES = 32  # for the chat template
 # of a body: pydantic needs some 20 microseconds for an object, and no thread runs meanwhile
 MAX_CONTAINERS = 20_000  # lists and objects; 128 tools with 20 parameters each are 6,000
 MAX_MEMBERS = 20_000
@@ -36,7 +37,7 @@ class Limits:
     max_held: of all bodies that are here at one time. request_seconds: for a request, from its head to the
     end of its answer; head_seconds, body_seconds: for its head and its body to arrive. write_seconds: that
     one piece of a reply may wait for a client that does not read. predict: tokens of a reply where the
-    request names no bound; None: until the context is full.
+    request names no bound; None: until the context is full. ignored_fields: of requests.
     """
 
     max_body: int = 4 << 20
@@ -49,3 +50,4 @@ class Limits:
     body_seconds: float = 30.0
     write_seconds: float = 60.0
     predict: int | None = 1024
+    ignored_fields: frozenset[str] = frozenset()

@@ -65,12 +65,14 @@ async def metrics(request: Request) -> Response:
     return Response(state.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
+@router.get("/models", include_in_schema=False)
 @router.get("/v1/models", tags=["OpenAI"], summary="Models, and each with each vector that fits it")
 async def models(request: Request) -> Response:
     state: State = request.app.state.localsteer
     return Json({"object": "list", "data": state.listed()})
 
 
+@router.get("/models/{name:path}", include_in_schema=False)
 @router.get("/v1/models/{name:path}", tags=["OpenAI"], summary="One of them")
 async def model(name: str, request: Request) -> Response:
     state: State = request.app.state.localsteer

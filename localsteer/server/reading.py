@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
@@ -21,6 +21,7 @@ from starlette.responses import Response
 
 from . import limits
 from .errors import ApiError
+from .fields import accepted
 from .schemas import ChatMessage
 from .threads import reading_slowly
 
@@ -53,15 +54,20 @@ async def body_of(request: Request, model: type[Body]) -> Body:
         raise ApiError(
             "the body must be a JSON object, sent with `Content-Type: application/json`.", param="body"
         )
+    ignored = request.app.state.localsteer.limits.ignored_fields
     data = await request.body()
     if len(data) <= QUICK:
-        return checked(data, model)
-    return await reading_slowly(checked, data, model)
+        return checked(data, model, ignored)
+    return await reading_slowly(checked, data, model, ignored)
 
 
-def checked(data: bytes, model: type[Body]) -> Body:
+def checked(data: bytes, model: type[Body], ignored: Collection[str] = ()) -> Body:
+    """ignored: fields that are nobody's concern."""
     check_structure(data)
     document = _loaded(data)
+    if isinstance(document, dict):
+        known = {field.alias or name for name, field in model.model_fields.items()}
+        document = accepted(document, known, ignored)
     try:
         if model.model_fields.get("messages"):
             document = _with_messages(document)

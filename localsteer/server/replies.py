@@ -43,6 +43,7 @@ class Order:
     stop: Sequence[str] = ()
     n_top: int | None = None
     left_out: Sequence[str] = ()
+    param: str | None = None  # to blame for a prompt that is too long
 
 
 @dataclass(eq=False)
@@ -151,7 +152,7 @@ def _submit(job: Job) -> None:
                     **given,
                 )
             except Exception as error:
-                raise api_error(error) from None
+                raise api_error(error, order.param) from None
             job.tickets.append(ticket)
             if job.ended:  # while this thread was busy: whoever ended it has not seen the ticket
                 ticket.cancel()
@@ -162,10 +163,11 @@ def samplings(request: SamplingFields, grammar: Constraint | None = None) -> lis
     """One for each choice; with a seed each has its own, or all would be equal."""
     names = {
         "temp": request.temperature,
-        "top_k": request.top_k,
+        "top_k": None if request.top_k is None else max(0, request.top_k),
         "top_p": request.top_p,
         "min_p": request.min_p,
         "repeat_penalty": request.repeat_penalty,
+        "repeat_last_n": request.repeat_last_n,
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
         "grammar": grammar,

@@ -1,8 +1,7 @@
 """What a request may hold, as pydantic checks it and /openapi.json describes it.
 
-Fields that are not named here are let through and ignored: clients send many of their own (`metadata`,
-`session_id`, `user`, ...). Inside `steering`, where a misspelt setting would change nothing silently, they
-are refused.
+Fields that are not named here have gone through fields.py before: what gets here works. Inside `steering` and
+messages, where a misspelt setting would change nothing silently, others are refused.
 """
 
 from __future__ import annotations
@@ -108,7 +107,11 @@ class StructuredOutputs(_Body):
 
 
 class StreamOptions(_Body):
+    model_config = ConfigDict(extra="forbid")
+
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # of the lengths of chunks, against those who listen
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class SamplingFields(_Body):
@@ -122,11 +125,12 @@ class SamplingFields(_Body):
     max_tokens: MostTokens | None = Field(None, description="-1 and -2: until the context is full.")
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(None, description="0 and -1: off.")
     min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     repeat_penalty: Annotated[Finite, Field(gt=0, le=10)] | None = None
+    repeat_last_n: Annotated[int, Field(ge=-1, le=limits.MAX_TOKENS)] | None = None
     seed: Seed | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=limits.MAX_STOP)] | None = None
     n: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
@@ -203,13 +207,51 @@ class SamplingFields(_Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
+TEXTS = ("text", "input_text", "refusal")
+# of a message: what clients keep with it for themselves
+UNREAD = (
+    "annotations",
+    "cache_control",
+    "created_at",
+    "id",
+    "metadata",
+    "object",
+    "refusal",
+    "status",
+    "timestamp",
+)
+
+
+def _is_other(part: dict[str, Any]) -> bool:
+    return part["type"] not in TEXTS
+
+
+def _without(value: Any, names: Sequence[str]) -> Any:
+    """A JSON object without what is not read, and without what is empty."""
+    if not isinstance(value, dict):
+        return value
+    return {key: each for key, each in value.items() if key not in names and each not in (None, [], {})}
+
+
 class ContentPart(_Body):
+    model_config = ConfigDict(extra="forbid")
+
     type: str
     text: Text | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        # other types have fields of their own, and are refused by their type
+        if isinstance(value, dict) and isinstance(value.get("type"), str):
+            value = (
+                {key: value[key] for key in ("type", "text") if key in value} if _is_other(value) else value
+            )
+        return _without(value, ("annotations", "cache_control", "citations", "id", "logprobs"))
+
     @model_validator(mode="after")
     def _text_only(self) -> ContentPart:
-        if self.type not in ("text", "input_text", "refusal") or self.text is None:
+        if self.type not in TEXTS or self.text is None:
             raise ValueError(f"only parts of type text are read here, not {self.type!r:.40}")
         return self
 
@@ -226,11 +268,19 @@ class ToolCall(_Body):
 
 
 class ChatMessage(_Body):
+    model_config = ConfigDict(extra="forbid")
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[ContentPart], Field(fail_fast=True, max_length=1000)] | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=limits.MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    reasoning_content: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        return _without(value, UNREAD)
 
     @property
     def text(self) -> str | None:
@@ -267,9 +317,17 @@ class ChatRequest(SamplingFields):
     tools: Annotated[list[Tool], Field(max_length=limits.MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     functions: Any = None
+    parallel_tool_calls: bool | None = Field(None, description="false: a reply calls one tool at most.")
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=limits.MAX_VARIABLES)] | None = Field(
+        None, description="Variables for the chat template of the model, like enable_thinking."
+    )
+    enable_thinking: bool | None = None
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
     continue_final_message: bool | None = Field(
         None, description="Go on with the last message, the assistant's: the reply is what follows it."
     )
+
+    add_generation_prompt: bool | None = Field(None, description="false goes with continue_final_message.")
 
     @field_validator("functions")
     @classmethod
@@ -285,6 +343,8 @@ class ChatRequest(SamplingFields):
             raise ValueError(
                 "continue_final_message: the last message must be a text of the assistant's, after others"
             )
+        if self.add_generation_prompt is False and not self.continue_final_message:
+            raise ValueError("add_generation_prompt: a reply needs it: leave it out")
         return self
 
     @property
@@ -296,6 +356,10 @@ class ChatRequest(SamplingFields):
     @property
     def asked_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def most_calls(self) -> int | None:
+        return 1 if self.parallel_tool_calls is False else None
 
     @property
     def n_top(self) -> int | None:
@@ -315,16 +379,14 @@ class CompletionRequest(SamplingFields):
     logprobs: Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
-    suffix: str | None = None
+    suffix: Text | None = Field(None, description="What follows the gap; for models that fill in.")
 
     @model_validator(mode="after")
     def _possible(self) -> CompletionRequest:
-        if self.suffix:
-            raise ValueError("suffix: this server continues texts and fills none in: leave it out")
+        if self.suffix and self.echo:
+            raise ValueError("suffix: excludes echo, prompt and reply are not one text: leave one out")
         if self.best_of not in (None, self.n or 1):
             raise ValueError("best_of: every choice is returned: leave it out, or make it equal to n")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo and logprobs exclude each other: the prompt has no log-probabilities here")
         return self
 
     @property

@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from localsteer.errors import LocalsteerError
-
 from .errors import ApiError, shown
 from .formats import enforced_call
-from .schemas import ChatMessage, ChatRequest, Tool, ToolChoice
+from .prompts import loaded
+from .schemas import ChatRequest, Tool, ToolChoice
 
 if TYPE_CHECKING:
     from localsteer.constrain import Constraint
@@ -82,51 +81,6 @@ def forced_call(body: ChatRequest, served: Served, tools: Sequence[Tool]) -> Con
     return enforced_call(served, tools, numbers)
 
 
-def rendered(
-    served: Served, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), *, go_on: bool = False
-) -> str:
-    """The conversation as the model reads it; go_on: its last message is to be continued.
-
-    Raises ApiError for messages that the model's template refuses.
-    """
-    given = [template_message(message) for message in messages]
-    begun = given.pop()["content"] if go_on else ""
-    shown_tools = [tool.model_dump(exclude_none=True) for tool in tools]
-    try:
-        return served.engine.render(given, tools=shown_tools or None) + begun
-    except LocalsteerError as error:
-        raise ApiError(f"messages: {error}", param="messages") from None
-
-
-def template_message(message: ChatMessage) -> dict[str, Any]:
-    """As chat templates read them; an OpenAI client's `developer` is everybody else's `system`."""
-    role = "system" if message.role == "developer" else message.role
-    made: dict[str, Any] = {"role": role, "content": message.text}
-    if message.tool_calls:
-        made["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": _loaded(call.function.arguments)},
-            }
-            for call in message.tool_calls
-        ]
-        made["content"] = message.text or ""
-    if message.role == "tool":
-        # templates ask whether there is a name, and would write None as one
-        given = {"tool_call_id": message.tool_call_id, "name": message.name}
-        made |= {key: value for key, value in given.items() if value is not None}
-    return made
-
-
-def _loaded(arguments: str | dict[str, Any]) -> Any:
-    # templates write them with tojson: a text would be quoted twice
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return arguments
-
-
 # -- out of the reply ---------------------------------------------------------------------------------------
 
 
@@ -184,7 +138,7 @@ def _arguments(body: str) -> str:
     for part in _between(body, "<parameter=", "</parameter>")[0]:
         name, closed, value = part.partition(">")
         if closed and _NAME.fullmatch(name):
-            found[name] = _loaded(value.removeprefix("\n").removesuffix("\n"))
+            found[name] = loaded(value.removeprefix("\n").removesuffix("\n"))
     if not found:
         return body if _is_json(body) else "{}"
     return json.dumps(found, ensure_ascii=False)

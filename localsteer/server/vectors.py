@@ -13,12 +13,12 @@ from localsteer.errors import LocalsteerError
 
 from .errors import ApiError, Json, api_error
 from .models import State
+from .prompts import rendered, template_message
 from .reading import BodyRoute
 from .replies import ClientGone, unless_gone
 from .schemas import TraceRequest, as_items
 from .steering import document, plain
 from .threads import aside, off_loop
-from .tools import rendered, template_message
 
 router = APIRouter(tags=["Steering"], route_class=BodyRoute)
 VectorName = Annotated[str, Query(description="Its name: the file in DIR without .gguf.", max_length=128)]

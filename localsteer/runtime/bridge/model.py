@@ -69,6 +69,10 @@ class Model(Handle):
         self.bos: int = lc.llama_vocab_bos(vocab)  # -1: none
         self.eos: int = lc.llama_vocab_eos(vocab)
         self.add_bos = bool(lc.llama_vocab_get_add_bos(vocab))
+        fills_in = (lc.llama_vocab_fim_pre, lc.llama_vocab_fim_suf, lc.llama_vocab_fim_mid)
+        signs = tuple(sign(vocab) for sign in fills_in)
+        # before what stands before a gap, before what follows it, and before the gap; None: it fills none in
+        self.fill_in_tokens: tuple[int, ...] | None = None if -1 in signs else signs
         # -1 = no rotary embedding: a table of n_ctx_train positions, and reading past its end aborts
         self.has_position_table = lc.llama_model_rope_type(self._pointer) == lc.LLAMA_ROPE_TYPE_NONE
 
