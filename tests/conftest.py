@@ -18,6 +18,10 @@ from workers import take_share_of_cores, workers_for  # noqa: E402
 take_share_of_cores()
 from tiny_models import ARCHITECTURES, TinyModel, write_tiny  # noqa: E402
 
+# readline, which pytest loads, sets them where a worker of pytest-xdist inherits them: tables would be cut
+for _name in ("COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
+
 # Tokenizers are used from forked helpers in some tests; their thread pool warns about it otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
