@@ -82,6 +82,10 @@ class Matcher:
         np.putmask(masked, bits == 0, -np.inf)
         return masked
 
+    def allows(self, token: int) -> bool:
+        """Whether the mask has this one token. Never of an end, of which only the mask tells."""
+        return self._matcher.validate_tokens([token]) == 1
+
     @property
     def must_end(self) -> bool:
         """Whether the reply is complete in a vocabulary that has no token to end it."""

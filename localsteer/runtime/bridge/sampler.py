@@ -97,26 +97,33 @@ class Sampler(Handle):
         END where the reply is complete and the model has no token that says so.
         """
         logits = context.logits(i)
-        if not np.isfinite(logits.max()):
+        likeliest = int(logits.argmax())
+        if not np.isfinite(logits[likeliest]):
             raise LocalsteerError("the model gave no finite logits: lower the strength of the steering.")
-        if self._matcher:
-            if self._matcher.must_end:
-                return END
-            logits = self._matcher.mask(logits)
-        token = self._choose(logits)
+        if self._matcher and self._matcher.must_end:
+            return END
+        token = self._greedy(logits, likeliest) if self._is_argmax else self._drawn(logits)
         if token is None:
             why = "the grammar allows no token here" if self._matcher else "the penalties leave no token"
             raise LocalsteerError(f"{why}.")
-        lc.llama_sampler_accept(self.pointer, token)
         if self._matcher:
             self._matcher.accept(token)
         return token
 
-    def _choose(self, logits: np.ndarray) -> int | None:
-        if self._is_argmax:
-            token = int(logits.argmax())
-            return token if np.isfinite(logits[token]) else None
-        return self._candidates.choose(self.pointer, logits)
+    def _greedy(self, logits: np.ndarray, likeliest: int) -> int | None:
+        """The likeliest of all is mostly allowed, and one token is asked for faster than all of them."""
+        if self._matcher is None or self._matcher.allows(likeliest):
+            return likeliest
+        masked = self._matcher.mask(logits)
+        token = int(masked.argmax())
+        return token if np.isfinite(masked[token]) else None
+
+    def _drawn(self, logits: np.ndarray) -> int | None:
+        masked = self._matcher.mask(logits) if self._matcher else logits
+        token = self._candidates.choose(self.pointer, masked)
+        if token is not None:
+            lc.llama_sampler_accept(self.pointer, token)
+        return token
 
 
 def check_llama_grammar(model: Model, text: str) -> None:

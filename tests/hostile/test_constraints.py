@@ -1,0 +1,310 @@
+"""Constraints in the engine: bounds, threads, ends; and replies of real models under them."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from localsteer import Engine, LocalsteerError, Sampling, bundled
+from localsteer.constrain import END, Constraint, TokenBytes
+from localsteer.errors import ConstraintError
+from localsteer.model_names import path_of
+from localsteer.runtime.scheduler import Scheduler
+
+BYTES = [bytes([i]) for i in range(256)]
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 30},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "mail": {"type": "string", "pattern": "^[a-z]{1,8}@[a-z]{1,8}\\.(com|org)$"},
+        "tags": {"type": "array", "items": {"enum": ["a", 'b"c']}, "maxItems": 3},
+        "boss": {"anyOf": [{"$ref": "#/$defs/P"}, {"type": "null"}]},
+    },
+    "required": ["name", "age", "mail", "tags", "boss"],
+    "additionalProperties": False,
+    "$defs": {"P": {"type": "object", "properties": {"name": {"const": 'The "boss"'}}, "required": ["name"],
+                    "additionalProperties": False}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokens() -> TokenBytes:
+    return TokenBytes([*BYTES, b""], [256])
+
+
+@pytest.fixture(scope="module")
+def engine():
+    if not bundled.is_available():
+        pytest.skip("no bundled model in this copy")
+    with Engine(path_of("bundled"), n_threads=1, n_ctx=512) as engine:
+        yield engine
+
+
+# --- bounds ------------------------------------------------------------------------------------------------
+
+
+def nested(depth: int):
+    schema: dict = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema, "minItems": 50}
+    return schema
+
+
+def doubled(depth: int):
+    parts = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i - 1}"}] * 2} for i in range(1, depth)}
+    return {"$ref": f"#/$defs/a{depth - 1}", "$defs": {"a0": {"type": "string"}, **parts}}
+
+
+BOMBS = {
+    "pattern": Constraint.json_schema({"type": "string", "pattern": "^((.?){60}){60}$"}),
+    "deeper pattern": Constraint.json_schema({"type": "string", "pattern": "^(((.?){60}){60}){60}$"}),
+    "unicode pattern": Constraint.json_schema(
+        {"type": "string", "pattern": r"^(\p{L}{0,100}\p{N}{0,90}){90}$"}
+    ),
+    "catastrophic for backtracking": Constraint.json_schema({"type": "string", "pattern": r"^(\w+\s?)+$"}),
+    "patterns at once": Constraint.json_schema(
+        {"allOf": [{"pattern": f"[a-z]{{3}}{c}"} for c in "abcdefgh"]}
+    ),
+    "multiples": Constraint.json_schema({"type": "integer", "multipleOf": 999999937}),
+    "multiples together": Constraint.json_schema({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}),
+    "length": Constraint.json_schema({"type": "string", "minLength": 10**9}),
+    "items": Constraint.json_schema({"type": "array", "minItems": 10**9}),
+    "nested items": Constraint.json_schema(nested(8)),
+    "depth": Constraint.json_schema(nested(400)),
+    "doubling references": Constraint.json_schema(doubled(40)),
+    "a circle": Constraint.json_schema({"$ref": "#"}),
+    "values": Constraint.json_schema({"enum": [f"value {i}" for i in range(3000)]}),
+    "properties": Constraint.json_schema({"properties": {f"p{i}": {"type": "string"} for i in range(700)}}),
+    "branches": Constraint.json_schema({"oneOf": [{"properties": {f"p{i}": {}}} for i in range(300)]}),
+    "regex": Constraint.regex("((a{0,50}){0,50}){0,50}b"),
+    "GBNF": Constraint.gbnf("root ::= ((([a-z]{0,50}){0,50}){0,50}){0,50}"),
+    "ambiguous GBNF": Constraint.gbnf('root ::= "a" | root root | root root root'),
+    "deep GBNF": Constraint.gbnf("root ::= " + "(" * 5000),
+    "long GBNF": Constraint.gbnf("root ::= " + '"a" | ' * 10_000 + '"b"'),
+    "Lark": Constraint.lark('start: x\nx: "a" x x | '),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_nothing_takes_seconds(tokens, name):
+    """Refused, or cheap at every token; of processor time, since the machine may be busy."""
+    started = time.thread_time()
+    try:
+        matcher = tokens.matcher(BOMBS[name])
+        assert time.thread_time() - started < 3
+        chance = np.random.default_rng(0)
+        for _ in range(60):
+            begun = time.thread_time()
+            allowed = np.flatnonzero(np.isfinite(matcher.mask(np.zeros(257, np.float32))))
+            assert time.thread_time() - begun < 0.5
+            token = int(chance.choice(allowed))
+            matcher.accept(token)
+            if token == 256:
+                break
+    except LocalsteerError as error:
+        assert "\n" not in str(error) and len(str(error)) < 400
+        assert time.thread_time() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Constraint.json_schema("{"), "no JSON"),
+        (lambda: Constraint.json_schema("[1]"), "an object, or true or false"),
+        (lambda: Constraint.json_schema("[" * 100_000), "no JSON"),
+        (lambda: Constraint.json_schema({"a": {1, 2}}), "no JSON"),
+        (lambda: Constraint.choice([]), "nothing to choose"),
+        (lambda: Constraint.choice("ab"), "list of texts"),
+        (lambda: Constraint.regex(""), "it is empty"),
+        (lambda: Constraint.regex("(a"), "unclosed group"),
+        (lambda: Constraint.regex("a" * 300_000), "at most"),
+        (lambda: Constraint.gbnf(" "), "it is empty"),
+        (lambda: Constraint.gbnf("root ::= ("), "line 1"),
+        (lambda: Constraint.gbnf('root ::= "\\q"'), "escape"),
+        (lambda: Constraint.gbnf("root ::= a-b"), "no rule `a-b`"),
+        (lambda: Constraint.gbnf("root ::= [z-a]"), "range"),
+        (lambda: Constraint.gbnf('x ::= "a"'), "no rule `root`"),
+        (lambda: Constraint.gbnf("root ::= root"), "no reply can follow it"),
+        (lambda: Constraint.lark('%llguidance {"no_forcing": false}\nstart: "a"'), "%llguidance"),
+        (lambda: Constraint.lark("start: x"), "x"),
+        (lambda: Constraint.choice(["\ud800"]), "no Unicode"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_constraint_is_one_line(tokens, make, says):
+    with pytest.raises(ConstraintError, match=says) as caught:
+        tokens.matcher(make())
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("grammar", "yes", "no"),
+    [
+        ('root ::= "yes" | "no"', ["yes", "no"], ["", "y", "yesno"]),
+        ('root ::= [a-z]+ "foo"', ["abfoo", "foofoo"], ["foo", "fooa"]),
+        ('root ::= "(" root ")" | [0-9]', ["5", "((5))"], ["()", "(5"]),
+        ('root ::= "\\u0041\\x42" [&&b-d\\]] .', ["AB&\n", "AB]é"], ["ABa.", "AB&"]),
+        ('root ::= start\nstart ::= Foo foo # a comment\nFoo ::= "a"\nfoo ::= "b"', ["ab"], ["aa", "bb"]),
+        ('root ::= "a"{2,3} ("b" |\n "c")?', ["aa", "aaab", "aac"], ["a", "aab "]),
+        ('root ::= "a/b" [/"]', ["a/b/", 'a/b"'], ["a/b"]),
+        ('root ::= [^a-c\\n]', ["d", "é"], ["a", "\n", ""]),
+        ('root ::= ""', [""], ["a"]),
+        (
+            'root ::= o\no ::= "{" (p ("," p)*)? "}"\np ::= [a-z]+ ":" (o | [0-9]+)',
+            ["{}", "{a:{b:1},c:22}"],
+            ["{a}", "{a:1,}"],
+        ),
+    ],
+)  # fmt: skip
+def test_gbnf_means_what_llama_cpp_means(tokens, grammar, yes, no):
+    matcher = tokens.matcher(Constraint.gbnf(grammar))
+    assert [text for text in yes + no if matcher.accepts(list(text.encode()))] == yes
+
+
+def test_choices_and_patterns_are_whole(tokens):
+    choice = tokens.matcher(Constraint.choice(["a", "ab", 'c"\\\n']))
+    assert [text for text in ("a", "ab", 'c"\\\n', "", "abc") if choice.accepts(list(text.encode()))] == [
+        "a", "ab", 'c"\\\n',
+    ]  # fmt: skip
+    pattern = tokens.matcher(Constraint.regex("^a|b/c$"))
+    assert [text for text in ("a", "b/c", "ab/c", "") if pattern.accepts(list(text.encode()))] == ["a", "b/c"]
+
+
+# --- ends and tokens ---------------------------------------------------------------------------------------
+
+
+def test_tokens_without_text_and_ends_come_only_where_the_reply_may_end():
+    tokens = TokenBytes([*BYTES, b"", b"yes", b"</s>", b""], [258, 259])
+    matcher = tokens.matcher(Constraint.choice(["yes", "yes!"]))
+    allowed = lambda: set(np.flatnonzero(np.isfinite(matcher.mask(np.zeros(260, np.float32)))))  # noqa: E731
+    assert allowed() == {ord("y"), 257}
+    matcher.accept(257)
+    assert allowed() == {ord("!"), 258, 259}
+    matcher.accept(ord("!"))
+    assert allowed() == {258, 259}
+
+
+def test_a_vocabulary_without_an_end_says_when_it_must():
+    tokens = TokenBytes(BYTES, [])
+    matcher = tokens.matcher(Constraint.choice(["a", "ab"]))
+    assert not matcher.must_end
+    matcher.accept(ord("a"))
+    matcher.mask(np.zeros(256, np.float32))
+    matcher.accept(ord("b"))
+    matcher.mask(np.zeros(256, np.float32))
+    assert matcher.must_end
+
+
+def test_a_model_without_an_end_token_ends_by_its_constraint(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_token_bytes", TokenBytes(engine.model.pieces(), []))
+    assert engine.ends(END)
+    for temp in (0, 1):
+        kept = Sampling(temp=temp, seed=1, grammar=Constraint.regex("[a-z]{3}"))
+        replies = [engine.generate("Hi", sampling=kept), *engine.generate_batch(["Hi"] * 2, sampling=kept)]
+        assert all(len(reply.text) == 3 and reply.finish_reason == "stop" for reply in replies)
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temp": 0}, {"temp": 1.5, "seed": 3}, {"temp": 0, "repeat_penalty": 1.3}]
+)
+def test_one_reply_and_many_are_kept_alike(engine, sampling):
+    kept = Sampling(**sampling, grammar=Constraint.json_schema(PERSON))
+    alone = engine.generate("Tell me about foxes.", sampling=kept)
+    together = engine.generate_batch(["Tell me about foxes."] * 3, sampling=[kept] * 3)
+    for reply in (alone, *together):
+        if reply.finish_reason == "stop":
+            check(reply.text)
+    assert any(reply.finish_reason == "stop" for reply in (alone, *together))
+
+
+def check(text: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="the package jsonschema is not installed")
+    jsonschema.validate(json.loads(text), PERSON)
+
+
+def test_a_cut_reply_says_so(engine):
+    kept = Sampling(temp=0, grammar=Constraint.json_schema({"type": "string", "minLength": 200}))
+    reply = engine.generate("Tell me about foxes.", sampling=kept, max_tokens=5)
+    assert reply.finish_reason == "length" and reply.text.startswith('"')
+
+
+def test_many_threads_share_a_vocabulary(tokens):
+    """Compiled once, one matcher each."""
+    found: list[str] = []
+
+    def work(i: int) -> None:
+        for n in range(20):
+            matcher = tokens.matcher(Constraint.json_schema({"const": f"{i % 3} {n}"}))
+            text = ""
+            while not text.endswith('"') or len(text) < 2:
+                token = int(np.argmax(matcher.mask(np.zeros(257, np.float32))))
+                matcher.accept(token)
+                text += chr(token)
+            if text != f'"{i % 3} {n}"':
+                found.append(text)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not found and not any(thread.is_alive() for thread in threads)
+
+
+def test_a_constraint_that_gets_too_complex_ends_its_own_reply_alone(engine):
+    hard = Constraint.regex(r"(\p{L}{0,100}\p{N}{0,90}){90}")
+    with Scheduler(engine) as scheduler:
+        good = scheduler.submit("Tell me about foxes.", max_tokens=30, sampling=Sampling(temp=0))
+        try:
+            bad = scheduler.submit("Hi", max_tokens=60, sampling=Sampling(seed=1, grammar=hard))
+            bad.result()
+        except LocalsteerError as error:
+            assert "\n" not in str(error)
+        assert good.result().tokens
+
+
+# --- replies of real models --------------------------------------------------------------------------------
+
+REAL = {"smol": "smol.gguf", "qwen0.5b": "qwen0.5b.gguf"}
+SHORT = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "year": {"type": "integer", "minimum": 1500, "maximum": 2100},
+        "kind": {"enum": ["book", 'so-called "play"']},
+    },
+    "required": ["name", "year", "kind"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(params=REAL)
+def real_model(request):
+    folder = os.environ.get("LOCALSTEER_REAL_MODELS", "")
+    path = Path(folder) / REAL[request.param]
+    if not (folder and path.exists()):
+        try:
+            path = path_of(request.param)
+        except LocalsteerError:
+            path = None
+    if path is None or not Path(path).exists():
+        pytest.skip(f"{REAL[request.param]} is not here: LOCALSTEER_REAL_MODELS names a folder that has it")
+    with Engine(path, n_ctx=256) as engine:
+        yield engine
+
+
+def test_replies_of_real_models_are_valid(real_model):
+    """Drawn together: each that ends, and one that is cut ends by `length`."""
+    jsonschema = pytest.importorskip("jsonschema", reason="the package jsonschema is not installed")
+    kept = [Sampling(temp=temp, seed=1, grammar=Constraint.json_schema(SHORT)) for temp in (0, 1.5)]
+    asked = ["Who wrote Faust? Answer as JSON.", "Tell me a story about a dragon."]
+    replies = real_model.generate_batch(asked, sampling=kept, max_tokens=60)
+    assert {reply.finish_reason for reply in replies} == {"stop"}
+    for reply in replies:
+        jsonschema.validate(json.loads(reply.text), SHORT)
