@@ -76,12 +76,17 @@ class ModelHeader(GgufFile):
 
     @property
     def architecture(self) -> str:
-        return str(self.value("general.architecture") or "")
+        return self.text("general.architecture")
 
     def value(self, key: str) -> Any:
         """None where the key is absent."""
         found = self.keys.get(key)
         return None if found is None else found.value
+
+    def text(self, key: str) -> str:
+        """Empty where the key is absent, or no string."""
+        value = self.value(key)
+        return value if isinstance(value, str) else ""
 
     def of_model(self, key: str) -> Any:
         """The value of `ARCHITECTURE.key`."""
@@ -194,7 +199,7 @@ def _floats(header: ModelHeader) -> None:
 
 
 def _vocabulary(header: ModelHeader) -> None:
-    if header.value("tokenizer.ggml.model") in (None, *NO_VOCABULARY):
+    if header.text("tokenizer.ggml.model") in ("", *NO_VOCABULARY):
         return
     tokens = _array(header, "tokens", GGUFValueType.STRING)
     if tokens is None:
@@ -239,7 +244,7 @@ def _bytes_of(header: ModelHeader, tokens: Sequence[bytes], types: np.ndarray | 
     odd = next((text for text in chosen if not _BYTE_TOKEN.fullmatch(text)), None)
     if odd is not None:
         raise header.damaged(f"its vocabulary has the token {_shown(odd)} for a byte")
-    if not chosen or header.value("tokenizer.ggml.model") != "llama":
+    if not chosen or header.text("tokenizer.ggml.model") != "llama":
         return
     known = set(tokens)
     unspelt = (b for b in range(256) if b"<0x%02X>" % b not in known and bytes([b]) not in known)

@@ -205,6 +205,12 @@ _trial("a vocabulary larger than the embedding", tokens(lambda t, types: (t.appe
 _trial("blocks that are missing", put(block_count=value(U32, 12)))
 _trial("blocks as text", put(block_count=value(STRING, "2")))
 _trial("a width that is not that of the tensors", put(embedding_length=value(U32, 64)))
+for empty in (array(U32, []), array(STRING, ["llama"] * 3), value(F32, 0.0)):
+    _trial(
+        f"architecture {empty[:9].hex()}",
+        lambda raw, empty=empty: raw.key_values.update({"general.architecture": empty}),
+    )
+    _trial(f"tokenizer {empty[:9].hex()}", tok(model=empty))
 _trial("no architecture", drop("general.architecture"))
 _trial(
     "another architecture",

@@ -85,6 +85,12 @@ SWITCH_SECONDS = 0.0005
     "conversations, for more memory. [default: one]",
 )
 @click.option(
+    "--reproducible",
+    is_flag=True,
+    help="The same reply to the same request each time, whatever was asked before or beside it: one reply "
+    "at a time, and no beginning of a prompt from the cache.",
+)
+@click.option(
     "--max-queue",
     type=click.IntRange(0, 100_000),
     default=64,
@@ -201,8 +207,10 @@ def _opened(models: Sequence[str], given: dict[str, Any]) -> Iterator[dict[str, 
     with ExitStack() as stack:
         schedulers = {}
         for name, model in names.items():
-            opener = partial(load_engine, model, **loading, n_seq_max=given["parallel"])
-            schedulers[name] = stack.enter_context(Scheduler(opener, max_queue=given["max_queue"]))
+            n_seq_max = 1 if given["reproducible"] else given["parallel"]
+            opener = partial(load_engine, model, **loading, n_seq_max=n_seq_max)
+            limits = {"max_queue": given["max_queue"], "reuse": not given["reproducible"]}
+            schedulers[name] = stack.enter_context(Scheduler(opener, **limits))
             set_variables(schedulers[name].engine, given["variables"])
             schedulers[name].engine.check_template()  # before a client asks
         yield schedulers

@@ -139,12 +139,19 @@ def _new_sampler(engine: Engine, request: Request) -> Sampler | None:
 
 class Loop:
     """prefill_chunk: prompt tokens in one step while others are replying, so that they don't stall; None: as
-    many as fit. An engine's other calls end the loop: its next step raises LocalsteerError."""
+    many as fit. reuse: take the beginning of a prompt from the cache; a reply then depends a little on what
+    was asked before. An engine's other calls end the loop: its next step raises LocalsteerError."""
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request] = (), *, prefill_chunk: int | None = None
+        self,
+        engine: Engine,
+        requests: Sequence[Request] = (),
+        *,
+        prefill_chunk: int | None = None,
+        reuse: bool = True,
     ) -> None:
         self.engine = engine
+        self.reuse = reuse
         self.prefill_chunk = prefill_chunk or engine.context.n_batch
         self.waiting: deque[Request] = deque(requests)
         self.live: list[Request] = []
@@ -232,6 +239,8 @@ class Loop:
 
     def _place(self, request: Request) -> bool:
         """Give it a slot with as much of its prompt as the cache holds; False while there is no room."""
+        if not (self.reuse or self.live):
+            self.cache.clear()
         known = request.known
         keys = None if request.keep_cache else _keys(request.plan, _classes(0, len(known), request.n_prompt))
         slots = range(self.engine.n_seq_max)

@@ -149,7 +149,7 @@ def _chunk(event: Chunk | LocalsteerError) -> Chunk:
 class Scheduler:
     """engine: an open one, or a function that opens one. It is called in the thread that decodes, and its
     engine is closed with the scheduler. max_queue: requests that may wait beyond those that have a slot; one
-    more raises QueueFullError. prefill_chunk: as in Loop.
+    more raises QueueFullError. prefill_chunk, reuse: as in Loop.
 
     Raises what the function raises."""
 
@@ -159,8 +159,10 @@ class Scheduler:
         *,
         max_queue: int = MAX_QUEUE,
         prefill_chunk: int = PREFILL_CHUNK,
+        reuse: bool = True,
     ) -> None:
         self.max_queue = max_queue
+        self._reuse = reuse
         self._prefill_chunk = prefill_chunk
         self._owns_engine = callable(engine)
         self._tickets: dict[int, Ticket] = {}  # by id of the request, until its end
@@ -282,7 +284,7 @@ class Scheduler:
     def _run(self, open_engine: Callable[[], Engine], opened: Future[Engine]) -> None:
         try:
             engine = open_engine()
-            self._loop = Loop(engine, prefill_chunk=self._prefill_chunk)
+            self._loop = Loop(engine, prefill_chunk=self._prefill_chunk, reuse=self._reuse)
         except BaseException as error:  # told where the scheduler is made
             opened.set_exception(error)
             return

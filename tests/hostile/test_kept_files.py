@@ -13,9 +13,11 @@ from cli_runs import invoke, program
 from engines import GREEDY, open_engine
 
 from localsteer import bundled, cache
+from localsteer.engine import Engine
 from localsteer.errors import VectorFileError
 from localsteer.evaluate.journal import Journal, Remembered
 from localsteer.packs import all_packs, read_pack
+from localsteer.runtime.scheduler import Scheduler
 
 IDENTITY = {"model": "0123abcd"}
 PROMPTS = ["Tell me about foxes.", "Tell me about rivers."]
@@ -241,3 +243,18 @@ def test_what_a_killed_run_left_is_swept_and_a_living_one_keeps_its_own(tmp_path
         living.communicate(b"")
     assert living.returncode == 0
     assert (folder / "model.gguf").read_bytes() == b"half" and alive not in parts(folder)
+
+
+# --- what the cache holds changes no reply of a reproducible server ---
+
+
+def test_without_reuse_a_reply_is_the_same_whatever_was_asked_before(made):
+    _, path, _ = made
+    questions = [f"Tell me about {what}." for what in ("foxes", "rivers", "old clocks", "winter")]
+    found = []
+    for order in (questions, questions[::-1]):
+        with Scheduler(lambda: Engine(path, n_threads=1, n_seq_max=1, n_ctx=256), reuse=False) as scheduler:
+            tickets = {q: scheduler.submit(q, max_tokens=8, sampling=GREEDY) for q in order}
+            found.append({q: ticket.result().tokens for q, ticket in tickets.items()})
+            assert all(ticket.cached_tokens == 0 for ticket in tickets.values())
+    assert found[0] == found[1]

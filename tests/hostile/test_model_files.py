@@ -63,6 +63,16 @@ def test_the_header_of_a_hostile_file_is_refused_untried(name, tmp_path, monkeyp
     refusal(hostile(tmp_path, name))
 
 
+@pytest.mark.parametrize("name", TRIAL)
+def test_what_is_left_to_llama_cpp_is_one_line_or_none(name, tmp_path, monkeypatch):
+    monkeypatch.setenv(guard.VARIABLE, "header")
+    path = hostile(tmp_path, name)
+    try:
+        check_gguf(path)
+    except ModelFileError as error:
+        assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize(
     "made",
     [{}, {"tokenizer": "gpt2"}, {"tokenizer": "bert"}, {"n_expert": 2}, {"architecture": "qwen2"}],

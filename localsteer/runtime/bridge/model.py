@@ -13,6 +13,7 @@ import llama_cpp.llama_cpp as lc
 
 from ...cache import atomic_path
 from ...errors import ModelFileError, PromptError
+from . import long_runs
 from .guard import Load, check_file
 from .library import Handle, check_version, choose_extra_bufts, default_threads, log, notice_once, text_of
 from .rwkv import Spellings
@@ -117,11 +118,23 @@ class Model(Handle):
             ) from None
         self._check_characters(text)
         self._check_bytes(raw)
-        tokens = self._tokens(raw, add_special, parse_special)
+        tokens = self._tokens_of(text, raw, add_special, parse_special)
         if -1 in tokens:
             unknown = next((c for c in text if -1 in self._tokens(c.encode(), False, False)), text)
             raise self._no_token(unknown)
         return tokens
+
+    def _tokens_of(self, text: str, raw: bytes, add_special: bool, parse_special: bool) -> list[int]:
+        """A text with a very long word is cut (long_runs.py); what is special then goes around its pieces."""
+        is_bpe = lc.llama_vocab_type(self.vocab) == lc.LLAMA_VOCAB_TYPE_BPE
+        safe = not is_bpe or self.metadata.get("tokenizer.ggml.pre") in long_runs.SAFE
+        pieces = [text] if safe else long_runs.pieces(text)
+        if len(pieces) == 1:
+            return self._tokens(raw, add_special, parse_special)
+        tokens = [token for piece in pieces for token in self._tokens(piece.encode(), False, parse_special)]
+        first = [self.bos] if add_special and self.add_bos else []
+        last = [self.eos] if add_special and lc.llama_vocab_get_add_eos(self.vocab) else []
+        return [*first, *tokens, *last]
 
     def _tokens(self, raw: bytes, add_special: bool, parse_special: bool) -> list[int]:
         """-1 where a vocabulary has neither a token nor bytes for a character."""

@@ -1,0 +1,35 @@
+"""Texts cut where llama.cpp's tokenizer would end the process: many of its pre-tokenizers match a word by
+std::regex, which goes one call deeper for each character and is out of stack after some 25,000."""
+
+from __future__ import annotations
+
+import re
+
+MAX_RUN = 8192  # characters without a blank, or blanks in a row; less than half of what 4 MB of stack bear
+# `tokenizer.ggml.pre` of vocabularies that are cut by loops of llama.cpp's own, or in single characters
+SAFE = frozenset(
+    ("gpt-2", "llama3", "llama-v3", "llama-bpe", "qwen2", "smollm", "starcoder", "command-r", "refact")
+)
+_RUN = re.compile(r"\S+|\s+")
+
+
+def pieces(text: str) -> list[str]:
+    """The text in pieces that hold no longer run, cut between letters and others where that can be had."""
+    if len(text) <= MAX_RUN:
+        return [text]
+    found, start = [], 0
+    for run in _RUN.finditer(text):
+        at, end = run.span()
+        while end - at > MAX_RUN:
+            at = _boundary(text, at + MAX_RUN // 2, at + MAX_RUN)
+            found.append(text[start:at])
+            start = at
+    return [*found, text[start:]]
+
+
+def _boundary(text: str, low: int, high: int) -> int:
+    return next((at for at in range(high, low, -1) if _kind(text[at - 1]) != _kind(text[at])), high)
+
+
+def _kind(character: str) -> int:
+    return 1 if character.isalpha() else 2 if character.isdecimal() else 3
