@@ -30,7 +30,9 @@ PIPE_WIDTH = 120
 QUIET_SECONDS = 0.5  # a bar for less than this would only flicker
 LONGEST_NAME = 24  # characters of a cell without a blank that is never folded
 PACE_SECONDS = 60.0  # of work that the time left is estimated from
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+# What drives a terminal, tab and line break apart, and what reorders the characters of a line
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_HARMLESS = "\ufffd"
 
 
 def prepare_streams() -> None:
@@ -49,8 +51,17 @@ def prepare_streams() -> None:
 @lru_cache(maxsize=1)
 def _consoles() -> tuple[Console, Console]:
     from rich.console import Console
+    from rich.segment import Segment
 
-    class Uncropped(Console):
+    class Harmless(Console):
+        """Whatever is printed, in tables and progress bars too: names and texts come from anybody's files."""
+
+        def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
+            for segment in super().render(*arguments, **options):
+                is_text = segment.control is None  # else one of rich's own sequences, which moves the cursor
+                yield Segment(harmless(segment.text), segment.style) if is_text else segment
+
+    class Uncropped(Harmless):
         """A line that is too long runs over: a number that is cut off is another number."""
 
         def print(self, *objects: Any, crop: bool = False, **options: Any) -> None:
@@ -59,7 +70,7 @@ def _consoles() -> tuple[Console, Console]:
     plain = {"highlight": False, "markup": False, "emoji": False}
     # in a pipe there is no width to fit: a table should not be squeezed into 80 columns there
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH
-    return Uncropped(width=width, **plain), Console(stderr=True, **plain)
+    return Uncropped(width=width, **plain), Harmless(stderr=True, **plain)
 
 
 def answer() -> Console:
@@ -92,16 +103,22 @@ class NoticeHandler(logging.Handler):
 
 
 def print_json(document: Any) -> None:
-    """The one document of a `--json` command. NaN and infinity, which JSON lacks, become null."""
-    click.echo(json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+    """The one document of a `--json` command. NaN and infinity, which JSON lacks, become null.
+
+    It means the same with a control character written out as \\u009b, and drives no terminal.
+    """
+    written = json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+    click.echo(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", written))
+
+
+def harmless(text: str) -> str:
+    """The text with U+FFFD for every control character: in a terminal those could do anything."""
+    return _CONTROL.sub(_HARMLESS, text)
 
 
 def shown(text: str) -> str:
-    """Model text for the terminal: control characters, which could drive it, are shown as U+FFFD.
-
-    A pipe or a file gets the text as it is.
-    """
-    return _CONTROL.sub("\ufffd", text) if sys.stdout.isatty() else text
+    """A model's reply for stdout, harmless in a terminal. A pipe or a file gets it as it is."""
+    return harmless(text) if sys.stdout.isatty() else text
 
 
 def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None, gap: int = 2) -> Table:
@@ -144,7 +161,12 @@ def progress(what: str) -> Iterator[Callable[..., None]]:
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     pace = Pace()
     shown = (*columns, _time_left_column(pace))
     bar = Progress(*shown, console=talk(), transient=True, disable=not talk().is_terminal)

@@ -11,7 +11,7 @@ import click
 from localsteer.errors import ModelFileError
 
 from . import options
-from .console import note, print_json
+from .console import note, print_json, shown
 from .extract import check_folder, check_output, refuse_source
 
 FTYPES = ("F32", "F16", "BF16")  # as localsteer.convert.checkpoint has them
@@ -198,4 +198,4 @@ def _report(path: Path, as_json: bool, more: dict[str, Any]) -> None:
     if as_json:
         print_json({"file": str(path), **more, "bytes": path.stat().st_size})
     else:
-        click.echo(path)
+        click.echo(shown(str(path)))

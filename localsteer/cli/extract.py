@@ -14,7 +14,7 @@ from localsteer.cache import require_folder
 from localsteer.errors import VectorFileError
 
 from . import options
-from .console import note, print_json, progress
+from .console import note, print_json, progress, shown
 from .inspect import settings_line
 from .models import catalog_of, extraction_queries, find_instruction, model_file
 
@@ -123,7 +123,7 @@ def command(
     if as_json:
         print_json({"file": str(path), **described})
     else:
-        click.echo(path)
+        click.echo(shown(str(path)))
         n_pairs = vector.provenance["n_pairs"]
         note(f"{n_pairs} pair{'s' * (n_pairs != 1)}; {settings_line(described)}.")
 

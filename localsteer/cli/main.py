@@ -18,7 +18,7 @@ from localsteer import __version__
 from localsteer.errors import LocalsteerError
 
 from . import interrupt
-from .console import NoticeHandler, prepare_streams
+from .console import NoticeHandler, harmless, prepare_streams
 
 # Title -> commands, in the order of `localsteer --help`. Command `x` is `command` in localsteer/cli/x.py.
 COMMANDS = {
@@ -93,10 +93,10 @@ def _run(args: Sequence[str] | None) -> int:
     except OSError as error:
         reason = error.strerror or error
         if error.filename is not None:
-            click.echo(f"localsteer: {error.filename} can't be used: {reason}.", err=True)
+            _complain(f"{error.filename} can't be used: {reason}.")
             return 2
         _drop_stdout()
-        click.echo(f"localsteer: standard output can't be written: {reason}.", err=True)
+        _complain(f"standard output can't be written: {reason}.")
         return 2
     except NO_COMMAND as error:
         click.echo(error.format_message(), err=True)
@@ -104,9 +104,14 @@ def _run(args: Sequence[str] | None) -> int:
     except (click.ClickException, LocalsteerError) as error:
         if interrupt.pressed():  # a load that Ctrl-C cut short reports an error of its own
             return interrupt.EXIT_STATUS
-        click.echo(f"localsteer: {_one_line(error, sys.argv[1:] if args is None else args)}", err=True)
+        _complain(_one_line(error, sys.argv[1:] if args is None else args))
         return error.exit_code
     return status if isinstance(status, int) else 0
+
+
+def _complain(message: str) -> None:
+    """It may quote any file, and a file name may hold line breaks."""
+    click.echo(f"localsteer: {harmless(' '.join(message.split()))}", err=True)
 
 
 def _drop_stdout() -> None:
