@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from engines import open_engine, random_vector
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localsteer.errors import LocalsteerError
@@ -66,6 +66,7 @@ def test_equal_plans_share_all_and_another_strength_none():
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 
 
+@settings(deadline=None)
 @given(st.lists(TOKENS, min_size=1, max_size=12), st.integers(1, 4), st.integers(6, 12), st.integers(1, 4))
 def test_every_path_spells_its_sequence_and_no_decode_goes_beyond_its_limits(
     token_lists, n_sequences, n_tokens, n_outputs

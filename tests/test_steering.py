@@ -33,6 +33,7 @@ def targets(vectors) -> np.ndarray:
     return np.array([vector.mean_with[0] for vector in vectors], dtype=np.float64)
 
 
+@settings(deadline=None)
 @given(problems(max_k=1))
 def test_projection_after_project_is_the_target(problem):
     x, vectors = problem
@@ -41,6 +42,7 @@ def test_projection_after_project_is_the_target(problem):
     )
 
 
+@settings(deadline=None)
 @given(problems())
 def test_joint_projections_all_reach_their_targets(problem):
     x, vectors = problem
@@ -48,6 +50,7 @@ def test_joint_projections_all_reach_their_targets(problem):
     np.testing.assert_allclose(after, np.broadcast_to(targets(vectors), after.shape), atol=CLOSE)
 
 
+@settings(deadline=None)
 @given(problems())
 def test_what_is_orthogonal_to_the_directions_stays(problem):
     x, vectors = problem
@@ -57,6 +60,7 @@ def test_what_is_orthogonal_to_the_directions_stays(problem):
     np.testing.assert_allclose(change, inside, atol=CLOSE)
 
 
+@settings(deadline=None)
 @given(problems())
 def test_the_joint_solve_is_the_least_change(problem):
     x, vectors = problem
@@ -66,6 +70,7 @@ def test_the_joint_solve_is_the_least_change(problem):
     np.testing.assert_allclose(apply_program(x, program(vectors)) - x, least, atol=CLOSE)
 
 
+@settings(deadline=None)
 @given(problems())
 def test_twice_equals_once(problem):
     x, vectors = problem
@@ -73,6 +78,7 @@ def test_twice_equals_once(problem):
     np.testing.assert_allclose(apply_program(once, program(vectors)), once, atol=CLOSE)
 
 
+@settings(deadline=None)
 @given(problems(), st.sampled_from(["project", "add", "ablate"]))
 def test_strength_zero_keeps_every_bit(problem, mode):
     x, vectors = problem
@@ -80,6 +86,7 @@ def test_strength_zero_keeps_every_bit(problem, mode):
     assert steer(x, plan, 0, [LAST] * len(x)).tobytes() == x.tobytes()
 
 
+@settings(deadline=None)
 @given(problems(max_k=1), floats32(2.0))
 def test_strength_goes_that_part_of_the_way(problem, strength):
     x, vectors = problem
@@ -105,6 +112,7 @@ def test_single_projections_do_not_commute_which_is_why_they_are_solved_jointly(
     assert np.abs(ab - ba).max() > 0.1
 
 
+@settings(deadline=None)
 @given(problems())
 def test_ablate_leaves_no_projection(problem):
     x, vectors = problem
@@ -112,6 +120,7 @@ def test_ablate_leaves_no_projection(problem):
     assert np.abs(projections(apply_program(x, program(ablated)), vectors)).max() < CLOSE
 
 
+@settings(deadline=None)
 @given(problems(max_k=1), st.floats(0.1, 2.0))
 def test_one_sided_never_lowers_and_raises_to_the_target(problem, strength):
     x, vectors = problem
@@ -124,6 +133,7 @@ def test_one_sided_never_lowers_and_raises_to_the_target(problem, strength):
     )
 
 
+@settings(deadline=None)
 @given(problems())
 def test_one_sided_edits_solved_jointly_reach_their_targets_where_they_join(problem):
     x, vectors = problem
@@ -134,6 +144,7 @@ def test_one_sided_edits_solved_jointly_reach_their_targets_where_they_join(prob
     np.testing.assert_allclose(after[joins], wanted[joins], atol=CLOSE)
 
 
+@settings(deadline=None)
 @given(problems(max_k=2))
 def test_a_token_where_no_one_sided_edit_joins_keeps_its_bits(problem):
     x, vectors = problem
@@ -148,6 +159,7 @@ def test_one_sided_is_decided_for_each_token():
     assert after.tolist() == [[1.0, 5.0], [3.0, 5.0]]
 
 
+@settings(deadline=None)
 @given(problems(), st.floats(0.01, 2.0))
 def test_the_cap_bounds_the_dynamic_weight(problem, cap):
     x, vectors = problem
@@ -164,6 +176,7 @@ def test_a_cap_moves_no_further_than_it_says():
     assert apply_program(x, program([vector_along([4, 0], 3.0, cap=0.5)])).tolist() == [[0.5, 0.0]]
 
 
+@settings(deadline=None)
 @given(problems(max_k=1), floats32(3.0))
 def test_add_adds_the_unnormalised_direction(problem, strength):
     x, vectors = problem
@@ -195,6 +208,7 @@ def test_a_small_ridge_hardly_changes_independent_directions():
 # --- the modes are one edit
 
 
+@settings(deadline=None)
 @given(problems(max_k=1), floats32(2.0), floats32(2.0), st.booleans(), st.sampled_from([None, 0.5]))
 def test_project_is_what_the_paper_writes(problem, strength, target, one_sided, cap):
     """x + clip(s (zbar - u.x)) u, written out without readers and biases."""
@@ -209,6 +223,7 @@ def test_project_is_what_the_paper_writes(problem, strength, target, one_sided, 
     np.testing.assert_allclose(apply_program(x, program([vector])), wanted, atol=1e-5)
 
 
+@settings(deadline=None)
 @given(problems(max_k=1), floats32(2.0))
 def test_ablate_is_project_to_zero(problem, strength):
     x, vectors = problem
@@ -221,6 +236,7 @@ def gate(reader, bias, writer, mean_gate=1.0, **settings) -> ControlVector:
     return ControlVector.from_gate(0, reader, bias, writer, mean_gate=mean_gate, n_layer=1, **settings)
 
 
+@settings(deadline=None)
 @given(problems(max_k=1), floats32(2.0))
 def test_a_gate_without_a_reader_adds_its_bias(problem, strength):
     x, vectors = problem
@@ -236,6 +252,7 @@ def test_a_gate_without_a_reader_adds_its_bias(problem, strength):
     )
 
 
+@settings(deadline=None)
 @given(problems(max_k=1), floats32(2.0), st.booleans(), st.sampled_from([None, 0.5]), st.floats(0.1, 3))
 def test_a_planted_gate_is_applied_as_planted(problem, bias, clipped, cap, mean_gate):
     """Whatever mean it was divided by, the edit is x + clip(w . x/rms(x) + b) z."""
@@ -251,6 +268,7 @@ def test_a_planted_gate_is_applied_as_planted(problem, bias, clipped, cap, mean_
     np.testing.assert_allclose(apply_program(x, program([vector])), wanted, atol=1e-4)
 
 
+@settings(deadline=None)
 @given(problems(max_k=1), floats32(2.0), st.booleans())
 def test_a_negative_strength_takes_away_what_a_positive_one_adds(problem, bias, clipped):
     x, _ = problem
