@@ -172,32 +172,33 @@ class CallHold:
     """Lets a streamed reply's text through as long as no call can have begun in it; keeps the rest."""
 
     def __init__(self) -> None:
-        self._held = ""
+        self._held: list[str] = []  # joined when it is looked at: a long reply comes in many pieces
         self._calling = False
         self._begun = False
 
     def push(self, text: str) -> str:
         """What is certain to be text."""
-        self._held += text
+        self._held.append(text)
         if self._calling:
             return ""
         if not self._begun:
-            if not text or text.isspace():  # all of it so far: looked at once, not again with every piece
+            if not text or text.isspace():  # as all before it: nothing to see yet
                 return ""
             if text.lstrip()[0] in "{[":
                 self._calling = True
                 return ""
         self._begun = True
-        cut = min((at for at in map(self._held.find, MARKS) if at >= 0), default=-1)
+        held = "".join(self._held)
+        cut = min((at for at in map(held.find, MARKS) if at >= 0), default=-1)
         self._calling = cut >= 0
         if cut < 0:
-            cut = len(self._held) - _possible_mark(self._held)
-        ready, self._held = self._held[:cut], self._held[cut:]
-        return ready
+            cut = len(held) - _possible_mark(held)
+        self._held = [held[cut:]]
+        return held[:cut]
 
     def rest(self) -> str:
         """At the end of the reply."""
-        held, self._held = self._held, ""
+        held, self._held = "".join(self._held), []
         return held
 
 
