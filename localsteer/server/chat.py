@@ -12,12 +12,12 @@ from starlette.responses import Response
 from .answers import REASONS, Whole, chat_logprobs, envelope, scored
 from .considered import harmless, report
 from .ensured import ensured_chat
-from .errors import ApiError, Json
+from .errors import ApiError, as_json_in_pieces, written
 from .formats import constraining_field, constraint_of
 from .models import Served, State
 from .prompts import rendered, variables_of
 from .reading import BodyRoute
-from .replies import ClientGone, Job, Order, begin, samplings, unless_gone
+from .replies import ClientGone, Job, Order, begin, check_scores, samplings, unless_gone
 from .schemas import ChatRequest, Tool
 from .streaming import event, stream
 from .threads import off_loop
@@ -37,12 +37,14 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     if body.ensured:
         return await ensured_chat(state, body, tools, request)
     order = await off_loop(_order, state, body, tools)
+    if not body.stream:
+        check_scores(order)
     steer, left_out = await harmless(order.served, order.steer, body, tools)
     job = await begin(state, replace(order, steer=steer, left_out=left_out))
     if body.stream:
         return await stream(request, _events(body, job, tools), job.end, state.limits.write_seconds)
     try:
-        return Json(await unless_gone(request, _document(body, job, tools)))
+        return written(await unless_gone(request, _document(body, job, tools)))
     except ClientGone:
         return Response(status_code=499)
     finally:
@@ -79,12 +81,18 @@ def _head(body: ChatRequest, job: Job, kind: str) -> dict[str, Any]:
 # -- at once ------------------------------------------------------------------------------------------------
 
 
-async def _document(body: ChatRequest, job: Job, tools: list[Tool]) -> dict[str, Any]:
+async def _document(body: ChatRequest, job: Job, tools: list[Tool]) -> bytes:
     choices = [Whole() for _ in job.tickets]
     async for i, chunk in job.chunks():
         choices[i].add(chunk)
-    found = [_choice(i, choice, body, job, tools) for i, choice in enumerate(choices)]
-    return _head(body, job, "chat.completion") | {"choices": found, "usage": job.usage}
+
+    def write() -> bytes:
+        found = [_choice(i, choice, body, job, tools) for i, choice in enumerate(choices)]
+        head = _head(body, job, "chat.completion")
+        return as_json_in_pieces(head | {"choices": found, "usage": job.usage})
+
+    # calls are read from a text that may be anything, and scores may be many
+    return await off_loop(write) if tools or body.logprobs else write()
 
 
 def _choice(i: int, choice: Whole, body: ChatRequest, job: Job, tools: list[Tool]) -> dict[str, Any]:
@@ -142,7 +150,9 @@ async def _events(body: ChatRequest, job: Job, tools: list[Tool]) -> AsyncIterat
         if text or scores:
             yield made(i, {"content": text}, logprobs=chat_logprobs(engine, scores) if scores else None)
         if chunk.finish_reason:
-            delta, reason = choices[i].end(REASONS[chunk.finish_reason])
+            end = choices[i].end
+            ended = REASONS[chunk.finish_reason]
+            delta, reason = await off_loop(end, ended) if tools else end(ended)
             if delta:
                 yield made(i, delta)
             yield made(i, {}, reason)

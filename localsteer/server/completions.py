@@ -11,11 +11,11 @@ from starlette.responses import Response
 
 from .answers import REASONS, Whole, envelope, scored, text_logprobs
 from .echoed import Scored, prompt_scores, with_gap
-from .errors import ApiError, Json
+from .errors import ApiError, as_json_in_pieces, written
 from .formats import constraint_of
 from .models import State
 from .reading import BodyRoute
-from .replies import ClientGone, Job, Order, begin, samplings, unless_gone
+from .replies import ClientGone, Job, Order, begin, check_scores, samplings, unless_gone
 from .schemas import CompletionRequest
 from .streaming import event, stream
 from .threads import aside, off_loop
@@ -29,6 +29,8 @@ DEFAULT_TOKENS = 16  # as at OpenAI
 async def completions(body: CompletionRequest, request: Request) -> Response:
     state: State = request.app.state.localsteer
     order = await off_loop(_order, state, body)
+    if not body.stream:
+        check_scores(order)
     try:
         scores = await unless_gone(request, _scores_of_prompts(state, body, order))
     except ClientGone:
@@ -37,7 +39,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     if body.stream:
         return await stream(request, _events(body, job, scores), job.end, state.limits.write_seconds)
     try:
-        return Json(await unless_gone(request, _document(body, job, scores)))
+        return written(await unless_gone(request, _document(body, job, scores)))
     except ClientGone:
         return Response(status_code=499)
     finally:
@@ -88,7 +90,7 @@ def _echo(body: CompletionRequest, job: Job, i: int) -> str:
     return prompt if isinstance(prompt, str) else job.order.served.engine.text(prompt)
 
 
-async def _document(body: CompletionRequest, job: Job, heads: Sequence[list[Scored]]) -> dict[str, Any]:
+async def _document(body: CompletionRequest, job: Job, heads: Sequence[list[Scored]]) -> bytes:
     """heads: scores of each prompt's tokens."""
     choices = [Whole() for _ in job.tickets]
     async for i, chunk in job.chunks():
@@ -104,8 +106,11 @@ async def _document(body: CompletionRequest, job: Job, heads: Sequence[list[Scor
             "finish_reason": choice.reason,
         }
 
-    found = [one(i, choice) for i, choice in enumerate(choices)]
-    return _head(body, job) | {"choices": found, "usage": job.usage}
+    def write() -> bytes:
+        found = [one(i, choice) for i, choice in enumerate(choices)]
+        return as_json_in_pieces(_head(body, job) | {"choices": found, "usage": job.usage})
+
+    return await off_loop(write) if wanted else write()
 
 
 async def _events(body: CompletionRequest, job: Job, heads: Sequence[list[Scored]]) -> AsyncIterator[bytes]:

@@ -13,7 +13,7 @@ from localsteer.runtime.reply import TokenScores
 
 from .errors import ApiError, api_error
 from .models import Served
-from .replies import ClientGone, Order
+from .replies import ClientGone, Order, check_n_scores
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
@@ -35,6 +35,7 @@ def prompt_scores(order: Order, gone: threading.Event) -> list[list[Scored]]:
                 found.append(_scores_of(engine, prompt, order, gone))
             except LocalsteerError as error:
                 raise api_error(error, "prompt") from None
+            check_n_scores(sum(map(len, found)) * (1 + (order.n_top or 0)))
     return found
 
 

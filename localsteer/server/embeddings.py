@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from localsteer.errors import PromptError
 
-from .errors import ApiError, Json
+from .errors import ApiError, as_json_in_pieces, written
 from .models import Served, State
 from .reading import BodyRoute
 from .replies import ClientGone, unless_gone
@@ -33,14 +33,14 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     # not Starlette's pool: a task in it can't be given up before its thread has ended
     work = asyncio.get_running_loop().run_in_executor(None, _document, served, body, gone)
     try:
-        return Json(await unless_gone(request, work))
+        return written(await unless_gone(request, work))
     except ClientGone:
         return Response(status_code=499)
     finally:
         gone.set()
 
 
-def _document(served: Served, body: EmbeddingRequest, gone: threading.Event) -> dict[str, Any]:
+def _document(served: Served, body: EmbeddingRequest, gone: threading.Event) -> bytes:
     """gone: set when nobody waits for it any more; a thread can't be stopped from outside."""
     embedder = served.embedder()
     engine, found = served.engine, []
@@ -66,7 +66,8 @@ def _document(served: Served, body: EmbeddingRequest, gone: threading.Event) -> 
         n_tokens += len(tokens)
         found.append({"object": "embedding", "index": i, "embedding": _written(values, body)})
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-    return {"object": "list", "data": found, "model": body.model or served.name, "usage": usage}
+    made = {"object": "list", "data": found, "model": body.model or served.name, "usage": usage}
+    return as_json_in_pieces(made)
 
 
 def _written(values: np.ndarray, body: EmbeddingRequest) -> Any:

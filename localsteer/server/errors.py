@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from localsteer.errors import ContextError, LocalsteerError, QueueFullError, SchedulerClosedError
 
@@ -31,6 +31,7 @@ _HEADERS = {
     # OpenAI's clients would send it again by themselves, to be late again
     504: {"X-Should-Retry": "false"},
 }
+SMALL_LIST = 64
 SHOWN = 80  # characters of a value that an error quotes
 
 
@@ -38,6 +39,25 @@ def as_json(document: Any) -> bytes:
     """A lone surrogate, which a request may hold and UTF-8 can't, is written as its JSON escape."""
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace")
+
+
+def as_json_in_pieces(document: Any, depth: int = 6) -> bytes:
+    """The same for what may be large, like log-probabilities of thousands of tokens: Python's JSON writer
+    lets no other thread run until it is done, so it gets a little at a time."""
+    if depth and isinstance(document, dict):
+        members = (
+            as_json(str(key)) + b":" + as_json_in_pieces(value, depth - 1) for key, value in document.items()
+        )
+        return b"{" + b",".join(members) + b"}"
+    if depth and isinstance(document, list) and len(document) > SMALL_LIST:
+        return b"[" + b",".join(as_json_in_pieces(each, 0) for each in document) + b"]"
+    if depth and isinstance(document, list):
+        return b"[" + b",".join(as_json_in_pieces(each, depth - 1) for each in document) + b"]"
+    return as_json(document)
+
+
+def written(document: bytes) -> Response:
+    return Response(document, media_type="application/json")
 
 
 class Json(JSONResponse):

@@ -22,6 +22,7 @@ MAX_SCHEMA = 64 << 10  # bytes of a JSON schema
 MAX_GRAMMAR = MAX_SCHEMA  # characters of a grammar or pattern
 MAX_CHOICES = 1000  # texts of guided_choice
 MAX_TRACE_TOKENS = 512
+MAX_SCORES = 1 << 18  # log-probabilities of one answer; each takes half a kilobyte while it is written
 MAX_VARIABLES = 32  # for the chat template
 # of a body: pydantic needs some 20 microseconds for an object, and no thread runs meanwhile
 MAX_CONTAINERS = 20_000  # lists and objects; 128 tools with 20 parameters each are 6,000

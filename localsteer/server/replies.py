@@ -13,6 +13,7 @@ from localsteer.runtime.reply import Chunk
 from localsteer.runtime.sampling import Sampling
 
 from .errors import ApiError, api_error
+from .limits import MAX_SCORES
 from .threads import off_loop
 
 if TYPE_CHECKING:
@@ -123,6 +124,24 @@ class Job:
                 yield chunk
         except Exception as error:
             raise api_error(error) from None
+
+
+def check_scores(order: Order) -> None:
+    """Raises ApiError for more log-probabilities than one answer may hold; a stream holds none of them."""
+    if order.n_top is None:
+        return
+    n_ctx = order.served.engine.n_ctx
+    n_tokens = n_ctx if order.max_tokens is None else min(order.max_tokens, n_ctx)
+    check_n_scores(len(order.prompts) * len(order.samplings) * n_tokens * (order.n_top + 1))
+
+
+def check_n_scores(n: int) -> None:
+    if n > MAX_SCORES:
+        raise ApiError(
+            f"logprobs: the answer may hold {n} log-probabilities, at most {MAX_SCORES} are possible: ask "
+            "for fewer prompts, choices, tokens or top_logprobs, or for a stream.",
+            param="logprobs",
+        )
 
 
 async def begin(state: State, order: Order) -> Job:

@@ -280,3 +280,13 @@ def test_a_stream_echoes_with_scores_too(http):
 def test_a_suffix_needs_a_model_that_fills_in(http):
     answer = http.post("/v1/completions", json=TEXT | {"suffix": "red."})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "suffix")
+
+
+def test_the_documentation_has_every_field():
+    from pathlib import Path
+
+    from localsteer.server import fields
+
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text("utf-8")
+    harmless = [name for names in fields.HARMLESS.values() for name in names]
+    assert not [name for name in (*harmless, *fields.ALIASES, *fields.NEUTRAL) if f"`{name}`" not in page]

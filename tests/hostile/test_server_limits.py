@@ -221,3 +221,25 @@ def exchange(connection: socket.socket, data: bytes) -> None:
     with suppress(OSError):
         connection.sendall(data)
         connection.recv(100)
+
+
+def test_an_answer_has_a_bound_of_log_probabilities(server):
+    many = PLAIN | {"prompt": ["a"] * 32, "n": 16, "logprobs": 20, "max_tokens": 1000}
+    with server.http() as http:
+        answer = http.post("/v1/completions", json=many)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logprobs")
+        found = http.post(
+            "/v1/completions", json=PLAIN | {"n": 2, "logprobs": 20, "max_tokens": 80, "temperature": 2}
+        )
+    assert [len(choice["logprobs"]["tokens"]) > 0 for choice in found.json()["choices"]] == [True, True]
+
+
+def test_json_in_pieces_is_the_same():
+    from localsteer.server.errors import as_json, as_json_in_pieces
+
+    scores = [{"token": "\u00e9\ud800", "top": [{"logprob": -0.5, "bytes": [1, 2]}] * 3}] * 100
+    document = {"choices": [{"logprobs": {"content": scores}, "text": 'a"b'}] * 2, "usage": {}, "none": None}
+    assert as_json_in_pieces(document) == as_json(document)
+    assert as_json_in_pieces({"data": [list(range(2000))] * 70, "empty": []}) == as_json(
+        {"data": [list(range(2000))] * 70, "empty": []}
+    )
