@@ -212,7 +212,7 @@ def _vocabulary(header: ModelHeader) -> None:
     for name, values in (("types", types), ("scores", scores)):
         if values is not None and len(values) != len(tokens):
             raise header.damaged(f"its vocabulary has {len(tokens)} tokens and {len(values)} {name}")
-    if scores is not None and not np.isfinite(scores).all():
+    if scores is not None and np.isnan(scores).any():
         raise header.damaged("a score of its vocabulary is no number")
     _no_token_twice(header, tokens)
     _bytes_of(header, tokens, types)

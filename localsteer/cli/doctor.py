@@ -66,7 +66,8 @@ class HealthCheck:
 def command(ctx: click.Context, model: str, as_json: bool) -> None:
     """Check the installation, and that the hook steers this model to the very target.
 
-    The exit status is 0 when nothing failed, and 1 otherwise.
+    The model's file is loaded in a process of its own first, known or not, since llama.cpp ends the process
+    for some damaged files. The exit status is 0 when nothing failed, and 1 otherwise.
 
     \b
     Examples:
