@@ -212,7 +212,7 @@ REFUSED = [
     ({"steering": [{"name": "json", "strenght": 1}]}, "steering.0.strenght", "strenght"),
     ({"steering": [{"name": "json", "strength": 1e9}]}, "steering.0.strength", "1000000000.0"),
     ({"steering": [{"name": "json", "mode": "ad"}]}, "steering.0.mode", "'ad'"),
-    ({"messages": [{"role": "user", "content": "fox " * 5000}]}, None, "context"),
+    ({"messages": [{"role": "user", "content": "fox " * 5000}]}, "messages", "context"),
     ({"messages": [{"role": "user", "content": " "}]}, "messages", "empty"),
 ]  # fmt: skip
 
@@ -266,8 +266,8 @@ def test_unknown_paths_and_methods(server):
 
 
 def test_a_refused_schema_leaves_the_next_request_whole(server, client, plain):
-    with pytest.raises(openai.BadRequestError, match="repeats 9999999 times"):
-        schema = {"name": "x", "schema": {"type": "string", "pattern": "^(a{1,9999999})$"}}
+    with pytest.raises(openai.BadRequestError, match="pattern"):
+        schema = {"name": "x", "schema": {"type": "string", "pattern": "^(a$"}}
         ask(client, response_format={"type": "json_schema", "json_schema": schema})
     assert server.quiet()
     assert text_of(ask(client)) == text_of(plain)

@@ -94,7 +94,8 @@ def api_error(error: BaseException, param: str | None = None) -> ApiError:
     if isinstance(error, SchedulerClosedError):
         return ApiError(str(error), status=503, code="closing")
     if isinstance(error, ContextError):  # clients shorten the conversation where they see this code
-        return ApiError(str(error), param=param or "messages", code="context_length_exceeded")
+        param = param or "messages"
+        return ApiError(f"{param}: {error}", param=param, code="context_length_exceeded")
     if isinstance(error, LocalsteerError):
         return ApiError(str(error), param=param)
     logger.error("a request failed", exc_info=error)

@@ -18,6 +18,7 @@ are kept, because people compare numbers:
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ _CLOSERS = re.compile(r"""["')\]}]+?(?:\s+|(?=--)|$)""", re.MULTILINE)
 _NUMBER = re.compile(r"-?[.,]?\d[\d,.-]*\.?$")
 _INITIAL = re.compile(r"[^\W\d]\.$")
 _ELLIPSIS = re.compile(r"\.{2,}$")
+_SHORT = 32  # characters of a word and its follower
 _INNER_PUNCTUATION = frozenset(";:,.!?")
 
 
@@ -168,6 +170,17 @@ def _give_closers_back(text: str, pieces: list[tuple[int, int]]) -> list[tuple[i
 
 def _ends_sentence(context: str, *, label: bool) -> bool:
     """Does any token of a word and its follower, the last token apart, end a sentence?"""
+    judge = _short_one_ends if len(context) <= _SHORT else _any_token_ends
+    return judge(context, label)
+
+
+@lru_cache(maxsize=4096)
+def _short_one_ends(context: str, label: bool) -> bool:
+    """A reply of full stops asks for the same at every one of them."""
+    return _any_token_ends(context, label)
+
+
+def _any_token_ends(context: str, label: bool) -> bool:
     tokens = (_first_pass(found[0]) for found in _TOKEN.finditer(context))
     return any(_second_pass(token, after, label) for token, after in pairwise(tokens))
 

@@ -42,7 +42,8 @@ def count_words(text: str) -> int:
 
 def count_capital_words(text: str) -> int:
     """How many tokens are in capitals: "A", "I", "GPT-4" and "U.S." are, "ABCs" and "42" are not."""
-    return sum(token.isupper() for token in tokens(text))
+    sentences = (sentence for sentence in split_sentences(text) if any(map(str.isupper, sentence)))
+    return sum(token.isupper() for sentence in sentences for token in _tokens_of(sentence))
 
 
 def tokens(text: str) -> list[str]:
