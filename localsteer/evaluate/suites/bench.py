@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
 
 from localsteer.cache import file_hash, file_name
 from localsteer.catalog import Catalog, Instruction, Query
@@ -30,11 +32,13 @@ from localsteer.errors import (
 )
 from localsteer.evaluate.conditions import alike, applied_like, random_control
 from localsteer.evaluate.journal import Journal
+from localsteer.evaluate.page import Facts, Section, SuiteReport, VectorRecord
+from localsteer.evaluate.results import unwritable
 from localsteer.evaluate.study import MAX_TOKENS as BUNDLED_MAX_TOKENS
 from localsteer.evaluate.study import N_CTX as BUNDLED_N_CTX
 from localsteer.evaluate.study import N_SEQ_MAX as BUNDLED_N_SEQ_MAX
 from localsteer.evaluate.study import Stage, Study, extract_all, silent, spread
-from localsteer.evaluate.suites.cells import Cell, Result, run_cells, tables
+from localsteer.evaluate.suites.cells import Arm, Cell, Result, cells_of, report, run_cells, setting_of
 from localsteer.evaluate.vector_instruction import instruction_of
 from localsteer.evaluate.workers import Workers
 from localsteer.extract.levels import DIRECTIONS, length
@@ -123,7 +127,7 @@ def _open_workers(
     return stack.enter_context(Workers(path, n if small else 1, n_threads=1 if small else n, **more))
 
 
-def _identity(path: Path, limits: EvalLimits) -> dict[str, Any]:
+def _identity(path: Path, limits: EvalLimits) -> Facts:
     """What replies in a journal were given by: another version may give others, and a smaller context cuts
     them short, so that a report would say of its replies what is not true."""
     from importlib.metadata import version
@@ -371,44 +375,49 @@ class Bench:
 
     # -- cells ---------------------------------------------------------------------------------------
 
+    def cells(
+        self,
+        asked: Instruction | Sequence[Instruction],
+        arms: Iterable[Arm],
+        queries: Sequence[Query] | None = None,
+        **options: Any,
+    ) -> list[Cell]:
+        """As `cells_of`, on test queries unless others are named. options: phrasings, wordings."""
+        asked = [asked] if isinstance(asked, Instruction) else asked
+        queries = self.queries(asked[0], "test") if queries is None else queries
+        return cells_of(asked, arms, queries, max_tokens=self.max_tokens, **options)
+
     def run(self, cells: Sequence[Cell], *, what: str = "asking", score: bool = True) -> list[Result]:
         """Results in the order of the cells. score: their perplexities are wanted."""
         with self.stage(what) as advance:
             options = {"must_end": self.limits.must_end, "score": score, "advance": advance}
-            found = run_cells(self.workers, cells, **options) if cells else []
-        self.results += found
-        return found
+            results = run_cells(self.workers, cells, **options) if cells else []
+        self.results += results
+        return results
 
     def take_results(self) -> list[Result]:
         """All that this bench and its base have run since the last time."""
-        found, self.results = self.results, []
-        return found + (self.base.take_results() if self.base else [])
+        taken, self.results = self.results, []
+        return taken + (self.base.take_results() if self.base else [])
 
-    def tables(self, results: Sequence[Result], conditions: Sequence[str]) -> dict[str, Any]:
-        """`conditions`, `instructions` and `all` of a SuiteReport, with the file hashes of the vectors."""
-        made = tables(results, conditions)
-        hashes = {each.name: file_hash(self.files[name]) for name, each in self._picked.items()}
-        for row in made["instructions"].values():
-            for figure in row.values():
-                figure["vector_sha256"] = _hashes_of(figure["settings"], hashes)
-        for figure in made["all"].values():
-            figure["vector_sha256"] = None
-        return made
+    def report(
+        self, title: str, results: Sequence[Result], conditions: Sequence[str], sections: Sequence[Section]
+    ) -> SuiteReport:
+        """Figures with the file hashes of their vectors, and sections of the suite's own."""
+        hashes = {vector.name: file_hash(self.files[name]) for name, vector in self._picked.items()}
+        return structs.replace(report(title, results, conditions, hashes), sections=list(sections))
 
     # -- records -------------------------------------------------------------------------------------
 
-    def vector_records(self) -> dict[str, Any]:
+    def vector_records(self) -> dict[str, VectorRecord]:
         """For results.json: file hash and settings of every vector that was used, by instruction id."""
         return {
-            name: {
-                "sha256": file_hash(self.files[name]),
-                "layer": list(vector.layers),
-                "positions": vector.positions,
-                "mode": vector.mode,
-                "strength": vector.strength,
-                "source_sha256": vector.provenance.get("source_hash"),
-                "given": name in self.given,
-            }
+            name: VectorRecord(
+                **setting_of(vector),
+                sha256=file_hash(self.files[name]),
+                source_sha256=vector.provenance.get("source_hash"),
+                given=name in self.given,
+            )
             for name, vector in self._picked.items()
         }
 
@@ -489,10 +498,7 @@ class Bench:
             path.parent.mkdir(parents=True, exist_ok=True)
             vector.save(path)
         except OSError as error:
-            raise LocalsteerError(
-                f"{path} can't be written ({error.strerror or error}): what is done is kept; make room and "
-                "run the same command again."
-            ) from error
+            raise unwritable(path, error) from error
         return vector
 
     def _kept(self, instruction: Instruction) -> ControlVector | None:
@@ -530,7 +536,7 @@ class Bench:
         return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
-def model_info(engine: Engine) -> dict[str, Any]:
+def model_info(engine: Engine) -> Facts:
     """What results.json says of a model."""
     model = engine.model
     return {
@@ -552,14 +558,6 @@ def quantization(metadata: Mapping[str, str]) -> str | None:
     except (KeyError, ValueError):
         return None
     return name.removeprefix("MOSTLY_").removeprefix("ALL_")
-
-
-def _hashes_of(settings: Any, hashes: Mapping[str, str]) -> Any:
-    if settings is None:
-        return None
-    if isinstance(settings, list):
-        return [hashes.get(each["name"]) for each in settings]
-    return hashes.get(settings["name"])
 
 
 def _refuse_overlap(queries: Sequence[Query], catalog: Catalog) -> None:

@@ -11,6 +11,7 @@ there are none.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError, LocalsteerError
 from localsteer.evaluate.conditions import applied_like
+from localsteer.evaluate.page import Section, SuiteReport, Table
 from localsteer.evaluate.suites.bench import is_possible
 from localsteer.evaluate.suites.cells import Cell, Rule, applied
 from localsteer.vector import ControlVector
@@ -26,7 +28,6 @@ from localsteer.verify.verdicts import check_arguments
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.evaluate.suites import SuiteReport
     from localsteer.evaluate.suites.bench import Bench
 
 NAME = "ifeval"
@@ -128,8 +129,8 @@ def run(bench: Bench, *, ifeval: Path, **_options: Any) -> SuiteReport:
         cells += _cells(bench, item, matches, tuple(vectors[match.id] for match in matches))
     results = bench.run(cells, what="IFEval-form prompts")
     text = _coverage(items, fitting, usable, alone)
-    section = {"title": "What was asked", "text": text, "tables": [_used(plan, usable)], "plots": []}
-    return {"title": TITLE, **bench.tables(results, CONDITIONS), "sections": [section]}
+    section = Section("What was asked", text, [_used(plan, usable)])
+    return bench.report(TITLE, results, CONDITIONS, [section])
 
 
 def _cells(
@@ -239,11 +240,6 @@ def _coverage(items: Sequence[Item], fitting: Sequence[Item], usable: Sequence[I
     return text
 
 
-def _used(plan: Mapping[int, Sequence[Instruction]], usable: Sequence[Item]) -> dict[str, Any]:
-    counts: dict[tuple[str, str], int] = {}
-    for item in usable:
-        for match in plan[item.number]:
-            key = (match.verifier or "", match.id)
-            counts[key] = counts.get(key, 0) + 1
-    rows = [[*key, n] for key, n in sorted(counts.items())]
-    return {"columns": ["IFEval id", "vector", "lines"], "rows": rows}
+def _used(plan: Mapping[int, Sequence[Instruction]], usable: Sequence[Item]) -> Table:
+    counts = Counter((match.verifier or "", match.id) for item in usable for match in plan[item.number])
+    return Table(["IFEval id", "vector", "lines"], [[*key, n] for key, n in sorted(counts.items())])
