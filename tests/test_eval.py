@@ -40,7 +40,7 @@ from localsteer.evaluate.suites.cells import (
 )
 from localsteer.evaluate.suites.format import FOLLOWED_BADLY, badly_followed, condition_cells, paraphrases_of
 from localsteer.evaluate.suites.ifeval import read_items
-from localsteer.evaluate.vector_instruction import instruction_of
+from localsteer.extract.vector_instruction import instruction_of
 from localsteer.runtime.reply import Reply
 from localsteer.vector import ControlVector
 

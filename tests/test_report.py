@@ -574,7 +574,8 @@ BROKEN = {
     "tables[0].rows[0][0]: Object missing required field `share`": in_section(
         tables=[{"columns": ["a"], "rows": [[{"part": 1}]]}]
     ),
-    "plots[0].kind: Invalid value 'pie'": in_section(plots=[{"kind": "pie"}]),
+    "plots[0].kind: Invalid value 'pie": in_section(plots=[{"kind": "pie\n\x1b"}]),
+    "(vectors.two\ufffdlines\ufffd: Expected": lambda results: results | {"vectors": {"two\nlines\x1b": 3}},
     "plots[0].x[0]: Expected `int": in_section(plots=[{"kind": "bars", "x": [[]], "series": {}}]),
     "plots[0]: series.a must be 1 long, as x is": in_section(
         plots=[{"kind": "bars", "x": ["j"], "series": {"a": []}}]

@@ -297,8 +297,8 @@ def _ids(text: str | None) -> list[str] | None:
 
 def _check_names(catalog: Any, vectors: Sequence[tuple[Path, Any]], instructions: str | None) -> None:
     """Unknown instructions are refused before a model is loaded."""
-    from localsteer.evaluate.vector_instruction import instruction_of
     from localsteer.extract.levels import DIRECTIONS
+    from localsteer.extract.vector_instruction import instruction_of
 
     known = {instruction_of(vector, catalog, path).id for path, vector in vectors}
     for each in _ids(instructions) or ():

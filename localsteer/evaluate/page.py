@@ -217,10 +217,11 @@ def loaded(content: Any) -> Results:
     """Raises LocalsteerError for what is no results.json, is of a newer format, or is broken somewhere."""
     if isinstance(content, Results):
         return content
-    found = content.get("format") if isinstance(content, Mapping) else None
-    if isinstance(found, int) and not isinstance(found, bool) and found > FORMAT:
+    version = content.get("format") if isinstance(content, Mapping) else None
+    if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
         raise LocalsteerError(
-            f"these results are of format {found}, this localsteer shows format {FORMAT}: update localsteer."
+            f"these results are of format {version}, this localsteer shows format {FORMAT}: "
+            "update localsteer."
         )
     return _converted(content)
 
@@ -233,8 +234,9 @@ def _converted(content: Any) -> Results:
         where = _named(content, str(error), path.rstrip("`"))
     except RecursionError:
         what, where = "it is nested too deeply", "the whole"
+    why = "".join(char if char.isprintable() else "\ufffd" for char in f"{where}: {what}")
     raise LocalsteerError(
-        f"these results can't be shown ({where}: {what}): make them again with localsteer eval."
+        f"these results can't be shown ({why}): make them again with localsteer eval."
     ) from None
 
 
@@ -251,7 +253,7 @@ def _named(content: Any, error: str, path: str) -> str:
     return "".join(words).lstrip(".") or "the whole"
 
 
-def _culprit(whole: Any, table: dict[str, Any], error: str) -> str:
+def _culprit(whole: Any, table: Facts, error: str) -> str:
     entries = dict(table)
     for name, entry in entries.items():
         table.clear()

@@ -56,12 +56,10 @@ def versions() -> Facts:
     }
 
 
-def write(results: Results, folder: Path) -> Path:
+def write(results: Results, folder: Path) -> None:
     """`results.json` in a folder, in one step. Raises LocalsteerError when the disk takes no more."""
     text = json.dumps(finite(plain(results)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    path = folder / NAME
-    write_text(path, text)
-    return path
+    write_text(folder / NAME, text)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -87,6 +87,11 @@ def percent(share: float | None) -> str:
     return ">99%" if rounded == "100" and share < 1 else f"{rounded}%"
 
 
+def rough_percent(share: float | None) -> str:
+    """Whole per cents in a sentence, where `0%` and `100%` claim nothing."""
+    return NONE if share is None else f"{share:.0%}"
+
+
 def interval(low: float | None, high: float | None) -> str:
     """`90-98`, in per cents without the sign, `-5 to 3` for a difference; empty where it is not known.
 

@@ -141,12 +141,12 @@ def _style(salt: str) -> Iterator[None]:
 
 def figure(plot: AnyPlot, *, titled: bool = True) -> Figure:
     """matplotlib's Figure of a plot."""
-    made = {Lines: _lines, Bars: _bars, Heatmap: _heatmap}[type(plot)](plot)
+    canvas = {Lines: _lines, Bars: _bars, Heatmap: _heatmap}[type(plot)](plot)
     if titled and plot.title:
         # over the axes, not the figure: constrained layout would lay a figure's title on the legend
-        title = fill(showable(plot.title), int(TITLE_CHARACTERS * (made.get_figwidth() - 1.0)))
-        made.axes[0].set_title(title, fontsize=10, fontweight="bold", loc="left")
-    return made
+        title = fill(showable(plot.title), int(TITLE_CHARACTERS * (canvas.get_figwidth() - 1.0)))
+        canvas.axes[0].set_title(title, fontsize=10, fontweight="bold", loc="left")
+    return canvas
 
 
 # --- points ------------------------------------------------------------------------------------------------
@@ -188,11 +188,13 @@ def _value_axis(axis: Any, shares: bool) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
 
 
-def _legend(made: Figure, axes: Axes, n: int) -> None:
+def _legend(canvas: Figure, axes: Axes, n: int) -> None:
     """Above the plot, in one row where it fits."""
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1:
-        made.legend(handles, labels, loc="outside upper left", ncols=min(n, 6), fontsize=9, handlelength=1.2)
+        canvas.legend(
+            handles, labels, loc="outside upper left", ncols=min(n, 6), fontsize=9, handlelength=1.2
+        )
 
 
 # --- kinds -------------------------------------------------------------------------------------------------
@@ -201,8 +203,8 @@ def _legend(made: Figure, axes: Axes, n: int) -> None:
 def _lines(plot: Lines) -> Figure:
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    axes = made.subplots()
+    canvas = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = canvas.subplots()
     x, series = plot.x, plot.series
     numeric = all(map(known, x))
     at = list(map(float, x)) if numeric else list(range(len(x)))
@@ -226,8 +228,8 @@ def _lines(plot: Lines) -> Figure:
     axes.set(
         xlabel=_short(plot.x_label or "", MAX_AXIS_LABEL), ylabel=_short(plot.y_label or "", MAX_AXIS_LABEL)
     )
-    _legend(made, axes, len(series))
-    return made
+    _legend(canvas, axes, len(series))
+    return canvas
 
 
 def _is_long(labels: Sequence[Label]) -> bool:
@@ -268,8 +270,8 @@ def _bars(plot: Bars) -> Figure:
     n_panels = 2 if len(x) > TWO_PANELS else 1
     per_panel = max(1, math.ceil(len(x) / n_panels))
     height = per_panel * (BAR * max(2, len(series)) + 0.09) + 0.9
-    made = Figure(figsize=(WIDTH, height), layout="constrained")
-    panels = made.subplots(1, n_panels, squeeze=False)[0]
+    canvas = Figure(figsize=(WIDTH, height), layout="constrained")
+    panels = canvas.subplots(1, n_panels, squeeze=False)[0]
     limits = _limits(plot.points())
     for k, axes in enumerate(panels):
         part = slice(k * per_panel, (k + 1) * per_panel)
@@ -281,8 +283,8 @@ def _bars(plot: Bars) -> Figure:
             ylabel="" if k else _short(plot.x_label or "", int(9 * height)),
         )
         _value_axis(axes.xaxis, is_share(plot.points()))
-    _legend(made, panels[0], len(series))
-    return made
+    _legend(canvas, panels[0], len(series))
+    return canvas
 
 
 def _limits(points: Sequence[Point]) -> tuple[float, float]:
@@ -319,10 +321,10 @@ def _heatmap(plot: Heatmap) -> Figure:
     shares = is_share(plot.points())
     longest = max((len(_short(row)) for row in rows), default=0)
     width = min(WIDTH, 1.6 + 0.06 * longest + 0.62 * max(1, len(columns)))
-    made = Figure(figsize=(max(3.6, width), 1.1 + 0.27 * max(1, len(rows))), layout="constrained")
-    axes = made.subplots()
+    canvas = Figure(figsize=(max(3.6, width), 1.1 + 0.27 * max(1, len(rows))), layout="constrained")
+    axes = canvas.subplots()
     if rows and columns:
-        _mesh(made, axes, values, shares)
+        _mesh(canvas, axes, values, shares)
     long = max((len(_short(column)) for column in columns), default=0) > MAX_UPRIGHT
     axes.set_xticks(
         range(len(columns)),
@@ -336,10 +338,10 @@ def _heatmap(plot: Heatmap) -> Figure:
     axes.set(
         xlabel=_short(plot.x_label or "", MAX_AXIS_LABEL), ylabel=_short(plot.y_label or "", MAX_AXIS_LABEL)
     )
-    return made
+    return canvas
 
 
-def _mesh(made: Figure, axes: Axes, values: list[list[float]], shares: bool) -> None:
+def _mesh(canvas: Figure, axes: Axes, values: list[list[float]], shares: bool) -> None:
     """Cells in colour, each with its figure where there is room. A gap shows the page."""
     import numpy as np
 
@@ -359,7 +361,7 @@ def _mesh(made: Figure, axes: Axes, values: list[list[float]], shares: bool) -> 
         cmap=colours, vmin=low, vmax=high, rasterized=grid.size > MAX_VECTOR_CELLS,
     )  # fmt: skip
     axes.invert_yaxis()
-    bar = made.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02)
+    bar = canvas.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02)
     bar.outline.set_visible(False)
     _value_axis(bar.ax.yaxis, shares)
     if grid.size <= MAX_ANNOTATED:

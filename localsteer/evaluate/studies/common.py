@@ -184,7 +184,3 @@ def correlate(a: np.ndarray, b: np.ndarray) -> float:
 def rounded(rows: Iterable[Iterable[float]]) -> list[list[float]]:
     """For a heat map."""
     return [[round(float(value), 3) for value in row] for row in rows]
-
-
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"

@@ -16,10 +16,11 @@ import numpy as np
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError
-from localsteer.evaluate.conditions import random_control
+from localsteer.evaluate.conditions import arms_of, controls_of, is_possible
 from localsteer.evaluate.page import Bars, Section, Share, StudyReport, Table, Value
-from localsteer.evaluate.studies.common import StudyJob, percent
-from localsteer.evaluate.suites.bench import Bench, is_possible
+from localsteer.evaluate.report.figures import rough_percent
+from localsteer.evaluate.studies.common import StudyJob
+from localsteer.evaluate.suites.bench import Bench
 from localsteer.evaluate.suites.cells import (
     Arm,
     Cell,
@@ -149,7 +150,9 @@ def _triples(job: StudyJob, bench: Bench) -> tuple[list[tuple[Instruction, ...]]
     for names in TRIPLES[: 1 if job.quick else None]:
         ids = [excluded if name == EXCLUDED else long if name == LONG[0] else name for name in names]
         if all(isinstance(each, Instruction) or each in job.catalog.instructions for each in ids):
-            triples.append(tuple(_filled(job, each) for each in ids))
+            triples.append(
+                tuple(each if isinstance(each, Instruction) else job.catalog.get(each) for each in ids)
+            )
     if not triples:
         raise CatalogError(f"{job.catalog.source} has none of the usual triples: name three --instructions")
     least = long.kwargs.get("num_words")
@@ -160,10 +163,6 @@ def _triples(job: StudyJob, bench: Bench) -> tuple[list[tuple[Instruction, ...]]
         f"{1 - share:.0%} of the plain replies."
     )
     return triples, said
-
-
-def _filled(job: StudyJob, each: Instruction | str) -> Instruction:
-    return each if isinstance(each, Instruction) else job.catalog.get(each)
 
 
 def _long(job: StudyJob) -> Instruction:
@@ -191,7 +190,7 @@ def _excluded(bench: Bench, plain: Sequence[Result]) -> tuple[Instruction, float
         filled = [known[0].fill(word=word) for word, _ in words.most_common(1)]
     if not filled:
         raise CatalogError(f"{bench.catalog.source} excludes no word: name three --instructions")
-    shares = [(each, _mean_true(_judged_by(plain, each))) for each in filled]
+    shares = [(each, accuracy_of(_judged_by(plain, each))) for each in filled]
     return min(shares, key=lambda pair: pair[1])
 
 
@@ -268,14 +267,12 @@ def _try(
     for way in sorted(ways, key=lambda way: -scores[way.label]):
         best.setdefault(way.kind, way)
     winner = max(best.values(), key=lambda way: scores[way.label])
-    control = tuple(
-        random_control(vector, bench.plain_mean(), bench.seed + k) for k, vector in enumerate(winner.vectors)
-    )
     steers = {
         "none": (), "told": (), **{kind: way.vectors for kind, way in best.items()},
-        "best": winner.vectors, "best and told": winner.vectors, "random": control,
+        "best": winner.vectors, "best and told": winner.vectors,
+        "random": controls_of(winner.vectors, (), bench.plain_mean(), bench.seed)["random"],
     }  # fmt: skip
-    arms = [Arm(name, steer, told="told" in name) for name, steer in steers.items()]
+    arms = arms_of(steers, list(steers))
     results = bench.run(bench.cells(three, arms, bench.test), what="comparing conditions", score=False)
     validation = {kind: scores[way.label] for kind, way in best.items()}
     return Triple(tuple(three), {**best, "best": winner}, validation, results)
@@ -305,10 +302,6 @@ def _judged_by(results: Sequence[Result], instruction: Instruction) -> list[Resu
     ]
 
 
-def _mean_true(results: Sequence[Result]) -> float:
-    return float(np.mean([bool(result.verdict.strict) for result in results]))
-
-
 # --- what is said ------------------------------------------------------------------------------------------
 
 
@@ -316,7 +309,7 @@ def conclusion(triples: Sequence[Triple]) -> str:
     """Plainly, for each triple."""
     sentences = []
     for triple in triples:
-        shares = {name: percent(triple.share(name).share) for name in CONDITIONS}
+        shares = {name: rough_percent(triple.share(name).share) for name in CONDITIONS}
         sentences.append(
             f"{triple.name}: all three hold in {shares['best']} of steered replies "
             f"({triple.best['best'].label}), {shares['none']} of plain ones, {shares['told']} "

@@ -15,13 +15,13 @@ import numpy as np
 
 from localsteer.catalog import Instruction
 from localsteer.errors import LocalsteerError, ModelFileError
-from localsteer.evaluate.journal import Journal
 from localsteer.evaluate.page import Heatmap, Lines, Section, StudyReport, Table
 from localsteer.evaluate.studies.common import StudyJob, by_block, correlate, profile, rounded, shares
 from localsteer.evaluate.suites.bench import Bench
 from localsteer.evaluate.suites.cells import Cell, judge_cell
 from localsteer.extract import extract, open_backend
 from localsteer.plan import Plan
+from localsteer.runtime.journal import Journal
 from localsteer.runtime.reply import Reply
 
 if TYPE_CHECKING:

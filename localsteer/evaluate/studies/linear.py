@@ -16,10 +16,10 @@ from localsteer.catalog import Instruction
 from localsteer.evaluate.page import Heatmap, Lines, Section, StudyReport, Table
 from localsteer.evaluate.probe import GAUSSIAN, LINEAR, PROBES, accuracy
 from localsteer.evaluate.similarity import MIN_PAIRS, probe_groups
-from localsteer.evaluate.states import States
 from localsteer.evaluate.studies.common import StudyJob, by_block, correlate, profile, rounded, shares
 from localsteer.evaluate.suites.bench import Bench
 from localsteer.extract import build_pairs, open_backend
+from localsteer.extract.states import States
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine

@@ -14,14 +14,15 @@ import numpy as np
 from msgspec import Struct
 
 from localsteer.catalog import Instruction, Query
-from localsteer.evaluate.conditions import random_control
+from localsteer.evaluate.conditions import arms_of, controls_of
 from localsteer.evaluate.page import Lines, Section, Share, StudyReport, Table
+from localsteer.evaluate.report.figures import rough_percent
 from localsteer.evaluate.similarity import unit_rows
-from localsteer.evaluate.states import States
-from localsteer.evaluate.studies.common import StudyJob, percent, working
+from localsteer.evaluate.studies.common import StudyJob, working
 from localsteer.evaluate.suites.bench import Bench
-from localsteer.evaluate.suites.cells import Arm, Cell, Result, accuracy_of, grouped, mean, share_of
+from localsteer.evaluate.suites.cells import Cell, Result, accuracy_of, grouped, mean, share_of
 from localsteer.extract import Pair, open_backend
+from localsteer.extract.states import States
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
@@ -112,9 +113,13 @@ def run(job: StudyJob) -> StudyReport:
 def _cells(
     bench: Bench, each: Instruction, vector: ControlVector, by_draw: Mapping[Draw, ControlVector]
 ) -> list[Cell]:
-    control = random_control(vector, bench.plain_mean(), bench.seed)
-    arms = [Arm("none"), Arm("random", (control,)), Arm("instructed", told=True)]
-    return bench.cells(each, [*arms, *(Arm(draw.label, (drawn,)) for draw, drawn in by_draw.items())])
+    steers = {
+        "none": (),
+        **controls_of([vector], [], bench.plain_mean(), bench.seed),
+        "instructed": (),
+        **{draw.label: (drawn,) for draw, drawn in by_draw.items()},
+    }
+    return bench.cells(each, arms_of(steers, list(steers)))
 
 
 def draw_vectors(
@@ -162,17 +167,16 @@ def where_it_stops(sizes: Sequence[Size]) -> str:
     best = max(size.followed.share for size in whole)
     enough = next(size for size in whole if size.followed.share >= best - ENOUGH)
     text = (
-        f"{enough.n_pairs} pairs are enough: {percent(enough.followed.share)} follow, at most "
-        f"{percent(best)} with any number up to {whole[-1].n_pairs}."
+        f"{enough.n_pairs} pairs are enough: {rough_percent(enough.followed.share)} follow, at most "
+        f"{rough_percent(best)} with any number up to {whole[-1].n_pairs}."
     )
     reached = next((size for size in whole if size.n_pairs == N_PAIRS), whole[-1]).followed.share
-    for size in sizes:
-        if size.wordings:
-            share = size.followed.share
-            what = f"{size.wordings} wording{'s' if size.wordings > 1 else ''}"
-            verdict = "as good as" if share >= reached - ENOUGH else "worse than"
-            text += f" With {what}, {size.n_pairs} pairs are {verdict} with all: {percent(share)} against "
-            text += f"{percent(reached)}."
+    for size in (size for size in sizes if size.wordings):
+        share = size.followed.share
+        what = f"{size.wordings} wording{'s' if size.wordings > 1 else ''}"
+        verdict = "as good as" if share >= reached - ENOUGH else "worse than"
+        text += f" With {what}, {size.n_pairs} pairs are {verdict} with all: "
+        text += f"{rough_percent(share)} against {rough_percent(reached)}."
     return text
 
 

@@ -15,13 +15,12 @@ import numpy as np
 
 from localsteer.catalog import Instruction
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.calibrate import Calibration, calibrate
-from localsteer.evaluate.conditions import random_control
+from localsteer.evaluate.conditions import arms_of, controls_of
 from localsteer.evaluate.page import Heatmap, Lines, Section, Share, StudyReport, Table, Value
-from localsteer.evaluate.studies.common import StudyJob, other_vector, percent, rounded, working
+from localsteer.evaluate.report.figures import rough_percent
+from localsteer.evaluate.studies.common import StudyJob, other_vector, rounded, working
 from localsteer.evaluate.suites.bench import Bench
 from localsteer.evaluate.suites.cells import (
-    Arm,
     Cell,
     Result,
     accuracy_of,
@@ -31,6 +30,7 @@ from localsteer.evaluate.suites.cells import (
     share_of,
 )
 from localsteer.extract import build_pairs
+from localsteer.extract.calibrate import Calibration, calibrate
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
@@ -146,14 +146,14 @@ def _cells(
 ) -> list[Cell]:
     vector = calibration.before
     steers = {
-        "reference": vector,
-        "recalibrated": calibration.vector,
-        "re-extracted": calibration.fresh,
-        "random": random_control(vector, bench.plain_mean(), bench.seed),
-        "other": other,
+        "none": (),
+        "instructed": (),
+        "reference": (vector,),
+        "recalibrated": (calibration.vector,),
+        "re-extracted": (calibration.fresh,),
+        **controls_of([vector], [other] if other else [], bench.plain_mean(), bench.seed),
     }
-    arms = [Arm(name, (steer,)) for name, steer in steers.items() if steer is not None]
-    return bench.cells(instruction, [Arm("none"), Arm("instructed", told=True), *arms])
+    return bench.cells(instruction, arms_of(steers, CONDITIONS))
 
 
 def what_to_do(measured: Sequence[Measured]) -> str:
@@ -244,7 +244,7 @@ def _differences(measured: Sequence[Measured]) -> Section:
 
 def _by_instruction(measured: Sequence[Measured], names: Sequence[str]) -> Section:
     rows = [
-        [name, *(" / ".join(percent(accuracy_of(select(file.of(kind), None, name)))
+        [name, *(" / ".join(rough_percent(accuracy_of(select(file.of(kind), None, name)))
                             for kind in ("reference", "instructed")) for file in measured)]
         for name in names
     ]  # fmt: skip

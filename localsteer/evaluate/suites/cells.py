@@ -29,6 +29,7 @@ from localsteer.evaluate.page import (
     Share,
     SuiteReport,
 )
+from localsteer.perplexity import log_scores
 from localsteer.runtime.reply import Reply
 from localsteer.runtime.sampling import GREEDY
 from localsteer.vector import ControlVector
@@ -38,12 +39,12 @@ from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.evaluate.workers import Workers
+    from localsteer.runtime.workers import Workers
 
 CHUNK = 64  # replies of one piece of work; fixed, since neighbours in a batch change a reply a little
 
 Advance = Callable[[int, int], None]
-Request = tuple[str, tuple[ControlVector, ...]]
+Request = tuple[int, str, tuple[ControlVector, ...]]
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,17 @@ def checks_of(instruction: Instruction, query: Query) -> tuple[Rule, ...]:
     return (Rule(instruction.verifier, instruction.kwargs_for(query.text)),)
 
 
+def answered(engine: Engine, cells: Sequence[Cell], on_progress: Advance | None = None) -> list[Reply]:
+    """Greedy replies to cells of one length, decoded together."""
+    return engine.generate_batch(
+        [cell.prompt for cell in cells],
+        steer=[cell.steer for cell in cells],
+        max_tokens=cells[0].max_tokens if cells else 1,
+        sampling=GREEDY,
+        on_progress=on_progress,
+    )
+
+
 # --- running -----------------------------------------------------------------------------------------------
 
 
@@ -171,7 +183,8 @@ def run_cells(
 
     def judged(engine: Engine, part: range) -> list[Result]:
         chosen = [(cells[i], replies[_request(cells[i])]) for i in part]
-        scores = _log_perplexities(engine, chosen) if score else [None] * len(chosen)
+        texts = [(cell.query.text, reply.tokens) for cell, reply in chosen]
+        scores = log_scores(engine, texts) if score else [None] * len(chosen)
         return [
             Result(cell, reply, judge_cell(cell, reply, must_end=must_end, log_perplexity=value))
             for (cell, reply), value in zip(chosen, scores, strict=True)
@@ -218,40 +231,31 @@ def _passes(cell: Cell, text: str, *, loose: bool) -> bool:
     )
 
 
-def _request(cell: Cell) -> tuple[int, Request]:
-    return cell.max_tokens, (cell.prompt, cell.steer)
+def _request(cell: Cell) -> Request:
+    return cell.max_tokens, cell.prompt, cell.steer
 
 
-def _replies(
-    workers: Workers, cells: Sequence[Cell], advance: Advance | None
-) -> dict[tuple[int, Request], Reply]:
+def _replies(workers: Workers, cells: Sequence[Cell], advance: Advance | None) -> dict[Request, Reply]:
     """Each different request once, in pieces that depend on nothing but the cells."""
-    requests: dict[int, list[Request]] = {}
-    for limit, request in dict.fromkeys(map(_request, cells)):
-        requests.setdefault(limit, []).append(request)
+    first: dict[Request, Cell] = {}
+    by_limit: dict[int, list[Cell]] = {}
+    for cell in cells:
+        if first.setdefault(_request(cell), cell) is cell:
+            by_limit.setdefault(cell.max_tokens, []).append(cell)
     parts = [
-        (limit, found[start : start + CHUNK])
-        for limit, found in requests.items()
-        for start in range(0, len(found), CHUNK)
+        same[start : start + CHUNK] for same in by_limit.values() for start in range(0, len(same), CHUNK)
     ]
-    tick = _counter(sum(map(len, requests.values())), advance)
+    tick = _counter(len(first), advance)
 
-    def ask(engine: Engine, part: tuple[int, list[Request]]) -> list[Reply]:
+    def ask(engine: Engine, part: list[Cell]) -> list[Reply]:
         workers.check()
-        limit, asked = part
-        return engine.generate_batch(
-            [prompt for prompt, _ in asked],
-            steer=[steer for _, steer in asked],
-            max_tokens=limit,
-            sampling=GREEDY,
-            on_progress=tick(),
-        )
+        return answered(engine, part, tick())
 
-    found = workers.map(ask, parts)
+    replies = workers.map(ask, parts)
     return {
-        (limit, request): reply
-        for (limit, asked), replies in zip(parts, found, strict=True)
-        for request, reply in zip(asked, replies, strict=True)
+        _request(cell): reply
+        for part, own in zip(parts, replies, strict=True)
+        for cell, reply in zip(part, own, strict=True)
     }
 
 
@@ -274,15 +278,6 @@ def _counter(total: int, advance: Advance | None) -> Callable[[], Advance | None
         return tick
 
     return start
-
-
-def _log_perplexities(engine: Engine, chosen: Sequence[tuple[Cell, Reply]]) -> list[float | None]:
-    rows = [i for i, (_, reply) in enumerate(chosen) if reply.tokens]
-    pairs = [(engine.prompt_tokens(chosen[i][0].query.text), chosen[i][1].tokens) for i in rows]
-    found: list[float | None] = [None] * len(chosen)
-    for i, value in zip(rows, engine.score(pairs) if pairs else [], strict=True):
-        found[i] = -value
-    return found
 
 
 def applied(vector: ControlVector) -> tuple[ControlVector, ...]:
@@ -343,7 +338,8 @@ def share_of(results: Sequence[Result]) -> Share:
 
 
 def accuracy_of(results: Sequence[Result]) -> float | None:
-    return share_of(results).share
+    """Without it."""
+    return share([result.verdict.strict for result in results])
 
 
 def report(

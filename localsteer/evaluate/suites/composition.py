@@ -17,8 +17,8 @@ import numpy as np
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import LocalsteerError
+from localsteer.evaluate.conditions import arms_of, is_possible
 from localsteer.evaluate.page import Bars, Section, Share, SuiteReport, Table, Value
-from localsteer.evaluate.suites.bench import is_possible
 from localsteer.evaluate.suites.cells import (
     Arm,
     Cell,
@@ -175,7 +175,7 @@ def arrangements(a: ControlVector, b: ControlVector) -> list[tuple[ControlVector
     what a plan refuses (nearly parallel directions at one block). At their own strengths and at 1: one that
     suits a vector alone may be too much beside another."""
     strengths = dict.fromkeys([(a.strength, b.strength), (1.0, 1.0)])
-    found = [
+    pairs = [
         (
             a.at(layer=i, positions=positions, strength=s),
             b.at(layer=j, positions=positions, strength=t),
@@ -187,7 +187,7 @@ def arrangements(a: ControlVector, b: ControlVector) -> list[tuple[ControlVector
             *((i, j) for i, j in product(_around(a), _around(b)) if i != j),
         ]
     ]
-    return [pair for pair in found if is_possible(pair)]
+    return [pair for pair in pairs if is_possible(pair)]
 
 
 def _around(vector: ControlVector) -> list[int]:
@@ -216,12 +216,8 @@ def _best(
 def pair_cells(bench: Bench, pair: Composed) -> list[Cell]:
     steers = {"none": (), **_vectors(pair), "instructed": ()}
     steers |= bench.controls(pair.instructions, pair.same or pair.different)
-    arms = [
-        Arm(name, steers[name], told=name == "instructed")
-        for name in CONDITIONS
-        if name in steers and (steers[name] or name in ("none", "instructed"))
-    ]
-    return pair.cells(bench, arms, pair.queries(bench, "test"))
+    kept = {name: steer for name, steer in steers.items() if steer or name in ("none", "instructed")}
+    return pair.cells(bench, arms_of(kept, CONDITIONS), pair.queries(bench, "test"))
 
 
 def _vectors(pair: Composed) -> dict[str, tuple[ControlVector, ...]]:
@@ -250,7 +246,7 @@ def together(bench: Bench, pairs: Sequence[Composed], results: Sequence[Result])
     ]
     named = {pair.label: bench.others(*pair.instructions, n=2) for pair in pairs}
     others: list[list[Value]] = [
-        [label, " and ".join(instruction.id for instruction in found)] for label, found in named.items()
+        [label, " and ".join(other.id for other in drawn)] for label, drawn in named.items()
     ]
     plot = Bars(
         title="Both instructions hold",

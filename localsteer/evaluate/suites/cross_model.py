@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localsteer.catalog import Instruction
-from localsteer.evaluate.conditions import applied_like, random_control
+from localsteer.evaluate.conditions import arms_of, controls_of
 from localsteer.evaluate.page import Heatmap, Section, Share, SuiteReport, Table, Value
 from localsteer.evaluate.suites.cells import (
-    Arm,
     Cell,
     Result,
     accuracy_of,
@@ -90,10 +89,8 @@ def _cells(
 ) -> list[Cell]:
     steers = {"none": (), "own": applied(own), "instruct": applied(theirs), "instructed": ()}
     if applied(theirs):
-        steers["random"] = (random_control(theirs, base.plain_mean(), base.seed),)
-        steers |= [("other", (applied_like(other, theirs),)) for other in others]
-    arms = [Arm(name, steers[name], told=name == "instructed") for name in CONDITIONS if name in steers]
-    return base.cells(instruction, arms)
+        steers |= controls_of([theirs], others, base.plain_mean(), base.seed)
+    return base.cells(instruction, arms_of(steers, CONDITIONS))
 
 
 def _compared(results: Sequence[Result], own_idle: int, instruct_idle: int) -> Section:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction
-from localsteer.evaluate.conditions import CONDITIONS
+from localsteer.evaluate.conditions import CONDITIONS, arms_of
 from localsteer.evaluate.page import Section, Share, SuiteReport, Table, Value
 from localsteer.evaluate.suites.cells import (
     Arm,
@@ -74,10 +74,7 @@ def condition_cells(
     steers = {"none": (), "steered": applied(vector), "instructed": (), "both": applied(vector)}
     if vector.strength and {"random", "other"} & set(conditions):
         steers |= bench.controls([instruction], [vector])
-    arms = [
-        Arm(name, steers[name], told=name in ("instructed", "both")) for name in conditions if name in steers
-    ]
-    return bench.cells(instruction, arms, phrasings=phrasings)
+    return bench.cells(instruction, arms_of(steers, conditions), phrasings=phrasings)
 
 
 # --- sections ----------------------------------------------------------------------------------------------
@@ -193,8 +190,8 @@ def paraphrases_of(instruction: Instruction) -> list[str]:
     key = f"{instruction.verifier} {relation}" if relation else instruction.verifier
     values = {**instruction.kwargs, "language": LANGUAGES.get(instruction.kwargs.get("language", ""), "")}
     own = [text.format_map(values) for text in _written().get(key, ())]
-    found = [*instruction.held_out_phrasings, *own]
-    return [text for text in dict.fromkeys(found) if text not in instruction.phrasings]
+    texts = dict.fromkeys([*instruction.held_out_phrasings, *own])
+    return [text for text in texts if text not in instruction.phrasings]
 
 
 def _written() -> dict[str, list[str]]:

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError, LocalsteerError
-from localsteer.evaluate.conditions import applied_like
+from localsteer.evaluate.conditions import applied_like, is_possible
 from localsteer.evaluate.page import Section, SuiteReport, Table
-from localsteer.evaluate.suites.bench import is_possible
 from localsteer.evaluate.suites.cells import Cell, Rule, applied
 from localsteer.vector import ControlVector
 from localsteer.verify.verdicts import check_arguments
@@ -140,7 +139,7 @@ def _cells(
     asked = {"none": (item.base, ()), "steered": (item.base, steer)}
     if steer and item.base is not None:
         kinds = [bench.instruction(_kind(bench, each)) for each in matches]
-        asked |= {name: (item.base, found) for name, found in bench.controls(kinds, steer).items()}
+        asked |= {name: (item.base, control) for name, control in bench.controls(kinds, steer).items()}
     asked |= {"instructed": (item.prompt, ()), "both": (item.prompt, steer)}
     return [
         Cell(item.label, name, query, prompt, vectors, item.checks, bench.max_tokens, wording=item.prompt)
@@ -155,7 +154,7 @@ def _fitting(bench: Bench, items: Sequence[Item]) -> list[Item]:
     def work(engine: Engine, _: None) -> list[Item]:
         room = engine.n_ctx - bench.max_tokens
         texts = [(each, [each.prompt, *([each.base] if each.base else [])]) for each in items]
-        return [each for each, found in texts if max(len(engine.prompt_tokens(t)) for t in found) <= room]
+        return [item for item, prompts in texts if max(len(engine.prompt_tokens(t)) for t in prompts) <= room]
 
     return bench.workers.map(work, [None])[0]
 
@@ -164,8 +163,8 @@ def _fitting(bench: Bench, items: Sequence[Item]) -> list[Item]:
 
 
 def _matches(bench: Bench, item: Item) -> list[Instruction]:
-    found = [_match(bench, check) for check in item.checks]
-    return list({each.id: each for each in found if each is not None}.values())
+    matches = [_match(bench, check) for check in item.checks]
+    return list({match.id: match for match in matches if match is not None}.values())
 
 
 def _match(bench: Bench, check: Rule) -> Instruction | None:
@@ -177,7 +176,7 @@ def _match(bench: Bench, check: Rule) -> Instruction | None:
     if bench.wanted is not None:
         known = [each for each in known if each.id in bench.wanted]
     same = [each for each in known if each.verifier == check.verifier]
-    filled = [found for each in same for found in [_filled(each, check)] if found is not None]
+    filled = [match for each in same if (match := _filled(each, check)) is not None]
     fitting = [each for each in filled if _texts(each.kwargs) == _texts(check.kwargs)]
     exact = [each for each in fitting if dict(each.kwargs) == dict(check.kwargs)]
     return next(iter(exact or fitting), None)

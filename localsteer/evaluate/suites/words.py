@@ -18,7 +18,7 @@ import numpy as np
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError
-from localsteer.evaluate.conditions import applied_like, random_control, told_prompts
+from localsteer.evaluate.conditions import arms_of, controls_of, told_prompts
 from localsteer.evaluate.page import Lines, Section, SuiteReport, Table, Value
 from localsteer.evaluate.suites.cells import (
     Arm,
@@ -39,8 +39,18 @@ if TYPE_CHECKING:
 
 NAME = "words"
 TITLE = "Words: included and excluded"
-OWN, OWN_RANDOM, OWN_OTHER = "own", "own random", "own other"
-CONDITIONS = ("none", "steered", "random", "other", OWN, OWN_RANDOM, OWN_OTHER, "instructed", "both")
+OWN = "own"
+CONDITIONS = (
+    "none",
+    "steered",
+    "random",
+    "other",
+    OWN,
+    f"{OWN} random",
+    f"{OWN} other",
+    "instructed",
+    "both",
+)
 STRENGTHS = (0.5, 1.0, 2.0)  # tried on validation queries
 SWEEP = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the picked strength's block and positions
 POSITIONS = ("prompt", "all")
@@ -136,8 +146,8 @@ def words_to_exclude(bench: Bench) -> list[str]:
 def contexts(bench: Bench) -> dict[str, Instruction]:
     """The instructions to avoid one word for which the catalogue has queries of their own, by word: these
     queries bring the word into replies. Those asked for, if any were."""
-    found = _of_one_word(bench, FORBIDDEN, "forbidden_words")
-    return {word: each for word, each in found if {"validation", "test"} <= each.queries.keys()}
+    avoided = _of_one_word(bench, FORBIDDEN, "forbidden_words")
+    return {word: each for word, each in avoided if {"validation", "test"} <= each.queries.keys()}
 
 
 def words_used(bench: Bench, *steer: ControlVector) -> list[tuple[str, float]]:
@@ -156,8 +166,11 @@ def words_used(bench: Bench, *steer: ControlVector) -> list[tuple[str, float]]:
 
 
 def _words(text: str) -> list[str]:
-    found = re.findall(r"[^\W\d_]+", text.lower())
-    return [word for word in found if len(word) >= MIN_LETTERS and word not in COMMON]
+    return [
+        word
+        for word in re.findall(r"[^\W\d_]+", text.lower())
+        if len(word) >= MIN_LETTERS and word not in COMMON
+    ]
 
 
 def _named(bench: Bench, verifier: str, argument: str) -> list[str]:
@@ -170,8 +183,8 @@ def _of_one_word(bench: Bench, verifier: str, argument: str) -> list[tuple[str, 
         known = [bench.instruction(each) for each in bench.asked]
     else:
         known = [each for each in bench.catalog.instructions.values() if not each.open_slots]
-    found = [each for each in known if each.verifier == verifier and len(each.kwargs[argument]) == 1]
-    return [(each.kwargs[argument][0], each) for each in found]
+    of_one = [each for each in known if each.verifier == verifier and len(each.kwargs[argument]) == 1]
+    return [(each.kwargs[argument][0], each) for each in of_one]
 
 
 # --- vectors -----------------------------------------------------------------------------------------------
@@ -183,10 +196,11 @@ def tasks_of(bench: Bench, kind: str, words: Sequence[str]) -> list[Task]:
     told = [Extracted(_own(recipe.target)) for recipe in recipes if kind in (CONTEXT, EXCLUDE)]
     raw = bench.extract([*recipes, *told])
     picked = _pick(bench, [recipe.target for recipe in (*recipes, *told)], raw)
-    return [
-        Task(kind, word, each.target, raw[each.target.id], picked[each.target.id], picked.get(own_id(each)))
-        for word, each in zip(words, recipes, strict=True)
-    ]
+    tasks = []
+    for word, recipe in zip(words, recipes, strict=True):
+        name, own = recipe.target.id, picked.get(_own(recipe.target).id)
+        tasks.append(Task(kind, word, recipe.target, raw[name], picked[name], own))
+    return tasks
 
 
 def in_replies(bench: Bench, word: str) -> Extracted:
@@ -214,15 +228,15 @@ def _where_held(
     if min(map(len, kept.values())) >= MIN_HELD:
         held = kept
     extraction = bench.catalog.queries_for(recipe.target, "extraction")
-    queries = {"extraction": extraction, **{split: tuple(found) for split, found in held.items()}}
+    queries = {"extraction": extraction, **{split: tuple(kept) for split, kept in held.items()}}
     return replace(recipe, excludes=replace(recipe.target, queries=queries))
 
 
 def _holding(bench: Bench, target: Instruction, queries: Sequence[Query]) -> list[Query]:
     """Those of the queries whose unsteered reply holds the word."""
     cells = [Cell("plain", "none", query, query.text, max_tokens=bench.max_tokens) for query in queries]
-    found = zip(queries, bench.run(cells, what="asking", score=False), strict=True)
-    return [query for query, result in found if not verify(FORBIDDEN, result.reply.text, target.kwargs)]
+    replies = zip(queries, bench.run(cells, what="asking", score=False), strict=True)
+    return [query for query, result in replies if not verify(FORBIDDEN, result.reply.text, target.kwargs)]
 
 
 def asked_for(bench: Bench, word: str) -> Extracted:
@@ -233,9 +247,9 @@ def asked_for(bench: Bench, word: str) -> Extracted:
     asking = {
         split: tuple(
             replace(query, text=text)
-            for query, text in zip(found, told_prompts(found, recipe.instruction.phrasings), strict=True)
+            for query, text in zip(plain, told_prompts(plain, recipe.instruction.phrasings), strict=True)
         )
-        for split, found in queries.items()
+        for split, plain in queries.items()
     }
     return replace(recipe, excludes=replace(recipe.target, id=f"{recipe.target.id}:asked", queries=asking))
 
@@ -255,10 +269,6 @@ def excluding(bench: Bench, word: str) -> tuple[Instruction, ControlVector]:
     return recipe.target, picked[recipe.target.id]
 
 
-def own_id(recipe: Extracted) -> str:
-    return _own(recipe.target).id
-
-
 def _own(instruction: Instruction) -> Instruction:
     """The instruction to avoid a word, under another name than minus the vector of including it."""
     return replace(instruction, id=f"told_{instruction.id}")
@@ -271,8 +281,8 @@ def _pick(
     # nearly any reply avoids a word, so the likelihood of one that does tells little: hence by_generation
     modes = {"modes": ("add",), "positions": POSITIONS, "strengths": STRENGTHS}
     picks = bench.tune([(each, raw[each.id]) for each in new], by_generation=True, **modes)
-    found = {each.id: bench.use(each, picked.vector) for each, picked in zip(new, picks, strict=True)}
-    return {name: vector for name, vector in raw.items() if name in bench.given} | found
+    used = {each.id: bench.use(each, tuned.vector) for each, tuned in zip(new, picks, strict=True)}
+    return {name: vector for name, vector in raw.items() if name in bench.given} | used
 
 
 # --- cells -------------------------------------------------------------------------------------------------
@@ -285,27 +295,17 @@ def task_cells(bench: Bench, task: Task, tasks: Sequence[Task]) -> list[Cell]:
     others = [each for each in tasks if each.kind == task.kind and each.word != task.word][:1]
     steers = {"none": (), "steered": applied(task.vector)}
     if task.vector.strength:
-        steers |= _controls(bench, task.vector, [other.raw for other in others], ("random", "other"))
+        raw = [other.raw for other in others]
+        steers |= controls_of([task.vector], raw, bench.plain_mean(), bench.seed)
     if task.own is not None:
         steers[OWN] = applied(task.own)
         if task.own.strength:
-            owns = [other.own for other in others if other.own is not None]
-            steers |= _controls(bench, task.own, owns, (OWN_RANDOM, OWN_OTHER))
+            raw = [other.own for other in others if other.own is not None]
+            controls = controls_of([task.own], raw, bench.plain_mean(), bench.seed)
+            steers |= {f"{OWN} {name}": steer for name, steer in controls.items()}
     if task.kind != ASKED:
         steers |= {"instructed": (), "both": steers["steered"]}
-    arms = [
-        Arm(name, steers[name], told=name in ("instructed", "both")) for name in CONDITIONS if name in steers
-    ]
-    return bench.cells(task.instruction, arms, wordings=task.instruction.phrasings[:1])
-
-
-def _controls(
-    bench: Bench, vector: ControlVector, others: Sequence[ControlVector], names: tuple[str, str]
-) -> dict[str, tuple[ControlVector, ...]]:
-    random, other = names
-    steers = {random: (random_control(vector, bench.plain_mean(), bench.seed),)}
-    steers |= [(other, (applied_like(each, vector),)) for each in others]
-    return steers
+    return bench.cells(task.instruction, arms_of(steers, CONDITIONS), wordings=task.instruction.phrasings[:1])
 
 
 def sweep_cells(bench: Bench, task: Task) -> list[Cell]:
