@@ -31,10 +31,10 @@ from localsteer.engine import Engine
 from localsteer.evaluate.conditions import Outcome
 from localsteer.evaluate.intervals import interval
 from localsteer.evaluate.study import N_CTX, N_SEQ_MAX, Study
-from localsteer.evaluate.workers import Workers
 from localsteer.runtime.bridge import default_threads, system_info
 from localsteer.runtime.reply import Reply
 from localsteer.runtime.sampling import GREEDY
+from localsteer.runtime.workers import Workers
 from localsteer.tune import POSITIONS, Tuned
 from localsteer.verify.quality import is_degenerate, subject_kept
 

@@ -20,10 +20,10 @@ from localsteer import __version__, bundled
 from localsteer.catalog import Catalog, Instruction, load_catalog
 from localsteer.engine import Engine
 from localsteer.evaluate.study import spread
-from localsteer.evaluate.workers import Workers
 from localsteer.extract import extract
 from localsteer.perplexity import log_perplexities
 from localsteer.runtime.bridge import default_threads
+from localsteer.runtime.workers import Workers
 from localsteer.tune import Check
 from localsteer.tune.check import IMPROBABLE, IMPROBABLE_RATIO
 from localsteer.tune.exhaustive import grid

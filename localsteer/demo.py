@@ -32,9 +32,9 @@ from .evaluate.conditions import (
 )
 from .evaluate.study import N_CTX, N_SEQ_MAX, Stage, Study, silent, spread
 from .evaluate.suites.bench import quantization
-from .evaluate.workers import Workers
 from .runtime.bridge import default_threads
 from .runtime.sampling import GREEDY
+from .runtime.workers import Workers
 from .tune import Tuned
 from .vector import ControlVector
 

@@ -16,8 +16,13 @@ def log_perplexities(engine: Engine, replies: Sequence[Judged]) -> list[float | 
 
     exp of their mean is the perplexity of several replies, each counted alike.
     """
-    rows = [i for i, reply in enumerate(replies) if reply.tokens]
-    pairs = [(engine.prompt_tokens(replies[i].query), replies[i].tokens) for i in rows]
+    return log_scores(engine, [(reply.query, reply.tokens) for reply in replies])
+
+
+def log_scores(engine: Engine, replies: Sequence[tuple[str, Sequence[int]]]) -> list[float | None]:
+    """The same of (query, tokens of its reply)."""
+    rows = [i for i, (_, tokens) in enumerate(replies) if tokens]
+    pairs = [(engine.prompt_tokens(replies[i][0]), replies[i][1]) for i in rows]
     scores: list[float | None] = [None] * len(replies)
     for i, score in zip(rows, engine.score(pairs) if pairs else [], strict=True):
         scores[i] = -score

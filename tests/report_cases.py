@@ -188,7 +188,6 @@ def odd_suite(draw: random.Random) -> dict[str, Any]:
             "steered": {
                 "n": 3,
                 "quality": {"perplexity_ratio": None, "curl": 3.25},
-                "judge": accuracy(0.5, 3),
             }
         },
         "_underscored": {},

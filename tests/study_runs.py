@@ -10,6 +10,7 @@ import pytest
 
 from localsteer import bundled
 from localsteer.catalog import load_catalog
+from localsteer.evaluate.page import Results, loaded
 from localsteer.evaluate.studies import study
 from localsteer.evaluate.studies.common import StudyJob
 from localsteer.evaluate.suites.bench import BUNDLED_LIMITS
@@ -25,13 +26,14 @@ def job(out: Path, **more: Any) -> StudyJob:
     return StudyJob(CATALOG, out, bundled.gguf_path("instruct", "Q8_0"), BUNDLED_LIMITS, **given)
 
 
-def check(document: dict[str, Any], out: Path, name: str) -> dict[str, Any]:
+def check(results: Results, out: Path, name: str) -> dict[str, Any]:
     """Its figures, once the files are seen to be what they should."""
-    json.dumps(document, allow_nan=False)
-    assert document["study"] == name and document["model"]["sha256"]
-    assert json.loads((out / "results.json").read_text())["figures"] == document["figures"]
+    assert results.study == name and results.model["sha256"]
+    written = json.loads((out / "results.json").read_text())
+    assert written["figures"] == results.figures
+    assert loaded(written) == results
     page = (out / f"{name}.md").read_text()
     assert page.startswith(f"# {study(name).TITLE}")
     if (out / "plots").is_dir():
         assert all(f"plots/{path.name}" in page for path in (out / "plots").iterdir())
-    return document["figures"]
+    return results.figures

@@ -10,8 +10,8 @@ from engines import GREEDY, open_engine
 from serving import serving
 
 from localsteer.chat import Chat
-from localsteer.evaluate.journal import Journal, Remembered
 from localsteer.runtime.ask import Ask
+from localsteer.runtime.journal import Journal, Remembered
 from localsteer.runtime.loop import stops_of
 from localsteer.runtime.sampling import Sampling
 from localsteer.runtime.scheduler import Scheduler

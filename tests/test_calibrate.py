@@ -13,8 +13,8 @@ from localsteer import ControlVector, bundled
 from localsteer.catalog import Instruction, load_catalog
 from localsteer.engine import Engine
 from localsteer.errors import CatalogError, PlanError, VectorFileError
-from localsteer.evaluate.calibrate import CALIBRATION, calibrate, instruction_of, pairs_match, pairs_of
 from localsteer.extract import build_pairs, extract, open_backend
+from localsteer.extract.calibrate import CALIBRATION, calibrate, instruction_of, pairs_match, pairs_of
 
 QUERIES = ("Tell me about foxes.", "Describe a quiet village.", "What is a river?")
 RHYME = Instruction.from_text("Answer in rhyme.")

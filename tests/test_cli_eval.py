@@ -14,6 +14,7 @@ import pytest
 from cli_runs import command_line, environment, invoke, program, write_vector
 
 from localsteer import bundled
+from localsteer.evaluate.page import plain
 from localsteer.evaluate.results import NAME, read
 
 pytestmark = pytest.mark.skipif(not bundled.is_available(), reason="this copy has no bundled model")
@@ -50,7 +51,7 @@ def lines_of(path: Path) -> int:
 
 
 def same_but_for_time(a: Path, b: Path) -> bool:
-    first, second = (read(each) | {"seconds": 0} for each in (a, b))
+    first, second = (plain(read(each)) | {"seconds": 0} for each in (a, b))
     return first == second
 
 
@@ -79,8 +80,8 @@ def test_two_engines_find_what_one_finds(whole, cache, folder):
     done = program(*(each if each != "1" else "2" for each in ARGS), env=environment(cache))
     assert done.status == 0, done.err
     first, second = read(whole), read(folder / "run")
-    assert first["suites"] == second["suites"]
-    assert first["vectors"] == second["vectors"]
+    assert first.suites == second.suites
+    assert first.vectors == second.vectors
 
 
 def test_a_full_disk_keeps_what_is_done(whole, cache, folder):
@@ -104,7 +105,7 @@ def test_a_run_leaves_its_files_and_says_all_about_itself(whole):
     assert {each.name for each in whole.iterdir()} - {"plots"} == {
         "results.json", "report.md", "report.html", "replies.jsonl", "vectors",
     }  # fmt: skip
-    results = read(whole)
+    results = plain(read(whole))
     assert results["format"] == 1
     assert results["model"]["name"] == "localsteer-instruct"
     assert results["model"]["quantization"] == "Q8_0"

@@ -24,9 +24,9 @@ from localsteer.engine import Engine
 from localsteer.errors import CatalogError, LocalsteerError, ModelFileError
 from localsteer.evaluate.conditions import CONDITIONS
 from localsteer.evaluate.study import Advance, extract_all, silent, spread
-from localsteer.evaluate.workers import Workers
 from localsteer.extract import extract
 from localsteer.runtime.bridge import Context
+from localsteer.runtime.workers import Workers
 from localsteer.vector import ControlVector
 
 ROW_KEYS = {

@@ -15,7 +15,7 @@ from localsteer.errors import CatalogError, LocalsteerError, MismatchError, Prom
 from localsteer.evaluate.diff import compare, differences
 from localsteer.evaluate.intervals import N_BOOTSTRAP, certain, clustered, interval, wilson
 from localsteer.evaluate.model_judge import kappa
-from localsteer.evaluate.report import shape
+from localsteer.evaluate.page import Accuracy, Figures, Results, Share, SuiteReport, loaded, plain
 from localsteer.evaluate.suites import MODULES, suite
 from localsteer.evaluate.suites.bench import (
     BUNDLED_LIMITS,
@@ -26,19 +26,21 @@ from localsteer.evaluate.suites.bench import (
     quantization,
 )
 from localsteer.evaluate.suites.cells import (
+    Arm,
     Cell,
     Result,
     Rule,
     applied,
+    cells_of,
     checks_of,
     difference,
     figures,
     judge_cell,
-    tables,
+    report,
 )
 from localsteer.evaluate.suites.format import FOLLOWED_BADLY, badly_followed, condition_cells, paraphrases_of
 from localsteer.evaluate.suites.ifeval import read_items
-from localsteer.evaluate.vector_instruction import instruction_of
+from localsteer.extract.vector_instruction import instruction_of
 from localsteer.runtime.reply import Reply
 from localsteer.vector import ControlVector
 
@@ -95,10 +97,10 @@ def test_queries_with_several_values_are_drawn_whole():
     [(0.0, 1, (0.0, 0.95)), (0.0, 20, (0.0, 0.139)), (1.0, 20, (0.861, 1.0)), (0.5, 20, (0.5, 0.5))],
 )
 def test_no_claim_rests_on_the_point_that_equal_replies_give(share, n, expected):
-    figures = {"n": n, "strict": {"accuracy": share, "low": share, "high": share}}
-    assert certain(figures, "strict") == pytest.approx(expected, abs=0.001)
-    assert certain({"n": n, "strict": {"low": 0.2, "high": 0.4}}, "strict") == (0.2, 0.4)
-    assert certain({"n": n}, "strict") is None
+    alike = Figures(n=n, strict=Accuracy(share, share, share))
+    assert certain(alike, "strict") == pytest.approx(expected, abs=0.001)
+    assert certain(Figures(n=n, strict=Accuracy(None, 0.2, 0.4)), "strict") == (0.2, 0.4)
+    assert certain(Figures(n=n), "strict") is certain(None, "strict") is None
 
 
 # --- cells and figures -------------------------------------------------------------------------------------
@@ -140,34 +142,47 @@ def test_figures_count_what_they_say():
         ],
         [result("The fox.", log=0.5), result("The owl.", log=0.5, query=OWL)],
     )
-    assert found["n"] == 2
-    assert found["strict"]["accuracy"] == 0.5
-    assert (found["strict"]["low"], found["strict"]["high"]) == (0.0, 1.0)
-    assert found["quality"]["perplexity"] == pytest.approx(np.exp(1.5))
-    assert found["quality"]["perplexity_ratio"] == pytest.approx(np.exp(1.0))
-    assert found["quality"]["words"] == pytest.approx(4.5)
-    assert found["quality"]["subject_kept"] == 1.0
-    assert found["settings"] is None
+    assert found.n == 2
+    assert found.strict == Accuracy(0.5, 0.0, 1.0)
+    assert found.measure("perplexity") == pytest.approx(np.exp(1.5))
+    assert found.measure("perplexity_ratio") == pytest.approx(np.exp(1.0))
+    assert found.measure("words") == pytest.approx(4.5)
+    assert found.measure("subject_kept") == 1.0
+    assert found.settings is None
 
 
 def test_figures_without_verdicts_or_scores_are_none():
     found = figures([Result(replace(cell(), checks=()), *_judged(cell(), Reply("", [], "stop"), None))])
-    assert found["quality"]["perplexity"] is found["quality"]["perplexity_ratio"] is None
-    assert figures([])["strict"] == {"accuracy": None, "low": None, "high": None}
+    assert found.measure("perplexity") is found.measure("perplexity_ratio") is None
+    assert figures([]).strict == Accuracy(None, None, None)
 
 
-def test_tables_put_instructions_by_conditions():
+def test_a_report_puts_instructions_by_conditions():
     results = [
         result("the fox runs over the bridge.", condition="steered"),
         result("The fox runs."),
         result('{"name": "fox"}', instruction=JSON),
     ]
-    made = tables(results, ("none", "steered", "both"))
-    assert made["conditions"] == ["none", "steered"]
-    assert list(made["instructions"]) == ["lowercase", "json"]
-    assert made["instructions"]["lowercase"]["steered"]["strict"]["accuracy"] == 1.0
-    assert made["all"]["none"]["n"] == 2
-    assert made["all"]["none"]["strict"]["accuracy"] == 0.5
+    made = report("T", results, ("none", "steered", "both"), {})
+    assert made.conditions == ["none", "steered"]
+    assert list(made.instructions) == ["lowercase", "json"]
+    assert made.instructions["lowercase"]["steered"].strict.accuracy == 1.0
+    assert made.all["none"].n == 2
+    assert made.all["none"].strict.accuracy == 0.5
+
+
+def test_arms_ask_each_query_in_turn_and_of_several_instructions_all_are_checked():
+    arms = [Arm("none"), Arm("both", told=True)]
+    cells = cells_of([JSON, LOWERCASE], arms, [FOX, OWL], max_tokens=9)
+    assert [(each.condition, each.query) for each in cells] == [
+        ("none", FOX), ("none", OWL), ("both", FOX), ("both", OWL),
+    ]  # fmt: skip
+    assert {each.instruction for each in cells} == {"json + lowercase"}
+    assert all(each.checks == (*checks_of(JSON, FOX), *checks_of(LOWERCASE, FOX)) for each in cells)
+    assert [each.prompt for each in cells[:2]] == [FOX.text, OWL.text]
+    assert cells[3].prompt == f"{OWL.text} {JSON.phrasings[1]} {LOWERCASE.phrasings[1]}"
+    (own,) = cells_of([JSON], arms[1:], [OWL], max_tokens=9, phrasings=["Curly."], wordings=["Braces."])
+    assert (own.prompt, own.wording) == (f"{OWL.text} Curly.", "Braces.")
 
 
 def test_a_difference_is_paired_by_query():
@@ -176,11 +191,11 @@ def test_a_difference_is_paired_by_query():
     ours = [result(passes if i < 9 else fails, query=query) for i, query in enumerate(queries)]
     theirs = [result(passes if i < 6 else fails, query=query) for i, query in enumerate(queries)]
     found = difference(ours, theirs)
-    assert found["share"] == pytest.approx(0.25)
+    assert found.share == pytest.approx(0.25)
     # the two agree on nine of twelve queries: unpaired, the interval would be twice as wide
-    assert 0.0 <= found["low"] < 0.25 < found["high"] < 0.55
-    assert difference(ours, ours) == {"share": 0.0, "low": 0.0, "high": 0.0}
-    assert difference([], [])["share"] is None
+    assert 0.0 <= found.low < 0.25 < found.high < 0.55
+    assert difference(ours, ours) == Share(0.0, 0.0, 0.0)
+    assert difference([], []) == Share(None)
 
 
 # --- suites by name ----------------------------------------------------------------------------------------
@@ -332,7 +347,7 @@ def model() -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(model, tmp_path_factory) -> tuple[Bench, dict]:
+def run(model, tmp_path_factory) -> tuple[Bench, SuiteReport]:
     """A bench and its report of the format suite, of two instructions."""
     out = tmp_path_factory.mktemp("run")
     options = {"limits": BUNDLED_LIMITS, "n": 10, "n_threads": 1, "wanted": IDS}
@@ -342,20 +357,21 @@ def run(model, tmp_path_factory) -> tuple[Bench, dict]:
 
 def test_steering_works_and_its_controls_do_not(run):
     bench, report = run
-    assert report["conditions"] == ["none", "steered", "random", "other", "instructed", "both"]
-    assert list(report["instructions"]) == list(IDS)
-    for name, row in report["instructions"].items():
-        accuracy = {condition: figure["strict"]["accuracy"] for condition, figure in row.items()}
+    assert report.conditions == ["none", "steered", "random", "other", "instructed", "both"]
+    assert list(report.instructions) == list(IDS)
+    for name, row in report.instructions.items():
+        accuracy = {condition: figure.strict.accuracy for condition, figure in row.items()}
         assert accuracy["steered"] >= 0.7 and accuracy["instructed"] >= 0.9, name
         assert max(accuracy["none"], accuracy["random"], accuracy["other"]) <= 0.1, name
-        assert row["none"]["quality"]["perplexity_ratio"] == 1.0
-        assert 0.5 < row["steered"]["quality"]["perplexity_ratio"] < 5
-        assert all(each["n"] == 10 for each in row.values())
-        assert row["steered"]["settings"]["layer"] == list(bench.vectors([name])[name].layers)
-        assert row["none"]["settings"] is row["none"]["vector_sha256"] is None
-        assert row["steered"]["vector_sha256"] == bench.vector_records()[name]["sha256"]
-    assert report["all"]["steered"]["n"] == 20
-    shape.check({"format": 1, "suites": {"format": report}})
+        assert row["none"].measure("perplexity_ratio") == 1.0
+        assert 0.5 < row["steered"].measure("perplexity_ratio") < 5
+        assert all(figure.n == 10 for figure in row.values())
+        assert row["steered"].settings.layer == list(bench.vectors([name])[name].layers)
+        assert row["none"].settings is row["none"].vector_sha256 is None
+        assert row["steered"].vector_sha256 == bench.vector_records()[name].sha256
+    assert report.all["steered"].n == 20
+    whole = Results(format=1, suites={"format": report})
+    assert loaded(plain(whole)) == whole
 
 
 def test_vectors_are_kept_with_their_settings(run):
@@ -368,7 +384,7 @@ def test_vectors_are_kept_with_their_settings(run):
             vector.strength,
         )
         assert kept.provenance["validation"]["scores"]["steered"] >= 0.7
-        assert bench.vector_records()[name]["source_sha256"] == bench.model["sha256"]
+        assert bench.vector_records()[name].source_sha256 == bench.model["sha256"]
 
 
 def test_a_run_that_goes_on_takes_the_settings_that_it_had_chosen(model, tmp_path):
@@ -413,17 +429,17 @@ def test_paraphrases_come_from_validation_and_are_asked_on_test_queries(run, mon
     wordings = ["Answer in JSON format.", "Squeeze it between curly things."]
     monkeypatch.setattr("localsteer.evaluate.suites.format.paraphrases_of", lambda _: wordings)
     bench.results.clear()
-    (section,) = badly_followed(bench, [JSON], bench.vectors(["json"]))
+    section = badly_followed(bench, [JSON], bench.vectors(["json"]))
     asked = {each.cell.query.text for each in bench.results if each.cell.condition in ("instructed", "both")}
     assert asked == {query.text for query in bench.test}
     tried = {each.cell.query.text for each in bench.results if each.cell.condition in wordings}
     assert tried <= {query.text for query in bench.validation}
-    followed, name, wording = section["tables"][1]["rows"][0]
+    followed, name, wording = section.tables[1].rows[0]
     assert (name, wording) == ("json", wordings[1])
-    assert followed["share"] < FOLLOWED_BADLY
-    instruction, counted, told, both, gain = section["tables"][0]["rows"][0]
+    assert followed.share < FOLLOWED_BADLY
+    instruction, counted, told, both, gain = section.tables[0].rows[0]
     assert (instruction, counted) == ("json", "1 of 2")
-    assert gain["share"] == pytest.approx(both["share"] - told["share"])
+    assert gain.share == pytest.approx(both.share - told.share)
 
 
 def test_what_steering_does_not_help_is_left_alone_and_said(run):
@@ -433,7 +449,7 @@ def test_what_steering_does_not_help_is_left_alone_and_said(run):
     vector = bench.vectors(["json"])["json"]
     assert without_effect({"json": vector}) == []
     (section,) = without_effect({"json": vector.at(strength=0.0)})
-    assert "json" in section["text"]
+    assert "json" in section.text
     assert applied(vector.at(strength=0.0)) == ()
     assert applied(vector) == (vector,)
 
@@ -445,11 +461,11 @@ def test_a_judge_is_compared_with_the_verifier(run, model):
     with open_judge(model, bench, n_threads=1) as judge:
         section = judge.section(results)
         assert judge.section(results) == section
-    rows = section["tables"][0]["rows"]
+    rows = section.tables[0].rows
     assert [row[0] for row in rows] == ["none", "steered", "all"]
     assert rows[-1][1] == len(results)
-    assert rows[1][3]["share"] >= 0.7
-    assert 0 <= rows[-1][4]["share"] <= 1
+    assert rows[1][3].share >= 0.7
+    assert 0 <= rows[-1][4].share <= 1
 
 
 def test_replies_that_a_judge_has_no_room_for_are_counted(run, model):
@@ -457,10 +473,10 @@ def test_replies_that_a_judge_has_no_room_for_are_counted(run, model):
     results = bench.run(condition_cells(bench, JSON, bench.vectors(["json"])["json"], ("none",)))
     endless = replace(results[0], reply=Reply("fox " * 2000, [1], "stop"))
     with open_judge(model, bench, n_threads=1) as judge:
-        some = judge.section([*results, endless])["text"]
+        some = judge.section([*results, endless]).text
         assert f"asked of {len(results)} replies" in some and "Left out are 1 more: with the question" in some
         none = judge.section([endless])
-    assert "could judge none of the 1 replies" in none["text"] and none["tables"] == []
+    assert "could judge none of the 1 replies" in none.text and none.tables == []
 
 
 @pytest.mark.parametrize(
@@ -521,17 +537,17 @@ def test_lines_of_a_file_are_steered_by_the_vectors_of_their_ids(run, tmp_path):
     lines.append(lines[0] | {"prompt_without_instruction": None})
     lines.append(lines[0] | {"prompt": "word " * 300})
     report = suite("ifeval").run(bench, ifeval=write_lines(tmp_path / "f.jsonl", *lines))
-    assert set(report["instructions"]) == {JSON.verifier, LOWERCASE.verifier}
-    row = report["instructions"][JSON.verifier]
-    assert (row["none"]["n"], row["instructed"]["n"]) == (1, 2)
-    assert row["none"]["strict"]["accuracy"] == 0.0
-    assert row["steered"]["strict"]["accuracy"] == 1.0
-    assert row["steered"]["settings"]["name"] == "json"
+    assert set(report.instructions) == {JSON.verifier, LOWERCASE.verifier}
+    row = report.instructions[JSON.verifier]
+    assert (row["none"].n, row["instructed"].n) == (1, 2)
+    assert row["none"].strict.accuracy == 0.0
+    assert row["steered"].strict.accuracy == 1.0
+    assert row["steered"].settings.name == "json"
     for control in ("random", "other"):
-        assert row[control]["n"] == 1 and row[control]["strict"]["accuracy"] == 0.0
-        assert row[control]["settings"]["name"] != "json"
-        assert row[control]["settings"]["layer"] == row["steered"]["settings"]["layer"]
-    text = report["sections"][0]["text"]
+        assert row[control].n == 1 and row[control].strict.accuracy == 0.0
+        assert row[control].settings.name != "json"
+        assert row[control].settings.layer == row["steered"].settings.layer
+    text = report.sections[0].text
     assert "3 of 5 lines are asked. 1 are too long" in text
     assert "1 have no instruction that there is a vector for" in text
     title = write_lines(tmp_path / "g.jsonl", lines[2])
@@ -550,7 +566,7 @@ def test_given_vectors_are_used_as_they_are(run, model, tmp_path):
     with open_bench(model, CATALOG, tmp_path / "run", given=given, **options) as bench:
         assert [each.id for each in bench.instructions(("format",))] == ["json"]
         assert bench.vectors(["json"])["json"].strength == 0.7
-        assert bench.vector_records()["json"]["given"] is True
+        assert bench.vector_records()["json"].given is True
         assert not (tmp_path / "run" / "vectors" / "json.gguf").exists()
     # an import knows no mean projections, so it can't stand in for a vector that is projected
     bare = replace(given[0][1], name="title", mode="add", mean_with=None, mean_without=None, std_with=None,
@@ -580,15 +596,14 @@ def test_instruct_vectors_are_tried_on_the_base_model(model, tmp_path):
         assert bench.base.workers.map(lambda engine, _: engine.template.is_fallback, [None]) == [True]
         report = suite("cross-model").run(bench)
     # no setting makes the base answer in JSON: nothing is applied, which is said, and there is no control
-    assert report["conditions"] == ["none", "own", "instruct", "instructed"]
-    assert "for 1 of its own vectors and for 1 of the instruct model's" in report["sections"][0]["text"]
-    assert report["instructions"]["json"]["none"]["quality"]["degenerate"] == 0
-    assert [section["title"] for section in report["sections"]] == [
+    assert report.conditions == ["none", "own", "instruct", "instructed"]
+    assert "for 1 of its own vectors and for 1 of the instruct model's" in report.sections[0].text
+    assert report.instructions["json"]["none"].measure("degenerate") == 0
+    assert [section.title for section in report.sections] == [
         "Whose vectors lift the base model",
         "What the two models share",
     ]
-    assert len(report["sections"][1]["plots"][0]["values"][0]) == bench.model["n_layer"]
-    shape.check({"format": 1, "suites": {"cross-model": report}})
+    assert len(report.sections[1].plots[0].values[0]) == bench.model["n_layer"]
 
 
 def test_cross_model_wants_a_base_model(run):
@@ -598,15 +613,15 @@ def test_cross_model_wants_a_base_model(run):
 # --- comparing two runs ------------------------------------------------------------------------------------
 
 
-def results_of(accuracy: float, spread: float, **more) -> dict:
+def results_of(accuracy: float, spread: float, **more) -> Results:
     strict = {"accuracy": accuracy, "low": accuracy - spread, "high": accuracy + spread}
     figure = {"n": 20, "strict": strict, "loose": strict, "quality": {}, "settings": None}
     one = {"title": "T", "conditions": ["steered"], "instructions": {"json": {"steered": figure}},
            "all": {"steered": figure}, "sections": []}  # fmt: skip
-    return {
+    return loaded({
         "format": 1, "seconds": 3.0, "model": {"name": "m", "quantization": "Q8_0"}, "settings": {"n": 20},
         "vectors": {}, "suites": {"format": one}, **more,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def test_two_runs_are_compared_by_settings_and_by_figures():
@@ -614,14 +629,14 @@ def test_two_runs_are_compared_by_settings_and_by_figures():
     b = results_of(0.9, 0.05, model={"name": "m", "quantization": "Q4_K_M"}, seconds=9.0)
     assert differences(a, b) == [["model.quantization", "Q8_0", "Q4_K_M"]]
     found = compare(a, b)
-    shape.check(found)
-    row = found["sections"][1]["tables"][0]["rows"][0]
+    assert loaded(plain(found)) == found
+    row = found.sections[1].tables[0].rows[0]
     assert row[:2] == ["all", "steered"]
-    assert row[4]["share"] == pytest.approx(0.4)
+    assert row[4].share == pytest.approx(0.4)
     assert row[5] == "better"
-    assert compare(b, a)["sections"][1]["tables"][0]["rows"][0][5] == "worse"
-    assert compare(a, results_of(0.52, 0.05))["sections"][1]["tables"][0]["rows"][0][5] is None
+    assert compare(b, a).sections[1].tables[0].rows[0][5] == "worse"
+    assert compare(a, results_of(0.52, 0.05)).sections[1].tables[0].rows[0][5] is None
     none, some = results_of(0.0, 0.0), results_of(0.2, 0.1)  # 0 and 4 of 20 may well be chance
-    assert compare(none, some)["sections"][1]["tables"][0]["rows"][0][5] is None
-    alone = compare(a, a | {"suites": {}})["sections"]
-    assert "same settings" in alone[0]["text"] and "Only run A" in alone[1]["text"]
+    assert compare(none, some).sections[1].tables[0].rows[0][5] is None
+    alone = compare(a, results_of(0.5, 0.05, suites={})).sections
+    assert "same settings" in alone[0].text and "Only run A" in alone[1].text

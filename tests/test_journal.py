@@ -14,9 +14,9 @@ import pytest
 from engines import GREEDY, open_engine, random_vector
 
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.journal import Journal, Remembered
-from localsteer.evaluate.workers import Workers
+from localsteer.runtime.journal import Journal, Remembered
 from localsteer.runtime.sampling import Sampling
+from localsteer.runtime.workers import Workers
 
 IDENTITY = {"model": "0123abcd"}
 RECORD = {"kind": "reply", "text": "a fox", "tokens": [1, 2], "finish_reason": "stop"}
@@ -166,7 +166,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.journal import Journal
+from localsteer.runtime.journal import Journal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
@@ -209,7 +209,7 @@ def test_threads_may_write_at_once(path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from localsteer.evaluate.journal import Journal
+from localsteer.runtime.journal import Journal
 journal = Journal(Path(sys.argv[1]), {"model": "0123abcd"})
 for k in range(50):
     journal.put(f"key {k}", {"kind": "reply", "text": "kept", "tokens": [], "finish_reason": ""})

@@ -12,9 +12,10 @@ from study_runs import CATALOG, check, job
 from localsteer import ControlVector
 from localsteer.catalog import Instruction
 from localsteer.errors import CatalogError
+from localsteer.evaluate.page import Share
 from localsteer.evaluate.probe import GAUSSIAN, LINEAR, MEANS
-from localsteer.evaluate.studies import NAMES, compound, layers, linear, pairs, quantization
-from localsteer.evaluate.studies.common import other_vector, run_study, working
+from localsteer.evaluate.studies import NAMES, compound, linear, pairs, quantization
+from localsteer.evaluate.studies.common import correlate, other_vector, run_study, working
 from localsteer.evaluate.suites.cells import Cell, Result, checks_of, judge_cell
 from localsteer.runtime.reply import Reply
 
@@ -58,7 +59,7 @@ def test_the_vector_of_a_draw_is_the_difference_of_its_means():
 
 def test_where_it_stops_paying():
     def row(n, wordings, share):
-        return {"n_pairs": n, "wordings": wordings, "followed": {"share": share}}
+        return pairs.Size(n_pairs=n, wordings=wordings, followed=Share(share))
 
     rows = [
         row(2, 0, 0.5),
@@ -86,8 +87,8 @@ def test_what_is_said_of_probes_and_steering():
 
 
 def test_correlation_of_what_does_not_vary_is_no_number():
-    assert np.isnan(layers.correlate(np.ones((2, 2)), np.eye(2)))
-    assert layers.correlate(np.eye(2), 1 - np.eye(2)) == pytest.approx(-1)
+    assert np.isnan(correlate(np.ones((2, 2)), np.eye(2)))
+    assert correlate(np.eye(2), 1 - np.eye(2)) == pytest.approx(-1)
 
 
 def test_ways_to_put_three_vectors_together():
@@ -111,9 +112,8 @@ def test_a_reply_without_an_end_follows_none_of_the_three():
     reply = Reply("the fox runs over the bridge and the", [1], "length")
     endless = Result(cell, reply, judge_cell(cell, reply, must_end=True))
     whole = Result(cell, reply, judge_cell(cell, reply))
-    assert compound._held(endless) == 0.0 < compound._held(whole)
-    found = compound.Found(tuple(three), {}, {}, [endless])
-    assert set(compound.parts(found, "best").values()) == {0.0}
+    assert compound.held([endless], three) == [0.0] < compound.held([whole], three)
+    assert set(compound.Triple(tuple(three), {}, {}, [endless]).parts("best").values()) == {0.0}
 
 
 def test_parallel_directions_are_no_way():
@@ -154,7 +154,7 @@ def test_pairs_and_its_resumption(tmp_path):
     assert figures["sizes"][1]["followed"]["share"] >= 0.6
     kept = (tmp_path / "replies.jsonl").read_text()
     again = run_study("pairs", small)
-    assert again["figures"] == figures
+    assert again.figures == figures
     assert (tmp_path / "replies.jsonl").read_text() == kept
 
 

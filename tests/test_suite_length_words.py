@@ -12,7 +12,7 @@ from engines import GREEDY, open_engine, random_vector
 from localsteer import ControlVector, bundled
 from localsteer.catalog import Catalog, Query, load_catalog
 from localsteer.errors import CatalogError
-from localsteer.evaluate.report.shape import check
+from localsteer.evaluate import page
 from localsteer.evaluate.suites import composition, length, words
 from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, open_bench
 from localsteer.evaluate.suites.cells import Cell, Result, Verdict
@@ -49,9 +49,10 @@ def results_of(words: list[int], *, degenerate: str | None = None, kept: bool = 
 def report_of(name: str, module, bench, **options):
     """A suite's report, in the shape that is shown, with figures for every query."""
     report = module.run(bench, **options)
-    check({"format": 1, "suites": {name: report}})
-    for row in report["instructions"].values():
-        assert all(figure["n"] == N_TEST for figure in row.values())
+    whole = page.Results(format=1, suites={name: report})
+    assert page.loaded(page.plain(whole)) == whole
+    for row in report.instructions.values():
+        assert all(figure.n == N_TEST for figure in row.values())
     return report
 
 
@@ -63,27 +64,27 @@ def test_length_sweeps_both_directions(bench, monkeypatch):
     monkeypatch.setattr(length, "POSITIONS", ("prompt",))
     monkeypatch.setattr(length, "N_TRIED", 2)
     report = report_of("length", length, bench)
-    rows = report["instructions"]
+    rows = report.instructions
     assert {"conciseness", "verbosity", *length.LEVELS} == set(rows)
     plain, *_, strongest = (
-        rows["conciseness"][name]["quality"]["words"] for name in ("none", "strength 0.5", "strength 1")
+        rows["conciseness"][name].measure("words") for name in ("none", "strength 0.5", "strength 1")
     )
-    assert strongest < 0.7 * plain < plain < 0.8 * rows["verbosity"]["strength 1"]["quality"]["words"]
-    swept, levels, cosines = report["sections"]
-    assert "mean words fall" in swept["text"] and "mean words rise" in swept["text"]
-    assert "For verbosity that is" in swept["text"]
+    assert strongest < 0.7 * plain < plain < 0.8 * rows["verbosity"]["strength 1"].measure("words")
+    swept, levels, cosines = report.sections
+    assert "mean words fall" in swept.text and "mean words rise" in swept.text
+    assert "For verbosity that is" in swept.text
     for name in ("conciseness", "verbosity"):  # its controls do not change length as it does
-        random, other = (rows[name][f"{kind} 1"]["quality"]["words"] for kind in ("random", "other"))
-        assert abs(random - plain) < 0.5 * abs(rows[name]["strength 1"]["quality"]["words"] - plain)
-        assert other != rows[name]["strength 1"]["quality"]["words"]
+        random, other = (rows[name][f"{kind} 1"].measure("words") for kind in ("random", "other"))
+        assert abs(random - plain) < 0.5 * abs(rows[name]["strength 1"].measure("words") - plain)
+        assert other != rows[name]["strength 1"].measure("words")
     # nothing judges a direction, so its replies are in no sum
-    assert set(report["all"]) == {"none", "steered", "instructed"}
-    assert report["all"]["steered"]["n"] == 4 * N_TEST
-    assert len(swept["tables"][0]["rows"]) == 2 * (1 + len(length.STRENGTHS))
-    assert [row[0] for row in levels["tables"][0]["rows"]] == list(length.LEVELS)
-    assert len(cosines["plots"][0]["values"]) == len(length.LEVELS)
+    assert set(report.all) == {"none", "steered", "instructed"}
+    assert report.all["steered"].n == 4 * N_TEST
+    assert len(swept.tables[0].rows) == 2 * (1 + len(length.STRENGTHS))
+    assert [row[0] for row in levels.tables[0].rows] == list(length.LEVELS)
+    assert len(cosines.plots[0].values) == len(length.LEVELS)
     records = bench.vector_records()
-    assert records["verbosity"]["mode"] == "add" and records["verbosity"]["positions"] == "prompt"
+    assert records["verbosity"].mode == "add" and records["verbosity"].positions == "prompt"
 
 
 def test_c_is_strength_times_the_direction_s_length(bench):
@@ -132,28 +133,28 @@ def test_words_are_included_and_excluded_beside_their_controls(bench, monkeypatc
     used = words.words_used(bench)[0][0]
     chosen = {"include": ["horse", "music"], "context": ["moon"], "exclude": [used]}
     report = report_of("words", words, bench, **chosen)
-    rows = report["instructions"]
+    rows = report.instructions
     included = {f"include_word:{word}" for word in chosen["include"]}
     asked = {f"exclude_word:{word}:asked" for word in chosen["include"]}
     assert set(rows) == {*included, "exclude_word:moon:context", f"exclude_word:{used}", *asked}
     in_context = rows["exclude_word:moon:context"]
     # no other word
     assert set(in_context) == {"none", "steered", "random", "own", "own random", "instructed", "both"}
-    assert in_context["none"]["strict"]["accuracy"] == 0
-    assert in_context["steered"]["strict"]["accuracy"] >= 0.75
+    assert in_context["none"].strict.accuracy == 0
+    assert in_context["steered"].strict.accuracy >= 0.75
     excluded = rows[f"exclude_word:{used}"]
-    assert excluded["none"]["strict"]["accuracy"] <= 0.5
-    assert excluded["steered"]["strict"]["accuracy"] >= excluded["none"]["strict"]["accuracy"]
-    assert rows["include_word:horse"]["none"]["strict"]["accuracy"] == 0
-    assert rows["include_word:horse"]["instructed"]["strict"]["accuracy"] >= 0.5
+    assert excluded["none"].strict.accuracy <= 0.5
+    assert excluded["steered"].strict.accuracy >= excluded["none"].strict.accuracy
+    assert rows["include_word:horse"]["none"].strict.accuracy == 0
+    assert rows["include_word:horse"]["instructed"].strict.accuracy >= 0.5
     for name in asked:  # the prompt makes the model say it, and minus the vector of including it wins
         assert set(rows[name]) == {"none", "steered", "random", "other"}
-        assert rows[name]["none"]["strict"]["accuracy"] <= 0.25
-        assert rows[name]["random"]["strict"]["accuracy"] <= 0.25
-        assert rows[name]["steered"]["strict"]["accuracy"] >= 0.75
-    titles = [section["title"] for section in report["sections"]]
+        assert rows[name]["none"].strict.accuracy <= 0.25
+        assert rows[name]["random"].strict.accuracy <= 0.25
+        assert rows[name]["steered"].strict.accuracy >= 0.75
+    titles = [section.title for section in report.sections]
     assert titles == [*(title for title, _ in words.TEXTS.values()), "How much of a vector is about its word"]
-    assert bench.vector_records()[f"exclude_word:{used}"]["mode"] == "add"
+    assert bench.vector_records()[f"exclude_word:{used}"].mode == "add"
 
 
 def test_prompts_that_ask_for_the_word_are_its_queries(bench):
@@ -228,19 +229,18 @@ def test_two_instructions_hold_at_once(bench, monkeypatch):
     pytest.importorskip("torch", reason="one edit after the other is answered by PyTorch")
     report = report_of("composition", composition, bench)
     both = {
-        name: figure["strict"]["accuracy"]
-        for name, figure in report["instructions"]["json + one_sentence"].items()
+        name: figure.strict.accuracy for name, figure in report.instructions["json + one_sentence"].items()
     }
     assert both["none"] == both["first alone"] == both["second alone"] == both["random"] == both["other"] == 0
     assert both["same block"] >= 0.6 and both["different blocks"] >= 0.6
-    together, in_turn = report["sections"]
-    rows = {row[1]: row[3:] for row in together["tables"][0]["rows"]}
-    ((label, others),) = together["tables"][1]["rows"]
+    together, in_turn = report.sections
+    rows = {row[1]: row[3:] for row in together.tables[0].rows}
+    ((label, others),) = together.tables[1].rows
     assert label == "json + one_sentence" and len(set(others.split(" and ")) - set(label.split(" + "))) == 2
-    assert [each["share"] for each in rows["first alone"]] == [1.0, 0.0, 0.0]
-    (miss,), replies = (table["rows"] for table in in_turn["tables"])
+    assert [each.share for each in rows["first alone"]] == [1.0, 0.0, 0.0]
+    (miss,), replies = (table.rows for table in in_turn.tables)
     assert miss[3] < 1e-5  # the joint solve reaches both targets
-    assert replies[0][1]["share"] >= 0.5
+    assert replies[0][1].share >= 0.5
 
 
 def test_a_case_goes_with_a_word_that_its_own_queries_bring(bench, monkeypatch):

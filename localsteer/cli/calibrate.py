@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from localsteer.engine import Engine
-    from localsteer.evaluate.calibrate import Calibration
     from localsteer.extract import Pair
+    from localsteer.extract.calibrate import Calibration
     from localsteer.vector import ControlVector
 
 LOW_COSINE = 0.9  # of a steered block: below it the model's own direction is another one
@@ -96,7 +96,7 @@ def _pairs(
     n_pairs: int | None,
 ) -> list[Pair]:
     from localsteer.catalog import load_queries
-    from localsteer.evaluate.calibrate import pairs_of
+    from localsteer.extract.calibrate import pairs_of
 
     if slots and text is None:
         raise click.UsageError("--slot fills a slot of --instruction: name the instruction, too.")
@@ -112,8 +112,8 @@ def _pairs(
 
 
 def _calibrate(engine: Engine, vector: ControlVector, pairs: list[Pair]) -> Calibration:
-    from localsteer.evaluate.calibrate import calibrate, pairs_match
     from localsteer.extract import open_backend
+    from localsteer.extract.calibrate import calibrate, pairs_match
 
     engine.plan(vector)  # refuses a vector of another model
     with open_backend(engine) as backend, progress("calibrating") as on_progress:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from localsteer.catalog import Query
     from localsteer.evaluate.model_judge import ModelJudge
+    from localsteer.evaluate.page import Results, SuiteReport
     from localsteer.evaluate.suites.bench import Bench, EvalLimits
     from localsteer.vector import ControlVector
 
@@ -118,7 +119,7 @@ def command(
     _show(results, as_json)
 
 
-def _diff(a: str, b: str, out: str | None) -> dict[str, Any]:
+def _diff(a: str, b: str, out: str | None) -> Results:
     from localsteer.evaluate import report
     from localsteer.evaluate.diff import compare
     from localsteer.evaluate.results import NAME, read
@@ -131,7 +132,7 @@ def _diff(a: str, b: str, out: str | None) -> dict[str, Any]:
     return found
 
 
-def _reported(run: str, out: str | None) -> dict[str, Any]:
+def _reported(run: str, out: str | None) -> Results:
     from localsteer.evaluate import report
     from localsteer.evaluate.results import read
 
@@ -142,9 +143,11 @@ def _reported(run: str, out: str | None) -> dict[str, Any]:
     return results
 
 
-def _show(results: dict[str, Any], as_json: bool) -> None:
+def _show(results: Results, as_json: bool) -> None:
     if as_json:
-        print_json(results)
+        from localsteer.evaluate.page import plain
+
+        print_json(plain(results))
         return
     from localsteer.evaluate.report.terminal import print_report
 
@@ -176,7 +179,7 @@ def _listed(asked: Sequence[str]) -> list[str]:
 
 def _evaluate(
     vectors: Sequence[str], model: str, names: Sequence[str], given: dict[str, Any], *, leave_out: bool
-) -> dict[str, Any]:
+) -> Results:
     from localsteer.evaluate import report, results
     from localsteer.evaluate.suites import suite
 
@@ -193,15 +196,15 @@ def _evaluate(
     out = Path(given["out"] or f"eval-{path.stem}")
     results.refuse_others(out, None)
     extra = {"ifeval": given["ifeval"], "paraphrases": not given["no_paraphrases"]}
-    reports: dict[str, Any] = {}
+    reports: dict[str, SuiteReport] = {}
     with _opened(path, catalog, out, base, loaded, given, is_bundled(model)) as (bench, judge):
         ready = _ready(bench, modules, extra, leave_out=leave_out)
         settings = _settings(list(ready), model, given)
         for name, module in ready.items():
             reports[name] = module.run(bench, **extra)
-            found = bench.take_results()
+            taken = bench.take_results()
             if judge:
-                reports[name]["sections"].append(judge.section(found))
+                reports[name].sections.append(judge.section(taken))
             document = results.document(
                 bench,
                 reports,
@@ -294,8 +297,8 @@ def _ids(text: str | None) -> list[str] | None:
 
 def _check_names(catalog: Any, vectors: Sequence[tuple[Path, Any]], instructions: str | None) -> None:
     """Unknown instructions are refused before a model is loaded."""
-    from localsteer.evaluate.vector_instruction import instruction_of
     from localsteer.extract.levels import DIRECTIONS
+    from localsteer.extract.vector_instruction import instruction_of
 
     known = {instruction_of(vector, catalog, path).id for path, vector in vectors}
     for each in _ids(instructions) or ():

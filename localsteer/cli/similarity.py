@@ -74,8 +74,8 @@ def command(
       localsteer similarity -m MODEL.gguf json "Answer in rhyme." --json
     """
     from localsteer.evaluate.similarity import similarity
-    from localsteer.evaluate.states import States
     from localsteer.extract import build_pairs, open_backend
+    from localsteer.extract.states import States
 
     if plot is not None:
         from localsteer.heatmap import check_picture

@@ -6,7 +6,6 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -74,6 +73,8 @@ def command(
       localsteer study pairs -m MODEL.gguf -i json,lowercase -o study-pairs
       localsteer study layers -m MODEL.Q8_0.gguf --checkpoint HF_FOLDER
     """
+    from localsteer.evaluate.page import plain
+    from localsteer.evaluate.report.terminal import print_report
     from localsteer.evaluate.studies.common import StudyJob, run_study
     from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, EvalLimits
 
@@ -95,11 +96,11 @@ def command(
         checkpoint=_checkpoint(checkpoint, model) if name == "layers" else None,
         stage=progress,
     )
-    document = run_study(name, job, command=shlex.join(["localsteer", *sys.argv[1:]]))
+    results = run_study(name, job, command=shlex.join(["localsteer", *sys.argv[1:]]))
     if as_json:
-        print_json(document)
+        print_json(plain(results))
         return
-    _print(document)
+    print_report(results, answer())
     note(f"{job.out / f'{name}.md'} has the whole report, {job.out / 'results.json'} all figures.")
 
 
@@ -156,12 +157,6 @@ def _checkpoint(checkpoint: str | None, model: str) -> Path:
     from localsteer import bundled
 
     return bundled.checkpoint_folder("base" if "base" in model.split(":")[0] else "instruct")
-
-
-def _print(document: dict[str, Any]) -> None:
-    from localsteer.evaluate.report import terminal
-
-    terminal.print_report(document, answer())
 
 
 __all__ = ["NAMES", "command"]

@@ -83,7 +83,7 @@ def command(
       localsteer transfer json.gguf -m MODEL.Q2_K.gguf -o json-q2.gguf
       localsteer transfer json.gguf --map --from SMALL.gguf -m LARGE.gguf -o json-large.gguf
     """
-    from localsteer.evaluate.calibrate import instruction_of
+    from localsteer.extract.calibrate import instruction_of
     from localsteer.vector import ControlVector
 
     if mapped != (source is not None):
@@ -130,12 +130,12 @@ class _Job:
 
     @property
     def instruction(self) -> Instruction:
-        from localsteer.evaluate.calibrate import instruction_of
+        from localsteer.extract.calibrate import instruction_of
 
         return instruction_of(self.vector)
 
     def pairs(self) -> list[Pair]:
-        from localsteer.evaluate.calibrate import pairs_of
+        from localsteer.extract.calibrate import pairs_of
 
         return pairs_of(self.vector, self.catalog)
 
@@ -203,9 +203,9 @@ class _Sent:
 
 
 def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
-    from localsteer.evaluate.journal import Journal, Remembered
     from localsteer.evaluate.suites.bench import BUNDLED_LIMITS
     from localsteer.evaluate.transfer import UNMAPPED, examine, unmapped
+    from localsteer.runtime.journal import Journal, Remembered
 
     known = len(job.catalog.queries_for(job.instruction, "test"))
     if n > known:

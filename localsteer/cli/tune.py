@@ -25,7 +25,7 @@ from .tune_shown import draw, show
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction, Query
     from localsteer.engine import Engine
-    from localsteer.evaluate.journal import Journal
+    from localsteer.runtime.journal import Journal
     from localsteer.tune import Tuned
     from localsteer.vector import ControlVector
 
@@ -219,7 +219,7 @@ def _loaded_job(
     path: Path, target: Path, catalog: Catalog, rule: dict[str, Any], given: dict[str, Any]
 ) -> TuneJob:
     from localsteer.catalog import Instruction
-    from localsteer.evaluate.vector_instruction import instruction_of
+    from localsteer.extract.vector_instruction import instruction_of
     from localsteer.vector import ControlVector
 
     vector = ControlVector.load(path)
@@ -391,7 +391,7 @@ def _tune(engine: Engine, job: TuneJob, given: dict[str, Any]) -> tuple[Tuned, d
 
 def _exhaustively(engine: Engine, job: TuneJob, choices: dict[str, Any]) -> tuple[Tuned, int]:
     """And how many replies were not known from an earlier run."""
-    from localsteer.evaluate.journal import Remembered
+    from localsteer.runtime.journal import Remembered
     from localsteer.tune import tune_exhaustively
 
     with _journal(job.vector, choices["source"]["model"]["sha256"]) as journal:
@@ -405,7 +405,7 @@ def _exhaustively(engine: Engine, job: TuneJob, choices: dict[str, Any]) -> tupl
 def _journal(vector: ControlVector, model_hash: str) -> Journal:
     """Of this search; only in memory where the cache folder can't be written. Raises LocalsteerError for a
     file that is damaged."""
-    from localsteer.evaluate.journal import Journal
+    from localsteer.runtime.journal import Journal
 
     identity = {"model": model_hash}
     try:

@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localsteer.catalog import Instruction, Query
+from localsteer.errors import PlanError
+from localsteer.evaluate.suites.cells import Arm, answered, cells_of
 from localsteer.perplexity import log_perplexities, perplexity
+from localsteer.plan import Plan
 from localsteer.runtime.sampling import GREEDY
 from localsteer.vector import ControlVector
 from localsteer.verify.judge import Judged, judge, share
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from localsteer.runtime.reply import Reply
 
 CONDITIONS = ("none", "steered", "random", "other", "instructed", "both")
+TOLD = ("told", "instructed", "both", "best and told")
 MIN_QUERIES = 20  # below that a share says little
 MAX_TOKENS = 192
 
@@ -98,26 +102,48 @@ def run_conditions(
     steers: dict[str, Steer] = {"none": (), "steered": vector, "instructed": (), "both": vector}
     steers |= controls or {}
     # a list of bare vectors would mean: all of them for every prompt
-    steers = {name: (each,) if isinstance(each, ControlVector) else each for name, each in steers.items()}
-    wanted = [name for name in conditions if name in steers]
-    asked = [name for name in wanted if name != "none" or plain is None]
-    phrasings = phrasings or instruction.phrasings
-    replies = engine.generate_batch(
-        [text for name in asked for text in told_prompts(queries, phrasings if _is_told(name) else ())],
-        steer=[steers[name] for name in asked for _ in queries],
-        max_tokens=max_tokens,
-        sampling=GREEDY,
-    )
-    found = {name: replies[i * len(queries) :][: len(queries)] for i, name in enumerate(asked)}
+    steers = {name: (steer,) if isinstance(steer, ControlVector) else steer for name, steer in steers.items()}
+    wanted = arms_of(steers, conditions)
+    asked = [arm for arm in wanted if arm.condition != "none" or plain is None]
+    cells = cells_of([instruction], asked, queries, max_tokens=max_tokens, phrasings=phrasings)
+    replies = answered(engine, cells)
+    by_condition = {arm.condition: replies[i * len(queries) :][: len(queries)] for i, arm in enumerate(asked)}
     if plain is not None:
-        found["none"] = list(plain)
+        by_condition["none"] = list(plain)
     outcomes = {}
-    for name in wanted:
-        pairs = zip(queries, found[name], strict=True)
+    for arm in wanted:
+        pairs = zip(queries, by_condition[arm.condition], strict=True)
         judged = tuple(judge(instruction, query, reply, must_end=must_end) for query, reply in pairs)
-        value = perplexity(log_perplexities(engine, judged)) if name in scored else None
-        outcomes[name] = Outcome(name, judged, value)
+        scores = perplexity(log_perplexities(engine, judged)) if arm.condition in scored else None
+        outcomes[arm.condition] = Outcome(arm.condition, judged, scores)
     return outcomes
+
+
+def arms_of(steers: Mapping[str, Steer], conditions: Sequence[str]) -> list[Arm]:
+    """Of the conditions that have an entry in `steers`. Those in TOLD have the instruction in the prompt."""
+    return [Arm(name, steers[name], told=name in TOLD) for name in conditions if name in steers]
+
+
+def controls_of(
+    vectors: Sequence[ControlVector], others: Sequence[ControlVector], plain_mean: np.ndarray, seed: int
+) -> dict[str, tuple[ControlVector, ...]]:
+    """What stands in the place of vectors that are applied together: `random`, random directions of equal
+    norm; `other`, the vectors `others`; same blocks, positions and strengths. No `other` where there are too
+    few, or what a plan refuses (parallel directions)."""
+    controls = {"random": tuple(random_control(each, plain_mean, seed + k) for k, each in enumerate(vectors))}
+    if len(others) == len(vectors):
+        other = tuple(applied_like(other, vector) for other, vector in zip(others, vectors, strict=True))
+        controls |= {"other": other} if is_possible(other) else {}
+    return controls
+
+
+def is_possible(vectors: Sequence[ControlVector]) -> bool:
+    """Whether these can be applied together: nearly parallel directions at one block can't."""
+    try:
+        Plan.from_vectors(vectors)
+    except PlanError:
+        return False
+    return True
 
 
 def plain_replies(engine: Engine, queries: Sequence[Query], *, max_tokens: int = MAX_TOKENS) -> list[Reply]:
@@ -134,9 +160,9 @@ def told_replies(
     max_tokens: int = MAX_TOKENS,
 ) -> dict[str, list[Reply]]:
     """Replies of the model alone when each instruction stands in the prompt, by instruction id."""
-    prompts = [text for each in instructions for text in told_prompts(queries, each.phrasings)]
-    replies = engine.generate_batch(prompts, max_tokens=max_tokens, sampling=GREEDY)
-    n = len(queries)
+    told = [Arm("told", told=True)]
+    cells = [cell for each in instructions for cell in cells_of([each], told, queries, max_tokens=max_tokens)]
+    replies, n = answered(engine, cells), len(queries)
     return {each.id: replies[i * n : (i + 1) * n] for i, each in enumerate(instructions)}
 
 
@@ -206,11 +232,11 @@ def choose_others(
     others = [each for each in candidates if not any(alike(mine, each) for mine in instructions)]
     passes = {each.id: sum(_passes(mine, told[each.id], queries) for mine in instructions) for each in others}
     draw = random.Random(" ".join([str(seed), *(each.id for each in instructions)]))
-    found: list[Instruction] = []
+    drawn: list[Instruction] = []
     for n_passes in sorted(set(passes.values())):
         same = sorted((each for each in others if passes[each.id] == n_passes), key=lambda each: each.id)
-        found += draw.sample(same, min(n - len(found), len(same)))
-    return found
+        drawn += draw.sample(same, min(n - len(drawn), len(same)))
+    return drawn
 
 
 def alike(a: Instruction, b: Instruction) -> bool:
@@ -229,12 +255,6 @@ def _passes(instruction: Instruction, replies: Sequence[Reply], queries: Sequenc
     )
 
 
-def _is_told(condition: str) -> bool:
-    return condition in ("instructed", "both")
-
-
 def told_prompts(queries: Sequence[Query], phrasings: Sequence[str]) -> list[str]:
-    """Each query, with one of the phrasings after it, in turn, where there are any."""
-    if not phrasings:
-        return [query.text for query in queries]
+    """Each query, with one of the phrasings after it, in turn."""
     return [f"{query.text} {phrasings[i % len(phrasings)]}" for i, query in enumerate(queries)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+
+from localsteer.evaluate.page import Figures
 
 N_BOOTSTRAP = 2000
 LEVEL = 0.95
@@ -50,13 +51,14 @@ def wilson(n_true: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - reach), min(1.0, centre + reach)
 
 
-def certain(figures: Mapping[str, Any], rule: str) -> tuple[float, float] | None:
-    """The interval that a claim may rest on, of `figures` as results.json has them; None where it is unknown.
+def certain(figures: Figures | None, rule: str) -> tuple[float, float] | None:
+    """The interval that a claim may rest on; None where it is unknown.
 
     Where all replies are alike the bootstrap is a point: there the exact bound stands in, 1 - 0.05^(1/n).
     """
-    found = figures.get(rule) or {}
-    low, high, n = found.get("low"), found.get("high"), figures.get("n")
+    if figures is None:
+        return None
+    low, high, n = figures.rule(rule).low, figures.rule(rule).high, figures.n
     if low is None or high is None:
         return None
     if low == high and n and n > 0:

@@ -7,11 +7,12 @@ how much of that is more than chance, is shown beside its verdicts, which change
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from localsteer.errors import PromptError
+from localsteer.evaluate.page import Section, Share, Table, Value
 from localsteer.evaluate.suites.cells import Result
-from localsteer.evaluate.workers import Workers
+from localsteer.runtime.workers import Workers
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
@@ -42,45 +43,45 @@ class ModelJudge:
         """Whether the judge thinks that each reply follows; None where there is no wording to ask about, and
         for an exchange that is too long for the judge or that its vocabulary can't spell."""
         parts = [results[start : start + CHUNK] for start in range(0, len(results), CHUNK)]
-        return [each for part in self.workers.map(self._judge, parts) for each in part]
+        return [verdict for part in self.workers.map(self._judge, parts) for verdict in part]
 
-    def section(self, results: Sequence[Result]) -> dict[str, Any]:
+    def section(self, results: Sequence[Result]) -> Section:
         """For a report: what the judge says by condition, and how often the verifier says the same."""
-        judged = [result for result in results if result.verdict.strict is not None]
-        found = [
+        verified = [result for result in results if result.verdict.strict is not None]
+        judged = [
             (result, verdict)
-            for result, verdict in zip(judged, self.verdicts(judged), strict=True)
+            for result, verdict in zip(verified, self.verdicts(verified), strict=True)
             if verdict is not None
         ]
-        conditions = list(dict.fromkeys(result.cell.condition for result, _ in found))
-        rows = [_row(name, [each for each in found if each[0].cell.condition == name]) for name in conditions]
         title, why = "The judge", f"with the question about them they {UNREADABLE}."
-        if not found:
-            text = f"{self.name} could judge none of the {len(judged)} replies: {why}"
-            return {"title": title, "text": text, "tables": [], "plots": []}
+        if not judged:
+            return Section(title, f"{self.name} could judge none of the {len(verified)} replies: {why}")
         text = (
-            f"{self.name} was asked of {len(found)} replies whether each follows its instruction (yes or no, "
-            "whichever it finds likelier). Kappa: agreement beyond chance, 1 is perfect, 0 is none; below "
-            "0.6 believe the verifier. The judge's verdicts enter no other figure."
+            f"{self.name} was asked of {len(judged)} replies whether each follows its instruction (yes or "
+            "no, whichever it finds likelier). Kappa: agreement beyond chance, 1 is perfect, 0 is none; "
+            "below 0.6 believe the verifier. The judge's verdicts enter no other figure."
         )
-        if len(found) < len(judged):
-            text += f" Left out are {len(judged) - len(found)} more: {why}"
+        if len(judged) < len(verified):
+            text += f" Left out are {len(verified) - len(judged)} more: {why}"
+        by_condition: dict[str, list[tuple[Result, bool]]] = {}
+        for result, verdict in judged:
+            by_condition.setdefault(result.cell.condition, []).append((result, verdict))
+        rows = [_row(name, pairs) for name, pairs in (by_condition | {"all": judged}).items()]
         columns = ["condition", "n", "judge: follows", "verifier: follows", "agreement", "kappa"]
-        table = {"columns": columns, "rows": [*rows, _row("all", found)]}
-        return {"title": title, "text": text, "tables": [table], "plots": []}
+        return Section(title, text, [Table(columns, rows)])
 
     def _judge(self, engine: Engine, results: Sequence[Result]) -> list[bool | None]:
         prompts = [_tokens(engine, self._question(result)) for result in results]
-        rows = [i for i, each in enumerate(prompts) if each and len(each) + ANSWER_TOKENS <= engine.n_ctx]
+        rows = [i for i, ids in enumerate(prompts) if ids and len(ids) + ANSWER_TOKENS <= engine.n_ctx]
         answers = _answers(engine)
         scores = engine.score([(prompts[i], answer) for i in rows for answer in answers])
-        found: list[bool | None] = [None] * len(results)
+        verdicts: list[bool | None] = [None] * len(results)
         for k, i in enumerate(rows):
             own = scores[k * len(answers) :][: len(answers)]
             # a score is a mean over tokens: an answer of several is compared by its whole
             totals = [value * len(answer) for value, answer in zip(own, answers, strict=True)]
-            found[i] = max(totals[: len(YES)]) > max(totals[len(YES) :])
-        return found
+            verdicts[i] = max(totals[: len(YES)]) > max(totals[len(YES) :])
+        return verdicts
 
     def _question(self, result: Result) -> str | None:
         wording = result.cell.wording or self._wording(result.cell.instruction)
@@ -121,10 +122,8 @@ def kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:
     return None if chance >= 1 else (agreed - chance) / (1 - chance)
 
 
-def _row(name: str, found: Sequence[tuple[Result, bool]]) -> list[Any]:
-    pairs = [(verdict, bool(result.verdict.strict)) for result, verdict in found]
-    if not pairs:
-        return [name, 0, None, None, None, None]
-    shares = [sum(values) / len(pairs) for values in zip(*pairs, strict=True)]
+def _row(name: str, judged: Sequence[tuple[Result, bool]]) -> list[Value]:
+    pairs = [(verdict, bool(result.verdict.strict)) for result, verdict in judged]
+    shares = [sum(verdicts) / len(pairs) for verdicts in zip(*pairs, strict=True)]
     agreed = sum(a == b for a, b in pairs) / len(pairs)
-    return [name, len(pairs), *({"share": each} for each in (*shares, agreed)), kappa(pairs)]
+    return [name, len(pairs), *map(Share, (*shares, agreed)), kappa(pairs)]

@@ -16,8 +16,8 @@ import numpy as np
 from localsteer.catalog import Instruction
 from localsteer.errors import CatalogError
 from localsteer.evaluate.probe import GAUSSIAN, LINEAR, N_FOLDS, accuracy
-from localsteer.evaluate.states import States
 from localsteer.extract import Pair
+from localsteer.extract.states import States
 
 MIN_PAIRS = 4  # fewer leave a fold of the probe without one
 

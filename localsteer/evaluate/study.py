@@ -17,18 +17,17 @@ from localsteer.catalog import Catalog, Instruction, Query
 from localsteer.engine import Engine
 from localsteer.evaluate.conditions import (
     Outcome,
-    applied_like,
     choose_others,
+    controls_of,
     mean_state,
     plain_replies,
-    random_control,
     run_conditions,
     told_replies,
 )
-from localsteer.evaluate.workers import Workers
 from localsteer.extract import Backend, batches, build_pairs, extract, open_backend, prompt_tokens
-from localsteer.perplexity import perplexity
+from localsteer.perplexity import log_scores, perplexity
 from localsteer.runtime.reply import Reply
+from localsteer.runtime.workers import Workers
 from localsteer.tune import DEFAULT_N as TUNE_QUERIES
 from localsteer.tune import MAX_TOKENS as TUNE_TOKENS
 from localsteer.tune import Tuned, tune, tune_exhaustively
@@ -91,72 +90,74 @@ class Study:
             told = workers.map(
                 lambda engine, each: ask_in_words(engine, each, validation), instructions, advance
             )
-            (found,) = workers.map(lambda engine, queries: alone(engine, queries), [(test, validation)])
+            (by_itself,) = workers.map(alone, [(test, validation)])
         return cls(
             tuple(instructions),
             tuple(validation),
             tuple(test),
             vectors,
             dict(zip(vectors, told, strict=True)),
-            *found,
+            *by_itself,
             seed,
         )
 
-    def tune(
-        self,
-        engine: Engine,
-        instruction: Instruction,
-        *,
-        check: Callable[[], None] = lambda: None,
-        by_generation: bool = False,
-        **options: Any,
-    ) -> Tuned:
-        """Settings found on validation queries. check: called now and then, may raise to end the search.
-        by_generation: every setting of the paper's grid generates replies, where the likelihood of what the
-        told model says tells little. options: of tune.tune."""
+    def tune(self, engine: Engine, instruction: Instruction, **options: Any) -> Tuned:
+        """Settings found on validation queries. options: of find_setting."""
         queries = instruction.queries.get("validation") or self.validation
-        vector = self.vectors[instruction.id]
-        options |= {
-            "max_tokens": min(self.max_tokens, TUNE_TOKENS),
-            "source": {"seconds": None},  # a run that goes on ends with the same files as an unbroken one
-            "report": lambda _what, _done, _total: check(),
-        }
-        if not by_generation:
-            return tune(engine, vector, instruction, queries, seed=self.seed, **options)
-        few = spread(queries, min(len(queries), TUNE_QUERIES))
-        return tune_exhaustively(
-            engine, vector, instruction, few, blocks=grid_blocks(vector.n_layer), **options
-        )
+        options |= {"max_tokens": self.max_tokens, "seed": self.seed}
+        return find_setting(engine, self.vectors[instruction.id], instruction, queries, **options)
 
     def others(self, *instructions: Instruction, n: int = 1) -> list[Instruction]:
         """Whose vectors are controls, chosen by what the model says when told, on validation queries."""
         queries = self.validation[:N_TOLD]
         return choose_others(instructions, self.instructions, self.told, queries, n=n, seed=self.seed)
 
-    def controls(self, instruction: Instruction, vector: ControlVector) -> dict[str, ControlVector]:
-        """`random`: a random direction of equal norm; `other`: another instruction's vector, where there is a
-        fair one; same block, positions and strength."""
-        controls = {"random": random_control(vector, self.plain_mean, self.seed)}
-        for other in self.others(instruction):
-            controls["other"] = applied_like(self.vectors[other.id], vector)
-        return controls
+    def controls(
+        self, instruction: Instruction, vector: ControlVector
+    ) -> dict[str, tuple[ControlVector, ...]]:
+        """As `controls_of`, with another instruction's vector where there is a fair one."""
+        others = [self.vectors[other.id] for other in self.others(instruction)]
+        return controls_of([vector], others, self.plain_mean, self.seed)
 
     def conditions(
         self, engine: Engine, instruction: Instruction, vector: ControlVector, **options: Any
     ) -> dict[str, Outcome]:
         """All conditions on the test queries. vector: with settings applied. options: of run_conditions."""
-        given = {"controls": self.controls(instruction, vector), "scored": ("steered",)} | options
-        outcomes = run_conditions(
-            engine,
-            instruction,
-            vector,
-            self.test,
-            plain=self.plain,
-            max_tokens=self.max_tokens,
-            must_end=self.must_end,
-            **given,
-        )
+        options = {
+            "controls": self.controls(instruction, vector),
+            "scored": ("steered",),
+            "plain": self.plain,
+            "max_tokens": self.max_tokens,
+            "must_end": self.must_end,
+        } | options
+        outcomes = run_conditions(engine, instruction, vector, self.test, **options)
         return outcomes | {"none": replace(outcomes["none"], perplexity=self.plain_perplexity)}
+
+
+def find_setting(
+    engine: Engine,
+    vector: ControlVector,
+    instruction: Instruction,
+    queries: Sequence[Query],
+    *,
+    seed: int,
+    max_tokens: int,
+    check: Callable[[], None] = lambda: None,
+    by_generation: bool = False,
+    **options: Any,
+) -> Tuned:
+    """check: called now and then, may raise to end the search. by_generation: every setting of the paper's
+    grid generates replies, where the likelihood of what the told model says tells little. options: of
+    tune.tune."""
+    options |= {
+        "max_tokens": min(max_tokens, TUNE_TOKENS),
+        "source": {"seconds": None},  # a run that goes on ends with the same files as an unbroken one
+        "report": lambda _what, _done, _total: check(),
+    }
+    if not by_generation:
+        return tune(engine, vector, instruction, queries, seed=seed, **options)
+    few, blocks = spread(queries, min(len(queries), TUNE_QUERIES)), grid_blocks(vector.n_layer)
+    return tune_exhaustively(engine, vector, instruction, few, blocks=blocks, **options)
 
 
 def spread(queries: Sequence[Query], n: int) -> list[Query]:
@@ -231,6 +232,7 @@ def alone(
     """The model's own replies to test queries, their perplexity, and its mean state on validation queries."""
     test, validation = queries
     plain = plain_replies(engine, test, max_tokens=max_tokens)
-    asked = zip(test, plain, strict=True)
-    pairs = [(engine.prompt_tokens(query.text), reply.tokens) for query, reply in asked if reply.tokens]
-    return plain, perplexity([-score for score in engine.score(pairs)]), mean_state(engine, validation)
+    scores = log_scores(
+        engine, [(query.text, reply.tokens) for query, reply in zip(test, plain, strict=True)]
+    )
+    return plain, perplexity(scores), mean_state(engine, validation)

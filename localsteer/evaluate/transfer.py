@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localsteer.catalog import Catalog, Instruction, Query
+from localsteer.catalog import Catalog, Instruction
 from localsteer.errors import CatalogError, MismatchError, PlanError, PromptError
-from localsteer.evaluate.calibrate import calibrate
 from localsteer.evaluate.conditions import (
     Outcome,
     alike,
@@ -28,8 +27,11 @@ from localsteer.evaluate.conditions import (
     run_conditions,
 )
 from localsteer.evaluate.intervals import interval
-from localsteer.evaluate.states import Progress, stream_states
+from localsteer.evaluate.report.figures import rough_percent
+from localsteer.evaluate.study import spread
 from localsteer.extract import Backend, Pair, extract, prompt_tokens, render
+from localsteer.extract.calibrate import calibrate
+from localsteer.extract.states import Progress, stream_states
 from localsteer.extract.statistics import RunningMeans
 from localsteer.tune import Tuned, tune
 from localsteer.vector import STATISTICS, ControlVector
@@ -272,10 +274,10 @@ def mean_states(backend: Backend, pairs: Sequence[Pair], on_progress: Progress |
 
 def all_states(backend: Backend, prompts: Sequence[str], on_progress: Progress | None = None) -> np.ndarray:
     """(n, n_layer, n_embd) float32, in order."""
-    found = np.empty((len(prompts), backend.n_layer, backend.n_embd), np.float32)
+    every = np.empty((len(prompts), backend.n_layer, backend.n_embd), np.float32)
     for batch, states in stream_states(backend, prompts, on_progress):
-        found[batch] = states
-    return found
+        every[batch] = states
+    return every
 
 
 def send_through(
@@ -364,7 +366,8 @@ def examine(
     applied as the transferred vector is. Where no setting helps, the one that helped most is shown.
     """
     validation = catalog.queries_for(instruction, "validation")
-    test = _spread(catalog.queries_for(instruction, "test"), n)
+    test = catalog.queries_for(instruction, "test")
+    test = spread(test, min(n, len(test)))
     options = {"max_tokens": max_tokens, "must_end": must_end}
     report = (lambda _what, done, total: on_progress(done, total)) if on_progress else None
     tuned = tune(engine, vector, instruction, validation, report=report)
@@ -387,8 +390,8 @@ def examine(
 
 def verdict(shares: Mapping[str, float | None], lifts: Mapping[str, tuple[float, float, float]]) -> str:
     """What the figures say, plainly: an effect is surely above the model alone AND above every control."""
-    followed = f"{_percent(shares['transferred'])} of replies follow"
-    figures = f"{followed}, {_percent(shares['none'])} without it"
+    followed = f"{rough_percent(shares['transferred'])} of replies follow"
+    figures = f"{followed}, {rough_percent(shares['none'])} without it"
     _, low, high = lifts["none"]
     if high < 0:
         return f"It does harm here: {figures}."
@@ -402,14 +405,14 @@ def verdict(shares: Mapping[str, float | None], lifts: Mapping[str, tuple[float,
         if name != UNMAPPED and lifts[name][1] <= 0:
             return (
                 f"It changes replies ({figures}), but not surely more than the control `{name}` does "
-                f"({_percent(shares[name])}): it is not this direction that counts."
+                f"({rough_percent(shares[name])}): it is not this direction that counts."
             )
     if UNMAPPED in lifts and lifts[UNMAPPED][1] <= 0:
-        so_does = f"so does the vector unmapped ({_percent(shares[UNMAPPED])})"
+        so_does = f"so does the vector unmapped ({rough_percent(shares[UNMAPPED])})"
         return f"It carries over: {figures}, and {so_does}: no map is needed."
-    own = shares.get("own")
-    text = f"It carries over: {figures}, at most {_percent(max(shares[name] for name in controls))} with a "
-    text += f"control. The model's own vector: {_percent(own)}"
+    highest = rough_percent(max(shares[name] for name in controls))
+    text = f"It carries over: {figures}, at most {highest} with a control. "
+    text += f"The model's own vector: {rough_percent(shares.get('own'))}"
     if lifts["own"][2] < 0:
         return f"{text}, surely more: extract one from this model if you can."
     return f"{text}, surely less." if lifts["own"][1] > 0 else f"{text}, no sure difference."
@@ -427,12 +430,3 @@ def _best(tuned: Tuned, vector: ControlVector) -> ControlVector:
     if tuned.helps:
         return tuned.vector
     return tuned.trials[0].setting.of(vector) if tuned.trials else vector
-
-
-def _spread(queries: Sequence[Query], n: int) -> list[Query]:
-    n = min(n, len(queries))
-    return [queries[i * len(queries) // n] for i in range(n)]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"

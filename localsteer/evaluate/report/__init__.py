@@ -4,14 +4,13 @@
     report.write(results, folder)            # report.md, report.html and plots/
     report.terminal.print_report(results)
 
-Each of these takes results.json's content (format 1) and raises LocalsteerError for one that is broken or of
-a newer format. They show whatever sections a suite has written, and know nothing of any suite.
+Each of these takes `Results`, or what results.json holds, and raises LocalsteerError for one that is broken
+or of a newer format. They show whatever sections a suite has written, and know nothing of any suite.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -33,20 +32,16 @@ def write(results: Any, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     earlier report as it is. Raises LocalsteerError for such results, and for a folder that can't be written.
     """
     folder = Path(folder)
-    drawn = list(markdown.all_plots(document(results)))
-    pictures = PICTURES if drawn and plots.available() else None
+    shown = list(markdown.all_plots(document(results)))
+    pictures = PICTURES if shown and plots.available() else None
     texts = {
         "report.md": markdown.render(results, pictures=pictures),
         "report.html": html.render(results),
     }
-    for plot in drawn if pictures else ():
-        _write(folder / PICTURES / f"{plot.name}.svg", _picture(plot.spec))
+    for picture in shown if pictures else ():
+        plots.draw(picture.plot, buffer := BytesIO())
+        _write(folder / PICTURES / f"{picture.name}.svg", buffer.getvalue())
     return tuple(_write(folder / name, text.encode("utf-8")) for name, text in texts.items())
-
-
-def _picture(spec: Mapping[str, Any]) -> bytes:
-    plots.draw(spec, buffer := BytesIO())
-    return buffer.getvalue()
 
 
 def _write(path: Path, content: bytes) -> Path:

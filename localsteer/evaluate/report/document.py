@@ -5,11 +5,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from localsteer.evaluate.intervals import certain
-from localsteer.evaluate.report import shape
+from localsteer.evaluate.page import (
+    AnyPlot,
+    Applied,
+    Bars,
+    ByCondition,
+    Facts,
+    Figures,
+    Results,
+    Section,
+    Share,
+    SuiteReport,
+    Table,
+    loaded,
+    plain,
+)
 from localsteer.evaluate.report.figures import (
     NONE,
     TableCell,
@@ -50,7 +64,7 @@ _SHORT_HASH = 12
 
 
 @dataclass(frozen=True)
-class Table:
+class Grid:
     """rows: as wide as `columns`. strong_last: the last row sums up the others."""
 
     columns: tuple[str, ...]
@@ -61,31 +75,31 @@ class Table:
     def is_number(self, column: int) -> bool:
         """Whether to align a column to the right: it holds numbers, and nothing else but gaps."""
         cells = [row[column] for row in self.rows]
-        return any(each.number for each in cells) and all(
-            each.number or each.text in ("", NONE) for each in cells
+        return any(cell.number for cell in cells) and all(
+            cell.number or cell.text in ("", NONE) for cell in cells
         )
 
 
 @dataclass(frozen=True)
-class Plot:
-    """name: of its picture file, unique in the report. spec: the plot as results.json describes it."""
+class Picture:
+    """name: of its file, unique in the report."""
 
     name: str
-    spec: Mapping[str, Any]
+    plot: AnyPlot
 
     @property
     def title(self) -> str:
-        return self.spec.get("title") or ""
+        return self.plot.title or ""
 
 
 @dataclass(frozen=True)
-class Section:
+class Passage:
     """title and paragraphs are plain text, with `names` between backticks."""
 
     title: str
     paragraphs: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    plots: tuple[Plot, ...] = ()
+    tables: tuple[Grid, ...] = ()
+    plots: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,11 +109,11 @@ class Suite:
     name: str
     title: str
     summary: str
-    overall: Table | None
-    plot: Plot | None
-    instructions: Table | None
-    details: Table | None
-    sections: tuple[Section, ...]
+    overall: Grid | None
+    plot: Picture | None
+    instructions: Grid | None
+    details: Grid | None
+    sections: tuple[Passage, ...]
 
     @property
     def headline(self) -> str:
@@ -112,46 +126,49 @@ class Document:
     title: str
     subtitle: str
     suites: tuple[Suite, ...] = ()
-    sections: tuple[Section, ...] = ()
+    sections: tuple[Passage, ...] = ()
     conditions: tuple[tuple[str, str], ...] = ()  # what the ones that occur mean
     columns: tuple[tuple[str, str], ...] = ()
-    appendix: tuple[Table, ...] = field(default=())
+    appendix: tuple[Grid, ...] = ()
 
 
 def document(results: Any) -> Document:
-    """Raises LocalsteerError for results that are broken, or of a newer format."""
-    shape.check(results)
-    results = showable(results)
-    suites = results.get("suites") or {}
-    names = [name for suite in suites.values() for name in suite.get("conditions", ())]
+    """results: Results, or what results.json holds. Raises LocalsteerError for results that are broken, or of
+    a newer format."""
+    results = loaded(showable(plain(loaded(results))))
+    suites = results.suites or {}
+    names = [name for suite in suites.values() for name in suite.conditions]
     return Document(
         title=_title(results),
         subtitle=_subtitle(results),
         suites=tuple(_suite(name, suite) for name, suite in suites.items()),
-        sections=_sections(results.get("sections", ()), "section"),
+        sections=_passages(results.sections, "section"),
         conditions=tuple((name, text) for name, text in CONDITIONS.items() if name in names),
         columns=tuple(COLUMNS.items()) if names else (),
         appendix=tuple(_appendix(results)),
     )
 
 
-def _title(results: Mapping[str, Any]) -> str:
-    model = results.get("model") or {}
-    name = " ".join(str(model[key]) for key in ("name", "quantization") if model.get(key))
-    return str(results.get("title") or (f"Evaluation of {name}" if name else "Evaluation"))
+def _title(results: Results) -> str:
+    name = model_label(results.model)
+    return results.title or (f"Evaluation of {name}" if name else "Evaluation")
 
 
-def _subtitle(results: Mapping[str, Any]) -> str:
-    settings, seconds = results.get("settings") or {}, results.get("seconds")
+def model_label(model: Facts | None) -> str:
+    """`SmolLM2 Q4_K_M`, as far as it is known."""
+    return " ".join(str(model[key]) for key in ("name", "quantization") if model.get(key)) if model else ""
+
+
+def _subtitle(results: Results) -> str:
+    settings = results.settings or {}
     parts = [
         _counted(settings[key], f"{kind} query", f"{kind} queries") if settings.get(key) else ""
         for key, kind in (("n", "test"), ("n_validation", "validation"))
     ]
     parts.append(f"seed {settings['seed']}" if settings.get("seed") is not None else "")
-    vectors = results.get("vectors")
-    parts.append(_counted(len(vectors), "vector", "vectors") if vectors else "")
-    parts.append(_duration(seconds) if isinstance(seconds, (int, float)) else "")
-    parts.append(f"localsteer {results['localsteer']}" if results.get("localsteer") else "")
+    parts.append(_counted(len(results.vectors), "vector", "vectors") if results.vectors else "")
+    parts.append(_duration(results.seconds) if results.seconds is not None else "")
+    parts.append(f"localsteer {results.localsteer}" if results.localsteer else "")
     return ", ".join(part for part in parts if part)
 
 
@@ -168,51 +185,44 @@ def _duration(seconds: float) -> str:
 # --- a suite -----------------------------------------------------------------------------------------------
 
 
-def _suite(name: str, suite: Mapping[str, Any]) -> Suite:
-    rows, together = suite.get("instructions") or {}, suite.get("all") or {}
-    conditions = _conditions(suite)
+def _suite(name: str, suite: SuiteReport) -> Suite:
+    rows, together = suite.instructions, suite.all or {}
+    # those that were announced, in that order, then any others that have figures
+    measured = (condition for row in (together, *rows.values()) for condition in row)
+    conditions = list(dict.fromkeys([*suite.conditions, *measured]))
+    pairs = {(label, name): row[name] for label, row in rows.items() for name in conditions if name in row}
     return Suite(
         name=name,
-        title=suite.get("title") or name,
-        summary=str(suite.get("summary") or _summary(rows, together, conditions)),
-        overall=_overall(together, conditions),
+        title=suite.title or name,
+        summary=suite.summary or _summary(rows, together, conditions),
+        overall=_quality_grid({(c,): together[c] for c in conditions if c in together}, ("condition",)),
         plot=_conditions_plot(name, rows, conditions),
         instructions=_instructions(rows, together, conditions),
-        details=_details(rows, conditions),
-        sections=_sections(suite.get("sections", ()), name),
+        details=_quality_grid(pairs, ("instruction", "condition")),
+        sections=_passages(suite.sections, name),
     )
 
 
-def _conditions(suite: Mapping[str, Any]) -> list[str]:
-    """Those that were announced, in that order, then any others that have figures."""
-    tables = [suite.get("all") or {}, *(suite.get("instructions") or {}).values()]
-    return list(dict.fromkeys([*suite.get("conditions", ()), *(name for table in tables for name in table)]))
+def _follows(figures: Figures | None, rule: str = "strict") -> TableCell:
+    return share_cell((figures or Figures()).rule(rule).share)
 
 
-def _accuracy(figures: Mapping[str, Any] | None, rule: str = "strict") -> Mapping[str, Any]:
-    return (figures or {}).get(rule) or {}
-
-
-def _follows(figures: Mapping[str, Any] | None, rule: str = "strict") -> TableCell:
-    found = _accuracy(figures, rule)
-    return share_cell(found.get("accuracy"), found.get("low"), found.get("high"))
-
-
-def _summary(rows: Mapping[str, Any], together: Mapping[str, Any], conditions: Sequence[str]) -> str:
+def _summary(rows: Mapping[str, ByCondition], together: ByCondition, conditions: Sequence[str]) -> str:
     """One line for a reader in a hurry."""
     shares = {name: _follows(together.get(name)) for name in conditions}
-    shares = {name: found for name, found in shares.items() if found.text != NONE}
+    shares = {name: share for name, share in shares.items() if share.text != NONE}
     if not shares:
         return f"{len(rows)} instructions, {len(conditions)} conditions."
     if not {"none", "steered"} <= shares.keys():
-        listed = ", ".join(f"{name} {found.text}" for name, found in list(shares.items())[:MAX_PLOTTED])
+        listed = ", ".join(f"{name} {share.text}" for name, share in list(shares.items())[:MAX_PLOTTED])
         return f"Replies that follow: {listed}."
-    return " ".join(_sentences(shares, rows, together))
+    return " ".join(_sentences(shares, rows, together["steered"]))
 
 
 def _sentences(
-    shares: Mapping[str, TableCell], rows: Mapping[str, Any], together: Mapping[str, Any]
+    shares: Mapping[str, TableCell], rows: Mapping[str, ByCondition], figures: Figures
 ) -> Iterator[str]:
+    """figures: of the steered replies together."""
     steered = shares["steered"]
     spread = f" ({steered.minor})" if steered.minor else ""
     yield f"{steered.text}{spread} of the steered replies follow, {shares['none'].text} of the unsteered."
@@ -220,74 +230,44 @@ def _sentences(
         both = f", {shares['both'].text} with the vector as well" if "both" in shares else ""
         yield f"With the instruction in the prompt {shares['instructed'].text}{both}."
     controls = {"random": "a random direction", "other": "another vector"}
-    found = [f"{text} {shares[name].text}" for name, text in controls.items() if name in shares]
-    if found:
-        yield f"In the vector's place: {', '.join(found)}."
+    named = [f"{text} {shares[name].text}" for name, text in controls.items() if name in shares]
+    if named:
+        yield f"In the vector's place: {', '.join(named)}."
     if len(rows) > 1:
         yield _lifted(rows)
-    quality = (together.get("steered") or {}).get("quality") or {}
-    cost, broken = ratio(quality.get("perplexity_ratio")), percent(quality.get("degenerate"))
+    cost, broken = ratio(figures.measure("perplexity_ratio")), percent(figures.measure("degenerate"))
     yield f"Steered perplexity {cost}, degenerate {broken}."
 
 
-def _lifted(rows: Mapping[str, Any]) -> str:
+def _lifted(rows: Mapping[str, ByCondition]) -> str:
     """How many instructions the vector helps for certain: the intervals lie apart."""
     lifted, n_known = 0, 0
     for row in rows.values():
-        steered, none = (certain(row.get(name) or {}, "strict") for name in ("steered", "none"))
+        steered, none = (certain(row.get(name), "strict") for name in ("steered", "none"))
         if steered and none:
             n_known += 1
             lifted += steered[0] > none[1]
     return f"Steering lifts {lifted} of {n_known} instructions beyond their intervals." if n_known else ""
 
 
-def _overall(together: Mapping[str, Any], conditions: Sequence[str]) -> Table | None:
-    found = [name for name in conditions if name in together]
-    return _quality_table([((name,), together[name]) for name in found], ("condition",))
-
-
-def _details(rows: Mapping[str, Any], conditions: Sequence[str]) -> Table | None:
-    labelled = [
-        ((instruction, name), row[name])
-        for instruction, row in rows.items()
-        for name in conditions
-        if name in row
-    ]
-    return _quality_table(labelled, ("instruction", "condition"))
-
-
-def _quality_table(
-    labelled: Sequence[tuple[tuple[str, ...], Mapping[str, Any]]], labels: Sequence[str]
-) -> Table | None:
-    """A row for each label; a column for each figure that is known of any. Figures that nothing here has
-    heard of (a judge's) get columns of their own."""
-    rules = list(dict.fromkeys(key for _, found in labelled for key in found if _is_rule(found[key])))
-    extra = [key for key in rules if key not in ("strict", "loose")]
-    qualities = {key for _, found in labelled for key in found.get("quality") or {}}
-    columns: dict[str, Callable[[Mapping[str, Any]], TableCell]] = {
-        "n": lambda found: cell(found.get("n")),
-        "follows": lambda found: _follows(found),
-        "loose": lambda found: _follows(found, "loose"),
-        **{key: lambda found, key=key: _follows(found, key) for key in extra},
+def _quality_grid(labelled: Mapping[tuple[str, ...], Figures], labels: Sequence[str]) -> Grid | None:
+    """A row for each label; a column for each figure that is known of any. Measures that nothing here has
+    heard of get columns of their own."""
+    columns: dict[str, Callable[[Figures], TableCell]] = {
+        "n": lambda figures: cell(figures.n),
+        "follows": _follows,
+        "loose": lambda figures: _follows(figures, "loose"),
     }
-    for key, (title, shown) in QUALITY.items():
-        if key in qualities:
-            columns[title] = lambda found, key=key, shown=shown: shown((found.get("quality") or {}).get(key))
-    for key in sorted(qualities - QUALITY.keys() - {"perplexity"}):
-        columns[key.replace("_", " ")] = lambda found, key=key: cell((found.get("quality") or {}).get(key))
-    rows = [[column(found) for column in columns.values()] for _, found in labelled]
-    kept = [i for i in range(len(columns)) if any(row[i].text != NONE for row in rows)]
+    measured = {key for figures in labelled.values() for key in figures.quality or {}}
+    for key in [*QUALITY, *sorted(measured - QUALITY.keys() - {"perplexity"})]:
+        title, shown = QUALITY.get(key, (key.replace("_", " "), cell))
+        columns[title] = lambda figures, key=key, shown=shown: shown(figures.measure(key))
+    rows = {names: [shown(figures) for shown in columns.values()] for names, figures in labelled.items()}
+    kept = [i for i in range(len(columns)) if any(row[i].text != NONE for row in rows.values())]
     if not kept:
         return None
-    lines = tuple(
-        (*map(TableCell, names), *(row[i] for i in kept))
-        for (names, _), row in zip(labelled, rows, strict=True)
-    )
-    return Table((*labels, *(list(columns)[i] for i in kept)), lines)
-
-
-def _is_rule(value: Any) -> bool:
-    return isinstance(value, Mapping) and "accuracy" in value
+    lines = tuple((*map(TableCell, names), *(row[i] for i in kept)) for names, row in rows.items())
+    return Grid((*labels, *(list(columns)[i] for i in kept)), lines)
 
 
 def _plain_share(value: float | None) -> TableCell:
@@ -295,8 +275,12 @@ def _plain_share(value: float | None) -> TableCell:
     return TableCell(percent(value), number=True)
 
 
+def _ratio(value: float | None) -> TableCell:
+    return TableCell(ratio(value), number=True)
+
+
 QUALITY: Mapping[str, tuple[str, Callable[[float | None], TableCell]]] = {
-    "perplexity_ratio": ("perplexity", lambda value: TableCell(ratio(value), number=True)),
+    "perplexity_ratio": ("perplexity", _ratio),
     "repetition": ("repetition", _plain_share),
     "words": ("words", lambda value: TableCell(number(value), number=True)),
     "degenerate": ("degenerate", _plain_share),
@@ -305,8 +289,8 @@ QUALITY: Mapping[str, tuple[str, Callable[[float | None], TableCell]]] = {
 
 
 def _instructions(
-    rows: Mapping[str, Any], together: Mapping[str, Any], conditions: Sequence[str]
-) -> Table | None:
+    rows: Mapping[str, ByCondition], together: ByCondition, conditions: Sequence[str]
+) -> Grid | None:
     """The share that follows in each condition, how the vector is applied and what that costs in perplexity;
     None where nothing is known of any."""
     names = [
@@ -314,150 +298,126 @@ def _instructions(
     ]
     if not names:
         return None
-    applied = next((name for name in conditions if any(_settings(row, name) for row in rows.values())), None)
+    steered = [name for name in conditions if any(row[name].settings for row in rows.values() if name in row)]
+    applied = steered[0] if steered else None
     last = (f"perplexity, {applied}", f"{applied} at") if applied else ()
     lines = [_instruction(name, row, names, applied) for name, row in rows.items()]
     has_all = len(rows) > 1 and any(name in together for name in names)
     if has_all:
         lines.append(_instruction("all", together, names, applied))
-    return Table(("instruction", *names, *last), tuple(lines), strong_last=has_all)
+    return Grid(("instruction", *names, *last), tuple(lines), strong_last=has_all)
 
 
 def _instruction(
-    label: str, row: Mapping[str, Any], names: Sequence[str], applied: str | None
+    label: str, row: ByCondition, names: Sequence[str], applied: str | None
 ) -> tuple[TableCell, ...]:
     shares = [_follows(row.get(name)) for name in names]
     if applied is None:
         return (TableCell(label), *shares)
-    quality = (row.get(applied) or {}).get("quality") or {}
-    cost = TableCell(ratio(quality.get("perplexity_ratio")), number=True)
-    return (TableCell(label), *shares, cost, TableCell(settings_text(_settings(row, applied))))
+    steered = row.get(applied) or Figures()
+    where = TableCell(settings_text(steered.settings))
+    return (TableCell(label), *shares, _ratio(steered.measure("perplexity_ratio")), where)
 
 
-def _settings(row: Mapping[str, Any], condition: str) -> Any:
-    return (row.get(condition) or {}).get("settings")
-
-
-def settings_text(settings: Any) -> str:
-    """`block 2, prompt, project, 1`; several vectors are parted by a plus sign."""
-    if isinstance(settings, (list, tuple)):
-        parts = list(dict.fromkeys(settings_text(each) for each in settings))
-        more = f" and {len(parts) - MAX_NAMED} more" if len(parts) > MAX_NAMED else ""
-        return " + ".join(parts[:MAX_NAMED]) + more
-    if not isinstance(settings, Mapping):
+def settings_text(settings: Applied | Sequence[Applied] | None) -> str:
+    """`block 2, prompt, project, x1`, with a plus sign between those of several vectors."""
+    if settings is None:
         return ""
-    parts = [str(settings[key]) for key in ("positions", "mode") if settings.get(key)]
-    strength = settings.get("strength")
-    parts += [f"x{strength:g}"] if isinstance(strength, (int, float)) else []
-    return ", ".join([*_block(settings.get("layer")), *parts])
+    if not isinstance(settings, Applied):
+        texts = list(dict.fromkeys(map(settings_text, settings)))
+        more = f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else ""
+        return " + ".join(texts[:MAX_NAMED]) + more
+    blocks = [settings.layer] if isinstance(settings.layer, int) else settings.layer or []
+    where = f"block{'s' if len(blocks) > 1 else ''} {' '.join(map(str, blocks))}" if blocks else None
+    strength = None if settings.strength is None else f"x{settings.strength:g}"
+    return ", ".join(filter(None, (where, settings.positions, settings.mode, strength)))
 
 
-def _block(layer: Any) -> list[str]:
-    layers = layer if isinstance(layer, (list, tuple)) else [] if layer is None else [layer]
-    if not layers:
-        return []
-    return [f"block{'s' if len(layers) > 1 else ''} {' '.join(map(str, layers))}"]
-
-
-def _conditions_plot(suite: str, rows: Mapping[str, Any], conditions: Sequence[str]) -> Plot | None:
+def _conditions_plot(
+    suite: str, rows: Mapping[str, ByCondition], conditions: Sequence[str]
+) -> Picture | None:
     """Bars of the conditions, for each instruction."""
     usual = [name for name in PLOTTED if name in conditions]
     names = (usual or list(conditions))[:MAX_PLOTTED]
     series = {name: [_point(row.get(name)) for row in rows.values()] for name in names}
-    if not any(point is not None for values in series.values() for point in values):
-        return None
     title = "Replies that follow, by instruction and condition"
-    spec = {"kind": "bars", "title": title, "x_label": "", "y_label": "replies that follow", "x": list(rows)}
-    return Plot(f"{slug(suite)}-conditions", {**spec, "series": series})
+    plot = Bars(title=title, y_label="replies that follow", x=list(rows), series=series)
+    return Picture(f"{slug(suite)}-conditions", plot) if any(plot.points()) else None
 
 
-def _point(figures: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    found = _accuracy(figures)
-    if found.get("accuracy") is None:
-        return None
-    return {"share": found["accuracy"], "low": found.get("low"), "high": found.get("high")}
+def _point(figures: Figures | None) -> Share | None:
+    share = (figures or Figures()).rule("strict").share
+    return None if share.share is None else share
 
 
 # --- sections and the appendix -----------------------------------------------------------------------------
 
 
-def _sections(sections: Sequence[Mapping[str, Any]], owner: str) -> tuple[Section, ...]:
+def _passages(sections: Sequence[Section], owner: str) -> tuple[Passage, ...]:
     numbered = iter(range(1, 10_000))
     return tuple(
-        Section(
-            title=section.get("title") or "",
-            paragraphs=tuple(_paragraphs(section.get("text") or "")),
-            tables=tuple(_table(table) for table in section.get("tables") or ()),
+        Passage(
+            title=section.title or "",
+            paragraphs=tuple(_paragraphs(section.text or "")),
+            tables=tuple(map(_grid, section.tables)),
             plots=tuple(
-                Plot(f"{slug(owner)}-{next(numbered)}", plot)
-                for plot in section.get("plots") or ()
-                if _shows_something(plot)
+                Picture(f"{slug(owner)}-{next(numbered)}", plot)
+                for plot in section.plots
+                if any(known(value_of(point)) for point in plot.points())
             ),
         )
         for section in sections
     )
 
 
-def _shows_something(plot: Mapping[str, Any]) -> bool:
-    rows = plot["values"] if plot["kind"] == "heatmap" else plot["series"].values()
-    return any(known(value_of(point)) for row in rows for point in row)
-
-
 def _paragraphs(text: str) -> Iterator[str]:
-    """Parted by empty lines; a single line break is a blank."""
+    """An empty line ends one; a single line break is a blank."""
     for paragraph in re.split(r"\n\s*\n", text):
         if paragraph.strip():
             yield " ".join(paragraph.split())
 
 
-def _table(table: Mapping[str, Any]) -> Table:
-    rows = tuple(tuple(cell(value) for value in row) for row in table["rows"])
+def _grid(table: Table) -> Grid:
+    rows = tuple(tuple(map(cell, row)) for row in table.rows)
     strong = len(rows) > 1 and bool(rows[-1]) and rows[-1][0].text in SUMS
-    return Table(tuple(map(str, table["columns"])), rows, str(table.get("title") or ""), strong)
+    return Grid(tuple(map(str, table.columns)), rows, table.title or "", strong)
 
 
-def _appendix(results: Mapping[str, Any]) -> Iterator[Table]:
+def _appendix(results: Results) -> Iterator[Grid]:
     """What is needed to repeat the run: settings, hashes, versions."""
     keys = ("command", "localsteer", "llama_cpp", "machine", "seconds")
-    run = {key: results[key] for key in keys if results.get(key) is not None}
-    if run:
-        yield _pairs("Run", run)
-    for title, key in (
-        ("Model", "model"),
-        ("Base model", "base"),
-        ("Settings", "settings"),
-        ("Files (sha256)", "files"),
-    ):
-        if results.get(key):
-            yield _pairs(title, results[key])
-    if results.get("vectors"):
-        yield _vectors(results["vectors"])
+    run = {key: getattr(results, key) for key in keys if getattr(results, key) is not None}
+    parts = {
+        "Run": run, "Model": results.model, "Base model": results.base, "Settings": results.settings,
+        "Files (sha256)": results.files,
+    }  # fmt: skip
+    for title, facts in parts.items():
+        if facts:
+            rows = tuple((TableCell(str(name)), _fact(value)) for name, value in facts.items())
+            yield Grid(("name", "value"), rows, title)
+    if results.vectors:
+        columns = ("vector", "settings", "sha256", "sha256 of its model")
+        rows = tuple(
+            (TableCell(name), TableCell(settings_text(vector) or NONE), *map(_hash, hashes))
+            for name, vector in results.vectors.items()
+            for hashes in [(vector.sha256, vector.source_sha256)]
+        )
+        yield Grid(columns, rows, "Vectors")
 
 
-def _pairs(title: str, found: Mapping[str, Any]) -> Table:
-    return Table(
-        ("name", "value"), tuple((TableCell(str(key)), _plain(value)) for key, value in found.items()), title
-    )
-
-
-def _plain(value: Any) -> TableCell:
+def _fact(value: Any) -> TableCell:
     """As cell, for values of any kind; never aligned to the right."""
     if isinstance(value, Mapping):
-        return TableCell(", ".join(f"{key} {_plain(each).text}" for key, each in value.items()))
+        return TableCell(", ".join(f"{name} {_fact(inner).text}" for name, inner in value.items()))
     if isinstance(value, int) and not isinstance(value, bool):
         return TableCell(str(value))  # a seed has no thousands
     if isinstance(value, (list, tuple)):
-        return TableCell(", ".join(_plain(each).text for each in value))
+        return TableCell(", ".join(_fact(inner).text for inner in value))
     return TableCell(cell(value).text)
 
 
-def _vectors(vectors: Mapping[str, Mapping[str, Any]]) -> Table:
-    def line(name: str, vector: Mapping[str, Any]) -> tuple[TableCell, ...]:
-        hashes = (str(vector.get(key) or NONE)[:_SHORT_HASH] for key in ("sha256", "source_sha256"))
-        return (TableCell(name), TableCell(settings_text(vector) or NONE), *map(TableCell, hashes))
-
-    columns = ("vector", "settings", "sha256", "sha256 of its model")
-    return Table(columns, tuple(line(name, vector) for name, vector in vectors.items()), "Vectors")
+def _hash(digest: str | None) -> TableCell:
+    return TableCell((digest or NONE)[:_SHORT_HASH])
 
 
 def spans(text: str) -> Iterator[tuple[str, bool]]:

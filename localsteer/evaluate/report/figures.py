@@ -1,7 +1,6 @@
 """How numbers are written in every report: 95%, 1.3x, `-` for what is not known.
 
-A value of results.json is a number, a text, None, or a share: {"share": 0.95}, with `low` and `high` where
-its interval is known.
+A value of a table is a number, a text, a list of these, None, or a `Share` with its interval.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from localsteer.evaluate.page import Point, Share, Value
 
 NONE = "-"
 # All but tab and newline of what could drive a terminal, and what neither XML nor UTF-8 can hold.
@@ -37,33 +38,34 @@ def showable(value: Any) -> Any:
     return [showable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def cell(value: Any) -> TableCell:
-    """Any value of a table in results.json."""
-    if isinstance(value, Mapping):
-        return share_cell(value.get("share"), value.get("low"), value.get("high"))
+def cell(value: Value) -> TableCell:
+    """Any value of a page's table."""
+    if isinstance(value, Share):
+        return share_cell(value)
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return TableCell(number(value), number=True)
     if isinstance(value, bool):
         return TableCell("yes" if value else "no")
     if isinstance(value, (list, tuple)):
-        return TableCell(", ".join(cell(each).text for each in value))
+        return TableCell(", ".join(cell(item).text for item in value))
     return TableCell(str(value))
 
 
-def share_cell(share: float | None, low: float | None = None, high: float | None = None) -> TableCell:
-    if not finite(share):
+def share_cell(value: Share) -> TableCell:
+    if not finite(value.share):
         return TableCell(NONE, number=True)
-    return TableCell(percent(share), interval(low, high), max(0.0, min(1.0, share)), number=True)
+    bar = max(0.0, min(1.0, value.share))
+    return TableCell(percent(value.share), interval(value.low, value.high), bar, number=True)
 
 
-def value_of(point: Any) -> float:
+def value_of(point: Point) -> float:
     """What is drawn of a value in a plot; NaN for a gap."""
-    found = point.get("share") if isinstance(point, Mapping) else point
-    return float(found) if finite(found) else math.nan
+    value = point.share if isinstance(point, Share) else point
+    return float(value) if finite(value) else math.nan
 
 
-def is_share(points: Iterable[Any]) -> bool:
-    return any(isinstance(point, Mapping) for point in points)
+def is_share(points: Iterable[Point]) -> bool:
+    return any(isinstance(point, Share) for point in points)
 
 
 def known(value: Any) -> bool:
@@ -83,6 +85,11 @@ def percent(share: float | None) -> str:
     if rounded == "0" and share > 0:
         return "<1%"
     return ">99%" if rounded == "100" and share < 1 else f"{rounded}%"
+
+
+def rough_percent(share: float | None) -> str:
+    """Whole per cents in a sentence, where `0%` and `100%` claim nothing."""
+    return NONE if share is None else f"{share:.0%}"
 
 
 def interval(low: float | None, high: float | None) -> str:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from localsteer.evaluate.report import plots
-from localsteer.evaluate.report.document import Plot, document, slug, spans
+from localsteer.evaluate.report.document import Picture, document, slug, spans
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -18,10 +18,10 @@ def render(results: Any) -> str:
 
     Raises LocalsteerError for results that are broken or of a newer format.
     """
-    made = document(results)
+    page = document(results)
     has_plots = plots.available()
     template = _environment(has_plots).from_string(_template())
-    return template.render(document=made, has_plots=has_plots, install=plots.INSTALL)
+    return template.render(document=page, has_plots=has_plots, install=plots.INSTALL)
 
 
 def _template() -> str:
@@ -37,7 +37,7 @@ def _environment(has_plots: bool) -> Environment:
     )
     environment.filters["slug"] = slug
     environment.filters["prose"] = lambda text: Markup(_prose(text))
-    environment.filters["picture"] = lambda plot: Markup(_picture(plot)) if has_plots else ""
+    environment.filters["picture"] = lambda picture: Markup(_picture(picture)) if has_plots else ""
     return environment
 
 
@@ -48,7 +48,7 @@ def _prose(text: str) -> str:
     )
 
 
-def _picture(plot: Plot) -> str:
+def _picture(picture: Picture) -> str:
     """matplotlib escapes the texts inside; the label is ours."""
-    drawn = plots.svg(plot.spec, salt=plot.name)
-    return drawn.replace("<svg", f'<svg role="img" aria-label="{html.escape(plot.title)}"', 1)
+    drawn = plots.svg(picture.plot, salt=picture.name)
+    return drawn.replace("<svg", f'<svg role="img" aria-label="{html.escape(picture.title)}"', 1)

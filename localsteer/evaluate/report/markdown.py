@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from localsteer.evaluate.report import plots
-from localsteer.evaluate.report.document import Document, Plot, Section, Suite, Table, document, spans
+from localsteer.evaluate.report.document import Document, Grid, Passage, Picture, Suite, document, spans
 from localsteer.evaluate.report.figures import TableCell
 
 # what Markdown, or GitHub's maths, would take for its own; an underscore inside a word is left alone
@@ -23,31 +23,31 @@ def render(results: Any, *, pictures: str | None = None) -> str:
     return "\n\n".join(_page(document(results), pictures)) + "\n"
 
 
-def all_plots(made: Document) -> Iterator[Plot]:
+def all_plots(page: Document) -> Iterator[Picture]:
     """Every plot of a report, whose names are those of its picture files."""
-    for suite in made.suites:
+    for suite in page.suites:
         yield from [suite.plot] if suite.plot else []
         for section in suite.sections:
             yield from section.plots
-    for section in made.sections:
+    for section in page.sections:
         yield from section.plots
 
 
-def _page(made: Document, pictures: str | None) -> Iterator[str]:
-    yield f"# {escape(made.title)}"
-    if made.subtitle:
-        yield prose(made.subtitle)
-    if len(made.suites) > 1:
-        yield "\n".join(f"- **{escape(suite.title)}**: {prose(suite.headline)}" for suite in made.suites)
-    for suite in made.suites:
+def _page(page: Document, pictures: str | None) -> Iterator[str]:
+    yield f"# {escape(page.title)}"
+    if page.subtitle:
+        yield prose(page.subtitle)
+    if len(page.suites) > 1:
+        yield "\n".join(f"- **{escape(suite.title)}**: {prose(suite.headline)}" for suite in page.suites)
+    for suite in page.suites:
         yield from _suite(suite, pictures)
-    for section in made.sections:
+    for section in page.sections:
         yield from _section(section, pictures, "##")
-    if made.columns:
-        yield from _legend(made)
-    if made.appendix:
-        yield from _details("Settings, files and versions", made.appendix)
-    if pictures is None and any(True for _ in all_plots(made)):
+    if page.columns:
+        yield from _legend(page)
+    if page.appendix:
+        yield from _details("Settings, files and versions", page.appendix)
+    if pictures is None and any(True for _ in all_plots(page)):
         yield f"Plots are left out; they need matplotlib (`{plots.INSTALL}`)."
 
 
@@ -67,7 +67,7 @@ def _suite(suite: Suite, pictures: str | None) -> Iterator[str]:
         yield from _section(section, pictures, "###")
 
 
-def _section(section: Section, pictures: str | None, level: str) -> Iterator[str]:
+def _section(section: Passage, pictures: str | None, level: str) -> Iterator[str]:
     if section.title:
         yield f"{level} {prose(section.title)}"
     yield from map(prose, section.paragraphs)
@@ -76,44 +76,44 @@ def _section(section: Section, pictures: str | None, level: str) -> Iterator[str
     yield from map(_table, section.tables)
 
 
-def _picture(plot: Plot, pictures: str | None) -> Iterator[str]:
+def _picture(plot: Picture, pictures: str | None) -> Iterator[str]:
     if pictures is not None:
         yield f"![{escape(plot.title or 'plot')}]({pictures}/{plot.name}.svg)"
 
 
-def _legend(made: Document) -> Iterator[str]:
+def _legend(page: Document) -> Iterator[str]:
     yield "## How to read this"
-    rows = [*made.conditions, *made.columns]
+    rows = [*page.conditions, *page.columns]
     yield "\n".join(f"- **{name}**: {text}" for name, text in rows)
 
 
-def _details(title: str, tables: Sequence[Table]) -> Iterator[str]:
+def _details(title: str, tables: Sequence[Grid]) -> Iterator[str]:
     """GitHub folds it; elsewhere it is text like all the rest."""
     yield f"<details><summary>{title}</summary>"
     yield from map(_table, tables)
     yield "</details>"
 
 
-def _table(made: Table) -> str:
-    columns = range(len(made.columns))
+def _table(grid: Grid) -> str:
+    columns = range(len(grid.columns))
     lines = [
-        _line([escape(name) for name in made.columns]),
-        _line(["---:" if made.is_number(column) else "---" for column in columns]),
+        _line([escape(name) for name in grid.columns]),
+        _line(["---:" if grid.is_number(column) else "---" for column in columns]),
     ]
-    for i, row in enumerate(made.rows):
-        strong = made.strong_last and i == len(made.rows) - 1
-        lines.append(_line([_cell(each, strong) for each in row]))
-    return "\n".join([*([f"**{escape(made.title)}**", ""] if made.title else []), *lines])
+    for i, row in enumerate(grid.rows):
+        strong = grid.strong_last and i == len(grid.rows) - 1
+        lines.append(_line([_cell(cell, strong) for cell in row]))
+    return "\n".join([*([f"**{escape(grid.title)}**", ""] if grid.title else []), *lines])
 
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(each: TableCell, strong: bool) -> str:
-    text = escape(each.text)
+def _cell(cell: TableCell, strong: bool) -> str:
+    text = escape(cell.text)
     text = f"**{text}**" if strong and text else text
-    return f"{text} ({each.minor})" if each.minor else text
+    return f"{text} ({cell.minor})" if cell.minor else text
 
 
 def prose(text: str) -> str:

@@ -1,9 +1,8 @@
-"""Pictures of the plots that results.json describes: lines, bars, heatmap. matplotlib is loaded here alone.
+"""Pictures of the plots of a page: lines, bars, heat maps. matplotlib is loaded here alone.
 
-    draw({"kind": "lines", "title": ..., "x_label": ..., "y_label": ..., "x": [], "series": {}}, "c.png")
+    draw(Lines(title="Words", x=[0, 1], series={"steered": [3, 4]}), "words.png")
 
-Values are numbers, None for a gap, or shares ({"share", "low", "high"}): then the axis is in per cents, and
-intervals are drawn.
+Values are numbers, None for a gap, or a `Share`: then the axis is in per cents, and intervals are drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from textwrap import fill
 from typing import IO, TYPE_CHECKING, Any
 
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.report import shape
+from localsteer.evaluate.page import AnyPlot, Bars, Heatmap, Label, Lines, Point, Share
 from localsteer.evaluate.report.figures import is_share, known, number, percent, showable, value_of
 
 if TYPE_CHECKING:
@@ -75,15 +74,15 @@ def _say_once() -> None:
     logger.warning("the report has no plots, since matplotlib is not installed: %s adds it.", INSTALL)
 
 
-def draw(plot: Mapping[str, Any], file: str | os.PathLike[str] | IO[bytes]) -> None:
+def draw(plot: AnyPlot, file: str | os.PathLike[str] | IO[bytes]) -> None:
     """Into a file whose suffix says how (svg, png, pdf), or as SVG into an open binary file.
 
-    Raises LocalsteerError without matplotlib, for a broken plot, and for a file that can't be written.
+    Raises LocalsteerError without matplotlib, and for a file that can't be written.
     """
     _save(plot, file, None if isinstance(file, (str, os.PathLike)) else "svg", titled=True)
 
 
-def svg(plot: Mapping[str, Any], salt: str = "") -> str:
+def svg(plot: AnyPlot, salt: str = "") -> str:
     """An <svg> element for an HTML page: it takes the page's colours and fonts, and has no title of its own.
 
     salt: another one for each plot of a page, so that their inner ids differ.
@@ -100,26 +99,19 @@ def _inline(text: str) -> str:
     return re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
 
 
-def _save(plot: Mapping[str, Any], file: Any, format: str | None, *, titled: bool, salt: str = "") -> None:
-    _check(plot)
-    plot = showable(plot)
+def _save(plot: AnyPlot, file: Any, format: str | None, *, titled: bool, salt: str = "") -> None:
+    if not _has_matplotlib():
+        raise LocalsteerError(f"plots need matplotlib: {INSTALL}.")
+    # without a date: the same file each time
+    metadata = {"Date": None} if format == "svg" or str(file).endswith(".svg") else {}
     with _style(salt):
-        made = figure(plot, titled=titled)
-        bare = (
-            {"Date": None} if format == "svg" or str(file).endswith(".svg") else {}
-        )  # the same file each time
+        drawn = figure(plot, titled=titled)
         try:
-            made.savefig(file, format=format, dpi=150, metadata=bare)
+            drawn.savefig(file, format=format, dpi=150, metadata=metadata)
         except ValueError as error:  # an ending that is no picture format
             raise LocalsteerError(f"{file} can't be drawn: {error}.") from None
         except OSError as error:
             raise LocalsteerError(f"{file} can't be written: {error.strerror or error}.") from error
-
-
-def _check(plot: Mapping[str, Any]) -> None:
-    if not _has_matplotlib():
-        raise LocalsteerError(f"plots need matplotlib: {INSTALL}.")
-    shape.check({"format": shape.FORMAT, "sections": [{"plots": [plot]}]})
 
 
 @contextmanager
@@ -147,20 +139,20 @@ def _style(salt: str) -> Iterator[None]:
         yield
 
 
-def figure(plot: Mapping[str, Any], *, titled: bool = True) -> Figure:
+def figure(plot: AnyPlot, *, titled: bool = True) -> Figure:
     """matplotlib's Figure of a plot."""
-    made = {"lines": _lines, "bars": _bars, "heatmap": _heatmap}[plot["kind"]](plot)
-    if titled and plot.get("title"):
+    canvas = {Lines: _lines, Bars: _bars, Heatmap: _heatmap}[type(plot)](plot)
+    if titled and plot.title:
         # over the axes, not the figure: constrained layout would lay a figure's title on the legend
-        title = fill(plot["title"], int(TITLE_CHARACTERS * (made.get_figwidth() - 1.0)))
-        made.axes[0].set_title(title, fontsize=10, fontweight="bold", loc="left")
-    return made
+        title = fill(showable(plot.title), int(TITLE_CHARACTERS * (canvas.get_figwidth() - 1.0)))
+        canvas.axes[0].set_title(title, fontsize=10, fontweight="bold", loc="left")
+    return canvas
 
 
 # --- points ------------------------------------------------------------------------------------------------
 
 
-def _whiskers(points: Sequence[Any]) -> list[list[float]] | None:
+def _whiskers(points: Sequence[Point]) -> list[list[float]] | None:
     """How far below and above its value each interval reaches; None where no point has one."""
     pairs = [_reach(point) for point in points]
     if not any(below or above for below, above in pairs):
@@ -168,10 +160,10 @@ def _whiskers(points: Sequence[Any]) -> list[list[float]] | None:
     return [[below for below, _ in pairs], [above for _, above in pairs]]
 
 
-def _reach(point: Any) -> tuple[float, float]:
-    if not isinstance(point, Mapping) or not all(known(point.get(key)) for key in ("share", "low", "high")):
+def _reach(point: Point) -> tuple[float, float]:
+    if not isinstance(point, Share) or not all(map(known, (point.share, point.low, point.high))):
         return 0.0, 0.0
-    return max(0.0, point["share"] - point["low"]), max(0.0, point["high"] - point["share"])
+    return max(0.0, point.share - point.low), max(0.0, point.high - point.share)
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
@@ -181,16 +173,12 @@ def _colours(names: Sequence[str]) -> dict[str, str]:
     return {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
 
 
-def _short(text: Any, longest: int = MAX_LABEL) -> str:
-    text = text if isinstance(text, str) else f"{text:g}"
+def _short(label: Label, longest: int = MAX_LABEL) -> str:
+    text = showable(label) if isinstance(label, str) else f"{label:g}"
     text = " ".join(text.split())
     text = text if len(text) <= longest else text[: longest - 1] + "…"
     # matplotlib leaves labels out that start with an underscore
     return "\u200b" + text if text.startswith("_") else text
-
-
-def _axis_label(plot: Mapping[str, Any], axis: str) -> str:
-    return _short(plot.get(f"{axis}_label") or "", MAX_AXIS_LABEL)
 
 
 def _value_axis(axis: Any, shares: bool) -> None:
@@ -200,51 +188,55 @@ def _value_axis(axis: Any, shares: bool) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
 
 
-def _legend(made: Figure, axes: Axes, n: int) -> None:
+def _legend(canvas: Figure, axes: Axes, n: int) -> None:
     """Above the plot, in one row where it fits."""
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1:
-        made.legend(handles, labels, loc="outside upper left", ncols=min(n, 6), fontsize=9, handlelength=1.2)
+        canvas.legend(
+            handles, labels, loc="outside upper left", ncols=min(n, 6), fontsize=9, handlelength=1.2
+        )
 
 
 # --- kinds -------------------------------------------------------------------------------------------------
 
 
-def _lines(plot: Mapping[str, Any]) -> Figure:
+def _lines(plot: Lines) -> Figure:
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    axes = made.subplots()
-    x, series = plot["x"], plot["series"]
-    numeric = all(known(each) for each in x)
-    at = [float(each) for each in x] if numeric else list(range(len(x)))
+    canvas = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = canvas.subplots()
+    x, series = plot.x, plot.series
+    numeric = all(map(known, x))
+    at = list(map(float, x)) if numeric else list(range(len(x)))
     widths = _widths(list(series.values()))
     for (name, colour), width in zip(_colours(list(series)).items(), widths, strict=True):
         _line(axes, at, series[name], colour, width, _short(name))
     if not numeric:
         axes.set_xticks(
             at,
-            [_short(each) for each in x],
+            list(map(_short, x)),
             rotation=30 if _is_long(x) else 0,
             ha="right" if _is_long(x) else "center",
         )
     elif len(set(at)) <= 12:
-        axes.set_xticks(sorted(set(at)), [f"{each:g}" for each in sorted(set(at))])
-    shares = is_share([point for points in series.values() for point in points])
+        axes.set_xticks(sorted(set(at)), [f"{value:g}" for value in sorted(set(at))])
+    shares = is_share(plot.points())
     if shares:
         axes.set_ylim(-0.03, 1.03)
     _value_axis(axes.yaxis, shares)
     axes.grid(axis="y", linewidth=0.6)
-    axes.set(xlabel=_axis_label(plot, "x"), ylabel=_axis_label(plot, "y"))
-    _legend(made, axes, len(series))
-    return made
+    axes.set(
+        xlabel=_short(plot.x_label or "", MAX_AXIS_LABEL), ylabel=_short(plot.y_label or "", MAX_AXIS_LABEL)
+    )
+    _legend(canvas, axes, len(series))
+    return canvas
 
 
-def _is_long(labels: Sequence[Any]) -> bool:
-    return sum(len(_short(each)) for each in labels) > 90
+def _is_long(labels: Sequence[Label]) -> bool:
+    return sum(len(_short(label)) for label in labels) > 90
 
 
-def _widths(series: Sequence[Sequence[Any]]) -> list[float]:
+def _widths(series: Sequence[Sequence[Point]]) -> list[float]:
     """Wider where later lines lie on a line, so that none is hidden."""
     values = [[value_of(point) for point in points] for points in series]
     return [
@@ -259,7 +251,7 @@ def _coincide(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def _line(
-    axes: Axes, at: Sequence[float], points: Sequence[Any], colour: str, width: float, label: str
+    axes: Axes, at: Sequence[float], points: Sequence[Point], colour: str, width: float, label: str
 ) -> None:
     values = [value_of(point) for point in points]
     axes.plot(at, values, color=colour, marker="o", markersize=3.5, linewidth=width, label=label)
@@ -270,34 +262,33 @@ def _line(
         axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _bars(plot: Mapping[str, Any]) -> Figure:
+def _bars(plot: Bars) -> Figure:
     """Lying bars, so that long names can be read; many rows stand in two columns."""
     from matplotlib.figure import Figure
 
-    x, series = plot["x"], plot["series"]
+    x, series = plot.x, plot.series
     n_panels = 2 if len(x) > TWO_PANELS else 1
     per_panel = max(1, math.ceil(len(x) / n_panels))
     height = per_panel * (BAR * max(2, len(series)) + 0.09) + 0.9
-    made = Figure(figsize=(WIDTH, height), layout="constrained")
-    panels = made.subplots(1, n_panels, squeeze=False)[0]
-    limits = _limits(series)
+    canvas = Figure(figsize=(WIDTH, height), layout="constrained")
+    panels = canvas.subplots(1, n_panels, squeeze=False)[0]
+    limits = _limits(plot.points())
     for k, axes in enumerate(panels):
         part = slice(k * per_panel, (k + 1) * per_panel)
         _panel(axes, x[part], {name: points[part] for name, points in series.items()}, per_panel)
         # the names stand on the upright axis: the labels change places
         axes.set(
             xlim=limits,
-            xlabel=_axis_label(plot, "y"),
-            ylabel="" if k else _short(plot.get("x_label") or "", int(9 * height)),
+            xlabel=_short(plot.y_label or "", MAX_AXIS_LABEL),
+            ylabel="" if k else _short(plot.x_label or "", int(9 * height)),
         )
-        _value_axis(axes.xaxis, is_share([point for points in series.values() for point in points]))
-    _legend(made, panels[0], len(series))
-    return made
+        _value_axis(axes.xaxis, is_share(plot.points()))
+    _legend(canvas, panels[0], len(series))
+    return canvas
 
 
-def _limits(series: Mapping[str, Sequence[Any]]) -> tuple[float, float]:
+def _limits(points: Sequence[Point]) -> tuple[float, float]:
     """From 0, and all of 0 to 1 for shares: bars that do not begin at nothing mislead."""
-    points = [point for found in series.values() for point in found]
     values = [value for value in map(value_of, points) if math.isfinite(value)]
     low, high = min([0.0, *values]), max([0.0, *values])
     if is_share(points) or low == high:
@@ -306,7 +297,7 @@ def _limits(series: Mapping[str, Sequence[Any]]) -> tuple[float, float]:
     return (low - room if low < 0 else 0.0), (high + room if high > 0 else 0.0)
 
 
-def _panel(axes: Axes, labels: Sequence[Any], series: Mapping[str, Sequence[Any]], n_rows: int) -> None:
+def _panel(axes: Axes, labels: Sequence[Label], series: Mapping[str, Sequence[Point]], n_rows: int) -> None:
     height = 0.82 / max(1, len(series))
     for i, (name, colour) in enumerate(_colours(list(series)).items()):
         at = [row + (i - (len(series) - 1) / 2) * height for row in range(len(labels))]
@@ -322,33 +313,35 @@ def _panel(axes: Axes, labels: Sequence[Any], series: Mapping[str, Sequence[Any]
     axes.grid(axis="x", linewidth=0.6)
 
 
-def _heatmap(plot: Mapping[str, Any]) -> Figure:
+def _heatmap(plot: Heatmap) -> Figure:
     from matplotlib.figure import Figure
 
-    rows, columns = plot["rows"], plot["columns"]
-    values = [[value_of(point) for point in row] for row in plot["values"]]
-    shares = is_share([point for row in plot["values"] for point in row])
+    rows, columns = plot.rows, plot.columns
+    values = [[value_of(point) for point in row] for row in plot.values]
+    shares = is_share(plot.points())
     longest = max((len(_short(row)) for row in rows), default=0)
     width = min(WIDTH, 1.6 + 0.06 * longest + 0.62 * max(1, len(columns)))
-    made = Figure(figsize=(max(3.6, width), 1.1 + 0.27 * max(1, len(rows))), layout="constrained")
-    axes = made.subplots()
+    canvas = Figure(figsize=(max(3.6, width), 1.1 + 0.27 * max(1, len(rows))), layout="constrained")
+    axes = canvas.subplots()
     if rows and columns:
-        _mesh(made, axes, values, shares)
+        _mesh(canvas, axes, values, shares)
     long = max((len(_short(column)) for column in columns), default=0) > MAX_UPRIGHT
     axes.set_xticks(
         range(len(columns)),
-        [_short(each) for each in columns],
+        list(map(_short, columns)),
         rotation=40 if long else 0,
         ha="right" if long else "center",
     )
-    axes.set_yticks(range(len(rows)), [_short(each) for each in rows])
+    axes.set_yticks(range(len(rows)), list(map(_short, rows)))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set(xlabel=_axis_label(plot, "x"), ylabel=_axis_label(plot, "y"))
-    return made
+    axes.set(
+        xlabel=_short(plot.x_label or "", MAX_AXIS_LABEL), ylabel=_short(plot.y_label or "", MAX_AXIS_LABEL)
+    )
+    return canvas
 
 
-def _mesh(made: Figure, axes: Axes, values: list[list[float]], shares: bool) -> None:
+def _mesh(canvas: Figure, axes: Axes, values: list[list[float]], shares: bool) -> None:
     """Cells in colour, each with its figure where there is room. A gap shows the page."""
     import numpy as np
 
@@ -368,7 +361,7 @@ def _mesh(made: Figure, axes: Axes, values: list[list[float]], shares: bool) -> 
         cmap=colours, vmin=low, vmax=high, rasterized=grid.size > MAX_VECTOR_CELLS,
     )  # fmt: skip
     axes.invert_yaxis()
-    bar = made.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02)
+    bar = canvas.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02)
     bar.outline.set_visible(False)
     _value_axis(bar.ax.yaxis, shares)
     if grid.size <= MAX_ANNOTATED:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from localsteer.evaluate.report.document import Plot, Section, Suite, Table, document
+from localsteer.evaluate.page import AnyPlot, Heatmap
+from localsteer.evaluate.report.document import Grid, Passage, Suite, document
 from localsteer.evaluate.report.figures import TableCell, is_share, value_of
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ def print_report(results: Any, console: Console | None = None) -> None:
     from rich.console import Console
 
     console = console or Console(highlight=False, markup=False, emoji=False)
-    made = document(results)
-    _heading(console, made.title, made.subtitle)
-    for suite in made.suites:
+    page = document(results)
+    _heading(console, page.title, page.subtitle)
+    for suite in page.suites:
         _suite(console, suite)
-    for section in made.sections:
-        _section(console, section)
+    for passage in page.sections:
+        _passage(console, passage)
 
 
 def _heading(console: Console, title: str, subtitle: str = "") -> None:
@@ -48,69 +49,66 @@ def _suite(console: Console, suite: Suite) -> None:
     console.print()
     _heading(console, suite.title)
     console.print(Text(suite.summary))
-    for table in (suite.overall, suite.instructions):
-        if table is not None:
+    for grid in (suite.overall, suite.instructions):
+        if grid is not None:
             console.print()
-            print_table(console, table)
-    for section in suite.sections:
-        _section(console, section)
+            print_table(console, grid)
+    for passage in suite.sections:
+        _passage(console, passage)
 
 
-def _section(console: Console, section: Section) -> None:
+def _passage(console: Console, passage: Passage) -> None:
     from rich.text import Text
 
     console.print()
-    if section.title:
-        _heading(console, section.title)
-    for paragraph in section.paragraphs:
+    if passage.title:
+        _heading(console, passage.title)
+    for paragraph in passage.paragraphs:
         console.print(Text(paragraph))
-    for table in section.tables:
-        print_table(console, table)
-    drawn = [plot for plot in section.plots if _heatmap(console, plot)]
-    titles = [plot.title for plot in section.plots if plot.title and plot not in drawn]
-    if titles:
-        console.print(Text(f"plots in the report: {'; '.join(titles)}", style="dim"))
+    for grid in passage.tables:
+        print_table(console, grid)
+    left = [picture.title for picture in passage.plots if not _heatmap(console, picture.plot)]
+    if any(left):
+        console.print(Text(f"plots in the report: {'; '.join(filter(None, left))}", style="dim"))
 
 
-def _heatmap(console: Console, plot: Plot) -> bool:
+def _heatmap(console: Console, plot: AnyPlot) -> bool:
     """Whether the plot is a heat map that fits, and is printed now."""
     from rich.measure import Measurement
 
     from localsteer.heatmap import terminal_heatmap
 
-    spec = plot.spec
-    if spec["kind"] != "heatmap" or not (spec["rows"] and spec["columns"]):
+    if not isinstance(plot, Heatmap) or not (plot.rows and plot.columns):
         return False
-    points = [point for row in spec["values"] for point in row]
-    shares = {"low": 0, "high": 1, "form": "{:.0%}"} if is_share(points) else {}
-    values = [[value_of(point) for point in row] for row in spec["values"]]
-    made = terminal_heatmap(plot.title, spec["rows"], spec["columns"], values, **shares)
-    wanted = Measurement.get(console, console.options.update(width=MAX_WIDTH), made).maximum
+    shares = {"low": 0, "high": 1, "form": "{:.0%}"} if is_share(plot.points()) else {}
+    values = [[value_of(point) for point in row] for row in plot.values]
+    heatmap = terminal_heatmap(plot.title or "", plot.rows, plot.columns, values, **shares)
+    wanted = Measurement.get(console, console.options.update(width=MAX_WIDTH), heatmap).maximum
     fits = wanted <= console.width
     if fits:
-        console.print(made)
+        console.print(heatmap)
     return fits
 
 
-def print_table(console: Console, table: Table) -> None:
+def print_table(console: Console, grid: Grid) -> None:
     """A table that is too wide for the console in several, each beginning with the first column."""
-    for i, columns in enumerate(_parts(table, console.width)):
+    for i, columns in enumerate(_parts(grid, console.width)):
         if i:
             console.print()
-        console.print(_rich(table, columns))
+        console.print(_rich(grid, columns))
 
 
-def _parts(table: Table, width: int) -> Iterator[list[int]]:
+def _parts(grid: Grid, width: int) -> Iterator[list[int]]:
     """Columns that fit beside the first one, in order."""
     widths = [
         max(
             [
                 max(map(len, _header(name).split("\n"))),
-                *(min(MAX_CELL, len(_text(row[i]).plain)) for row in table.rows),
+                *(min(MAX_CELL, len(_text(row[i]).plain)) for row in grid.rows),
             ]
         )
         + GAP
-        for i, name in enumerate(table.columns)
+        for i, name in enumerate(grid.columns)
     ]
     part, used = [0], widths[0] if widths else 0
     for column in range(1, len(widths)):
@@ -128,24 +126,26 @@ def _header(name: str) -> str:
     return name.replace(", ", ",\n")
 
 
-def _rich(table: Table, columns: Sequence[int]) -> RichTable:
+def _rich(grid: Grid, columns: Sequence[int]) -> RichTable:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    title = Text(table.title, style="bold") if table.title else None
-    made = RichTable(box=None, padding=(0, GAP, 0, 0), title=title, title_justify="left", header_style="bold")
+    title = Text(grid.title, style="bold") if grid.title else None
+    table = RichTable(
+        box=None, padding=(0, GAP, 0, 0), title=title, title_justify="left", header_style="bold"
+    )
     for column in columns:
-        number = table.is_number(column)
-        made.add_column(
-            Text(_header(table.columns[column])),
+        number = grid.is_number(column)
+        table.add_column(
+            Text(_header(grid.columns[column])),
             justify="right" if number else "left",
             overflow="fold",
             no_wrap=number,
         )
-    for i, row in enumerate(table.rows):
-        strong = table.strong_last and i == len(table.rows) - 1
-        made.add_row(*(_text(row[column]) for column in columns), style="bold" if strong else None)
-    return made
+    for i, row in enumerate(grid.rows):
+        strong = grid.strong_last and i == len(grid.rows) - 1
+        table.add_row(*(_text(row[column]) for column in columns), style="bold" if strong else None)
+    return table
 
 
 def _text(cell: TableCell) -> Text:

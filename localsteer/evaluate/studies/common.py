@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from localsteer.cache import atomic_path
-from localsteer.catalog import Catalog, Instruction, Query
-from localsteer.errors import CatalogError, LocalsteerError
+import numpy as np
+
+from localsteer.catalog import Catalog, Instruction
+from localsteer.errors import CatalogError
 from localsteer.evaluate.conditions import alike, applied_like
-from localsteer.evaluate.results import refuse_others
+from localsteer.evaluate.page import Results, Share, StudyReport, loaded, plain
+from localsteer.evaluate.report import markdown, plots
+from localsteer.evaluate.report.document import document
+from localsteer.evaluate.results import refuse_others, unwritable, versions, write, write_text
 from localsteer.evaluate.studies import study
 from localsteer.evaluate.study import Stage, silent
 from localsteer.evaluate.suites.bench import Bench, EvalLimits, open_bench
-from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures, share_cell
+from localsteer.evaluate.suites.cells import Arm, Cell, accuracy_of
 from localsteer.jsonable import finite
 from localsteer.vector import ControlVector
 
 PICTURES = "plots"
-RESULTS = "results.json"
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -59,132 +60,60 @@ class StudyJob:
         """The wanted ones, or those of `usual` that the catalogue has; each with a verifier.
 
         Raises CatalogError for an unknown one, or one without a verifier."""
-        ids = self.wanted or [each for each in usual if each in self.catalog.instructions]
+        ids = self.wanted or [name for name in usual if name in self.catalog.instructions]
         ids = ids[:2] if self.quick and self.wanted is None else ids
-        found = [self.catalog.get(each) for each in dict.fromkeys(ids)]
-        for each in found:
+        instructions = [self.catalog.get(name) for name in dict.fromkeys(ids)]
+        for each in instructions:
             if each.verifier is None:
                 raise CatalogError(f"{each.id!r} has no verifier: nothing tells whether a reply follows it")
-        if not found:
+        if not instructions:
             raise CatalogError(f"{self.catalog.source} has none of {', '.join(usual)}: name --instructions")
-        return found
+        return instructions
 
 
-def run_study(name: str, job: StudyJob, *, command: str = "") -> dict[str, Any]:
-    """Run it, and write OUT/results.json, OUT/NAME.md and its pictures. Returns results.json's content.
+def run_study(name: str, job: StudyJob, *, command: str = "") -> Results:
+    """Run it, and write OUT/results.json, OUT/NAME.md and its pictures. Returns what results.json holds.
 
     Raises CatalogError, ModelFileError, LocalsteerError for an OUT of another run or a full disk.
     """
     module = study(name)
     refuse_others(job.out, name)
     started = time.perf_counter()
-    found = module.run(job)
-    document = _document(name, module.TITLE, found, job)
-    document |= {"command": command, "seconds": round(time.perf_counter() - started, 1)}
-    document = finite(document)
-    write(document, job.out, name)
-    return document
-
-
-def _document(name: str, title: str, found: Mapping[str, Any], job: StudyJob) -> dict[str, Any]:
-    import platform
-
-    from localsteer import __version__
-    from localsteer.runtime.bridge import system_info
-
-    return {
-        "format": FORMAT,
-        "study": name,
-        "title": title,
-        "localsteer": __version__,
-        "llama_cpp": system_info()["llama-cpp-python"],
-        "machine": f"{platform.machine()} {platform.system()}",
-        "model": found["model"],
+    report: StudyReport = module.run(job)
+    results = Results(
+        **versions(),
+        study=name,
+        title=module.TITLE,
+        model=report.model,
         # a study that asks no test queries says which it asks
-        "settings": {"n": job.n, "seed": job.seed, "quick": job.quick} | dict(found.get("settings", {})),
-        "sections": found["sections"],
-        "figures": found["figures"],
-    }
+        settings={"n": job.n, "seed": job.seed, "quick": job.quick} | report.settings,
+        sections=report.sections,
+        figures=report.figures,
+        command=command,
+        seconds=round(time.perf_counter() - started, 1),
+    )
+    results = loaded(finite(plain(results)))
+    _write_page(results, job.out, name)
+    write(results, job.out)
+    return results
 
 
-def write(document: Mapping[str, Any], out: Path, name: str) -> None:
+def _write_page(results: Results, out: Path, name: str) -> None:
     """Raises LocalsteerError when the disk takes no more; replies that were made are kept."""
-    import json
-
-    from localsteer.evaluate.report import markdown, plots
-    from localsteer.evaluate.report.document import document as page_of
-
-    pictures = list(markdown.all_plots(page_of(document))) if plots.available() else []
-    page = markdown.render(document, pictures=PICTURES if pictures else None)
-    try:
-        for plot in pictures:
-            path = out / PICTURES / f"{plot.name}.png"
+    pictures = list(markdown.all_plots(document(results))) if plots.available() else []
+    page = markdown.render(results, pictures=PICTURES if pictures else None)
+    for picture in pictures:
+        path = out / PICTURES / f"{picture.name}.png"
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            plots.draw(plot.spec, path)
-            page = page.replace(f"{PICTURES}/{plot.name}.svg", f"{PICTURES}/{plot.name}.png")
-        _write_text(out / f"{name}.md", page)
-        _write_text(out / RESULTS, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise LocalsteerError(
-            f"{out} can't be written ({error.strerror or error}): what is done is kept; make room and run "
-            "the same command again."
-        ) from error
+        except OSError as error:
+            raise unwritable(path, error) from error
+        plots.draw(picture.plot, path)
+        page = page.replace(f"{PICTURES}/{picture.name}.svg", f"{PICTURES}/{picture.name}.png")
+    write_text(out / f"{name}.md", page)
 
 
-def _write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-# --- cells -------------------------------------------------------------------------------------------------
-
-
-def cells_for(
-    bench: Bench,
-    instruction: Instruction,
-    condition: str,
-    vectors: Sequence[ControlVector] = (),
-    *,
-    told: bool = False,
-    queries: Sequence[Query] | None = None,
-) -> list[Cell]:
-    """A cell for each test query. told: the instruction in words, its phrasings in turn."""
-    queries = bench.queries(instruction, "test") if queries is None else queries
-    wordings = instruction.phrasings
-    return [
-        Cell(
-            instruction=instruction.id,
-            condition=condition,
-            query=query,
-            prompt=f"{query.text} {wordings[i % len(wordings)]}" if told else query.text,
-            steer=tuple(vectors),
-            checks=checks_of(instruction, query),
-            max_tokens=bench.max_tokens,
-        )
-        for i, query in enumerate(queries)
-    ]
-
-
-def grouped(results: Sequence[Result], *keys: str) -> dict[tuple[str, ...], list[Result]]:
-    """Results by fields of their cells, in order of appearance."""
-    groups: dict[tuple[str, ...], list[Result]] = {}
-    for result in results:
-        groups.setdefault(tuple(getattr(result.cell, key) for key in keys), []).append(result)
-    return groups
-
-
-def share_of(results: Sequence[Result]) -> dict[str, float | None]:
-    """How many follow, with the interval, as a table's cell."""
-    return share_cell(figures(results))
-
-
-def accuracy_of(results: Sequence[Result]) -> float | None:
-    return share_of(results)["share"]
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+# --- instructions ------------------------------------------------------------------------------------------
 
 
 def other_vector(
@@ -214,43 +143,44 @@ def working(
     return kept, said
 
 
-# --- pages -------------------------------------------------------------------------------------------------
+# --- figures -----------------------------------------------------------------------------------------------
 
 
-def section(
-    title: str, text: str = "", tables: Sequence[Any] = (), plots: Sequence[Any] = ()
-) -> dict[str, Any]:
-    return {"title": title, "text": text, "tables": list(tables), "plots": list(plots)}
+def by_block(
+    bench: Bench, pairs: Sequence[tuple[Instruction, ControlVector]], positions: Sequence[str], n: int
+) -> list[list[Cell]]:
+    """Cells of n validation queries for each instruction, positions and block, in this order: projected with
+    strength 1."""
+    return [
+        bench.cells(
+            instruction,
+            [Arm(f"{where} {il}", (vector.at(layer=il, positions=where, mode="project", strength=1.0),))],
+            bench.queries(instruction, "validation")[:n],
+        )
+        for instruction, vector in pairs
+        for where in positions
+        for il in range(vector.n_layer)
+    ]
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> dict[str, Any]:
-    return {"title": title, "columns": list(columns), "rows": [list(row) for row in rows]}
+def profile(bench: Bench, parts: Sequence[Sequence[Cell]], what: str) -> list[float | None]:
+    """The share that follows of each part."""
+    results = iter(bench.run([cell for cells in parts for cell in cells], what=what, score=False))
+    return [accuracy_of([next(results) for _ in cells]) for cells in parts]
 
 
-def lines(
-    title: str, x_label: str, y_label: str, x: Sequence[Any], series: Mapping[str, Sequence[Any]]
-) -> dict[str, Any]:
-    labels = {"title": title, "x_label": x_label, "y_label": y_label}
-    return {
-        "kind": "lines",
-        **labels,
-        "x": list(x),
-        "series": {key: list(each) for key, each in series.items()},
-    }
+def shares(values: Iterable[float]) -> list[Share]:
+    """Of numpy's numbers, without intervals."""
+    return [Share(float(value)) for value in values]
 
 
-def heatmap(
-    title: str,
-    x_label: str,
-    y_label: str,
-    rows: Sequence[Any],
-    columns: Sequence[Any],
-    values: Sequence[Sequence[Any]],
-) -> dict[str, Any]:
-    labels = {"title": title, "x_label": x_label, "y_label": y_label}
-    grid = {"rows": list(map(str, rows)), "columns": list(map(str, columns))}
-    return {"kind": "heatmap", **labels, **grid, "values": [list(row) for row in values]}
+def correlate(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's; NaN where one of them does not vary."""
+    if a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
+def rounded(rows: Iterable[Iterable[float]]) -> list[list[float]]:
+    """For a heat map."""
+    return [[round(float(value), 3) for value in row] for row in rows]

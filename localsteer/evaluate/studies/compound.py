@@ -8,38 +8,32 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 
 from localsteer.catalog import Instruction, Query
-from localsteer.errors import CatalogError, PlanError
-from localsteer.evaluate.conditions import random_control
-from localsteer.evaluate.studies.common import (
-    StudyJob,
-    accuracy_of,
-    grouped,
-    lines,
-    percent,
-    section,
-    share_of,
-    table,
-)
+from localsteer.errors import CatalogError
+from localsteer.evaluate.conditions import arms_of, controls_of, is_possible
+from localsteer.evaluate.page import Bars, Section, Share, StudyReport, Table, Value
+from localsteer.evaluate.report.figures import rough_percent
+from localsteer.evaluate.studies.common import StudyJob
 from localsteer.evaluate.suites.bench import Bench
 from localsteer.evaluate.suites.cells import (
+    Arm,
     Cell,
     Result,
-    Rule,
-    Verdict,
+    accuracy_of,
     applied,
-    checks_of,
     figures,
-    judge_cell,
+    grouped,
+    label_of,
+    rejudged,
+    select,
+    share_of,
 )
-from localsteer.plan import Plan
 from localsteer.vector import ControlVector
 from localsteer.verify.judge import ENDLESS
 
@@ -57,7 +51,9 @@ TRIPLES = (
 )
 N_VALIDATION = 8
 N_SPREAD = 16  # ways to put the three at different blocks that are tried
+QUICK = (4, 2)  # the same two numbers
 POSITIONS = ("prompt", "all")
+KINDS = ("own settings", "one block", "different blocks")
 MINUS = (1.0, 2.0)  # strengths with which a word's include vector is taken away
 CONDITIONS = (
     "none",
@@ -73,7 +69,7 @@ CONDITIONS = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to put vectors together. kind: own settings, one block, different blocks."""
+    """One way to put vectors together. kind: one of KINDS."""
 
     kind: str
     label: str
@@ -81,8 +77,8 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
-    """One triple. best: by kind, the candidate with the most good replies on validation queries."""
+class Triple:
+    """Three instructions. best: by kind, the candidate with the most good replies on validation queries."""
 
     instructions: tuple[Instruction, ...]
     best: dict[str, Candidate]
@@ -91,38 +87,51 @@ class Found:
 
     @property
     def name(self) -> str:
-        return " + ".join(each.id for each in self.instructions)
+        return label_of(self.instructions)
 
     def of(self, condition: str) -> list[Result]:
-        return grouped(self.results, "condition").get((condition,), [])
+        return select(self.results, condition)
+
+    def share(self, condition: str) -> Share:
+        return share_of(self.of(condition))
+
+    def parts(self, condition: str) -> dict[str, float | None]:
+        """How many replies follow each of the three."""
+        results = self.of(condition)
+        return {each.id: accuracy_of(_judged_by(results, each)) for each in self.instructions}
 
 
-def run(job: StudyJob) -> dict[str, Any]:
+def run(job: StudyJob) -> StudyReport:
     """Raises CatalogError where `wanted` is not three instructions."""
     with job.bench() as bench:
-        triples, said = _triples(job, bench)
-        every = list({each.id: each for triple in triples for each in triple}.values())
+        chosen, said = _triples(job, bench)
+        every = list({each.id: each for instructions in chosen for each in instructions}.values())
         vectors, raw = bench.vectors(every), bench.raw(every)
         minus = _minus(bench, every)
-        found = [_try(bench, triple, vectors, raw, minus, job.quick) for triple in triples]
+        n_spread, n_tried = QUICK if job.quick else (N_SPREAD, N_VALIDATION)
+        triples = []
+        for three in chosen:
+            ways = candidates(three, vectors, raw, minus, n_spread=n_spread, seed=bench.seed)
+            triples.append(_try(bench, three, ways, bench.validation[:n_tried]))
         model = bench.model
-    return {
-        "model": model,
-        "figures": {
+    advice = conclusion(triples)
+    return StudyReport(
+        model=model,
+        figures={
             "triples": [
                 {
-                    "instructions": [each.id for each in one.instructions],
-                    "followed": {name: share_of(one.of(name)) for name in CONDITIONS},
-                    "parts": {name: parts(one, name) for name in CONDITIONS},
-                    "validation": one.validation,
-                    "best": {kind: each.label for kind, each in one.best.items()},
+                    "instructions": [each.id for each in triple.instructions],
+                    "followed": {name: triple.share(name) for name in CONDITIONS},
+                    "parts": {name: triple.parts(name) for name in CONDITIONS},
+                    "validation": triple.validation,
+                    "best": {kind: way.label for kind, way in triple.best.items()},
                 }
-                for one in found
+                for triple in triples
             ],
-            "advice": conclusion(found),
+            "advice": advice,
         },
-        "sections": _sections(found, said),
-    }
+        sections=[Section("What holds at once", f"{said} {advice}"), *_sections(triples)],
+    )
 
 
 # --- which three -------------------------------------------------------------------------------------------
@@ -141,7 +150,9 @@ def _triples(job: StudyJob, bench: Bench) -> tuple[list[tuple[Instruction, ...]]
     for names in TRIPLES[: 1 if job.quick else None]:
         ids = [excluded if name == EXCLUDED else long if name == LONG[0] else name for name in names]
         if all(isinstance(each, Instruction) or each in job.catalog.instructions for each in ids):
-            triples.append(tuple(_filled(job, each) for each in ids))
+            triples.append(
+                tuple(each if isinstance(each, Instruction) else job.catalog.get(each) for each in ids)
+            )
     if not triples:
         raise CatalogError(f"{job.catalog.source} has none of the usual triples: name three --instructions")
     least = long.kwargs.get("num_words")
@@ -152,10 +163,6 @@ def _triples(job: StudyJob, bench: Bench) -> tuple[list[tuple[Instruction, ...]]
         f"{1 - share:.0%} of the plain replies."
     )
     return triples, said
-
-
-def _filled(job: StudyJob, each: Instruction | str) -> Instruction:
-    return each if isinstance(each, Instruction) else job.catalog.get(each)
 
 
 def _long(job: StudyJob) -> Instruction:
@@ -183,8 +190,8 @@ def _excluded(bench: Bench, plain: Sequence[Result]) -> tuple[Instruction, float
         filled = [known[0].fill(word=word) for word, _ in words.most_common(1)]
     if not filled:
         raise CatalogError(f"{bench.catalog.source} excludes no word: name three --instructions")
-    shares = {each.id: _lacks(each, plain) for each in filled}
-    return min(((each, shares[each.id]) for each in filled), key=lambda pair: pair[1])
+    shares = [(each, accuracy_of(_judged_by(plain, each))) for each in filled]
+    return min(shares, key=lambda pair: pair[1])
 
 
 def _minus(bench: Bench, instructions: Sequence[Instruction]) -> dict[str, ControlVector]:
@@ -192,17 +199,12 @@ def _minus(bench: Bench, instructions: Sequence[Instruction]) -> dict[str, Contr
     include = bench.catalog.instructions.get(INCLUDE)
     words = {each.id: each.kwargs.get("forbidden_words", ()) for each in instructions}
     filled = {
-        name: include.fill(word=found[0])
-        for name, found in words.items()
-        if include is not None and len(found) == 1 and "word" in include.open_slots
+        name: include.fill(word=forbidden[0])
+        for name, forbidden in words.items()
+        if include is not None and len(forbidden) == 1 and "word" in include.open_slots
     }
     raw = bench.raw(list(filled.values())) if filled else {}
     return {name: raw[each.id] for name, each in filled.items()}
-
-
-def _lacks(instruction: Instruction, plain: Sequence[Result]) -> float:
-    verdicts = [_judged_by(result, checks_of(instruction, result.cell.query)).strict for result in plain]
-    return float(np.mean([bool(each) for each in verdicts]))
 
 
 # --- how they are put together -----------------------------------------------------------------------------
@@ -210,9 +212,9 @@ def _lacks(instruction: Instruction, plain: Sequence[Result]) -> float:
 
 def candidates(
     instructions: Sequence[Instruction],
-    vectors: dict[str, ControlVector],
-    raw: dict[str, ControlVector],
-    minus: dict[str, ControlVector] | None = None,
+    vectors: Mapping[str, ControlVector],
+    raw: Mapping[str, ControlVector],
+    minus: Mapping[str, ControlVector] | None = None,
     *,
     n_spread: int = N_SPREAD,
     seed: int = 0,
@@ -223,25 +225,25 @@ def candidates(
     word, the vector that includes it; the paper excludes by adding it with a negative strength.
     """
     own = [vectors[each.id] for each in instructions]
-    found = [Candidate("own settings", "own settings", tuple(v for each in own for v in applied(each)))]
+    alone = Candidate(KINDS[0], KINDS[0], tuple(vector for each in own for vector in applied(each)))
     blocks = range(max(3, 2 * own[0].n_layer // 3))
     bare = [raw[each.id].at(mode="project", strength=1.0) for each in instructions]
-    for where in POSITIONS:
-        for il in blocks:
-            same = tuple(each.at(layer=il, positions=where) for each in bare)
-            found.append(Candidate("one block", f"block {il}, {where}", same))
+    ways = [
+        Candidate(KINDS[1], f"block {il}, {where}", tuple(v.at(layer=il, positions=where) for v in bare))
+        for where in POSITIONS
+        for il in blocks
+    ]
     orders = list(permutations(blocks, len(bare)))
-    chosen = np.random.default_rng(seed).permutation(len(orders))[:n_spread]
-    for order in (orders[i] for i in sorted(chosen)):
-        apart = tuple(each.at(layer=il, positions=POSITIONS[0]) for each, il in zip(bare, order, strict=True))
-        label = f"blocks {', '.join(map(str, order))}, {POSITIONS[0]}"
-        found.append(Candidate("different blocks", label, apart))
-    found += [way for each in found[1:] for way in _excluding(each, instructions, minus or {})]
-    return [each for each in found if _can_be(each)]
+    drawn = np.random.default_rng(seed).permutation(len(orders))[:n_spread]
+    for order in (orders[i] for i in sorted(drawn)):
+        apart = tuple(v.at(layer=il, positions=POSITIONS[0]) for v, il in zip(bare, order, strict=True))
+        ways.append(Candidate(KINDS[2], f"blocks {', '.join(map(str, order))}, {POSITIONS[0]}", apart))
+    more = [other for way in ways for other in _excluding(way, instructions, minus or {})]
+    return [way for way in (alone, *ways, *more) if is_possible(way.vectors)]
 
 
 def _excluding(
-    way: Candidate, instructions: Sequence[Instruction], minus: dict[str, ControlVector]
+    way: Candidate, instructions: Sequence[Instruction], minus: Mapping[str, ControlVector]
 ) -> Iterator[Candidate]:
     """The same with a word excluded by minus its include vector."""
     for strength in MINUS if any(each.id in minus for each in instructions) else ():
@@ -254,153 +256,103 @@ def _excluding(
         yield Candidate(way.kind, f"{way.label}, minus {strength:g} x include", tuple(vectors))
 
 
-def _can_be(candidate: Candidate) -> bool:
-    try:
-        Plan.from_vectors(candidate.vectors)
-    except PlanError:
-        return False
-    return True
-
-
 def _try(
-    bench: Bench,
-    triple: Sequence[Instruction],
-    vectors: dict[str, ControlVector],
-    raw: dict[str, ControlVector],
-    minus: dict[str, ControlVector],
-    quick: bool,
-) -> Found:
-    ways = candidates(triple, vectors, raw, minus, n_spread=4 if quick else N_SPREAD, seed=bench.seed)
-    queries = bench.validation[: 2 if quick else N_VALIDATION]
-    cells = [cell for way in ways for cell in _cells(bench, triple, way.label, queries, way.vectors)]
-    scores = {
-        name: _good(found)
-        for (name,), found in grouped(bench.run(cells, what="ways", score=False), "condition").items()
-    }
+    bench: Bench, three: Sequence[Instruction], ways: Sequence[Candidate], queries: Sequence[Query]
+) -> Triple:
+    """The ways on these queries, the best of each kind on test queries."""
+    cells = bench.cells(three, [Arm(way.label, way.vectors) for way in ways], queries)
+    results = bench.run(cells, what="ways", score=False)
+    scores = {name: _good(chosen, three) for (name,), chosen in grouped(results, "condition").items()}
     best: dict[str, Candidate] = {}
     for way in sorted(ways, key=lambda way: -scores[way.label]):
         best.setdefault(way.kind, way)
     winner = max(best.values(), key=lambda way: scores[way.label])
-    control = tuple(
-        random_control(each, bench.plain_mean(), bench.seed + k) for k, each in enumerate(winner.vectors)
-    )
     steers = {
         "none": (), "told": (), **{kind: way.vectors for kind, way in best.items()},
-        "best": winner.vectors, "best and told": winner.vectors, "random": control,
+        "best": winner.vectors, "best and told": winner.vectors,
+        "random": controls_of(winner.vectors, (), bench.plain_mean(), bench.seed)["random"],
     }  # fmt: skip
-    cells = []
-    for name, steer in steers.items():
-        cells += _cells(bench, triple, name, bench.test, steer, told="told" in name)
-    results = bench.run(cells, what="comparing conditions", score=False)
+    arms = arms_of(steers, list(steers))
+    results = bench.run(bench.cells(three, arms, bench.test), what="comparing conditions", score=False)
     validation = {kind: scores[way.label] for kind, way in best.items()}
-    return Found(tuple(triple), {**best, "best": winner}, validation, results)
+    return Triple(tuple(three), {**best, "best": winner}, validation, results)
 
 
-def _cells(
-    bench: Bench,
-    triple: Sequence[Instruction],
-    condition: str,
-    queries: Sequence[Query],
-    vectors: Sequence[ControlVector],
-    *,
-    told: bool = False,
-) -> list[Cell]:
-    name = " + ".join(each.id for each in triple)
-    cells = []
-    for i, query in enumerate(queries):
-        words = " ".join(each.phrasings[i % len(each.phrasings)] for each in triple)
-        checks = tuple(check for each in triple for check in checks_of(each, query))
-        prompt = f"{query.text} {words}" if told else query.text
-        cells.append(Cell(name, condition, query, prompt, tuple(vectors), checks, bench.max_tokens))
-    return cells
-
-
-def _good(results: Sequence[Result]) -> float:
+def _good(results: Sequence[Result], three: Sequence[Instruction]) -> float:
     """All three hold, and the subject is kept; a tenth of the mean share of parts settles ties."""
     kept = [result.verdict.strict and result.verdict.subject_kept is not False for result in results]
-    held = [_held(result) for result in results]
-    return float(np.mean([bool(each) for each in kept])) + 0.1 * float(np.mean(held))
+    return float(np.mean([bool(good) for good in kept])) + 0.1 * float(np.mean(held(results, three)))
 
 
-def _held(result: Result) -> float:
-    """The share of a reply's checks that pass."""
-    verdicts = [_judged_by(result, (each,)).strict for each in result.cell.checks]
-    return float(np.mean([bool(each) for each in verdicts]))
+def held(results: Sequence[Result], three: Sequence[Instruction]) -> list[float]:
+    """The share of the three that each reply follows."""
+    parts = [_judged_by(results, each) for each in three]
+    return [
+        float(np.mean([bool(part.verdict.strict) for part in parts_of_one]))
+        for parts_of_one in zip(*parts, strict=True)
+    ]
 
 
-def _judged_by(result: Result, checks: Sequence[Rule]) -> Verdict:
-    """By some of its checks: a reply without an end follows none of them either."""
-    cell = replace(result.cell, checks=tuple(checks))
-    return judge_cell(cell, result.reply, must_end=result.verdict.degenerate == ENDLESS)
+def _judged_by(results: Sequence[Result], instruction: Instruction) -> list[Result]:
+    """By one of the three: a reply without an end follows none of them either."""
+    return [
+        judged
+        for result in results
+        for judged in rejudged([result], instruction, result.verdict.degenerate == ENDLESS)
+    ]
 
 
 # --- what is said ------------------------------------------------------------------------------------------
 
 
-def parts(found: Found, condition: str) -> dict[str, float | None]:
-    """How many replies follow each of the three."""
-    shares = {}
-    for each in found.instructions:
-        results = [
-            replace(result, verdict=_judged_by(result, checks_of(each, result.cell.query)))
-            for result in found.of(condition)
-        ]
-        shares[each.id] = accuracy_of(results) if results else None
-    return shares
-
-
-def conclusion(found: Sequence[Found]) -> str:
+def conclusion(triples: Sequence[Triple]) -> str:
     """Plainly, for each triple."""
     sentences = []
-    for one in found:
-        shares = {name: share_of(one.of(name))["share"] for name in CONDITIONS}
+    for triple in triples:
+        shares = {name: rough_percent(triple.share(name).share) for name in CONDITIONS}
         sentences.append(
-            f"{one.name}: all three hold in {percent(shares['best'])} of steered replies "
-            f"({one.best['best'].label}), {percent(shares['none'])} of plain ones, {percent(shares['told'])} "
-            f"when told in words, {percent(shares['random'])} with random directions."
+            f"{triple.name}: all three hold in {shares['best']} of steered replies "
+            f"({triple.best['best'].label}), {shares['none']} of plain ones, {shares['told']} "
+            f"when told in words, {shares['random']} with random directions."
         )
-    kinds = ("own settings", "one block", "different blocks")
-    totals = {kind: np.mean([share_of(one.of(kind))["share"] or 0.0 for one in found]) for kind in kinds}
-    ranked = ", ".join(f"{kind} {totals[kind]:.0%}" for kind in sorted(kinds, key=lambda kind: -totals[kind]))
+    totals = {kind: np.mean([triple.share(kind).share or 0.0 for triple in triples]) for kind in KINDS}
+    ranked = ", ".join(f"{kind} {totals[kind]:.0%}" for kind in sorted(KINDS, key=lambda kind: -totals[kind]))
     return " ".join(sentences) + f" On average over the triples: {ranked}."
 
 
-def _sections(found: Sequence[Found], said: str) -> list[dict[str, Any]]:
-    shares = [[one.name, *(share_of(one.of(name)) for name in CONDITIONS)] for one in found]
-    rows = []
-    for one in found:
-        for each in one.instructions:
-            held = [{"share": parts(one, name)[each.id]} for name in CONDITIONS]
-            rows.append([one.name, each.id, *held])
-    quality = [
-        [one.name, name, *(_quality(one.of(name), key) for key in ("subject_kept", "degenerate", "words"))]
-        for one in found
+def _sections(triples: Sequence[Triple]) -> Iterator[Section]:
+    shares = [[triple.name, *map(triple.share, CONDITIONS)] for triple in triples]
+    plot = Bars(
+        title="All three hold",
+        y_label="share of replies",
+        x=[triple.name for triple in triples],
+        series={name: [triple.share(name) for triple in triples] for name in CONDITIONS},
+    )
+    yield Section("All three hold", "", [Table(["instructions", *CONDITIONS], shares)], [plot])
+    parts = {triple.name: {name: triple.parts(name) for name in CONDITIONS} for triple in triples}
+    rows: list[list[Value]] = [
+        [triple.name, each.id, *(Share(parts[triple.name][name][each.id]) for name in CONDITIONS)]
+        for triple in triples
+        for each in triple.instructions
+    ]
+    yield Section("Each of them holds", "", [Table(["instructions", "of them", *CONDITIONS], rows)])
+    rows = [
+        [triple.name, name, Share(quality["subject_kept"]), Share(quality["degenerate"]), quality["words"]]
+        for triple in triples
         for name in ("none", "told", "best")
+        for quality in [figures(triple.of(name)).quality]
     ]
-    ways = [[one.name, kind, way.label, one.validation.get(kind)]
-            for one in found for kind, way in one.best.items() if kind != "best"]  # fmt: skip
-    series = {name: [share_of(one.of(name)) for one in found] for name in CONDITIONS}
-    plot = lines("All three hold", "", "share of replies", [one.name for one in found], series) | {
-        "kind": "bars"
-    }
-    return [
-        section("What holds at once", f"{said} {conclusion(found)}"),
-        section("All three hold", "", [table(("instructions", *CONDITIONS), shares)], [plot]),
-        section("Each of them holds", "", [table(("instructions", "of them", *CONDITIONS), rows)]),
-        section(
-            "Still a reply?",
-            "",
-            [table(("instructions", "condition", "subject kept", "degenerate", "words"), quality)],
-        ),
-        section(
-            "How they were put together",
-            "Chosen on validation queries; the score is the share of replies where all three hold and the "
-            "subject is kept, plus a tenth of the mean share of checks that pass.",
-            [table(("instructions", "kind", "way", "score"), ways)],
-        ),
+    columns = ["instructions", "condition", "subject kept", "degenerate", "words"]
+    yield Section("Still a reply?", "", [Table(columns, rows)])
+    rows = [
+        [triple.name, kind, way.label, triple.validation.get(kind)]
+        for triple in triples
+        for kind, way in triple.best.items()
+        if kind != "best"
     ]
-
-
-def _quality(results: Sequence[Result], key: str) -> Any:
-    value = figures(results)["quality"][key]
-    return value if key == "words" else {"share": value}
+    yield Section(
+        "How they were put together",
+        "Chosen on validation queries; the score is the share of replies where all three hold and the "
+        "subject is kept, plus a tenth of the mean share of checks that pass.",
+        [Table(["instructions", "kind", "way", "score"], rows)],
+    )

@@ -9,28 +9,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from localsteer.catalog import Instruction, Query
+from localsteer.catalog import Instruction
 from localsteer.errors import LocalsteerError, ModelFileError
-from localsteer.evaluate.journal import Journal
-from localsteer.evaluate.studies.common import (
-    StudyJob,
-    accuracy_of,
-    cells_for,
-    heatmap,
-    lines,
-    section,
-    table,
-)
+from localsteer.evaluate.page import Heatmap, Lines, Section, StudyReport, Table
+from localsteer.evaluate.studies.common import StudyJob, by_block, correlate, profile, rounded, shares
 from localsteer.evaluate.suites.bench import Bench
 from localsteer.evaluate.suites.cells import Cell, judge_cell
 from localsteer.extract import extract, open_backend
 from localsteer.plan import Plan
+from localsteer.runtime.journal import Journal
 from localsteer.runtime.reply import Reply
-from localsteer.vector import ControlVector
+
+if TYPE_CHECKING:
+    from localsteer.extract.torch_backend import TorchBackend
 
 NAME = "layers"
 TITLE = "The layer profile: PyTorch and the quantized engine"
@@ -39,7 +34,7 @@ POSITIONS = ("prompt", "all")
 N_QUERIES, QUICK_QUERIES = 10, 3
 
 
-def run(job: StudyJob) -> dict[str, Any]:
+def run(job: StudyJob) -> StudyReport:
     """Raises LocalsteerError without a checkpoint, or without torch."""
     if job.checkpoint is None:
         raise LocalsteerError("a study of layers needs the checkpoint that the model was made from.")
@@ -49,99 +44,51 @@ def run(job: StudyJob) -> dict[str, Any]:
     if job.checkpoint.is_absolute() and not job.checkpoint.is_dir():
         raise ModelFileError(f"there is no folder {job.checkpoint}.")
     positions = POSITIONS[:1] if job.quick else POSITIONS
+    n = QUICK_QUERIES if job.quick else N_QUERIES
     with job.bench() as bench:
         instructions = job.instructions(INSTRUCTIONS)
-        queries = bench.validation[: QUICK_QUERIES if job.quick else N_QUERIES]
+        n = min(n, len(bench.validation))
+        names = [f"{each.id}, {where}" for each in instructions for where in positions]
         raw = bench.raw(instructions)
-        engine = _engine_profile(bench, instructions, raw, positions, queries)
-        torch = _torch_profile(bench, instructions, positions, queries, job)
+        parts = by_block(bench, [(each, raw[each.id]) for each in instructions], positions, n)
+        ours = profile(bench, parts, "the engine, block by block")
+        theirs = _torch_profile(bench, instructions, positions, n, job)
+        engine, torch = np.array([ours, theirs], dtype=float).reshape(2, len(names), -1)
         model = bench.model
-    correlation = correlate(engine, torch)
-    mean_gap = float(np.abs(engine - torch).mean())
-    said = (
-        f"Over {engine.size} settings of block, positions and instruction the two shares correlate at "
-        f"{correlation:.3f}; they are {mean_gap:.1%} apart on average, and "
-        f"{np.abs(engine - torch).max():.0%} at most."
-    )
-    names = [f"{each.id}, {where}" for each in instructions for where in positions]
-    return {
-        "model": model,
-        "settings": {"n": None, "n_validation": len(queries)},
-        "figures": {
-            "correlation": correlation,
-            "mean_difference": mean_gap,
+    return StudyReport(
+        model=model,
+        settings={"n": None, "n_validation": n},
+        figures={
+            "correlation": correlate(engine, torch),
+            "mean_difference": float(np.abs(engine - torch).mean()),
             "rows": names,
             "engine": engine.tolist(),
             "torch": torch.tolist(),
-            "queries": len(queries),
+            "queries": n,
         },
-        "sections": _sections(names, engine, torch, said, len(queries), model),
-    }
-
-
-def correlate(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's; NaN where one of them does not vary."""
-    if a.std() == 0 or b.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
-
-
-def _cells(
-    bench: Bench, each: Instruction, vector: ControlVector, where: str, queries: Sequence[Query]
-) -> list[list[Cell]]:
-    """For each block."""
-    settings = (
-        {"layer": il, "positions": where, "mode": "project", "strength": 1.0} for il in range(vector.n_layer)
+        sections=[_agreement(names, engine, torch, n, str(model.get("quantization") or model.get("name")))],
     )
-    return [
-        cells_for(bench, each, f"{where} {i}", [vector.at(**setting)], queries=queries)
-        for i, setting in enumerate(settings)
-    ]
-
-
-def _engine_profile(
-    bench: Bench,
-    instructions: Sequence[Instruction],
-    raw: dict[str, ControlVector],
-    positions: Sequence[str],
-    queries: Sequence[Query],
-) -> np.ndarray:
-    """(rows, n_layer) shares."""
-    blocks = [
-        _cells(bench, each, raw[each.id], where, queries) for each in instructions for where in positions
-    ]
-    flat = [cell for row in blocks for cells in row for cell in cells]
-    results = bench.run(flat, what="the engine, block by block", score=False)
-    shares = [accuracy_of(results[i : i + len(queries)]) for i in range(0, len(results), len(queries))]
-    return np.array(shares, dtype=float).reshape(len(blocks), -1)
 
 
 def _torch_profile(
-    bench: Bench,
-    instructions: Sequence[Instruction],
-    positions: Sequence[str],
-    queries: Sequence[Query],
-    job: StudyJob,
-) -> np.ndarray:
-    """(rows, n_layer) shares. Replies are kept in OUT/torch.jsonl, as the engine's are."""
-    profile = []
+    bench: Bench, instructions: Sequence[Instruction], positions: Sequence[str], n: int, job: StudyJob
+) -> list[float]:
+    """Shares, as the engine's. Replies are kept in OUT/torch.jsonl."""
     with ExitStack() as stack:
         advance = stack.enter_context(bench.stage("PyTorch, block by block"))
         backend = stack.enter_context(open_backend(job.checkpoint, dtype="float32", n_threads=job.n_threads))
         journal = stack.enter_context(Journal(job.out / "torch.jsonl", {"model": backend.source_hash}))
+        followed: list[float] = []
         total = len(instructions) * len(positions) * backend.n_layer
         for each in instructions:
             vector = extract(backend, each, bench.catalog.queries_for(each, "extraction"), mode="project")
-            for where in positions:
-                row = []
-                for cells in _cells(bench, each, vector, where, queries):
-                    row.append(_share(bench, backend, journal, cells))
-                    advance(len(profile) * backend.n_layer + len(row), total)
-                profile.append(row)
-    return np.array(profile)
+            for cells in by_block(bench, [(each, vector)], positions, n):
+                followed.append(_share(bench, backend, journal, cells))
+                advance(len(followed), total)
+    return followed
 
 
-def _share(bench: Bench, backend: Any, journal: Journal, cells: Sequence[Cell]) -> float:
+def _share(bench: Bench, backend: TorchBackend, journal: Journal, cells: Sequence[Cell]) -> float:
     from localsteer.extract.torch_replies import torch_replies
 
     plan = Plan.from_vectors(cells[0].steer)
@@ -154,38 +101,39 @@ def _share(bench: Bench, backend: Any, journal: Journal, cells: Sequence[Cell]) 
     if known is None or len(known["replies"]) != len(cells):
         replies = torch_replies(backend, prompts, plan, max_tokens=cells[0].max_tokens)
         journal.put(key, {"kind": "torch", "replies": [[r.text, r.tokens, r.finish_reason] for r in replies]})
-        known = journal.get(key)
-    replies = [Reply(*each) for each in known["replies"]]
-    judged = [
-        judge_cell(cell, reply, must_end=bench.limits.must_end)
-        for cell, reply in zip(cells, replies, strict=True)
+    verdicts = [
+        judge_cell(cell, Reply(*reply), must_end=bench.limits.must_end)
+        for cell, reply in zip(cells, journal.get(key)["replies"], strict=True)
     ]
-    return float(np.mean([bool(verdict.strict) for verdict in judged]))
+    return float(np.mean([bool(verdict.strict) for verdict in verdicts]))
 
 
-def _sections(
-    names: Sequence[str], engine: np.ndarray, torch: np.ndarray, said: str, n: int, model: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _agreement(
+    names: Sequence[str], engine: np.ndarray, torch: np.ndarray, n: int, quantized: str
+) -> Section:
     blocks = list(range(engine.shape[1]))
-    quantized = str(model.get("quantization") or model.get("name"))
+    ours, theirs = f"engine, {quantized}", "PyTorch, float32"
     rows = []
-    for name, ours, theirs in zip(names, engine, torch, strict=True):
-        rows.append([name, f"engine, {quantized}", *({"share": float(v)} for v in ours)])
-        rows.append(["", "PyTorch, float32", *({"share": float(v)} for v in theirs)])
-    mean = {
-        f"engine, {quantized}": [{"share": float(v)} for v in engine.mean(axis=0)],
-        "PyTorch, float32": [{"share": float(v)} for v in torch.mean(axis=0)],
-    }
-    return [
-        section(
-            "Agreement",
-            f"{said} Each setting is tried on {n} validation queries with strength 1.",
-            [table(("setting", "by", *map(str, blocks)), rows)],
-            [
-                lines("Replies that follow, mean of all settings", "block", "share of replies", blocks, mean),
-                heatmap(
-                    "Engine minus PyTorch", "block", "", names, blocks, (engine - torch).round(3).tolist()
-                ),
-            ],
-        )
-    ]
+    for name, *both in zip(names, engine, torch, strict=True):
+        rows += [[name, ours, *shares(both[0])], ["", theirs, *shares(both[1])]]
+    text = (
+        f"Over {engine.size} settings of block, positions and instruction the two shares correlate at "
+        f"{correlate(engine, torch):.3f}; they are {np.abs(engine - torch).mean():.1%} apart on average, and "
+        f"{np.abs(engine - torch).max():.0%} at most. Each setting is tried on {n} validation queries with "
+        "strength 1."
+    )
+    means = Lines(
+        title="Replies that follow, mean of all settings",
+        x_label="block",
+        y_label="share of replies",
+        x=blocks,
+        series={ours: shares(engine.mean(axis=0)), theirs: shares(torch.mean(axis=0))},
+    )
+    gaps = Heatmap(
+        title="Engine minus PyTorch",
+        x_label="block",
+        rows=list(names),
+        columns=list(map(str, blocks)),
+        values=rounded(engine - torch),
+    )
+    return Section("Agreement", text, [Table(["setting", "by", *map(str, blocks)], rows)], [means, gaps])

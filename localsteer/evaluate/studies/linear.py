@@ -8,27 +8,21 @@ direction there, and a difference in means should not steer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from localsteer.catalog import Instruction
+from localsteer.evaluate.page import Heatmap, Lines, Section, StudyReport, Table
 from localsteer.evaluate.probe import GAUSSIAN, LINEAR, PROBES, accuracy
 from localsteer.evaluate.similarity import MIN_PAIRS, probe_groups
-from localsteer.evaluate.states import States
-from localsteer.evaluate.studies.common import (
-    StudyJob,
-    accuracy_of,
-    cells_for,
-    heatmap,
-    lines,
-    section,
-    table,
-)
-from localsteer.evaluate.studies.layers import correlate
+from localsteer.evaluate.studies.common import StudyJob, by_block, correlate, profile, rounded, shares
 from localsteer.evaluate.suites.bench import Bench
 from localsteer.extract import build_pairs, open_backend
-from localsteer.vector import ControlVector
+from localsteer.extract.states import States
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
 
 NAME = "linear"
 TITLE = "Linear or not"
@@ -43,96 +37,79 @@ TASKS = ("present", "which")
 APART = 0.05  # balanced accuracy by which the non-linear probe must lead
 CEILING = 0.98  # above it two probes can't be told apart
 READS = 0.95
+Probes = dict[tuple[str, str], np.ndarray]  # (k, n_layer) accuracies, by task and probe
 WORKS = 0.5  # share of replies above which steering is said to work
 
 
-def run(job: StudyJob) -> dict[str, Any]:
+def run(job: StudyJob) -> StudyReport:
     with job.bench() as bench:
         instructions = job.instructions(INSTRUCTIONS)
         raw = bench.raw(instructions)
         probes = probe_all(bench, instructions, QUICK_PAIRS if job.quick else N_PAIRS)
         n_queries = min(QUICK_QUERIES if job.quick else N_QUERIES, len(bench.validation))
-        steered = _steered(bench, instructions, raw, n_queries)
+        parts = by_block(bench, [(each, raw[each.id]) for each in instructions], POSITIONS, n_queries)
+        followed = np.array(profile(bench, parts, "steering at each block"), dtype=float)
+        # at the better positions
+        steered = followed.reshape(len(instructions), len(POSITIONS), -1).max(axis=1)
         model = bench.model
     ids = [each.id for each in instructions]
     advice = where_they_part(probes, steered)
-    return {
-        "model": model,
-        "settings": {"n": None, "n_validation": n_queries},
-        "figures": {
+    return StudyReport(
+        model=model,
+        settings={"n": None, "n_validation": n_queries},
+        figures={
             "instructions": ids,
-            "probes": {f"{task} {probe}": found.tolist() for (task, probe), found in probes.items()},
+            "probes": {f"{task} {probe}": table.tolist() for (task, probe), table in probes.items()},
             "steered": steered.tolist(),
             "advice": advice,
         },
-        "sections": _sections(ids, probes, steered, advice),
-    }
+        sections=_sections(ids, probes, steered, advice),
+    )
 
 
-def probe_all(
-    bench: Bench, instructions: Sequence[Instruction], n_pairs: int
-) -> dict[tuple[str, str], np.ndarray]:
-    """(k, n_layer) accuracies for each task and probe. `which` needs two instructions or more."""
+def probe_all(bench: Bench, instructions: Sequence[Instruction], n_pairs: int) -> Probes:
+    """`which` needs two instructions or more."""
     assert n_pairs >= MIN_PAIRS
     pairs = [
         build_pairs(each, bench.catalog.queries_for(each, "extraction"), n_pairs) for each in instructions
     ]
 
-    def read(engine: Any, _: None) -> list[tuple[np.ndarray, np.ndarray]]:
+    def read(engine: Engine, _: None) -> list[tuple[np.ndarray, np.ndarray]]:
         with open_backend(engine) as backend:
             states = States(backend)
             states.of([text for each in pairs for pair in each for text in (pair.plain, pair.instructed)])
             return [states.of_pairs(each) for each in pairs]
 
     with bench.stage("reading states"):
-        (found,) = bench.workers.map(read, [None])
+        (read_states,) = bench.workers.map(read, [None])
     groups = [probe_groups(each) for each in pairs]
     queries = [[pair.plain for pair in each] for each in pairs]
-    jobs = [(task, probe, k) for task in _tasks(instructions) for probe in PROBES for k in range(len(pairs))]
+    tasks = TASKS if len(instructions) > 1 else TASKS[:1]
+    jobs = [(task, probe, k) for task in tasks for probe in PROBES for k in range(len(pairs))]
 
-    def probe_one(_engine: Any, job: tuple[str, str, int]) -> list[float]:
+    def probe_one(_engine: Engine, job: tuple[str, str, int]) -> list[float]:
         task, probe, k = job
         if task == "present":
-            states, labels = np.concatenate(found[k]), np.repeat([True, False], n_pairs)
+            states, labels = np.concatenate(read_states[k]), np.repeat([True, False], n_pairs)
             return _by_block(states, labels, [*groups[k], *groups[k]], probe)
-        states = np.concatenate([found[k][0], *(found[j][0] for j in range(len(found)) if j != k)])
+        others = [j for j in range(len(pairs)) if j != k]
+        states = np.concatenate([read_states[j][0] for j in (k, *others)])
         labels = np.arange(len(states)) < n_pairs
-        others = [name for j in range(len(found)) if j != k for name in queries[j]]
-        return _by_block(states, labels, [*queries[k], *others], probe)
+        return _by_block(states, labels, [name for j in (k, *others) for name in queries[j]], probe)
 
     with bench.stage("probing") as advance:
         rows = bench.workers.map(probe_one, jobs, advance)
-    table_of: dict[tuple[str, str], list[list[float]]] = {}
+    tables: dict[tuple[str, str], list[list[float]]] = {}
     for (task, probe, _), row in zip(jobs, rows, strict=True):
-        table_of.setdefault((task, probe), []).append(row)
-    return {key: np.array(rows) for key, rows in table_of.items()}
-
-
-def _tasks(instructions: Sequence[Instruction]) -> Sequence[str]:
-    return TASKS if len(instructions) > 1 else TASKS[:1]
+        tables.setdefault((task, probe), []).append(row)
+    return {key: np.array(rows) for key, rows in tables.items()}
 
 
 def _by_block(states: np.ndarray, labels: np.ndarray, groups: Sequence[str], probe: str) -> list[float]:
     return [accuracy(states[:, il], labels, groups, probe) for il in range(states.shape[1])]
 
 
-def _steered(
-    bench: Bench, instructions: Sequence[Instruction], raw: dict[str, ControlVector], n: int
-) -> np.ndarray:
-    """(k, n_layer): the share of replies to n validation queries that follow, at the better positions."""
-    cells, n_layer = [], bench.model["n_layer"]
-    for each in instructions:
-        for where in POSITIONS:
-            for il in range(n_layer):
-                vector = raw[each.id].at(layer=il, positions=where, mode="project", strength=1.0)
-                queries = bench.queries(each, "validation")[:n]
-                cells += cells_for(bench, each, f"{where} {il}", [vector], queries=queries)
-    results = bench.run(cells, what="steering at each block", score=False)
-    shares = [accuracy_of(results[i : i + n]) for i in range(0, len(results), n)]
-    return np.array(shares, dtype=float).reshape(len(instructions), len(POSITIONS), n_layer).max(axis=1)
-
-
-def where_they_part(probes: dict[tuple[str, str], np.ndarray], steered: np.ndarray) -> str:
+def where_they_part(probes: Probes, steered: np.ndarray) -> str:
     """In words, from the figures: how often the non-linear probe leads, and whether steering fails there."""
     sentences = [_part(task, probes, steered) for task in dict.fromkeys(task for task, _ in probes)]
     readable = probes["present", LINEAR] >= READS
@@ -145,7 +122,7 @@ def where_they_part(probes: dict[tuple[str, str], np.ndarray], steered: np.ndarr
     return " ".join(sentences)
 
 
-def _part(task: str, probes: dict[tuple[str, str], np.ndarray], steered: np.ndarray) -> str:
+def _part(task: str, probes: Probes, steered: np.ndarray) -> str:
     means, linear, gaussian = (probes[task, probe] for probe in PROBES)
     gap = gaussian - linear
     apart = gap >= APART
@@ -171,35 +148,34 @@ def _number(value: float) -> str:
     return "nothing (one of them does not vary)" if np.isnan(value) else f"{value:+.2f}"
 
 
-def _sections(
-    ids: Sequence[str], probes: dict[tuple[str, str], np.ndarray], steered: np.ndarray, advice: str
-) -> list[dict[str, Any]]:
+def _sections(ids: Sequence[str], probes: Probes, steered: np.ndarray, advice: str) -> list[Section]:
     blocks = list(range(steered.shape[1]))
-    series = {f"{task}, {probe}": [{"share": float(v)} for v in found.mean(axis=0)]
-              for (task, probe), found in probes.items()}  # fmt: skip
-    series["steered replies that follow"] = [{"share": float(v)} for v in steered.mean(axis=0)]
-    rows = [[il, *(found[il] for found in series.values())] for il in blocks]
-    maps = []
+    series = {f"{task}, {probe}": shares(table.mean(axis=0)) for (task, probe), table in probes.items()}
+    series["steered replies that follow"] = shares(steered.mean(axis=0))
+    rows = [[il, *(means[il] for means in series.values())] for il in blocks]
+    maps = {}
     for task in dict.fromkeys(task for task, _ in probes):
-        gap = probes[task, GAUSSIAN] - probes[task, LINEAR]
-        maps.append(
-            heatmap(f"{task}: linear probe", "block", "", ids, blocks, probes[task, LINEAR].round(3).tolist())
-        )
-        maps.append(
-            heatmap(f"{task}: lead of the non-linear probe", "block", "", ids, blocks, gap.round(3).tolist())
-        )
-    maps.append(heatmap("Steered replies that follow", "block", "", ids, blocks, steered.round(3).tolist()))
+        maps[f"{task}: linear probe"] = probes[task, LINEAR]
+        maps[f"{task}: lead of the non-linear probe"] = probes[task, GAUSSIAN] - probes[task, LINEAR]
+    maps["Steered replies that follow"] = steered
+    columns = list(map(str, blocks))
     return [
-        section("Where they part", advice),
-        section(
+        Section("Where they part", advice),
+        Section(
             "By block",
             "Present: was the instruction in the prompt? Which: was it this one or another? Balanced "
             "accuracy (50% is chance) on queries that the probe has not seen, for `present` also in wordings "
             "that it has not seen; means: along the difference of means, linear: ridge classifier, gaussian: "
             "kernel ridge classifier. Steered: strength 1 at this block, the better of positions prompt and "
             "all, on validation queries. Means over the instructions.",
-            [table(("block", *series), rows)],
-            [lines("Probes and steering", "block", "share", blocks, series)],
+            [Table(["block", *series], rows)],
+            [Lines(title="Probes and steering", x_label="block", y_label="share", x=blocks, series=series)],
         ),
-        section("By instruction and block", "", [], maps),
+        Section(
+            "By instruction and block",
+            plots=[
+                Heatmap(title=title, x_label="block", rows=list(ids), columns=columns, values=rounded(values))
+                for title, values in maps.items()
+            ],
+        ),
     ]

@@ -6,33 +6,27 @@ picked once with the usual 50 pairs, so that nothing but the vector differs. Rep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from localsteer.catalog import Instruction, Query
-from localsteer.evaluate.conditions import random_control
+from localsteer.evaluate.conditions import arms_of, controls_of
+from localsteer.evaluate.page import Lines, Section, Share, StudyReport, Table
+from localsteer.evaluate.report.figures import rough_percent
 from localsteer.evaluate.similarity import unit_rows
-from localsteer.evaluate.states import States
-from localsteer.evaluate.studies.common import (
-    StudyJob,
-    accuracy_of,
-    cells_for,
-    grouped,
-    lines,
-    mean,
-    percent,
-    section,
-    share_of,
-    table,
-    working,
-)
+from localsteer.evaluate.studies.common import StudyJob, working
 from localsteer.evaluate.suites.bench import Bench
-from localsteer.evaluate.suites.cells import Result
+from localsteer.evaluate.suites.cells import Cell, Result, accuracy_of, grouped, mean, share_of
 from localsteer.extract import Pair, open_backend
+from localsteer.extract.states import States
 from localsteer.vector import ControlVector
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
 
 NAME = "pairs"
 TITLE = "How many pairs, and how diverse"
@@ -58,54 +52,88 @@ class Draw:
         return f"{self.n_pairs} pairs, {self.wordings or 'all'} wordings, draw {self.number}"
 
 
-def run(job: StudyJob) -> dict[str, Any]:
+class Size(Struct, frozen=True, kw_only=True):
+    """What all draws of one size did. cosine: of their directions with those of the largest size."""
+
+    n_pairs: int
+    wordings: int
+    followed: Share
+    worst_draw: float | None = None
+    best_draw: float | None = None
+    cosine: float | None = None
+
+
+Drawn = Sequence[Mapping[Draw, ControlVector]]  # by instruction
+
+
+def run(job: StudyJob) -> StudyReport:
     counts, wordings, n_draws = COUNTS, WORDINGS, N_DRAWS
     if job.quick:
         counts, wordings, n_draws = QUICK_COUNTS, QUICK_WORDINGS, QUICK_DRAWS
     kinds = [(n, 0) for n in counts] + [(N_PAIRS, k) for k in wordings if k]
-    draws = [Draw(n, k, number) for n, k in kinds for number in range(n_draws)]
+    draws = {kind: [Draw(*kind, number) for number in range(n_draws)] for kind in kinds}
     with job.bench() as bench:
         instructions = job.instructions(INSTRUCTIONS)
         vectors = bench.vectors(instructions)
         instructions, left_out = working(instructions, vectors)
+        every = [draw for members in draws.values() for draw in members]
+
+        def work(engine: Engine, each: Instruction) -> dict[Draw, ControlVector]:
+            return draw_vectors(engine, bench, each, vectors[each.id], every)
+
         with bench.stage("extracting vectors of every size") as advance:
-            drawn = bench.workers.map(
-                lambda engine, each: draw_vectors(engine, bench, each, vectors[each.id], draws),
-                instructions,
-                advance,
-            )
-        cells = []
-        for each, found in zip(instructions, drawn, strict=True):
-            control = random_control(vectors[each.id], bench.plain_mean(), bench.seed)
-            cells += cells_for(bench, each, "none") + cells_for(bench, each, "random", [control])
-            cells += cells_for(bench, each, "instructed", told=True)
-            for draw, vector in found.items():
-                cells += cells_for(bench, each, draw.label, [vector])
+            drawn = bench.workers.map(work, instructions, advance)
+        cells = [
+            cell
+            for each, by_draw in zip(instructions, drawn, strict=True)
+            for cell in _cells(bench, each, vectors[each.id], by_draw)
+        ]
         results = bench.run(cells, score=False)
         model = bench.model
-    cosines = {draw: _cosines(drawn, draw, draws) for draw in draws}
     groups = grouped(results, "condition")
-    rows = [_row(groups, draws, cosines, n, k) for n, k in kinds]
-    advice = where_it_stops(rows)
-    return {
-        "model": model,
-        "figures": {"sizes": rows, "advice": advice, "instructions": _by_instruction(results, kinds, draws)},
-        "sections": _sections(rows, groups, instructions, results, kinds, draws, advice, left_out),
+    sizes = [_size(groups, members, drawn, draws) for members in draws.values()]
+    by_instruction = _by_instruction(results, draws)
+    advice = where_it_stops(sizes)
+    control = [[name, share_of(groups[name,])] for name in ("none", "random", "instructed")]
+    said = (
+        f"{', '.join(each.id for each in instructions)}; {n_draws} random draws of each size, intervals over "
+        f"queries. Cosine: with the mean direction of the largest draws, at the steered block. {left_out}"
+    )
+    tables = [_table(sizes), Table(["beside it", "follow"], control)]
+    return StudyReport(
+        model=model,
+        figures={"sizes": sizes, "advice": advice, "instructions": by_instruction},
+        sections=[
+            Section("Where it stops paying", advice),
+            Section("Replies that follow", said, tables, [_plot(sizes, by_instruction)]),
+        ],
+    )
+
+
+def _cells(
+    bench: Bench, each: Instruction, vector: ControlVector, by_draw: Mapping[Draw, ControlVector]
+) -> list[Cell]:
+    steers = {
+        "none": (),
+        **controls_of([vector], [], bench.plain_mean(), bench.seed),
+        "instructed": (),
+        **{draw.label: (drawn,) for draw, drawn in by_draw.items()},
     }
+    return bench.cells(each, arms_of(steers, list(steers)))
 
 
 def draw_vectors(
-    engine: Any, bench: Bench, instruction: Instruction, vector: ControlVector, draws: Sequence[Draw]
+    engine: Engine, bench: Bench, instruction: Instruction, vector: ControlVector, draws: Sequence[Draw]
 ) -> dict[Draw, ControlVector]:
     """The vector of each draw, applied as `vector` is; states are computed once for each prompt."""
     queries = bench.catalog.queries_for(instruction, "extraction")
-    made = {draw: draw_pairs(instruction, queries, draw, bench.seed) for draw in draws}
+    pairs_of = {draw: draw_pairs(instruction, queries, draw, bench.seed) for draw in draws}
     with open_backend(engine) as backend:
         states = States(backend)
         states.of(
-            [text for pairs in made.values() for pair in pairs for text in (pair.plain, pair.instructed)]
+            [text for pairs in pairs_of.values() for pair in pairs for text in (pair.plain, pair.instructed)]
         )
-        return {draw: vector_of(vector, *states.of_pairs(pairs)) for draw, pairs in made.items()}
+        return {draw: vector_of(vector, *states.of_pairs(pairs)) for draw, pairs in pairs_of.items()}
 
 
 def draw_pairs(instruction: Instruction, queries: Sequence[Query], draw: Draw, seed: int = 0) -> list[Pair]:
@@ -128,123 +156,91 @@ def vector_of(like: ControlVector, instructed: np.ndarray, plain: np.ndarray) ->
     means = instructed.mean(axis=0, dtype=np.float64), plain.mean(axis=0, dtype=np.float64)
     directions = means[0] - means[1]
     units = unit_rows(directions)
-    found = [np.einsum("le,le->l", each, units) for each in means]
-    statistics = {"mean_with": found[0], "mean_without": found[1], "std_with": None, "std_without": None}
+    instructed, plain = (np.einsum("le,le->l", states, units) for states in means)
+    statistics = {"mean_with": instructed, "mean_without": plain, "std_with": None, "std_without": None}
     return replace(like, directions=directions, **statistics)
 
 
-def where_it_stops(rows: Sequence[dict[str, Any]]) -> str:
+def where_it_stops(sizes: Sequence[Size]) -> str:
     """The fewest pairs, and the fewest wordings, that come within ENOUGH of the best."""
-    sizes = [row for row in rows if not row["wordings"]]
-    best = max(row["followed"]["share"] for row in sizes)
-    enough = next(row for row in sizes if row["followed"]["share"] >= best - ENOUGH)
+    whole = [size for size in sizes if not size.wordings]
+    best = max(size.followed.share for size in whole)
+    enough = next(size for size in whole if size.followed.share >= best - ENOUGH)
     text = (
-        f"{enough['n_pairs']} pairs are enough: {percent(enough['followed']['share'])} follow, at most "
-        f"{percent(best)} with any number up to {sizes[-1]['n_pairs']}."
+        f"{enough.n_pairs} pairs are enough: {rough_percent(enough.followed.share)} follow, at most "
+        f"{rough_percent(best)} with any number up to {whole[-1].n_pairs}."
     )
-    all_of_them = next((row for row in sizes if row["n_pairs"] == N_PAIRS), sizes[-1])
-    reached = all_of_them["followed"]["share"]
-    for row in rows:
-        if row["wordings"]:
-            share = row["followed"]["share"]
-            what = f"{row['wordings']} wording{'s' if row['wordings'] > 1 else ''}"
-            verdict = "as good as" if share >= reached - ENOUGH else "worse than"
-            text += f" With {what}, {row['n_pairs']} pairs are {verdict} with all: {percent(share)} against "
-            text += f"{percent(reached)}."
+    reached = next((size for size in whole if size.n_pairs == N_PAIRS), whole[-1]).followed.share
+    for size in (size for size in sizes if size.wordings):
+        share = size.followed.share
+        what = f"{size.wordings} wording{'s' if size.wordings > 1 else ''}"
+        verdict = "as good as" if share >= reached - ENOUGH else "worse than"
+        text += f" With {what}, {size.n_pairs} pairs are {verdict} with all: "
+        text += f"{rough_percent(share)} against {rough_percent(reached)}."
     return text
 
 
-def _row(
-    groups: dict[tuple[str, ...], list[Result]],
-    draws: Sequence[Draw],
-    cosines: dict[Draw, float],
-    n: int,
-    k: int,
-) -> dict[str, Any]:
-    chosen = [draw for draw in draws if (draw.n_pairs, draw.wordings) == (n, k)]
-    shares = [accuracy_of(groups[draw.label,]) for draw in chosen]
-    everything = [result for draw in chosen for result in groups[draw.label,]]
-    return {
-        "n_pairs": n,
-        "wordings": k,
-        "followed": share_of(everything),
-        "worst_draw": min(shares),
-        "best_draw": max(shares),
-        "cosine": mean([cosines[draw] for draw in chosen]),
-    }
+def _size(
+    groups: Mapping[tuple[str, ...], list[Result]],
+    members: Sequence[Draw],
+    drawn: Drawn,
+    draws: Mapping[tuple[int, int], Sequence[Draw]],
+) -> Size:
+    followed = [accuracy_of(groups[draw.label,]) for draw in members]
+    largest = draws[max(kind for kind in draws if not kind[1])]
+    return Size(
+        n_pairs=members[0].n_pairs,
+        wordings=members[0].wordings,
+        followed=share_of([result for draw in members for result in groups[draw.label,]]),
+        worst_draw=min(followed),
+        best_draw=max(followed),
+        cosine=mean([_cosine(drawn, draw, largest) for draw in members]),
+    )
 
 
-def _cosines(drawn: Sequence[dict[Draw, ControlVector]], draw: Draw, draws: Sequence[Draw]) -> float:
+def _cosine(drawn: Drawn, draw: Draw, largest: Sequence[Draw]) -> float:
     """With the mean direction of the other draws of the largest size, at the steered block; mean over
     instructions."""
-    most = max(each.n_pairs for each in draws if not each.wordings)
-    largest = [each for each in draws if each.n_pairs == most and not each.wordings and each != draw]
-    found = []
+    cosines = []
     for vectors in drawn:
         (layer, *_) = vectors[draw].layers
-        reference = np.mean([vectors[each].unit(layer) for each in largest], axis=0)
-        found.append(float(vectors[draw].unit(layer) @ reference / np.linalg.norm(reference)))
-    return float(np.mean(found))
+        reference = np.mean([vectors[each].unit(layer) for each in largest if each != draw], axis=0)
+        cosines.append(float(vectors[draw].unit(layer) @ reference / np.linalg.norm(reference)))
+    return float(np.mean(cosines))
 
 
 def _by_instruction(
-    results: Sequence[Result], kinds: Sequence[tuple[int, int]], draws: Sequence[Draw]
+    results: Sequence[Result], draws: Mapping[tuple[int, int], Sequence[Draw]]
 ) -> dict[str, dict[str, float | None]]:
+    """The mean share of the draws of each size."""
     groups = grouped(results, "instruction", "condition")
-    names = list(dict.fromkeys(name for name, _ in groups))
     return {
         name: {
-            f"{n} pairs, {k or 'all'} wordings": mean(
-                [accuracy_of(groups[name, d.label]) for d in draws if (d.n_pairs, d.wordings) == (n, k)]
-            )
-            for n, k in kinds
+            f"{n} pairs, {k or 'all'} wordings": mean([accuracy_of(groups[name, d.label]) for d in members])
+            for (n, k), members in draws.items()
         }
-        for name in names
+        for name in dict.fromkeys(name for name, _ in groups)
     }
 
 
-def _sections(
-    rows: Sequence[dict[str, Any]],
-    groups: dict[tuple[str, ...], list[Result]],
-    instructions: Sequence[Instruction],
-    results: Sequence[Result],
-    kinds: Sequence[tuple[int, int]],
-    draws: Sequence[Draw],
-    advice: str,
-    left_out: str,
-) -> list[dict[str, Any]]:
-    columns = ("pairs", "wordings", "follow", "worst draw", "best draw", "cosine with the largest")
-    lined = [
-        [row["n_pairs"], row["wordings"] or "all", row["followed"], {"share": row["worst_draw"]},
-         {"share": row["best_draw"]}, round(row["cosine"], 4)]
-        for row in rows
+def _table(sizes: Sequence[Size]) -> Table:
+    rows = [
+        [size.n_pairs, size.wordings or "all", size.followed, Share(size.worst_draw), Share(size.best_draw),
+         round(size.cosine, 4)]
+        for size in sizes
     ]  # fmt: skip
-    sizes = [row for row in rows if not row["wordings"]]
-    control = [[name, share_of(groups[name,])] for name in ("none", "random", "instructed")]
-    by_instruction = _by_instruction(results, kinds, draws)
-    counts = [n for n, k in kinds if not k]
-    series = {
-        name: [{"share": found[f"{n} pairs, all wordings"]} for n in counts]
-        for name, found in by_instruction.items()
-    }
-    series = {"all": [row["followed"] for row in sizes], **series}
-    n_draws = len(draws) // len(kinds)
-    named = ", ".join(each.id for each in instructions)
-    return [
-        section("Where it stops paying", advice),
-        section(
-            "Replies that follow",
-            f"{named}; {n_draws} random draws of each size, intervals over queries. Cosine: with the mean "
-            f"direction of the largest draws, at the steered block. {left_out}",
-            [table(columns, lined), table(("beside it", "follow"), control)],
-            [
-                lines(
-                    "Replies that follow, by pairs",
-                    "pairs",
-                    "share of replies",
-                    list(map(str, counts)),
-                    series,
-                )
-            ],
-        ),
-    ]
+    return Table(["pairs", "wordings", "follow", "worst draw", "best draw", "cosine with the largest"], rows)
+
+
+def _plot(sizes: Sequence[Size], by_instruction: Mapping[str, Mapping[str, float | None]]) -> Lines:
+    whole = [size for size in sizes if not size.wordings]
+    series = {"all": [size.followed for size in whole]}
+    for name, shares in by_instruction.items():
+        series[name] = [Share(shares[f"{size.n_pairs} pairs, all wordings"]) for size in whole]
+    return Lines(
+        title="Replies that follow, by pairs",
+        x_label="pairs",
+        y_label="share of replies",
+        x=[str(size.n_pairs) for size in whole],
+        series=series,
+    )

@@ -7,34 +7,34 @@ again (`localsteer calibrate`), and extracted anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from localsteer.catalog import Instruction
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.calibrate import Calibration, calibrate
-from localsteer.evaluate.conditions import random_control
-from localsteer.evaluate.studies.common import (
-    StudyJob,
-    accuracy_of,
-    cells_for,
-    grouped,
-    heatmap,
-    lines,
-    other_vector,
-    percent,
-    section,
-    share_of,
-    table,
-    working,
-)
+from localsteer.evaluate.conditions import arms_of, controls_of
+from localsteer.evaluate.page import Heatmap, Lines, Section, Share, StudyReport, Table, Value
+from localsteer.evaluate.report.figures import rough_percent
+from localsteer.evaluate.studies.common import StudyJob, other_vector, rounded, working
 from localsteer.evaluate.suites.bench import Bench
-from localsteer.evaluate.suites.cells import Result, difference
+from localsteer.evaluate.suites.cells import (
+    Cell,
+    Result,
+    accuracy_of,
+    difference,
+    grouped,
+    select,
+    share_of,
+)
 from localsteer.extract import build_pairs
+from localsteer.extract.calibrate import Calibration, calibrate
 from localsteer.vector import ControlVector
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
 
 NAME = "quantization"
 TITLE = "What quantization does to steering"
@@ -49,52 +49,73 @@ SURE = 0.02  # a smaller difference is of no use, even where it is certain
 
 @dataclass(frozen=True)
 class Measured:
-    """One file. calibrations: by instruction id."""
+    """One file. calibrations: by instruction id, whose steered blocks are `layers`."""
 
     label: str
     size: int
     calibrations: dict[str, Calibration]
+    layers: dict[str, int]
     results: list[Result]
 
-    def column(self, what: str, layers: dict[str, int]) -> list[float]:
+    def column(self, what: str) -> list[float]:
         """`cosines` or `drift` at each instruction's steered block."""
-        return [float(getattr(done, what)[layers[name]]) for name, done in self.calibrations.items()]
+        return [float(getattr(done, what)[self.layers[name]]) for name, done in self.calibrations.items()]
 
     def over_instructions(self, what: str, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """(n_layer,): mean of a measure of `cosines` or `drift`."""
         return np.nanmean([measure(getattr(done, what)) for done in self.calibrations.values()], axis=0)
 
-    def share(self, condition: str) -> dict[str, float | None]:
+    def share(self, condition: str) -> Share:
         return share_of(self.of(condition))
 
     def of(self, condition: str) -> list[Result]:
-        return grouped(self.results, "condition").get((condition,), [])
+        return select(self.results, condition)
+
+    def gain(self, condition: str) -> Share:
+        """Over the reference vector on this file."""
+        return difference(self.of(condition), self.of("reference"))
+
+    def gains(self, condition: str) -> bool:
+        gain = self.gain(condition)
+        return gain.low > 0 and gain.share >= SURE
+
+    def against(self, first: Measured, condition: str) -> Share:
+        return difference(self.of(condition), first.of(condition))
 
 
-def run(job: StudyJob) -> dict[str, Any]:
+def run(job: StudyJob) -> StudyReport:
     """Raises LocalsteerError for fewer than two files, MismatchError for one of another model."""
-    files = job.files[:1] if not job.files else job.files
-    if len(files) < 2:
+    if len(job.files) < 2:
         raise LocalsteerError("a study of quantization needs two files or more of one checkpoint.")
-    with job.bench(files[0][1], files[0][0]) as bench:
+    label, path = job.files[0]
+    with job.bench(path, label) as bench:
         instructions = job.instructions(INSTRUCTIONS)
         vectors = bench.vectors(instructions)
         instructions, left_out = working(instructions, vectors)
         model = bench.model
-    for label, path in files[1:]:  # of all of them, before the first is measured
+    for label, path in job.files[1:]:  # of all of them, before the first is measured
         with job.bench(path, label) as bench:
             bench.workers.map(lambda engine, vector: engine.plan(vector), [*vectors.values()][:1])
     measured = []
-    for label, path in files:
+    for label, path in job.files:
         with job.bench(path, label) as bench:
             measured.append(_measure(bench, label, path.stat().st_size, instructions, vectors))
-    layers = {each.id: vectors[each.id].layers[0] for each in instructions}
-    advice = what_to_do(measured, layers)
-    return {
-        "model": model,
-        "figures": {"files": [_figures(each, layers) for each in measured], "advice": advice},
-        "sections": _sections(measured, instructions, vectors, layers, advice, left_out),
-    }
+    advice = what_to_do(measured)
+    named = ", ".join(
+        f"{each.id} (block {vectors[each.id].layers[0]}, {vectors[each.id].positions})"
+        for each in instructions
+    )
+    return StudyReport(
+        model=model,
+        figures={"files": [_figures(file) for file in measured], "advice": advice},
+        sections=[
+            Section("What a user should do", advice),
+            _steering(measured, named, left_out),
+            _differences(measured),
+            _by_instruction(measured, [each.id for each in instructions]),
+            _by_block(measured),
+        ],
+    )
 
 
 def _measure(
@@ -102,63 +123,64 @@ def _measure(
     label: str,
     size: int,
     instructions: Sequence[Instruction],
-    vectors: dict[str, ControlVector],
+    vectors: Mapping[str, ControlVector],
 ) -> Measured:
-    def calibrated(engine: Any, instruction: Instruction) -> Calibration:
+    def work(engine: Engine, instruction: Instruction) -> Calibration:
         queries = bench.catalog.queries_for(instruction, "extraction")
         return calibrate(engine, vectors[instruction.id], build_pairs(instruction, queries))
 
     with bench.stage(f"{label}: calibrating") as advance:
-        found = bench.workers.map(calibrated, instructions, advance)
-    calibrations = {each.id: done for each, done in zip(instructions, found, strict=True)}
-    cells = []
-    for each in instructions:
-        vector, done = vectors[each.id], calibrations[each.id]
-        steers = {
-            "reference": vector,
-            "recalibrated": done.vector,
-            "re-extracted": done.fresh,
-            "random": random_control(vector, bench.plain_mean(), bench.seed),
-            "other": other_vector(each, instructions, vectors),
-        }
-        cells += cells_for(bench, each, "none") + cells_for(bench, each, "instructed", told=True)
-        for name, steer in steers.items():
-            cells += cells_for(bench, each, name, [steer]) if steer is not None else []
+        done = bench.workers.map(work, instructions, advance)
+    calibrations = {each.id: calibration for each, calibration in zip(instructions, done, strict=True)}
+    others = {each.id: other_vector(each, instructions, vectors) for each in instructions}
+    cells = [
+        cell for each in instructions for cell in _cells(bench, each, calibrations[each.id], others[each.id])
+    ]
     results = bench.run(cells, what=f"{label}: asking", score=False)
-    return Measured(label, size, calibrations, results)
+    layers = {each.id: vectors[each.id].layers[0] for each in instructions}
+    return Measured(label, size, calibrations, layers, results)
 
 
-def what_to_do(measured: Sequence[Measured], layers: dict[str, int]) -> str:
+def _cells(
+    bench: Bench, instruction: Instruction, calibration: Calibration, other: ControlVector | None
+) -> list[Cell]:
+    vector = calibration.before
+    steers = {
+        "none": (),
+        "instructed": (),
+        "reference": (vector,),
+        "recalibrated": (calibration.vector,),
+        "re-extracted": (calibration.fresh,),
+        **controls_of([vector], [other] if other else [], bench.plain_mean(), bench.seed),
+    }
+    return bench.cells(instruction, arms_of(steers, CONDITIONS))
+
+
+def what_to_do(measured: Sequence[Measured]) -> str:
     """For a user, from the figures alone: the coarsest file that the exact vector still works on, whether
     calibrating or extracting anew is worth the time, and where the model itself gives up."""
-    first = measured[0]
+    first, anew = measured[0], ("recalibrated", "re-extracted")
+    changes = {file.label: file.against(first, "reference") for file in measured[1:]}
+    lost = {name: change for name, change in changes.items() if change.high < 0 or change.share < -0.1}
+    gains = {file.label: [name for name in anew if file.gains(name)] for file in measured[1:]}
+    held = [name for name in changes if name not in lost]
     sentences = []
-    held, lost = [], []
-    for each in measured[1:]:
-        found = difference(each.of("reference"), first.of("reference"))
-        (lost if found["high"] < 0 or found["share"] < -0.1 else held).append((each, found["share"]))
     if held:
-        names = ", ".join(each.label for each, _ in held)
-        sentences.append(f"A vector made on {first.label} steers {names} as it is, without a sure loss.")
-    for each, share in lost:
-        text = f"On {each.label} it loses {-share:.0%} of replies"
-        mended = [name for name in ("recalibrated", "re-extracted") if _gains(each, name)]
-        text += (
-            f"; {' and '.join(mended)} vectors win some back." if mended else "; no other vector does better."
+        sentences.append(
+            f"A vector made on {first.label} steers {', '.join(held)} as it is, without a sure loss."
         )
-        sentences.append(text)
-    gains = [
-        (each.label, name)
-        for each, _ in held
-        for name in ("recalibrated", "re-extracted")
-        if _gains(each, name)
-    ]
-    if gains:
-        named = ", ".join(f"{name} on {label}" for label, name in gains)
-        sentences.append(f"Worth the minute that it takes: {named}.")
-    else:
-        sentences.append("Where the vector holds, neither recalibrating nor extracting anew helps surely.")
-    told = [each.label for each in measured if _below(each, first, "instructed")]
+    for name, change in lost.items():
+        mended = f"{' and '.join(gains[name])} vectors win some back" if gains[name] else ""
+        sentences.append(
+            f"On {name} it loses {-change.share:.0%} of replies; {mended or 'no other vector does better'}."
+        )
+    worth = [f"{kind} on {name}" for name in held for kind in gains[name]]
+    sentences.append(
+        f"Worth the minute that it takes: {', '.join(worth)}."
+        if worth
+        else "Where the vector holds, neither recalibrating nor extracting anew helps surely."
+    )
+    told = [file.label for file in measured if file.against(first, "instructed").high < -SURE]
     if told:
         sentences.append(
             f"Told in words, too, the model follows less on {', '.join(told)}: what is lost there is the "
@@ -167,122 +189,93 @@ def what_to_do(measured: Sequence[Measured], layers: dict[str, int]) -> str:
     return " ".join(sentences)
 
 
-def _gains(each: Measured, name: str) -> bool:
-    found = difference(each.of(name), each.of("reference"))
-    return found["low"] > 0 and found["share"] >= SURE
-
-
-def _below(each: Measured, first: Measured, condition: str) -> bool:
-    return difference(each.of(condition), first.of(condition))["high"] < -SURE
-
-
-def _figures(each: Measured, layers: dict[str, int]) -> dict[str, Any]:
-    groups = grouped(each.results, "instruction", "condition")
+def _figures(file: Measured) -> dict[str, Any]:
+    groups = grouped(file.results, "instruction", "condition")
     return {
-        "quantization": each.label,
-        "bytes": each.size,
-        "cosines": {name: done.cosines.tolist() for name, done in each.calibrations.items()},
-        "drift": {name: done.drift.tolist() for name, done in each.calibrations.items()},
-        "followed": {name: each.share(name) for name in CONDITIONS},
-        "instructions": {f"{a} {b}": accuracy_of(found) for (a, b), found in groups.items()},
-        "steered_block": layers,
+        "quantization": file.label,
+        "bytes": file.size,
+        "cosines": {name: done.cosines.tolist() for name, done in file.calibrations.items()},
+        "drift": {name: done.drift.tolist() for name, done in file.calibrations.items()},
+        "followed": {name: file.share(name) for name in CONDITIONS},
+        "instructions": {f"{a} {b}": accuracy_of(results) for (a, b), results in groups.items()},
+        "steered_block": file.layers,
     }
 
 
-def _sections(
-    measured: Sequence[Measured],
-    instructions: Sequence[Instruction],
-    vectors: dict[str, ControlVector],
-    layers: dict[str, int],
-    advice: str,
-    left_out: str,
-) -> list[dict[str, Any]]:
-    first, labels = measured[0], [each.label for each in measured]
-    named = ", ".join(
-        f"{each.id} (block {layers[each.id]}, {vectors[each.id].positions})" for each in instructions
-    )
-    columns = ("file", "MB", "cosine", "lowest", "drift", *CONDITIONS)
-    rows = [_row(each, layers) for each in measured]
+def _steering(measured: Sequence[Measured], named: str, left_out: str) -> Section:
+    rows: list[list[Value]] = []
+    for file in measured:
+        cosines, drift = file.column("cosines"), np.abs(file.column("drift"))
+        numbers = (f"{value:.4f}" for value in (np.mean(cosines), min(cosines), np.mean(drift)))
+        rows.append([file.label, f"{file.size / 1e6:.1f}", *numbers, *map(file.share, CONDITIONS)])
     shown = [name for name in CONDITIONS if name != "other"]
-    followed = {name: [each.share(name) for each in measured] for name in shown}
-    differences = [[each.label, *_differences(each, first)] for each in measured]
-    angles = [each.over_instructions("cosines", angle) for each in measured]
-    drift = [each.over_instructions("drift", np.abs) for each in measured]
-    blocks = range(len(drift[0]))
-    return [
-        section("What a user should do", advice),
-        section(
-            "Steering on each file",
-            f"Reference: the vector extracted on {first.label}. Settings picked there on validation queries: "
-            f"{named}. Cosine: between the reference direction and the file's own at the steered block, mean "
-            "and lowest over the instructions. Drift: how far the mean projection with the instruction has "
-            "moved, in units of the distance that the instruction moves it (mean of absolute values). "
-            f"{left_out}",
-            [table(columns, rows)],
-            [lines("Replies that follow", "file", "share of replies", labels, followed)],
-        ),
-        section(
-            "Differences",
-            "Paired over queries, with 95% intervals: recalibrated and re-extracted against the reference "
-            f"vector on the same file, and the reference vector against itself on {first.label}.",
-            [
-                table(
-                    ("file", "recalibrated", "re-extracted", f"reference against {first.label}"), differences
-                )
-            ],
-        ),
-        section(
-            "By instruction",
-            "Replies that follow with the reference vector, and told in words.",
-            [_by_instruction(measured, instructions)],
-        ),
-        section(
-            "Directions and projections by block",
-            "Means over the instructions.",
-            [],
-            [
-                heatmap(
-                    "Angle to the reference direction, degrees",
-                    "block",
-                    "file",
-                    labels,
-                    blocks,
-                    _lists(angles),
-                ),
-                heatmap("Drift of the mean projection", "block", "file", labels, blocks, _lists(drift)),
-            ],
-        ),
+    plot = Lines(
+        title="Replies that follow",
+        x_label="file",
+        y_label="share of replies",
+        x=[file.label for file in measured],
+        series={name: [file.share(name) for file in measured] for name in shown},
+    )
+    return Section(
+        "Steering on each file",
+        f"Reference: the vector extracted on {measured[0].label}. Settings picked there on validation "
+        f"queries: {named}. Cosine: between the reference direction and the file's own at the steered block, "
+        "mean and lowest over the instructions. Drift: how far the mean projection with the instruction has "
+        "moved, in units of the distance that the instruction moves it (mean of absolute values). "
+        f"{left_out}",
+        [Table(["file", "MB", "cosine", "lowest", "drift", *CONDITIONS], rows)],
+        [plot],
+    )
+
+
+def _differences(measured: Sequence[Measured]) -> Section:
+    first = measured[0]
+    rows = [
+        [file.label, file.gain("recalibrated"), file.gain("re-extracted"), file.against(first, "reference")]
+        for file in measured
     ]
+    return Section(
+        "Differences",
+        "Paired over queries, with 95% intervals: recalibrated and re-extracted against the reference "
+        f"vector on the same file, and the reference vector against itself on {first.label}.",
+        [Table(["file", "recalibrated", "re-extracted", f"reference against {first.label}"], rows)],
+    )
 
 
-def _row(each: Measured, layers: dict[str, int]) -> list[Any]:
-    cosines, drift = each.column("cosines", layers), each.column("drift", layers)
-    found = (np.mean(cosines), min(cosines), np.mean(np.abs(drift)))
-    numbers = [f"{each.size / 1e6:.1f}", *(f"{value:.4f}" for value in found)]
-    return [each.label, *numbers, *(each.share(name) for name in CONDITIONS)]
+def _by_instruction(measured: Sequence[Measured], names: Sequence[str]) -> Section:
+    rows = [
+        [name, *(" / ".join(rough_percent(accuracy_of(select(file.of(kind), None, name)))
+                            for kind in ("reference", "instructed")) for file in measured)]
+        for name in names
+    ]  # fmt: skip
+    return Section(
+        "By instruction",
+        "Replies that follow with the reference vector, and told in words.",
+        [Table(["steered / told", *(file.label for file in measured)], rows)],
+    )
 
 
-def _differences(each: Measured, first: Measured) -> list[dict[str, float | None]]:
-    found = [difference(each.of(name), each.of("reference")) for name in ("recalibrated", "re-extracted")]
-    return [*found, difference(each.of("reference"), first.of("reference"))]
+def _by_block(measured: Sequence[Measured]) -> Section:
+    maps = {
+        "Angle to the reference direction, degrees": [
+            file.over_instructions("cosines", angle) for file in measured
+        ],
+        "Drift of the mean projection": [file.over_instructions("drift", np.abs) for file in measured],
+    }
+    plots = [
+        Heatmap(
+            title=title,
+            x_label="block",
+            y_label="file",
+            rows=[file.label for file in measured],
+            columns=list(map(str, range(len(values[0])))),
+            values=rounded(values),
+        )
+        for title, values in maps.items()
+    ]
+    return Section("Directions and projections by block", "Means over the instructions.", [], plots)
 
 
 def angle(cosines: np.ndarray) -> np.ndarray:
     """Degrees."""
     return np.degrees(np.arccos(np.clip(cosines, -1.0, 1.0)))
-
-
-def _by_instruction(measured: Sequence[Measured], instructions: Sequence[Instruction]) -> dict[str, Any]:
-    rows = []
-    for each in instructions:
-        cells = []
-        for file in measured:
-            groups = grouped(file.results, "instruction", "condition")
-            steered, told = (accuracy_of(groups[each.id, name]) for name in ("reference", "instructed"))
-            cells.append(f"{percent(steered)} / {percent(told)}")
-        rows.append([each.id, *cells])
-    return table(("steered / told", *(file.label for file in measured)), rows)
-
-
-def _lists(rows: Sequence[np.ndarray]) -> list[list[float]]:
-    return [[round(float(value), 3) for value in row] for row in rows]

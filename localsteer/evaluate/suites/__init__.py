@@ -6,19 +6,15 @@
 `missing` asks the model nothing, so that what can't be done is said before anything is. It raises
 LocalsteerError for input that is wrong; `run` expects that it was called.
 
-A SuiteReport is a plain dict, one entry of `suites` in results.json (docs/evaluation.md): title, conditions,
-instructions, all, sections.
+A SuiteReport is one entry of `suites` in results.json.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 from localsteer.errors import LocalsteerError
-
-SuiteReport = dict[str, Any]
 
 MODULES = {
     "format": "format",

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
 
 from localsteer.cache import file_hash, file_name
 from localsteer.catalog import Catalog, Instruction, Query
@@ -24,27 +26,37 @@ from localsteer.errors import (
     CatalogError,
     LocalsteerError,
     ModelFileError,
-    PlanError,
     PromptError,
     VectorFileError,
 )
-from localsteer.evaluate.conditions import alike, applied_like, random_control
-from localsteer.evaluate.journal import Journal
+from localsteer.evaluate.conditions import alike, choose_others, controls_of
+from localsteer.evaluate.page import Facts, Section, SuiteReport, VectorRecord
+from localsteer.evaluate.results import unwritable
 from localsteer.evaluate.study import MAX_TOKENS as BUNDLED_MAX_TOKENS
 from localsteer.evaluate.study import N_CTX as BUNDLED_N_CTX
 from localsteer.evaluate.study import N_SEQ_MAX as BUNDLED_N_SEQ_MAX
-from localsteer.evaluate.study import Stage, Study, extract_all, silent, spread
-from localsteer.evaluate.suites.cells import Cell, Result, run_cells, tables
-from localsteer.evaluate.vector_instruction import instruction_of
-from localsteer.evaluate.workers import Workers
+from localsteer.evaluate.study import (
+    N_TOLD,
+    Stage,
+    alone,
+    ask_in_words,
+    extract_all,
+    find_setting,
+    silent,
+    spread,
+)
+from localsteer.evaluate.suites.cells import Arm, Cell, Result, cells_of, report, run_cells, setting_of
 from localsteer.extract.levels import DIRECTIONS, length
-from localsteer.plan import Plan
+from localsteer.extract.vector_instruction import instruction_of
+from localsteer.runtime.journal import Journal
+from localsteer.runtime.workers import Workers
 from localsteer.vector import ControlVector, check_model
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
     from localsteer.evaluate.model_judge import ModelJudge
     from localsteer.extract.recipes import Extracted
+    from localsteer.runtime.reply import Reply
     from localsteer.tune import Tuned
 
 PARTNERS = ("json", "lowercase", "title")  # a control needs other instructions, also where few are wanted
@@ -123,7 +135,7 @@ def _open_workers(
     return stack.enter_context(Workers(path, n if small else 1, n_threads=1 if small else n, **more))
 
 
-def _identity(path: Path, limits: EvalLimits) -> dict[str, Any]:
+def _identity(path: Path, limits: EvalLimits) -> Facts:
     """What replies in a journal were given by: another version may give others, and a smaller context cuts
     them short, so that a report would say of its replies what is not true."""
     from importlib.metadata import version
@@ -172,7 +184,7 @@ class Bench:
         self.files: dict[str, Path] = {}
         self._instructions: dict[str, Instruction] = {}
         self._raw: dict[str, ControlVector] = {}
-        self._told: dict[str, list[Any]] = {}
+        self._told: dict[str, list[Reply]] = {}
         self._others: dict[tuple[str, ...], list[Instruction]] = {}
         self._picked: dict[str, ControlVector] = {}
         self._alone: tuple[Any, ...] | None = None
@@ -206,8 +218,8 @@ class Bench:
         """The ones asked for; else those of the given vectors; else the catalogue's of these groups that have
         a verifier and need no slot. Raises CatalogError for one without a verifier, and for none."""
         if self.asked is None:
-            found = [each for each in self.catalog.instructions.values() if each.group in groups]
-            usable = [each.fill() for each in found if each.verifier and not _lacks_slots(each)]
+            known = [each for each in self.catalog.instructions.values() if each.group in groups]
+            usable = [each.fill() for each in known if each.verifier and not _lacks_slots(each)]
             if not usable:
                 raise CatalogError(
                     f"no instruction of {self.catalog.source} in {' or '.join(groups)} has a verifier, so "
@@ -250,28 +262,28 @@ class Bench:
 
     def tune(self, pairs: Sequence[tuple[Instruction, ControlVector]], **options: Any) -> list[Tuned]:
         """Settings for this model of any vectors of these instructions, found on validation queries.
-        options: of tune.tune."""
-        chosen = [instruction for instruction, _ in pairs]
-        self.prepare(chosen)
-        study = self._study()
-        study = replace(study, vectors={**study.vectors, **{each.id: vector for each, vector in pairs}})
+        options: of find_setting."""
+        self.prepare([instruction for instruction, _ in pairs])
+        options |= {"seed": self.seed, "max_tokens": self.max_tokens, "check": self.workers.check}
 
-        def work(engine: Engine, instruction: Instruction) -> Tuned:
-            return study.tune(engine, instruction, check=self.workers.check, **options)
+        def work(engine: Engine, pair: tuple[Instruction, ControlVector]) -> Tuned:
+            instruction, vector = pair
+            queries = self.queries(instruction, "validation")
+            return find_setting(engine, vector, instruction, queries, **options)
 
         with self.stage("finding settings") as advance:
-            return self.workers.map(work, chosen, advance) if chosen else []
+            return self.workers.map(work, pairs, advance) if pairs else []
 
     def raw(self, instructions: Sequence[str | Instruction]) -> dict[str, ControlVector]:
         """As extracted, no setting chosen. A given file comes with its own settings."""
         chosen = [self.instruction(each) for each in instructions]
         missing = [each for each in chosen if each.id not in self._raw]
-        found = {each.id: self._kept(each) for each in missing}
-        new = [each for each in missing if found[each.id] is None]
+        vectors = {each.id: self._kept(each) for each in missing}
+        new = [each for each in missing if vectors[each.id] is None]
         with self.stage("extracting vectors") as advance:
-            found |= extract_all(self.workers, new, self.catalog, advance) if new else {}
+            vectors |= extract_all(self.workers, new, self.catalog, advance) if new else {}
         for each in missing:
-            self._raw[each.id] = self._save(each, found[each.id]) if each in new else found[each.id]
+            self._raw[each.id] = self._save(each, vectors[each.id]) if each in new else vectors[each.id]
         return {each.id: self._raw[each.id] for each in chosen}
 
     def extract(self, recipes: Sequence[Extracted]) -> dict[str, ControlVector]:
@@ -282,8 +294,8 @@ class Bench:
             return recipe.extract(engine, self.catalog.queries_for(recipe.instruction, "extraction"))
 
         with self.stage("extracting vectors") as advance:
-            made = self.workers.map(work, new, advance) if new else []
-        for recipe, vector in zip(new, made, strict=True):
+            vectors = self.workers.map(work, new, advance) if new else []
+        for recipe, vector in zip(new, vectors, strict=True):
             self._instructions[recipe.target.id], self._raw[recipe.target.id] = recipe.target, vector
         return {each.target.id: self._raw[each.target.id] for each in recipes}
 
@@ -300,28 +312,21 @@ class Bench:
         self._instructions |= {each.id: each for each in chosen}
         self.raw(chosen)
         new = [each for each in chosen if each.id not in self._told]
+
+        def work(engine: Engine, instruction: Instruction) -> list[Reply]:
+            return ask_in_words(engine, instruction, self.validation, self.max_tokens)
+
         with self.stage("asking in words") as advance:
-            told = self.workers.map(self._ask_in_words, new, advance) if new else []
+            told = self.workers.map(work, new, advance) if new else []
         self._told |= {each.id: replies for each, replies in zip(new, told, strict=True)}
 
     def controls(
         self, instructions: Sequence[Instruction], vectors: Sequence[ControlVector]
     ) -> dict[str, tuple[ControlVector, ...]]:
-        """What stands in the place of vectors that are applied together for these instructions: `random`,
-        random directions of equal norm; `other`, vectors of other instructions; same blocks, positions and
-        strengths. No `other` where there are too few, or what a plan refuses (parallel directions)."""
-        found = {
-            "random": tuple(
-                random_control(each, self.plain_mean(), self.seed + k) for k, each in enumerate(vectors)
-            )
-        }
+        """As `controls_of`, with the vectors of other instructions."""
         others = self.others(*instructions, n=len(vectors))
         raw = self.raw(others)
-        if len(others) == len(vectors):
-            pairs = zip(others, vectors, strict=True)
-            other = tuple(applied_like(raw[each.id], vector) for each, vector in pairs)
-            found |= {"other": other} if is_possible(other) else {}
-        return found
+        return controls_of(vectors, [raw[other.id] for other in others], self.plain_mean(), self.seed)
 
     def others(self, *instructions: Instruction, n: int = 1) -> list[Instruction]:
         """Whose vectors the control `other` is drawn from: evaluated ones and, where they are few, PARTNERS.
@@ -332,8 +337,10 @@ class Bench:
             missing = max(n, N_CANDIDATES) - len(_unlike(self._candidates(), instructions))
             if missing > 0:
                 self.prepare(self._partners(instructions, missing))
-            study = replace(self._study(), instructions=self._candidates())
-            self._others[key] = study.others(*instructions, n=n)
+            queries = self.validation[:N_TOLD]
+            self._others[key] = choose_others(
+                instructions, self._candidates(), self._told, queries, n=n, seed=self.seed
+            )
         return self._others[key]
 
     def _candidates(self) -> tuple[Instruction, ...]:
@@ -362,8 +369,8 @@ class Bench:
             except PromptError:
                 return False
 
-        found = self.workers.map(can_spell, texts)
-        return [text for text, can in zip(texts, found, strict=True) if can]
+        spelled = self.workers.map(can_spell, texts)
+        return [text for text, can in zip(texts, spelled, strict=True) if can]
 
     def plain_mean(self) -> Any:
         """(n_layer, n_embd) float64: mean state of plain validation prompts at their last token."""
@@ -371,44 +378,49 @@ class Bench:
 
     # -- cells ---------------------------------------------------------------------------------------
 
+    def cells(
+        self,
+        asked: Instruction | Sequence[Instruction],
+        arms: Iterable[Arm],
+        queries: Sequence[Query] | None = None,
+        **options: Any,
+    ) -> list[Cell]:
+        """As `cells_of`, on test queries unless others are named. options: phrasings, wordings."""
+        asked = [asked] if isinstance(asked, Instruction) else asked
+        queries = self.queries(asked[0], "test") if queries is None else queries
+        return cells_of(asked, arms, queries, max_tokens=self.max_tokens, **options)
+
     def run(self, cells: Sequence[Cell], *, what: str = "asking", score: bool = True) -> list[Result]:
         """Results in the order of the cells. score: their perplexities are wanted."""
         with self.stage(what) as advance:
             options = {"must_end": self.limits.must_end, "score": score, "advance": advance}
-            found = run_cells(self.workers, cells, **options) if cells else []
-        self.results += found
-        return found
+            results = run_cells(self.workers, cells, **options) if cells else []
+        self.results += results
+        return results
 
     def take_results(self) -> list[Result]:
         """All that this bench and its base have run since the last time."""
-        found, self.results = self.results, []
-        return found + (self.base.take_results() if self.base else [])
+        taken, self.results = self.results, []
+        return taken + (self.base.take_results() if self.base else [])
 
-    def tables(self, results: Sequence[Result], conditions: Sequence[str]) -> dict[str, Any]:
-        """`conditions`, `instructions` and `all` of a SuiteReport, with the file hashes of the vectors."""
-        made = tables(results, conditions)
-        hashes = {each.name: file_hash(self.files[name]) for name, each in self._picked.items()}
-        for row in made["instructions"].values():
-            for figure in row.values():
-                figure["vector_sha256"] = _hashes_of(figure["settings"], hashes)
-        for figure in made["all"].values():
-            figure["vector_sha256"] = None
-        return made
+    def report(
+        self, title: str, results: Sequence[Result], conditions: Sequence[str], sections: Sequence[Section]
+    ) -> SuiteReport:
+        """Figures with the file hashes of their vectors, and sections of the suite's own."""
+        hashes = {vector.name: file_hash(self.files[name]) for name, vector in self._picked.items()}
+        return structs.replace(report(title, results, conditions, hashes), sections=list(sections))
 
     # -- records -------------------------------------------------------------------------------------
 
-    def vector_records(self) -> dict[str, Any]:
+    def vector_records(self) -> dict[str, VectorRecord]:
         """For results.json: file hash and settings of every vector that was used, by instruction id."""
         return {
-            name: {
-                "sha256": file_hash(self.files[name]),
-                "layer": list(vector.layers),
-                "positions": vector.positions,
-                "mode": vector.mode,
-                "strength": vector.strength,
-                "source_sha256": vector.provenance.get("source_hash"),
-                "given": name in self.given,
-            }
+            name: VectorRecord(
+                **setting_of(vector),
+                sha256=file_hash(self.files[name]),
+                source_sha256=vector.provenance.get("source_hash"),
+                given=name in self.given,
+            )
             for name, vector in self._picked.items()
         }
 
@@ -416,8 +428,8 @@ class Bench:
 
     def _test_queries(self, given: Sequence[Query] | None) -> tuple[Query, ...]:
         queries = tuple(given if given is not None else self.catalog.queries.get("test", ()))
-        for split, found in (("validation", self.validation), ("test", queries)):
-            if not found:
+        for split, own in (("validation", self.validation), ("test", queries)):
+            if not own:
                 raise CatalogError(f"{self.catalog.source} has no {split} queries: add some.")
         if not 1 <= self.n <= len(queries):
             raise LocalsteerError(
@@ -429,52 +441,28 @@ class Bench:
         return queries
 
     def _take(self, given: Sequence[tuple[Path, ControlVector]]) -> dict[str, ControlVector]:
-        found: dict[str, ControlVector] = {}
+        vectors: dict[str, ControlVector] = {}
         for path, vector in given:
             check_model(vector, self.model["n_layer"], self.model["n_embd"], self.model["architecture"])
             # the tokenizer too, before any work is done
             self.workers.map(lambda engine, each: engine.plan(each), [vector])
             instruction = instruction_of(vector, self.catalog, path)
-            if instruction.id in found:
+            if instruction.id in vectors:
                 raise VectorFileError(
                     f"two vectors of {instruction.id!r} are given, {path} the second: give one."
                 )
-            found[instruction.id] = vector
+            vectors[instruction.id] = vector
             self._instructions[instruction.id], self.files[instruction.id] = instruction, path
-        self._raw |= found
-        self._picked |= found
-        return found
-
-    def _study(self) -> Study:
-        instructions = tuple(self._instructions[each] for each in self._told)
-        plain, plain_perplexity, plain_mean = self._plain()
-        return Study(
-            instructions,
-            self.validation,
-            self.test,
-            {each.id: self._raw[each.id] for each in instructions},
-            self._told,
-            plain,
-            plain_perplexity,
-            plain_mean,
-            self.seed,
-            self.max_tokens,
-            self.limits.must_end,
-        )
+        self._raw |= vectors
+        self._picked |= vectors
+        return vectors
 
     def _plain(self) -> tuple[Any, ...]:
         """The model alone: replies to test queries, their perplexity, its mean state."""
-        from localsteer.evaluate.study import alone
-
         if self._alone is None:
             queries = (self.test, self.validation)
             (self._alone,) = self.workers.map(lambda e, _: alone(e, queries, self.max_tokens), [None])
         return self._alone
-
-    def _ask_in_words(self, engine: Engine, instruction: Instruction) -> list[Any]:
-        from localsteer.evaluate.study import ask_in_words
-
-        return ask_in_words(engine, instruction, self.validation, self.max_tokens)
 
     def _path(self, instruction: Instruction) -> Path:
         return self.out / "vectors" / f"{file_name(instruction.id)}.gguf"
@@ -489,10 +477,7 @@ class Bench:
             path.parent.mkdir(parents=True, exist_ok=True)
             vector.save(path)
         except OSError as error:
-            raise LocalsteerError(
-                f"{path} can't be written ({error.strerror or error}): what is done is kept; make room and "
-                "run the same command again."
-            ) from error
+            raise unwritable(path, error) from error
         return vector
 
     def _kept(self, instruction: Instruction) -> ControlVector | None:
@@ -530,7 +515,7 @@ class Bench:
         return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
-def model_info(engine: Engine) -> dict[str, Any]:
+def model_info(engine: Engine) -> Facts:
     """What results.json says of a model."""
     model = engine.model
     return {
@@ -552,14 +537,6 @@ def quantization(metadata: Mapping[str, str]) -> str | None:
     except (KeyError, ValueError):
         return None
     return name.removeprefix("MOSTLY_").removeprefix("ALL_")
-
-
-def _hashes_of(settings: Any, hashes: Mapping[str, str]) -> Any:
-    if settings is None:
-        return None
-    if isinstance(settings, list):
-        return [hashes.get(each["name"]) for each in settings]
-    return hashes.get(settings["name"])
 
 
 def _refuse_overlap(queries: Sequence[Query], catalog: Catalog) -> None:
@@ -587,15 +564,6 @@ def _unlike(candidates: Sequence[Instruction], instructions: Sequence[Instructio
 
 def _is_whole(vector: ControlVector) -> bool:
     return vector.mean_with is not None and len(vector.blocks) == vector.n_layer
-
-
-def is_possible(vectors: Sequence[ControlVector]) -> bool:
-    """Whether these can be applied together: nearly parallel directions at one block can't."""
-    try:
-        Plan.from_vectors(vectors)
-    except PlanError:
-        return False
-    return True
 
 
 def _lacks_slots(instruction: Instruction) -> bool:

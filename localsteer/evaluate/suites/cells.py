@@ -1,8 +1,8 @@
-"""What a suite wants to know, as a list of cells: one reply each, judged and summed up alike everywhere.
+"""What an experiment wants to know, as a list of cells: one reply each, judged and summed up alike.
 
-    cell = Cell("json", "steered", query, query.text, (vector,), checks_of(json, query))
-    results = run_cells(workers, [cell, ...])
-    figures(results)["strict"]["accuracy"]
+    arms = [Arm("none"), Arm("steered", (vector,)), Arm("instructed", told=True)]
+    results = run_cells(workers, cells_of([json], arms, queries, max_tokens=64))
+    figures(select(results, "steered")).strict.accuracy
 
 Greedy decoding throughout. A degenerate reply follows nothing, in every condition alike.
 """
@@ -12,11 +12,24 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
 
 from localsteer.catalog import Instruction, Query
 from localsteer.evaluate.intervals import clustered
+from localsteer.evaluate.page import (
+    Accuracy,
+    ByCondition,
+    Facts,
+    Figures,
+    NamedSetting,
+    Number,
+    Share,
+    SuiteReport,
+)
+from localsteer.perplexity import log_scores
 from localsteer.runtime.reply import Reply
 from localsteer.runtime.sampling import GREEDY
 from localsteer.vector import ControlVector
@@ -26,12 +39,12 @@ from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.evaluate.workers import Workers
+    from localsteer.runtime.workers import Workers
 
 CHUNK = 64  # replies of one piece of work; fixed, since neighbours in a batch change a reply a little
 
 Advance = Callable[[int, int], None]
-Request = tuple[str, tuple[ControlVector, ...]]
+Request = tuple[int, str, tuple[ControlVector, ...]]
 
 
 @dataclass(frozen=True)
@@ -84,11 +97,69 @@ class Result:
     verdict: Verdict
 
 
+@dataclass(frozen=True)
+class Arm:
+    """One condition of an experiment. told: the instruction stands in the prompt, its phrasings in turn."""
+
+    condition: str
+    steer: tuple[ControlVector, ...] = ()
+    told: bool = False
+
+
+def cells_of(
+    asked: Sequence[Instruction],
+    arms: Iterable[Arm],
+    queries: Sequence[Query],
+    *,
+    max_tokens: int,
+    phrasings: Sequence[str] | None = None,
+    wordings: Sequence[str] | None = None,
+) -> list[Cell]:
+    """A cell for each arm and query, arm by arm. Of several instructions all have to be followed.
+
+    phrasings: in place of the instruction's own, for one. wordings: what a judge is asked by, in turn, in
+    place of the phrasings.
+    """
+    turns = [phrasings] if phrasings else [instruction.phrasings for instruction in asked]
+    told = [" ".join(texts[i % len(texts)] for texts in turns) for i in range(len(queries))]
+    wordings = wordings or told
+    return [
+        Cell(
+            instruction=label_of(asked),
+            condition=arm.condition,
+            query=query,
+            prompt=f"{query.text} {told[i]}" if arm.told else query.text,
+            steer=arm.steer,
+            checks=tuple(check for instruction in asked for check in checks_of(instruction, query)),
+            max_tokens=max_tokens,
+            wording=wordings[i % len(wordings)],
+        )
+        for arm in arms
+        for i, query in enumerate(queries)
+    ]
+
+
+def label_of(instructions: Sequence[Instruction]) -> str:
+    """`json + one_sentence`."""
+    return " + ".join(instruction.id for instruction in instructions)
+
+
 def checks_of(instruction: Instruction, query: Query) -> tuple[Rule, ...]:
     """The instruction's verifier for replies to this query; none where it has none."""
     if instruction.verifier is None:
         return ()
     return (Rule(instruction.verifier, instruction.kwargs_for(query.text)),)
+
+
+def answered(engine: Engine, cells: Sequence[Cell], on_progress: Advance | None = None) -> list[Reply]:
+    """Greedy replies to cells of one length, decoded together."""
+    return engine.generate_batch(
+        [cell.prompt for cell in cells],
+        steer=[cell.steer for cell in cells],
+        max_tokens=cells[0].max_tokens if cells else 1,
+        sampling=GREEDY,
+        on_progress=on_progress,
+    )
 
 
 # --- running -----------------------------------------------------------------------------------------------
@@ -112,7 +183,8 @@ def run_cells(
 
     def judged(engine: Engine, part: range) -> list[Result]:
         chosen = [(cells[i], replies[_request(cells[i])]) for i in part]
-        scores = _log_perplexities(engine, chosen) if score else [None] * len(chosen)
+        texts = [(cell.query.text, reply.tokens) for cell, reply in chosen]
+        scores = log_scores(engine, texts) if score else [None] * len(chosen)
         return [
             Result(cell, reply, judge_cell(cell, reply, must_end=must_end, log_perplexity=value))
             for (cell, reply), value in zip(chosen, scores, strict=True)
@@ -143,6 +215,15 @@ def judge_cell(
     )
 
 
+def rejudged(results: Sequence[Result], instruction: Instruction, must_end: bool) -> list[Result]:
+    """By one of the instructions that were asked for together."""
+    cells = [replace(result.cell, checks=checks_of(instruction, result.cell.query)) for result in results]
+    return [
+        Result(cell, result.reply, judge_cell(cell, result.reply, must_end=must_end))
+        for cell, result in zip(cells, results, strict=True)
+    ]
+
+
 def _passes(cell: Cell, text: str, *, loose: bool) -> bool:
     return all(
         verify(check.verifier, text, check.kwargs, prompt=cell.query.text, loose=loose)
@@ -150,40 +231,31 @@ def _passes(cell: Cell, text: str, *, loose: bool) -> bool:
     )
 
 
-def _request(cell: Cell) -> tuple[int, Request]:
-    return cell.max_tokens, (cell.prompt, cell.steer)
+def _request(cell: Cell) -> Request:
+    return cell.max_tokens, cell.prompt, cell.steer
 
 
-def _replies(
-    workers: Workers, cells: Sequence[Cell], advance: Advance | None
-) -> dict[tuple[int, Request], Reply]:
+def _replies(workers: Workers, cells: Sequence[Cell], advance: Advance | None) -> dict[Request, Reply]:
     """Each different request once, in pieces that depend on nothing but the cells."""
-    requests: dict[int, list[Request]] = {}
-    for limit, request in dict.fromkeys(map(_request, cells)):
-        requests.setdefault(limit, []).append(request)
+    first: dict[Request, Cell] = {}
+    by_limit: dict[int, list[Cell]] = {}
+    for cell in cells:
+        if first.setdefault(_request(cell), cell) is cell:
+            by_limit.setdefault(cell.max_tokens, []).append(cell)
     parts = [
-        (limit, found[start : start + CHUNK])
-        for limit, found in requests.items()
-        for start in range(0, len(found), CHUNK)
+        same[start : start + CHUNK] for same in by_limit.values() for start in range(0, len(same), CHUNK)
     ]
-    tick = _counter(sum(map(len, requests.values())), advance)
+    tick = _counter(len(first), advance)
 
-    def ask(engine: Engine, part: tuple[int, list[Request]]) -> list[Reply]:
+    def ask(engine: Engine, part: list[Cell]) -> list[Reply]:
         workers.check()
-        limit, asked = part
-        return engine.generate_batch(
-            [prompt for prompt, _ in asked],
-            steer=[steer for _, steer in asked],
-            max_tokens=limit,
-            sampling=GREEDY,
-            on_progress=tick(),
-        )
+        return answered(engine, part, tick())
 
-    found = workers.map(ask, parts)
+    replies = workers.map(ask, parts)
     return {
-        (limit, request): reply
-        for (limit, asked), replies in zip(parts, found, strict=True)
-        for request, reply in zip(asked, replies, strict=True)
+        _request(cell): reply
+        for part, own in zip(parts, replies, strict=True)
+        for cell, reply in zip(part, own, strict=True)
     }
 
 
@@ -208,15 +280,6 @@ def _counter(total: int, advance: Advance | None) -> Callable[[], Advance | None
     return start
 
 
-def _log_perplexities(engine: Engine, chosen: Sequence[tuple[Cell, Reply]]) -> list[float | None]:
-    rows = [i for i, (_, reply) in enumerate(chosen) if reply.tokens]
-    pairs = [(engine.prompt_tokens(chosen[i][0].query.text), chosen[i][1].tokens) for i in rows]
-    found: list[float | None] = [None] * len(chosen)
-    for i, value in zip(rows, engine.score(pairs) if pairs else [], strict=True):
-        found[i] = -value
-    return found
-
-
 def applied(vector: ControlVector) -> tuple[ControlVector, ...]:
     """A cell's `steer`: nothing where no setting was better than the model alone (strength 0)."""
     return (vector,) if vector.strength else ()
@@ -225,7 +288,26 @@ def applied(vector: ControlVector) -> tuple[ControlVector, ...]:
 # --- summing up --------------------------------------------------------------------------------------------
 
 
-def figures(results: Sequence[Result], plain: Sequence[Result] = ()) -> dict[str, Any]:
+def select(
+    results: Sequence[Result], condition: str | None = None, instruction: str | None = None
+) -> list[Result]:
+    """Those of a condition and of an instruction; None: of all."""
+    return [
+        result
+        for result in results
+        if condition in (None, result.cell.condition) and instruction in (None, result.cell.instruction)
+    ]
+
+
+def grouped(results: Sequence[Result], *keys: str) -> dict[tuple[str, ...], list[Result]]:
+    """Results by fields of their cells, in order of appearance."""
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for result in results:
+        groups.setdefault(tuple(getattr(result.cell, key) for key in keys), []).append(result)
+    return groups
+
+
+def figures(results: Sequence[Result], plain: Sequence[Result] = ()) -> Figures:
     """What results.json holds of one instruction and condition, or of several together (`all`).
 
     plain: results of the unsteered model for the same queries; the perplexity ratio is to theirs. Intervals
@@ -234,46 +316,57 @@ def figures(results: Sequence[Result], plain: Sequence[Result] = ()) -> dict[str
     verdicts = [result.verdict for result in results]
     mean_log, plain_log = _mean_log(results), _mean_log(plain)
     known = mean_log is not None and plain_log is not None
-    return {
-        "n": len(results),
-        "strict": _accuracy(results, "strict"),
-        "loose": _accuracy(results, "loose"),
-        "quality": {
+    return Figures(
+        n=len(results),
+        strict=_accuracy(results, "strict"),
+        loose=_accuracy(results, "loose"),
+        quality={
             "perplexity": None if mean_log is None else _exp(mean_log),
             "perplexity_ratio": _exp(mean_log - plain_log) if known else None,
-            "repetition": _mean([verdict.repetition for verdict in verdicts]),
-            "words": _mean([verdict.n_words for verdict in verdicts]),
+            "repetition": mean([verdict.repetition for verdict in verdicts]),
+            "words": mean([verdict.n_words for verdict in verdicts]),
             "degenerate": share([verdict.degenerate is not None for verdict in verdicts]),
             "subject_kept": share([verdict.subject_kept for verdict in verdicts]),
         },
-        "settings": _settings(results),
-    }
+        settings=_settings(results),
+    )
 
 
-def tables(results: Sequence[Result], conditions: Sequence[str]) -> dict[str, Any]:
-    """`conditions`, `instructions` and `all` of a SuiteReport: figures of each instruction and condition.
+def share_of(results: Sequence[Result]) -> Share:
+    """How many follow, with the interval."""
+    return _accuracy(results, "strict").share
+
+
+def accuracy_of(results: Sequence[Result]) -> float | None:
+    """Without it."""
+    return share([result.verdict.strict for result in results])
+
+
+def report(
+    title: str, results: Sequence[Result], conditions: Sequence[str], hashes: Mapping[str, str]
+) -> SuiteReport:
+    """Figures of each instruction and condition, without sections. hashes: of vectors' files by their names.
 
     `none` is the unsteered reply that perplexities are compared with.
     """
-    names = list(dict.fromkeys(result.cell.instruction for result in results))
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.cell.instruction, result.cell.condition), []).append(result)
+    groups = grouped(results, "instruction", "condition")
+    names = list(dict.fromkeys(name for name, _ in groups))
     rows = {
         name: {
-            condition: figures(groups[name, condition], groups.get((name, "none"), ()))
+            condition: _hashed(figures(groups[name, condition], groups.get((name, "none"), ())), hashes)
             for condition in conditions
             if (name, condition) in groups
         }
         for name in names
     }
-    found = [name for name in conditions if any(name in row for row in rows.values())]
-    return {"conditions": found, "instructions": rows, "all": _all(groups, names, found)}
+    present = [name for name in conditions if any(name in row for row in rows.values())]
+    together = _all(groups, names, present)
+    return SuiteReport(title=title, conditions=present, instructions=rows, all=together)
 
 
 def _all(
-    groups: Mapping[tuple[str, str], list[Result]], names: Sequence[str], conditions: Sequence[str]
-) -> dict[str, Any]:
+    groups: Mapping[tuple[str, ...], list[Result]], names: Sequence[str], conditions: Sequence[str]
+) -> ByCondition:
     """Figures over all instructions that have the condition and a verdict: what no verifier judges (to be
     concise, to be verbose) may pull figures either way. `settings` differ, so there are none."""
     together = {}
@@ -285,14 +378,21 @@ def _all(
             continue
         members = [result for name in having for result in groups[name, condition]]
         plain = [result for name in having for result in groups.get((name, "none"), ())]
-        together[condition] = figures(members, plain) | {"settings": None}
+        together[condition] = structs.replace(figures(members, plain), settings=None)
     return together
 
 
-def difference(
-    ours: Sequence[Result], theirs: Sequence[Result], rule: str = "strict"
-) -> dict[str, float | None]:
-    """Accuracy of `ours` minus that of `theirs`, with its interval over queries, as a table's cell.
+def _hashed(figure: Figures, hashes: Mapping[str, str]) -> Figures:
+    settings = figure.settings
+    if settings is None:
+        return figure
+    if isinstance(settings, list):
+        return structs.replace(figure, vector_sha256=[hashes.get(each.name) for each in settings])
+    return structs.replace(figure, vector_sha256=hashes.get(settings.name))
+
+
+def difference(ours: Sequence[Result], theirs: Sequence[Result], rule: str = "strict") -> Share:
+    """Accuracy of `ours` minus that of `theirs`, with its interval over queries.
 
     Both hold the same queries for the same instructions, in whatever order: queries are drawn for both alike.
     """
@@ -305,19 +405,12 @@ def difference(
                 sums[query] = sums.get(query, 0.0) + sign * verdict
                 counts[query] = counts.get(query, 0) + 1
     if not sums:
-        return {"share": None, "low": None, "high": None}
+        return Share(None)
     halves = [counts[query] / 2 for query in sums]
-    low, high = clustered(list(sums.values()), halves)
-    return {"share": sum(sums.values()) / sum(halves), "low": low, "high": high}
+    return Share(sum(sums.values()) / sum(halves), *clustered(list(sums.values()), halves))
 
 
-def share_cell(figure: Mapping[str, Any], rule: str = "strict") -> dict[str, float | None]:
-    """The accuracy of `figures` as a table's cell."""
-    found = figure[rule]
-    return {"share": found["accuracy"], "low": found["low"], "high": found["high"]}
-
-
-def _accuracy(results: Sequence[Result], rule: str) -> dict[str, float | None]:
+def _accuracy(results: Sequence[Result], rule: str) -> Accuracy:
     """The share of replies that follow, with its interval over queries."""
     by_query: dict[str, list[bool]] = {}
     for result in results:
@@ -325,36 +418,37 @@ def _accuracy(results: Sequence[Result], rule: str) -> dict[str, float | None]:
         if verdict is not None:
             by_query.setdefault(result.cell.query.text, []).append(verdict)
     if not by_query:
-        return {"accuracy": None, "low": None, "high": None}
-    sums, counts = [sum(each) for each in by_query.values()], [len(each) for each in by_query.values()]
-    low, high = clustered(sums, counts)
-    return {"accuracy": sum(sums) / sum(counts), "low": low, "high": high}
+        return Accuracy()
+    sums, counts = list(map(sum, by_query.values())), list(map(len, by_query.values()))
+    return Accuracy(sum(sums) / sum(counts), *clustered(sums, counts))
 
 
-def _mean_log(results: Iterable[Result]) -> float | None:
-    return _mean([each.verdict.log_perplexity for each in results if each.verdict.log_perplexity is not None])
+def _mean_log(results: Sequence[Result]) -> float | None:
+    return mean([result.verdict.log_perplexity for result in results])
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def mean(values: Sequence[Number]) -> float | None:
+    """Of what is known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def mean_words(results: Sequence[Result]) -> float | None:
+    return mean([result.verdict.n_words for result in results])
 
 
 def _exp(value: float) -> float:
     return math.exp(min(value, 700.0))
 
 
-def _settings(results: Sequence[Result]) -> Any:
-    """How the vectors of these cells are applied: one table, a list of several, or None without any."""
+def _settings(results: Sequence[Result]) -> NamedSetting | list[NamedSetting] | None:
+    """How the vectors of these cells are applied: one, a list of several, or None without any."""
     vectors = list(dict.fromkeys(vector for result in results for vector in result.cell.steer))
-    found = [settings_of(vector) for vector in vectors]
-    return found[0] if len(found) == 1 else found or None
+    settings = [NamedSetting(name=vector.name, **setting_of(vector)) for vector in vectors]
+    return settings[0] if len(settings) == 1 else settings or None
 
 
-def settings_of(vector: ControlVector) -> dict[str, Any]:
-    return {
-        "name": vector.name,
-        "layer": list(vector.layers),
-        "positions": vector.positions,
-        "mode": vector.mode,
-        "strength": vector.strength,
-    }
+def setting_of(vector: ControlVector) -> Facts:
+    """The fields of `Applied`."""
+    keys = ("positions", "mode", "strength")
+    return {"layer": list(vector.layers), **{key: getattr(vector, key) for key in keys}}

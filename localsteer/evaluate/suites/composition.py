@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,19 @@ import numpy as np
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.suites.bench import is_possible
-from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures, judge_cell, share_cell
+from localsteer.evaluate.conditions import arms_of, is_possible
+from localsteer.evaluate.page import Bars, Section, Share, SuiteReport, Table, Value
+from localsteer.evaluate.suites.cells import (
+    Arm,
+    Cell,
+    Result,
+    accuracy_of,
+    judge_cell,
+    label_of,
+    rejudged,
+    select,
+    share_of,
+)
 from localsteer.evaluate.suites.words import contexts, excluding, words_to_exclude, words_used
 from localsteer.plan import Plan, PositionClass
 from localsteer.runtime.reply import Reply
@@ -29,7 +39,6 @@ from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.evaluate.suites import SuiteReport
     from localsteer.evaluate.suites.bench import Bench
 
 NAME = "composition"
@@ -56,30 +65,18 @@ class Composed:
     same: tuple[ControlVector, ...] = ()
     different: tuple[ControlVector, ...] = ()
 
-    @cached_property
+    @property
     def label(self) -> str:
-        return " + ".join(each.id for each in self.instructions)
+        return label_of(self.instructions)
 
     def queries(self, bench: Bench, split: str) -> tuple[Query, ...]:
         """Those of an instruction that has its own, else those of all."""
         first, second = self.instructions
         return bench.queries(second if split in second.queries else first, split)
 
-    def cell(
-        self, bench: Bench, condition: str, query: Query, steer: Sequence[ControlVector] = (), told: int = -1
-    ) -> Cell:
-        """told: which phrasings stand in the prompt; -1: none."""
-        wordings = [each.phrasings[told % len(each.phrasings)] for each in self.instructions]
-        return Cell(
-            instruction=self.label,
-            condition=condition,
-            query=query,
-            prompt=query.text if told < 0 else " ".join([query.text, *wordings]),
-            steer=tuple(steer),
-            checks=tuple(check for each in self.instructions for check in checks_of(each, query)),
-            max_tokens=bench.max_tokens,
-            wording=" ".join(each.phrasings[0] for each in self.instructions),
-        )
+    def cells(self, bench: Bench, arms: Sequence[Arm], queries: Sequence[Query]) -> list[Cell]:
+        wording = " ".join(each.phrasings[0] for each in self.instructions)
+        return bench.cells(self.instructions, arms, queries, wordings=[wording])
 
 
 def missing(bench: Bench, **_options: Any) -> str:
@@ -96,7 +93,7 @@ def run(bench: Bench, *, checkpoint: Path | None = None, **_options: Any) -> Sui
     cells = [cell for pair in pairs for cell in pair_cells(bench, pair)]
     results = bench.run(cells, what="two instructions at once")
     sections = [together(bench, pairs, results), *in_turn(bench, pairs, checkpoint or own_checkpoint(bench))]
-    return {"title": TITLE, **bench.tables(results, CONDITIONS), "sections": sections}
+    return bench.report(TITLE, results, CONDITIONS, sections)
 
 
 # --- which pairs -------------------------------------------------------------------------------------------
@@ -106,11 +103,11 @@ def pairs_of(bench: Bench) -> list[Composed]:
     """`named_pairs`, and a case with a word to exclude."""
     named = named_pairs(bench)
     vectors = bench.vectors(list(dict.fromkeys(name for pair in named for name in pair)))
-    found = [
+    pairs = [
         Composed((bench.instruction(a), bench.instruction(b)), (_on(vectors[a]), _on(vectors[b])))
         for a, b in named
     ]
-    return found + list(_case_and_word(bench))
+    return [*pairs, *_case_and_word(bench)]
 
 
 def named_pairs(bench: Bench) -> list[tuple[str, str]]:
@@ -125,10 +122,10 @@ def case_words(bench: Bench) -> list[str] | None:
     known = bench.catalog.instructions
     if CASE not in (known if bench.asked is None else bench.asked) or "exclude_word" not in known:
         return []
-    found = list(contexts(bench))
+    brought = list(contexts(bench))
     if bench.asked is not None:
-        return [*found, *words_to_exclude(bench)]
-    return found or None
+        return [*brought, *words_to_exclude(bench)]
+    return brought or None
 
 
 def _case_and_word(bench: Bench) -> Iterator[Composed]:
@@ -161,7 +158,9 @@ def choose(bench: Bench, pairs: Sequence[Composed]) -> list[Composed]:
     queries = {pair.label: pair.queries(bench, "validation")[:N_TRIED] for pair in pairs}
     tried = [(pair, steer) for pair in pairs for steer in arrangements(*pair.alone)]
     cells = [
-        pair.cell(bench, "tried", query, steer) for pair, steer in tried for query in queries[pair.label]
+        cell
+        for pair, steer in tried
+        for cell in pair.cells(bench, [Arm("tried", steer)], queries[pair.label])
     ]
     results = iter(bench.run(cells, what="choosing blocks", score=False))
     scores = [sum(_is_good(next(results)) for _ in queries[pair.label]) for pair, _ in tried]
@@ -176,7 +175,7 @@ def arrangements(a: ControlVector, b: ControlVector) -> list[tuple[ControlVector
     what a plan refuses (nearly parallel directions at one block). At their own strengths and at 1: one that
     suits a vector alone may be too much beside another."""
     strengths = dict.fromkeys([(a.strength, b.strength), (1.0, 1.0)])
-    found = [
+    pairs = [
         (
             a.at(layer=i, positions=positions, strength=s),
             b.at(layer=j, positions=positions, strength=t),
@@ -188,7 +187,7 @@ def arrangements(a: ControlVector, b: ControlVector) -> list[tuple[ControlVector
             *((i, j) for i, j in product(_around(a), _around(b)) if i != j),
         ]
     ]
-    return [pair for pair in found if is_possible(pair)]
+    return [pair for pair in pairs if is_possible(pair)]
 
 
 def _around(vector: ControlVector) -> list[int]:
@@ -215,31 +214,22 @@ def _best(
 
 
 def pair_cells(bench: Bench, pair: Composed) -> list[Cell]:
-    a, b = pair.alone
-    queries = pair.queries(bench, "test")
-    steers = {"none": (), "first alone": (a,), "second alone": (b,)}
+    steers = {"none": (), **_vectors(pair), "instructed": ()}
     steers |= bench.controls(pair.instructions, pair.same or pair.different)
-    steers |= {name: found for name, found in ((SAME, pair.same), (DIFFERENT, pair.different)) if found}
-    cells = [
-        pair.cell(bench, name, query, steers[name])
-        for name in CONDITIONS
-        if name in steers
-        for query in queries
-    ]
-    return cells + [pair.cell(bench, "instructed", query, told=i) for i, query in enumerate(queries)]
+    kept = {name: steer for name, steer in steers.items() if steer or name in ("none", "instructed")}
+    return pair.cells(bench, arms_of(kept, CONDITIONS), pair.queries(bench, "test"))
+
+
+def _vectors(pair: Composed) -> dict[str, tuple[ControlVector, ...]]:
+    """By condition."""
+    a, b = pair.alone
+    return {"first alone": (a,), "second alone": (b,), SAME: pair.same, DIFFERENT: pair.different}
 
 
 # --- sections ----------------------------------------------------------------------------------------------
 
 
-def together(bench: Bench, pairs: Sequence[Composed], results: Sequence[Result]) -> dict[str, Any]:
-    rows = []
-    for pair in pairs:
-        mine = [result for result in results if result.cell.instruction == pair.label]
-        for name in CONDITIONS:
-            found = [result for result in mine if result.cell.condition == name]
-            if found:
-                rows.append([pair.label, name, _where(pair, name), *_shares(bench, pair, found)])
+def together(bench: Bench, pairs: Sequence[Composed], results: Sequence[Result]) -> Section:
     text = (
         "Shares of replies that follow the first instruction, the second, and both. `first alone` and "
         "`second alone` are the vectors as each was picked by itself; `same block` solves both jointly, "
@@ -247,79 +237,53 @@ def together(bench: Bench, pairs: Sequence[Composed], results: Sequence[Result])
         "queries. A vector in mode add (a word to avoid) is added after the solve. `random` has random "
         "directions in both places, `other` vectors of two other instructions (the last table)."
     )
-    columns = ["pair", "condition", "blocks, positions", "first", "second", "both"]
-    plot = {
-        "kind": "bars",
-        "title": "Both instructions hold",
-        "x_label": "pair",
-        "y_label": "share of replies",
-        "x": [pair.label for pair in pairs],
-        "series": {
-            name: [_both(results, pair, name) for pair in pairs]
+    rows = [
+        [pair.label, name, _where(pair, name), *_shares(bench, pair, chosen)]
+        for pair in pairs
+        for name in CONDITIONS
+        for chosen in [select(results, name, pair.label)]
+        if chosen
+    ]
+    named = {pair.label: bench.others(*pair.instructions, n=2) for pair in pairs}
+    others: list[list[Value]] = [
+        [label, " and ".join(other.id for other in drawn)] for label, drawn in named.items()
+    ]
+    plot = Bars(
+        title="Both instructions hold",
+        x_label="pair",
+        y_label="share of replies",
+        x=list(named),
+        series={
+            name: [accuracy_of(select(results, name, label)) for label in named]
             for name in ("none", SAME, DIFFERENT, "random", "other")
         },
-    }
-    others = [[pair.label, " and ".join(each.id for each in others_of(bench, pair))] for pair in pairs]
-    return {
-        "title": "Both at once",
-        "text": text,
-        "tables": [
-            {"columns": columns, "rows": rows},
-            {"columns": ["pair", "whose vectors `other` has"], "rows": others},
-        ],
-        "plots": [plot],
-    }
-
-
-def others_of(bench: Bench, pair: Composed) -> list[Instruction]:
-    return bench.others(*pair.instructions, n=2)
-
-
-def _both(results: Sequence[Result], pair: Composed, condition: str) -> float | None:
-    found = [
-        bool(each.verdict.strict)
-        for each in results
-        if (each.cell.instruction, each.cell.condition) == (pair.label, condition)
-    ]
-    return sum(found) / len(found) if found else None
+    )
+    columns = ["pair", "condition", "blocks, positions", "first", "second", "both"]
+    tables = [Table(columns, rows), Table(["pair", "whose vectors `other` has"], others)]
+    return Section("Both at once", text, tables, [plot])
 
 
 def _where(pair: Composed, condition: str) -> str:
-    vectors = {
-        "first alone": pair.alone[:1], "second alone": pair.alone[1:],
-        SAME: pair.same, DIFFERENT: pair.different,
-        "random": pair.same or pair.different, "other": pair.same or pair.different,
-    }.get(condition, ())  # fmt: skip
-    blocks = " and ".join(str(each.layers[0]) for each in vectors)
+    as_both = pair.same or pair.different
+    vectors = ({"random": as_both, "other": as_both} | _vectors(pair)).get(condition, ())
+    blocks = " and ".join(str(vector.layers[0]) for vector in vectors)
     return f"{blocks}, {vectors[0].positions}" if vectors else ""
 
 
-def _shares(bench: Bench, pair: Composed, found: Sequence[Result]) -> list[Any]:
+def _shares(bench: Bench, pair: Composed, results: Sequence[Result]) -> list[Share]:
     """First, second, both."""
-    parts = []
-    for instruction in pair.instructions:
-        cells = [replace(each.cell, checks=checks_of(instruction, each.cell.query)) for each in found]
-        parts.append(_judged(bench, cells, [each.reply for each in found]))
-    return [*parts, share_cell(figures(found))]
-
-
-def _judged(bench: Bench, cells: Sequence[Cell], replies: Sequence[Reply]) -> dict[str, float | None]:
-    must_end = bench.limits.must_end
-    results = [
-        Result(cell, reply, judge_cell(cell, reply, must_end=must_end))
-        for cell, reply in zip(cells, replies, strict=True)
-    ]
-    return share_cell(figures(results))
+    parts = [rejudged(results, instruction, bench.limits.must_end) for instruction in pair.instructions]
+    return [share_of(part) for part in (*parts, results)]
 
 
 # --- one after the other -----------------------------------------------------------------------------------
 
 
-def in_turn(bench: Bench, pairs: Sequence[Composed], checkpoint: Path | None) -> list[dict[str, Any]]:
+def in_turn(bench: Bench, pairs: Sequence[Composed], checkpoint: Path | None) -> list[Section]:
     """The joint solve beside two projections done in turn at the same block. A plan refuses that by design,
     so the states of plain prompts are edited here in numpy, and replies are PyTorch's where the model's
     checkpoint is known."""
-    able = [pair for pair in pairs if pair.same and all(each.mode == "project" for each in pair.same)]
+    able = [pair for pair in pairs if pair.same and all(vector.mode == "project" for vector in pair.same)]
     if not able:
         return []
     text = (
@@ -329,24 +293,21 @@ def in_turn(bench: Bench, pairs: Sequence[Composed], checkpoint: Path | None) ->
         f"over all tokens of {N_STATES} plain prompts; the target of the projection done last is always met. "
     )
     columns = ["pair", "block", "cosine", "joint misses", "first missed", "second missed"]
-    rows = [_miss_row(bench, pair) for pair in able]
-    tables = [{"columns": columns, "rows": rows}]
+    tables = [Table(columns, [_miss_row(bench, pair) for pair in able])]
     replies = _reply_rows(bench, able, checkpoint)
     if replies:
-        tables.append(
-            {"columns": ["pair", "joint", "first, then second", "second, then first"], "rows": replies}
-        )
+        tables.append(Table(["pair", "joint", "first, then second", "second, then first"], replies))
         text += (
             "The second table is what that does to replies: both hold, in PyTorch on the float32 checkpoint "
             "that the GGUF was made of, at the same block and positions. " + _answer(replies)
         )
     else:
         text += "No replies were made this way: that takes PyTorch and the model's own checkpoint."
-    return [{"title": "Solved jointly, or one after the other", "text": text, "tables": tables, "plots": []}]
+    return [Section("Solved jointly, or one after the other", text, tables)]
 
 
 def _answer(rows: Sequence[Sequence[Any]]) -> str:
-    joint, *turns = (sum(row[k]["share"] for row in rows) / len(rows) for k in (1, 2, 3))
+    joint, *turns = (sum(row[k].share for row in rows) / len(rows) for k in (1, 2, 3))
     best = max(turns)
     how = "beats" if joint > best + 0.005 else "equals" if joint > best - 0.005 else "does NOT beat"
     return (
@@ -355,7 +316,7 @@ def _answer(rows: Sequence[Sequence[Any]]) -> str:
     )
 
 
-def _miss_row(bench: Bench, pair: Composed) -> list[Any]:
+def _miss_row(bench: Bench, pair: Composed) -> list[Value]:
     a, b = pair.same
     layer = a.layers[0]
     queries = bench.validation[:N_STATES]
@@ -401,7 +362,7 @@ def own_checkpoint(bench: Bench) -> Path | None:
     return folder if bundled.checkpoint_hash(folder) in bench.workers.path.name else None
 
 
-def _reply_rows(bench: Bench, pairs: Sequence[Composed], checkpoint: Path | None) -> list[list[Any]]:
+def _reply_rows(bench: Bench, pairs: Sequence[Composed], checkpoint: Path | None) -> list[list[Value]]:
     """Shares of replies where both hold: jointly, and in both orders. Empty without PyTorch."""
     if checkpoint is None:
         return []
@@ -413,7 +374,7 @@ def _reply_rows(bench: Bench, pairs: Sequence[Composed], checkpoint: Path | None
     # one thread: the bundled model is too narrow for two
     with TorchBackend(checkpoint, dtype="float32", device="cpu", n_threads=1) as backend:
 
-        def work(engine: Engine, _: None) -> list[list[Any]]:
+        def work(engine: Engine, _: None) -> list[list[Value]]:
             rows = []
             for done, pair in enumerate(pairs):
                 shares = [
@@ -434,20 +395,15 @@ def _orders(pair: Composed) -> list[list[Plan]]:
 
 def _answered(
     bench: Bench, engine: Engine, model: Any, pair: Composed, queries: Sequence[Query], plans: Sequence[Plan]
-) -> dict[str, float | None]:
+) -> Share:
     from localsteer.extract.torch_steering import greedy_tokens
 
-    replies = []
-    for query in queries:
+    results = []
+    for cell in pair.cells(bench, [Arm("in turn")], queries):
         bench.workers.check()
-        tokens = greedy_tokens(
-            model,
-            engine.prompt_tokens(query.text),
-            plans,
-            max_tokens=bench.max_tokens,
-            ends=engine.ends,
-        )
+        ids, ends = engine.prompt_tokens(cell.prompt), engine.ends
+        tokens = greedy_tokens(model, ids, plans, max_tokens=cell.max_tokens, ends=ends)
         text = b"".join(map(engine.piece, tokens)).decode("utf-8", "replace")
-        replies.append(Reply(text, tokens, "length" if len(tokens) == bench.max_tokens else "stop"))
-    cells = [pair.cell(bench, "in turn", query) for query in queries]
-    return _judged(bench, cells, replies)
+        reply = Reply(text, tokens, "length" if len(tokens) == cell.max_tokens else "stop")
+        results.append(Result(cell, reply, judge_cell(cell, reply, must_end=bench.limits.must_end)))
+    return share_of(results)

@@ -13,22 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localsteer.catalog import Instruction
-from localsteer.evaluate.conditions import applied_like, random_control, told_prompts
+from localsteer.evaluate.conditions import arms_of, controls_of
+from localsteer.evaluate.page import Heatmap, Section, Share, SuiteReport, Table, Value
 from localsteer.evaluate.suites.cells import (
     Cell,
     Result,
+    accuracy_of,
     applied,
-    checks_of,
     difference,
-    figures,
-    share_cell,
+    grouped,
+    select,
+    share_of,
 )
 from localsteer.evaluate.suites.format import GROUPS
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.evaluate.suites import SuiteReport
     from localsteer.evaluate.suites.bench import Bench
 
 NAME = "cross-model"
@@ -49,11 +50,11 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
     instructions = bench.instructions(GROUPS)
     carried = carry_all(base, bench.raw(instructions))
     picks = base.tune([(each, carried[each.id]) for each in instructions])
-    theirs = {each.id: picked.vector for each, picked in zip(instructions, picks, strict=True)}
+    theirs = {each.id: tuned.vector for each, tuned in zip(instructions, picks, strict=True)}
     own = base.vectors(instructions)
     # where nothing is applied there is nothing to control for
     others = {each.id: bench.others(each) if applied(theirs[each.id]) else [] for each in instructions}
-    carried |= carry_all(base, bench.raw([other for found in others.values() for other in found]))
+    carried |= carry_all(base, bench.raw([other for drawn in others.values() for other in drawn]))
     cells = [
         cell
         for each in instructions
@@ -62,9 +63,9 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
         )
     ]
     results = base.run(cells, what="base model: comparing vectors")
-    idle = [sum(not applied(each) for each in found.values()) for found in (own, theirs)]
+    idle = [sum(not applied(vector) for vector in vectors.values()) for vectors in (own, theirs)]
     sections = [_compared(results, *idle), _alike(instructions, base.raw(instructions), carried, results)]
-    return {"title": TITLE, **base.tables(results, CONDITIONS), "sections": sections}
+    return base.report(TITLE, results, CONDITIONS, sections)
 
 
 def carry_all(base: Bench, vectors: Mapping[str, ControlVector]) -> dict[str, ControlVector]:
@@ -86,73 +87,43 @@ def _cells(
     theirs: ControlVector,
     others: Sequence[ControlVector],
 ) -> list[Cell]:
-    queries = base.queries(instruction, "test")
     steers = {"none": (), "own": applied(own), "instruct": applied(theirs), "instructed": ()}
     if applied(theirs):
-        steers["random"] = (random_control(theirs, base.plain_mean(), base.seed),)
-        for each in others:
-            steers["other"] = (applied_like(each, theirs),)
-    told = told_prompts(queries, instruction.phrasings)
-    return [
-        Cell(
-            instruction=instruction.id,
-            condition=name,
-            query=query,
-            prompt=told[i] if name == "instructed" else query.text,
-            steer=steers[name],
-            checks=checks_of(instruction, query),
-            max_tokens=base.max_tokens,
-            wording=instruction.phrasings[i % len(instruction.phrasings)],
-        )
-        for name in CONDITIONS
-        if name in steers
-        for i, query in enumerate(queries)
-    ]
+        steers |= controls_of([theirs], others, base.plain_mean(), base.seed)
+    return base.cells(instruction, arms_of(steers, CONDITIONS))
 
 
-def _of(results: Sequence[Result], condition: str, instruction: str | None = None) -> list[Result]:
-    return [
-        each
-        for each in results
-        if each.cell.condition == condition and instruction in (None, each.cell.instruction)
-    ]
-
-
-def _compared(results: Sequence[Result], own_idle: int, instruct_idle: int) -> dict[str, Any]:
+def _compared(results: Sequence[Result], own_idle: int, instruct_idle: int) -> Section:
     """Whether the instruct model's vectors lift the base more than its own do, in numbers and in words.
 
     own_idle, instruct_idle: for how many instructions no setting was any better than the model alone.
     """
-    names = list(dict.fromkeys(each.cell.instruction for each in results))
-    rows = [_row(name, *(_of(results, kind, name) for kind in ("none", "own", "instruct"))) for name in names]
-    together = _row("all", *(_of(results, kind) for kind in ("none", "own", "instruct")))
-    gain = together[-1]
-    met = gain["share"] is not None and gain["share"] >= BAR
+    by_name = {name: chosen for (name,), chosen in grouped(results, "instruction").items()}
+    rows = [[name, *_lift(chosen)] for name, chosen in (by_name | {"all": list(results)}).items()]
+    gain: Share = rows[-1][-1]
     text = (
-        f"The instruct model's vectors follow {100 * (gain['share'] or 0.0):.1f} points more often than the "
-        f"base model's own (95%: {100 * (gain['low'] or 0.0):.1f} to {100 * (gain['high'] or 0.0):.1f}), "
+        f"The instruct model's vectors follow {100 * (gain.share or 0.0):.1f} points more often than the "
+        f"base model's own (95%: {100 * (gain.low or 0.0):.1f} to {100 * (gain.high or 0.0):.1f}), "
     )
     text += (
         f"at least the {100 * BAR:.0f} points that were looked for."
-        if met
+        if gain.share is not None and gain.share >= BAR
         else f"less than the {100 * BAR:.0f} points that were looked for; the next section shows what is "
         "there to be steered."
     )
     if own_idle or instruct_idle:
         text += (
-            f" Of {len(names)} instructions, no setting did better than the base model alone for {own_idle} "
-            f"of its own vectors and for {instruct_idle} of the instruct model's: there nothing is applied, "
-            "and there is no control."
+            f" Of {len(by_name)} instructions, no setting did better than the base model alone for "
+            f"{own_idle} of its own vectors and for {instruct_idle} of the instruct model's: there nothing "
+            "is applied, and there is no control."
         )
-    table = {
-        "columns": ["instruction", "none", "own", "instruct", "instruct - own"],
-        "rows": [*rows, together],
-    }
-    return {"title": "Whose vectors lift the base model", "text": text, "tables": [table], "plots": []}
+    table = Table(["instruction", "none", "own", "instruct", "instruct - own"], rows)
+    return Section("Whose vectors lift the base model", text, [table])
 
 
-def _row(name: str, none: list[Result], own: list[Result], instruct: list[Result]) -> list[Any]:
-    return [name, *(share_cell(figures(each)) for each in (none, own, instruct)), difference(instruct, own)]
+def _lift(results: Sequence[Result]) -> list[Share]:
+    none, own, instruct = (select(results, name) for name in ("none", "own", "instruct"))
+    return [share_of(none), share_of(own), share_of(instruct), difference(instruct, own)]
 
 
 def _alike(
@@ -160,39 +131,31 @@ def _alike(
     own: Mapping[str, ControlVector],
     carried: Mapping[str, ControlVector],
     results: Sequence[Result],
-) -> dict[str, Any]:
+) -> Section:
     """Why: does the base know the instruction at all, and do the two directions have anything in common?"""
-    cosines = {each.id: _cosines(own[each.id], carried[each.id]) for each in instructions}
-    rows = [
-        [
-            each.id,
-            share_cell(figures(_of(results, "instructed", each.id))),
-            max(cosines[each.id]),
-            float(np.mean(cosines[each.id])),
-        ]
-        for each in instructions
+    names = [instruction.id for instruction in instructions]
+    cosines = {name: _cosines(own[name], carried[name]) for name in names}
+    told = select(results, "instructed")
+    rows: list[list[Value]] = [
+        [name, share_of(select(told, None, name)), max(cosines[name]), float(np.mean(cosines[name]))]
+        for name in names
     ]
-    told = figures(_of(results, "instructed"))["strict"]["accuracy"]
     text = (
         "A vector can only use what a model does by itself. `instructed`: the base model with the "
         "instruction in its prompt. Cosine: between its own direction and the instruct model's, largest and "
         "mean over blocks; near zero, the two models do not keep the instruction in the same place."
     )
-    if told is not None:
-        text += f" Told in words, the base model follows in {told:.0%} of replies."
-    columns = ["instruction", "instructed", "largest cosine", "mean cosine"]
-    n_layer = len(next(iter(cosines.values())))
-    plot = {
-        "kind": "heatmap",
-        "title": "Cosine of the base model's direction and the instruct model's",
-        "x_label": "block",
-        "y_label": "",
-        "rows": list(cosines),
-        "columns": list(map(str, range(n_layer))),
-        "values": list(cosines.values()),
-    }
-    table = {"columns": columns, "rows": rows}
-    return {"title": "What the two models share", "text": text, "tables": [table], "plots": [plot]}
+    if accuracy_of(told) is not None:
+        text += f" Told in words, the base model follows in {accuracy_of(told):.0%} of replies."
+    plot = Heatmap(
+        title="Cosine of the base model's direction and the instruct model's",
+        x_label="block",
+        rows=names,
+        columns=list(map(str, range(len(cosines[names[0]])))),
+        values=list(cosines.values()),
+    )
+    table = Table(["instruction", "instructed", "largest cosine", "mean cosine"], rows)
+    return Section("What the two models share", text, [table], [plot])
 
 
 def _cosines(a: ControlVector, b: ControlVector) -> list[float]:

@@ -11,6 +11,7 @@ there are none.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError, LocalsteerError
-from localsteer.evaluate.conditions import applied_like
-from localsteer.evaluate.suites.bench import is_possible
+from localsteer.evaluate.conditions import applied_like, is_possible
+from localsteer.evaluate.page import Section, SuiteReport, Table
 from localsteer.evaluate.suites.cells import Cell, Rule, applied
 from localsteer.vector import ControlVector
 from localsteer.verify.verdicts import check_arguments
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.evaluate.suites import SuiteReport
     from localsteer.evaluate.suites.bench import Bench
 
 NAME = "ifeval"
@@ -128,8 +128,8 @@ def run(bench: Bench, *, ifeval: Path, **_options: Any) -> SuiteReport:
         cells += _cells(bench, item, matches, tuple(vectors[match.id] for match in matches))
     results = bench.run(cells, what="IFEval-form prompts")
     text = _coverage(items, fitting, usable, alone)
-    section = {"title": "What was asked", "text": text, "tables": [_used(plan, usable)], "plots": []}
-    return {"title": TITLE, **bench.tables(results, CONDITIONS), "sections": [section]}
+    section = Section("What was asked", text, [_used(plan, usable)])
+    return bench.report(TITLE, results, CONDITIONS, [section])
 
 
 def _cells(
@@ -139,7 +139,7 @@ def _cells(
     asked = {"none": (item.base, ()), "steered": (item.base, steer)}
     if steer and item.base is not None:
         kinds = [bench.instruction(_kind(bench, each)) for each in matches]
-        asked |= {name: (item.base, found) for name, found in bench.controls(kinds, steer).items()}
+        asked |= {name: (item.base, control) for name, control in bench.controls(kinds, steer).items()}
     asked |= {"instructed": (item.prompt, ()), "both": (item.prompt, steer)}
     return [
         Cell(item.label, name, query, prompt, vectors, item.checks, bench.max_tokens, wording=item.prompt)
@@ -154,7 +154,7 @@ def _fitting(bench: Bench, items: Sequence[Item]) -> list[Item]:
     def work(engine: Engine, _: None) -> list[Item]:
         room = engine.n_ctx - bench.max_tokens
         texts = [(each, [each.prompt, *([each.base] if each.base else [])]) for each in items]
-        return [each for each, found in texts if max(len(engine.prompt_tokens(t)) for t in found) <= room]
+        return [item for item, prompts in texts if max(len(engine.prompt_tokens(t)) for t in prompts) <= room]
 
     return bench.workers.map(work, [None])[0]
 
@@ -163,8 +163,8 @@ def _fitting(bench: Bench, items: Sequence[Item]) -> list[Item]:
 
 
 def _matches(bench: Bench, item: Item) -> list[Instruction]:
-    found = [_match(bench, check) for check in item.checks]
-    return list({each.id: each for each in found if each is not None}.values())
+    matches = [_match(bench, check) for check in item.checks]
+    return list({match.id: match for match in matches if match is not None}.values())
 
 
 def _match(bench: Bench, check: Rule) -> Instruction | None:
@@ -176,7 +176,7 @@ def _match(bench: Bench, check: Rule) -> Instruction | None:
     if bench.wanted is not None:
         known = [each for each in known if each.id in bench.wanted]
     same = [each for each in known if each.verifier == check.verifier]
-    filled = [found for each in same for found in [_filled(each, check)] if found is not None]
+    filled = [match for each in same if (match := _filled(each, check)) is not None]
     fitting = [each for each in filled if _texts(each.kwargs) == _texts(check.kwargs)]
     exact = [each for each in fitting if dict(each.kwargs) == dict(check.kwargs)]
     return next(iter(exact or fitting), None)
@@ -239,11 +239,6 @@ def _coverage(items: Sequence[Item], fitting: Sequence[Item], usable: Sequence[I
     return text
 
 
-def _used(plan: Mapping[int, Sequence[Instruction]], usable: Sequence[Item]) -> dict[str, Any]:
-    counts: dict[tuple[str, str], int] = {}
-    for item in usable:
-        for match in plan[item.number]:
-            key = (match.verifier or "", match.id)
-            counts[key] = counts.get(key, 0) + 1
-    rows = [[*key, n] for key, n in sorted(counts.items())]
-    return {"columns": ["IFEval id", "vector", "lines"], "rows": rows}
+def _used(plan: Mapping[int, Sequence[Instruction]], usable: Sequence[Item]) -> Table:
+    counts = Counter((match.verifier or "", match.id) for item in usable for match in plan[item.number])
+    return Table(["IFEval id", "vector", "lines"], [[*key, n] for key, n in sorted(counts.items())])

@@ -14,18 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localsteer.catalog import Query
+from localsteer.catalog import Instruction
 from localsteer.errors import CatalogError, PlanError
-from localsteer.evaluate.conditions import told_prompts
 from localsteer.evaluate.intervals import interval
-from localsteer.evaluate.suites.cells import Cell, Result, checks_of, figures
+from localsteer.evaluate.page import Bars, Heatmap, Lines, Section, Share, SuiteReport, Table, Value
+from localsteer.evaluate.suites.cells import Arm, Cell, Result, figures, grouped, mean_words, select
 from localsteer.extract.levels import DIRECTIONS, LENGTHS, LEVELS, length
 from localsteer.extract.recipes import Extracted
 from localsteer.tune.setting import grid_blocks
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
-    from localsteer.evaluate.suites import SuiteReport
     from localsteer.evaluate.suites.bench import Bench
 
 NAME = "length"
@@ -52,7 +51,7 @@ class Sweep:
 
     @property
     def words(self) -> list[float]:
-        return [mean_words(found) for found in self.steered.values()]
+        return [mean_words(results) for results in self.steered.values()]
 
     @property
     def n_monotone(self) -> int:
@@ -62,9 +61,7 @@ class Sweep:
 
     @property
     def worst_degenerate(self) -> float:
-        found = [result.verdict.degenerate is not None for each in self.steered.values() for result in each]
-        n = len(next(iter(self.steered.values())))
-        return max(sum(found[start : start + n]) / n for start in range(0, len(found), n))
+        return max(figures(results).measure("degenerate") for results in self.steered.values())
 
 
 def missing(bench: Bench, **_options: Any) -> str:
@@ -101,17 +98,12 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
     ]
     results = bench.run(cells, what="sweeping lengths")
     others = {name: [each.id for each in bench.others(recipes[name].target)] for name in directions}
-    sweeps = [sweep_of(name, chosen[name], results) for name in directions]
-    sections = [swept(sweeps, others)]
+    sections = [swept([sweep_of(name, chosen[name], results) for name in directions], others)]
     if levels:
         sections.append(compared(results, levels))
         sections.append(cosines({level: vectors[level] for level in levels}, chosen[directions[0]].layers[0]))
     conditions = list(dict.fromkeys(["none", "steered", "instructed", *(cell.condition for cell in cells)]))
-    return {
-        "title": TITLE,
-        **bench.tables(results, conditions),
-        "sections": sections,
-    }
+    return bench.report(TITLE, results, conditions, sections)
 
 
 # --- settings ----------------------------------------------------------------------------------------------
@@ -119,13 +111,12 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
 
 def _chosen(bench: Bench, recipe: Extracted, vector: ControlVector) -> ControlVector:
     """The given file as it is, or the block and positions that move the length of replies furthest."""
-    name = recipe.target.id
-    if name in bench.given:
+    if recipe.target.id in bench.given:
         return vector
-    return bench.use(recipe.target, choose(bench, name, vector))
+    return bench.use(recipe.target, choose(bench, recipe.target, vector))
 
 
-def choose(bench: Bench, name: str, vector: ControlVector) -> ControlVector:
+def choose(bench: Bench, target: Instruction, vector: ControlVector) -> ControlVector:
     """On validation queries: the block and positions where replies that are still good get shorter (longer)
     by the largest factor, on average over TRIED strengths. Among equals the lowest block.
 
@@ -133,34 +124,29 @@ def choose(bench: Bench, name: str, vector: ControlVector) -> ControlVector:
     subject, counts as no change. Raises PlanError when every setting is out.
     """
     queries = bench.validation[:N_TRIED]
-    plain = bench.run(_cells(bench, name, "none", queries), what="choosing a block", score=False)
+    plain = bench.run(bench.cells(target, [Arm("none")], queries), what="choosing a block", score=False)
     settings = [
         vector.at(layer=layer, positions=positions, mode="add")
         for layer in grid_blocks(vector.n_layer)
         for positions in POSITIONS
         if layer in vector.blocks
     ]
-    cells = [
-        cell
-        for setting in settings
-        for strength in TRIED
-        for cell in _cells(bench, name, "tried", queries, setting.at(strength=strength))
-    ]
-    results = bench.run(cells, what="choosing a block", score=False)
+    arms = [Arm("tried", (setting.at(strength=strength),)) for setting in settings for strength in TRIED]
+    results = bench.run(bench.cells(target, arms, queries), what="choosing a block", score=False)
     size = len(TRIED) * len(queries)
     scores = [
-        change(results[k * size : (k + 1) * size], list(plain) * len(TRIED), SIGNS[name])
+        change(results[k * size : (k + 1) * size], list(plain) * len(TRIED), SIGNS[target.id])
         for k in range(len(settings))
     ]
     best = max(range(len(scores)), key=lambda k: (scores[k], -k), default=None)
     if best is None or scores[best] == -math.inf:
-        raise PlanError(f"no block can be steered by {name}: every setting gives degenerate replies.")
+        raise PlanError(f"no block can be steered by {target.id}: every setting gives degenerate replies.")
     return settings[best].at(strength=1.0)
 
 
 def change(steered: Sequence[Result], plain: Sequence[Result], sign: int) -> float:
     """Mean log ratio of words the wanted way; minus infinity where too many replies are degenerate."""
-    if sum(each.verdict.degenerate is not None for each in steered) > MAX_DEGENERATE * len(steered):
+    if sum(result.verdict.degenerate is not None for result in steered) > MAX_DEGENERATE * len(steered):
         return -math.inf
     ratios = [
         sign * math.log((ours.verdict.n_words + 1) / (theirs.verdict.n_words + 1))
@@ -183,40 +169,23 @@ def direction_of(level: str) -> str:
 # --- cells -------------------------------------------------------------------------------------------------
 
 
-def _cells(
-    bench: Bench, name: str, condition: str, queries: Sequence[Query], *steer: ControlVector
-) -> list[Cell]:
-    limit = bench.max_tokens
-    return [Cell(name, condition, query, query.text, steer, max_tokens=limit) for query in queries]
-
-
 def sweep_cells(bench: Bench, recipe: Extracted, vector: ControlVector) -> list[Cell]:
     """The model alone, each strength of the vector and of its controls, and told in words."""
-    name, told = recipe.target.id, told_prompts(bench.test, recipe.target.phrasings)
     steers = {STEERED: (vector,), **bench.controls([recipe.target], [vector])}
-    cells = _cells(bench, name, "none", bench.test)
+    arms = [Arm("none")]
     for strength in STRENGTHS:
-        for kind, (each,) in steers.items():
-            cells += _cells(bench, name, label(kind, strength), bench.test, each.at(strength=strength))
-    pairs = zip(bench.test, told, strict=True)
-    return cells + [
-        Cell(name, "instructed", query, text, max_tokens=bench.max_tokens) for query, text in pairs
-    ]
+        arms += [
+            Arm(label(kind, strength), (each.at(strength=strength),)) for kind, (each,) in steers.items()
+        ]
+    return bench.cells(recipe.target, [*arms, Arm("instructed", told=True)], bench.test)
 
 
 def level_cells(bench: Bench, recipe: Extracted, vector: ControlVector) -> list[Cell]:
-    """One level: none, steered by its own vector, told in words."""
-    told = told_prompts(bench.test, recipe.target.phrasings)
-    return [
-        Cell(
-            recipe.target.id, name, query, text, steer, checks_of(recipe.target, query), bench.max_tokens,
-            wording=recipe.target.phrasings[0],
-        )
-        for i, query in enumerate(bench.test)
-        for name, text, steer in (
-            ("none", query.text, ()), ("steered", query.text, (vector,)), ("instructed", told[i], ())
-        )
-    ]  # fmt: skip
+    """One level: none, steered by its own vector, told in words; query by query."""
+    arms = [Arm("none"), Arm("steered", (vector,)), Arm("instructed", told=True)]
+    wordings = recipe.target.phrasings[:1]
+    by_arm = [bench.cells(recipe.target, [arm], bench.test, wordings=wordings) for arm in arms]
+    return [cell for cells in zip(*by_arm, strict=True) for cell in cells]
 
 
 def label(kind: str, strength: float) -> str:
@@ -227,47 +196,36 @@ def label(kind: str, strength: float) -> str:
 
 
 def sweep_of(name: str, vector: ControlVector, results: Sequence[Result]) -> Sweep:
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        if result.cell.instruction == name:
-            found.setdefault(result.cell.condition, []).append(result)
+    by_condition = {
+        key: chosen for (key,), chosen in grouped(select(results, None, name), "condition").items()
+    }
     steered, *controls = (
-        {0.0: found["none"]} | {each: found[label(kind, each)] for each in STRENGTHS}
+        {0.0: by_condition["none"]} | {each: by_condition[label(kind, each)] for each in STRENGTHS}
         for kind in (STEERED, *CONTROLS)
-        if label(kind, STRENGTHS[0]) in found
+        if label(kind, STRENGTHS[0]) in by_condition
     )
     return Sweep(name, vector, steered, dict(zip(CONTROLS, controls, strict=False)))
 
 
-def mean_words(results: Sequence[Result]) -> float:
-    return sum(result.verdict.n_words for result in results) / len(results)
-
-
-def swept(sweeps: Sequence[Sweep], others: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def swept(sweeps: Sequence[Sweep], others: Mapping[str, Sequence[str]]) -> Section:
     """others: whose vector the control `other` is, by direction."""
     rows = [_sweep_row(sweep, strength) for sweep in sweeps for strength in sweep.steered]
-    named = [f"For {name} that is {' and '.join(found)}." for name, found in others.items() if found]
+    named = [f"For {name} that is {' and '.join(ids)}." for name, ids in others.items() if ids]
     series = {sweep.name: sweep.words for sweep in sweeps}
     series |= {
-        f"{kind} for {sweep.name}": [mean_words(found) for found in control.values()]
+        f"{kind} for {sweep.name}": list(map(mean_words, control.values()))
         for sweep in sweeps
         for kind, control in sweep.controls.items()
     }
-    return {
-        "title": "Mean words against the weight",
-        "text": " ".join([*map(verdict, sweeps), _EXPLAINED, *named]),
-        "tables": [{"columns": _COLUMNS, "rows": rows}],
-        "plots": [
-            {
-                "kind": "lines",
-                "title": "Mean words against strength",
-                "x_label": "strength (c / |v|)",
-                "y_label": "words",
-                "x": [0.0, *STRENGTHS],
-                "series": series,
-            }
-        ],
-    }
+    plot = Lines(
+        title="Mean words against strength",
+        x_label="strength (c / |v|)",
+        y_label="words",
+        x=[0.0, *STRENGTHS],
+        series=series,
+    )
+    text = " ".join([*map(verdict, sweeps), _EXPLAINED, *named])
+    return Section("Mean words against the weight", text, [Table(_COLUMNS, rows)], [plot])
 
 
 _COLUMNS = [
@@ -297,65 +255,57 @@ def verdict(sweep: Sweep) -> str:
     )
 
 
-def _sweep_row(sweep: Sweep, strength: float) -> list[Any]:
+def _sweep_row(sweep: Sweep, strength: float) -> list[Value]:
     results = sweep.steered[strength]
-    quality = figures(results, sweep.steered[0.0])["quality"]
+    quality = figures(results, sweep.steered[0.0]).quality
     norm = float(np.linalg.norm(sweep.vector.directions[sweep.vector.layers[0]].astype(np.float64)))
+    low, high = interval([[result.verdict.n_words for result in results]])
+    controls = map(sweep.controls.get, CONTROLS)
     return [
         sweep.name,
         strength,
         strength * norm,
         quality["words"],
-        words_interval(results),
-        {"share": quality["degenerate"]},
-        {"share": quality["subject_kept"]},
+        f"{low:.1f} to {high:.1f}",
+        Share(quality["degenerate"]),
+        Share(quality["subject_kept"]),
         quality["perplexity_ratio"],
-        *(mean_words(found[strength]) if found else None for found in map(sweep.controls.get, CONTROLS)),
+        *(mean_words(control[strength]) if control else None for control in controls),
     ]
 
 
-def words_interval(results: Sequence[Result]) -> str:
-    low, high = interval([[result.verdict.n_words for result in results]])
-    return f"{low:.1f} to {high:.1f}"
-
-
-def compared(results: Sequence[Result], levels: Sequence[str]) -> dict[str, Any]:
+def compared(results: Sequence[Result], levels: Sequence[str]) -> Section:
     """Each level told in words and steered by its own vector."""
-
-    def words(level: str, condition: str) -> float:
-        cells = [(each.cell.instruction, each.cell.condition) for each in results]
-        return mean_words(
-            [each for each, cell in zip(results, cells, strict=True) if cell == (level, condition)]
-        )
-
-    rows = [[level, *(words(level, name) for name in ("none", "instructed", "steered"))] for level in levels]
-    columns = ("model alone", "told in words", "steered")
-    return {
-        "title": "Levels of length",
-        "text": "Mean words when each level is said in the prompt, and when its own vector is added with "
+    columns = {"none": "model alone", "instructed": "told in words", "steered": "steered"}
+    words = {
+        title: [mean_words(select(results, condition, level)) for level in levels]
+        for condition, title in columns.items()
+    }
+    rows = [list(row) for row in zip(levels, *words.values(), strict=True)]
+    return Section(
+        "Levels of length",
+        "Mean words when each level is said in the prompt, and when its own vector is added with "
         "strength 1 at the block and positions of its direction.",
-        "tables": [{"columns": ["level", *columns], "rows": rows}],
-        "plots": [
-            {
-                "kind": "bars",
-                "title": "Mean words of each level",
-                "x_label": "level",
-                "y_label": "words",
-                "x": list(levels),
-                "series": {name: [row[i + 1] for row in rows] for i, name in enumerate(columns)},
-            }
+        [Table(["level", *words], rows)],
+        [
+            Bars(
+                title="Mean words of each level",
+                x_label="level",
+                y_label="words",
+                x=list(levels),
+                series=words,
+            )
         ],
-    }
+    )
 
 
-def cosines(vectors: Mapping[str, ControlVector], layer: int) -> dict[str, Any]:
-    units = np.stack([each.unit(layer).astype(np.float64) for each in vectors.values()])
-    plot = {
-        "kind": "heatmap",
-        "title": f"Cosine of the levels' directions at block {layer}",
-        "rows": list(vectors),
-        "columns": list(vectors),
-        "values": (units @ units.T).tolist(),
-    }
+def cosines(vectors: Mapping[str, ControlVector], layer: int) -> Section:
+    units = np.stack([vector.unit(layer).astype(np.float64) for vector in vectors.values()])
+    plot = Heatmap(
+        title=f"Cosine of the levels' directions at block {layer}",
+        rows=list(vectors),
+        columns=list(vectors),
+        values=(units @ units.T).tolist(),
+    )
     text = "How far the levels share one direction: 1 is the same, 0 unrelated, -1 opposite."
-    return {"title": "The levels' directions", "text": text, "tables": [], "plots": [plot]}
+    return Section("The levels' directions", text, [], [plot])

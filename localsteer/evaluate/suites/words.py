@@ -18,20 +18,39 @@ import numpy as np
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError
-from localsteer.evaluate.conditions import applied_like, random_control, told_prompts
-from localsteer.evaluate.suites.cells import Cell, Result, applied, checks_of, figures, share_cell
+from localsteer.evaluate.conditions import arms_of, controls_of, told_prompts
+from localsteer.evaluate.page import Lines, Section, SuiteReport, Table, Value
+from localsteer.evaluate.suites.cells import (
+    Arm,
+    Cell,
+    Result,
+    accuracy_of,
+    applied,
+    grouped,
+    select,
+    share_of,
+)
 from localsteer.extract.recipes import WORD_PAIRS, Extracted, exclude_word, include_word
 from localsteer.vector import ControlVector
 from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
-    from localsteer.evaluate.suites import SuiteReport
     from localsteer.evaluate.suites.bench import Bench
 
 NAME = "words"
 TITLE = "Words: included and excluded"
-OWN, OWN_RANDOM, OWN_OTHER = "own", "own random", "own other"
-CONDITIONS = ("none", "steered", "random", "other", OWN, OWN_RANDOM, OWN_OTHER, "instructed", "both")
+OWN = "own"
+CONDITIONS = (
+    "none",
+    "steered",
+    "random",
+    "other",
+    OWN,
+    f"{OWN} random",
+    f"{OWN} other",
+    "instructed",
+    "both",
+)
 STRENGTHS = (0.5, 1.0, 2.0)  # tried on validation queries
 SWEEP = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the picked strength's block and positions
 POSITIONS = ("prompt", "all")
@@ -96,18 +115,11 @@ def run(
     tasks += tasks_of(bench, ASKED, can_be_included)
     cells = [cell for task in tasks for cell in task_cells(bench, task, tasks)]
     results = bench.run(cells, what="including and excluding words")
-    swept = bench.run(
-        [cell for task in tasks for cell in sweep_cells(bench, task)], what="sweeping strengths", score=False
-    )
-    sections = [
-        section(kind, [task for task in tasks if task.kind == kind], results, swept) for kind in TEXTS
-    ]
-    sections.append(cosines(tasks))
-    return {
-        "title": TITLE,
-        **bench.tables(results, CONDITIONS),
-        "sections": [each for each in sections if each],
-    }
+    cells = [cell for task in tasks for cell in sweep_cells(bench, task)]
+    sweep = bench.run(cells, what="sweeping strengths", score=False)
+    by_kind = {kind: [task for task in tasks if task.kind == kind] for kind in TEXTS}
+    sections = [section(kind, own, results, sweep) for kind, own in by_kind.items() if own]
+    return bench.report(TITLE, results, CONDITIONS, [*sections, *cosines(by_kind[INCLUDE])])
 
 
 # --- which words -------------------------------------------------------------------------------------------
@@ -134,8 +146,8 @@ def words_to_exclude(bench: Bench) -> list[str]:
 def contexts(bench: Bench) -> dict[str, Instruction]:
     """The instructions to avoid one word for which the catalogue has queries of their own, by word: these
     queries bring the word into replies. Those asked for, if any were."""
-    found = _of_one_word(bench, FORBIDDEN, "forbidden_words")
-    return {word: each for word, each in found if {"validation", "test"} <= each.queries.keys()}
+    avoided = _of_one_word(bench, FORBIDDEN, "forbidden_words")
+    return {word: each for word, each in avoided if {"validation", "test"} <= each.queries.keys()}
 
 
 def words_used(bench: Bench, *steer: ControlVector) -> list[tuple[str, float]]:
@@ -154,8 +166,11 @@ def words_used(bench: Bench, *steer: ControlVector) -> list[tuple[str, float]]:
 
 
 def _words(text: str) -> list[str]:
-    found = re.findall(r"[^\W\d_]+", text.lower())
-    return [word for word in found if len(word) >= MIN_LETTERS and word not in COMMON]
+    return [
+        word
+        for word in re.findall(r"[^\W\d_]+", text.lower())
+        if len(word) >= MIN_LETTERS and word not in COMMON
+    ]
 
 
 def _named(bench: Bench, verifier: str, argument: str) -> list[str]:
@@ -168,8 +183,8 @@ def _of_one_word(bench: Bench, verifier: str, argument: str) -> list[tuple[str, 
         known = [bench.instruction(each) for each in bench.asked]
     else:
         known = [each for each in bench.catalog.instructions.values() if not each.open_slots]
-    found = [each for each in known if each.verifier == verifier and len(each.kwargs[argument]) == 1]
-    return [(each.kwargs[argument][0], each) for each in found]
+    of_one = [each for each in known if each.verifier == verifier and len(each.kwargs[argument]) == 1]
+    return [(each.kwargs[argument][0], each) for each in of_one]
 
 
 # --- vectors -----------------------------------------------------------------------------------------------
@@ -181,10 +196,11 @@ def tasks_of(bench: Bench, kind: str, words: Sequence[str]) -> list[Task]:
     told = [Extracted(_own(recipe.target)) for recipe in recipes if kind in (CONTEXT, EXCLUDE)]
     raw = bench.extract([*recipes, *told])
     picked = _pick(bench, [recipe.target for recipe in (*recipes, *told)], raw)
-    return [
-        Task(kind, word, each.target, raw[each.target.id], picked[each.target.id], picked.get(own_id(each)))
-        for word, each in zip(words, recipes, strict=True)
-    ]
+    tasks = []
+    for word, recipe in zip(words, recipes, strict=True):
+        name, own = recipe.target.id, picked.get(_own(recipe.target).id)
+        tasks.append(Task(kind, word, recipe.target, raw[name], picked[name], own))
+    return tasks
 
 
 def in_replies(bench: Bench, word: str) -> Extracted:
@@ -212,15 +228,15 @@ def _where_held(
     if min(map(len, kept.values())) >= MIN_HELD:
         held = kept
     extraction = bench.catalog.queries_for(recipe.target, "extraction")
-    queries = {"extraction": extraction, **{split: tuple(found) for split, found in held.items()}}
+    queries = {"extraction": extraction, **{split: tuple(kept) for split, kept in held.items()}}
     return replace(recipe, excludes=replace(recipe.target, queries=queries))
 
 
 def _holding(bench: Bench, target: Instruction, queries: Sequence[Query]) -> list[Query]:
     """Those of the queries whose unsteered reply holds the word."""
     cells = [Cell("plain", "none", query, query.text, max_tokens=bench.max_tokens) for query in queries]
-    found = zip(queries, bench.run(cells, what="asking", score=False), strict=True)
-    return [query for query, result in found if not verify(FORBIDDEN, result.reply.text, target.kwargs)]
+    replies = zip(queries, bench.run(cells, what="asking", score=False), strict=True)
+    return [query for query, result in replies if not verify(FORBIDDEN, result.reply.text, target.kwargs)]
 
 
 def asked_for(bench: Bench, word: str) -> Extracted:
@@ -231,9 +247,9 @@ def asked_for(bench: Bench, word: str) -> Extracted:
     asking = {
         split: tuple(
             replace(query, text=text)
-            for query, text in zip(found, told_prompts(found, recipe.instruction.phrasings), strict=True)
+            for query, text in zip(plain, told_prompts(plain, recipe.instruction.phrasings), strict=True)
         )
-        for split, found in queries.items()
+        for split, plain in queries.items()
     }
     return replace(recipe, excludes=replace(recipe.target, id=f"{recipe.target.id}:asked", queries=asking))
 
@@ -253,10 +269,6 @@ def excluding(bench: Bench, word: str) -> tuple[Instruction, ControlVector]:
     return recipe.target, picked[recipe.target.id]
 
 
-def own_id(recipe: Extracted) -> str:
-    return _own(recipe.target).id
-
-
 def _own(instruction: Instruction) -> Instruction:
     """The instruction to avoid a word, under another name than minus the vector of including it."""
     return replace(instruction, id=f"told_{instruction.id}")
@@ -269,8 +281,8 @@ def _pick(
     # nearly any reply avoids a word, so the likelihood of one that does tells little: hence by_generation
     modes = {"modes": ("add",), "positions": POSITIONS, "strengths": STRENGTHS}
     picks = bench.tune([(each, raw[each.id]) for each in new], by_generation=True, **modes)
-    found = {each.id: bench.use(each, picked.vector) for each, picked in zip(new, picks, strict=True)}
-    return {name: vector for name, vector in raw.items() if name in bench.given} | found
+    used = {each.id: bench.use(each, tuned.vector) for each, tuned in zip(new, picks, strict=True)}
+    return {name: vector for name, vector in raw.items() if name in bench.given} | used
 
 
 # --- cells -------------------------------------------------------------------------------------------------
@@ -280,53 +292,26 @@ def task_cells(bench: Bench, task: Task, tasks: Sequence[Task]) -> list[Cell]:
     """The conditions of one word. other: another word's vector of the same kind in its place, `own`: the
     vector of telling the model to avoid the word, with controls of its own; all where there is one. A prompt
     that asks for a word is not told to avoid it as well."""
-    on = applied(task.vector)
-    others = [each for each in tasks if each.kind == task.kind and each.word != task.word]
-    steers: dict[str, tuple[ControlVector, ...]] = {"none": (), "steered": on}
-    if on:
-        steers["random"] = (random_control(task.vector, bench.plain_mean(), bench.seed),)
-        for other in others[:1]:
-            steers["other"] = (applied_like(other.raw, task.vector),)
+    others = [each for each in tasks if each.kind == task.kind and each.word != task.word][:1]
+    steers = {"none": (), "steered": applied(task.vector)}
+    if task.vector.strength:
+        raw = [other.raw for other in others]
+        steers |= controls_of([task.vector], raw, bench.plain_mean(), bench.seed)
     if task.own is not None:
         steers[OWN] = applied(task.own)
-        if steers[OWN]:
-            steers[OWN_RANDOM] = (random_control(task.own, bench.plain_mean(), bench.seed),)
-            for other in (each.own for each in others[:1] if each.own is not None):
-                steers[OWN_OTHER] = (applied_like(other, task.own),)
+        if task.own.strength:
+            raw = [other.own for other in others if other.own is not None]
+            controls = controls_of([task.own], raw, bench.plain_mean(), bench.seed)
+            steers |= {f"{OWN} {name}": steer for name, steer in controls.items()}
     if task.kind != ASKED:
-        steers |= {"instructed": (), "both": on}
-    queries = bench.queries(task.instruction, "test")
-    told = told_prompts(queries, task.instruction.phrasings)
-    return [
-        _cell(bench, task, name, query, steers[name], words if name in ("instructed", "both") else None)
-        for name in CONDITIONS
-        if name in steers
-        for query, words in zip(queries, told, strict=True)
-    ]
+        steers |= {"instructed": (), "both": steers["steered"]}
+    return bench.cells(task.instruction, arms_of(steers, CONDITIONS), wordings=task.instruction.phrasings[:1])
 
 
 def sweep_cells(bench: Bench, task: Task) -> list[Cell]:
-    if not task.vector.strength:
-        return []
-    return [
-        _cell(bench, task, f"{strength:g}", query, (task.vector.at(strength=strength),))
-        for strength in SWEEP
-        for query in bench.queries(task.instruction, "test")
-    ]
-
-
-def _cell(
-    bench: Bench,
-    task: Task,
-    condition: str,
-    query: Query,
-    steer: tuple[ControlVector, ...],
-    prompt: str | None = None,
-) -> Cell:
-    instruction = task.instruction
-    checks, limit = checks_of(instruction, query), bench.max_tokens
-    wording = instruction.phrasings[0]
-    return Cell(instruction.id, condition, query, prompt or query.text, steer, checks, limit, wording=wording)
+    strengths = SWEEP if task.vector.strength else ()
+    arms = [Arm(f"{strength:g}", (task.vector.at(strength=strength),)) for strength in strengths]
+    return bench.cells(task.instruction, arms, wordings=task.instruction.phrasings[:1])
 
 
 # --- sections ----------------------------------------------------------------------------------------------
@@ -365,49 +350,36 @@ TEXTS = {
 }
 
 
-def section(
-    kind: str, tasks: Sequence[Task], results: Sequence[Result], swept: Sequence[Result]
-) -> dict[str, Any]:
-    if not tasks:
-        return {}
+def section(kind: str, tasks: Sequence[Task], results: Sequence[Result], sweep: Sequence[Result]) -> Section:
+    """tasks: at least one of this kind. sweep: results at each strength."""
     title, text = TEXTS[kind]
     idle = [task.word for task in tasks if not task.vector.strength]
     if idle:
         text += f" No setting did better than the model alone for {', '.join(idle)}: nothing was applied."
     names = {task.instruction.id for task in tasks}
-    found = [result for result in results if result.cell.instruction in names]
-    conditions = [name for name in CONDITIONS if any(each.cell.condition == name for each in found)]
-    rows = [_row(task.word, _settings(task), found, task.instruction.id, conditions) for task in tasks]
-    rows.append(_row("all", "", found, None, conditions))
-    series = {task.word: curve(task, results, swept) for task in tasks if task.vector.strength}
-    plot = {
-        "kind": "lines",
-        "title": f"{title} against strength",
-        "x_label": "strength (c / |v|)",
-        "y_label": "share of replies",
-        "x": [0.0, *SWEEP],
-        "series": series,
-    }
-    return {
-        "title": title,
-        "text": text,
-        "tables": [{"columns": ["word", "block, positions, strength", *conditions], "rows": rows}],
-        "plots": [plot] if series else [],
-    }
+    own = [result for result in results if result.cell.instruction in names]
+    present = {result.cell.condition for result in own}
+    conditions = [name for name in CONDITIONS if name in present]
+    rows: list[list[Value]] = [
+        [task.word, _settings(task), *_shares(select(own, None, task.instruction.id), conditions)]
+        for task in tasks
+    ]
+    rows.append(["all", "", *_shares(own, conditions)])
+    series = {task.word: curve(task, results, sweep) for task in tasks if task.vector.strength}
+    plot = Lines(
+        title=f"{title} against strength",
+        x_label="strength (c / |v|)",
+        y_label="share of replies",
+        x=[0.0, *SWEEP],
+        series=series,
+    )
+    table = Table(["word", "block, positions, strength", *conditions], rows)
+    return Section(title, text, [table], [plot] if series else [])
 
 
-def _row(
-    word: str, settings: str, results: Sequence[Result], instruction: str | None, conditions: Sequence[str]
-) -> list[Any]:
-    row: list[Any] = [word, settings]
-    for name in conditions:
-        chosen = [
-            each
-            for each in results
-            if each.cell.condition == name and instruction in (None, each.cell.instruction)
-        ]
-        row.append(share_cell(figures(chosen)) if chosen else None)
-    return row
+def _shares(results: Sequence[Result], conditions: Sequence[str]) -> list[Value]:
+    by_condition = grouped(results, "condition")
+    return [share_of(by_condition[name,]) if (name,) in by_condition else None for name in conditions]
 
 
 def _settings(task: Task) -> str:
@@ -415,40 +387,32 @@ def _settings(task: Task) -> str:
     return f"{vector.layers[0]}, {vector.positions}, {vector.strength:g}" if vector.strength else "none"
 
 
-def curve(task: Task, results: Sequence[Result], swept: Sequence[Result]) -> list[float]:
+def curve(task: Task, results: Sequence[Result], sweep: Sequence[Result]) -> list[float | None]:
     """Shares at strength 0 (the model alone) and at each of SWEEP."""
-
-    def share(found: Sequence[Result], condition: str) -> float:
-        verdicts = [
-            bool(each.verdict.strict)
-            for each in found
-            if each.cell.instruction == task.instruction.id and each.cell.condition == condition
-        ]
-        return sum(verdicts) / len(verdicts)
-
-    return [share(results, "none"), *(share(swept, f"{strength:g}") for strength in SWEEP)]
+    name = task.instruction.id
+    swept = (accuracy_of(select(sweep, f"{strength:g}", name)) for strength in SWEEP)
+    return [accuracy_of(select(results, "none", name)), *swept]
 
 
-def cosines(tasks: Sequence[Task]) -> dict[str, Any]:
-    """Whether the vectors of two words differ at all: mean cosine between words, by block."""
-    raw = [task.raw for task in tasks if task.kind == INCLUDE]
+def cosines(tasks: Sequence[Task]) -> list[Section]:
+    """Whether the vectors of two words differ at all: mean cosine between words, by block. Of two or more."""
+    raw = [task.raw for task in tasks]
     if len(raw) < 2:
-        return {}
-    blocks = [il for il in range(raw[0].n_layer) if all(il in each.blocks for each in raw)]
+        return []
+    blocks = [il for il in range(raw[0].n_layer) if all(il in vector.blocks for vector in raw)]
     means = []
     for il in blocks:
-        units = np.stack([each.unit(il).astype(np.float64) for each in raw])
+        units = np.stack([vector.unit(il).astype(np.float64) for vector in raw])
         means.append(float((units @ units.T)[np.triu_indices(len(raw), 1)].mean()))
-    plot = {
-        "kind": "lines",
-        "title": "Mean cosine between the vectors of two words",
-        "x_label": "block",
-        "y_label": "cosine",
-        "x": blocks,
-        "series": {"words": means},
-    }
+    plot = Lines(
+        title="Mean cosine between the vectors of two words",
+        x_label="block",
+        y_label="cosine",
+        x=blocks,
+        series={"words": means},
+    )
     text = (
         "What the vectors of including different words have in common. At 1 they are one vector, that of "
         "being asked for a word at all; what makes the one word come is in what is left."
     )
-    return {"title": "How much of a vector is about its word", "text": text, "tables": [], "plots": [plot]}
+    return [Section("How much of a vector is about its word", text, [], [plot])]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from localsteer.engine import Engine
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.journal import Journal, Remembered
+from localsteer.runtime.journal import Journal, Remembered
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

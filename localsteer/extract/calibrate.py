@@ -18,8 +18,8 @@ import numpy as np
 
 from localsteer.catalog import Catalog, Instruction, Query
 from localsteer.errors import CatalogError, PlanError, VectorFileError
-from localsteer.evaluate.states import Progress, stream_states
 from localsteer.extract import METHOD, Backend, Pair, build_pairs, open_backend, render
+from localsteer.extract.states import Progress, stream_states
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
