@@ -101,8 +101,9 @@ def check_multiples(schema: Any) -> None:
     left: list[tuple[Any, Path]] = [(schema, ())]
     while left:
         at, path = left.pop()
-        if isinstance(at, dict) and isinstance(at.get("multipleOf"), (int, float)):
-            found.setdefault(_digits(at["multipleOf"]), (*path, "multipleOf"))
+        number = at.get("multipleOf") if isinstance(at, dict) else None
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
+            found.setdefault(_digits(number), (*path, "multipleOf"))
         inner = at.items() if isinstance(at, dict) else enumerate(at) if isinstance(at, list) else ()
         left += [(each, (*path, str(key))) for key, each in inner]
     most = max(found, default=0)
@@ -112,12 +113,9 @@ def check_multiples(schema: Any) -> None:
 
 
 def _digits(number: float) -> int:
-    """12 of 0.12 and of 12: the number without its point."""
-    try:
-        _sign, digits, exponent = Decimal(repr(number)).as_tuple()
-        return max(1, int("".join(map(str, digits))) * 10 ** max(0, int(exponent)))
-    except (ValueError, OverflowError):
-        return 1
+    """12 of 0.12 and of 12: a number without its point."""
+    _sign, digits, exponent = Decimal(repr(number)).as_tuple()
+    return max(1, int("".join(map(str, digits))) * 10 ** max(0, int(exponent)))
 
 
 def _written(schema: Any) -> str:
@@ -153,6 +151,12 @@ class _Rewriter:
         return made
 
     def _value(self, key: str, value: Any, path: Path) -> Any:
+        if key in LISTS and key != "items" and not isinstance(value, list):
+            raise refused((*path, key), f"it is a list of schemas, not {value!r:.40}")
+        if key in MAPS and not isinstance(value, dict):
+            raise refused((*path, key), f"it is an object of schemas, not {value!r:.40}")
+        if key == "type" and not _names_types(value):
+            raise refused((*path, key), f"it is the name of a type, or a list of them, not {value!r:.40}")
         if key in LISTS and isinstance(value, list):
             return [self.schema(each, (*path, key, str(i))) for i, each in enumerate(value)]
         if key in MAPS and isinstance(value, dict):
@@ -269,7 +273,7 @@ def _spell_names(made: dict[str, Any]) -> None:
     value = made.get("additionalProperties", True)
     if list(rest) == ["pattern"] and isinstance(rest["pattern"], str):
         made["patternProperties"] = {rest["pattern"]: value}
-    elif list(rest) == ["enum"] and rest["enum"] and all(isinstance(each, str) for each in rest["enum"]):
+    elif list(rest) == ["enum"] and rest["enum"] and _names(rest["enum"]) == rest["enum"]:
         made["properties"] = dict.fromkeys(rest["enum"], value)
     else:
         return
@@ -282,6 +286,13 @@ def _both(made: dict[str, Any], key: str, value: Any) -> None:
         made["allOf"] = [*made.get("allOf", ()), {key: value}]
     else:
         made[key] = value
+
+
+def _names_types(value: Any) -> bool:
+    known = (*TYPES, "integer")
+    return value in known if isinstance(value, str) else isinstance(value, list) and all(
+        isinstance(each, str) and each in known for each in value
+    )  # fmt: skip
 
 
 def _types(schema: dict[str, Any]) -> set[str]:

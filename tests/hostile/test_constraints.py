@@ -86,6 +86,9 @@ BOMBS = {
     "regex": Constraint.regex("((a{0,50}){0,50}){0,50}b"),
     "GBNF": Constraint.gbnf("root ::= ((([a-z]{0,50}){0,50}){0,50}){0,50}"),
     "ambiguous GBNF": Constraint.gbnf('root ::= "a" | root root | root root root'),
+    "doubling GBNF": Constraint.gbnf(
+        'r0 ::= "a"\nroot ::= r60\n' + "\n".join(f"r{i} ::= r{i - 1} r{i - 1}" for i in range(1, 61))
+    ),
     "deep GBNF": Constraint.gbnf("root ::= " + "(" * 5000),
     "long GBNF": Constraint.gbnf("root ::= " + '"a" | ' * 10_000 + '"b"'),
     "Lark": Constraint.lark('start: x\nx: "a" x x | '),
