@@ -11,6 +11,7 @@ import sys
 import pytest
 from cli_runs import invoke, program
 from engines import GREEDY, open_engine
+from tiny_gguf import tiny_gguf
 
 from localsteer import bundled, cache
 from localsteer.engine import Engine
@@ -47,8 +48,10 @@ def replies(engine, path):
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_llama):
-    with open_engine(tiny_llama.gguf_path) as engine:
+def engine(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    path.write_bytes(tiny_gguf().to_bytes())
+    with open_engine(path) as engine:
         yield engine
 
 
