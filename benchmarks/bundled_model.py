@@ -34,9 +34,9 @@ from localsteer.evaluate.study import N_CTX, N_SEQ_MAX, Study
 from localsteer.runtime.bridge import default_threads, system_info
 from localsteer.runtime.reply import Reply
 from localsteer.runtime.sampling import GREEDY
-from localsteer.runtime.workers import Workers
 from localsteer.tune import POSITIONS, Tuned
 from localsteer.verify.quality import is_degenerate, subject_kept
+from localsteer.workers import Workers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "bundled_model"))

@@ -23,10 +23,10 @@ from localsteer.evaluate.study import spread
 from localsteer.extract import extract
 from localsteer.perplexity import log_perplexities
 from localsteer.runtime.bridge import default_threads
-from localsteer.runtime.workers import Workers
 from localsteer.tune import Check
 from localsteer.tune.check import IMPROBABLE, IMPROBABLE_RATIO
 from localsteer.tune.exhaustive import grid
+from localsteer.workers import Workers
 
 INSTRUCTIONS = (
     "json", "lowercase", "uppercase", "bullets", "title", "no_comma", "spanish", "one_sentence",

@@ -34,9 +34,9 @@ from .evaluate.study import N_CTX, N_SEQ_MAX, Stage, Study, silent, spread
 from .evaluate.suites.bench import quantization
 from .runtime.bridge import default_threads
 from .runtime.sampling import GREEDY
-from .runtime.workers import Workers
 from .tune import Tuned
 from .vector import ControlVector
+from .workers import Workers
 
 BACKENDS = ("gguf", "torch")
 GROUPS = ("format", "length")  # of the instructions that are shown when none are named

@@ -26,8 +26,8 @@ from localsteer.evaluate.conditions import CONDITIONS
 from localsteer.evaluate.study import Advance, extract_all, silent, spread
 from localsteer.extract import extract
 from localsteer.runtime.bridge import Context
-from localsteer.runtime.workers import Workers
 from localsteer.vector import ControlVector
+from localsteer.workers import Workers
 
 ROW_KEYS = {
     "id", "none", "steered", "random", "other", "instructed", "both", "quality_none", "quality_steered",

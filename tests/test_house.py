@@ -24,7 +24,7 @@ FLOORS = {
         "perplexity",
     ),
     "runtime": ("runtime",),
-    "doors": ("engine", "llama", "llama_cache"),
+    "doors": ("engine", "workers", "llama", "llama_cache"),
     "models": ("bundled", "model_names", "packs", "model_list"),
     "wings": ("extract", "tune", "learn", "ensure", "trace", "chat", "server"),
     "evaluation": ("evaluate", "demo"),

@@ -16,7 +16,7 @@ from engines import GREEDY, open_engine, random_vector
 from localsteer.errors import LocalsteerError
 from localsteer.runtime.journal import Journal, Remembered
 from localsteer.runtime.sampling import Sampling
-from localsteer.runtime.workers import Workers
+from localsteer.workers import Workers
 
 IDENTITY = {"model": "0123abcd"}
 RECORD = {"kind": "reply", "text": "a fox", "tokens": [1, 2], "finish_reason": "stop"}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from localsteer.errors import PromptError
 from localsteer.evaluate.page import Section, Share, Table, Value
 from localsteer.evaluate.suites.cells import Result
-from localsteer.runtime.workers import Workers
+from localsteer.workers import Workers
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine

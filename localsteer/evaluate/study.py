@@ -27,12 +27,12 @@ from localsteer.evaluate.conditions import (
 from localsteer.extract import Backend, batches, build_pairs, extract, open_backend, prompt_tokens
 from localsteer.perplexity import log_scores, perplexity
 from localsteer.runtime.reply import Reply
-from localsteer.runtime.workers import Workers
 from localsteer.tune import DEFAULT_N as TUNE_QUERIES
 from localsteer.tune import MAX_TOKENS as TUNE_TOKENS
 from localsteer.tune import Tuned, tune, tune_exhaustively
 from localsteer.tune.setting import grid_blocks
 from localsteer.vector import ControlVector
+from localsteer.workers import Workers
 
 N_TOLD = 6  # validation queries that show how long replies are, and which instructions make a fair control
 N_CTX = 256  # tokens: the longest prompt and reply of the bundled model together stay below 160

@@ -49,8 +49,8 @@ from localsteer.evaluate.suites.cells import Arm, Cell, Result, cells_of, report
 from localsteer.extract.levels import DIRECTIONS, length
 from localsteer.extract.vector_instruction import instruction_of
 from localsteer.runtime.journal import Journal
-from localsteer.runtime.workers import Workers
 from localsteer.vector import ControlVector, check_model
+from localsteer.workers import Workers
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine

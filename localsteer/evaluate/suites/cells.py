@@ -39,7 +39,7 @@ from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.runtime.workers import Workers
+    from localsteer.workers import Workers
 
 CHUNK = 64  # replies of one piece of work; fixed, since neighbours in a batch change a reply a little
 
