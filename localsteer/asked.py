@@ -183,8 +183,10 @@ def _common_words() -> frozenset[str]:
     from .catalog import load_catalog
 
     kinds: dict[str, set[str]] = {}
-    for each in load_catalog().instructions.values():
-        kinds.setdefault(each.verifier or each.group, set()).update(_words("\n".join(each.phrasings)))
+    for instruction in load_catalog().instructions.values():
+        kinds.setdefault(instruction.verifier or instruction.group, set()).update(
+            _words("\n".join(instruction.phrasings))
+        )
     counts = Counter(word for words in kinds.values() for word in words)
     return frozenset(word for word, n in counts.items() if n > COMMON * len(kinds))
 

@@ -371,7 +371,7 @@ class Chat:
             self.on_note(
                 f"the plain reply fails {failed}: this one is steered at strength {found.steered_strength:g}."
             )
-        chosen = next(each for each in found.tries if each.reply is found.reply)
+        chosen = next(attempt for attempt in found.tries if attempt.reply is found.reply)
         steered = [vector.at(strength=s) for vector, s in zip(vectors, chosen.strengths, strict=False)]
         reply = found.reply
         self._seen = []

@@ -202,7 +202,11 @@ def _real_row(
 def _chosen(catalog: Catalog, ids: Sequence[str] | None) -> list[Instruction]:
     if ids is None:
         # without a verifier there is nothing to show
-        ids = [each.id for each in catalog.instructions.values() if each.group in GROUPS and each.verifier]
+        ids = [
+            instruction.id
+            for instruction in catalog.instructions.values()
+            if instruction.group in GROUPS and instruction.verifier
+        ]
     found = [catalog.get(each) for each in dict.fromkeys(ids)]
     if not found:
         raise LocalsteerError("no instruction is named: leave --instructions out for all of them.")
@@ -218,7 +222,7 @@ def _check(backend: str, n: int, catalog: Catalog) -> None:
 
 
 def _with_partners(catalog: Catalog, instructions: Sequence[Instruction]) -> list[Instruction]:
-    known = {each.id for each in instructions}
+    known = {instruction.id for instruction in instructions}
     partners = [catalog.get(each) for each in PARTNERS if each not in known]
     return [*instructions, *(partners if len(known) < len(PARTNERS) else ())]
 

@@ -85,12 +85,12 @@ class Ensured:
     @property
     def n_tokens(self) -> int:
         """Generated in all tries together."""
-        return sum(len(each.reply.tokens) for each in self.tries)
+        return sum(len(attempt.reply.tokens) for attempt in self.tries)
 
     def record(self) -> dict[str, Any]:
         """For JSON, without the reply."""
         head = {"passed": self.passed, "steered_strength": self.steered_strength, "notice": self.notice}
-        return head | {"n_tokens": self.n_tokens, "tries": [each.record() for each in self.tries]}
+        return head | {"n_tokens": self.n_tokens, "tries": [attempt.record() for attempt in self.tries]}
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,7 @@ class _Tries:
     def _notice(self, best: Try) -> str:
         if best.passed:
             return ""
-        n = len({each.factor for each in self.tries})  # some may have been generated twice
+        n = len({attempt.factor for attempt in self.tries})  # some may have been generated twice
         why = f"fails {', '.join(best.failed)}" if best.failed else f"is {best.degenerate}"
         how = f"steered at {', '.join(f'{s:g}' for s in best.strengths)}" if best.strengths else "plain"
         unsteered = [vector.label for vector in self.vectors if not vector.strength]

@@ -300,7 +300,7 @@ def _held(array: np.ndarray, *sources: ControlVector | Edit) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         held = _fixed(array, np.float32)
     if not np.isfinite(held).all():
-        what = ", ".join(f"{each.name or 'a vector'}:{each.strength:g}" for each in sources)
+        what = ", ".join(f"{source.name or 'a vector'}:{source.strength:g}" for source in sources)
         raise PlanError(f"{what} adds more than a state can hold: lower the strength.")
     return held
 

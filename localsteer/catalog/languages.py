@@ -33,9 +33,9 @@ NAMES = {
 def languages(catalog: Catalog) -> dict[str, Instruction]:
     """The catalogue's reply languages by their code (ISO 639-1)."""
     found = {
-        str(each.kwargs.get("language")): each
-        for each in catalog.instructions.values()
-        if each.verifier == VERIFIER and not each.open_slots
+        str(instruction.kwargs.get("language")): instruction
+        for instruction in catalog.instructions.values()
+        if instruction.verifier == VERIFIER and not instruction.open_slots
     }
     return dict(sorted(found.items()))
 

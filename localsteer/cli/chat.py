@@ -93,7 +93,7 @@ def command(
     no_history: bool,
     always_steer: bool,
     as_json: bool,
-    **given: Any,
+    **params: Any,
 ) -> None:
     """Talk with a model. What begins with a slash is a command: /steer json:0.8 steers from the next reply
     on, /compare shows the last question plain and steered, /help lists them all.
@@ -115,30 +115,30 @@ def command(
     lines = _piped_lines() if not sys.stdin.isatty() else None
     if lines is None:
         _require_prompt_toolkit()
-    sampling = sampling_of(given)
+    sampling = sampling_of(params)
     names = [Path(VectorSpec.parse(spec).path).stem for spec in specs]
-    vectors = load_vectors(specs, given)
+    vectors = load_vectors(specs, params)
     insisted = with_own_strength(specs, vectors)
-    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
-    shelf = Shelf(model, given, loading)
+    loading = {name: params[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    shelf = Shelf(model, params, loading)
     shelf.add_folder(folder)
-    vectors += [vector_of(model, text, given, loading) for text in instructions]
+    vectors += [vector_of(model, text, params, loading) for text in instructions]
     names += [vector.name for vector in vectors[len(names) :]]
-    predict = given["predict"]
+    predict = params["predict"]
     model_file(model)  # a bundled model that must be made first is made here, not in the chat's thread
     with Chat(
         partial(load_engine, model, **loading, n_seq_max=N_SEQ_MAX),
-        system=given["system"],
+        system=params["system"],
         sampling=sampling,
         max_tokens=None if predict < 0 else predict,
-        stop=given["stop"],
-        ridge=given["ridge"],
+        stop=params["stop"],
+        ridge=params["ridge"],
         keep_cache=keep_cache,
         tries=tries,
-        always_steer=always_steer or given["strength"] is not None,
+        always_steer=always_steer or params["strength"] is not None,
         on_note=note,
     ) as chat:
-        set_variables(chat.engine, given["variables"])
+        set_variables(chat.engine, params["variables"])
         chat.engine.check_template()  # before the first question is typed
         session = Session(chat, shelf, quiet=as_json, piped=lines is not None)
         session.begin(names, vectors, ensured, insisted)
@@ -153,8 +153,8 @@ def command(
 class Shelf:
     """Vectors that the chat may be asked for by name and has not loaded yet."""
 
-    def __init__(self, model: str, given: dict[str, Any], loading: dict[str, Any]) -> None:
-        self.model, self.given, self.loading = model, given, loading
+    def __init__(self, model: str, params: dict[str, Any], loading: dict[str, Any]) -> None:
+        self.model, self.given, self.loading = model, params, loading
         self.files: dict[str, Path] = {}
 
     def add_folder(self, folder: str | None) -> None:

@@ -87,7 +87,7 @@ def command(
     diff: tuple[str, str] | None,
     report: str | None,
     as_json: bool,
-    **given: Any,
+    **params: Any,
 ) -> None:
     """Compare a model's replies without an instruction, steered, instructed, and both, with a random
     direction and another instruction's vector as controls; strict and loose, with a quality figure beside
@@ -109,13 +109,13 @@ def command(
       localsteer eval --report docs/results/eval-q8_0 --out page
     """
     if diff:
-        _show(_diff(*diff, given["out"]), as_json)
+        _show(_diff(*diff, params["out"]), as_json)
         return
     if report is not None:
-        _show(_reported(report, given["out"]), as_json)
+        _show(_reported(report, params["out"]), as_json)
         return
-    names = _suites(suites, bundled=is_bundled(model), given=given)
-    results = _evaluate(vectors, model, names, given, leave_out="all" in _listed(suites))
+    names = _suites(suites, bundled=is_bundled(model), params=params)
+    results = _evaluate(vectors, model, names, params, leave_out="all" in _listed(suites))
     _show(results, as_json)
 
 
@@ -154,13 +154,13 @@ def _show(results: Results, as_json: bool) -> None:
     print_report(results, answer())
 
 
-def _suites(asked: Sequence[str], *, bundled: bool, given: dict[str, Any]) -> list[str]:
+def _suites(asked: Sequence[str], *, bundled: bool, params: dict[str, Any]) -> list[str]:
     """The names, checked before anything is loaded. `all`: those that have what they need."""
     names = _listed(asked)
     for name in names:
         if name not in (*SUITES, "all"):
             raise LocalsteerError(f"unknown suite {name!r}: choose from {', '.join(SUITES)}, or all.")
-    ready = {"cross-model": bundled or given["base"], "ifeval": given["ifeval"]}
+    ready = {"cross-model": bundled or params["base"], "ifeval": params["ifeval"]}
     if "all" in names:
         return [name for name in SUITES if ready.get(name, True)]
     wanted = {"cross-model": "--base MODEL.gguf", "ifeval": "--ifeval FILE.jsonl"}
@@ -178,28 +178,28 @@ def _listed(asked: Sequence[str]) -> list[str]:
 
 
 def _evaluate(
-    vectors: Sequence[str], model: str, names: Sequence[str], given: dict[str, Any], *, leave_out: bool
+    vectors: Sequence[str], model: str, names: Sequence[str], params: dict[str, Any], *, leave_out: bool
 ) -> Results:
     from localsteer.evaluate import report, results
     from localsteer.evaluate.suites import suite
 
     started = time.perf_counter()
-    given = given | {"test": _test_queries(given["queries"])}
-    given["n"] = given["n"] or min(N_TEST, len(given["test"] or range(N_TEST)))
+    params = params | {"test": _test_queries(params["queries"])}
+    params["n"] = params["n"] or min(N_TEST, len(params["test"] or range(N_TEST)))
     modules = {name: suite(name) for name in names}
-    files = _files(model, given)
-    catalog = catalog_of(model, given["catalog"])
+    files = _files(model, params)
+    catalog = catalog_of(model, params["catalog"])
     loaded = _load_vectors(vectors)
-    _check_names(catalog, loaded, given["instructions"])
+    _check_names(catalog, loaded, params["instructions"])
     path = model_file(model)
-    base = _base_of(model, given["base"]) if "cross-model" in names else None
-    out = Path(given["out"] or f"eval-{path.stem}")
+    base = _base_of(model, params["base"]) if "cross-model" in names else None
+    out = Path(params["out"] or f"eval-{path.stem}")
     results.refuse_others(out, None)
-    extra = {"ifeval": given["ifeval"], "paraphrases": not given["no_paraphrases"]}
+    extra = {"ifeval": params["ifeval"], "paraphrases": not params["no_paraphrases"]}
     reports: dict[str, SuiteReport] = {}
-    with _opened(path, catalog, out, base, loaded, given, is_bundled(model)) as (bench, judge):
+    with _opened(path, catalog, out, base, loaded, params, is_bundled(model)) as (bench, judge):
         ready = _ready(bench, modules, extra, leave_out=leave_out)
-        settings = _settings(list(ready), model, given)
+        settings = _settings(list(ready), model, params)
         for name, module in ready.items():
             reports[name] = module.run(bench, **extra)
             taken = bench.take_results()
@@ -244,37 +244,37 @@ def _opened(
     out: Path,
     base: Path | None,
     vectors: list[tuple[Path, ControlVector]],
-    given: dict[str, Any],
+    params: dict[str, Any],
     bundled: bool,
 ) -> Iterator[tuple[Bench, ModelJudge | None]]:
     from localsteer.evaluate.suites.bench import open_bench, open_judge
 
-    limits = _limits(bundled, given)
+    limits = _limits(bundled, params)
     arguments = {
         "limits": limits,
-        "n_threads": given["threads"],
+        "n_threads": params["threads"],
         "base": base,
-        "n": given["n"],
-        "seed": given["seed"],
+        "n": params["n"],
+        "seed": params["seed"],
         "given": vectors,
-        "wanted": _ids(given["instructions"]),
-        "test": given["test"],
+        "wanted": _ids(params["instructions"]),
+        "test": params["test"],
         "stage": progress,
     }
     with open_bench(path, catalog, out, **arguments) as bench:
-        if given["judge"] is None:
+        if params["judge"] is None:
             yield bench, None
             return
-        with open_judge(model_file(given["judge"]), bench, n_threads=given["threads"]) as judge:
+        with open_judge(model_file(params["judge"]), bench, n_threads=params["threads"]) as judge:
             yield bench, judge
 
 
-def _limits(bundled: bool, given: dict[str, Any]) -> EvalLimits:
+def _limits(bundled: bool, params: dict[str, Any]) -> EvalLimits:
     from dataclasses import replace
 
     from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, EvalLimits
 
-    asked = {"max_tokens": given["max_tokens"], "n_ctx": given["ctx_size"]}
+    asked = {"max_tokens": params["max_tokens"], "n_ctx": params["ctx_size"]}
     asked = {key: value for key, value in asked.items() if value is not None}
     limits = replace(BUNDLED_LIMITS if bundled else EvalLimits(max_tokens=MAX_TOKENS), **asked)
     if limits.n_ctx is not None and limits.max_tokens >= limits.n_ctx:
@@ -326,12 +326,12 @@ def _base_of(model: str, base: str | None) -> Path:
     return model_file(base)
 
 
-def _files(model: str, given: dict[str, Any]) -> dict[str, Path]:
+def _files(model: str, params: dict[str, Any]) -> dict[str, Path]:
     """What a run reads beside models and vectors; their hashes are recorded."""
     from localsteer.catalog import catalog_file
 
-    found = {"catalog": catalog_file(catalog_of(model, given["catalog"]).source)}
-    found |= {name: Path(given[name]) for name in ("ifeval", "queries") if given[name]}
+    found = {"catalog": catalog_file(catalog_of(model, params["catalog"]).source)}
+    found |= {name: Path(params[name]) for name in ("ifeval", "queries") if params[name]}
     for path in found.values():
         if path.exists() and not path.is_file():
             raise LocalsteerError(
@@ -339,17 +339,17 @@ def _files(model: str, given: dict[str, Any]) -> dict[str, Path]:
             )
         if not path.is_file():
             raise LocalsteerError(f"there is no file {path}.")
-    return found | ({"judge": model_file(given["judge"])} if given["judge"] else {})
+    return found | ({"judge": model_file(params["judge"])} if params["judge"] else {})
 
 
-def _settings(names: Sequence[str], model: str, given: dict[str, Any]) -> dict[str, Any]:
-    limits = _limits(is_bundled(model), given)
+def _settings(names: Sequence[str], model: str, params: dict[str, Any]) -> dict[str, Any]:
+    limits = _limits(is_bundled(model), params)
     return {
         "suites": list(names),
-        "n": None if list(names) == ["ifeval"] else given["n"],  # it asks its own queries, all of them
-        "seed": given["seed"],
+        "n": None if list(names) == ["ifeval"] else params["n"],  # it asks its own queries, all of them
+        "seed": params["seed"],
         "max_tokens": limits.max_tokens,
         "n_ctx": limits.n_ctx,
-        "instructions": _ids(given["instructions"]),
-        "paraphrases": not given["no_paraphrases"],
+        "instructions": _ids(params["instructions"]),
+        "paraphrases": not params["no_paraphrases"],
     }

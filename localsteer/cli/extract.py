@@ -78,7 +78,7 @@ def command(
     queries: str | None,
     pairs: int | None,
     as_json: bool,
-    **given: Any,
+    **params: Any,
 ) -> None:
     """Extract the control vector of an instruction: the difference that it makes to the model's state at the
     last prompt token, on average over prompts with and without it.
@@ -103,7 +103,7 @@ def command(
 
     if (gguf is None) == (checkpoint is None):
         raise click.UsageError("give either --gguf MODEL.gguf or --model HF_FOLDER_OR_NAME.")
-    _refuse_idle(given, gguf is not None)
+    _refuse_idle(params, gguf is not None)
     wanted = {
         "--instruction": instruction,
         "--include-word": include_word,
@@ -116,8 +116,8 @@ def command(
     base_queries = extraction_queries(found, recipe.instruction, queries)
     path = output_path(output, recipe.target)
     source = checkpoint if gguf is None else _gguf_file(gguf)
-    vector = _extract(source, recipe, base_queries, pairs, given)
-    vector = vector.at(strength=given["strength"])
+    vector = _extract(source, recipe, base_queries, pairs, params)
+    vector = vector.at(strength=params["strength"])
     vector.save(path)
     described = describe(vector)
     if as_json:
@@ -128,14 +128,14 @@ def command(
         note(f"{n_pairs} pair{'s' * (n_pairs != 1)}; {settings_line(described)}.")
 
 
-def _refuse_idle(given: Mapping[str, Any], is_gguf: bool) -> None:
+def _refuse_idle(params: Mapping[str, Any], is_gguf: bool) -> None:
     """Raise click.UsageError for an option of the other backend, which would do nothing."""
-    if is_gguf and (given["device"] is not None or given["dtype"] != "auto"):
-        name = "--dtype" if given["device"] is None else "--device"
+    if is_gguf and (params["device"] is not None or params["dtype"] != "auto"):
+        name = "--dtype" if params["device"] is None else "--device"
         raise click.UsageError(
             f"{name} is for PyTorch: give --model in the place of --gguf, or leave it out."
         )
-    if given["exact"] and not is_gguf:
+    if params["exact"] and not is_gguf:
         raise click.UsageError("--exact is for llama.cpp: give --gguf in the place of --model, or --dtype.")
 
 
@@ -143,10 +143,10 @@ def recipe_of(
     catalog: Catalog, wanted: Mapping[str, str | None], slots: tuple[tuple[str, Any], ...]
 ) -> Extracted:
     """wanted: by option, None where it was not given. Raises click.UsageError unless exactly one was."""
-    given = {option: text for option, text in wanted.items() if text is not None}
-    if len(given) != 1:
+    named = {option: text for option, text in wanted.items() if text is not None}
+    if len(named) != 1:
         raise click.UsageError(f"give exactly one of {', '.join(wanted)}: it says what to extract.")
-    ((option, text),) = given.items()
+    ((option, text),) = named.items()
     if slots and option != "--instruction":
         raise click.UsageError(f"--slot belongs to --instruction, and {option} fills its own.")
     from localsteer.extract import levels, recipes
@@ -216,19 +216,19 @@ def refuse_source(path: Path, source: str) -> None:
 
 
 def _extract(
-    source: Any, recipe: Extracted, queries: Any, n_pairs: int | None, given: dict[str, Any]
+    source: Any, recipe: Extracted, queries: Any, n_pairs: int | None, params: dict[str, Any]
 ) -> ControlVector:
     with progress(f"extracting {recipe.target.id}") as on_progress:
         return recipe.extract(
             source,
             queries,
             n_pairs=n_pairs,
-            layer=given["layer"],
-            mode=given["mode"],
-            positions=given["positions"] or "all",
-            dtype=given["dtype"],
-            device=given["device"],
-            exact=given["exact"],
-            n_threads=given["threads"],
+            layer=params["layer"],
+            mode=params["mode"],
+            positions=params["positions"] or "all",
+            dtype=params["dtype"],
+            device=params["device"],
+            exact=params["exact"],
+            n_threads=params["threads"],
             on_progress=on_progress,
         )

@@ -93,7 +93,7 @@ N_SEQ_MAX = 16
 @options.engine
 @options.as_json
 def command(
-    model: str, text: str | None, examples: str | None, output: str | None, as_json: bool, **given: Any
+    model: str, text: str | None, examples: str | None, output: str | None, as_json: bool, **params: Any
 ) -> None:
     """Learn a vector that makes MODEL's replies follow an instruction which it does not follow when told to.
 
@@ -112,15 +112,15 @@ def command(
       localsteer learn -m MODEL.gguf -i lowercase --static -o lowercase.gguf
     """
     _check_installed()
-    job = _job(model, text, examples, output, given)
-    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    job = _job(model, text, examples, output, params)
+    loading = {name: params[name] for name in ("ctx_size", "threads", "gpu_layers")}
     with open_engine(model, n_seq_max=N_SEQ_MAX, **loading) as engine:
-        lesson = _learn(engine, job, model, given)
+        lesson = _learn(engine, job, model, params)
     lesson.vector.save(job.target)
     if lesson.record["stopped"]:
         interrupt.forgive()  # it ended the steps, not the program
-    if given["plot"]:
-        _draw(lesson, given["plot"])
+    if params["plot"]:
+        _draw(lesson, params["plot"])
     document = {
         "written": str(job.target),
         "instruction": job.instruction.id,
@@ -156,23 +156,23 @@ class LearnJob:
 
 
 def _job(
-    model: str, text: str | None, examples: str | None, output: str | None, given: dict[str, Any]
+    model: str, text: str | None, examples: str | None, output: str | None, params: dict[str, Any]
 ) -> LearnJob:
     """Everything that can be refused without the model is refused here."""
     from localsteer.catalog import Instruction
 
     if text is None and examples is None:
         raise click.UsageError("say what to learn: --instruction ID, or --examples FILE.jsonl.")
-    catalog = catalog_of(model, given["catalog"])
+    catalog = catalog_of(model, params["catalog"])
     if text is None:
         # nothing to tell the model: what the examples have in common is not in words
         instruction = Instruction(Path(examples).stem, (), literal=True)
     else:
         instruction = find_instruction(catalog, text, ())
-    if given["plot"]:
+    if params["plot"]:
         from localsteer.heatmap import check_picture
 
-        check_picture(given["plot"])
+        check_picture(params["plot"])
     return LearnJob(
         instruction=instruction,
         target=output_path(output, instruction),
@@ -183,7 +183,7 @@ def _job(
     )
 
 
-def _learn(engine: Engine, job: LearnJob, model: str, given: dict[str, Any]) -> Lesson:
+def _learn(engine: Engine, job: LearnJob, model: str, params: dict[str, Any]) -> Lesson:
     from localsteer.learn import Recipe, learn
     from localsteer.learn.examples import of_pairs
 
@@ -195,22 +195,22 @@ def _learn(engine: Engine, job: LearnJob, model: str, given: dict[str, Any]) -> 
             queries,
             job.validation,
             Recipe(
-                blocks=given["blocks"],
-                positions=given["positions"],
-                constant=given["static"],
-                n_steps=given["steps"],
-                rate=given["rate"],
-                seed=given["seed"],
+                blocks=params["blocks"],
+                positions=params["positions"],
+                constant=params["static"],
+                n_steps=params["steps"],
+                rate=params["rate"],
+                seed=params["seed"],
             ),
             examples=pairs,
-            checkpoint=given["checkpoint"],
-            n_threads=given["threads"],
-            kept=_kept(job, model, given),
+            checkpoint=params["checkpoint"],
+            n_threads=params["threads"],
+            kept=_kept(job, model, params),
             report=lambda what, done, total: advance(done, total, what),
         )
 
 
-def _kept(job: LearnJob, model: str, given: dict[str, Any]) -> Kept:
+def _kept(job: LearnJob, model: str, params: dict[str, Any]) -> Kept:
     """Where this run's steps are kept: by all that decides what they are."""
     from localsteer.cache import HASH_CHARS, cache_folder, file_hash
     from localsteer.learn import Kept
@@ -218,7 +218,7 @@ def _kept(job: LearnJob, model: str, given: dict[str, Any]) -> Kept:
     names = ("static", "blocks", "positions", "steps", "rate", "checkpoint", "seed")
     pairs = job.pairs and file_hash(job.pairs)
     content = [job.instruction.id, job.instruction.phrasings, [query.text for query in job.queries], pairs]
-    digest = hashlib.sha256(json.dumps([content, [given[name] for name in names]]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([content, [params[name] for name in names]]).encode()).hexdigest()
     folder = cache_folder() / "learn" / file_hash(model_file(model))[:HASH_CHARS]
     return Kept(folder / f"{job.instruction.id}-{digest[:8]}", digest)
 

@@ -54,7 +54,7 @@ N_SEQ_MAX = 32  # sequences in one decode while settings are tried
 )
 @options.engine
 @options.as_json
-def command(vectors: tuple[str, ...], model: str, output: str, as_json: bool, **given: Any) -> None:
+def command(vectors: tuple[str, ...], model: str, output: str, as_json: bool, **params: Any) -> None:
     """Extract and tune the catalogue's instructions on a model, and keep of each vector the chosen block
     alone, with its settings and figures, in the folder DIR. What is there already is left as it is, so that
     the command goes on where it was stopped. With VECTOR files, which `localsteer tune` wrote, the pack is
@@ -71,16 +71,16 @@ def command(vectors: tuple[str, ...], model: str, output: str, as_json: bool, **
       localsteer pack -m MODEL.gguf -o packs/my-model tuned/*.gguf
       LOCALSTEER_PACKS=packs localsteer run -m MODEL.gguf -i json "Tell me about foxes."
     """
-    if vectors and (given["ids"] or given["pairs"]):
+    if vectors and (params["ids"] or params["pairs"]):
         raise click.UsageError("VECTOR files are made already: leave --instruction and --pairs out.")
-    catalog = catalog_of(model, given["catalog"])
-    pack = _folder(model, Path(output), catalog, given)
-    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
-    jobs = _of_files(vectors, model, catalog) if vectors else _of_catalog(catalog, given["ids"], pack)
+    catalog = catalog_of(model, params["catalog"])
+    pack = _folder(model, Path(output), catalog, params)
+    loading = {name: params[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    jobs = _of_files(vectors, model, catalog) if vectors else _of_catalog(catalog, params["ids"], pack)
     failed: dict[str, str] = {}
     if jobs:
         with open_engine(model, n_seq_max=N_SEQ_MAX, **loading) as engine:
-            failed = _make(engine, jobs, pack, catalog, given)
+            failed = _make(engine, jobs, pack, catalog, params)
     _show(pack, failed, as_json)
     if failed:
         click.get_current_context().exit(1)
@@ -94,7 +94,7 @@ class PackJob:
     vector: ControlVector | None = None
 
 
-def _folder(model: str, output: Path, catalog: Catalog, given: Mapping[str, Any]) -> PackFolder:
+def _folder(model: str, output: Path, catalog: Catalog, params: Mapping[str, Any]) -> PackFolder:
     from localsteer.model_list import read_shape
     from localsteer.packs.making import PackFolder
 
@@ -103,8 +103,8 @@ def _folder(model: str, output: Path, catalog: Catalog, given: Mapping[str, Any]
     return PackFolder.open(
         output,
         path,
-        model=given["name"] or name,
-        licence=given["licence"] or licence,
+        model=params["name"] or name,
+        licence=params["licence"] or licence,
         catalog=catalog.source,
         quantization=read_shape(path).quantization,
     )
@@ -148,7 +148,7 @@ def _of_catalog(catalog: Catalog, ids: Sequence[str], pack: PackFolder) -> list[
 
 
 def _make(
-    engine: Engine, jobs: Sequence[PackJob], pack: PackFolder, catalog: Catalog, given: Mapping[str, Any]
+    engine: Engine, jobs: Sequence[PackJob], pack: PackFolder, catalog: Catalog, params: Mapping[str, Any]
 ) -> dict[str, str]:
     """Why some could not be made, by instruction."""
     for job in jobs:
@@ -158,7 +158,7 @@ def _make(
     for number, job in enumerate(jobs, 1):
         name = job.instruction.id
         try:
-            vector = job.vector or _measured(engine, job.instruction, catalog, given)
+            vector = job.vector or _measured(engine, job.instruction, catalog, params)
             row = pack.add(vector, job.instruction)
         except LocalsteerError as error:
             failed[name] = " ".join(str(error).split())
@@ -169,7 +169,7 @@ def _make(
 
 
 def _measured(
-    engine: Engine, instruction: Instruction, catalog: Catalog, given: Mapping[str, Any]
+    engine: Engine, instruction: Instruction, catalog: Catalog, params: Mapping[str, Any]
 ) -> ControlVector:
     """Extracted and tuned. Ctrl-C ends the program rather than the search: half a search is no figure."""
     from localsteer.extract import extract
@@ -178,14 +178,14 @@ def _measured(
     name = instruction.id
     queries = catalog.queries_for(instruction, "extraction")
     with progress(f"extracting {name}") as on_progress:
-        vector = extract(engine, instruction, queries, n_pairs=given["pairs"], on_progress=on_progress)
+        vector = extract(engine, instruction, queries, n_pairs=params["pairs"], on_progress=on_progress)
     validation = catalog.queries_for(instruction, "validation")
     with progress(f"tuning {name}") as advance:
 
         def report(what: str, done: int, total: int) -> None:
             advance(done, total, f"{name}: {what}")
 
-        tuned = tune(engine, vector, instruction, validation, n=given["n"], report=report)
+        tuned = tune(engine, vector, instruction, validation, n=params["n"], report=report)
     if tuned.stopped:
         raise KeyboardInterrupt
     return tuned.vector

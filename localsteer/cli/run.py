@@ -106,7 +106,7 @@ def command(
     ridge: float,
     as_json: bool,
     timings: bool,
-    **given: Any,
+    **params: Any,
 ) -> None:
     """Answer PROMPT and stream the reply.
 
@@ -132,32 +132,32 @@ def command(
     if compare and not (specs or instructions):
         raise click.UsageError("--compare needs something to steer by: give -s VECTOR or --instruction.")
     something = "something to steer by: give -s VECTOR or --instruction"
-    _refuse_idle(given | {"ridge": ridge or None}, something, specs + instructions + ensured)
-    _refuse_idle(given, "--instruction or --ensure ID", instructions + ensured, INSTRUCTION_DATA)
+    _refuse_idle(params | {"ridge": ridge or None}, something, specs + instructions + ensured)
+    _refuse_idle(params, "--instruction or --ensure ID", instructions + ensured, INSTRUCTION_DATA)
     _refuse_idle({"tries": tries}, "--ensure", ensured, ("tries",))
     _refuse_idle({"always-steer": always_steer or None}, something, specs + instructions, ("always-steer",))
-    if given["raw"] and given["variables"]:
+    if params["raw"] and params["variables"]:
         raise click.UsageError("--chat-template-kwargs needs the chat template: leave --raw out.")
-    sampling = sampling_of(given)
-    vectors = load_vectors(specs, given)
+    sampling = sampling_of(params)
+    vectors = load_vectors(specs, params)
     insisted = with_own_strength(specs, vectors)
     # a comparison shows what the vectors do, and so does a strength of the user's own
-    literal = always_steer or compare or given["strength"] is not None
-    message = message_of(read_prompt(prompt), given.pop("system"), given["raw"])
-    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
-    vectors += [vector_of(model, text, given, loading) for text in instructions]
-    checked = [vector_to_ensure(model, text, given, loading) for text in ensured]
+    literal = always_steer or compare or params["strength"] is not None
+    message = message_of(read_prompt(prompt), params.pop("system"), params["raw"])
+    loading = {name: params[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    vectors += [vector_of(model, text, params, loading) for text in instructions]
+    checked = [vector_to_ensure(model, text, params, loading) for text in ensured]
     with open_engine(model, **loading, n_seq_max=1) as engine:
-        set_variables(engine, given["variables"])
+        set_variables(engine, params["variables"])
         always = vectors if literal else insisted
-        vectors, left_out = harmless(engine, vectors, message, always=always, raw=given["raw"])
+        vectors, left_out = harmless(engine, vectors, message, always=always, raw=params["raw"])
         ask = Ask(
             message,
             steer=plan_of(engine, vectors, ridge),
-            max_tokens=None if given["predict"] < 0 else given["predict"],
+            max_tokens=None if params["predict"] < 0 else params["predict"],
             sampling=sampling,
-            stop=given["stop"],
-            raw=given["raw"],
+            stop=params["stop"],
+            raw=params["raw"],
         )
         request = Question(engine, ask)
         if checked:
@@ -178,11 +178,11 @@ def command(
 
 
 def _refuse_idle(
-    given: dict[str, Any], need: str, there: tuple[str, ...], names: Sequence[str] = (*SETTINGS, "ridge")
+    params: dict[str, Any], need: str, there: tuple[str, ...], names: Sequence[str] = (*SETTINGS, "ridge")
 ) -> None:
     """Raise click.UsageError for an option that would do nothing, since what it belongs to is not `there`."""
     for name in () if there else names:
-        if given[name] not in (None, ()):
+        if params[name] not in (None, ()):
             raise click.UsageError(f"--{name.removesuffix('s') if name == 'slots' else name} needs {need}.")
 
 
@@ -204,39 +204,39 @@ class Question:
         return replace(self.ask, steer=())
 
 
-def sampling_of(given: dict[str, Any]) -> Sampling:
+def sampling_of(params: dict[str, Any]) -> Sampling:
     """From the sampling options, with a seed drawn here, so that two replies can share it."""
     from localsteer.runtime.sampling import Sampling
 
     names = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty")
     return Sampling(
-        **{name: given[name] for name in names},
-        frequency_penalty=given["frequency_penalty"],
-        seed=random.randrange(2**32 - 1) if given["seed"] in (None, -1) else given["seed"],
-        grammar=grammar_of(given),
+        **{name: params[name] for name in names},
+        frequency_penalty=params["frequency_penalty"],
+        seed=random.randrange(2**32 - 1) if params["seed"] in (None, -1) else params["seed"],
+        grammar=grammar_of(params),
     )
 
 
-def grammar_of(given: dict[str, Any]) -> Constraint | str | None:
+def grammar_of(params: dict[str, Any]) -> Constraint | str | None:
     """From --grammar, --grammar-file or --json-schema."""
     from localsteer.constrain import Constraint
 
-    there = [name for name in ("grammar", "grammar_file", "json_schema") if given[name] is not None]
+    there = [name for name in ("grammar", "grammar_file", "json_schema") if params[name] is not None]
     if len(there) > 1:
         first, second = (f"--{name.replace('_', '-')}" for name in there[:2])
         raise click.UsageError(f"{first} and {second} exclude each other.")
-    if given["grammar_file"] is not None:
-        return read_text(given["grammar_file"], "the grammar file")
-    schema = given["json_schema"]
+    if params["grammar_file"] is not None:
+        return read_text(params["grammar_file"], "the grammar file")
+    schema = params["json_schema"]
     if schema is None:
-        return given["grammar"]
+        return params["grammar"]
     is_text = schema.lstrip().startswith("{") or schema.strip() in ("true", "false")
     return Constraint.json_schema(schema if is_text else read_text(schema, "the JSON schema"))
 
 
-def load_vectors(specs: Sequence[str], given: dict[str, Any]) -> list[ControlVector]:
+def load_vectors(specs: Sequence[str], params: dict[str, Any]) -> list[ControlVector]:
     """The vector files, before the model: a slip in their names should not wait for it."""
-    settings = {name: given[name] for name in SETTINGS}
+    settings = {name: params[name] for name in SETTINGS}
     return [VectorSpec.parse(spec).load(**settings) for spec in specs]
 
 
@@ -248,33 +248,33 @@ def message_of(text: str, system: str | None, raw: bool) -> Prompt:
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
-def vector_of(model: str, text: str, given: dict[str, Any], loading: dict[str, Any]) -> ControlVector:
+def vector_of(model: str, text: str, params: dict[str, Any], loading: dict[str, Any]) -> ControlVector:
     """The vector of an instruction, made on first use."""
     from .first_use import vector_on_first_use
 
-    catalog = catalog_of(model, given["catalog"])
-    instruction = find_instruction(catalog, text, given["slots"])
-    queries = extraction_queries(catalog, instruction, given["queries"])
+    catalog = catalog_of(model, params["catalog"])
+    instruction = find_instruction(catalog, text, params["slots"])
+    queries = extraction_queries(catalog, instruction, params["queries"])
     vector = vector_on_first_use(
-        model, instruction, catalog, queries, given["pairs"], search=given["layer"] is None, **loading
+        model, instruction, catalog, queries, params["pairs"], search=params["layer"] is None, **loading
     )
-    return vector.at(**{name: given[name] for name in SETTINGS})
+    return vector.at(**{name: params[name] for name in SETTINGS})
 
 
-def vector_to_ensure(model: str, text: str, given: dict[str, Any], loading: dict[str, Any]) -> ControlVector:
+def vector_to_ensure(model: str, text: str, params: dict[str, Any], loading: dict[str, Any]) -> ControlVector:
     """A vector file, or the vector of an instruction, made on first use; `json:0.8@3` sets what it says."""
     spec = VectorSpec.parse(text)
     if os.path.exists(spec.path) or Path(spec.path).suffix == ".gguf":
-        return spec.load(**{name: given[name] for name in SETTINGS})
-    catalog = catalog_of(model, given["catalog"])
-    if find_instruction(catalog, spec.path, given["slots"]).verifier is None:
+        return spec.load(**{name: params[name] for name in SETTINGS})
+    catalog = catalog_of(model, params["catalog"])
+    if find_instruction(catalog, spec.path, params["slots"]).verifier is None:
         raise click.UsageError(
             f"{spec.path!r} has no verifier, so nothing tells whether a reply follows it: steer by it with "
             "--instruction."
         )
     if spec.blocks is not None:  # as --layer: no block is looked for
-        given = {**given, "layer": spec.blocks}
-    return vector_of(model, spec.path, given, loading).at(strength=spec.strength)
+        params = {**params, "layer": spec.blocks}
+    return vector_of(model, spec.path, params, loading).at(strength=spec.strength)
 
 
 def ensure_reply(
@@ -292,7 +292,7 @@ def ensure_reply(
 
 def steered_by(found: Ensured, checked: Sequence[ControlVector]) -> list[ControlVector]:
     """The vectors at the strengths that the accepted reply was steered with; none for a plain one."""
-    chosen = next(each for each in found.tries if each.reply is found.reply)
+    chosen = next(attempt for attempt in found.tries if attempt.reply is found.reply)
     return [vector.at(strength=s) for vector, s in zip(checked, chosen.strengths, strict=False)]
 
 

@@ -135,7 +135,7 @@ SWITCH_SECONDS = 0.0005
 @options.template_variables
 @options.engine
 @options.as_json
-def command(models: tuple[str, ...], folder: str | None, as_json: bool, **given: Any) -> int:
+def command(models: tuple[str, ...], folder: str | None, as_json: bool, **params: Any) -> int:
     """Serve models over the OpenAI API, with a page to try them at /.
 
     A request chooses its steering by the field `steering`, or by the model's name: MODEL+json+lowercase.
@@ -154,11 +154,11 @@ def command(models: tuple[str, ...], folder: str | None, as_json: bool, **given:
     from localsteer.server.security import Access
 
     _log_failures()
-    origins = [origin.rstrip("/") for origin in given["origins"]]
-    access = Access(given["host"], given["api_key"] or None, given["hosts"], origins)
+    origins = [origin.rstrip("/") for origin in params["origins"]]
+    access = Access(params["host"], params["api_key"] or None, params["hosts"], origins)
     access.check()
-    with _opened(models, given) as schedulers:
-        running = _application(schedulers, folder, access, given)
+    with _opened(models, params) as schedulers:
+        running = _application(schedulers, folder, access, params)
         _share_the_interpreter()
         ended = running.serve(on_ready=lambda: _tell(running, as_json))
     return interrupt.EXIT_STATUS if ended == 2 else 0  # 2: SIGINT
@@ -197,27 +197,27 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(models: Sequence[str], given: dict[str, Any]) -> Iterator[dict[str, Scheduler]]:
+def _opened(models: Sequence[str], params: dict[str, Any]) -> Iterator[dict[str, Scheduler]]:
     from localsteer.runtime.scheduler import Scheduler
 
-    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers", "kv_unified")}
+    loading = {name: params[name] for name in ("ctx_size", "threads", "gpu_layers", "kv_unified")}
     names = model_names(models)
     for model in models:
         model_file(model)  # a slip in the second name should not wait for the first model
     with ExitStack() as stack:
         schedulers = {}
         for name, model in names.items():
-            n_seq_max = 1 if given["reproducible"] else given["parallel"]
+            n_seq_max = 1 if params["reproducible"] else params["parallel"]
             opener = partial(load_engine, model, **loading, n_seq_max=n_seq_max)
-            limits = {"max_queue": given["max_queue"], "reuse": not given["reproducible"]}
+            limits = {"max_queue": params["max_queue"], "reuse": not params["reproducible"]}
             schedulers[name] = stack.enter_context(Scheduler(opener, **limits))
-            set_variables(schedulers[name].engine, given["variables"])
+            set_variables(schedulers[name].engine, params["variables"])
             schedulers[name].engine.check_template()  # before a client asks
         yield schedulers
 
 
 def _application(
-    schedulers: dict[str, Scheduler], folder: str | None, access: Any, given: dict[str, Any]
+    schedulers: dict[str, Scheduler], folder: str | None, access: Any, params: dict[str, Any]
 ) -> Running:
     from localsteer.server.app import create_app
     from localsteer.server.limits import Limits
@@ -228,14 +228,14 @@ def _application(
         folder=Path(folder) if folder is not None else None,
         access=access,
         limits=Limits(
-            predict=None if given["predict"] < 0 else given["predict"],
-            request_seconds=given["request_timeout"],
-            max_connections=given["max_connections"],
-            ignored_fields=frozenset(given["ignored_fields"]),
-            max_held=given["body_memory"] << 20,
+            predict=None if params["predict"] < 0 else params["predict"],
+            request_seconds=params["request_timeout"],
+            max_connections=params["max_connections"],
+            ignored_fields=frozenset(params["ignored_fields"]),
+            max_held=params["body_memory"] << 20,
         ),
     )
-    return Running(application, given["host"], given["port"], given["grace"])
+    return Running(application, params["host"], params["port"], params["grace"])
 
 
 def _tell(running: Running, as_json: bool) -> None:

@@ -105,7 +105,7 @@ def command(
 def _chosen(catalog: Catalog, names: tuple[str, ...]) -> list[Instruction]:
     if names:
         return [find_instruction(catalog, name, ()) for name in dict.fromkeys(names)]
-    usual = [each for each in catalog.instructions.values() if each.group in GROUPS]
+    usual = [instruction for instruction in catalog.instructions.values() if instruction.group in GROUPS]
     return [each.fill() for each in usual if set(each.open_slots) <= set(each.slots)][:N_INSTRUCTIONS]
 
 
@@ -143,7 +143,7 @@ def _print(done: Similarity, block: int, name: str) -> None:
     console.print(terminal_heatmap(title, done.instructions, blocks, done.within.tolist(), low=0, high=1))
     console.print()
     title = f"block {block}: within (diagonal) and between instructions, in the same order"
-    columns = [each[:6] for each in done.instructions]
+    columns = [instruction[:6] for instruction in done.instructions]
     values = done.matrix[block].tolist()
     console.print(terminal_heatmap(title, done.instructions, columns, values, low=0, high=1))
     console.print()

@@ -74,7 +74,7 @@ def command(
     plot: str | None,
     html: str | None,
     as_json: bool,
-    **given: Any,
+    **params: Any,
 ) -> None:
     """Answer PROMPT, steered, and show for each token of prompt and reply the projection on the vector's
     direction before and after the edit, its target and the dynamic weight.
@@ -103,22 +103,22 @@ def command(
         )
     for path in filter(None, (plot, html)):
         require_folder(path)  # before the model's time is spent on a picture that has no place to go
-    sampling = Sampling(temp=given["temp"], seed=given["seed"])
-    vectors = load_vectors(specs, given)
-    message = message_of(read_prompt(prompt), given["system"], given["raw"])
-    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
-    vectors += [vector_of(model, text, given, loading) for text in instructions]
+    sampling = Sampling(temp=params["temp"], seed=params["seed"])
+    vectors = load_vectors(specs, params)
+    message = message_of(read_prompt(prompt), params["system"], params["raw"])
+    loading = {name: params[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    vectors += [vector_of(model, text, params, loading) for text in instructions]
     with open_engine(model, **loading, n_seq_max=1) as engine, progress("tracing") as on_progress:
         made = trace(
             engine,
             message,
             vectors,
-            max_tokens=None if given["predict"] < 0 else given["predict"],
+            max_tokens=None if params["predict"] < 0 else params["predict"],
             sampling=sampling,
-            reply=given["reply"],
-            blocks=given["blocks"],
-            ridge=given["ridge"],
-            raw=given["raw"],
+            reply=params["reply"],
+            blocks=params["blocks"],
+            ridge=params["ridge"],
+            raw=params["raw"],
             on_progress=on_progress,
         )
     _write_pictures(made, plot, html)

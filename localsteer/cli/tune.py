@@ -134,7 +134,7 @@ class Numbers(click.ParamType):
 @click.option("--plot", type=click.Path(), metavar="PNG", help="Draw the heat maps into a picture too.")
 @options.engine
 @options.as_json
-def command(vectors: tuple[str, ...], model: str, as_json: bool, **given: Any) -> None:
+def command(vectors: tuple[str, ...], model: str, as_json: bool, **params: Any) -> None:
     """Find block, positions, mode and strength for each VECTOR, and write them INTO its file, with figures.
 
     The model is told to follow the instruction; the search looks for settings that make the replies which do
@@ -153,28 +153,28 @@ def command(vectors: tuple[str, ...], model: str, as_json: bool, **given: Any) -
       localsteer tune -m MODEL.gguf rhyme.gguf --verifier keywords:existence --kwargs '{"keywords": ["moon"]}'
       localsteer tune -m MODEL.gguf json.gguf --exhaustive --layer 8-20 --plot json.png
     """
-    jobs = _jobs(vectors, model, given)
-    if given["plot"]:
+    jobs = _jobs(vectors, model, params)
+    if params["plot"]:
         from localsteer.heatmap import check_picture
 
-        check_picture(given["plot"])
+        check_picture(params["plot"])
     documents = []
     done: list[tuple[TuneJob, Tuned]] = []
-    loading = {name: given[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    loading = {name: params[name] for name in ("ctx_size", "threads", "gpu_layers")}
     with open_engine(model, n_seq_max=N_SEQ_MAX, **loading) as engine:
         jobs = [_with_vector(engine, job) for job in jobs]
         for job in jobs:
             engine.plan(job.vector)  # of all of them, before the first search
         for job in jobs:
-            tuned, document = _tune(engine, job, given)
+            tuned, document = _tune(engine, job, params)
             if not as_json:
                 show(job.label, tuned)
-            document["written"] = _write(job, tuned, given["dry_run"])
+            document["written"] = _write(job, tuned, params["dry_run"])
             documents.append(document)
             done.append((job, tuned))
-    if given["plot"]:
-        draw([(job.label, tuned) for job, tuned in done], given["plot"])
-        note(f"drew {given['plot']}")
+    if params["plot"]:
+        draw([(job.label, tuned) for job, tuned in done], params["plot"])
+        note(f"drew {params['plot']}")
     if as_json:
         print_json({"model": model, "vectors": documents})
 
@@ -199,24 +199,24 @@ class TuneJob:
         return self.instruction.id
 
 
-def _jobs(vectors: Sequence[str], model: str, given: dict[str, Any]) -> list[TuneJob]:
+def _jobs(vectors: Sequence[str], model: str, params: dict[str, Any]) -> list[TuneJob]:
     """Everything that can be refused without the model is refused here."""
-    if bool(vectors) == (given["text"] is not None):
+    if bool(vectors) == (params["text"] is not None):
         raise click.UsageError("give vector files, or --instruction ID to make one.")
-    catalog = catalog_of(model, given["catalog"])
-    rule = _rule(given["verifier"], given["kwargs"])
-    if given["text"] is not None:
-        instruction = find_instruction(catalog, given["text"], ())
-        target = output_path(given["output"], instruction)
+    catalog = catalog_of(model, params["catalog"])
+    rule = _rule(params["verifier"], params["kwargs"])
+    if params["text"] is not None:
+        instruction = find_instruction(catalog, params["text"], ())
+        target = output_path(params["output"], instruction)
         extraction = extraction_queries(catalog, instruction, None)
-        return [_job(None, target, None, instruction, catalog, rule, given, extraction)]
+        return [_job(None, target, None, instruction, catalog, rule, params, extraction)]
     files = [Path(name) for name in dict.fromkeys(vectors)]
-    targets = _targets(files, given["output"], given["dry_run"])
-    return [_loaded_job(*each, catalog, rule, given) for each in zip(files, targets, strict=True)]
+    targets = _targets(files, params["output"], params["dry_run"])
+    return [_loaded_job(*each, catalog, rule, params) for each in zip(files, targets, strict=True)]
 
 
 def _loaded_job(
-    path: Path, target: Path, catalog: Catalog, rule: dict[str, Any], given: dict[str, Any]
+    path: Path, target: Path, catalog: Catalog, rule: dict[str, Any], params: dict[str, Any]
 ) -> TuneJob:
     from localsteer.catalog import Instruction
     from localsteer.extract.vector_instruction import instruction_of
@@ -230,7 +230,7 @@ def _loaded_job(
             raise _no_verifier(str(path)) from None
         # its wording is not known: it is tuned without it in the prompt
         instruction = Instruction(vector.name or path.stem, (), literal=True)
-    return _job(path, target, vector, instruction, catalog, rule, given)
+    return _job(path, target, vector, instruction, catalog, rule, params)
 
 
 def _job(
@@ -240,28 +240,28 @@ def _job(
     instruction: Instruction,
     catalog: Catalog,
     rule: dict[str, Any],
-    given: dict[str, Any],
+    params: dict[str, Any],
     extraction: tuple[Query, ...] = (),
 ) -> TuneJob:
     from localsteer.tune.exhaustive import grid
     from localsteer.verify.verdicts import check_arguments
 
     instruction = replace(instruction, **rule)
-    if instruction.verifier is None and (given["exhaustive"] or not instruction.phrasings):
+    if instruction.verifier is None and (params["exhaustive"] or not instruction.phrasings):
         raise _no_verifier(str(path or instruction.id))
-    if not instruction.phrasings and not given["exhaustive"]:
+    if not instruction.phrasings and not params["exhaustive"]:
         raise _no_wording(str(path or instruction.id))
-    queries = _validation(catalog, instruction, given)
+    queries = _validation(catalog, instruction, params)
     if instruction.verifier is not None:
         check_arguments(instruction.verifier, instruction.kwargs_for(queries[0].text), prompt=queries[0].text)
     if vector is not None:
-        grid(vector, **_grid_options(vector, given))
+        grid(vector, **_grid_options(vector, params))
     return TuneJob(path, target, vector, instruction, queries, extraction)
 
 
-def _grid_options(vector: ControlVector, given: dict[str, Any]) -> dict[str, Any]:
-    found = {name: given[name] for name in ("blocks", "positions", "modes", "strengths")}
-    return found | {"modes": given["modes"] or (vector.mode,)}
+def _grid_options(vector: ControlVector, params: dict[str, Any]) -> dict[str, Any]:
+    found = {name: params[name] for name in ("blocks", "positions", "modes", "strengths")}
+    return found | {"modes": params["modes"] or (vector.mode,)}
 
 
 def _no_wording(what: str) -> CatalogError:
@@ -295,19 +295,19 @@ def _rule(verifier: str | None, kwargs: str | None) -> dict[str, Any]:
     return {"verifier": verifier, "kwargs": arguments}
 
 
-def _validation(catalog: Catalog, instruction: Instruction, given: dict[str, Any]) -> tuple[Query, ...]:
+def _validation(catalog: Catalog, instruction: Instruction, params: dict[str, Any]) -> tuple[Query, ...]:
     """All of them; for the exhaustive search `n` at equal distances, so that few still hold every kind."""
     from localsteer.catalog import load_queries
     from localsteer.evaluate.study import spread
 
-    if given["queries"] is None:
+    if params["queries"] is None:
         queries = catalog.queries_for(instruction, "validation")
     else:
-        queries = load_queries(given["queries"])
-        _refuse_overlap(queries, catalog, instruction, given["queries"])
-    if len(queries) < given["n"]:
-        note(f"there are {len(queries)} validation queries for {instruction.id}, not {given['n']}.")
-    return tuple(spread(queries, min(given["n"], len(queries)))) if given["exhaustive"] else tuple(queries)
+        queries = load_queries(params["queries"])
+        _refuse_overlap(queries, catalog, instruction, params["queries"])
+    if len(queries) < params["n"]:
+        note(f"there are {len(queries)} validation queries for {instruction.id}, not {params['n']}.")
+    return tuple(spread(queries, min(params["n"], len(queries)))) if params["exhaustive"] else tuple(queries)
 
 
 def _refuse_overlap(queries: Sequence[Query], catalog: Catalog, instruction: Instruction, path: str) -> None:
@@ -367,23 +367,23 @@ def _with_vector(engine: Engine, job: TuneJob) -> TuneJob:
     return replace(job, vector=vector)
 
 
-def _tune(engine: Engine, job: TuneJob, given: dict[str, Any]) -> tuple[Tuned, dict[str, Any]]:
+def _tune(engine: Engine, job: TuneJob, params: dict[str, Any]) -> tuple[Tuned, dict[str, Any]]:
     from localsteer.evaluate.suites.bench import model_info
     from localsteer.tune import tune
 
     model = {key: model_info(engine)[key] for key in ("name", "sha256", "quantization")}
-    choices = _grid_options(job.vector, given) | {
-        "max_tokens": given["max_tokens"],
+    choices = _grid_options(job.vector, params) | {
+        "max_tokens": params["max_tokens"],
         "source": {"model": model},
     }
     with progress(f"tuning {job.label}") as advance:
         choices["report"] = lambda what, done, total: advance(done, total, what)
         replies = {}
-        if given["exhaustive"]:
+        if params["exhaustive"]:
             tuned, n_new = _exhaustively(engine, job, choices)
             replies = {"replies": {"asked": tuned.record["replies"], "new": n_new}}
         else:
-            tuned = tune(engine, job.vector, job.instruction, job.queries, n=given["n"], **choices)
+            tuned = tune(engine, job.vector, job.instruction, job.queries, n=params["n"], **choices)
     if tuned.stopped:
         interrupt.forgive()  # it ended the search: what was found is written
     return tuned, _document(job, tuned) | replies

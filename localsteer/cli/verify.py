@@ -137,11 +137,11 @@ def _asked(
         raise click.UsageError(
             f"{len(arguments)} --kwargs for {len(ids)} --instruction: give one for each, in the same order."
         )
-    given = [_table(text) for text in arguments] + [{}] * (len(ids) - len(arguments))
-    checked = [check_arguments(each, kwargs, prompt=prompt) for each, kwargs in zip(ids, given, strict=True)]
+    params = [_table(text) for text in arguments] + [{}] * (len(ids) - len(arguments))
+    checked = [check_arguments(each, kwargs, prompt=prompt) for each, kwargs in zip(ids, params, strict=True)]
     return [
         (each, {name: kwargs.get(name, value) for name, value in found.items()})
-        for each, kwargs, found in zip(ids, given, checked, strict=True)
+        for each, kwargs, found in zip(ids, params, checked, strict=True)
     ]
 
 
@@ -247,7 +247,7 @@ def _verify_many(file: str, loose: bool, as_json: bool) -> bool:
             advance(len(verdicts), len(rows))
     document = _document(verdicts)
     print_json(document) if as_json else _print_many(document)
-    return all(all(getattr(each, RULES[loose])) for each in verdicts)
+    return all(all(getattr(verdict, RULES[loose])) for verdict in verdicts)
 
 
 def _rows(text: str, name: str) -> Iterator[VerdictRow]:
@@ -283,7 +283,7 @@ def _row(number: int, line: str) -> VerdictRow:
             f"{len(ids)} in `instruction_id_list`, {len(kwargs)} in `kwargs`: at least one of the first and "
             "as many of the second are wanted."
         )
-    checked = (check_arguments(each, given, prompt=prompt) for each, given in zip(ids, kwargs, strict=True))
+    checked = (check_arguments(each, params, prompt=prompt) for each, params in zip(ids, kwargs, strict=True))
     return VerdictRow(number, response, prompt, tuple(zip(ids, checked, strict=True)))
 
 
@@ -309,12 +309,12 @@ def _document(verdicts: Sequence[Verdicts]) -> dict[str, Any]:
     instructions, each counted alike."""
     rows = [
         {
-            "line": each.row.number,
-            "instruction_id_list": [name for name, _ in each.row.instructions],
-            "strict": list(each.strict),
-            "loose": list(each.loose),
+            "line": verdict.row.number,
+            "instruction_id_list": [name for name, _ in verdict.row.instructions],
+            "strict": list(verdict.strict),
+            "loose": list(verdict.loose),
         }
-        for each in verdicts
+        for verdict in verdicts
     ]
     accuracy = {
         rule: {

@@ -200,7 +200,7 @@ class _Rewriter:
     @staticmethod
     def _numbers(made: dict[str, Any], path: Path) -> None:
         for key in ("const", "enum", *NUMBERS):
-            if key in made and any(abs(each) >= 2**63 for each in _integers(made[key])):
+            if key in made and any(abs(integer) >= 2**63 for integer in _integers(made[key])):
                 raise refused((*path, key), "integers of more than 64 bits can't be enforced")
         for key in NUMBERS:
             number = made.get(key)
@@ -302,7 +302,7 @@ def _types(schema: dict[str, Any]) -> set[str]:
     )
     found = {"number" if each == "integer" else each for each in found}
     values = _values(schema)
-    return found if values is None else found & {_type_of(json.loads(each)) for each in values}
+    return found if values is None else found & {_type_of(json.loads(value)) for value in values}
 
 
 def _type_of(value: Any) -> str:

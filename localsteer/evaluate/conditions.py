@@ -161,7 +161,11 @@ def told_replies(
 ) -> dict[str, list[Reply]]:
     """Replies of the model alone when each instruction stands in the prompt, by instruction id."""
     told = [Arm("told", told=True)]
-    cells = [cell for each in instructions for cell in cells_of([each], told, queries, max_tokens=max_tokens)]
+    cells = [
+        cell
+        for instruction in instructions
+        for cell in cells_of([instruction], told, queries, max_tokens=max_tokens)
+    ]
     replies, n = answered(engine, cells), len(queries)
     return {each.id: replies[i * n : (i + 1) * n] for i, each in enumerate(instructions)}
 
@@ -229,9 +233,13 @@ def choose_others(
     (`told`, to `queries`) do not pass their verifiers by themselves, as a postscript makes four sentences of
     three. Where too few are fair, the ones that pass least often come next.
     """
-    others = [each for each in candidates if not any(alike(mine, each) for mine in instructions)]
-    passes = {each.id: sum(_passes(mine, told[each.id], queries) for mine in instructions) for each in others}
-    draw = random.Random(" ".join([str(seed), *(each.id for each in instructions)]))
+    others = [
+        candidate for candidate in candidates if not any(alike(mine, candidate) for mine in instructions)
+    ]
+    passes = {
+        other.id: sum(_passes(mine, told[other.id], queries) for mine in instructions) for other in others
+    }
+    draw = random.Random(" ".join([str(seed), *(instruction.id for instruction in instructions)]))
     drawn: list[Instruction] = []
     for n_passes in sorted(set(passes.values())):
         same = sorted((each for each in others if passes[each.id] == n_passes), key=lambda each: each.id)

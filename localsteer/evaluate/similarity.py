@@ -83,20 +83,20 @@ def similarity(
     if fewest < MIN_PAIRS:
         raise CatalogError(f"{fewest} pairs are too few to compare: use at least {MIN_PAIRS}")
     units, linear, gaussian = [], [], []
-    for each in pairs:
-        instructed, plain = states.of_pairs(each)
+    for pair in pairs:
+        instructed, plain = states.of_pairs(pair)
         units.append(unit_rows(instructed.astype(np.float64) - plain))
-        groups = probe_groups(each)
+        groups = probe_groups(pair)
         linear.append(probe_pairs(instructed, plain, groups, LINEAR))
         gaussian.append(probe_pairs(instructed, plain, groups, GAUSSIAN))
-    ids = tuple(each.id for each in instructions)
+    ids = tuple(instruction.id for instruction in instructions)
     return Similarity(ids, fewest, cosines(units), np.array(linear), np.array(gaussian))
 
 
 def cosines(units: Sequence[np.ndarray]) -> np.ndarray:
     """(n_layer, k, k) from k arrays (n_pairs, n_layer, n_embd) of unit rows: a mean cosine is the product of
     mean unit vectors; on the diagonal a pair is not compared with itself."""
-    means = np.stack([each.mean(axis=0) for each in units])
+    means = np.stack([unit.mean(axis=0) for unit in units])
     matrix = np.einsum("ale,ble->lab", means, means)
     for k, each in enumerate(units):
         n = len(each)

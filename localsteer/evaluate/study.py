@@ -173,7 +173,7 @@ def extract_all(
     queries = {each.id: catalog.queries_for(each, "extraction") for each in instructions}
 
     def remember_plain(model: Engine | Backend) -> None:
-        pairs = [build_pairs(each, queries[each.id]) for each in instructions]
+        pairs = [build_pairs(instruction, queries[instruction.id]) for instruction in instructions]
         with open_backend(model) as backend:
             for texts in dict.fromkeys(tuple(pair.plain for pair in each) for each in pairs):
                 tokens = [tuple(prompt_tokens(backend, text)) for text in dict.fromkeys(texts)]

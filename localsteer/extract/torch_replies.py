@@ -36,7 +36,7 @@ def torch_replies(
 def _generate(
     backend: TorchBackend, prompts: Sequence[Sequence[int]], plan: Plan, n_prompt: int, max_tokens: int
 ) -> list[Reply]:
-    tokens = torch.tensor([list(each) for each in prompts], device=backend.device)
+    tokens = torch.tensor([list(prompt) for prompt in prompts], device=backend.device)
     ends = _ends(backend)
     options = {"max_new_tokens": max_tokens, "do_sample": False, "pad_token_id": ends[0]}
     with torch.inference_mode(), steer_hooks(backend.model, plan, n_prompt):

@@ -52,8 +52,8 @@ def _queries_for(catalog: Catalog, verifier: Any, kwargs: Any) -> Mapping[str, t
     """Those of the catalogue's instruction that asks for the same, if it has its own: replies to others hold
     no `moon` that `exclude_word:moon` could take out."""
     same = (
-        each
-        for each in catalog.instructions.values()
-        if each.verifier == verifier and dict(each.kwargs) == dict(kwargs or {})
+        instruction
+        for instruction in catalog.instructions.values()
+        if instruction.verifier == verifier and dict(instruction.kwargs) == dict(kwargs or {})
     )
     return next((each.queries for each in same if each.queries), {})

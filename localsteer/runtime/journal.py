@@ -61,7 +61,7 @@ class Journal:
         self._lock = threading.Lock()
         self._file = None
         if path is not None:
-            self._folder = next((each for each in path.parents if not each.exists()), None)
+            self._folder = next((parent for parent in path.parents if not parent.exists()), None)
             header = {"localsteer": "journal", "format": FORMAT, **identity}
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,9 +100,9 @@ class Journal:
 
     def _remove_empty(self, folder: Path) -> None:
         """The folder of the file and those above it, up to this one, all of them made by us."""
-        for each in self.path.parents:
-            each.rmdir()
-            if each == folder:
+        for parent in self.path.parents:
+            parent.rmdir()
+            if parent == folder:
                 return
 
     def __enter__(self) -> Journal:

@@ -54,7 +54,7 @@ class Access:
         name = host_name(header)
         if name is None:
             return False
-        if is_loopback(name) or name in {each.lower() for each in self.hosts} or name == self.bind.lower():
+        if is_loopback(name) or name in {host.lower() for host in self.hosts} or name == self.bind.lower():
             return True
         return not is_loopback(self.bind) and _address(name) is not None
 

@@ -187,7 +187,7 @@ class _Draft:
             )
             for number in self._sorts.values()
         ]
-        classes = [f"[{each}]" if each else _NOTHING for each in members]
+        classes = [f"[{member}]" if member else _NOTHING for member in members]
         return "".join(classes[piece] if isinstance(piece, int) else piece for piece in self._pieces)
 
     def in_symbols(self, text: str, alphabet: _Alphabet) -> str:
@@ -319,7 +319,9 @@ class _Folded:
         else:
             if self._folds is None:
                 same = _same_but_for_case()
-                self._folds = {each: same.get(each, frozenset(each)) for each in self._characters}
+                self._folds = {
+                    character: same.get(character, frozenset(character)) for character in self._characters
+                }
                 self._any_case = "".join(set(self._all).union(*self._folds.values()))
             found = set(search(self._any_case))
             taken = {each for each, folds in self._folds.items() if not found.isdisjoint(folds)}

@@ -63,9 +63,11 @@ class StudyJob:
         ids = self.wanted or [name for name in usual if name in self.catalog.instructions]
         ids = ids[:2] if self.quick and self.wanted is None else ids
         instructions = [self.catalog.get(name) for name in dict.fromkeys(ids)]
-        for each in instructions:
-            if each.verifier is None:
-                raise CatalogError(f"{each.id!r} has no verifier: nothing tells whether a reply follows it")
+        for instruction in instructions:
+            if instruction.verifier is None:
+                raise CatalogError(
+                    f"{instruction.id!r} has no verifier: nothing tells whether a reply follows it"
+                )
         if not instructions:
             raise CatalogError(f"{self.catalog.source} has none of {', '.join(usual)}: name --instructions")
         return instructions
@@ -133,7 +135,7 @@ def working(
     """The instructions that steering helps on validation queries, and a sentence on those that it does not.
 
     Raises CatalogError when it helps none: then there is nothing to compare."""
-    kept = [each for each in instructions if vectors[each.id].strength]
+    kept = [instruction for instruction in instructions if vectors[instruction.id].strength]
     left = [each.id for each in instructions if not vectors[each.id].strength]
     if not kept:
         raise CatalogError(

@@ -98,14 +98,18 @@ class Triple:
     def parts(self, condition: str) -> dict[str, float | None]:
         """How many replies follow each of the three."""
         results = self.of(condition)
-        return {each.id: accuracy_of(_judged_by(results, each)) for each in self.instructions}
+        return {
+            instruction.id: accuracy_of(_judged_by(results, instruction)) for instruction in self.instructions
+        }
 
 
 def run(job: StudyJob) -> StudyReport:
     """Raises CatalogError where `wanted` is not three instructions."""
     with job.bench() as bench:
         chosen, said = _triples(job, bench)
-        every = list({each.id: each for instructions in chosen for each in instructions}.values())
+        every = list(
+            {instruction.id: instruction for instructions in chosen for instruction in instructions}.values()
+        )
         vectors, raw = bench.vectors(every), bench.raw(every)
         minus = _minus(bench, every)
         n_spread, n_tried = QUICK if job.quick else (N_SPREAD, N_VALIDATION)
@@ -197,7 +201,7 @@ def _excluded(bench: Bench, plain: Sequence[Result]) -> tuple[Instruction, float
 def _minus(bench: Bench, instructions: Sequence[Instruction]) -> dict[str, ControlVector]:
     """The include vector of each excluded word, where the catalogue can ask for any word."""
     include = bench.catalog.instructions.get(INCLUDE)
-    words = {each.id: each.kwargs.get("forbidden_words", ()) for each in instructions}
+    words = {instruction.id: instruction.kwargs.get("forbidden_words", ()) for instruction in instructions}
     filled = {
         name: include.fill(word=forbidden[0])
         for name, forbidden in words.items()
@@ -224,7 +228,7 @@ def candidates(
     Blocks of the lower two thirds: above them little is left to steer. minus: for an instruction to exclude a
     word, the vector that includes it; the paper excludes by adding it with a negative strength.
     """
-    own = [vectors[each.id] for each in instructions]
+    own = [vectors[instruction.id] for instruction in instructions]
     alone = Candidate(KINDS[0], KINDS[0], tuple(vector for each in own for vector in applied(each)))
     blocks = range(max(3, 2 * own[0].n_layer // 3))
     bare = [raw[each.id].at(mode="project", strength=1.0) for each in instructions]
@@ -246,7 +250,7 @@ def _excluding(
     way: Candidate, instructions: Sequence[Instruction], minus: Mapping[str, ControlVector]
 ) -> Iterator[Candidate]:
     """The same with a word excluded by minus its include vector."""
-    for strength in MINUS if any(each.id in minus for each in instructions) else ():
+    for strength in MINUS if any(instruction.id in minus for instruction in instructions) else ():
         vectors = [
             minus[each.id].at(layer=old.layers, positions=old.positions, mode="add", strength=-strength)
             if each.id in minus
@@ -331,9 +335,13 @@ def _sections(triples: Sequence[Triple]) -> Iterator[Section]:
     yield Section("All three hold", "", [Table(["instructions", *CONDITIONS], shares)], [plot])
     parts = {triple.name: {name: triple.parts(name) for name in CONDITIONS} for triple in triples}
     rows: list[list[Value]] = [
-        [triple.name, each.id, *(Share(parts[triple.name][name][each.id]) for name in CONDITIONS)]
+        [
+            triple.name,
+            instruction.id,
+            *(Share(parts[triple.name][name][instruction.id]) for name in CONDITIONS),
+        ]
         for triple in triples
-        for each in triple.instructions
+        for instruction in triple.instructions
     ]
     yield Section("Each of them holds", "", [Table(["instructions", "of them", *CONDITIONS], rows)])
     rows = [

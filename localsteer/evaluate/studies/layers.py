@@ -48,7 +48,7 @@ def run(job: StudyJob) -> StudyReport:
     with job.bench() as bench:
         instructions = job.instructions(INSTRUCTIONS)
         n = min(n, len(bench.validation))
-        names = [f"{each.id}, {where}" for each in instructions for where in positions]
+        names = [f"{instruction.id}, {where}" for instruction in instructions for where in positions]
         raw = bench.raw(instructions)
         parts = by_block(bench, [(each, raw[each.id]) for each in instructions], positions, n)
         ours = profile(bench, parts, "the engine, block by block")
@@ -80,9 +80,11 @@ def _torch_profile(
         journal = stack.enter_context(Journal(job.out / "torch.jsonl", {"model": backend.source_hash}))
         followed: list[float] = []
         total = len(instructions) * len(positions) * backend.n_layer
-        for each in instructions:
-            vector = extract(backend, each, bench.catalog.queries_for(each, "extraction"), mode="project")
-            for cells in by_block(bench, [(each, vector)], positions, n):
+        for instruction in instructions:
+            vector = extract(
+                backend, instruction, bench.catalog.queries_for(instruction, "extraction"), mode="project"
+            )
+            for cells in by_block(bench, [(instruction, vector)], positions, n):
                 followed.append(_share(bench, backend, journal, cells))
                 advance(len(followed), total)
     return followed

@@ -52,7 +52,7 @@ def run(job: StudyJob) -> StudyReport:
         # at the better positions
         steered = followed.reshape(len(instructions), len(POSITIONS), -1).max(axis=1)
         model = bench.model
-    ids = [each.id for each in instructions]
+    ids = [instruction.id for instruction in instructions]
     advice = where_they_part(probes, steered)
     return StudyReport(
         model=model,
@@ -71,7 +71,8 @@ def probe_all(bench: Bench, instructions: Sequence[Instruction], n_pairs: int) -
     """`which` needs two instructions or more."""
     assert n_pairs >= MIN_PAIRS
     pairs = [
-        build_pairs(each, bench.catalog.queries_for(each, "extraction"), n_pairs) for each in instructions
+        build_pairs(instruction, bench.catalog.queries_for(instruction, "extraction"), n_pairs)
+        for instruction in instructions
     ]
 
     def read(engine: Engine, _: None) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -96,8 +96,8 @@ def run(job: StudyJob) -> StudyReport:
     advice = where_it_stops(sizes)
     control = [[name, share_of(groups[name,])] for name in ("none", "random", "instructed")]
     said = (
-        f"{', '.join(each.id for each in instructions)}; {n_draws} random draws of each size, intervals over "
-        f"queries. Cosine: with the mean direction of the largest draws, at the steered block. {left_out}"
+        f"{', '.join(instruction.id for instruction in instructions)}; {n_draws} random draws of each size, "
+        f"intervals over queries. Cosine: with the mean direction of the largest draws, at the steered block. {left_out}"
     )
     tables = [_table(sizes), Table(["beside it", "follow"], control)]
     return StudyReport(

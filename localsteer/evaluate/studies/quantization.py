@@ -102,8 +102,8 @@ def run(job: StudyJob) -> StudyReport:
             measured.append(_measure(bench, label, path.stat().st_size, instructions, vectors))
     advice = what_to_do(measured)
     named = ", ".join(
-        f"{each.id} (block {vectors[each.id].layers[0]}, {vectors[each.id].positions})"
-        for each in instructions
+        f"{instruction.id} (block {vectors[instruction.id].layers[0]}, {vectors[instruction.id].positions})"
+        for instruction in instructions
     )
     return StudyReport(
         model=model,

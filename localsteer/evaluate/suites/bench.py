@@ -218,7 +218,11 @@ class Bench:
         """The ones asked for; else those of the given vectors; else the catalogue's of these groups that have
         a verifier and need no slot. Raises CatalogError for one without a verifier, and for none."""
         if self.asked is None:
-            known = [each for each in self.catalog.instructions.values() if each.group in groups]
+            known = [
+                instruction
+                for instruction in self.catalog.instructions.values()
+                if instruction.group in groups
+            ]
             usable = [each.fill() for each in known if each.verifier and not _lacks_slots(each)]
             if not usable:
                 raise CatalogError(
@@ -249,7 +253,7 @@ class Bench:
 
         Strength 0 where no setting did better than the model alone.
         """
-        chosen = [self.instruction(each) for each in instructions]
+        chosen = [self.instruction(instruction) for instruction in instructions]
         new = [each for each in chosen if each.id not in self._picked]
         self.prepare(chosen)
         kept = {each.id: self._tuned_before(each) for each in new}
@@ -276,7 +280,7 @@ class Bench:
 
     def raw(self, instructions: Sequence[str | Instruction]) -> dict[str, ControlVector]:
         """As extracted, no setting chosen. A given file comes with its own settings."""
-        chosen = [self.instruction(each) for each in instructions]
+        chosen = [self.instruction(instruction) for instruction in instructions]
         missing = [each for each in chosen if each.id not in self._raw]
         vectors = {each.id: self._kept(each) for each in missing}
         new = [each for each in missing if vectors[each.id] is None]
@@ -331,7 +335,7 @@ class Bench:
     def others(self, *instructions: Instruction, n: int = 1) -> list[Instruction]:
         """Whose vectors the control `other` is drawn from: evaluated ones and, where they are few, PARTNERS.
         The same ones whenever they are asked for again."""
-        key = (str(n), *(each.id for each in instructions))
+        key = (str(n), *(instruction.id for instruction in instructions))
         if key not in self._others:
             self.prepare(instructions)
             missing = max(n, N_CANDIDATES) - len(_unlike(self._candidates(), instructions))
@@ -356,9 +360,13 @@ class Bench:
         known = self.catalog.instructions
         formats = [each.id for each in known.values() if each.group == "format" and each.verifier]
         names = [each for each in dict.fromkeys([*PARTNERS, *formats]) if each in known]
-        usable = [known[each].fill() for each in names if not _lacks_slots(known[each])]
+        usable = [known[name].fill() for name in names if not _lacks_slots(known[name])]
         candidates = [each for each in _unlike(usable, instructions) if each.id not in self._told]
-        return [each for each in candidates if self.readable(each.phrasings) == [*each.phrasings]][:n]
+        return [
+            candidate
+            for candidate in candidates
+            if self.readable(candidate.phrasings) == [*candidate.phrasings]
+        ][:n]
 
     def readable(self, texts: Sequence[str]) -> list[str]:
         """Those that the model's vocabulary can spell."""
@@ -559,7 +567,7 @@ def _plain_text(text: str) -> str:
 
 
 def _unlike(candidates: Sequence[Instruction], instructions: Sequence[Instruction]) -> list[Instruction]:
-    return [each for each in candidates if not any(alike(mine, each) for mine in instructions)]
+    return [candidate for candidate in candidates if not any(alike(mine, candidate) for mine in instructions)]
 
 
 def _is_whole(vector: ControlVector) -> bool:

@@ -387,7 +387,7 @@ def _hashed(figure: Figures, hashes: Mapping[str, str]) -> Figures:
     if settings is None:
         return figure
     if isinstance(settings, list):
-        return structs.replace(figure, vector_sha256=[hashes.get(each.name) for each in settings])
+        return structs.replace(figure, vector_sha256=[hashes.get(setting.name) for setting in settings])
     return structs.replace(figure, vector_sha256=hashes.get(settings.name))
 
 

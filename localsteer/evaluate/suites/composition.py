@@ -75,7 +75,7 @@ class Composed:
         return bench.queries(second if split in second.queries else first, split)
 
     def cells(self, bench: Bench, arms: Sequence[Arm], queries: Sequence[Query]) -> list[Cell]:
-        wording = " ".join(each.phrasings[0] for each in self.instructions)
+        wording = " ".join(instruction.phrasings[0] for instruction in self.instructions)
         return bench.cells(self.instructions, arms, queries, wordings=[wording])
 
 
@@ -390,7 +390,7 @@ def _reply_rows(bench: Bench, pairs: Sequence[Composed], checkpoint: Path | None
 
 def _orders(pair: Composed) -> list[list[Plan]]:
     a, b = pair.same
-    return [[Plan.from_vectors(each) for each in steps] for steps in ([[a, b]], [[a], [b]], [[b], [a]])]
+    return [[Plan.from_vectors(step) for step in steps] for steps in ([[a, b]], [[a], [b]], [[b], [a]])]
 
 
 def _answered(

@@ -53,7 +53,10 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
     theirs = {each.id: tuned.vector for each, tuned in zip(instructions, picks, strict=True)}
     own = base.vectors(instructions)
     # where nothing is applied there is nothing to control for
-    others = {each.id: bench.others(each) if applied(theirs[each.id]) else [] for each in instructions}
+    others = {
+        instruction.id: bench.others(instruction) if applied(theirs[instruction.id]) else []
+        for instruction in instructions
+    }
     carried |= carry_all(base, bench.raw([other for drawn in others.values() for other in drawn]))
     cells = [
         cell

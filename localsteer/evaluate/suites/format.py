@@ -132,7 +132,7 @@ def badly_followed(
 ) -> Section:
     """Paraphrases that the model follows badly on validation queries, and what steering does for them on
     test queries."""
-    candidates = {each.id: bench.readable(paraphrases_of(each)) for each in instructions}
+    candidates = {instruction.id: bench.readable(paraphrases_of(instruction)) for instruction in instructions}
     bad = _tried(bench, instructions, candidates)
     cells = [
         cell
@@ -170,10 +170,13 @@ def _tried(
     """(wording, share of validation replies that follow) of the badly followed ones, by instruction."""
     cells = [
         cell
-        for each in instructions
-        for text in candidates[each.id]
+        for instruction in instructions
+        for text in candidates[instruction.id]
         for cell in bench.cells(
-            each, [Arm(text, told=True)], bench.queries(each, "validation")[:N_TRIED], phrasings=[text]
+            instruction,
+            [Arm(text, told=True)],
+            bench.queries(instruction, "validation")[:N_TRIED],
+            phrasings=[text],
         )
     ]
     results = grouped(bench.run(cells, what="trying paraphrases", score=False), "instruction", "condition")

@@ -99,7 +99,7 @@ def missing(bench: Bench, *, ifeval: Path | None = None, **_options: Any) -> str
     if ifeval is None:
         return "suite ifeval needs a file of prompts: give it with --ifeval FILE.jsonl."
     items = read_items(Path(ifeval))
-    if not any(_matches(bench, each) for each in items):
+    if not any(_matches(bench, item) for item in items):
         return f"{ifeval}: no line has an instruction that there is a vector for ({len(items)} lines)."
     return ""
 
@@ -138,7 +138,7 @@ def _cells(
     query = Query(item.base or item.prompt)
     asked = {"none": (item.base, ()), "steered": (item.base, steer)}
     if steer and item.base is not None:
-        kinds = [bench.instruction(_kind(bench, each)) for each in matches]
+        kinds = [bench.instruction(_kind(bench, match)) for match in matches]
         asked |= {name: (item.base, control) for name, control in bench.controls(kinds, steer).items()}
     asked |= {"instructed": (item.prompt, ()), "both": (item.prompt, steer)}
     return [
@@ -207,7 +207,7 @@ def _texts(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _vectors(bench: Bench, matches: Sequence[Instruction]) -> dict[str, ControlVector]:
     """By id. One whose slots were filled by a line takes the settings picked for the catalogue's defaults:
     picking for each phrase would take longer than all the rest."""
-    whole = [each for each in matches if _kind(bench, each) == each.id]
+    whole = [match for match in matches if _kind(bench, match) == match.id]
     picked = bench.vectors(list({each.id: each for each in whole}.values()))
     varied = {each.id: each for each in matches if each.id not in picked}
     kinds = bench.vectors(sorted({_kind(bench, each) for each in varied.values()}))

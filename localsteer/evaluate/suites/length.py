@@ -97,7 +97,7 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
         for cell in level_cells(bench, recipes[level], like(vectors[level], chosen[direction_of(level)]))
     ]
     results = bench.run(cells, what="sweeping lengths")
-    others = {name: [each.id for each in bench.others(recipes[name].target)] for name in directions}
+    others = {name: [other.id for other in bench.others(recipes[name].target)] for name in directions}
     sections = [swept([sweep_of(name, chosen[name], results) for name in directions], others)]
     if levels:
         sections.append(compared(results, levels))

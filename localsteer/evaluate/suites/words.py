@@ -182,7 +182,9 @@ def _of_one_word(bench: Bench, verifier: str, argument: str) -> list[tuple[str, 
     if bench.asked is not None:
         known = [bench.instruction(each) for each in bench.asked]
     else:
-        known = [each for each in bench.catalog.instructions.values() if not each.open_slots]
+        known = [
+            instruction for instruction in bench.catalog.instructions.values() if not instruction.open_slots
+        ]
     of_one = [each for each in known if each.verifier == verifier and len(each.kwargs[argument]) == 1]
     return [(each.kwargs[argument][0], each) for each in of_one]
 
@@ -277,7 +279,7 @@ def _own(instruction: Instruction) -> Instruction:
 def _pick(
     bench: Bench, instructions: Sequence[Instruction], raw: Mapping[str, ControlVector]
 ) -> dict[str, ControlVector]:
-    new = [each for each in instructions if each.id not in bench.given]
+    new = [instruction for instruction in instructions if instruction.id not in bench.given]
     # nearly any reply avoids a word, so the likelihood of one that does tells little: hence by_generation
     modes = {"modes": ("add",), "positions": POSITIONS, "strengths": STRENGTHS}
     picks = bench.tune([(each, raw[each.id]) for each in new], by_generation=True, **modes)
