@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from localsteer.runtime.ask import Ask
+
 from .answers import REASONS, Whole, chat_logprobs, envelope, scored
 from .considered import harmless, report
 from .ensured import ensured_chat
@@ -59,9 +61,11 @@ def _order(state: State, body: ChatRequest, tools: list[Tool]) -> Order:
         prompts=[rendered(served, body.messages, tools, go_on=go_on, variables=variables)],
         steer=steer,
         samplings=samplings(body, _grammar(body, served, tools)),
-        max_tokens=body.most_tokens(state.limits.predict),
-        stop=[*body.stops, *served.engine.template.stop],  # the prompt goes on as a raw text
-        n_top=body.n_top,
+        ask=Ask(
+            max_tokens=body.most_tokens(state.limits.predict),
+            stop=[*body.stops, *served.engine.template.stop],  # the prompt goes on as a raw text
+            n_top=body.n_top,
+        ),
     )
 
 

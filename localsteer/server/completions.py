@@ -9,6 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from localsteer.runtime.ask import Ask
+
 from .answers import REASONS, Whole, envelope, scored, text_logprobs
 from .echoed import Scored, prompt_scores, with_gap
 from .errors import ApiError, as_json_in_pieces, written
@@ -72,9 +74,7 @@ def _order(state: State, body: CompletionRequest) -> Order:
         prompts=prompts,
         steer=steer,
         samplings=samplings(body, constraint_of(body, served)),
-        max_tokens=body.most_tokens(DEFAULT_TOKENS),
-        stop=body.stops,
-        n_top=body.logprobs,
+        ask=Ask(max_tokens=body.most_tokens(DEFAULT_TOKENS), stop=body.stops, n_top=body.logprobs),
         param="prompt",
     )
 

@@ -35,7 +35,7 @@ def prompt_scores(order: Order, gone: threading.Event) -> list[list[Scored]]:
                 found.append(_scores_of(engine, prompt, order, gone))
             except LocalsteerError as error:
                 raise api_error(error, "prompt") from None
-            check_n_scores(sum(map(len, found)) * (1 + (order.n_top or 0)))
+            check_n_scores(sum(map(len, found)) * (1 + (order.ask.n_top or 0)))
     return found
 
 
@@ -54,7 +54,7 @@ def _scores_of(
             raise ClientGone
         following = tokens[piece.start + 1 : piece.stop + 1]
         scores += [
-            TokenScores.of(row, token, order.n_top or 0)
+            TokenScores.of(row, token, order.ask.n_top or 0)
             for row, token in zip(rows.logits[outputs], following, strict=False)
         ]
     found = list(zip(tokens, scores, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
@@ -18,6 +18,7 @@ from .threads import off_loop
 
 if TYPE_CHECKING:
     from localsteer.constrain import Constraint
+    from localsteer.runtime.ask import Ask
     from localsteer.runtime.scheduler import Ticket
     from localsteer.vector import ControlVector
 
@@ -34,15 +35,13 @@ class ClientGone(Exception):
 @dataclass(frozen=True)
 class Order:
     """What is asked of the scheduler. prompts: rendered texts, or token ids; n replies to each. steer,
-    left_out: by the names of the request."""
+    left_out: by the names of the request. ask: all that the replies have in common beside these."""
 
     served: Served
     prompts: Sequence[str | Sequence[int]]
     steer: Mapping[str, ControlVector]
     samplings: Sequence[Sampling]  # one for each of the n replies
-    max_tokens: int | None
-    stop: Sequence[str] = ()
-    n_top: int | None = None
+    ask: Ask
     left_out: Sequence[str] = ()
     param: str | None = None  # to blame for a prompt that is too long
 
@@ -128,11 +127,11 @@ class Job:
 
 def check_scores(order: Order) -> None:
     """Raises ApiError for more log-probabilities than one answer may hold; a stream holds none of them."""
-    if order.n_top is None:
+    if order.ask.n_top is None:
         return
     n_ctx = order.served.engine.n_ctx
-    n_tokens = n_ctx if order.max_tokens is None else min(order.max_tokens, n_ctx)
-    check_n_scores(len(order.prompts) * len(order.samplings) * n_tokens * (order.n_top + 1))
+    n_tokens = n_ctx if order.ask.max_tokens is None else min(order.ask.max_tokens, n_ctx)
+    check_n_scores(len(order.prompts) * len(order.samplings) * n_tokens * (order.ask.n_top + 1))
 
 
 def check_n_scores(n: int) -> None:
@@ -157,19 +156,14 @@ async def begin(state: State, order: Order) -> Job:
 
 def _submit(job: Job) -> None:
     order = job.order
+    ask = replace(order.ask, steer=tuple(order.steer.values()))
     for prompt in order.prompts:
-        given: dict[str, Any] = {"raw": True} if isinstance(prompt, str) else {"tokens": prompt}
+        words: dict[str, Any] = {"tokens": prompt}
+        if isinstance(prompt, str):
+            words = {"prompt": prompt, "raw": True}
         for sampling in order.samplings:
             try:
-                ticket = order.served.scheduler.submit(
-                    prompt if isinstance(prompt, str) else "",
-                    steer=tuple(order.steer.values()),
-                    max_tokens=order.max_tokens,
-                    sampling=sampling,
-                    stop=order.stop,
-                    n_top=order.n_top,
-                    **given,
-                )
+                ticket = order.served.scheduler.submit(replace(ask, sampling=sampling, **words))
             except Exception as error:
                 raise api_error(error, order.param) from None
             job.tickets.append(ticket)

@@ -97,7 +97,8 @@ def run(job: StudyJob) -> StudyReport:
     control = [[name, share_of(groups[name,])] for name in ("none", "random", "instructed")]
     said = (
         f"{', '.join(instruction.id for instruction in instructions)}; {n_draws} random draws of each size, "
-        f"intervals over queries. Cosine: with the mean direction of the largest draws, at the steered block. {left_out}"
+        "intervals over queries. Cosine: with the mean direction of the largest draws, at the steered block. "
+        f"{left_out}"
     )
     tables = [_table(sizes), Table(["beside it", "follow"], control)]
     return StudyReport(
