@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from .llama import SteeredLlama as SteeredLlama
     from .plan import Plan as Plan
     from .plan import PositionClass as PositionClass
+    from .runtime.ask import Ask as Ask
     from .runtime.reply import Chunk as Chunk
     from .runtime.reply import Reply as Reply
     from .runtime.sampling import Sampling as Sampling
+    from .runtime.scheduler import Scheduler as Scheduler
     from .templates import ChatTemplate as ChatTemplate
     from .vector import ControlVector as ControlVector
 
@@ -34,6 +36,7 @@ _HOMES = {
     "PositionClass": "plan",
     "Engine": "engine",
     "Ask": "runtime.ask",
+    "Scheduler": "runtime.scheduler",
     "SteeredLlama": "llama",
     "Sampling": "runtime.sampling",
     "Reply": "runtime.reply",

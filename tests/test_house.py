@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -24,7 +25,7 @@ FLOORS = {
         "perplexity",
     ),
     "runtime": ("runtime",),
-    "doors": ("engine", "workers", "llama", "llama_cache"),
+    "doors": ("engine", "workers", "llama", "llama_cache", "scheduler", "generate"),
     "models": ("bundled", "model_names", "packs", "model_list"),
     "wings": ("extract", "tune", "learn", "ensure", "trace", "chat", "server"),
     "evaluation": ("evaluate", "demo"),
@@ -140,3 +141,10 @@ def test_torch_is_imported_in_extract_and_learn_alone():
         if source.split(".")[0] in ("torch", "transformers", "accelerate")
     }
     assert {room(name) for name in importing} <= {"extract", "learn"}
+
+
+@pytest.mark.parametrize(("old", "name"), [("scheduler", "Scheduler"), ("generate", "Sampling")])
+def test_an_old_address_leads_to_the_same_class(old, name):
+    with pytest.warns(DeprecationWarning, match=name):
+        module = importlib.reload(importlib.import_module(f"localsteer.{old}"))
+    assert getattr(module, name) is getattr(localsteer, name)
