@@ -516,7 +516,8 @@ def terminal(folder, tmp_path):
     opened = []
     cache = tmp_path / "cache"
     (cache / "models").mkdir(parents=True)
-    (cache / "models" / bundled.gguf_path().name).symlink_to(bundled.gguf_path())
+    for path in bundled.gguf_path().parent.glob(f"{bundled.gguf_path().name}*"):  # its checksum as well
+        (cache / "models" / path.name).symlink_to(path)
 
     def open_chat(*more, folder=folder):
         command = command_line(*chat_args(folder, *more))

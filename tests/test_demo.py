@@ -64,7 +64,7 @@ def test_a_gguf_is_made_once(checkpoint: Path, cache: Path) -> None:
     assert gguf_path("instruct", "Q8_0", folder=checkpoint, on_making=said.append) == first
     assert first.stat().st_mtime_ns == stamp
     assert len(said) == 1
-    assert [path.name for path in first.parent.iterdir()] == [first.name]
+    assert sorted(path.name for path in first.parent.iterdir()) == [first.name, f"{first.name}.sha256"]
     assert cache in first.parents
 
 
@@ -110,7 +110,8 @@ def test_two_processes_at_once_make_one_file(checkpoint: Path, cache: Path) -> N
     paths = {process.communicate(timeout=120)[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0]
     (path,) = paths
-    assert [each.name for each in Path(path).parent.iterdir()] == [Path(path).name]
+    made = sorted(file.name for file in Path(path).parent.iterdir())
+    assert made == [Path(path).name, f"{Path(path).name}.sha256"]
 
 
 def test_bad_requests_for_a_bundled_model_are_one_line(checkpoint: Path, tmp_path: Path) -> None:

@@ -733,7 +733,7 @@ def test_files_that_are_no_model_are_refused(tmp_path, tiny_llama):
     for name, said in (
         ("none", "can't be read"),
         ("text.gguf", "not a GGUF"),
-        ("cut.gguf", "can't be loaded"),
+        ("cut.gguf", "is truncated"),
     ):
         with pytest.raises(ModelFileError, match=said) as error:
             SteeredLlama(str(tmp_path / name), **OPTIONS)

@@ -205,7 +205,7 @@ def test_a_vocabulary_without_an_end_says_when_it_must():
 
 
 def test_a_model_without_an_end_token_ends_by_its_constraint(engine, monkeypatch):
-    monkeypatch.setattr(engine, "_token_bytes", TokenBytes(engine.model.pieces(), []))
+    monkeypatch.setattr(engine._tokenizer, "_token_bytes", TokenBytes(engine.model.pieces(), []))
     assert engine.ends(END)
     for temp in (0, 1):
         kept = Sampling(temp=temp, seed=1, grammar=Constraint.regex("[a-z]{3}"))

@@ -16,8 +16,8 @@ from tiny_gguf import tiny_gguf
 from localsteer import bundled, cache
 from localsteer.engine import Engine
 from localsteer.errors import VectorFileError
-from localsteer.evaluate.journal import Journal, Remembered
 from localsteer.packs import all_packs, read_pack
+from localsteer.runtime.journal import Journal, Remembered
 from localsteer.runtime.scheduler import Scheduler
 
 IDENTITY = {"model": "0123abcd"}

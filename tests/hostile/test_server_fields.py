@@ -54,9 +54,9 @@ def prompts(server, monkeypatch):
     for served in server.state.models.values():
         submit = served.scheduler.submit
 
-        def watched(prompt, submit=submit, **settings):
-            seen.append(prompt)
-            return submit(prompt, **settings)
+        def watched(ask, submit=submit):
+            seen.append(ask.prompt)
+            return submit(ask)
 
         monkeypatch.setattr(served.scheduler, "submit", watched)
     return seen
