@@ -232,7 +232,7 @@ SURE, EVEN, WORSE = (0.9, 0.8, 1.0), (0.0, -0.1, 0.1), (-0.4, -0.6, -0.2)
 )
 def test_verdicts_are_plain(lifts, begins):
     assert verdict(SHARES, lifts).startswith(begins)
-    assert ("surely more: extract" in verdict(SHARES, lifts)) == (
+    assert ("clearly more: extract" in verdict(SHARES, lifts)) == (
         begins == "It carries over" and lifts["own"] == WORSE
     )
 

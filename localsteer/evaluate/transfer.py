@@ -389,7 +389,7 @@ def examine(
 
 
 def verdict(shares: Mapping[str, float | None], lifts: Mapping[str, tuple[float, float, float]]) -> str:
-    """What the figures say, plainly: an effect is surely above the model alone AND above every control."""
+    """What the figures say: an effect counts where it is above the model alone AND above every control."""
     followed = f"{rough_percent(shares['transferred'])} of replies follow"
     figures = f"{followed}, {rough_percent(shares['none'])} without it"
     _, low, high = lifts["none"]
@@ -404,7 +404,7 @@ def verdict(shares: Mapping[str, float | None], lifts: Mapping[str, tuple[float,
     for name in controls:
         if name != UNMAPPED and lifts[name][1] <= 0:
             return (
-                f"It changes replies ({figures}), but not surely more than the control `{name}` does "
+                f"It changes replies ({figures}), but not clearly more than the control `{name}` does "
                 f"({rough_percent(shares[name])}): it is not this direction that counts."
             )
     if UNMAPPED in lifts and lifts[UNMAPPED][1] <= 0:
@@ -414,8 +414,8 @@ def verdict(shares: Mapping[str, float | None], lifts: Mapping[str, tuple[float,
     text = f"It carries over: {figures}, at most {highest} with a control. "
     text += f"The model's own vector: {rough_percent(shares.get('own'))}"
     if lifts["own"][2] < 0:
-        return f"{text}, surely more: extract one from this model if you can."
-    return f"{text}, surely less." if lifts["own"][1] > 0 else f"{text}, no sure difference."
+        return f"{text}, clearly more: extract one from this model if you can."
+    return f"{text}, clearly less." if lifts["own"][1] > 0 else f"{text}, no clear difference."
 
 
 def _lift(transferred: Outcome, other: Outcome) -> tuple[float, float, float]:

@@ -52,7 +52,7 @@ def tokens(text: str) -> list[str]:
 
 
 def _tokens_of(sentence: str) -> list[str]:
-    parted = _QUOTE_BEFORE_LETTER.sub("' ", sentence)
-    parted = " " + _APART.sub(r" \g<0> ", parted) + " "
-    parted = _LONG_CLITIC.sub(r" \1", _CLITIC.sub(r" \1", parted))
-    return _FUSED.sub(lambda found: f" {' '.join(part for part in found.groups() if part)} ", parted).split()
+    spaced = _QUOTE_BEFORE_LETTER.sub("' ", sentence)
+    spaced = " " + _APART.sub(r" \g<0> ", spaced) + " "
+    spaced = _LONG_CLITIC.sub(r" \1", _CLITIC.sub(r" \1", spaced))
+    return _FUSED.sub(lambda found: f" {' '.join(part for part in found.groups() if part)} ", spaced).split()

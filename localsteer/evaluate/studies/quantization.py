@@ -178,7 +178,7 @@ def what_to_do(measured: Sequence[Measured]) -> str:
     sentences.append(
         f"Worth the minute that it takes: {', '.join(worth)}."
         if worth
-        else "Where the vector holds, neither recalibrating nor extracting anew helps surely."
+        else "Where the vector holds, recalibrating and extracting anew bring no gain beyond chance."
     )
     told = [file.label for file in measured if file.against(first, "instructed").high < -SURE]
     if told:

@@ -218,12 +218,8 @@ class Bench:
         """The ones asked for; else those of the given vectors; else the catalogue's of these groups that have
         a verifier and need no slot. Raises CatalogError for one without a verifier, and for none."""
         if self.asked is None:
-            known = [
-                instruction
-                for instruction in self.catalog.instructions.values()
-                if instruction.group in groups
-            ]
-            usable = [each.fill() for each in known if each.verifier and not _lacks_slots(each)]
+            known = (one for one in self.catalog.instructions.values() if one.group in groups)
+            usable = [one.fill() for one in known if one.verifier and not _lacks_slots(one)]
             if not usable:
                 raise CatalogError(
                     f"no instruction of {self.catalog.source} in {' or '.join(groups)} has a verifier, so "
@@ -362,11 +358,7 @@ class Bench:
         names = [each for each in dict.fromkeys([*PARTNERS, *formats]) if each in known]
         usable = [known[name].fill() for name in names if not _lacks_slots(known[name])]
         candidates = [each for each in _unlike(usable, instructions) if each.id not in self._told]
-        return [
-            candidate
-            for candidate in candidates
-            if self.readable(candidate.phrasings) == [*candidate.phrasings]
-        ][:n]
+        return [one for one in candidates if self.readable(one.phrasings) == [*one.phrasings]][:n]
 
     def readable(self, texts: Sequence[str]) -> list[str]:
         """Those that the model's vocabulary can spell."""
