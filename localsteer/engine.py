@@ -17,10 +17,9 @@ from .runtime.bridge import Context, Model, check_threads
 from .runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .constrain import Constraint, Matcher, TokenBytes
+    from .constrain import TokenBytes
     from .plan import Plan
     from .runtime.reply import Chunk, Reply
-    from .runtime.sampling import Sampling
     from .templates import Message
 
 
@@ -38,8 +37,7 @@ class Engine:
     exact: F32 KV cache and no flash attention, for comparisons. plain_prompts: `Q: ...` / `A:` in place
     of the file's chat template, which a base model has often inherited without ever having read it. In this
     form, which is also that of a file without a template, a reply ends before the next `Q:`.
-    on_progress: called with 0.0 to 1.0 on load.
-    Raises ModelFileError, UnsupportedModelError.
+    on_progress: called with 0.0 to 1.0 on load. Raises ModelFileError, UnsupportedModelError.
     """
 
     def __init__(
@@ -132,17 +130,14 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         *,
-        steer: Steer | Sequence[Steer] = (),
-        sampling: Sampling | Sequence[Sampling] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         **fields: Any,
     ) -> list[Reply]:
-        """Many replies, up to n_seq_max at a time in one decode. fields: of Ask, the same for all.
+        """Many replies, up to n_seq_max at a time in one decode (generate.generate_batch).
 
-        steer, sampling: one for all prompts or one each (ask.asks_for). See generate.generate_batch.
+        fields: of Ask, the same for all; steer and sampling may be one for all or one each (ask.asks_for).
         """
-        asks = asks_for(prompts, steer=steer, sampling=sampling, **fields)
-        return generate.generate_batch(self, asks, on_progress=on_progress)
+        return generate.generate_batch(self, asks_for(prompts, **fields), on_progress=on_progress)
 
     # -- prompts and tokens ------------------------------------------------------------------------
 
@@ -155,15 +150,11 @@ class Engine:
         return self._tokenizer.prompt_tokens(prompt, raw)
 
     def check_template(self) -> None:
-        """A notice where the model has no chat template; none where plain prompts were asked for.
-
-        Raises ModelFileError for a template that leaves out what the user says.
-        """
+        """A notice where there is none. Raises ModelFileError for one that leaves out what the user says."""
         self._tokenizer.check_template()
 
     def render(self, messages: Sequence[Message], **settings: Any) -> str:
-        """The text of messages as the model reads it, ready for its reply. settings: of ChatTemplate.render,
-        `tools` and `variables` above all."""
+        """The text of messages as the model reads it. settings: of ChatTemplate.render."""
         return self._tokenizer.render(messages, **settings)
 
     def rendered_tokens(self, text: str) -> list[int]:
@@ -176,10 +167,6 @@ class Engine:
         """The tokens as constraints see them, for any thread; made at the first use (0.4 s for 49,000)."""
         self._check_open()
         return self._tokenizer.token_bytes
-
-    def matcher(self, constraint: Constraint) -> Matcher:
-        """What keeps one reply to a constraint. Raises ConstraintError for what can't be read or enforced."""
-        return self.token_bytes.matcher(constraint)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Special tokens have none. `piece(token)`: its bytes; `ends(token)`: whether it ends a reply."""

@@ -39,7 +39,7 @@ class Constraint:
         """The reply is one JSON document that the schema accepts, its properties in the schema's order.
 
         schema: a document, or its text. Raises ConstraintError for text that is no JSON; what can't be
-        enforced is found when it is compiled (`Engine.matcher`).
+        enforced is found when it is compiled (`TokenBytes.matcher`).
         """
         if isinstance(schema, str):
             try:

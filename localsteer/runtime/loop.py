@@ -123,7 +123,7 @@ def new_look(engine: Engine, tokens: Sequence[int], layers: Sequence[int]) -> Re
 
 
 def _new_matcher(engine: Engine, sampling: Sampling) -> Matcher | None:
-    return None if sampling.grammar is None else engine.matcher(Constraint.of(sampling.grammar))
+    return None if sampling.grammar is None else engine.token_bytes.matcher(Constraint.of(sampling.grammar))
 
 
 def _new_sampler(engine: Engine, request: Request) -> Sampler | None:

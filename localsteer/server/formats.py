@@ -42,7 +42,7 @@ def enforced(served: Served, field: str, kind: str, value: Any) -> Constraint:
             raise ApiError(
                 f"{field}: must be at most {MAX_SCHEMA} bytes, not {len(constraint.text)}.", param=field
             )
-        served.engine.matcher(constraint)
+        served.engine.token_bytes.matcher(constraint)
     except ConstraintError as error:
         raise _refusal(field, error) from None
     return constraint
@@ -60,7 +60,7 @@ def enforced_call(served: Served, tools: Sequence[Tool], numbers: Sequence[int])
                 f"{len(constraint.text)}.",
                 param="tools",
             )
-        served.engine.matcher(constraint)
+        served.engine.token_bytes.matcher(constraint)
     except ConstraintError as error:
         if not error.path:
             raise _refusal("tools", error) from None
