@@ -25,7 +25,7 @@ import llama_cpp.llama_cpp as lc
 import numpy as np
 from decode_overhead import random_vector, write_random_model
 
-from localsteer import ControlVector, Engine
+from localsteer import Ask, ControlVector, Engine
 from localsteer.cli.tune import N_SEQ_MAX as N_SEQ_SEARCH
 from localsteer.plan import Plan
 from localsteer.runtime.bridge import Context, default_threads, system_info
@@ -69,7 +69,7 @@ def decode_seconds(engine: Engine, texts: list[list[int]], steers: list[Plan | N
     """Wall time of all steps but those that read prompts; each sequence draws N_REPLY tokens."""
     loop = Loop(engine)
     requests = [
-        new_request(engine, tokens, plan, max_tokens=N_REPLY, sampling=GREEDY, stop=())
+        new_request(engine, Ask(tokens=tokens, steer=plan, max_tokens=N_REPLY, sampling=GREEDY))
         for tokens, plan in zip(texts, steers, strict=True)
     ]
     for request in requests:
@@ -115,7 +115,11 @@ def search_seconds(engine: Engine, texts: list[list[int]], steers: list[Plan], t
     for batch in [cells] if together else [[cell] for cell in cells]:
         loop = Loop(engine)
         for tokens, plan in batch:
-            loop.add(new_request(engine, tokens, plan, max_tokens=N_SEARCH_REPLY, sampling=GREEDY, stop=()))
+            loop.add(
+                new_request(
+                    engine, Ask(tokens=tokens, steer=plan, max_tokens=N_SEARCH_REPLY, sampling=GREEDY)
+                )
+            )
         while loop.busy:
             list(loop.step())
     return time.perf_counter() - started

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from localsteer import Engine, Sampling
+from localsteer import Ask, Engine, Sampling
 from localsteer.constrain import Constraint
 from localsteer.model_names import path_of
 from localsteer.plan import PositionClass, position_classes
 from localsteer.runtime.bridge import default_threads
-from localsteer.runtime.generate import new_matcher, new_sampler
+from localsteer.runtime.loop import new_request, new_sampler
 
 FLOOR = 0.95
 PROMPT = "Describe three animals of the forest as JSON, with all that you know of them."
@@ -88,9 +88,10 @@ def reply(
 ) -> None:
     started = clock()
     kept_by = Sampling(temp=sampling.temp, seed=sampling.seed, grammar=constraint)
-    matcher = new_matcher(engine, kept_by)
+    request = new_request(engine, Ask(PROMPT, sampling=kept_by))
     times.compile = max(times.compile, clock() - started)
-    kept, free = new_sampler(engine, kept_by, matcher), new_sampler(engine, sampling)
+    kept = new_sampler(engine, request)
+    free = new_sampler(engine, new_request(engine, Ask(PROMPT, sampling=sampling)))
     prompt = np.asarray(engine.prompt_tokens(PROMPT), np.int32)
     engine.begin()
     positions = np.arange(len(prompt))

@@ -126,7 +126,7 @@ def _new_matcher(engine: Engine, sampling: Sampling) -> Matcher | None:
     return None if sampling.grammar is None else engine.token_bytes.matcher(Constraint.of(sampling.grammar))
 
 
-def _new_sampler(engine: Engine, request: Request) -> Sampler | None:
+def new_sampler(engine: Engine, request: Request) -> Sampler | None:
     """A sampler of its own for one reply; None where the largest logit is all that counts."""
     sampling = request.sampling
     if sampling.is_argmax:
@@ -234,7 +234,7 @@ class Loop:
             if not self._place(request):
                 return
             self.waiting.popleft()
-            request.sampler = request.sampler or _new_sampler(self.engine, request)
+            request.sampler = request.sampler or new_sampler(self.engine, request)
             self.live.append(request)
 
     def _place(self, request: Request) -> bool:
