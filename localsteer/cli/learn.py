@@ -48,15 +48,7 @@ N_SEQ_MAX = 16
     is_flag=True,
     help="Learn a constant: an ordinary control vector, which llama.cpp and others apply as it is.",
 )
-@click.option(
-    "--layer",
-    "blocks",
-    cls=options.Renamed,
-    old=["--blocks"],
-    type=options.Blocks(),
-    metavar="BLOCKS",
-    help="Blocks that race: 12, 3,4 or 3-5. [default: two in the upper half]",
-)
+@options.layers_to_try("Blocks that race: 12, 3,4 or 3-5. [default: two in the upper half]")
 @click.option(
     "--positions",
     type=click.Choice(POSITIONS),

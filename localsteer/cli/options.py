@@ -127,6 +127,13 @@ class Renamed(click.Option):
         parser.add_option(self, self.old, self.name, action="store", nargs=self.nargs)
 
 
+def layers_to_try(help: str) -> Callable[[Command], Command]:
+    """`--layer` of commands that choose between layers, as `blocks`."""
+    return click.option(
+        "--layer", "blocks", cls=Renamed, old=["--blocks"], type=Blocks(), metavar="BLOCKS", help=help
+    )
+
+
 engine = all_of(
     click.option(
         "-c",

@@ -88,15 +88,7 @@ class Numbers(click.ParamType):
 @click.option(
     "-n", "n", default=8, show_default=True, type=click.IntRange(min=1), help="Queries that check a setting."
 )
-@click.option(
-    "--layer",
-    "blocks",
-    cls=options.Renamed,
-    old=["--blocks"],
-    type=options.Blocks(),
-    metavar="BLOCKS",
-    help="Blocks to try: 12, 3,4 or 3-5. [default: all]",
-)
+@options.layers_to_try("Blocks to try: 12, 3,4 or 3-5. [default: all]")
 @click.option(
     "--positions",
     type=Names(POSITIONS),

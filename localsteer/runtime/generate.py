@@ -25,7 +25,7 @@ Watch = Callable[[int, str, int], str]
 
 
 def stream(engine: Engine, ask: Ask) -> Iterator[Chunk]:
-    """A reply as it comes. Prompt, plan and settings are checked here and now; a grammar at the first chunk.
+    """A reply as it comes. Prompt, plan, settings and grammar are checked here and now.
 
     Exactly one chunk, the last, has a finish_reason. Raises PromptError, MismatchError.
     """

@@ -16,7 +16,7 @@ from .ask import check_stop
 class Timings:
     """prompt_seconds: from the start to the logits of the prompt's last token; decode_seconds: from there on.
 
-    A batch counts from the moment when the prompt joined it, and shares that time with its neighbours.
+    Counted from the moment when the prompt got its place; replies of one batch share that time.
     """
 
     prompt_tokens: int = 0
