@@ -255,6 +255,9 @@ PLAIN: list[tuple[Any, list[Any]]] = [
     ({"type": "string", "pattern": "^(?i:yes|no)$"}, ["YES", "no", "maybe"]),
     ({"type": "number", "minimum": -1.5, "maximum": 2.25}, [-1.5, 2.25, 0, -1.51, 2.26]),
     ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, [0.5, 0, 1, 0.999]),
+    ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}, [0.25, 0, 0.5, 0.001]),
+    ({"minimum": -1.5, "exclusiveMaximum": -1}, [-1.5, -1.25, -1, -1.001]),
+    ({"allOf": [{"exclusiveMinimum": 2}, {"type": "number", "maximum": 2.1}]}, [2, 2.05, 2.1, 2.2]),
     ({"type": "number", "multipleOf": 0.01}, [0.01, 1.23, 7, 0.005]),
     ({"type": "number", "multipleOf": 2.5}, [2.5, 5, -7.5, 3]),
     ({"type": "integer", "minimum": -9007199254740991, "maximum": 9007199254740991},
@@ -365,6 +368,10 @@ CASES = [
 
 REFUSED: list[tuple[Any, str]] = [
     ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+    ({"properties": {"a": {"pattern": "^a$\\"}}}, "properties.a.pattern"),
+    ({"exclusiveMinimum": True, "minimum": 1}, "exclusiveMinimum"),
+    ({"multipleOf": -2}, "multipleOf"),
+    ({"patternProperties": {"a\\": {}}}, "patternProperties.a\\"),
     ({"type": "object", "properties": {"a": {"type": "array", "items": {"uniqueItems": True}}}},
      "properties.a.items.uniqueItems"),
     ({"not": {"type": "string"}}, "not"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -150,6 +151,28 @@ def test_greedy_with_a_penalty_goes_through_the_sampler(engine):
     tokens = engine.generate(PROMPTS[0], sampling=harsh, max_tokens=24).tokens
     assert len(set(tokens)) == len(tokens)
     assert engine.generate_batch([PROMPTS[0]], sampling=harsh, max_tokens=24)[0].tokens == tokens
+
+
+def test_a_bias_is_added_to_the_logit(engine):
+    logits = engine.logits(engine.prompt_tokens(PROMPTS[0]))[-1]
+    first, second = (int(token) for token in np.argsort(-logits)[:2])
+    gap = float(logits[first] - logits[second])
+
+    def drawn(*pairs, **fields):
+        sampling = Sampling(temp=0, logit_bias=pairs, **fields)
+        return engine.generate(PROMPTS[0], sampling=sampling, max_tokens=1).tokens
+
+    assert drawn() == drawn((second, gap * 0.9)) == [first]
+    assert drawn((first, -math.inf)) == drawn((first, -gap * 1.1)) == drawn((second, gap * 1.1)) == [second]
+    assert drawn((first, 100.0), grammar='root ::= "y"') == drawn(grammar='root ::= "y"')
+    seeded = Sampling(temp=1.5, seed=7, top_k=0, logit_bias=((second, 50.0),))
+    assert set(engine.generate(PROMPTS[0], sampling=seeded, max_tokens=9).tokens) == {second}
+
+
+@pytest.mark.parametrize("pair", [(-1, 1.0), (1 << 30, 1.0), (5, math.nan), (5, math.inf)])
+def test_a_bias_of_no_token_or_no_number_is_refused(engine, pair):
+    with pytest.raises(LocalsteerError, match="logit_bias"):
+        engine.generate(PROMPTS[0], sampling=Sampling(temp=0, logit_bias=(pair,)), max_tokens=1)
 
 
 def test_a_grammar_binds_the_reply(engine):

@@ -150,6 +150,21 @@ def test_content_may_come_in_parts_and_from_a_developer(client, plain):
     assert text_of(client.chat.completions.create(model="bundled", messages=messages, **GREEDY))
 
 
+def test_a_bias_by_token_or_text(client, server, plain):
+    """OpenAI's object of ids, and llama-server's pairs with texts and false."""
+    engine = server.state.models["bundled"].engine
+    first = engine.prompt_tokens(text_of(plain), raw=True)[-plain.usage.completion_tokens :][0]
+    text = engine.text([first])
+    biases = ({str(first): -100}, [[first, False]], [[text, False]])
+    replies = [text_of(ask(client, extra_body={"logit_bias": bias})) for bias in biases]
+    assert len(set(replies)) == 1 and not replies[0].startswith(text)
+    assert text_of(ask(client, logit_bias={str(first): 0})) == text_of(plain)
+    completion = client.completions.create(
+        model="bundled", prompt="The fox", max_tokens=3, temperature=0, logit_bias={str(first): 100}
+    )
+    assert completion.choices[0].text == text * 3
+
+
 def test_log_probabilities_of_each_token(client, plain):
     reply = ask(client, logprobs=True, top_logprobs=3)
     content = reply.choices[0].logprobs.content
@@ -205,7 +220,11 @@ REFUSED = [
     ({"messages": [{"role": "user"}]}, "messages", "None"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0", "'image'"),
     ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
-    ({"logit_bias": {"5": 1}}, "logit_bias", "leave it out"),
+    ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
+    ({"logit_bias": {"5": True}}, "logit_bias", "True"),
+    ({"logit_bias": {"4000000000": 1}}, "logit_bias", "4000000000"),
+    ({"logit_bias": [[5, 1, 2]]}, "logit_bias.0", "2"),
+    ({"logit_bias": [[k, 1] for k in range(1025)]}, "logit_bias", "1024"),
     ({"steering": ["jsn"]}, "steering.0.name", "'jsn'"),
     ({"steering": [{"name": "../json"}]}, "steering.0.name", "'../json'"),
     ({"steering": [{"name": "json", "layer": 99}]}, "steering.0", "99"),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..errors import ConstraintError
 from .gbnf import lark_of_gbnf
 from .guidance import HEAD, refused
-from .patterns import exact_pattern
+from .patterns import ends_open, exact_pattern
 
 Kind = Literal["json_schema", "regex", "gbnf", "lark", "choice", "tool_call"]
 
@@ -127,6 +127,8 @@ def _regex_rule(constraint: Constraint) -> str:
 
     if not constraint.text:
         raise constraint.error("it is empty")
+    if ends_open(constraint.text):
+        raise constraint.error("its last backslash escapes nothing")
     return f"start: /{regex_to_lark(exact_pattern(constraint.text), 'd')}/"
 
 

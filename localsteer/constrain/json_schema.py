@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 from ..errors import ConstraintError
 from .guidance import grammar_error, refused
-from .patterns import control_character, exact_pattern
+from .patterns import exact_pattern, fault
 
 Path = tuple[str, ...]
 
@@ -172,8 +172,8 @@ class _Rewriter:
     @staticmethod
     def _patterns(patterns: Mapping[str, Any], path: Path) -> None:
         for pattern in patterns:
-            if control_character(pattern):
-                raise refused((*path, pattern), "control characters can't be written")
+            if why := fault(pattern):
+                raise refused((*path, pattern), why)
 
     @staticmethod
     def _strings(made: dict[str, Any], path: Path) -> None:
@@ -187,8 +187,8 @@ class _Rewriter:
                 raise refused((*path, key), "control characters and halves of characters can't be written")
         pattern = made.get("pattern")
         if isinstance(pattern, str):
-            if control_character(pattern):
-                raise refused((*path, "pattern"), "control characters can't be written")
+            if why := fault(pattern):
+                raise refused((*path, "pattern"), why)
             made["pattern"] = exact_pattern(pattern)
         format_ = made.get("format")
         if isinstance(format_, str) and format_ in FORMATS:
@@ -204,8 +204,16 @@ class _Rewriter:
                 raise refused((*path, key), "integers of more than 64 bits can't be enforced")
         for key in NUMBERS:
             number = made.get(key)
+            if isinstance(number, bool):  # an exclusiveMinimum of draft 4, which would be left out
+                raise refused((*path, key), f"it is a number, not {json.dumps(number)}")
             if isinstance(number, float) and number.is_integer() and abs(number) < 2**53:
                 made[key] = int(number)
+        multiple = made.get("multipleOf")
+        if isinstance(multiple, (int, float)) and multiple <= 0:
+            raise refused((*path, "multipleOf"), f"it is above 0, not {multiple!r:.40}")
+        if made.get("type") != "integer":
+            _step_in(made, "exclusiveMinimum", "minimum", 1)
+            _step_in(made, "exclusiveMaximum", "maximum", -1)
 
     def _tagged(self, made: dict[str, Any]) -> None:
         """`oneOf` is `anyOf` where no document fits two branches."""
@@ -249,6 +257,15 @@ class _Rewriter:
                 found = inner
             schema = found
         return schema
+
+
+def _step_in(made: dict[str, Any], key: str, inclusive: str, sign: int) -> None:
+    """Between 0, exclusive, and 0.5 llguidance takes 0, as with any integer whose other bound is less than 1
+    further from 0: the bound moves by what no reply has digits for."""
+    bound = made.get(key)
+    if isinstance(bound, int) and bound * sign >= 0:
+        del made[key]
+        _both(made, inclusive, bound + sign * max(1e-9, 4 * math.ulp(bound)))
 
 
 def _drop_idle(made: dict[str, Any]) -> None:

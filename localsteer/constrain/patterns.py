@@ -33,7 +33,19 @@ def exact_pattern(pattern: str) -> str:
     return made
 
 
-def control_character(pattern: str) -> bool:
+def ends_open(pattern: str) -> bool:
+    """Whether its last character is a backslash that escapes nothing, which llguidance lets pass."""
+    return _TOKEN.findall(pattern)[-1:] == ["\\"]
+
+
+def fault(pattern: str) -> str | None:
+    """Why llguidance would read another pattern of a JSON schema than this one; None where it would not."""
+    if ends_open(pattern):
+        return "its last backslash escapes nothing"
+    return "control characters can't be written" if _control_character(pattern) else None
+
+
+def _control_character(pattern: str) -> bool:
     """Whether it asks for a control character that JSON can't hold unless it is escaped: llguidance would
     leave it out. `[^\\x00-\\x1f]`, which keeps them away, is fine."""
     tokens, at = _TOKEN.findall(pattern), 0

@@ -14,8 +14,8 @@ class Sampling:
     """How the next token is drawn, by llama.cpp's names and defaults; `temp` 0 is greedy.
 
     seed: None draws one. repeat_last_n: tokens of the reply that penalties look back on, -1 = all of them.
-    grammar: what the reply must be, a Constraint or GBNF text. Raises LocalsteerError for a value out of
-    range.
+    grammar: what the reply must be, a Constraint or GBNF text. logit_bias: (token id, what is added to its
+    logit), -inf for a token that is never drawn. Raises LocalsteerError for a value out of range.
     """
 
     temp: float = 0.8
@@ -28,6 +28,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     seed: int | None = None
     grammar: Constraint | str | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("temp", "repeat_penalty", "presence_penalty", "frequency_penalty"):
@@ -38,12 +39,16 @@ class Sampling:
                 raise LocalsteerError(f"{name} must be 0 to 1, not {getattr(self, name)}.")
         if self.repeat_penalty <= 0:
             raise LocalsteerError(f"repeat_penalty must be above 0, not {self.repeat_penalty}.")
+        for token, bias in self.logit_bias:
+            if math.isnan(bias) or bias == math.inf:
+                raise LocalsteerError(f"logit_bias of token {token} must be a number or -inf, not {bias}.")
 
     @property
     def is_argmax(self) -> bool:
         """Whether the token is simply the one with the largest logit."""
         penalties = (self.repeat_penalty, self.presence_penalty, self.frequency_penalty)
-        return self.temp <= 0 and self.grammar is None and penalties == (1.0, 0.0, 0.0)
+        has_own_way = self.grammar is not None or self.logit_bias or penalties != (1.0, 0.0, 0.0)
+        return self.temp <= 0 and not has_own_way
 
 
 GREEDY = Sampling(temp=0.0)

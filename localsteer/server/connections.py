@@ -50,7 +50,10 @@ class Room:
                 del self._of[connection.address]
 
     def _evict(self, among: Iterable[Connection]) -> bool:
-        idle = min((each for each in among if each.is_idle), key=lambda each: each.since, default=None)
+        """One that never asked anything goes first: the next request of another may be on its way here, and
+        would be lost."""
+        silent = (connection for connection in among if connection.is_idle)
+        idle = min(silent, key=lambda connection: (connection.has_answered, connection.since), default=None)
         if idle is None:
             return False
         self.leave(idle)
@@ -65,7 +68,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.address, self.since = "", 0.0
+        self.address, self.since, self.has_answered = "", 0.0, False
         self._overhead = 0
         self._waiting: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
@@ -106,6 +109,7 @@ class Connection(H11Protocol):
         return 0 if self.cycle is None else len(self.cycle.body)
 
     def on_response_complete(self) -> None:
+        self.has_answered = True
         self._overhead, self.transport.max_size = 0, RECEIVED_OF_CHUNKS
         self._await_request()
         super().on_response_complete()

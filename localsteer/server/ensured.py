@@ -95,7 +95,7 @@ def _tries(
 
     settings: dict[str, Any] = {
         "steer": tuple(steer.values()),
-        "sampling": samplings(body, constraint_of(body, served))[0],
+        "sampling": samplings(body, served, constraint_of(body, served))[0],
         "max_tokens": body.most_tokens(state.limits.predict),
         "stop": body.stops,
         "cancel": cancel,

@@ -12,6 +12,7 @@ MAX_N = 16  # choices
 MAX_STOP = 16
 MAX_STOP_TEXT = 256
 MAX_TOKENS = 1 << 20
+MAX_BIASES = 1024  # of logit_bias
 MAX_TOP_LOGPROBS = 20
 MAX_TOOLS = 128  # as at OpenAI: a front end's own tools and its users' come to more than 64
 MAX_VECTORS = 16  # that steer one request

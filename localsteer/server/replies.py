@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +14,7 @@ from localsteer.runtime.reply import Chunk
 from localsteer.runtime.sampling import Sampling
 
 from .errors import ApiError, api_error
-from .limits import MAX_SCORES
+from .limits import MAX_BIASES, MAX_SCORES
 from .threads import off_loop
 
 if TYPE_CHECKING:
@@ -172,8 +173,8 @@ def _submit(job: Job) -> None:
                 return
 
 
-def samplings(request: SamplingFields, grammar: Constraint | None = None) -> list[Sampling]:
-    """One for each choice; with a seed each has its own, or all would be equal."""
+def samplings(request: SamplingFields, served: Served, grammar: Constraint | None = None) -> list[Sampling]:
+    """One for each choice; with a seed each has its own, or all would be equal. Raises ApiError."""
     names = {
         "temp": request.temperature,
         "top_k": None if request.top_k is None else max(0, request.top_k),
@@ -184,10 +185,30 @@ def samplings(request: SamplingFields, grammar: Constraint | None = None) -> lis
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
         "grammar": grammar,
+        "logit_bias": _logit_bias(request, served),
     }
     given = {name: value for name, value in names.items() if value is not None}
     seeds = [None if request.seed is None else (request.seed + i) % 2**32 for i in range(request.n or 1)]
     return [Sampling(**given, seed=seed) for seed in seeds]
+
+
+def _logit_bias(request: SamplingFields, served: Served) -> tuple[tuple[int, float], ...] | None:
+    """A text, as llama-server takes it, stands for each of its tokens. Raises ApiError."""
+    model, biases = served.engine.model, {}
+    for key, bias in request.logit_bias or ():
+        is_id = isinstance(key, int) or (key.isascii() and key.isdigit())
+        tokens = [int(key)] if is_id else model.tokenize(key, add_special=False, parse_special=True)
+        if is_id and tokens[0] >= model.n_vocab:
+            raise ApiError(
+                f"logit_bias: {tokens[0]} is no token of {served.name} (0 to {model.n_vocab - 1}).",
+                param="logit_bias",
+            )
+        biases |= dict.fromkeys(tokens, -math.inf if bias is False else float(bias))
+    if len(biases) > MAX_BIASES:
+        raise ApiError(
+            f"logit_bias: may name at most {MAX_BIASES} tokens, not {len(biases)}.", param="logit_bias"
+        )
+    return tuple(biases.items()) or None
 
 
 # -- clients that hang up -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator, model_validator
 
 from localsteer.terms import Mode, Positions
 
@@ -22,6 +22,10 @@ Name = Annotated[str, Field(min_length=1, max_length=limits.MAX_NAME)]
 Block = Annotated[int, Field(ge=0, le=100_000)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Bias = Annotated[StrictInt | StrictFloat, Field(ge=-100, le=100, allow_inf_nan=False)]
+LogitBias = Annotated[
+    list[tuple[Token | StopText, Bias | Literal[False]]], Field(max_length=limits.MAX_BIASES)
+]
 MostTokens = Annotated[int, Field(ge=-2, le=limits.MAX_TOKENS)]
 
 
@@ -134,7 +138,9 @@ class SamplingFields(_Body):
     seed: Seed | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=limits.MAX_STOP)] | None = None
     n: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
-    logit_bias: dict[str, Finite] | None = None
+    logit_bias: LogitBias | None = Field(
+        None, description="By token id; llama-server's pairs too, with texts as ids and false for never."
+    )
     response_format: ResponseFormat | None = None
     grammar: Grammar | None = Field(None, description="llama-server's: GBNF, or Lark with a rule `start`.")
     json_schema: Schema | None = Field(None, description="llama-server's.")
@@ -155,10 +161,11 @@ class SamplingFields(_Body):
 
     @field_validator("logit_bias", mode="before")
     @classmethod
-    def _no_bias(cls, value: Any) -> None:
+    def _as_pairs(cls, value: Any) -> Any:
         # an empty text is what front ends send for a bias that was opened and not filled in
-        if value not in (None, "", {}):
-            raise ValueError("this server has no logit_bias: leave it out")
+        if value in (None, ""):
+            return None
+        return list(value.items()) if isinstance(value, dict) else value
 
     @field_validator("guided_whitespace_pattern")
     @classmethod

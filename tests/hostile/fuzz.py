@@ -1,4 +1,4 @@
-"""Damage files at random until the time is over: nothing but this project's one-line errors may come out.
+"""Damage input at random until the time is over: nothing but this project's one-line errors may come out.
 
     python tests/hostile/fuzz.py --seconds 40 --seed 1
     python tests/hostile/fuzz.py --only models --seconds 600
@@ -26,6 +26,7 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
 os.environ["LOCALSTEER_MODEL_CHECK"] = "full"
 
+from fuzz_texts import close, try_request, try_schema, try_template  # noqa: E402
 from raw_gguf import BOOL, F32, I32, STRING, U32, U64, RawGguf, array, value  # noqa: E402
 from tiny_gguf import tiny_gguf  # noqa: E402
 
@@ -161,7 +162,13 @@ def one_line(error: LocalsteerError) -> None:
         raise AssertionError(f"not one line: {error}")
 
 
-KINDS: dict[str, Callable[[Path, random.Random], str]] = {"models": try_model, "vectors": try_vector}
+KINDS: dict[str, Callable[[Path, random.Random], str]] = {
+    "models": try_model,
+    "vectors": try_vector,
+    "schemas": try_schema,
+    "templates": try_template,
+    "requests": try_request,
+}
 
 
 def fuzz(seconds: float, seed: int, only: list[str], folder: Path) -> tuple[Counter[str], list[str]]:
@@ -198,7 +205,10 @@ def main() -> int:
     folder = given.folder or Path(tempfile.mkdtemp(prefix="localsteer-fuzz-"))
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["LOCALSTEER_CACHE"] = str(folder / "cache")
-    outcomes, failures = fuzz(given.seconds, given.seed, given.only, folder)
+    try:
+        outcomes, failures = fuzz(given.seconds, given.seed, given.only, folder)
+    finally:
+        close()
     for failure in failures:
         print(failure, file=sys.stderr)
     print(json.dumps({"seed": given.seed, "outcomes": outcomes, "failures": len(failures)}))

@@ -127,6 +127,7 @@ def test_nothing_takes_seconds(tokens, name):
         (lambda: Constraint.choice("ab"), "list of texts"),
         (lambda: Constraint.regex(""), "it is empty"),
         (lambda: Constraint.regex("(a"), "unclosed group"),
+        (lambda: Constraint.regex("a\\"), "escapes nothing"),
         (lambda: Constraint.regex("a" * 300_000), "at most"),
         (lambda: Constraint.gbnf(" "), "it is empty"),
         (lambda: Constraint.gbnf("root ::= ("), "line 1"),

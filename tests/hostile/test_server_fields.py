@@ -71,7 +71,7 @@ REFUSED = {
     "samplers": ["top_k"], "lora": [{"id": 0, "scale": 1}], "n_probs": 5, "min_keep": 2, "image_data": ["x"],
     "reasoning_format": "deepseek", "reasoning_budget": 0, "audio": {"voice": "x"}, "modalities": ["audio"],
     "verbosity": "low", "web_search_options": {"a": 1}, "think": True, "tfs_z": 0.5, "top_a": 0.1,
-    "logit_bias": {"5": -100}, "functions": [{"name": "f"}], "function_call": {"name": "f"}, "suffix": "x",
+    "logit_bias": {"5": -101}, "functions": [{"name": "f"}], "function_call": {"name": "f"}, "suffix": "x",
     "response_fields": ["a"], "t_max_predict_ms": 5, "template": "x", "Temperature": 0, "max_new_tokens": 5,
 }  # fmt: skip
 TAKEN = {

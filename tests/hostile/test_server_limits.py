@@ -59,6 +59,15 @@ def test_connections_that_say_nothing_make_room(server, begun):
         assert is_served(server)
 
 
+def test_a_connection_that_is_kept_for_the_next_request_outlives_silent_ones(server):
+    with server.http() as http, ExitStack() as stack:
+        kept = http.get("/health").extensions["network_stream"].get_extra_info("client_addr")
+        for _ in range(100):
+            stack.enter_context(server.raw())
+        answer = http.get("/health")
+        assert answer.extensions["network_stream"].get_extra_info("client_addr") == kept
+
+
 @pytest.mark.parametrize("begun", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "])
 def test_a_head_has_its_time(server, begun):
     """However often a little more of it comes."""

@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import llama_cpp.llama_cpp as lc
 import numpy as np
@@ -46,9 +46,11 @@ def _stderr_kept() -> Iterator[_Kept]:
 
 
 class Sampler(Handle):
-    """Penalties, top-k, top-p, min-p, temperature, then one draw, in llama.cpp's order; temp <= 0 is greedy.
+    """Biases, penalties, top-k, top-p, min-p, temperature, then one draw, in llama.cpp's order; temp <= 0 is
+    greedy.
 
     matcher: tokens that it forbids are never drawn, and what is drawn it is told. seed: None draws one.
+    logit_bias: (token id, what is added to its logit). Raises LocalsteerError for an id that is no token's.
     """
 
     _what = "sampler"
@@ -67,11 +69,12 @@ class Sampler(Handle):
         frequency_penalty: float = 0.0,
         seed: int | None = None,
         matcher: Matcher | None = None,
+        logit_bias: Sequence[tuple[int, float]] = (),
     ) -> None:
         self._candidates = _Candidates(model.n_vocab)
         penalties = (repeat_last_n, repeat_penalty, frequency_penalty, presence_penalty)
         self._matcher = matcher
-        stages = []
+        stages = [_bias_stage(model, logit_bias)] if logit_bias else []
         if repeat_last_n != 0 and penalties[1:] != (1.0, 0.0, 0.0):
             stages.append(lc.llama_sampler_init_penalties(model.n_vocab, *penalties))
         self._is_argmax = temp <= 0 and not stages
@@ -104,7 +107,9 @@ class Sampler(Handle):
             return END
         token = self._greedy(logits, likeliest) if self._is_argmax else self._drawn(logits)
         if token is None:
-            why = "the grammar allows no token here" if self._matcher else "the penalties leave no token"
+            why = (
+                "the grammar allows no token here" if self._matcher else "penalties and biases leave no token"
+            )
             raise LocalsteerError(f"{why}.")
         if self._matcher:
             self._matcher.accept(token)
@@ -124,6 +129,16 @@ class Sampler(Handle):
         if token is not None:
             lc.llama_sampler_accept(self.pointer, token)
         return token
+
+
+def _bias_stage(model: Model, logit_bias: Sequence[tuple[int, float]]) -> object:
+    for token, _ in logit_bias:
+        if not 0 <= token < model.n_vocab:
+            raise LocalsteerError(
+                f"logit_bias: {token} is no token of this model (0 to {model.n_vocab - 1})."
+            )
+    pairs = (lc.llama_logit_bias * len(logit_bias))(*logit_bias)  # copied by llama.cpp
+    return lc.llama_sampler_init_logit_bias(model.n_vocab, len(logit_bias), pairs)
 
 
 def check_llama_grammar(model: Model, text: str) -> None:
