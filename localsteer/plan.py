@@ -283,9 +283,14 @@ _VALUES: dict[str, Callable[[ControlVector, int], dict[str, Any]]] = {
 
 
 def _solved_alone(edit: Edit, ridge: float) -> Edit:
-    """The joint solve of one edit is a division: reader and bias take it."""
+    """The joint solve of one edit is a division: reader and bias take it. Raises PlanError where float32
+    can't hold them."""
     squared = float(_wide(edit.writer) @ _wide(edit.writer)) + ridge
-    return replace(edit, reader=_fixed(_wide(edit.reader) / squared, np.float32), bias=edit.bias / squared)
+    with np.errstate(over="ignore"):
+        reader = _fixed(_wide(edit.reader) / squared, np.float32)
+    if not np.isfinite(reader).all():
+        raise PlanError(f"{edit.name or 'a vector'}: its direction is too short to be projected on.")
+    return replace(edit, reader=reader, bias=edit.bias / squared)
 
 
 def _sum(constant: Sequence[Edit]) -> Edit:

@@ -24,9 +24,9 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
-os.environ["LOCALSTEER_MODEL_CHECK"] = "full"
 
-from fuzz_texts import close, try_request, try_schema, try_template  # noqa: E402
+import fuzz_steering  # noqa: E402
+import fuzz_texts  # noqa: E402
 from raw_gguf import BOOL, F32, I32, STRING, U32, U64, RawGguf, array, value  # noqa: E402
 from tiny_gguf import tiny_gguf  # noqa: E402
 
@@ -165,9 +165,10 @@ def one_line(error: LocalsteerError) -> None:
 KINDS: dict[str, Callable[[Path, random.Random], str]] = {
     "models": try_model,
     "vectors": try_vector,
-    "schemas": try_schema,
-    "templates": try_template,
-    "requests": try_request,
+    "steering": fuzz_steering.try_steering,
+    "schemas": fuzz_texts.try_schema,
+    "templates": fuzz_texts.try_template,
+    "requests": fuzz_texts.try_request,
 }
 
 
@@ -205,10 +206,12 @@ def main() -> int:
     folder = given.folder or Path(tempfile.mkdtemp(prefix="localsteer-fuzz-"))
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["LOCALSTEER_CACHE"] = str(folder / "cache")
+    os.environ["LOCALSTEER_MODEL_CHECK"] = "full" if "models" in given.only else "header"
     try:
         outcomes, failures = fuzz(given.seconds, given.seed, given.only, folder)
     finally:
-        close()
+        fuzz_steering.close()
+        fuzz_texts.close()
     for failure in failures:
         print(failure, file=sys.stderr)
     print(json.dumps({"seed": given.seed, "outcomes": outcomes, "failures": len(failures)}))

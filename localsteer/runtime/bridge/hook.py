@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,20 +69,24 @@ _NATIVE_FUNCTIONS = {
 
 
 def load_native() -> ctypes.CDLL:
+    """LOCALSTEER_NATIVE names another build of it, like the one that native/sanitize.sh makes."""
     suffix = ".dll" if sys.platform == "win32" else ".so"
     package = sys.modules[__package__.partition(".")[0]]
     # an editable install spreads the package over two folders
-    for root in package.__path__:
-        path = Path(root) / "_native" / f"liblocalsteer_native{suffix}"
-        if path.exists():
-            lib = ctypes.CDLL(str(path))
-            for name, (result, arguments) in _NATIVE_FUNCTIONS.items():
-                getattr(lib, name).restype, getattr(lib, name).argtypes = result, arguments
-            return lib
-    raise LocalsteerError(
-        "localsteer's native library is not built here: run `pip install .` and start Python outside the "
-        "checkout."
-    )
+    paths = [Path(root) / "_native" / f"liblocalsteer_native{suffix}" for root in package.__path__]
+    path = os.environ.get("LOCALSTEER_NATIVE") or next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise LocalsteerError(
+            "localsteer's native library is not built here: run `pip install .` and start Python outside the "
+            "checkout."
+        )
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LocalsteerError(f"localsteer's native library {path} can't be loaded: {error}.") from None
+    for name, (result, arguments) in _NATIVE_FUNCTIONS.items():
+        getattr(lib, name).restype, getattr(lib, name).argtypes = result, arguments
+    return lib
 
 
 def _address(array: np.ndarray | None) -> int | None:
