@@ -1,10 +1,16 @@
-"""The models that go by a name (model_names.py), as the headers of their files describe them."""
+"""The models that go by a name (model_names.py), as the headers of their files describe them.
+
+`all_models` adds those in the folders of other programs (stores/). Their headers are read once: a vocabulary
+of 150,000 tokens takes some tenths of a second, and a folder may hold a hundred models.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,10 +18,22 @@ from typing import Any
 import gguf
 
 from . import __version__, bundled
+from .cache import remembered
+from .convert import keys
 from .convert.gguf_file import GgufFile, open_gguf
-from .errors import LocalsteerError
+from .errors import LocalsteerError, ModelFileError
 from .model_names import BUNDLED, NAMES, PACKAGED, not_installed, packaged_file
-from .packs import match_quietly
+from .packs import all_packs, is_off, match_quietly
+from .stores import StoredModel, everything, store_of, title_of
+
+REMEMBERED = "shape 1"  # in the cache's index; another number where Shape or the checks change
+# Whose graph has no l_out-N that is the whole residual stream of a block, or that engines refuse for another
+# reason: encoders, diffusion models, parts of other models. By src/models/ of the llama.cpp that is pinned
+NOT_STEERED = {
+    "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3",
+    "eurobert", "t5", "t5encoder", "wavtokenizer-dec", "clip", "eagle3", "gemma4-assistant", "gemma3n",
+    "plamo2", "deepseek4", "qwen4exp", "dream", "llada", "llada-moe", "rnd1", "qwen3tts", "pockettts",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +51,7 @@ class Shape:
 class NamedModel:
     """One model. source: the package that it comes from, with its version. path: of its GGUF, also where that
     is yet to be made. size: bytes, None while there is no file. note: what keeps it from being used at once.
-    pack: how many instructions have a vector that ships for it (packs/).
+    pack: how many instructions have a vector that ships for it (packs/). remark: what of it is left out.
     """
 
     name: str
@@ -44,6 +62,17 @@ class NamedModel:
     shape: Shape | None
     note: str = ""
     pack: int = 0
+    remark: str = ""
+
+    @property
+    def steers(self) -> bool | None:
+        """Whether its architecture can be steered; None where that is not known."""
+        if self.shape is None:
+            return None
+        architecture = self.shape.architecture
+        if architecture in NOT_STEERED:
+            return False
+        return True if architecture in gguf.MODEL_ARCH_NAMES.values() else None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -53,8 +82,17 @@ class NamedModel:
             head
             | {"size": self.size}
             | shape
-            | {"licence": self.licence, "pack": self.pack, "note": self.note or None}
+            | {"steers": self.steers, "licence": self.licence, "pack": self.pack}
+            | {"note": self.note or None, "remark": self.remark or None}
         )
+
+
+@dataclass(frozen=True)
+class Listing:
+    """n_unread: models whose headers there was no time for."""
+
+    models: list[NamedModel]
+    n_unread: int = 0
 
 
 def named_models() -> list[NamedModel]:
@@ -62,10 +100,106 @@ def named_models() -> list[NamedModel]:
     return [_bundled(name) if name in BUNDLED else _packaged(name) for name in NAMES]
 
 
+def all_models(seconds: float = math.inf) -> Listing:
+    """Those and all of the stores. seconds: for headers that were never read before."""
+    models, n_unread, ends = named_models(), 0, time.monotonic() + seconds
+    for stored in everything():
+        is_late = time.monotonic() > ends
+        found = _of_store(stored, only_remembered=is_late)
+        n_unread += is_late and found.shape is None and not found.note
+        models.append(found)
+    return Listing(models, n_unread)
+
+
+def trained_context(path: Path) -> int | None:
+    """Tokens that a model was trained for, None where its header does not say."""
+    try:
+        with open_gguf(path) as file:
+            architecture = file.get("general.architecture", gguf.GGUFValueType.STRING)
+            found = file.keys.get(f"{architecture}.context_length")
+    except LocalsteerError:
+        return None
+    return found.value if found and isinstance(found.value, int) and found.value > 0 else None
+
+
 def read_shape(path: Path) -> Shape:
     """Raises VectorFileError for a file that is no GGUF or is cut short inside its header."""
     with open_gguf(path) as file:
         return _shape(file)
+
+
+def _of_store(stored: StoredModel, *, only_remembered: bool) -> NamedModel:
+    source = title_of(store_of(stored.name) or "")
+    path = stored.files[0] if stored.files else None
+    head = NamedModel(stored.name, source, "", path, stored.size, None, stored.fault, remark=stored.remark)
+    if stored.fault or path is None:
+        return head
+    shape, licence = None, ""
+    for file in stored.files:
+        try:
+            told = json.loads(remembered(file, REMEMBERED, _unread if only_remembered else _header_text))
+        except _Unread:
+            return head
+        except LocalsteerError as error:
+            return replace(head, note=" ".join(str(error).replace(str(file), file.name).split()))
+        if "error" in told:
+            return replace(head, note=f"{file.name} {told['error']}")
+        if shape is None:  # of a split model: the first part has the key-values
+            shape, licence = Shape(**told["shape"]), told["licence"]
+    return replace(head, shape=shape, licence=licence, pack=_shipped(path, shape))
+
+
+class _Unread(Exception):
+    """A header that is not remembered, when there is no time for it."""
+
+
+def _unread(path: Path) -> str:
+    raise _Unread
+
+
+def _header_text(path: Path) -> str:
+    """What is remembered of a file. One that is damaged stays so until its size or time changes."""
+    try:
+        with open_gguf(path) as file:
+            _check_whole(file, path.stat().st_size)
+            licence = file.keys.get("general.license")
+            shape = asdict(_shape(file))
+    except LocalsteerError as error:
+        return json.dumps({"error": " ".join(str(error).removeprefix(str(path)).split())})
+    return json.dumps({"shape": shape, "licence": str(licence.value)[:40] if licence else ""})
+
+
+def _check_whole(file: GgufFile, size: int) -> None:
+    """Raises ModelFileError for a control vector, and for a file that ends before its tensors do."""
+    if _text(file, "general.architecture") == keys.ARCHITECTURE:
+        raise ModelFileError("is a control vector, no model.")
+    for name, info in file.tensors.items():
+        block, n_bytes = gguf.GGML_QUANT_SIZES.get(info.type, (1, 0))
+        end = info.offset + math.prod(info.shape) // block * n_bytes
+        if end > size:
+            raise ModelFileError(
+                f"is truncated: tensor {name[:64]!r} ends at byte {end} of {size}. Copy or download it again."
+            )
+
+
+def _text(file: GgufFile, key: str) -> str:
+    found = file.keys.get(key)
+    return found.value if found and isinstance(found.value, str) else ""
+
+
+def _shipped(path: Path, shape: Shape | None) -> int:
+    """Instructions with a vector that ships. Only a file of a pack's own shape is looked at closely: the rest
+    of the question is its tokenizer and norms, and a hash of all of it."""
+    if shape is None or is_off():
+        return 0
+    try:
+        packs = all_packs()
+    except LocalsteerError:
+        return 0
+    ours = (shape.architecture, shape.n_layer, shape.n_embd)
+    shapes = [(pack.identity.architecture, pack.identity.n_layer, pack.identity.n_embd) for pack in packs]
+    found = match_quietly(path) if ours in shapes else None
+    return len(found.pack.instructions) if found else 0
 
 
 def _shape(file: GgufFile) -> Shape:

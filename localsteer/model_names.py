@@ -1,9 +1,12 @@
-"""Models that go by a name in the place of a path: `bundled`, `bundled-base` and `smol`.
+"""Models that go by a name in the place of a path: `bundled`, `bundled-base`, `smol`, and those of others.
 
     with localsteer.Engine(path_of("smol")) as engine: ...
+    with localsteer.Engine(path_of("ollama:llama3.2:1b")) as engine: ...
 
 `bundled` and `bundled-base` come with this package and may name a quantization (`bundled:Q4_K_M`); `smol` is
-SmolLM2-135M-Instruct, which the extra `smol` installs. A file of such a name in the current folder wins.
+SmolLM2-135M-Instruct, which the extra `smol` installs. `hf:`, `ollama:`, `lmstudio:` and `llama.cpp:` begin
+the names of models that lie in the folders of other programs (stores/). A file of such a name in the current
+folder wins.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ModelFileError
+from .stores import Progress, everything, find, is_stored_name, store_of
+from .stores.ollama import PREFIX as OLLAMA
+from .stores.stored import AskedFor, nearest
 
 
 @dataclass(frozen=True)
@@ -48,24 +54,40 @@ _NAME = re.compile(rf"({'|'.join(NAMES)})(?::(\w+))?")
 
 def is_named(model: str) -> bool:
     """Whether this is a name and not a path; a file of that name wins, and a folder does not."""
+    if _NAME.fullmatch(model) is None and not is_stored_name(model):
+        return False
     path = Path(model)
-    return _NAME.fullmatch(model) is not None and (path.is_dir() or not path.exists())
+    try:
+        return path.is_dir() or not path.exists()
+    except (OSError, ValueError):  # too long for a path, or with a null character
+        return True
 
 
 def is_bundled(model: str) -> bool:
     """Whether this names a model that comes with the package itself."""
-    return is_named(model) and _parts(model)[0] in BUNDLED
+    return is_named(model) and not is_stored_name(model) and _parts(model)[0] in BUNDLED
 
 
-def path_of(model: str, *, on_making: Callable[[str], None] | None = None) -> Path:
-    """The GGUF that a name or a path means. A bundled one is made now, if need be: on_making is told so.
+def path_of(
+    model: str,
+    *,
+    on_making: Callable[[str], None] | None = None,
+    download: bool = True,
+    on_progress: Progress | None = None,
+) -> Path:
+    """The GGUF that a name or a path means; of a split model the first part.
 
-    Raises ModelFileError for a name whose package is not installed, for a folder, and for no name at all. A
-    path need not exist: whoever opens it says what is wrong with it.
+    A bundled one is made now, if need be: on_making is told so. `hf:ORG/REPO` is fetched now where it is not
+    in the hub's cache and `download` allows it: on_progress is called with (file, bytes there, bytes of all).
+
+    Raises ModelFileError for a name that means no model, or several, or a damaged one, for a folder, and for
+    no name at all. A path need not exist: whoever opens it says what is wrong with it.
     """
     if not model:
         raise ModelFileError(f"no model is named: give a GGUF file, or a name ({', '.join(NAMES)}).")
     if is_named(model):
+        if is_stored_name(model):
+            return find(model, download=download, on_progress=on_progress).path
         name, quant = _parts(model)
         return _packaged(name, quant) if name in PACKAGED else _bundled(name, quant, on_making)
     path = Path(model)
@@ -74,6 +96,25 @@ def path_of(model: str, *, on_making: Callable[[str], None] | None = None) -> Pa
             f"{path} is a folder: give a GGUF file (`localsteer convert model {path} ...` makes one)."
         )
     return path
+
+
+def asked_of(model: str) -> AskedFor:
+    """How the program that a model comes from would have it asked: stop strings, a system message, sampling.
+    Ollama alone says so. Raises as `path_of` does."""
+    return find(model).asked if store_of(model) == OLLAMA and is_named(model) else AskedFor()
+
+
+def check_exists(model: str) -> None:
+    """Raise ModelFileError, with the nearest names, for what is neither a name nor a file, unless it is
+    written like a path: whoever opens it says that it is not there."""
+    looks_like_a_path = model.lower().endswith(".gguf") or model.startswith((".", "/", "~", "\\"))
+    if not model or looks_like_a_path or is_named(model) or Path(model).exists():
+        return
+    near = nearest(model, [*NAMES, *(stored.name for stored in everything() if not stored.fault)])
+    if near:
+        raise ModelFileError(
+            f"there is no file {model:.120}, and no model of this name: did you mean {', '.join(near)}?"
+        )
 
 
 def packaged_file(name: str) -> Path | None:

@@ -56,6 +56,8 @@ class ChatTemplate:
         self.bos = bos
         self.eos = eos
         self.variables: dict[str, Any] = {}
+        self.system: str | None = None
+        self.own_stop: tuple[str, ...] = ()
         self._for_tools = ChatTemplate(tool_use, bos, eos) if tool_use else None
 
     @property
@@ -69,8 +71,8 @@ class ChatTemplate:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Stop strings that end a reply with its turn; none for a real template: its model ends the turn."""
-        return NEXT_QUESTION if self.is_fallback else ()
+        """Stop strings that end a reply with its turn. A real template needs none: its model ends it."""
+        return (NEXT_QUESTION if self.is_fallback else ()) + self.own_stop
 
     @cached_property
     def keeps_words(self) -> bool:
@@ -125,6 +127,7 @@ class ChatTemplate:
         Raises PromptError, ModelFileError for a template that isn't valid jinja.
         """
         variables = self.variables | dict(variables or {})
+        messages = self._with_system(messages)
         if self._for_tools and (tools or any(map(_is_of_tools, messages))):
             return self._for_tools.render(
                 messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
@@ -137,6 +140,31 @@ class ChatTemplate:
         if self.reads_parts:
             messages = [_in_parts(message) for message in messages]
         return self._render(messages, add_generation_prompt, tools, variables)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether a system message comes out as its words, and not as an error or as nothing."""
+        if self.is_fallback:
+            return True
+        messages = [{"role": "system", "content": SAID}, {"role": "user", "content": "?"}]
+        try:
+            return _plain_words(SAID) in _plain_words(self._render(messages, True, None, self.variables))
+        except LocalsteerError:
+            return False
+
+    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The system message of the model's own, where there is one and the conversation has none."""
+        if not self.system or not messages or not all(isinstance(message, Mapping) for message in messages):
+            return messages
+        if any(message.get("role") == "system" for message in messages):
+            return messages
+        if self.takes_system:
+            return [{"role": "system", "content": self.system}, *messages]
+        first = next((i for i, message in enumerate(messages) if message.get("role") == "user"), None)
+        if first is None or not isinstance(messages[first].get("content"), str):
+            return messages
+        told = {**messages[first], "content": f"{self.system}\n\n{messages[first]['content']}"}
+        return [*messages[:first], told, *messages[first + 1 :]]
 
     def _render(
         self,

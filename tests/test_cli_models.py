@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 from cli_runs import invoke
+from other_programs import Ollama, cached_in_hub, empty_home
+from tiny_gguf import tiny_gguf
 
 import localsteer
 from localsteer import bundled, model_list, model_names
@@ -18,6 +20,8 @@ needs_bundled = pytest.mark.skipif(not bundled.is_available(), reason="this copy
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
+    for name, value in empty_home(tmp_path).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCALSTEER_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -51,9 +55,11 @@ def test_a_model_of_another_package_is_told_by_its_header(folder, monkeypatch, t
         "n_layer": 4,
         "n_embd": 64,
         "chat_template": True,
+        "steers": True,
         "licence": "Apache-2.0",
         "pack": 0,
         "note": None,
+        "remark": None,
     }
 
 
@@ -100,3 +106,85 @@ def test_the_header_agrees_with_the_engine(tiny_llama):
         assert read_shape(tiny_llama.gguf_path) == Shape(
             "F32", model.architecture, model.n_layer, model.n_embd, model.chat_template is not None
         )
+
+
+# -- models of other programs -------------------------------------------------------------------------------
+
+
+def stored(folder, data, name="m-Q8_0.gguf"):
+    cached_in_hub(folder / "home" / "hf" / "hub", "ORG/R", {name: data})
+
+
+def test_models_of_other_programs_are_listed_under_names_that_can_be_pasted(folder):
+    gguf = tiny_gguf().to_bytes()
+    Ollama(folder / "home" / ".ollama" / "models").model(
+        "registry.ollama.ai/library/fox/1b", gguf, projector=b"x"
+    )
+    stored(folder, gguf)
+    rows = listed()
+    fox = rows["ollama:fox:1b"]
+    keys = ("from", "size", "architecture", "n_layer", "n_embd", "steers", "note")
+    assert [fox[key] for key in keys] == ["Ollama", len(gguf), "llama", 2, 32, True, None]
+    assert fox["remark"] == "its projector is left out: text alone"
+    assert rows["hf:ORG/R:Q8_0"]["from"] == "Hugging Face"
+    table = invoke("models").out
+    assert "ollama:fox:1b: from Ollama, " in table and "(its projector is left out: text alone)" in table
+    for name in ("ollama:fox:1b", "hf:ORG/R:Q8_0"):
+        assert invoke("run", "-m", name, "-n", "2", "Hi").status == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda data: data[:200], "is truncated"),
+        (lambda data: data[:-500], "is truncated: tensor"),
+        (lambda data: b"PK\3\4" + data[4:], "is not a GGUF file"),
+        (lambda data: data[:4] + b"\x63" + data[5:], "has GGUF version 99"),
+    ],
+)
+def test_a_damaged_file_of_another_program_says_why(folder, damage, why):
+    stored(folder, damage(tiny_gguf().to_bytes()))
+    for _ in range(2):  # the second time from the cache
+        note = listed()["hf:ORG/R:Q8_0"]["note"]
+        assert note.startswith("m-Q8_0.gguf ") and why in note
+
+
+def test_a_control_vector_is_no_model(folder):
+    from cli_runs import write_vector
+
+    stored(folder, write_vector(folder / "v.gguf").read_bytes())
+    assert "is a control vector" in listed()["hf:ORG/R:Q8_0"]["note"]
+
+
+@pytest.mark.parametrize(("architecture", "steers"), [("llama", True), ("bert", False), ("martian", None)])
+def test_the_architecture_tells_whether_it_can_be_steered(folder, architecture, steers):
+    stored(folder, tiny_gguf(architecture=architecture).to_bytes())
+    assert listed()["hf:ORG/R:Q8_0"]["steers"] is steers
+
+
+def test_a_file_that_changes_is_read_again(folder):
+    at = folder / "home" / ".lmstudio" / "models" / "a" / "b" / "m.gguf"
+    at.parent.mkdir(parents=True)
+    at.write_bytes(tiny_gguf().to_bytes())
+    assert listed()["lmstudio:a/b/m.gguf"]["architecture"] == "llama"
+    at.write_bytes(tiny_gguf(architecture="qwen2").to_bytes())
+    assert listed()["lmstudio:a/b/m.gguf"]["architecture"] == "qwen2"
+
+
+def test_headers_that_there_is_no_time_for_are_read_by_the_next_call(folder):
+    stored(folder, tiny_gguf().to_bytes())
+    hurried = invoke("models", "--json", "--seconds", "0")
+    assert hurried.json["unread"] == 1 and hurried.json["models"][-1]["architecture"] is None
+    assert "1 headers were not read within 0 s" in invoke("models", "--seconds", "0").err
+    listed()
+    assert invoke("models", "--json", "--seconds", "0").json["unread"] == 0
+
+
+def test_a_model_with_a_pack_is_told_wherever_it_lies(folder):
+    path = model_names.packaged_file("smol")
+    if path is None:
+        pytest.skip("SmolLM2-135M-Instruct is not installed")
+    at = folder / "home" / ".lmstudio" / "models" / "a" / "b"
+    at.mkdir(parents=True)
+    (at / "smol.gguf").symlink_to(path)
+    assert listed()["lmstudio:a/b/smol.gguf"]["pack"] > 0

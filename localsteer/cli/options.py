@@ -110,8 +110,8 @@ model = click.option(
     default="bundled",
     show_default=True,
     metavar="GGUF",
-    help="The model: a GGUF file, or a name that `localsteer models` lists: bundled (or bundled:Q4_K_M), "
-    "bundled-base, smol.",
+    help="The model: a GGUF file, or a name: bundled (or bundled:Q4_K_M), bundled-base, smol, hf:ORG/REPO, "
+    "ollama:NAME, lmstudio:NAME, llama.cpp:NAME (docs/models.md).",
 )
 
 

@@ -15,7 +15,15 @@ import click
 from . import options
 from .considered import harmless
 from .console import answer, note, print_json, shown, table
-from .models import catalog_of, extraction_queries, find_instruction, open_engine, read_text, set_variables
+from .models import (
+    catalog_of,
+    extraction_queries,
+    find_instruction,
+    open_engine,
+    own_sampling,
+    read_text,
+    set_variables,
+)
 from .prompt_input import read_prompt
 from .vector_spec import VectorSpec, with_own_strength
 
@@ -138,7 +146,7 @@ def command(
     _refuse_idle({"always-steer": always_steer or None}, something, specs + instructions, ("always-steer",))
     if params["raw"] and params["variables"]:
         raise click.UsageError("--chat-template-kwargs needs the chat template: leave --raw out.")
-    sampling = sampling_of(params)
+    sampling = sampling_of(own_sampling(model, params))
     vectors = load_vectors(specs, params)
     insisted = with_own_strength(specs, vectors)
     # a comparison shows what the vectors do, and so does a strength of the user's own
@@ -147,7 +155,7 @@ def command(
     loading = {name: params[name] for name in ("ctx_size", "threads", "gpu_layers")}
     vectors += [vector_of(model, text, params, loading) for text in instructions]
     checked = [vector_to_ensure(model, text, params, loading) for text in ensured]
-    with open_engine(model, **loading, n_seq_max=1) as engine:
+    with open_engine(model, **loading, as_asked=True, n_seq_max=1) as engine:
         set_variables(engine, params["variables"])
         always = vectors if literal else insisted
         vectors, left_out = harmless(engine, vectors, message, always=always, raw=params["raw"])

@@ -108,7 +108,10 @@ def command(
     message = message_of(read_prompt(prompt), params["system"], params["raw"])
     loading = {name: params[name] for name in ("ctx_size", "threads", "gpu_layers")}
     vectors += [vector_of(model, text, params, loading) for text in instructions]
-    with open_engine(model, **loading, n_seq_max=1) as engine, progress("tracing") as on_progress:
+    with (
+        open_engine(model, **loading, as_asked=True, n_seq_max=1) as engine,
+        progress("tracing") as on_progress,
+    ):
         made = trace(
             engine,
             message,

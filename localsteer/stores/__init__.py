@@ -1,0 +1,69 @@
+"""Models that other programs have on this machine, by name: where they lie, and what is said of them there.
+
+    find("ollama:llama3.2:1b").path     find("hf:ORG/REPO:Q4_K_M", download=True)     everything()
+
+    hub.py        Hugging Face's cache (`hf:`); download.py fills it
+    ollama.py     Ollama's manifests (`ollama:`)
+    lmstudio.py   LM Studio's folder (`lmstudio:`)
+    llama_cpp.py  llama.cpp's own cache (`llama.cpp:`)
+    stored.py     what they have in common          folders.py   walking through them
+
+Nothing in those folders is written to or believed: a name never becomes a path before it was found in a
+listing, and a model that is damaged is one entry with the reason. Only `hub` downloads, and only when told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from localsteer.errors import ModelFileError
+
+from . import hub, llama_cpp, lmstudio, ollama
+from .download import find as find_or_fetch
+from .stored import StoredModel
+
+__all__ = ["PREFIXES", "StoredModel", "everything", "find", "is_stored_name", "store_of", "title_of"]
+
+# (name of the file, bytes that are there, bytes of the whole)
+Progress = Callable[[str, int, int], None]
+
+STORES = {store.PREFIX: store for store in (hub, ollama, lmstudio, llama_cpp)}
+PREFIXES = tuple(STORES)
+
+
+def store_of(name: str) -> str | None:
+    """The prefix of a name of one of these stores, None for any other text."""
+    return next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+
+
+def is_stored_name(name: str) -> bool:
+    return store_of(name) is not None
+
+
+def title_of(prefix: str) -> str:
+    """Whose store it is: `Ollama`."""
+    return STORES[prefix].TITLE
+
+
+def find(name: str, *, download: bool = False, on_progress: Progress | None = None) -> StoredModel:
+    """The model of a name with its prefix. download: fetch what is not here, where the store can.
+
+    Raises ModelFileError, one line with the nearest names, for a name that means none or several, and for a
+    model that is damaged or half-finished.
+    """
+    prefix = store_of(name)
+    if prefix is None:
+        raise ModelFileError(f"{name!r:.80} is no name of a store: they begin with {', '.join(PREFIXES)}.")
+    rest = name[len(prefix) :]
+    if prefix == hub.PREFIX:
+        model = find_or_fetch(rest, allowed=download, on_progress=on_progress)
+    else:
+        model = STORES[prefix].find(rest)
+    if model.fault:
+        raise ModelFileError(f"{model.name} can't be used: {model.fault}.")
+    return model
+
+
+def everything() -> list[StoredModel]:
+    """All that the four stores hold on this machine, damaged ones included. No header is read."""
+    return [model for store in STORES.values() for model in store.models()]

@@ -1,0 +1,278 @@
+"""Filling the hub's cache: resumed after a cut connection, a Ctrl-C or a kill, and checked by sha256.
+
+huggingface_hub knows the API, the token and the cache. Its own download begins anew when the program was
+stopped (since 1.x it deletes what it had), so the bytes of a file are fetched here, into the name that older
+versions resumed from (blobs/SHA256.incomplete). Once the blob is whole, `hf_hub_download` finds it and makes
+the links.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+
+from localsteer.errors import ModelFileError
+
+from . import folders, hub
+
+if TYPE_CHECKING:
+    from . import Progress
+    from .stored import StoredModel
+
+SECONDS = 15.0  # for an answer of the API
+MAX_OVER_HTTP = 50 * 1000**3  # bytes, beyond that Xet alone (huggingface_hub/constants.py)
+TRIES = 4  # without a single byte
+RETRY_SECONDS = 1.0
+READ_BYTES = 1 << 20
+PARTIAL, NO_SUCH_RANGE = 206, 416  # HTTP
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ETAG = re.compile(r"[A-Za-z0-9]{1,128}")
+
+
+def find(rest: str, *, allowed: bool, on_progress: Progress | None = None) -> StoredModel:
+    """The model of `hf:REST`: of the cache, else of the hub where that is allowed. Raises ModelFileError."""
+    repo, wanted = hub.parsed(rest)
+    try:
+        model = hub.find(rest)
+        if not (model.fault and allowed):
+            return model
+    except ModelFileError:
+        if not allowed:
+            raise
+    repo, file = download(repo, wanted, on_progress=on_progress)
+    return hub.find(f"{repo}:{file}")
+
+
+def download(repo: str, wanted: str, *, on_progress: Progress | None = None) -> tuple[str, str]:
+    """Fetch what a name means, all parts of it. Returns (repository as the hub spells it, file).
+
+    Raises ModelFileError, one line, for whatever goes wrong; what was fetched until then stays.
+    """
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise ModelFileError(
+            f"{hub.PREFIX}{repo} is not in the cache, and fetching it needs huggingface_hub: "
+            'pip install "localsteer[hub]".'
+        )
+    if is_offline():
+        raise ModelFileError(
+            f"{hub.PREFIX}{repo}{':' * bool(wanted)}{wanted} is not in the cache, and HF_HUB_OFFLINE is set: "
+            "unset it, or use a model that `localsteer models` lists."
+        )
+    with _one_line(repo), _quiet_hub():
+        repository = _Repository(repo)
+        file = hub.chosen(repository.name, wanted, repository.sizes)
+        parts = folders.parts(file)
+        missing = next((part for part in parts if part not in repository.sizes), None)
+        if missing:
+            raise ModelFileError(f"{hub.PREFIX}{repo} lacks {missing}: {file} is incomplete there.")
+        for part in parts:
+            repository.fetch(part, on_progress)
+        return repository.name, file
+
+
+def is_offline() -> bool:
+    values = (os.environ.get("HF_HUB_OFFLINE"), os.environ.get("TRANSFORMERS_OFFLINE"))
+    return any((value or "").upper() in ("1", "ON", "YES", "TRUE") for value in values)
+
+
+class _Repository:
+    """sizes: bytes of each file. name: the repository's as the hub spells it."""
+
+    def __init__(self, repo: str) -> None:
+        from huggingface_hub import HfApi
+
+        # as it is now: the package reads it when it is imported
+        self.endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+        self.api = HfApi(endpoint=self.endpoint)
+        info = self.api.model_info(repo, files_metadata=True, timeout=SECONDS)
+        self.name: str = repo
+        self.folder = hub.cache_folder() / hub.folder_name(repo)
+        self.sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+
+    def fetch(self, file: str, on_progress: Progress | None) -> None:
+        from huggingface_hub import hf_hub_download
+
+        if self.sizes[file] <= MAX_OVER_HTTP:
+            self._fetch_blob(file, on_progress)
+        hf_hub_download(self.name, file, endpoint=self.endpoint, cache_dir=self.folder.parent)
+
+    def _fetch_blob(self, file: str, on_progress: Progress | None) -> None:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.utils import WeakFileLock
+
+        url = hf_hub_url(self.name, file, endpoint=self.endpoint)
+        found = get_hf_file_metadata(url, token=self.api.token, timeout=SECONDS, endpoint=self.endpoint)
+        if not found.etag or not _ETAG.fullmatch(found.etag) or not found.size:
+            raise ModelFileError(f"{hub.PREFIX}{self.name}: the server tells no size or hash of {file}.")
+        blob = self.folder / "blobs" / found.etag
+        lock = self.folder.parent / ".locks" / self.folder.name / f"{found.etag}.lock"
+        for path in (blob, lock):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):  # another process may be fetching the same
+            if not blob.exists():
+                _fetch(url, found, blob, file, on_progress)
+
+
+def _fetch(url: str, found: Any, blob: Path, file: str, on_progress: Progress | None) -> None:
+    """The bytes of one blob. A part that turns out to be of another file is begun again, once."""
+    part = blob.with_name(f"{blob.name}.incomplete")
+    begun = part.exists()
+    for attempt in (1, 2):
+        try:
+            _fetch_rest(url, found, part, lambda done: on_progress and on_progress(file, done, found.size))
+            _check(part, found, file)
+        except _Mismatch as error:
+            part.unlink(missing_ok=True)
+            if attempt == 2 or not begun:
+                raise ModelFileError(f"{error}: try again.") from None
+            continue
+        os.replace(part, blob)
+        return
+
+
+class _Mismatch(Exception):
+    """What has been fetched is not the file."""
+
+
+def _fetch_rest(url: str, found: Any, part: Path, on_bytes: Callable[[int], object]) -> None:
+    """Append what is missing of a blob, and go on after a cut connection as long as that brings something."""
+    with part.open("ab") as file:
+        if file.tell() > found.size:
+            raise _Mismatch(f"{part.name} is longer than the file")
+        _check_room(part, found.size - file.tell())
+        on_bytes(file.tell())
+        tries = TRIES
+        while file.tell() < found.size:
+            before = file.tell()
+            try:
+                _append(url, found, file, on_bytes)
+            except Exception as error:
+                tries = TRIES if file.tell() > before else tries - 1
+                if not _is_of_the_network(error) or not tries:
+                    raise
+                time.sleep(RETRY_SECONDS)
+
+
+def _append(url: str, found: Any, file: BinaryIO, on_bytes: Callable[[int], object]) -> None:
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    # a signed address elsewhere must not get the token
+    is_own = _host(found.location) == _host(url)
+    headers = build_hf_headers() if is_own else build_hf_headers(token=False)
+    headers |= {"Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
+    if not file.tell():
+        del headers["Range"]
+    with get_session().stream("GET", found.location, headers=headers, timeout=SECONDS) as response:
+        if response.status_code == NO_SUCH_RANGE:
+            raise _Mismatch(f"{file.name} is longer than the file")
+        hf_raise_for_status(response)
+        if response.status_code != PARTIAL and file.tell():  # this server sends all of it each time
+            file.seek(0)
+            file.truncate()
+        for data in response.iter_raw():
+            file.write(data)
+            file.flush()  # so that a kill loses nothing
+            on_bytes(file.tell())
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    """The HTTP library is another one in each version of huggingface_hub (httpx, httpx2)."""
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+
+
+def _check(part: Path, found: Any, file: str) -> None:
+    size = part.stat().st_size
+    if size != found.size:
+        raise _Mismatch(f"{file} came with {size} of {found.size} bytes")
+    if not _SHA256.fullmatch(found.etag):
+        return  # small files have git's own hash; no model is one
+    digest = hashlib.sha256()
+    with part.open("rb") as opened:
+        while block := opened.read(READ_BYTES):
+            digest.update(block)
+    if digest.hexdigest() != found.etag:
+        raise _Mismatch(f"{file} came damaged, its sha256 is another one")
+
+
+def _check_room(part: Path, needed: int) -> None:
+    free = shutil.disk_usage(part.parent).free
+    if free < needed:
+        raise ModelFileError(
+            f"there is no room for the download: {needed / 1e6:.0f} MB are needed in {part.parent}, and "
+            f"{free / 1e6:.0f} MB are free. Make room, or set HF_HOME to another disk."
+        )
+
+
+def _host(url: str) -> str:
+    return url.partition("://")[2].partition("/")[0]
+
+
+# -- what can go wrong --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _one_line(repo: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelFileError:
+        raise
+    except Exception as error:  # of the HTTP library too, which is another one in each version of the package
+        _refuse(repo, error)
+
+
+def _refuse(repo: str, error: Exception) -> NoReturn:
+    name, kept = f"{hub.PREFIX}{repo}", "what was fetched is kept"
+    kind = type(error).__name__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        why = f"the disk is full, {kept}: make room, or set HF_HOME to another disk"
+    elif kind == "GatedRepoError" or status == 403:
+        why = "its authors ask for consent: accept it on the repository's page, then set HF_TOKEN"
+    elif kind == "RepositoryNotFoundError" or status == 401:
+        why = "there is no such repository, or it is private: check the name, and HF_TOKEN (`hf auth login`)"
+    elif status == 404:
+        why = "the hub has no such file or version"
+    elif status == 429:
+        why = f"the hub takes no more requests for now, {kept}: try again later"
+    elif status is not None:
+        why = f"the hub answers with status {status}, {kept}: try again later"
+    elif isinstance(error, OSError) and error.errno and error.filename:
+        why = f"{error.filename} can't be written ({error.strerror}): set HF_HOME to another folder"
+    elif kind in ("LocalEntryNotFoundError", "UnsupportedProtocol") or _is_of_the_network(error):
+        why = f"the hub can't be reached, {kept}: check the network, or use what `localsteer models` lists"
+    else:
+        why = f"{kind}: {' '.join(str(error).split()):.160}"
+    raise ModelFileError(f"{name} can't be fetched: {why}.") from None
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """The progress and the words are ours."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        logging,
+    )
+
+    level, disabled = logging.get_verbosity(), are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        disable_progress_bars()
+        logging.set_verbosity(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+            if not disabled:
+                enable_progress_bars()

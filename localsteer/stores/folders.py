@@ -1,0 +1,86 @@
+"""Walking through folders that belong to others: bounded in depth and number, whatever links they hold."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+MAX_ENTRIES = 50_000  # of one store; a loop of links ends at the depth that its layout has
+# llama.cpp's gguf-split: MODEL-00001-of-00003.gguf
+_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
+
+
+def home() -> Path | None:
+    """None where this user has none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def from_environment(name: str) -> Path | None:
+    """A folder that a variable names, None where it is not set or empty."""
+    text = os.path.expandvars(os.environ.get(name, "").strip())
+    return Path(os.path.expanduser(text)) if text else None
+
+
+def walk(folder: Path, depth: int) -> Iterator[Path]:
+    """Every file up to `depth` folders below, sorted within each; links count as what they lead to, and one
+    that leads nowhere as a file. What can't be read is passed over."""
+    left = [MAX_ENTRIES]
+    yield from _walk(folder, depth, left)
+
+
+def _walk(folder: Path, depth: int, left: list[int]) -> Iterator[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in found:
+        left[0] -= 1
+        if left[0] < 0:
+            return
+        try:
+            is_folder = entry.is_dir()
+        except OSError:  # a loop of links
+            is_folder = False
+        if not is_folder:
+            yield Path(entry.path)
+        elif depth:
+            yield from _walk(Path(entry.path), depth - 1, left)
+
+
+def split_of(name: str) -> tuple[str, int, int] | None:
+    """(beginning, number of this part, number of parts) of a split file's name."""
+    match = _SPLIT.fullmatch(name)
+    return (match[1], int(match[2]), int(match[3])) if match else None
+
+
+def parts(name: str) -> list[str]:
+    """The names of all parts of a file, itself where it is whole."""
+    split = split_of(name)
+    if split is None:
+        return [name]
+    head, _, n = split
+    return [f"{head}-{i:05d}-of-{n:05d}.gguf" for i in range(1, n + 1)]
+
+
+def measured(files: Sequence[Path]) -> tuple[int | None, str]:
+    """(bytes of all together, why they can't be used): a part that is missing, empty or unreadable."""
+    size = 0
+    for number, file in enumerate(files, 1):
+        which = f"part {number} of {len(files)}" if len(files) > 1 else "its file"
+        try:
+            n_bytes = file.stat().st_size
+        except PermissionError:
+            return None, f"{which} can't be read by this user ({file.name})"
+        except OSError:
+            what = "is a link that leads nowhere" if file.is_symlink() else "is missing"
+            return None, f"{which} {what} ({file.name})"
+        if not n_bytes:
+            return None, f"{which} is empty ({file.name})"
+        size += n_bytes
+    return size, ""
