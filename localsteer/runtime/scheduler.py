@@ -72,6 +72,11 @@ class Ticket:
         """The reply's tokens so far."""
         return list(self._request.tokens)
 
+    @property
+    def plain_tokens(self) -> int:
+        """Tokens of the reply so far that stand in a form which stays plain (Ask.plain_forms)."""
+        return len(self._request.in_form)
+
     def cancel(self) -> None:
         """End it now; the slot is free within one decode step. After the end this does nothing."""
         self._scheduler._cancel(self, "cancelled")
