@@ -31,7 +31,9 @@ class PositionClass(IntEnum):
     PROMPT = 0  # a prompt token before the last one
     LAST = 1  # the last prompt token
     GENERATION = 2  # a generated token, as input
-    FORM = 3  # one inside of a tool call or a forced form that is to stay plain (Ask.plain_forms): never steered
+    FORM = (
+        3  # one inside of a tool call or a forced form that is to stay plain (Ask.plain_forms): never steered
+    )
 
 
 def position_classes(positions: np.ndarray, n_prompt: np.ndarray | int) -> np.ndarray:

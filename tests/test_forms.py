@@ -1,4 +1,4 @@
-"""Steering stays out of tool calls and forced forms, where it is asked to: what a program parses stays whole."""
+"""Steering stays out of tool calls and forced forms: what a program parses stays whole."""
 
 from __future__ import annotations
 

@@ -67,7 +67,8 @@ class Chunk:
 
     token: None for the end-of-generation token, which is no part of the reply. finish_reason: set in the
     last chunk alone, "stop" (the model ended, or a stop string came) or "length"; timings likewise.
-    scores: where the request asked for them, at every token of the reply. stopped_by: the stop string that came.
+    scores: where the request asked for them, at every token of the reply. stopped_by: the stop string that
+    came.
     """
 
     text: str
@@ -80,12 +81,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Reply:
-    """text ends before a stop string; tokens has all that were drawn but the end-of-generation token."""
+    """text ends before a stop string, which stopped_by names; tokens has all that were drawn but the
+    end-of-generation token."""
 
     text: str
     tokens: list[int]
     finish_reason: str
     timings: Timings = field(default_factory=Timings)
+    stopped_by: str | None = None
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk]) -> Reply:
@@ -96,6 +99,7 @@ class Reply:
             tokens=[chunk.token for chunk in chunks if chunk.token is not None],
             finish_reason=last.finish_reason or "",
             timings=last.timings or Timings(),
+            stopped_by=last.stopped_by,
         )
 
 

@@ -127,7 +127,8 @@ class Ticket:
     def _reply(self, chunks: Sequence[Chunk]) -> Reply:
         last = chunks[-1]
         text = "".join(chunk.text for chunk in chunks)
-        return Reply(text, self.tokens, last.finish_reason or "", last.timings or Timings())
+        timings, stop = last.timings or Timings(), last.stopped_by
+        return Reply(text, self.tokens, last.finish_reason or "", timings, stop)
 
     def _listen(self, listener: Callable[[Chunk | LocalsteerError], None]) -> None:
         """Send what comes, and what came, to a function in place of the queue."""
