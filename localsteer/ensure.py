@@ -300,13 +300,14 @@ class _Tries:
         texts: list[str] = []
         tokens: list[int] = []
         n_chars = due = 0
-        reason, timings = "", Timings()
+        reason, timings, stop = "", Timings(), None
         with closing(self._chunks(factor)) as chunks:
             for chunk in chunks:
                 texts.append(chunk.text)
                 tokens += [] if chunk.token is None else [chunk.token]
                 if chunk.finish_reason:
                     reason, timings = chunk.finish_reason, chunk.timings or timings
+                    stop = chunk.stopped_by
                     break
                 if reason := self._why_over():
                     break
@@ -316,7 +317,7 @@ class _Tries:
                 if names := self._hopeless("".join(texts)):
                     return Reply("".join(texts), tokens, STOPPED), names
                 due = n_chars + n_chars // RARER
-        return Reply("".join(texts), tokens, reason, timings), ()
+        return Reply("".join(texts), tokens, reason, timings, stop), ()
 
     def _chunks(self, factor: float) -> Iterator[Chunk]:
         ask = replace(self.ask, steer=self.plan(factor))

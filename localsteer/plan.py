@@ -31,6 +31,9 @@ class PositionClass(IntEnum):
     PROMPT = 0  # a prompt token before the last one
     LAST = 1  # the last prompt token
     GENERATION = 2  # a generated token, as input
+    FORM = (
+        3  # one inside of a tool call or a forced form that is to stay plain (Ask.plain_forms): never steered
+    )
 
 
 def position_classes(positions: np.ndarray, n_prompt: np.ndarray | int) -> np.ndarray:
@@ -39,7 +42,7 @@ def position_classes(positions: np.ndarray, n_prompt: np.ndarray | int) -> np.nd
 
 
 _ACTIVE = {
-    "all": frozenset(PositionClass),
+    "all": frozenset({PositionClass.PROMPT, PositionClass.LAST, PositionClass.GENERATION}),
     "prompt": frozenset({PositionClass.PROMPT, PositionClass.LAST}),
     "last": frozenset({PositionClass.LAST, PositionClass.GENERATION}),
     "generation": frozenset({PositionClass.GENERATION}),

@@ -33,7 +33,7 @@ from localsteer.steering import steer
 from localsteer.terms import MODES, POSITIONS
 from localsteer.vector import ControlVector
 
-PROMPT, LAST, GENERATION = PositionClass
+PROMPT, LAST, GENERATION, _FORM = PositionClass
 N_PROMPT, N_REPLY = 6, 4
 TOKENS = np.array([5, 9, 300, 41, 77, 130, 8, 211, 64, 90])
 CLASSES = [PROMPT] * (N_PROMPT - 1) + [LAST] + [GENERATION] * N_REPLY

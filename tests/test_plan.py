@@ -13,7 +13,7 @@ from vector_cases import axis_vectors, exact_vector, gated_vector, imported_vect
 from localsteer.errors import MismatchError, PlanError
 from localsteer.plan import PARALLEL_COSINE, Plan, PositionClass, active
 
-PROMPT, LAST, GENERATION = PositionClass
+PROMPT, LAST, GENERATION, _FORM = PositionClass
 COVERED = {
     "all": {PROMPT, LAST, GENERATION},
     "prompt": {PROMPT, LAST},

@@ -14,7 +14,7 @@ from localsteer.plan import Plan, PositionClass
 from localsteer.steering import apply_program, dynamic_weights, steer
 from localsteer.vector import ControlVector
 
-PROMPT, LAST, GENERATION = PositionClass
+PROMPT, LAST, GENERATION, _FORM = PositionClass
 # x has entries of order 1 and dynamic weights stay below some hundred (PARALLEL_COSINE), so that rounding the
 # result to float32 moves a projection by less than this.
 CLOSE = 1e-3

@@ -27,7 +27,8 @@ class Ask:
     context is full. sampling: None = llama.cpp's defaults. stop: texts that the reply ends before.
     n_top: None, or how many of the likeliest tokens each chunk tells the log-probabilities of, beside that of
     the token drawn. keep_cache: take what is cached of these tokens whatever it was computed under, so that a
-    changed plan reads nothing again: only for a deliberate mix of two plans in one conversation.
+    changed plan reads nothing again: only for a deliberate mix of two plans in one conversation. plain_forms:
+    nothing generated is steered inside of a tool call, or anywhere under a grammar; the prompt is.
     Raises LocalsteerError for an empty stop string, PromptError for a negative max_tokens.
     """
 
@@ -40,6 +41,7 @@ class Ask:
     tokens: Sequence[int] | None = None
     n_top: int | None = None
     keep_cache: bool = False
+    plain_forms: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 0:

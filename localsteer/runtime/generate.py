@@ -77,7 +77,8 @@ def stream_requests(
             if not reason and watch and (reason := watch(index, texts[index], len(request.tokens))):
                 loop.drop(request)
             if reason:
-                yield index, Reply(texts[index], list(request.tokens), reason, chunk.timings or Timings())
+                timings, stop = chunk.timings or Timings(), chunk.stopped_by
+                yield index, Reply(texts[index], list(request.tokens), reason, timings, stop)
 
 
 def chunks_of(engine: Engine, request: Request) -> Iterator[Chunk]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from .bridge import Context
 
-NO_KEYS = (b"", b"", b"")
+NO_KEYS = (b"",) * len(PositionClass)
 
 
 class _Cell:
@@ -28,9 +28,9 @@ class _Cell:
         self.token, self.key, self.refs = token, key, 1
 
 
-def class_keys(plan: Plan | None) -> tuple[bytes, bytes, bytes]:
+def class_keys(plan: Plan | None) -> tuple[bytes, ...]:
     """What is applied to a token of each PositionClass, as a key that is equal where the edits are."""
-    return NO_KEYS if plan is None else tuple(plan.class_key(cls) for cls in PositionClass)  # type: ignore
+    return NO_KEYS if plan is None else tuple(plan.class_key(cls) for cls in PositionClass)
 
 
 class CachedSequences:

@@ -20,6 +20,7 @@ from ..errors import LocalsteerError
 from ..plan import Plan, PositionClass, position_classes
 from .ask import Ask
 from .bridge import Sampler
+from .forms import FormWatch
 from .kv import CachedSequences, class_keys
 from .limits import check_layers, check_room, check_tokens
 from .reply import Chunk, Clock, TextStream, TokenScores
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from ..engine import Engine
     from .bridge import Rows
 
-_GENERATION = int(PositionClass.GENERATION)  # a plain number: an enum costs time at every token
+_GENERATION = int(PositionClass.GENERATION)  # plain numbers: an enum costs time at every token
+_FORM = int(PositionClass.FORM)
 # With separate caches. Two rows more cost a decode less than a second decode does, so up to so many sequences
 # in a row are decoded for nothing, to join the replies on both sides of them. A copied cache costs all its
 # cells: a prefix below this share of them is read again.
@@ -45,7 +47,8 @@ class Request:
 
     n_cached: tokens of the prompt that were taken from the cache. n_top, keep_cache: as in Ask. end: the
     end-of-generation token that was drawn. capture: blocks whose `states` at the last prompt token,
-    (len(capture), n_embd), are wanted, and no reply.
+    (len(capture), n_embd), are wanted, and no reply. form: watches for forms that are to stay plain; in_form:
+    positions of the tokens in them.
     """
 
     prompt: list[int]
@@ -66,6 +69,8 @@ class Request:
     capture: tuple[int, ...] = ()
     states: np.ndarray | None = None
     end: int | None = None
+    form: FormWatch | None = None
+    in_form: set[int] = field(default_factory=set)
 
     @property
     def n_prompt(self) -> int:
@@ -80,6 +85,16 @@ class Request:
     def n_ahead(self) -> int:
         """Cells that it may still take."""
         return self.n_prompt + self.budget - self.n_past
+
+    def classes(self, start: int, n: int) -> list[int]:
+        """PositionClass of n positions."""
+        if start < self.n_prompt:
+            found = position_classes(np.arange(start, start + n), self.n_prompt).tolist()
+        else:
+            found = [_GENERATION] * n
+        if self.in_form:
+            found = [_FORM if start + i in self.in_form else cls for i, cls in enumerate(found)]
+        return found
 
 
 def new_request(engine: Engine, ask: Ask) -> Request:
@@ -105,6 +120,7 @@ def new_request(engine: Engine, ask: Ask) -> Request:
         matcher=_new_matcher(engine, ask.sampling),
         n_top=ask.n_top,
         keep_cache=ask.keep_cache,
+        form=_new_form_watch(ask, plan),
     )
 
 
@@ -124,6 +140,13 @@ def new_look(engine: Engine, tokens: Sequence[int], layers: Sequence[int]) -> Re
 
 def _new_matcher(engine: Engine, sampling: Sampling) -> Matcher | None:
     return None if sampling.grammar is None else engine.token_bytes.matcher(Constraint.of(sampling.grammar))
+
+
+def _new_form_watch(ask: Ask, plan: Plan | None) -> FormWatch | None:
+    """None where there is nothing to watch for: no generated token is steered anyway."""
+    if not ask.plain_forms or plan is None or not plan.class_key(PositionClass.GENERATION):
+        return None
+    return FormWatch(forced=ask.sampling.grammar is not None)
 
 
 def new_sampler(engine: Engine, request: Request) -> Sampler | None:
@@ -242,7 +265,7 @@ class Loop:
         if not (self.reuse or self.live):
             self.cache.clear()
         known = request.known
-        keys = None if request.keep_cache else _keys(request.plan, _classes(0, len(known), request.n_prompt))
+        keys = None if request.keep_cache else _keys(request.plan, request.classes(0, len(known)))
         slots = range(self.engine.n_seq_max)
         found = {slot: self.cache.common(slot, known, keys) for slot in slots}
         source = max(slots, key=lambda slot: (found[slot], slot in self._idle))
@@ -360,7 +383,7 @@ class Loop:
                     classes.append(_GENERATION)
             start, request.n_past = request.n_past, request.n_past + n
             taken, request.pending = request.pending[:n], request.pending[n:]
-            found = _classes(start, n, request.n_prompt)
+            found = request.classes(start, n)
             self.cache.append(request.slot, taken, _keys(request.plan, found))
             tokens += taken
             positions += range(start, start + n)
@@ -424,9 +447,12 @@ class Loop:
             request.end = token
             return self._last(request, request.text.finish(), None, "stop")
         request.tokens.append(token)
-        text = request.text.push(self.engine.piece(token))
+        piece = self.engine.piece(token)
+        if request.form and request.form.push(piece):
+            request.in_form.add(request.n_prompt + len(request.tokens) - 1)
+        text = request.text.push(piece)
         if request.text.stopped:
-            return self._last(request, text, token, "stop")
+            return replace(self._last(request, text, token, "stop"), stopped_by=request.text.stopped_by)
         if len(request.tokens) == request.budget:
             return self._last(request, text + request.text.finish(), token, "length")
         request.pending = [token]
@@ -441,12 +467,6 @@ def _end(request: Request) -> None:
     if request.sampler:
         request.sampler.close()
         request.sampler = None
-
-
-def _classes(start: int, n: int, n_prompt: int) -> list[int]:
-    if start >= n_prompt:
-        return [_GENERATION] * n
-    return position_classes(np.arange(start, start + n), n_prompt).tolist()
 
 
 def _keys(plan: Plan | None, classes: Sequence[int]) -> list[bytes]:

@@ -67,7 +67,8 @@ class Chunk:
 
     token: None for the end-of-generation token, which is no part of the reply. finish_reason: set in the
     last chunk alone, "stop" (the model ended, or a stop string came) or "length"; timings likewise.
-    scores: where the request asked for them, at every token of the reply.
+    scores: where the request asked for them, at every token of the reply. stopped_by: the stop string that
+    came.
     """
 
     text: str
@@ -75,16 +76,19 @@ class Chunk:
     finish_reason: str | None = None
     timings: Timings | None = None
     scores: TokenScores | None = None
+    stopped_by: str | None = None
 
 
 @dataclass(frozen=True)
 class Reply:
-    """text ends before a stop string; tokens has all that were drawn but the end-of-generation token."""
+    """text ends before a stop string, which stopped_by names; tokens has all that were drawn but the
+    end-of-generation token."""
 
     text: str
     tokens: list[int]
     finish_reason: str
     timings: Timings = field(default_factory=Timings)
+    stopped_by: str | None = None
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk]) -> Reply:
@@ -95,6 +99,7 @@ class Reply:
             tokens=[chunk.token for chunk in chunks if chunk.token is not None],
             finish_reason=last.finish_reason or "",
             timings=last.timings or Timings(),
+            stopped_by=last.stopped_by,
         )
 
 
@@ -108,14 +113,17 @@ class TextStream:
         self._stops = [text.encode("utf-8") for text in check_stop(stop)]
         self._held = b""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
 
     def push(self, piece: bytes) -> str:
-        """The text that is certain now. After a stop string `stopped` is set and the rest is dropped."""
+        """The text that is certain now. After a stop string `stopped_by` is set and the rest is dropped."""
         self._held += piece
         cut = self._find_stop()
         if cut is not None:
-            self.stopped = True
             ready, self._held = self._held[:cut], b""
             return self._decoder.decode(ready, final=True)
         cut = len(self._held) - self._possible_stop()
@@ -128,8 +136,13 @@ class TextStream:
         return self._decoder.decode(ready, final=True)
 
     def _find_stop(self) -> int | None:
-        found = [at for at in map(self._held.find, self._stops) if at >= 0]
-        return min(found) if found else None
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if not found:
+            return None
+        # where two begin at one place the longer one is told, as the one that says more
+        at, stop = min(found, key=lambda place: (place[0], -len(place[1])))
+        self.stopped_by = stop.decode("utf-8")
+        return at
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the held bytes that begins a stop string."""

@@ -72,6 +72,11 @@ class Ticket:
         """The reply's tokens so far."""
         return list(self._request.tokens)
 
+    @property
+    def plain_tokens(self) -> int:
+        """Tokens of the reply so far that stand in a form which stays plain (Ask.plain_forms)."""
+        return len(self._request.in_form)
+
     def cancel(self) -> None:
         """End it now; the slot is free within one decode step. After the end this does nothing."""
         self._scheduler._cancel(self, "cancelled")
@@ -122,7 +127,8 @@ class Ticket:
     def _reply(self, chunks: Sequence[Chunk]) -> Reply:
         last = chunks[-1]
         text = "".join(chunk.text for chunk in chunks)
-        return Reply(text, self.tokens, last.finish_reason or "", last.timings or Timings())
+        timings, stop = last.timings or Timings(), last.stopped_by
+        return Reply(text, self.tokens, last.finish_reason or "", timings, stop)
 
     def _listen(self, listener: Callable[[Chunk | LocalsteerError], None]) -> None:
         """Send what comes, and what came, to a function in place of the queue."""

@@ -16,13 +16,16 @@ from localsteer.runtime.scheduler import Scheduler
 from . import chat, completions, embeddings, errors, pages, vectors
 from .bodies import BodyLimit
 from .deadline import Deadline
+from .faces import anthropic, ollama, ollama_models, responses
 from .limits import Limits
 from .metrics import CountRequests, Metrics
 from .models import Served, State
 from .security import Access, Guard
 from .steering import VectorFolder
 
-DESCRIPTION = "The OpenAI API on quantized GGUF models, each request with its own steering."
+DESCRIPTION = (
+    "The APIs of OpenAI, Anthropic and Ollama on quantized GGUF models, each request steered by itself."
+)
 
 
 def create_app(
@@ -56,7 +59,8 @@ def create_app(
     )
     app.state.localsteer = State(served, folder_of_vectors, limits, metrics)
     errors.install(app)
-    for routes in (chat, completions, embeddings, vectors, pages):
+    faces = (chat, responses, anthropic, ollama, ollama_models)
+    for routes in (*faces, completions, embeddings, vectors, pages):
         app.include_router(routes.router)
     return CountRequests(Guard(Deadline(BodyLimit(app, limits), limits), access), metrics)
 

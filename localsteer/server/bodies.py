@@ -85,9 +85,9 @@ class BodyLimit:
             error = ApiError(
                 f"the body did not arrive within {self.limits.body_seconds:g} seconds.", status=408
             )
-            return await error.response()(scope, receive, send)
+            return await error.response(scope)(scope, receive, send)
         except ApiError as error:
-            return await error.response()(scope, receive, send)
+            return await error.response(scope)(scope, receive, send)
         except _Gone:
             return
         messages = [{"type": "http.request", "body": body, "more_body": False}]

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from localsteer.runtime.ask import Ask
 
 from .answers import REASONS, Whole, envelope, scored, text_logprobs
+from .considered import report
 from .echoed import Scored, prompt_scores, with_gap
 from .errors import ApiError, as_json_in_pieces, written
 from .formats import constraint_of
@@ -30,7 +31,7 @@ DEFAULT_TOKENS = 16  # as at OpenAI
 @router.post("/v1/completions", tags=["OpenAI"], summary="Continue a text")
 async def completions(body: CompletionRequest, request: Request) -> Response:
     state: State = request.app.state.localsteer
-    order = await off_loop(_order, state, body)
+    order = await off_loop(text_order, state, body)
     if not body.stream:
         check_scores(order)
     try:
@@ -60,7 +61,8 @@ async def _scores_of_prompts(state: State, body: CompletionRequest, order: Order
         gone.set()
 
 
-def _order(state: State, body: CompletionRequest) -> Order:
+def text_order(state: State, body: CompletionRequest) -> Order:
+    """Texts that are continued as they are. Raises ApiError."""
     if body.ensured:
         raise ApiError("ensure: needs a chat: send it to /v1/chat/completions.", param="ensure")
     served, steer = state.steering(body.model, body.items)
@@ -69,18 +71,28 @@ def _order(state: State, body: CompletionRequest) -> Order:
     prompts = body.prompts
     if body.suffix:
         prompts = [with_gap(served, prompt, body.suffix) for prompt in prompts]
+    grammar = constraint_of(body, served)
     return Order(
         served=served,
         prompts=prompts,
         steer=steer,
-        samplings=samplings(body, served, constraint_of(body, served)),
-        ask=Ask(max_tokens=body.most_tokens(DEFAULT_TOKENS), stop=body.stops, n_top=body.logprobs),
+        samplings=samplings(body, served, grammar),
+        ask=Ask(
+            max_tokens=body.most_tokens(DEFAULT_TOKENS),
+            stop=body.stops,
+            n_top=body.logprobs,
+            plain_forms=grammar is not None and not body.steer_forms,
+        ),
         param="prompt",
     )
 
 
 def _head(body: CompletionRequest, job: Job) -> dict[str, Any]:
     return envelope("text_completion", "cmpl", body.model or job.order.served.name)
+
+
+def _told(job: Job) -> dict[str, Any]:
+    return report(job.order.steer, (), job.plain_tokens)
 
 
 def _echo(body: CompletionRequest, job: Job, i: int) -> str:
@@ -108,7 +120,7 @@ async def _document(body: CompletionRequest, job: Job, heads: Sequence[list[Scor
 
     def write() -> bytes:
         found = [one(i, choice) for i, choice in enumerate(choices)]
-        return as_json_in_pieces(_head(body, job) | {"choices": found, "usage": job.usage})
+        return as_json_in_pieces(_head(body, job) | {"choices": found, "usage": job.usage} | _told(job))
 
     return await off_loop(write) if wanted else write()
 
@@ -127,6 +139,7 @@ async def _events(body: CompletionRequest, job: Job, heads: Sequence[list[Scored
         offsets[i] += sum(len(token) for token in logprobs["tokens"]) if logprobs else 0
         reason = REASONS.get(chunk.finish_reason or "")
         choice = {"index": i, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        yield event(head | {"choices": [choice]} | ({"usage": None} if body.with_usage else {}))
+        told = _told(job) if reason else {}
+        yield event(head | {"choices": [choice]} | ({"usage": None} if body.with_usage else {}) | told)
     if body.with_usage:
         yield event(head | {"choices": [], "usage": job.usage})

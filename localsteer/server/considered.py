@@ -49,9 +49,15 @@ def _inquiry(
     return Inquiry.of(steer.values(), [template_message(message) for message in messages], always)
 
 
-def report(applied: Iterable[str], left_out: Sequence[str]) -> dict[str, Any]:
-    """For the answer; nothing where the request is steered by all that it asked for."""
-    return {"steering": {"applied": list(applied), "left_out": list(left_out)}} if left_out else {}
+def report(applied: Iterable[str], left_out: Sequence[str], plain_tokens: int = 0) -> dict[str, Any]:
+    """For the answer; nothing where the request is steered by all that it asked for, and everywhere.
+
+    plain_tokens: of the reply, in tool calls and forced forms.
+    """
+    if not left_out and not plain_tokens:
+        return {}
+    told: dict[str, Any] = {"applied": list(applied), "left_out": list(left_out)}
+    return {"steering": told | ({"plain_tokens": plain_tokens} if plain_tokens else {})}
 
 
 async def _states(served: Served, text: str, blocks: Sequence[int]) -> dict[int, np.ndarray]:

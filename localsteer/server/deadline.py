@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import ApiError
 from .limits import Limits
-from .streaming import event
+from .streaming import STREAMS, last_words
 
 UNWINDING_SECONDS = 1.0  # for a request that is cancelled to let go of what it holds
 FAREWELL_SECONDS = 1.0  # for the error to be written
@@ -50,21 +50,24 @@ class _Answer:
     def __init__(self, send: Any) -> None:
         self._send = send
         self.closed = self.started = self.is_stream = self.ended = False
+        self.n_sent = 0
 
     async def send(self, message: dict[str, Any]) -> None:
         if self.closed:
             return
         if message["type"] == "http.response.start":
             self.started = True
-            self.is_stream = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
+            self.is_stream = any(value.startswith(STREAMS) for _, value in message["headers"])
+        else:
+            self.n_sent += 1
         self.ended = message["type"] == "http.response.body" and not message.get("more_body")
         await self._send(message)
 
     async def give_up(self, scope: dict[str, Any], receive: Any, error: ApiError) -> None:
         if not self.started:
-            await error.response()(scope, receive, self._send)
+            await error.response(scope)(scope, receive, self._send)
         elif self.is_stream and not self.ended:
-            body = event(error.document)
+            body = last_words(error, scope, self.n_sent)
             await self._send({"type": "http.response.body", "body": body, "more_body": False})
         else:
             let_go(scope)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,30 +23,61 @@ from .schemas import EmbeddingRequest
 router = APIRouter(route_class=BodyRoute)
 
 
+Write = Callable[[list[np.ndarray], int, Served], Response]
+
+
 @router.post("/embeddings", include_in_schema=False)
 @router.post("/v1/embeddings", tags=["OpenAI"], summary="Texts as vectors, where the model gives them")
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+    def write(values: list[np.ndarray], n_tokens: int, served: Served) -> Response:
+        found = [
+            {"object": "embedding", "index": i, "embedding": _written(value, body)}
+            for i, value in enumerate(values)
+        ]
+        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+        made = {"object": "list", "data": found, "model": body.model or served.name, "usage": usage}
+        return written(as_json_in_pieces(made))
+
+    try:
+        return await embedded(request, body.model, body.inputs, body.dimensions, write)
+    except ClientGone:
+        return Response(status_code=499)
+
+
+async def embedded(
+    request: Request,
+    model: str | None,
+    inputs: Sequence[str | list[int]],
+    dimensions: int | None,
+    write: Write,
+) -> Response:
+    """The answer that `write` makes of the vectors and the number of their tokens, in a thread. Raises
+    ApiError, ClientGone."""
     state: State = request.app.state.localsteer
-    served, names = state.served(body.model)
+    served, names = state.served(model)
     if names:
         raise ApiError("model: embeddings are not steered: name the model alone.", param="model")
     gone = threading.Event()
+
+    def work() -> Response:
+        return write(*_values(served, inputs, dimensions, gone), served)
+
     # not Starlette's pool: a task in it can't be given up before its thread has ended
-    work = asyncio.get_running_loop().run_in_executor(None, _document, served, body, gone)
+    running = asyncio.get_running_loop().run_in_executor(None, work)
     try:
-        return written(await unless_gone(request, work))
-    except ClientGone:
-        return Response(status_code=499)
+        return await unless_gone(request, running)
     finally:
         gone.set()
 
 
-def _document(served: Served, body: EmbeddingRequest, gone: threading.Event) -> bytes:
+def _values(
+    served: Served, inputs: Sequence[str | list[int]], dimensions: int | None, gone: threading.Event
+) -> tuple[list[np.ndarray], int]:
     """gone: set when nobody waits for it any more; a thread can't be stopped from outside."""
     embedder = served.embedder()
     engine, found = served.engine, []
     n_tokens = 0
-    for i, given in enumerate(body.inputs):
+    for i, given in enumerate(inputs):
         if gone.is_set():
             raise ClientGone
         try:
@@ -58,16 +90,14 @@ def _document(served: Served, body: EmbeddingRequest, gone: threading.Event) -> 
             values = embedder.embed(tokens)
         except PromptError as error:
             raise ApiError(f"input.{i}: {error}", param="input") from None
-        if body.dimensions not in (None, len(values)):
+        if dimensions not in (None, len(values)):
             raise ApiError(
-                f"dimensions: {served.name} gives {len(values)}, not {body.dimensions}: leave it out.",
+                f"dimensions: {served.name} gives {len(values)}, not {dimensions}: leave it out.",
                 param="dimensions",
             )
         n_tokens += len(tokens)
-        found.append({"object": "embedding", "index": i, "embedding": _written(values, body)})
-    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-    made = {"object": "list", "data": found, "model": body.model or served.name, "usage": usage}
-    return as_json_in_pieces(made)
+        found.append(values)
+    return found, n_tokens
 
 
 def _written(values: np.ndarray, body: EmbeddingRequest) -> Any:

@@ -9,22 +9,20 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from starlette.requests import Request
-from starlette.responses import Response
 
 from localsteer.errors import LocalsteerError
 
-from .answers import REASONS, envelope
+from .answers import REASONS
 from .considered import harmless, report
-from .errors import ApiError, Json, api_error
+from .errors import ApiError, api_error
 from .formats import constraint_of
 from .models import Served, State
+from .parts import Part, Usage
 from .prompts import rendered, template_message
-from .replies import ClientGone, samplings, unless_gone
+from .replies import samplings
 from .schemas import ChatRequest, Tool
-from .streaming import event, stream
 from .threads import off_loop
 
 if TYPE_CHECKING:
@@ -36,24 +34,50 @@ _threads = ThreadPoolExecutor(MAX_AT_ONCE, "localsteer-ensure")
 _free = threading.BoundedSemaphore(MAX_AT_ONCE)
 
 
-async def ensured_chat(state: State, body: ChatRequest, tools: list[Tool], request: Request) -> Response:
-    """The answer of POST /v1/chat/completions where the request asks for `ensure`."""
+async def ensured_answer(state: State, body: ChatRequest, tools: list[Tool]) -> EnsuredAnswer:
+    """The answer to a turn that asks for `ensure`, under way."""
     _check(body, tools)
     body.model = body.model or state.default.name
     cancel = threading.Event()
     served, wanted, base = await off_loop(_chosen, state, body)
     steer, left_out = await harmless(served, base, body, tools)
-    told = report(steer, left_out)
     work = _begin(await off_loop(_tries, state, body, served, wanted, steer, cancel))
-    if body.stream:
-        events = _events(body, work, told)
-        return await stream(request, events, cancel.set, state.limits.write_seconds)
-    try:
-        return Json(_document(body, await unless_gone(request, work)) | told)
-    except ClientGone:
-        return Response(status_code=499)
-    finally:
-        cancel.set()
+    return EnsuredAnswer(body, served, work, report(steer, left_out), cancel)
+
+
+@dataclass(eq=False)
+class EnsuredAnswer:
+    """The accepted reply, in one piece. left_out: what is told of vectors that are not applied."""
+
+    body: ChatRequest
+    served: Served
+    work: asyncio.Future[Ensured]
+    left_out: Mapping[str, Any]
+    cancel: threading.Event
+    n: int = 1
+
+    def end(self) -> None:
+        self.cancel.set()
+
+    @property
+    def found(self) -> Ensured | None:
+        return self.work.result() if self.work.done() else None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        return {**self.left_out, **({"ensure": self.found.record()} if self.found else {})}
+
+    @property
+    def usage(self) -> Usage:
+        """Replies that were tried and not taken cost tokens too."""
+        assert self.found is not None
+        return Usage(self.found.reply.timings.prompt_tokens, self.found.n_tokens)
+
+    async def parts(self) -> AsyncIterator[Part]:
+        reply = (await self.work).reply
+        stop = reply.stopped_by if reply.stopped_by in self.body.stops else None
+        reason = REASONS.get(reply.finish_reason, "stop")
+        yield Part(0, reply.text, reason=reason, stop=stop, timings=reply.timings)
 
 
 def _check(body: ChatRequest, tools: list[Tool]) -> None:
@@ -93,9 +117,11 @@ def _tries(
     """What a thread has to do, with everything checked that can be checked before."""
     from localsteer.ensure import ensure
 
+    grammar = constraint_of(body, served)
     settings: dict[str, Any] = {
         "steer": tuple(steer.values()),
-        "sampling": samplings(body, served, constraint_of(body, served))[0],
+        "sampling": samplings(body, served, grammar)[0],
+        "plain_forms": grammar is not None and not body.steer_forms,
         "max_tokens": body.most_tokens(state.limits.predict),
         "stop": body.stops,
         "cancel": cancel,
@@ -124,38 +150,3 @@ def _begin(run: Callable[[], Ensured]) -> asyncio.Future[Ensured]:
     work = _threads.submit(run)
     work.add_done_callback(lambda _work: _free.release())  # also of one that is cancelled before it begins
     return asyncio.wrap_future(work)
-
-
-def _usage(found: Ensured) -> dict[str, Any]:
-    """Replies that were tried and not taken cost tokens too."""
-    prompt = found.reply.timings.prompt_tokens
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": found.n_tokens,
-        "total_tokens": prompt + found.n_tokens,
-    }
-
-
-def _document(body: ChatRequest, found: Ensured) -> dict[str, Any]:
-    message = {"role": "assistant", "content": found.reply.text, "refusal": None}
-    reason = REASONS.get(found.reply.finish_reason, "stop")
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-    return envelope("chat.completion", "chatcmpl", body.model or "") | {
-        "choices": [choice],
-        "usage": _usage(found),
-        "ensure": found.record(),
-    }
-
-
-async def _events(
-    body: ChatRequest, work: asyncio.Future[Ensured], told: Mapping[str, Any]
-) -> AsyncIterator[bytes]:
-    found = await work
-    head = envelope("chat.completion.chunk", "chatcmpl", body.model or "") | told
-    reason = REASONS.get(found.reply.finish_reason, "stop")
-    for delta, why in (({"role": "assistant", "content": found.reply.text}, None), ({}, reason)):
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": why}
-        more = {"ensure": found.record()} if why else {}
-        yield event(head | {"choices": [choice]} | ({"usage": None} if body.with_usage else {}) | more)
-    if body.with_usage:
-        yield event(head | {"choices": [], "usage": _usage(found)})

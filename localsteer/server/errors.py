@@ -1,10 +1,11 @@
-"""Refusals in the shape that OpenAI's clients read: {"error": {"message", "type", "param", "code"}}."""
+"""Refusals: what went wrong, with the status and the field that is to blame; shapes.py writes them."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,17 +15,10 @@ from starlette.responses import JSONResponse, Response
 
 from localsteer.errors import ContextError, LocalsteerError, QueueFullError, SchedulerClosedError
 
+from .shapes import refusal
+
 logger = logging.getLogger("localsteer.server")
 
-_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    503: "server_error",
-    504: "timeout_error",
-}
 _HEADERS = {
     429: {"Retry-After": "1"},
     503: {"Retry-After": "1"},
@@ -74,15 +68,19 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
-    @property
-    def document(self) -> dict[str, Any]:
-        kind = _TYPES.get(self.status, "invalid_request_error")
-        return {
-            "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code},
-        }
+    def response(self, scope: Mapping[str, Any] | None = None) -> Json:
+        """In the shape of the API that was asked. scope: the request's, None where none has been read."""
+        return Json(refusal(self, scope), self.status, _HEADERS.get(self.status))
 
-    def response(self) -> Json:
-        return Json(self.document, self.status, _HEADERS.get(self.status))
+    def named(self, names: Mapping[str, str]) -> ApiError:
+        """The same with the fields as another API calls them. names: by the expression that begins a path."""
+        for ours, theirs in names.items():
+            param, n = re.subn(rf"^{ours}(?=\.|$)", theirs, self.param or "", count=1)
+            if n:
+                text = str(self)
+                text = param + text[len(self.param) :] if text.startswith(self.param) else text
+                return ApiError(text, status=self.status, param=param, code=self.code)
+        return self
 
 
 def api_error(error: BaseException, param: str | None = None) -> ApiError:
@@ -112,33 +110,33 @@ def install(app: FastAPI) -> None:
     """Every way in which a request can fail ends in the one shape."""
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> Json:
-        return _validation_error(error).response()
+    async def invalid(request: Request, error: RequestValidationError) -> Json:
+        return _validation_error(error).response(request.scope)
 
     @app.exception_handler(HTTPException)
-    async def http(_request: Request, error: HTTPException) -> Json:
+    async def http(request: Request, error: HTTPException) -> Json:
         made = ApiError(f"{error.detail}.".replace("..", "."), status=error.status_code)
         if error.status_code in (404, 405):
             made = ApiError(
-                f"{_request.method} {shown(_request.url.path)} is not served: /docs lists what is.",
+                f"{request.method} {shown(request.url.path)} is not served: /docs lists what is.",
                 status=error.status_code,
                 code="unknown_url",
             )
-        response = made.response()
+        response = made.response(request.scope)
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(ApiError)
-    async def refused(_request: Request, error: ApiError) -> Json:
-        return error.response()
+    async def refused(request: Request, error: ApiError) -> Json:
+        return error.response(request.scope)
 
     @app.exception_handler(LocalsteerError)
-    async def ours(_request: Request, error: LocalsteerError) -> Json:
-        return api_error(error).response()
+    async def ours(request: Request, error: LocalsteerError) -> Json:
+        return api_error(error).response(request.scope)
 
     @app.exception_handler(Exception)
-    async def bug(_request: Request, error: Exception) -> Json:
-        return api_error(error).response()
+    async def bug(request: Request, error: Exception) -> Json:
+        return api_error(error).response(request.scope)
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:

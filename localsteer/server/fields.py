@@ -8,6 +8,7 @@ reply.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ApiError, shown
@@ -33,7 +34,6 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         "grammar_triggers", "preserved_tokens", "chat_format", "thinking_forced_open",
     ),
 }  # fmt: skip
-_HARMLESS = frozenset(name for names in HARMLESS.values() for name in names)
 _HARMLESS_BEGINNING = "speculative."
 
 # Another name of the same.
@@ -73,37 +73,52 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 EMPTY = (None, "", [], {})  # what front ends send for a setting that was opened and not filled in
 
 
+@dataclass(frozen=True)
+class Rules:
+    """The tables of one API. harmless: names, by the reason; aliases: other names of what works; neutral: the
+    values that ask for nothing of what is refused otherwise."""
+
+    harmless: Mapping[str, tuple[str, ...]]
+    neutral: Mapping[str, tuple[Any, ...]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def is_harmless(self, name: str) -> bool:
+        return any(name in names for names in self.harmless.values()) or name.startswith(_HARMLESS_BEGINNING)
+
+    def asks_for_nothing(self, name: str, value: Any) -> bool:
+        # 1 is True and 0 is False to Python
+        return any(
+            value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+            for neutral in self.neutral.get(name, ())
+        )
+
+
+OPENAI = Rules(HARMLESS, NEUTRAL, ALIASES)
+
+
 def accepted(
-    document: dict[str, Any], known: Collection[str], ignored: Collection[str] = ()
+    document: dict[str, Any],
+    known: Collection[str],
+    ignored: Collection[str] = (),
+    rules: Rules = OPENAI,
 ) -> dict[str, Any]:
     """The fields that a model of schemas.py reads, under the names that it has. known: these names. ignored:
     what `--ignore-field` names. Raises ApiError for a field that would change the reply, or might."""
     found = {name: value for name, value in document.items() if name in known}
     for name, value in document.items():
-        if name in known or value in EMPTY or _is_harmless(name) or name in ignored:
+        if name in known or value in EMPTY or rules.is_harmless(name) or name in ignored:
             continue
-        target = ALIASES.get(name)
+        target = rules.aliases.get(name)
         if target in known:
             if found.setdefault(target, value) != value:
                 raise ApiError(f"{name}: is {target} by another name: send one of them.", param=name)
-        elif not _asks_for_nothing(name, value):
-            raise _refusal(name, value)
+        elif not rules.asks_for_nothing(name, value):
+            raise _refusal(name, value, rules)
     return found
 
 
-def _is_harmless(name: str) -> bool:
-    return name in _HARMLESS or name.startswith(_HARMLESS_BEGINNING)
-
-
-def _asks_for_nothing(name: str, value: Any) -> bool:
-    # 1 is True and 0 is False to Python
-    return any(
-        value == each and isinstance(value, bool) == isinstance(each, bool) for each in NEUTRAL.get(name, ())
-    )
-
-
-def _refusal(name: str, value: Any) -> ApiError:
-    if name in NEUTRAL:
+def _refusal(name: str, value: Any, rules: Rules) -> ApiError:
+    if name in rules.neutral:
         why = f"this server does not have it (it is {shown(value)}): leave it out"
     else:
         why = (

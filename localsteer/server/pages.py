@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime, timezone
 from importlib.resources import files
+from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -12,6 +15,7 @@ from localsteer import __version__
 
 from .errors import ApiError, Json
 from .models import State
+from .shapes import speaks_anthropic
 
 router = APIRouter()
 TYPES = {
@@ -37,7 +41,7 @@ def _file(name: str) -> Response:
     return Response(data, media_type=TYPES[name.rpartition(".")[2]], headers=HEADERS)
 
 
-@router.get("/", include_in_schema=False)
+@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)  # HEAD: Ollama's program
 async def index() -> Response:
     return _file("index.html")
 
@@ -69,7 +73,19 @@ async def metrics(request: Request) -> Response:
 @router.get("/v1/models", tags=["OpenAI"], summary="Models, and each with each vector that fits it")
 async def models(request: Request) -> Response:
     state: State = request.app.state.localsteer
-    return Json({"object": "list", "data": state.listed()})
+    entries = state.listed()
+    if speaks_anthropic(request.scope["headers"]):
+        found = [_model_info(entry) for entry in entries]
+        ends = {"first_id": found[0]["id"], "last_id": found[-1]["id"]}
+        return Json({"data": found, "has_more": False} | ends)
+    return Json({"object": "list", "data": entries})
+
+
+def _model_info(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """As Anthropic's clients read it."""
+    created = datetime.fromtimestamp(entry["created"], timezone.utc).isoformat()
+    names = {"id": entry["id"], "display_name": entry["id"]}
+    return {"type": "model", "created_at": created, "max_input_tokens": entry["max_model_len"]} | names
 
 
 @router.get("/models/{name:path}", include_in_schema=False)
@@ -77,4 +93,7 @@ async def models(request: Request) -> Response:
 async def model(name: str, request: Request) -> Response:
     state: State = request.app.state.localsteer
     served, vectors = state.served(name)
-    return Json(state._entry(name, served.name, None) | {"steering": vectors})
+    entry = state._entry(name, served.name, None)
+    if speaks_anthropic(request.scope["headers"]):
+        return Json(_model_info(entry))
+    return Json(entry | {"steering": vectors})

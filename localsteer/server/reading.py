@@ -15,17 +15,18 @@ from typing import Any, TypeVar, get_type_hints
 import numpy as np
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
 from . import limits
 from .errors import ApiError
 from .fields import accepted
-from .schemas import ChatMessage
+from .schemas import Body
+from .shapes import api_of
 from .threads import reading_slowly
 
-Body = TypeVar("Body", bound=BaseModel)
+Read = TypeVar("Read", bound=Body)
 
 QUICK = 8 << 10  # bytes that are read at once
 MAX_DIGITS = 400  # of a whole number
@@ -47,10 +48,9 @@ class BodyRoute(APIRoute):
         return handle
 
 
-async def body_of(request: Request, model: type[Body]) -> Body:
+async def body_of(request: Request, model: type[Read]) -> Read:
     """Raises ApiError, RequestValidationError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+    if not _is_json(request):
         raise ApiError(
             "the body must be a JSON object, sent with `Content-Type: application/json`.", param="body"
         )
@@ -61,19 +61,39 @@ async def body_of(request: Request, model: type[Body]) -> Body:
     return await reading_slowly(checked, data, model, ignored)
 
 
-def checked(data: bytes, model: type[Body], ignored: Collection[str] = ()) -> Body:
+def _is_json(request: Request) -> bool:
+    """Ollama's manual sends JSON as `curl -d` does, named a form: what no browser has sent passes for it."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
+        return True
+    is_form = kind in ("", "application/x-www-form-urlencoded")
+    from_a_page = any(name in request.headers for name in ("origin", "referer", "sec-fetch-site"))
+    return api_of(request.scope) == "ollama" and is_form and not from_a_page
+
+
+def checked(data: bytes, model: type[Read], ignored: Collection[str] = ()) -> Read:
     """ignored: fields that are nobody's concern."""
     check_structure(data)
     document = _loaded(data)
     if isinstance(document, dict):
-        known = {field.alias or name for name, field in model.model_fields.items()}
-        document = accepted(document, known, ignored)
+        document = _accepted(document, model, ignored)
     try:
-        if model.model_fields.get("messages"):
-            document = _with_messages(document)
+        document = _with_lists(document, model)
         return model.model_validate(document)
     except ValidationError as error:
         raise _refusal(error, document) from None
+
+
+def _accepted(document: dict[str, Any], model: type[Body], ignored: Collection[str]) -> dict[str, Any]:
+    known = {field.alias or name for name, field in model.model_fields.items()}
+    document = accepted(document, known, ignored, model.RULES)
+    for name, kind in model.NESTED.items():
+        if isinstance(document.get(name), dict):
+            try:
+                document[name] = _accepted(document[name], kind, ignored)
+            except ApiError as error:
+                raise error.named({r"(?P<all>.*)": rf"{name}.\g<all>"}) from None
+    return document
 
 
 def _loaded(data: bytes) -> Any:
@@ -104,18 +124,20 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
-def _with_messages(document: Any) -> Any:
+def _with_lists(document: Any, model: type[Body]) -> Any:
     """Checked here one by one; where something is not as it should be, pydantic sees the rest as it is."""
-    messages = document.get("messages") if isinstance(document, dict) else None
-    if not isinstance(messages, list) or len(messages) > limits.MAX_MESSAGES:
-        return document
-    found = []
-    for i, message in enumerate(messages):
-        try:
-            found.append(ChatMessage.model_validate(message))
-        except ValidationError as error:
-            raise _refusal(error, document, ("messages", i)) from None
-    return document | {"messages": found}
+    for name, kind in model.ONE_BY_ONE.items():
+        values = document.get(name) if isinstance(document, dict) else None
+        if not isinstance(values, list) or len(values) > limits.MAX_MESSAGES:
+            continue
+        found = []
+        for i, value in enumerate(values):
+            try:
+                found.append(kind.model_validate(value))
+            except ValidationError as error:
+                raise _refusal(error, document, (name, i)) from None
+        document = document | {name: found}
+    return document
 
 
 def _refusal(error: ValidationError, body: Any, where: tuple[str | int, ...] = ()) -> RequestValidationError:

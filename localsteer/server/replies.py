@@ -84,6 +84,11 @@ class Job:
             "prompt_tokens_details": {"cached_tokens": sum(cached)},
         }
 
+    @property
+    def plain_tokens(self) -> int:
+        """Of all replies so far: what stands in forms that are not steered."""
+        return sum(ticket.plain_tokens for ticket in self.tickets)
+
     async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
         """(index of the choice, chunk) as they come, to the end of the last choice. Raises ApiError."""
         if len(self.tickets) == 1:

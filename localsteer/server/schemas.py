@@ -6,14 +6,15 @@ messages, where a misspelt setting would change nothing silently, others are ref
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator, model_validator
 
 from localsteer.terms import Mode, Positions
 
 from . import limits
+from .fields import OPENAI, Rules
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=limits.MAX_TEXT)]
@@ -29,8 +30,14 @@ LogitBias = Annotated[
 MostTokens = Annotated[int, Field(ge=-2, le=limits.MAX_TOKENS)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """RULES: of the fields that it does not have. ONE_BY_ONE: lists that may be long, and what is in them.
+    NESTED: fields that hold settings of their own, by the same rules."""
+
     model_config = ConfigDict(extra="ignore")
+    RULES: ClassVar[Rules] = OPENAI
+    ONE_BY_ONE: ClassVar[Mapping[str, type[BaseModel]]] = {}
+    NESTED: ClassVar[Mapping[str, type[Body]]] = {}
 
 
 class SteeringItem(BaseModel):
@@ -68,14 +75,14 @@ Grammar = Annotated[str, Field(max_length=limits.MAX_GRAMMAR)]
 Choices = Annotated[list[Text], Field(min_length=1, max_length=limits.MAX_CHOICES)]
 
 
-class JsonSchema(_Body):
+class JsonSchema(Body):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     name: Annotated[str, Field(max_length=256)] | None = None
     schema_: dict[str, Any] | bool = Field(alias="schema")
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     """OpenAI's; llama-server has the schema beside the type, and grammars and patterns are for choice too."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
@@ -97,7 +104,7 @@ class ResponseFormat(_Body):
         return self
 
 
-class StructuredOutputs(_Body):
+class StructuredOutputs(Body):
     """vLLM's. What is not named here would change the reply, and is refused."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -110,7 +117,7 @@ class StructuredOutputs(_Body):
     disable_fallback: bool | None = None  # there is one engine, and nothing to fall back on
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool | None = None
@@ -118,15 +125,13 @@ class StreamOptions(_Body):
     continuous_usage_stats: Literal[False] | None = None
 
 
-class SamplingFields(_Body):
-    """What chat and completions have in common."""
+class SteeredBody(Body):
+    """What all APIs have in common: the model, how its tokens are drawn, and what steers it."""
 
     model: Annotated[str, Field(max_length=limits.MAX_MODEL_NAME)] | None = Field(
         None, description="MODEL, or MODEL+json+lowercase to steer; the first model served by default."
     )
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: MostTokens | None = Field(None, description="-1 and -2: until the context is full.")
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(None, description="0 and -1: off.")
@@ -136,6 +141,41 @@ class SamplingFields(_Body):
     repeat_penalty: Annotated[Finite, Field(gt=0, le=10)] | None = None
     repeat_last_n: Annotated[int, Field(ge=-1, le=limits.MAX_TOKENS)] | None = None
     seed: Seed | None = None
+    steering: Items | EnsureSteering | None = None
+    ensure: Annotated[list[Name], Field(max_length=limits.MAX_VECTORS)] | None = None
+    always_steer: bool | None = Field(
+        None,
+        description="Also by vectors whose files say that they do harm where the prompt asks for the same "
+        "already; a `strength` in `steering` does the same for its vector.",
+    )
+    steer_forms: bool | None = Field(
+        None,
+        description="true: what is generated inside of a tool call, or under a schema or grammar, is steered "
+        "as well; by default it stays plain.",
+    )
+
+    @property
+    def items(self) -> list[SteeringItem]:
+        if self.steering is None or isinstance(self.steering, EnsureSteering):
+            return []
+        return as_items(self.steering)
+
+    @property
+    def with_own_strength(self) -> set[str]:
+        """Names of the vectors that come with a strength of the client's own."""
+        return {item.name for item in self.items if item.strength is not None}
+
+    @property
+    def ensured(self) -> list[str]:
+        asked = self.steering.ensure if isinstance(self.steering, EnsureSteering) else []
+        return list(dict.fromkeys([*asked, *(self.ensure or ())]))
+
+
+class SamplingFields(SteeredBody):
+    """What chat and completions have in common."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: MostTokens | None = Field(None, description="-1 and -2: until the context is full.")
     stop: StopText | Annotated[list[StopText], Field(max_length=limits.MAX_STOP)] | None = None
     n: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
     logit_bias: LogitBias | None = Field(
@@ -151,13 +191,6 @@ class SamplingFields(_Body):
     guided_choice: Choices | None = None
     guided_grammar: Grammar | None = None
     guided_whitespace_pattern: Any = None
-    steering: Items | EnsureSteering | None = None
-    ensure: Annotated[list[Name], Field(max_length=limits.MAX_VECTORS)] | None = None
-    always_steer: bool | None = Field(
-        None,
-        description="Also by vectors whose files say that they do harm where the prompt asks for the same "
-        "already; a `strength` in `steering` does the same for its vector.",
-    )
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -194,27 +227,11 @@ class SamplingFields(_Body):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     @property
-    def items(self) -> list[SteeringItem]:
-        if self.steering is None or isinstance(self.steering, EnsureSteering):
-            return []
-        return as_items(self.steering)
-
-    @property
-    def with_own_strength(self) -> set[str]:
-        """Names of the vectors that come with a strength of the client's own."""
-        return {item.name for item in self.items if item.strength is not None}
-
-    @property
-    def ensured(self) -> list[str]:
-        asked = self.steering.ensure if isinstance(self.steering, EnsureSteering) else []
-        return list(dict.fromkeys([*asked, *(self.ensure or ())]))
-
-    @property
     def with_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-TEXTS = ("text", "input_text", "refusal")
+TEXTS = ("text", "input_text", "output_text", "refusal")
 # of a message: what clients keep with it for themselves
 UNREAD = (
     "annotations",
@@ -233,14 +250,14 @@ def _is_other(part: dict[str, Any]) -> bool:
     return part["type"] not in TEXTS
 
 
-def _without(value: Any, names: Sequence[str]) -> Any:
+def without(value: Any, names: Sequence[str]) -> Any:
     """A JSON object without what is not read, and without what is empty."""
     if not isinstance(value, dict):
         return value
     return {key: each for key, each in value.items() if key not in names and each not in (None, [], {})}
 
 
-class ContentPart(_Body):
+class ContentPart(Body):
     model_config = ConfigDict(extra="forbid")
 
     type: str
@@ -251,10 +268,11 @@ class ContentPart(_Body):
     def _read(cls, value: Any) -> Any:
         # other types have fields of their own, and are refused by their type
         if isinstance(value, dict) and isinstance(value.get("type"), str):
-            value = (
-                {key: value[key] for key in ("type", "text") if key in value} if _is_other(value) else value
-            )
-        return _without(value, ("annotations", "cache_control", "citations", "id", "logprobs"))
+            if _is_other(value):
+                value = {key: value[key] for key in ("type", "text") if key in value}
+            elif value["type"] == "refusal" and "refusal" in value:
+                value = {"type": "refusal", "text": value["refusal"]}
+        return without(value, ("annotations", "cache_control", "citations", "id", "logprobs"))
 
     @model_validator(mode="after")
     def _text_only(self) -> ContentPart:
@@ -263,18 +281,18 @@ class ContentPart(_Body):
         return self
 
 
-class CalledFunction(_Body):
+class CalledFunction(Body):
     name: Annotated[str, Field(max_length=256)]
     arguments: Text | dict[str, Any] = ""
 
 
-class ToolCall(_Body):
+class ToolCall(Body):
     id: Annotated[str, Field(max_length=256)] | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -287,7 +305,7 @@ class ChatMessage(_Body):
     @model_validator(mode="before")
     @classmethod
     def _read(cls, value: Any) -> Any:
-        return _without(value, UNREAD)
+        return without(value, UNREAD)
 
     @property
     def text(self) -> str | None:
@@ -296,27 +314,30 @@ class ChatMessage(_Body):
         return self.content
 
 
-class Function(_Body):
+class Function(Body):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: Text | None = None
     parameters: dict[str, Any] | None = None
 
 
-class Tool(_Body):
+class Tool(Body):
     type: Literal["function"]
     function: Function
 
 
-class ChosenFunction(_Body):
+class ChosenFunction(Body):
     name: Annotated[str, Field(max_length=64)]
 
 
-class ToolChoice(_Body):
+class ToolChoice(Body):
     type: Literal["function"]
     function: ChosenFunction
 
 
 class ChatRequest(SamplingFields):
+    """A turn of a conversation. Every other API's requests become one of these."""
+
+    ONE_BY_ONE: ClassVar = {"messages": ChatMessage}
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
     max_completion_tokens: MostTokens | None = None
     logprobs: bool | None = None
@@ -405,7 +426,7 @@ class CompletionRequest(SamplingFields):
         return list(self.prompt)
 
 
-class EmbeddingRequest(_Body):
+class EmbeddingRequest(Body):
     model: Annotated[str, Field(max_length=limits.MAX_MODEL_NAME)] | None = None
     input: (
         Text
@@ -423,9 +444,10 @@ class EmbeddingRequest(_Body):
         return list(self.input)
 
 
-class TraceRequest(_Body):
+class TraceRequest(Body):
     """A prompt, the steering to look at, and a reply in the place of the model's own."""
 
+    ONE_BY_ONE: ClassVar = {"messages": ChatMessage}
     model: Annotated[str, Field(max_length=limits.MAX_MODEL_NAME)] | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
     steering: Items = []

@@ -115,7 +115,7 @@ class Guard:
                 return await send({"type": "http.response.body", "body": b""})
             self._check_key(scope["path"], headers)
         except ApiError as error:
-            return await error.response()(scope, receive, send)
+            return await error.response(scope)(scope, receive, send)
         await self.app(scope, receive, send)
 
     def _check_site(self, headers: dict[str, str]) -> None:
@@ -136,9 +136,12 @@ class Guard:
     def _check_key(self, path: str, headers: dict[str, str]) -> None:
         if path in PUBLIC or path.startswith("/page/"):
             return
-        if not self.access.allows_key(headers.get("authorization", "")):
+        # Anthropic's clients have a header of their own
+        given = (headers.get("authorization", ""), f"Bearer {headers.get('x-api-key', '')}")
+        if not any(self.access.allows_key(header) for header in given):
             raise ApiError(
-                "Authorization: this server needs its key: send `Authorization: Bearer KEY`.",
+                "Authorization: this server needs its key: send `Authorization: Bearer KEY`, or `x-api-key: "
+                "KEY`.",
                 status=401, param="Authorization", code="invalid_api_key",
             )  # fmt: skip
 

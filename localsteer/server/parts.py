@@ -1,0 +1,96 @@
+"""What faces and pipeline share: the parts of an answer, and who makes them and who writes them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .models import Served
+from .schemas import SamplingFields
+from .streaming import Stream
+from .tools import Call
+
+if TYPE_CHECKING:
+    from localsteer.runtime.reply import Timings, TokenScores
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens. cached: of the prompt, that did not have to be computed."""
+
+    prompt: int
+    reply: int
+    cached: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """What comes next of one choice. calls come at its end; reason, in its last part alone: "stop", "length"
+    or "tool_calls". stop: the request's own stop string that ended it."""
+
+    choice: int
+    text: str = ""
+    scores: Sequence[tuple[int, TokenScores]] = ()
+    calls: Sequence[Call] = ()
+    reason: str | None = None
+    stop: str | None = None
+    timings: Timings | None = None
+
+
+@dataclass
+class WholeReply:
+    """One choice, gathered from its parts."""
+
+    text: str = ""
+    scores: list[tuple[int, TokenScores]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    reason: str = "stop"
+    stop: str | None = None
+    timings: Timings | None = None
+
+    def add(self, part: Part) -> None:
+        self.text += part.text
+        self.scores += part.scores
+        self.calls += part.calls
+        if part.reason:
+            self.reason, self.stop, self.timings = part.reason, part.stop, part.timings
+            self.text = self.text.strip() if self.calls else self.text
+
+
+class Answer(Protocol):
+    """On its way. body: what was asked. n: choices."""
+
+    body: SamplingFields
+    served: Served
+    n: int
+
+    @property
+    def usage(self) -> Usage: ...
+    @property
+    def left_out(self) -> Mapping[str, Any]:
+        """What is told of the steering from the beginning on, in fields of its own."""
+        ...
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The same at the end, where more is known."""
+        ...
+
+    def parts(self) -> AsyncIterator[Part]:
+        """To the end of the last choice. Raises ApiError."""
+        ...
+
+    def end(self) -> None:
+        """Let go of everything; a second call does nothing."""
+        ...
+
+
+class Face(Protocol):
+    """How one API writes an answer. names: what it calls the fields of a ChatRequest, for refusals."""
+
+    stream: Stream
+    names: Mapping[str, str]
+
+    def document(self, answer: Answer, replies: list[WholeReply]) -> dict[str, Any]: ...
+    def events(self, answer: Answer) -> AsyncIterator[bytes]: ...
