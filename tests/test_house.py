@@ -29,7 +29,7 @@ FLOORS = {
     "models": ("bundled", "stores", "model_names", "packs", "model_list"),
     "wings": ("extract", "tune", "learn", "ensure", "trace", "chat", "server"),
     "evaluation": ("evaluate", "demo"),
-    "command line": ("cli", "__main__"),
+    "command line": ("cli", "__main__", "plugins"),
 }  # fmt: skip
 
 

