@@ -51,9 +51,9 @@ _HOMES = {
     "UnsupportedModelError": "errors",
     "CatalogError": "errors",
 }
-# `ensure`, `extract` and `trace` are modules: a function of that name here would vanish whenever the module
-# is imported first, because the import system sets the attribute too. Call localsteer.extract.extract(...).
-_MODULES = ("ensure", "errors", "extract", "trace")
+# Modules, `extract` for one: a function of that name here would vanish whenever the module is imported first,
+# because the import system sets the attribute too. Call localsteer.extract.extract(...).
+_MODULES = ("ensure", "errors", "extract", "states", "trace")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

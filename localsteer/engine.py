@@ -55,7 +55,7 @@ class Engine:
         plain_prompts: bool = False,
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path, self.exact = Path(path), exact
         limits.check_counts(kv_unified, n_cells, n_seq_max=n_seq_max, n_batch=n_batch)
         check_threads(n_threads)
         self._closed = False
@@ -214,6 +214,37 @@ class Engine:
         return forward.last_hidden_states(
             self, [limits.check_tokens(self, ids) for ids in prompts], on_progress
         )
+
+    def states_at(
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        layers: Sequence[int],
+        *,
+        steer: Steer = (),
+        n_prompts: Sequence[int] | None = None,
+    ) -> Iterator[forward.Seen]:
+        """(index, first, states) piece by piece, in the memory of one decode: states are (n, len(layers),
+        n_embd) float32, at the chosen `positions` of sequence `index` from its `first` one on.
+
+        positions: of each sequence, ascending, at least one. n_prompts: how many tokens of each are prompt,
+        for the positions of a plan; None: all. The sequences come in any order.
+        """
+        plan, layers = self.plan(steer), limits.check_layers(self, layers)
+        n_prompts = [None] * len(sequences) if n_prompts is None else n_prompts
+        rows = [
+            (
+                limits.check_tokens(self, tokens, n_prompt),
+                limits.check_positions(chosen, len(tokens)),
+                n_prompt,
+            )
+            for tokens, chosen, n_prompt in zip(sequences, positions, n_prompts, strict=True)
+        ]
+        return forward.states_at(self, [forward.read_at(*row, plan) for row in rows], layers)
+
+    def find_part(self, token_ids: Sequence[int], part: str) -> range | None:
+        """The tokens that spell the last occurrence of a text, in part or whole; None where there is none."""
+        return self._tokenizer.find_part(token_ids, part)
 
     def score(
         self,

@@ -22,12 +22,12 @@ FLOORS = {
     "ground": (
         "errors", "terms", "jsonable", "cache", "catalog", "constrain", "vector", "convert", "plan",
         "steering", "templates", "rendering", "rendering_child", "heatmap", "asked", "model_header", "verify",
-        "perplexity",
+        "perplexity", "token_choice", "prompt_texts",
     ),
     "runtime": ("runtime",),
     "doors": ("engine", "workers", "llama", "llama_cache", "scheduler", "generate"),
     "models": ("bundled", "stores", "model_names", "packs", "model_list"),
-    "wings": ("extract", "tune", "learn", "ensure", "trace", "chat", "server"),
+    "wings": ("extract", "states", "tune", "learn", "ensure", "trace", "chat", "server"),
     "evaluation": ("evaluate", "demo"),
     "command line": ("cli", "__main__", "plugins"),
 }  # fmt: skip

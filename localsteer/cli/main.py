@@ -25,7 +25,7 @@ COMMANDS = {
     "Start here": ("demo", "doctor", "models"),
     "Steer": ("run", "chat", "serve", "trace"),
     "Vectors": ("extract", "learn", "tune", "calibrate", "transfer", "inspect", "vectors", "pack", "convert"),
-    "Measure": ("eval", "verify", "similarity", "study"),
+    "Measure": ("eval", "verify", "similarity", "study", "states"),
 }
 # click 8.2 and newer: a group without a command is an error, whose message is the help
 NO_COMMAND = getattr(click.exceptions, "NoArgsIsHelpError", ())

@@ -6,8 +6,8 @@ Engine has them as methods, which say what they take and give.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -80,6 +80,88 @@ def last_hidden_states(
         if on_progress:
             on_progress(n_done, len(sequences))
     return result
+
+
+class Seen(NamedTuple):
+    """states: (n, n_layers, n_embd) float32, of the outputs of sequence `index` from its `first` one on."""
+
+    index: int
+    first: int
+    states: np.ndarray
+
+
+def read_at(
+    tokens: np.ndarray, positions: Sequence[int], n_prompt: int | None, plan: Plan | None
+) -> TokenSequence:
+    """A sequence with outputs at `positions`. n_prompt: None: all of it is prompt."""
+    classes = position_classes(np.arange(len(tokens)), len(tokens) if n_prompt is None else n_prompt)
+    return TokenSequence(tokens.tolist(), classes.tolist(), positions, plan)
+
+
+def states_at(engine: Engine, sequences: Sequence[TokenSequence], layers: Sequence[int]) -> Iterator[Seen]:
+    """The states of each sequence's outputs after each block of `layers`, in pieces of one decode.
+
+    Sequences come in any order, the pieces of one in theirs. What stands behind a sequence's last output is
+    not computed. Memory is that of one decode, whatever the sequences hold.
+    """
+    engine.context.probe(layers)
+    logits = engine.model.n_layer - 1 in layers  # the last block keeps only the rows of outputs
+    size = min(engine.context.n_batch, engine.n_cells)
+    n_outputs = min(size, wide_size(engine)) if logits else size
+    cut = [_cut(sequence) for sequence in sequences]
+    can_share = engine.n_seq_max > 1 and engine.context.kv_unified
+    short = [
+        i for i, s in enumerate(cut) if can_share and len(s.tokens) <= size and len(s.outputs) <= n_outputs
+    ]
+    run = engine.begin()
+    together = [cut[i] for i in short]
+    for tree in trees(together, n_sequences=engine.n_seq_max, n_tokens=size, n_outputs=n_outputs):
+        engine.check_run(run)
+        engine.context.clear()
+        captured = tree.decode(engine.context, layers, logits=logits).states
+        for index, rows in tree.rows_of(together):
+            yield Seen(short[index], 0, _stacked(captured, layers, rows))
+    for index in sorted(set(range(len(cut))) - set(short)):
+        dense = len(cut[index].outputs) > n_outputs
+        for first, states in _states_in_chunks(engine, run, cut[index], layers, n_outputs if dense else size):
+            yield Seen(index, first, states)
+
+
+def _states_in_chunks(
+    engine: Engine, run: int, sequence: TokenSequence, layers: Sequence[int], size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    engine.check_run(run)
+    engine.context.clear()
+    wanted = np.zeros(len(sequence.tokens), bool)
+    wanted[list(sequence.outputs)] = True
+    nothing = np.zeros(len(wanted), bool)
+    outputs = wanted if engine.model.n_layer - 1 in layers else nothing
+    for start in range(0, len(wanted), size):
+        engine.check_run(run)
+        part = slice(start, min(start + size, len(wanted)))
+        n_tokens, n_states = part.stop - start, int(wanted[part].sum())
+        captured = engine.context.decode(
+            sequence.tokens[part],
+            np.arange(start, part.stop),
+            np.zeros(n_tokens, int),
+            outputs[part],
+            plans=[sequence.plan] * n_tokens if sequence.plan else None,
+            classes=sequence.classes[part],
+            capture=layers if n_states else (),
+            capture_tokens=wanted[part],
+        ).states
+        if n_states:
+            yield int(wanted[:start].sum()), _stacked(captured, layers, slice(None))
+
+
+def _cut(sequence: TokenSequence) -> TokenSequence:
+    """Without what stands behind its last output: attention looks back only."""
+    end = max(sequence.outputs) + 1
+    return replace(sequence, tokens=sequence.tokens[:end], classes=sequence.classes[:end])
+
+
+def _stacked(captured: dict[int, np.ndarray], layers: Sequence[int], rows: Any) -> np.ndarray:
+    return np.stack([captured[layer][rows] for layer in layers], axis=1)
 
 
 def score(

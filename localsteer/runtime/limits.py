@@ -78,6 +78,14 @@ def check_tokens(engine: Engine, token_ids: Sequence[int], n_prompt: int | None 
     return tokens
 
 
+def check_positions(positions: Sequence[int], n_tokens: int) -> list[int]:
+    """Raises PromptError unless they are positions of `n_tokens` tokens, ascending, at least one."""
+    chosen = [int(position) for position in positions]
+    if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < n_tokens:
+        raise PromptError(f"positions must be ascending, of the {n_tokens} tokens, not {chosen!r:.60}.")
+    return chosen
+
+
 def check_layers(engine: Engine, layers: Sequence[int]) -> list[int]:
     """Raises PlanError for a block that the model doesn't have."""
     n_layer = engine.model.n_layer

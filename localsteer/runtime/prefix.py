@@ -70,15 +70,16 @@ class PrefixTree:
         self.paths.append((index, path))
         self._last = cells
 
-    def decode(self, context: Context, capture: Sequence[int] = ()) -> Rows:
-        """Decode into an empty cache. capture: blocks to record at the outputs."""
+    def decode(self, context: Context, capture: Sequence[int] = (), *, logits: bool = True) -> Rows:
+        """Decode into an empty cache. capture: blocks to record at the outputs. logits: of the outputs,
+        without which the last block can't be recorded."""
         wanted = np.zeros(len(self.nodes), bool)
         wanted[sorted(self.outputs)] = True
         return context.decode(
             [node.token for node in self.nodes],
             [node.position for node in self.nodes],
             [node.owners[0] for node in self.nodes],
-            wanted,
+            wanted if logits else np.zeros(len(self.nodes), bool),
             plans=[node.plan for node in self.nodes],
             classes=[node.cls for node in self.nodes],
             capture=capture,

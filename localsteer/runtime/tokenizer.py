@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..constrain import END, TokenBytes
 from ..errors import ModelFileError, PromptError
 from ..templates import DROPS_WORDS, NO_TEMPLATE, ChatTemplate, Message
+from ..token_choice import tokens_of_part
 
 if TYPE_CHECKING:
     from .ask import Prompt
@@ -62,6 +63,10 @@ class Tokenizer:
         if not tokens:
             raise PromptError("the prompt is empty: it has no tokens.")
         return tokens
+
+    def find_part(self, tokens: Sequence[int], part: str) -> range | None:
+        # with the text of special tokens, so that a part of the template can be named too
+        return tokens_of_part([self._model.token_to_piece(token, special=True) for token in tokens], part)
 
     def piece(self, token: int) -> bytes:
         known = self._pieces.get(token)
