@@ -81,12 +81,22 @@ def set_variables(engine: Engine, variables: dict[str, Any] | None) -> None:
 
 
 def load_engine(
-    model: str, *, ctx_size: int = 0, threads: int | None = None, gpu_layers: int = 0, **settings: Any
+    model: str,
+    *,
+    ctx_size: int = 0,
+    threads: int | None = None,
+    gpu_layers: int | None = None,
+    rpc_seconds: float | None = None,
+    **settings: Any,
 ) -> Engine:
     """The engine of `-m MODEL`, to be closed by the caller. settings: as Engine has them."""
     from localsteer.engine import Engine
 
     path = model_file(model)
+    if rpc_seconds is not None:
+        if not settings.get("rpc"):
+            raise click.UsageError("--rpc-timeout needs --rpc.")
+        settings["rpc_seconds"] = rpc_seconds
     with loading(f"loading {path.name}") as on_progress:
         return Engine(
             path,
