@@ -14,6 +14,7 @@ from .runtime import forward, generate, limits
 from .runtime.ask import Ask, Prompt, asks_for
 from .runtime.attach import Attaching, Notices, Steer
 from .runtime.bridge import Context, Model, check_threads
+from .runtime.rpc import RPC_SECONDS, Hosts
 from .runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class Engine:
     exact: F32 KV cache and no flash attention, for comparisons. plain_prompts: `Q: ...` / `A:` in place
     of the file's chat template, which a base model has often inherited without ever having read it. In this
     form, which is also that of a file without a template, a reply ends before the next `Q:`.
+    rpc: HOST:PORT of llama.cpp's RPC servers, which hold and compute the model's blocks (docs/scale.md); one
+    that is gone raises HostError, and the next call loads the model anew. rpc_seconds: how long one may be
+    silent. n_gpu_layers: None is none, and all of them with rpc.
     on_progress: called with 0.0 to 1.0 on load. Raises ModelFileError, UnsupportedModelError.
     """
 
@@ -50,9 +54,11 @@ class Engine:
         n_batch: int = 512,
         n_cells: int | None = None,
         kv_unified: bool = True,
-        n_gpu_layers: int = 0,
+        n_gpu_layers: int | None = None,
         exact: bool = False,
         plain_prompts: bool = False,
+        rpc: str | Sequence[str] = (),
+        rpc_seconds: float = RPC_SECONDS,
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
         self.path, self.exact = Path(path), exact
@@ -62,7 +68,13 @@ class Engine:
         self.notice = Notices()
         self._run = 0
         self._leaving: list[Callable[[], None]] = []
-        self.model = Model(path, n_gpu_layers=n_gpu_layers, on_progress=on_progress)
+        hosts = Hosts(rpc, rpc_seconds) if rpc else None
+        try:
+            self.model = Model(path, n_gpu_layers=n_gpu_layers, hosts=hosts, on_progress=on_progress)
+        except BaseException:
+            if hosts:
+                hosts.close()
+            raise
         try:
             self.n_ctx = limits.context_length(self.model, self.path.name, n_ctx)
             self.n_seq_max = limits.sequences_at_once(self.model, self.path.name, n_seq_max, self.notice)
@@ -262,11 +274,26 @@ class Engine:
     # -- for runtime/ ------------------------------------------------------------------------------
 
     def begin(self) -> int:
-        """Take the context for a new run, forgetting what it held. Returns the run's number."""
+        """Take the context for a new run, forgetting what it held. Returns the run's number.
+
+        Raises HostError while a host of the model is gone.
+        """
+        self.attend()
+        return self.take()
+
+    def take(self) -> int:
+        """The same, whatever its hosts do."""
         self._check_open()
         self._run += 1
         self.context.clear()
         return self._run
+
+    def attend(self) -> None:
+        """Load the model anew where a host of it was lost; the cache is empty then. Raises HostError while
+        that host is gone."""
+        self._check_open()
+        if self.model.hosts and self.model.hosts.lost:
+            self.model.reload([self.context])
 
     def check_run(self, run: int) -> None:
         """Raise LocalsteerError when another call has taken the context since `begin`."""

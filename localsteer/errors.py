@@ -41,6 +41,13 @@ class UnsupportedModelError(LocalsteerError):
     """A model whose residual stream can't be steered with certainty."""
 
 
+class HostError(LocalsteerError):
+    """A host that runs part of a model (--rpc) and can't be reached, is something else, or is gone.
+
+    In the middle of a reply: the reply is lost, and the model is loaded anew once its hosts are back.
+    """
+
+
 class CatalogError(LocalsteerError):
     """An instruction or query file that can't be read, or an unknown instruction."""
 

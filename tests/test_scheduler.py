@@ -504,7 +504,7 @@ def test_each_model_of_a_server_is_opened_where_it_is_decoded(tiny_llama, tmp_pa
     for path in paths:
         path.symlink_to(tiny_llama.gguf_path)
     given = {"ctx_size": 0, "threads": 1, "gpu_layers": 0, "kv_unified": True, "parallel": 2, "max_queue": 4}
-    given |= {"reproducible": False, "variables": {}}
+    given |= {"reproducible": False, "variables": {}, "rpc": (), "rpc_seconds": None}
     with _opened([*map(str, paths)], given) as schedulers:
         for scheduler in schedulers.values():
             assert scheduler.submit(prompts(1)[0], **SHORT).result().tokens

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from localsteer.errors import LocalsteerError, PromptError
+from localsteer.errors import HostError, LocalsteerError, PromptError
 
 from . import interrupt, options
 from .console import answer, note, print_json, progress, shown, table
@@ -77,6 +77,7 @@ GREETING = "/help lists the commands, Alt-Enter begins a new line, Ctrl-D leaves
 @options.sampling
 @options.template_variables
 @options.engine
+@options.rpc
 @options.instruction_data
 @click.option("--no-history", is_flag=True, help="Don't keep the lines that are typed in the cache folder.")
 @click.option(
@@ -119,7 +120,7 @@ def command(
     names = [Path(VectorSpec.parse(spec).path).stem for spec in specs]
     vectors = load_vectors(specs, params)
     insisted = with_own_strength(specs, vectors)
-    loading = {name: params[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    loading = {name: params[name] for name in options.LOADING}
     shelf = Shelf(model, params, loading)
     shelf.add_folder(folder)
     vectors += [vector_of(model, text, params, loading) for text in instructions]
@@ -211,13 +212,15 @@ class Session:
     def run(self, lines: Iterator[str]) -> None:
         """Every line in turn; a bad one is one line on stderr, and Ctrl-C stops what runs, not the chat.
 
-        Raises PromptError where a pipe begins with a question that can't be asked, as for a small context.
+        Raises PromptError where a pipe begins with a question that can't be asked, as for a small context,
+        and HostError for a pipe whose model has lost a host.
         """
         for line in lines:
             try:
                 self._take(line)
             except (LocalsteerError, click.ClickException) as error:
-                if self.piped and not self.chat.turns and isinstance(error, PromptError):
+                ends = HostError if self.chat.turns else (HostError, PromptError)
+                if self.piped and isinstance(error, ends):
                     raise
                 note(
                     " ".join(

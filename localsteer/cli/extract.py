@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from localsteer.errors import VectorFileError
 from . import options
 from .console import note, print_json, progress, shown
 from .inspect import settings_line
-from .models import catalog_of, extraction_queries, find_instruction, model_file
+from .models import catalog_of, extraction_queries, find_instruction, model_file, open_engine
 
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction
@@ -63,6 +64,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")  # as localsteer.extract.tor
 @click.option("--device", metavar="NAME", help="PyTorch: cpu, cuda, ... [default: a GPU, if there is one]")
 @click.option("--exact", is_flag=True, help="llama.cpp: F32 cache, no flash attention; slower.")
 @click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@options.rpc
 @options.as_json
 def command(
     instruction: str | None,
@@ -137,6 +139,10 @@ def _refuse_idle(params: Mapping[str, Any], is_gguf: bool) -> None:
         )
     if params["exact"] and not is_gguf:
         raise click.UsageError("--exact is for llama.cpp: give --gguf in the place of --model, or --dtype.")
+    if params["rpc"] and not is_gguf:
+        raise click.UsageError("--rpc is for llama.cpp: give --gguf in the place of --model.")
+    if params["rpc_seconds"] is not None and not params["rpc"]:
+        raise click.UsageError("--rpc-timeout needs --rpc.")
 
 
 def recipe_of(
@@ -218,9 +224,9 @@ def refuse_source(path: Path, source: str) -> None:
 def _extract(
     source: Any, recipe: Extracted, queries: Any, n_pairs: int | None, params: dict[str, Any]
 ) -> ControlVector:
-    with progress(f"extracting {recipe.target.id}") as on_progress:
+    with _opened(source, params) as opened, progress(f"extracting {recipe.target.id}") as on_progress:
         return recipe.extract(
-            source,
+            opened,
             queries,
             n_pairs=n_pairs,
             layer=params["layer"],
@@ -232,3 +238,14 @@ def _extract(
             n_threads=params["threads"],
             on_progress=on_progress,
         )
+
+
+@contextmanager
+def _opened(source: Any, params: dict[str, Any]) -> Iterator[Any]:
+    """A model on several hosts is opened here, as --rpc says; any other by the extraction."""
+    if not params["rpc"]:
+        yield source
+        return
+    settings = {name: params[name] for name in ("rpc", "rpc_seconds", "threads", "exact")}
+    with open_engine(str(source), **settings) as engine:
+        yield engine

@@ -159,8 +159,9 @@ def load_engine(
     *,
     ctx_size: int = 0,
     threads: int | None = None,
-    gpu_layers: int = 0,
+    gpu_layers: int | None = None,
     as_asked: bool = False,
+    rpc_seconds: float | None = None,
     **settings: Any,
 ) -> Engine:
     """The engine of `-m MODEL`, to be closed by the caller. settings: as Engine has them. as_asked: with the
@@ -170,6 +171,10 @@ def load_engine(
 
     path = model_file(model)
     asked = asked_of(model) if as_asked else None
+    if rpc_seconds is not None:
+        if not settings.get("rpc"):
+            raise click.UsageError("--rpc-timeout needs --rpc.")
+        settings["rpc_seconds"] = rpc_seconds
     with loading(f"loading {path.name if len(path.name) < LONG_NAME else model}") as on_progress:
         engine = Engine(
             path,

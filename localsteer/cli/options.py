@@ -149,11 +149,28 @@ engine = all_of(
         "--gpu-layers",
         "--n-gpu-layers",
         type=int,
-        default=0,
         metavar="N",
-        help="Blocks to keep on a GPU. [default: 0]",
+        help="Blocks to keep on a GPU, or on the hosts of --rpc. [default: 0; all with --rpc]",
     ),
 )
+
+rpc = all_of(
+    click.option(
+        "--rpc",
+        multiple=True,
+        metavar="HOST:PORT,...",
+        help="Hosts that hold and compute the model's blocks: llama.cpp's ggml-rpc-server (docs/scale.md).",
+    ),
+    click.option(
+        "--rpc-timeout",
+        "rpc_seconds",
+        type=click.FloatRange(0.1, 86_400),
+        metavar="SECONDS",
+        help="How long a host may be silent before it counts as gone. [default: 300]",
+    ),
+)
+# what load_engine takes of the options above
+LOADING = ("ctx_size", "threads", "gpu_layers", "rpc", "rpc_seconds")
 
 template_variables = click.option(
     "--chat-template-kwargs",

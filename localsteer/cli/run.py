@@ -98,6 +98,7 @@ TRIES = 3
 @options.sampling
 @options.template_variables
 @options.engine
+@options.rpc
 @options.instruction_data
 @click.option("--timings", is_flag=True, help="Tokens per second, on stderr.")
 @options.as_json
@@ -152,7 +153,7 @@ def command(
     # a comparison shows what the vectors do, and so does a strength of the user's own
     literal = always_steer or compare or params["strength"] is not None
     message = message_of(read_prompt(prompt), params.pop("system"), params["raw"])
-    loading = {name: params[name] for name in ("ctx_size", "threads", "gpu_layers")}
+    loading = {name: params[name] for name in options.LOADING}
     vectors += [vector_of(model, text, params, loading) for text in instructions]
     checked = [vector_to_ensure(model, text, params, loading) for text in ensured]
     with open_engine(model, **loading, as_asked=True, n_seq_max=1) as engine:

@@ -134,6 +134,7 @@ SWITCH_SECONDS = 0.0005
 )
 @options.template_variables
 @options.engine
+@options.rpc
 @options.as_json
 def command(models: tuple[str, ...], folder: str | None, as_json: bool, **params: Any) -> int:
     """Serve models over the OpenAI API, with a page to try them at /.
@@ -200,7 +201,7 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
 def _opened(models: Sequence[str], params: dict[str, Any]) -> Iterator[dict[str, Scheduler]]:
     from localsteer.runtime.scheduler import Scheduler
 
-    loading = {name: params[name] for name in ("ctx_size", "threads", "gpu_layers", "kv_unified")}
+    loading = {name: params[name] for name in (*options.LOADING, "kv_unified")}
     names = model_names(models)
     for model in models:
         model_file(model)  # a slip in the second name should not wait for the first model

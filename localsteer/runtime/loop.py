@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..constrain import Constraint, Matcher
-from ..errors import LocalsteerError
+from ..errors import HostError, LocalsteerError
 from ..plan import Plan, PositionClass, position_classes
 from .ask import Ask
 from .bridge import Sampler
@@ -196,6 +196,12 @@ class Loop:
         A request leaves with its last chunk or its error. An error of the decode itself is everybody's.
         """
         self.engine.check_run(self._run)
+        if not self.live:  # nobody would lose what the cache holds
+            try:
+                self._attend()
+            except HostError as error:
+                yield from self._refuse(error)
+                return
         yield from self._admit()
         if not self.live:
             return
@@ -232,7 +238,7 @@ class Loop:
 
     def begin_again(self) -> None:
         """After other calls on the engine: what was live reads its tokens once more, and goes on."""
-        self._run = self.engine.begin()
+        self._run = self.engine.take()
         self.cache.clear()
         for request in reversed(self.live):
             self._idle.append(request.slot)
@@ -332,6 +338,20 @@ class Loop:
         return [(request, error) for request in failed]
 
     # -- one step -----------------------------------------------------------------------------------
+
+    def _attend(self) -> None:
+        """A model whose host was lost is loaded anew, and its cache is empty. Raises HostError."""
+        hosts = self.engine.model.hosts
+        if hosts and hosts.lost:
+            self.engine.attend()
+            self.cache.clear()
+
+    def _refuse(self, error: LocalsteerError) -> list[Event]:
+        """Nobody can be let in now."""
+        refused = list(self.waiting)
+        for request in refused:
+            self.drop(request)
+        return [(request, error) for request in refused]
 
     def _parts(self) -> list[tuple[Request, int]]:
         """Who is decoded in this step, and how many tokens of it: the last token of every reply, and of

@@ -13,7 +13,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from localsteer.errors import ContextError, LocalsteerError, QueueFullError, SchedulerClosedError
+from localsteer.errors import (
+    ContextError,
+    HostError,
+    LocalsteerError,
+    QueueFullError,
+    SchedulerClosedError,
+)
 
 from .shapes import refusal
 
@@ -91,6 +97,8 @@ def api_error(error: BaseException, param: str | None = None) -> ApiError:
         return ApiError(str(error), status=429, code="queue_full")
     if isinstance(error, SchedulerClosedError):
         return ApiError(str(error), status=503, code="closing")
+    if isinstance(error, HostError):
+        return ApiError(str(error), status=503, code="host_lost")
     if isinstance(error, ContextError):  # clients shorten the conversation where they see this code
         param = param or "messages"
         return ApiError(f"{param}: {error}", param=param, code="context_length_exceeded")

@@ -43,6 +43,12 @@ class Served:
         """Made at the first use: it takes a context of its own. Raises ApiError for a model without."""
         from localsteer.runtime.bridge import Embedder, pooling_of
 
+        if self.engine.model.hosts:  # in a thread of its own it would meet a model that is loaded anew
+            raise ApiError(
+                f"model: {self.name} lies on several hosts (--rpc) and gives no embeddings there: serve it "
+                "from one machine.",
+                param="model", code="embeddings_unsupported",
+            )  # fmt: skip
         if pooling_of(self.engine.model) is None:
             raise ApiError(
                 f"model: {self.name} gives no embeddings, its file names no pooling type: serve a model that "

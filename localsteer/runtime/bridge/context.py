@@ -100,6 +100,7 @@ class Context(Handle):
 
     _what = "context"
     kv_unified = True
+    n_decodes = n_tokens = 0  # calls of llama_decode, and the tokens that they computed
 
     def __init__(
         self,
@@ -116,7 +117,8 @@ class Context(Handle):
         self.model = model
         self.kv_unified = kv_unified
         self.n_ctx = _context_size(model, n_ctx)
-        _check_memory(model, self.n_ctx, exact)
+        if model.hosts is None:  # whose cache would be theirs
+            _check_memory(model, self.n_ctx, exact)
         self.n_batch = max(1, min(n_batch, self.n_ctx))
         self.n_seq_max = n_seq_max
         self.n_threads = n_threads or default_threads()
@@ -124,31 +126,52 @@ class Context(Handle):
             raise UnsupportedModelError(
                 f"{model.path.name} ({model.architecture}) is not a decoder-only model."
             )
-        self._hook = Hook(model.n_layer, model.n_embd) if steering else None
-        params = self._params(exact)
+        self._exact, self._with_hook = exact, steering
+        self.take_up(self.opened(model.pointer))
+        self._prepare()
+
+    def opened(self, model: object) -> tuple[object, Hook | None]:
+        """A llama_context of these settings on a llama_model, and its hook, for `take_up` or `discard`."""
+        hook = Hook(self.model.n_layer, self.model.n_embd) if self._with_hook else None
         log.clear()
-        pointer = lc.llama_init_from_model(model.pointer, params)
+        pointer = lc.llama_init_from_model(model, self._params(self._exact, hook))
         if not pointer:
-            if self._hook:
-                self._hook.close()
+            if hook:
+                hook.close()
+            if self.model.hosts:
+                self.model.hosts.check()
+            name = self.model.path.name
             raise LocalsteerError(
-                f"no context of {self.n_ctx} tokens for {model.path.name}: {log.why()}. Try a smaller one."
+                f"no context of {self.n_ctx} tokens for {name}: {log.why()}. Try a smaller one."
             )
-        self._take(pointer, _free_context)
+        return pointer, hook
+
+    def discard(self, opened: tuple[object, Hook | None]) -> None:
+        _free_context(*opened)
+
+    def take_up(self, opened: tuple[object, Hook | None]) -> None:
+        """Own it from now on, in the place of what is closed."""
+        pointer, self._hook = opened
+        self._hold(pointer, _free_context)
 
     def _take(self, pointer: object, free: Callable[[object, Hook | None], object]) -> None:
+        self._hold(pointer, free)
+        self._prepare()
+
+    def _hold(self, pointer: object, free: Callable[[object, Hook | None], object]) -> None:
         self._pointer = pointer
         self._depend_on(self.model, free, pointer, self._hook)
-        self.n_ctx_seq = self.n_ctx if self.kv_unified else lc.llama_n_ctx_seq(pointer)
-        self.n_decodes = self.n_tokens = 0  # calls of llama_decode, and the tokens that they computed
         self._outputs = np.zeros(0, dtype=np.int64)  # batch index of each output row
         self._memory = lc.llama_get_memory(pointer)
+
+    def _prepare(self) -> None:
+        self.n_ctx_seq = self.n_ctx if self.kv_unified else lc.llama_n_ctx_seq(self._pointer)
         self._batch = Batch(self.n_batch)
         self._steerable, self._why_not = frozenset(), "steering is off"
         if self._hook:
             self._steerable, self._why_not = self._try_blocks()
 
-    def _params(self, exact: bool) -> lc.llama_context_params:
+    def _params(self, exact: bool, hook: Hook | None) -> lc.llama_context_params:
         params = lc.llama_context_default_params()
         params.n_ctx = self.n_ctx
         params.n_batch = params.n_ubatch = self.n_batch
@@ -161,9 +184,9 @@ class Context(Handle):
         if exact:
             params.type_k = params.type_v = lc.GGML_TYPE_F32
             params.flash_attn_type = lc.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        if self._hook:
-            params.cb_eval = self._hook.callback
-            params.cb_eval_user_data = self._hook.pointer
+        if hook:
+            params.cb_eval = hook.callback
+            params.cb_eval_user_data = hook.pointer
         return params
 
     # -- steering --
@@ -322,6 +345,9 @@ class Context(Handle):
         self.n_tokens += len(tokens)
         self._outputs = np.zeros(0, dtype=np.int64)
         status = lc.llama_decode(self.pointer, batch)
+        if self.model.hosts:  # what is computed without one of them is worthless
+            lc.llama_synchronize(self.pointer)
+            self.model.hosts.check()
         if status == 1:
             raise PromptError(
                 f"the context of {self.n_ctx} tokens is full: shorten the prompt or enlarge it."

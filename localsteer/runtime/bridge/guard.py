@@ -51,16 +51,17 @@ class TrialError(Exception):
     """A trial that says nothing about its file: it could not begin, or had no time or memory."""
 
 
-def check_file(path: Path, load: Load, *, again: bool = False) -> None:
+def check_file(path: Path, load: Load, *, again: bool = False, can_try: bool = True) -> None:
     """Raise ModelFileError, one line, for a file that llama.cpp can't load, or would end the process with.
 
-    again: try a file even if it is known, or trials are left out.
+    again: try a file even if it is known, or trials are left out. can_try: False for one that is too large
+    for this machine: its header is checked.
     """
     mode = _mode()
     _check_magic(path)
     if mode == OFF:
         return
-    if mode == HEADER and not again:
+    if (mode == HEADER and not again) or not can_try:
         _header_length(path)
         return
     stamp = _stamp(path, load)

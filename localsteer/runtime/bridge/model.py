@@ -6,62 +6,150 @@ import ctypes
 import os
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import llama_cpp.llama_cpp as lc
 
 from ...cache import atomic_path
-from ...errors import ModelFileError, PromptError
+from ...errors import LocalsteerError, ModelFileError, PromptError
 from . import long_runs
 from .guard import Load, check_file
-from .library import Handle, check_version, choose_extra_bufts, default_threads, log, notice_once, text_of
+from .library import (
+    Handle,
+    check_version,
+    choose_extra_bufts,
+    default_threads,
+    log,
+    notice_once,
+    text_of,
+    total_memory,
+)
 from .rwkv import Spellings
+
+if TYPE_CHECKING:
+    from ..rpc import Hosts
+    from .context import Context
+
+ALL_LAYERS = 9999  # more than any model has, and so all of them, its last matrix too
 
 
 class Model(Handle):
-    """A GGUF model. Raises ModelFileError for a file that is missing, truncated, or no model."""
+    """A GGUF model. hosts: where its blocks lie and are computed, with what the model's file holds sent
+    there; they are closed with it. n_gpu_layers: None is none, and all of them with hosts.
+
+    Raises ModelFileError for a file that is missing, truncated, or no model, and HostError.
+    """
 
     _what = "model"
+    hosts: Hosts | None = None
+    _texts: object = None  # of a model on hosts: another one on this machine, for its vocabulary alone
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
-        n_gpu_layers: int = 0,
+        n_gpu_layers: int | None = None,
         use_extra_bufts: bool | None = None,
+        hosts: Hosts | None = None,
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
         check_version()
         self.path = Path(path)
-        load = check_gguf(self.path, n_gpu_layers=n_gpu_layers, use_extra_bufts=use_extra_bufts)
+        self.n_gpu_layers = (ALL_LAYERS if hosts else 0) if n_gpu_layers is None else n_gpu_layers
+        if hosts and self.n_gpu_layers == 0:
+            raise LocalsteerError("0 blocks on the hosts of --rpc leave nothing to them: leave -ngl out.")
+        load = check_gguf(
+            self.path,
+            n_gpu_layers=0 if hosts else self.n_gpu_layers,
+            use_extra_bufts=use_extra_bufts,
+            fits=not hosts or _fits(self.path),
+        )
+        self._extra_bufts = load.use_extra_bufts
+        if hosts:  # tokens can be had at any time, also while the hosts are gone
+            self._texts = self._load(None, vocab_only=True)
+            self._free_texts = weakref.finalize(self, lc.llama_model_free, self._texts)
+        self._take(*self._loaded(hosts, on_progress))
+        self.hosts = hosts
+
+    def _loaded(
+        self, hosts: Hosts | None, on_progress: Callable[[float], None] | None = None
+    ) -> tuple[object, Callable[[object], object]]:
+        """A pointer, and what frees it; its hosts are left then, too."""
+        pointer = self._load(hosts, on_progress=on_progress)
+        return pointer, lc.llama_model_free if hosts is None else partial(_free_remote, hosts)
+
+    def _load(
+        self,
+        hosts: Hosts | None,
+        *,
+        vocab_only: bool = False,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> object:
+        """A pointer to the loaded model, which somebody must free."""
         params = lc.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
-        params.use_extra_bufts = load.use_extra_bufts
+        params.n_gpu_layers = self.n_gpu_layers
+        params.use_extra_bufts = self._extra_bufts
+        params.vocab_only = vocab_only
+        if hosts:
+            from .remote import devices_of  # the trial of a file (trial.py) has no hosts
+
+            devices = devices_of(hosts.addresses)
+            params.devices = ctypes.cast(devices, ctypes.c_void_p)
         progress = lc.llama_progress_callback(lambda part, _: on_progress(part) is not False)
         if on_progress is not None:
             params.progress_callback = progress
         log.clear()
         pointer = lc.llama_model_load_from_file(os.fsencode(self.path), params)
+        if hosts and hosts.lost:
+            if pointer:
+                lc.llama_model_free(pointer)
+            hosts.check()
         if not pointer:
             why = log.why()
             if "'controlvector'" in why:
                 raise ModelFileError(f"{self.path} is a control vector: give a model, and steer it by this.")
             raise ModelFileError(f"{self.path} can't be loaded: {why}.")
-        self._take(pointer, lc.llama_model_free)
+        return pointer
+
+    def reload(self, contexts: Sequence[Context]) -> None:
+        """Load it once more, on hosts that are back, with a new and empty inside for each of `contexts`; what
+        else depends on the model is closed. All or nothing. Raises HostError."""
+        hosts = self.hosts.renewed()
+        free, inner = hosts.close, []
+        try:
+            pointer, free_model = self._loaded(hosts)
+            free = partial(free_model, pointer)
+            inner = [context.opened(pointer) for context in contexts]
+            hosts.check()
+        except BaseException:
+            for context, opened in zip(contexts, inner, strict=False):
+                context.discard(opened)
+            free()
+            raise
+        self._free_now()
+        self._hold(pointer, free_model)
+        self.hosts = hosts
+        for context, opened in zip(contexts, inner, strict=True):
+            context.take_up(opened)
 
     def _take(self, pointer: object, free: Callable[[object], object]) -> None:
-        self._pointer = pointer
-        self._free = weakref.finalize(self, free, pointer)
-        self._dependents: weakref.WeakSet[Handle] = weakref.WeakSet()
+        self._hold(pointer, free)
         self._characters: frozenset[str] | None = None  # found at the first text
         self._spellings: Spellings | None = None  # the same
         self._read_shape()
         self.metadata = self._read_metadata()
         self.architecture = self.metadata.get("general.architecture", "")
 
+    def _hold(self, pointer: object, free: Callable[[object], object]) -> None:
+        self._pointer = pointer
+        self._free = weakref.finalize(self, free, pointer)
+        self._dependents: weakref.WeakSet[Handle] = weakref.WeakSet()
+
     def _read_shape(self) -> None:
-        vocab = self._vocab = lc.llama_model_get_vocab(self._pointer)
+        vocab = self._vocab = lc.llama_model_get_vocab(self._texts or self._pointer)
         self.n_layer = lc.llama_model_n_layer(self._pointer)
         self.n_embd = lc.llama_model_n_embd(self._pointer)
         self.n_ctx_train = lc.llama_model_n_ctx_train(self._pointer)
@@ -101,6 +189,8 @@ class Model(Handle):
 
     @property
     def vocab(self) -> object:
+        if self._texts and self._free_texts.alive:  # whatever becomes of the hosts meanwhile
+            return self._vocab
         return self.pointer and self._vocab
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -248,9 +338,27 @@ class Model(Handle):
         return None
 
     def close(self) -> None:
+        self._free_now()
+        if self._texts:
+            self._free_texts()
+
+    def _free_now(self) -> None:
         for dependent in list(self._dependents):
             dependent.close()
         super().close()
+
+
+def _free_remote(hosts: Hosts, pointer: object) -> None:
+    lc.llama_model_free(pointer)
+    hosts.close()  # after the buffers there were freed
+
+
+def _fits(path: Path) -> bool:
+    """Whether a model can be tried on this machine at all; a file that can't be read is refused elsewhere."""
+    try:
+        return path.stat().st_size < total_memory() / 2
+    except (OSError, ValueError):
+        return True
 
 
 def check_gguf(
@@ -259,16 +367,18 @@ def check_gguf(
     n_gpu_layers: int = 0,
     use_extra_bufts: bool | None = None,
     again: bool = False,
+    fits: bool = True,
 ) -> Load:
     """Find out whether llama.cpp can load a file and lives on (guard.py), and how it is to be loaded.
 
-    again: try a file that is known, too. Raises ModelFileError, one line.
+    again: try a file that is known, too. fits: whether this machine can load it; otherwise its header is all
+    that is checked. Raises ModelFileError, one line.
     """
     lc.llama_backend_init()
     system = text_of(lc.llama_print_system_info())
     extra_bufts, notice = choose_extra_bufts(system, use_extra_bufts)
     load = Load(n_gpu_layers, extra_bufts, system)
-    check_file(Path(path), load, again=again)
+    check_file(Path(path), load, again=again, can_try=fits)
     notice_once(notice)
     return load
 

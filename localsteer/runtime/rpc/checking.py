@@ -1,0 +1,42 @@
+"""What one host says of itself."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Any
+
+from ...errors import HostError
+from . import protocol
+from .endpoint import Endpoint
+from .greeting import connect, read, reason
+from .protocol import SIZE, Command
+
+MAX_DEVICES = 64  # of one server; what says more is no server
+
+
+def checked(endpoint: Endpoint) -> dict[str, Any]:
+    """{"host", "version", "devices": [{"free", "total"}, ...] in bytes, "error": None or why not}."""
+    row: dict[str, Any] = {"host": str(endpoint), "version": None, "devices": [], "error": None}
+    try:
+        connection, greeting = connect(endpoint)
+    except HostError as error:
+        return row | {"error": str(error)}
+    row["version"] = ".".join(map(str, greeting[:3]))
+    with connection:
+        try:
+            count = struct.unpack("<I", _asked(connection, Command.DEVICE_COUNT, b""))[0]
+            for i in range(min(count, MAX_DEVICES)):
+                answer = _asked(connection, Command.GET_DEVICE_MEMORY, struct.pack("<I", i))
+                row["devices"].append(dict(zip(("free", "total"), struct.unpack("<QQ", answer), strict=True)))
+        except (OSError, EOFError, ValueError) as error:
+            row["error"] = f"{endpoint} ends in the middle: {reason(error, connection.gettimeout() or 0)}."
+    return row
+
+
+def _asked(connection: socket.socket, command: Command, body: bytes) -> bytes:
+    connection.sendall(protocol.request(command, body))
+    size = SIZE.unpack(read(connection, SIZE.size))[0]
+    if size != protocol.ANSWERS[command]:
+        raise ValueError("it gives an answer of the wrong size")
+    return read(connection, size)

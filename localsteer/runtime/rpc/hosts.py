@@ -1,0 +1,80 @@
+"""The hosts of one model, and the relays that models of one process share: a host serves one client."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+from ...errors import HostError
+from .endpoint import Endpoint, parse_endpoints
+from .relay import SECONDS, Relay
+
+_relays: dict[Endpoint, Relay] = {}  # the newest of each
+_lock = threading.Lock()
+
+
+class Hosts:
+    """Every host is greeted here and now. hosts: texts, as parse_endpoints takes them. seconds: how long one
+    may be silent where it owes an answer. Raises HostError, which names the host."""
+
+    def __init__(self, hosts: str | Iterable[str] | tuple[Endpoint, ...], seconds: float = SECONDS) -> None:
+        parsed = isinstance(hosts, tuple) and all(isinstance(each, Endpoint) for each in hosts)
+        self.endpoints: tuple[Endpoint, ...] = hosts if parsed else parse_endpoints(hosts)
+        if not 0 < seconds <= 86_400:
+            raise HostError(f"an rpc host may be silent for 0 to 86400 s, not {seconds:g}.")
+        self.seconds = seconds
+        self.relays: list[Relay] = []
+        try:
+            for endpoint in self.endpoints:
+                self.relays.append(_borrowed(endpoint, seconds))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where llama.cpp reaches them: the relays' own."""
+        return [relay.address for relay in self.relays]
+
+    @property
+    def lost(self) -> HostError | None:
+        """Of the first host that is gone."""
+        return next((error for relay in self.relays if (error := relay.look())), None)
+
+    def check(self) -> None:
+        """Raise HostError where a host was lost: all that was computed since is worthless."""
+        for relay in self.relays:
+            if relay.lost:
+                raise HostError(str(relay.lost))
+
+    def renewed(self) -> Hosts:
+        """The same hosts, those that were lost greeted once more. Raises HostError."""
+        return Hosts(self.endpoints, self.seconds)
+
+    def close(self) -> None:
+        """After the model on them was freed. A second call does nothing."""
+        relays, self.relays = self.relays, []
+        for relay in relays:
+            _give_back(relay)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.endpoints))
+
+
+def _borrowed(endpoint: Endpoint, seconds: float) -> Relay:
+    with _lock:
+        relay = _relays.get(endpoint)
+        if relay is None or relay.look():
+            relay = _relays[endpoint] = Relay(endpoint, seconds)
+        relay.n_users += 1
+        return relay
+
+
+def _give_back(relay: Relay) -> None:
+    with _lock:
+        relay.n_users -= 1
+        if relay.n_users:
+            return
+        if _relays.get(relay.endpoint) is relay:
+            del _relays[relay.endpoint]
+    relay.close()
