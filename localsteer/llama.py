@@ -429,11 +429,17 @@ class SteeredLlama(llama_cpp.Llama):
             self._n_requests += 1
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """As Llama.tokenize. Raises PromptError for a character that the vocabulary can't spell."""
+        """As Llama.tokenize, with very long words cut (long_runs.py). Raises PromptError for a character that
+        the vocabulary can't spell."""
         self._check_open()
-        if self._hook is not None and isinstance(self.tokenizer_, llama_cpp.LlamaTokenizer):
-            self._borrowed.check_text(text.decode("utf-8", "replace"))
-        return super().tokenize(text, add_bos, special)
+        if self._hook is None or not isinstance(self.tokenizer_, llama_cpp.LlamaTokenizer):
+            return super().tokenize(text, add_bos, special)
+        self._borrowed.check_text(text.decode("utf-8", "replace"))
+        first, *rest = self._borrowed.safe_pieces(text.decode("utf-8", "surrogateescape"))
+        tokens = super().tokenize(first.encode("utf-8", "surrogateescape"), add_bos, special)
+        for piece in rest:
+            tokens += super().tokenize(piece.encode("utf-8", "surrogateescape"), False, special)
+        return tokens
 
     # -- states and caches ---------------------------------------------------------------------------
 

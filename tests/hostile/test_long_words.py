@@ -31,6 +31,24 @@ def model_file(tmp_path, pre):
     return path
 
 
+DROP_IN = """
+import sys
+from localsteer import SteeredLlama
+llama = SteeredLlama(sys.argv[1], n_ctx=64, verbose=False)
+for text in ("a" * 100_000, "!" * 40_000, " " * 40_000, "aB1!" * 9999):
+    tokens = llama.tokenize(b"x " + text.encode(), add_bos=False)
+    assert llama.detokenize(tokens) == b"x " + text.encode()
+    assert llama.tokenize(text.encode(), special=True)
+print("alive")
+"""
+
+
+def test_nor_does_it_in_the_drop_in_for_llama_cpp_python(tmp_path):
+    command = [sys.executable, "-c", DROP_IN, str(model_file(tmp_path, "gpt-4o"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
 @pytest.mark.parametrize("pre", ["gpt-4o", "bloom"])
 def test_a_very_long_word_does_not_end_the_process(tmp_path, pre):
     command = [sys.executable, "-c", TOKENIZES, str(model_file(tmp_path, pre))]

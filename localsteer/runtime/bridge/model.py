@@ -216,15 +216,19 @@ class Model(Handle):
 
     def _tokens_of(self, text: str, raw: bytes, add_special: bool, parse_special: bool) -> list[int]:
         """A text with a very long word is cut (long_runs.py); what is special then goes around its pieces."""
-        is_bpe = lc.llama_vocab_type(self.vocab) == lc.LLAMA_VOCAB_TYPE_BPE
-        safe = not is_bpe or self.metadata.get("tokenizer.ggml.pre") in long_runs.SAFE
-        pieces = [text] if safe else long_runs.pieces(text)
+        pieces = self.safe_pieces(text)
         if len(pieces) == 1:
             return self._tokens(raw, add_special, parse_special)
         tokens = [token for piece in pieces for token in self._tokens(piece.encode(), False, parse_special)]
         first = [self.bos] if add_special and self.add_bos else []
         last = [self.eos] if add_special and lc.llama_vocab_get_add_eos(self.vocab) else []
         return [*first, *tokens, *last]
+
+    def safe_pieces(self, text: str) -> list[str]:
+        """The text as it may be given to llama.cpp's tokenizer: whole, but for a very long word."""
+        is_bpe = lc.llama_vocab_type(self.vocab) == lc.LLAMA_VOCAB_TYPE_BPE
+        is_safe = not is_bpe or self.metadata.get("tokenizer.ggml.pre") in long_runs.SAFE
+        return [text] if is_safe else long_runs.pieces(text)
 
     def _tokens(self, raw: bytes, add_special: bool, parse_special: bool) -> list[int]:
         """-1 where a vocabulary has neither a token nor bytes for a character."""
