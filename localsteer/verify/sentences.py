@@ -18,8 +18,9 @@ are kept, because people compare numbers:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 # Characters that end a token wherever they stand: Punkt's "non-word" characters. A comma ends one only before
@@ -104,46 +105,60 @@ class _Token(NamedTuple):
 
 def split_sentences(text: str) -> list[str]:
     """The sentences of a text, each with its closing quotes and brackets, without the blanks between them."""
-    pieces = []
+    return list(sentences(text))
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The same one by one, found as they are asked for."""
+    for begin, end in _give_closers_back(text, _pieces(text)):
+        if text[begin:end]:
+            yield text[begin:end]
+
+
+def count_sentences(text: str, at_most: int | None = None) -> int:
+    """How many sentences IFEval's `length_constraints:number_sentences` sees in a text. at_most: where the
+    counting may end, as a megabyte of full stops takes seconds."""
+    return count(sentences(text), len(text) + 1 if at_most is None else min(at_most, len(text) + 1))
+
+
+def count(found: Iterator[object], at_most: int) -> int:
+    """How many there are, up to a number."""
+    return sum(1 for _ in islice(found, at_most))
+
+
+def _pieces(text: str) -> Iterator[tuple[int, int]]:
     start = 0
     for end, next_start in _breaks(text):
-        pieces.append((start, end))
+        yield start, end
         start = next_start
-    pieces.append((start, len(text.rstrip())))
-    return [text[begin:end] for begin, end in _give_closers_back(text, pieces) if text[begin:end]]
+    yield start, len(text.rstrip())
 
 
-def count_sentences(text: str) -> int:
-    """How many sentences IFEval's `length_constraints:number_sentences` sees in a text."""
-    return len(split_sentences(text))
-
-
-def _breaks(text: str) -> list[tuple[int, int]]:
+def _breaks(text: str) -> Iterator[tuple[int, int]]:
     """(end of a sentence, start of the next) at every mark that ends one."""
-    breaks = []
     for word_start, match in _candidates(text):
         context = text[word_start : match.end()] + match["follower"]
         if _ends_sentence(context, label=_opens_line(text, word_start)):
-            breaks.append((match.end(), match.start("next") if match["next"] else match.end()))
-    return breaks
+            yield match.end(), match.start("next") if match["next"] else match.end()
 
 
-def _candidates(text: str) -> list[tuple[int, re.Match[str]]]:
+def _candidates(text: str) -> Iterator[tuple[int, re.Match[str]]]:
     """The last mark of each word that could end a sentence, with the word's start.
 
     NLTK from 3.6.6 on keeps the first mark too when the word begins with it: "x ?? y" holds three sentences.
     """
-    candidates: list[tuple[int, re.Match[str]]] = []
+    last: tuple[int, re.Match[str]] | None = None
     word_start, seen = 0, 1  # NLTK overlooks a blank that opens the text
     for match in _MARK.finditer(text):
         if match.start() > seen:
             for blank in _BLANK.finditer(text, seen, match.start()):
                 word_start = blank.end()
         seen = match.end()
-        if candidates and candidates[-1][0] == word_start < candidates[-1][1].start():
-            candidates.pop()
-        candidates.append((word_start, match))
-    return candidates
+        if last and not last[0] == word_start < last[1].start():
+            yield last
+        last = (word_start, match)
+    if last:
+        yield last
 
 
 def _opens_line(text: str, word_start: int) -> bool:
@@ -153,19 +168,20 @@ def _opens_line(text: str, word_start: int) -> bool:
     return word_start == 0 or text[word_start - 1] == "\n"
 
 
-def _give_closers_back(text: str, pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _give_closers_back(text: str, pieces: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Move quotes and brackets that open a piece to the end of the piece before."""
-    moved = []
     shift = 0
-    for (start, end), following in zip(pieces, [*pieces[1:], None], strict=True):
+    start, end = next(pieces)
+    for following in pieces:
         start += shift
         shift = 0
-        closers = _CLOSERS.match(text[following[0] : following[1]]) if following else None
+        closers = _CLOSERS.match(text[following[0] : following[1]])
         if closers:
             end = following[0] + len(closers[0].rstrip())
             shift = closers.end()
-        moved.append((start, end))
-    return moved
+        yield start, end
+        start, end = following
+    yield start + shift, end
 
 
 def _ends_sentence(context: str, *, label: bool) -> bool:

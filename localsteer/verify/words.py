@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from localsteer.verify.sentences import split_sentences
+from localsteer.verify.sentences import count, sentences
 
 _WORD = re.compile(r"\w+")
 
@@ -40,15 +40,24 @@ def count_words(text: str) -> int:
     return sum(1 for _ in _WORD.finditer(text))
 
 
-def count_capital_words(text: str) -> int:
-    """How many tokens are in capitals: "A", "I", "GPT-4" and "U.S." are, "ABCs" and "42" are not."""
-    sentences = (sentence for sentence in split_sentences(text) if any(map(str.isupper, sentence)))
-    return sum(token.isupper() for sentence in sentences for token in _tokens_of(sentence))
+def count_capital_words(text: str, at_most: int | None = None) -> int:
+    """How many tokens are in capitals: "A", "I", "GPT-4" and "U.S." are, "ABCs" and "42" are not. at_most:
+    where the counting may end."""
+    if not any(map(str.isupper, text)):
+        return 0
+    capitals = (token for sentence in sentences(text) for token in _capital_tokens(sentence))
+    return count(capitals, len(text) if at_most is None else min(at_most, len(text)))
+
+
+def _capital_tokens(sentence: str) -> list[str]:
+    if not any(map(str.isupper, sentence)):
+        return []
+    return [token for token in _tokens_of(sentence) if token.isupper()]
 
 
 def tokens(text: str) -> list[str]:
     """The tokens of each sentence in turn; punctuation that stays on a word does not change a count."""
-    return [token for sentence in split_sentences(text) for token in _tokens_of(sentence)]
+    return [token for sentence in sentences(text) for token in _tokens_of(sentence)]
 
 
 def _tokens_of(sentence: str) -> list[str]:

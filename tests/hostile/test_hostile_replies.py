@@ -75,3 +75,28 @@ def test_what_the_early_test_leaves_out_of_a_text():
 def test_an_opening_keeps_its_place():
     said = "However, therefore, red, green, and blue."
     assert rewrite("punctuation:no_comma", said) == "However therefore red and green and blue."
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "piece"),
+    [
+        ("length_constraints:number_sentences", {"num_sentences": 3, "relation": "less than"}, ". "),
+        ("length_constraints:number_sentences", {"num_sentences": 3, "relation": "at least"}, "! ? "),
+        ("length_constraints:number_sentences", {"num_sentences": MANY**3, "relation": "at least"}, "a b"),
+        (
+            "change_case:capital_word_frequency",
+            {"capital_frequency": 3, "capital_relation": "at least"},
+            "A b. ",
+        ),
+        (
+            "change_case:capital_word_frequency",
+            {"capital_frequency": MANY**3, "capital_relation": "less than"},
+            "a.",
+        ),
+    ],
+)
+def test_counting_ends_where_the_verdict_is_certain(name, arguments, piece):
+    text = piece * (1_000_000 // len(piece))
+    started = time.process_time()
+    verify(name, text, arguments)
+    assert time.process_time() - started < SECONDS / 3

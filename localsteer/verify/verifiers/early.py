@@ -94,7 +94,7 @@ def _number_sentences(text: str, *, num_sentences: int, relation: str) -> bool:
     """Of the text without its last two words, what follows a mark decides whether a sentence ends there; one
     more is given away for brackets that a later text moves to the sentence before."""
     known = without_last_words(text) if relation == _LESS else None
-    return known is not None and count_sentences(known) > num_sentences
+    return known is not None and count_sentences(known, at_most=num_sentences + 1) > num_sentences
 
 
 def without_last_words(text: str) -> str | None:

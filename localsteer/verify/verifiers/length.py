@@ -14,7 +14,7 @@ _WORD_END = re.compile(r"""[.,?!'"]""")
 
 def number_sentences(reply: str, *, num_sentences: int, relation: str) -> bool:
     """Sentences as NLTK's Punkt splits them: `localsteer.verify.sentences` lists its quirks."""
-    return compare(count_sentences(reply), relation, num_sentences)
+    return compare(count_sentences(reply, at_most=num_sentences), relation, num_sentences)
 
 
 def number_words(reply: str, *, num_words: int, relation: str) -> bool:
