@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ PACE_SECONDS = 60.0  # of work that the time left is estimated from
 # What drives a terminal, tab and line break apart, and what reorders the characters of a line
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _HARMLESS = "\ufffd"
+_listener: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("listener", default=None)
 
 
 def prepare_streams() -> None:
@@ -153,6 +155,19 @@ def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None
 
 
 @contextmanager
+def heard_by(listener: Callable[[str, int, int], None]) -> Iterator[None]:
+    """Tell the progress of the block to a program as well: (what, done, total), as `progress` is told it.
+
+    In this thread alone. What the listener raises ends the work.
+    """
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+@contextmanager
 def progress(what: str) -> Iterator[Callable[..., None]]:
     """A bar on stderr while the block runs, if that is a terminal: call it with (done, total), total 0 where
     the end is not known, and with what is being done where that changes.
@@ -179,7 +194,11 @@ def progress(what: str) -> Iterator[Callable[..., None]]:
                 if not ended.is_set():
                     bar.start()
 
+    listener = _listener.get()
+
     def advance(done: int, total: int, now: str | None = None) -> None:
+        if listener is not None:
+            listener(now or what, done, total)
         if total:
             pace.add(time.monotonic(), done, total)
         bar.update(task, completed=done, total=total or None, description=now or what)
@@ -245,7 +264,10 @@ def loading(what: str) -> Iterator[Callable[[float], bool]]:
     with progress(what) as advance:
 
         def report(part: float) -> bool:
-            advance(round(100 * part), 100)
+            try:
+                advance(round(100 * part), 100)
+            except Exception:  # a listener's, who wants no more of it: nothing gets through C
+                return False
             return not interrupt.pressed()
 
         yield report

@@ -284,6 +284,7 @@ class Answer:
                     self.finish_reason, self.timings = chunk.finish_reason, chunk.timings
         finally:
             ticket.cancel()
+            self.finish_reason = self.finish_reason or "cancelled"  # nobody read on
             self.n_prompt, self.n_reply, self.n_cached = (
                 ticket.prompt_tokens,
                 len(ticket.tokens),
@@ -312,9 +313,10 @@ class Answer:
             made["ensure"] = self.ensured.record()
         return made
 
-    def plain(self) -> Ask:
-        """The same question, unsteered."""
-        return replace(self.ask, steer=())
+    def unsteered(self) -> Answer:
+        """The plain reply to the same question, with the same seed."""
+        with one_kind_of_error():
+            return Answer(self._model, replace(self.ask, steer=()), (), (), (), 1)
 
 
 def described(vector: ControlVector) -> dict[str, Any]:

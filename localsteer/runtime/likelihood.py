@@ -51,10 +51,16 @@ class Row:
 
 
 class Likelihood:
-    """Log-probabilities under one engine. n_tokens: tokens that were computed so far."""
+    """Log-probabilities under one engine. n_tokens: tokens that were computed so far.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    measure: what to take of the logits of the wanted tokens, (n, n_vocab) float32, and of these tokens: an
+    array of n rows.
+    """
+
+    def __init__(
+        self, engine: Engine, measure: Callable[[np.ndarray, np.ndarray], np.ndarray] = log_probabilities
+    ) -> None:
+        self._engine, self._measure = engine, measure
         self.n_tokens = 0
 
     def __call__(
@@ -79,7 +85,7 @@ class Likelihood:
             self.n_tokens += len(tree.nodes)
             logits = context.all_logits()
             for index, where in tree.rows_of(sequences):
-                results[index] = log_probabilities(logits[where], rows[index].targets)
+                results[index] = self._measure(logits[where], rows[index].targets)
             done += len(tree.paths)
             if on_progress:
                 on_progress(done, len(rows))
