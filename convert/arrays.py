@@ -1,4 +1,4 @@
-"""Named arrays from .npz and .safetensors files, no byte beyond what the file holds and no pickle."""
+"""Named arrays in .npz and .safetensors files, no byte read beyond what the file holds, and no pickle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import operator
 import os
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -20,7 +20,17 @@ from .gguf_file import open_bytes
 MAX_HEADER = 100_000_000  # bytes of safetensors header, as the safetensors library itself allows
 MAX_ARRAY_BYTES = 1 << 33  # of one array: 8 GiB hold the states of 4,000 pairs, 64 blocks, 8192 wide
 MAX_RATIO = 100  # unpacked to packed, from 64 MiB on: activations compress to no less than half, bombs do
-_SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
+# by the names of numpy's types
+_SAFETENSORS_NAMES = {"float64": "F64", "float32": "F32", "int64": "I64", "uint8": "U8"}
+_SAFETENSORS = {
+    "U8": "|u1",
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+}
 _NUMPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -34,6 +44,29 @@ def read_arrays(path: str | os.PathLike[str], wanted: Collection[str]) -> dict[s
             return _read_npz(path, wanted) if data[:2] == b"PK" else _read_safetensors(data, wanted)
         except _Damaged as error:
             raise VectorFileError(f"{os.fspath(path)} {error}") from None
+
+
+def save_npz(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """The same arrays give the same bytes, which numpy.savez, with its dates, does not promise."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+
+
+def save_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """A header of JSON, padded to 8 bytes, and the arrays without a gap."""
+    entries, at = {}, 0
+    for name, array in arrays.items():
+        kind, end = _SAFETENSORS_NAMES[array.dtype.name], at + array.nbytes
+        entries[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [at, end]}
+        at = end
+    header = json.dumps(entries).encode("ascii")
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).data)
 
 
 class _Damaged(Exception):

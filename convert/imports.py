@@ -3,6 +3,7 @@
 GGUF:    repeng             `direction.N` is the output of 0-based block N, as llama.cpp applies it.
          cvector-generator  (llama.cpp's tool; jukofyork's too) `direction.N` is the output of block N - 1:
                             llama.cpp applies those files one block late, and this import undoes it.
+         easysteer          as repeng, block 0 included.
 Arrays:  blocks             row l is the output of block l: resid_post[l] of TransformerLens, as in the
                             paper's code, or what a forward hook on decoder block l sees.
          hidden_states      row 0 is the embedding and row l + 1 the output of block l, as in transformers'
@@ -11,9 +12,11 @@ Arrays:  blocks             row l is the output of block l: resid_post[l] of Tra
 
 from __future__ import annotations
 
+import json
+import operator
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +28,26 @@ from localsteer.vector import STATISTICS, ControlVector
 
 from . import keys
 from .arrays import read_arrays
+from .exports import METHOD, SETTINGS, SETTINGS_KEYS
 from .gguf_file import MAGIC, GgufFile, open_bytes, open_gguf
 from .read import check_architecture, is_ours, read_vector
 
-GGUF_CONVENTIONS = ("repeng", "cvector-generator")
+GGUF_CONVENTIONS = ("repeng", "cvector-generator", "easysteer")
 ARRAY_CONVENTIONS = ("blocks", "hidden_states")
 CONVENTIONS = GGUF_CONVENTIONS + ARRAY_CONVENTIONS
 
 # names in .npz and .safetensors files: those of the paper's code, and ours
 _PAIRS = (("hs_instr", "hs_no_instr"), ("last_token_rs", "last_token_rs_no_instr"))
 _ONE_BLOCK = ("instr_dir", "max_diff_layer_idx", "avg_proj", "avg_proj_no_instr")
-_WANTED = {name for pair in _PAIRS for name in pair} | {*_ONE_BLOCK, "directions", *STATISTICS}
+_GATE = ("readers", "biases")
+_WANTED = {name for pair in _PAIRS for name in pair} | {
+    *_ONE_BLOCK,
+    "directions",
+    *STATISTICS,
+    *_GATE,
+    SETTINGS,
+}
+_SETTINGS = ("layers", "mode", "positions", "strength", "one_sided", "cap", "name", "provenance")
 
 
 def import_vector(
@@ -72,6 +84,8 @@ def _from_gguf(
             rows = {_block_number(file, tensor): file.f32(tensor) for tensor in file.tensors}
             convention = convention or _detect(file)
             _check_convention(file.path, convention, GGUF_CONVENTIONS)
+            if 0 in rows and convention == "cvector-generator":
+                raise file.error("holds direction.0, which cvector-generator never writes.")
             directions = _place_rows(file, rows, convention, n_layer)
             # it adds at all its blocks, as the tool that made it would have
             settings = {"layers": _blocks(file.path, directions), "mode": "add", "name": name}
@@ -83,18 +97,22 @@ def _from_gguf(
 
 def _block_number(file: GgufFile, tensor: str) -> int:
     match = re.fullmatch(r"direction\.(\d{1,6})", tensor, re.ASCII)
-    if not match or not 1 <= int(match[1]) <= keys.MAX_BLOCKS:
+    first = 0 if METHOD in file.keys else 1  # no other tool writes a direction.0
+    if not match or not first <= int(match[1]) <= keys.MAX_BLOCKS:
         raise file.error(f"is not a control vector: it holds a tensor {tensor[:40]!r}.")
     return int(match[1])
 
 
 def _detect(file: GgufFile) -> str:
-    """cvector-generator counts layers as INT32; the Python tools as UINT32, and repeng writes downwards.
+    """EasySteer names its method; cvector-generator counts layers as INT32, the Python tools as UINT32, and
+    repeng writes downwards.
 
     jukofyork's files (UINT32, upwards) can't be told from a repeng file that was sorted: ask.
     """
     count = file.keys.get(keys.LAYER_COUNT)
     blocks = [_block_number(file, tensor) for tensor in file.tensors]
+    if METHOD in file.keys:
+        return "easysteer"
     if count and count.type == GGUFValueType.INT32:
         return "cvector-generator"
     if count and count.type == GGUFValueType.UINT32 and len(blocks) > 1 and blocks == sorted(blocks)[::-1]:
@@ -167,6 +185,10 @@ def _from_arrays(
 ) -> ControlVector:
     shown = os.fspath(path)
     arrays = read_arrays(path, _WANTED)
+    if SETTINGS in arrays:
+        if convention is not None:
+            raise VectorFileError(f"{shown} was written by localsteer: it takes no convention.")
+        return _whole(shown, arrays)
     if "instr_dir" in arrays:
         return _one_block(shown, arrays, n_layer, name)
     for instructed, plain in _PAIRS:
@@ -176,6 +198,13 @@ def _from_arrays(
         raise VectorFileError(
             f"{shown} holds no vector: it needs directions, or hs_instr and hs_no_instr, or instr_dir."
         )
+    return vector_of_directions(shown, arrays, convention, n_layer, name)
+
+
+def vector_of_directions(
+    shown: str, arrays: Mapping[str, np.ndarray], convention: str | None, n_layer: int | None, name: str
+) -> ControlVector:
+    """Of `directions`, (rows, n_embd), and the statistics that there are, (rows,). Raises VectorFileError."""
     directions, columns = arrays["directions"], {key: arrays.get(key) for key in STATISTICS}
     if directions.ndim != 2:
         raise VectorFileError(f"{shown}: directions must be (blocks, n_embd), not {directions.shape}.")
@@ -194,6 +223,41 @@ def _from_arrays(
     mode = "add" if columns["mean_with"] is None else "project"
     settings = {"layers": (chosen,), "mode": mode, "name": name}
     return _vector(shown, directions, columns, settings, {"convention": convention})
+
+
+def vector_of_rows(
+    shown: str, rows: Mapping[int, np.ndarray], n_layer: int | None, name: str, convention: str
+) -> ControlVector:
+    """Of one direction for each of some blocks, added at all of them. Raises VectorFileError."""
+    widths = {np.shape(row) for row in rows.values()}
+    if len(widths) != 1 or len(next(iter(widths))) != 1 or min(rows) < 0:
+        raise VectorFileError(f"{shown} holds no vector: every block needs one direction of the same width.")
+    n_layer = max(rows) + 1 if n_layer is None else n_layer
+    if max(rows) >= n_layer or n_layer > keys.MAX_BLOCKS:
+        raise VectorFileError(f"{shown} holds block {max(rows)}, beyond a model of {n_layer} blocks.")
+    directions = _zeros(shown, n_layer, next(iter(widths))[0])
+    for il, row in rows.items():
+        directions[il] = row
+    settings = {"layers": _blocks(shown, directions), "mode": "add", "name": name}
+    return _vector(shown, directions, {}, settings, {"convention": convention})
+
+
+def _whole(path: str, arrays: Mapping[str, np.ndarray]) -> ControlVector:
+    """What `export_vector` wrote into arrays, as it was."""
+    try:
+        settings = json.loads(arrays[SETTINGS].tobytes())
+        settings = {key: settings[key] for key in SETTINGS_KEYS}
+        types = {"provenance": dict, "name": str, "layers": list}
+        if not all(isinstance(settings[key], kind) for key, kind in types.items()):
+            raise TypeError
+        settings["layers"] = [operator.index(il) for il in settings["layers"] if il < keys.MAX_BLOCKS]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise VectorFileError(f"{path} is damaged: its array {SETTINGS!r} holds no settings.") from None
+    named = {key: arrays.get(key) for key in (*STATISTICS, *_GATE)}
+    try:
+        return ControlVector(arrays.get("directions"), **named, **settings)
+    except LocalsteerError as error:
+        raise VectorFileError(f"{path} holds no usable vector: {error}") from None
 
 
 def _array_convention(path: str, convention: str | None, n_layer: int | None, n_rows: int) -> str:

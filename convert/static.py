@@ -24,11 +24,9 @@ def static_vector(
     chosen = vector.at(layer=layer, strength=strength)
     if 0 in chosen.layers:
         raise PlanError("stock llama.cpp can't steer block 0 (it rejects direction.0): choose a later block.")
-    if chosen.strength == 0:
-        raise PlanError("strength 0 leaves nothing to export: choose another strength.")
-    directions = np.zeros((vector.n_layer, vector.n_embd))
-    for il in chosen.layers:
-        directions[il] = chosen.strength * chosen.directions[il].astype(np.float64)
+    directions = np.zeros((vector.n_layer, vector.n_embd), np.float32)
+    for il, row in constant_rows(chosen).items():
+        directions[il] = row
     made = {
         "static_mode": vector.mode,
         "static_positions": vector.positions,
@@ -38,6 +36,21 @@ def static_vector(
         directions, None, None, None, None, chosen.layers, mode="add", name=vector.name,
         provenance={**vector.provenance, **made},
     )  # fmt: skip
+
+
+def constant_rows(vector: ControlVector) -> dict[int, np.ndarray]:
+    """The chosen blocks' directions, (n_embd,) float32, times the strength.
+
+    Raises PlanError for a strength of 0, and for one that overflows.
+    """
+    if vector.strength == 0:
+        raise PlanError("strength 0 leaves nothing to export: choose another strength.")
+    rows = {il: vector.strength * vector.directions[il].astype(np.float64) for il in vector.layers}
+    with np.errstate(over="ignore"):
+        small = {il: row.astype(np.float32) for il, row in rows.items()}
+    if not all(np.isfinite(row).all() for row in small.values()):
+        raise PlanError(f"strength {vector.strength:g} is too large to be multiplied into a direction.")
+    return small
 
 
 def export_static(

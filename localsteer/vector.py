@@ -343,7 +343,7 @@ def finite_number(value: Any, what: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise PlanError(f"{what} {value!r} is not a number.") from None
+        raise PlanError(f"{what} {value!r:.40} is not a number.") from None
     if not math.isfinite(number):
         raise PlanError(f"{what} must be a finite number, not {number}.")
     return number

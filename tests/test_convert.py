@@ -707,7 +707,7 @@ def test_what_stock_llama_cpp_can_not_do_is_not_exported(tmp_path, given, said):
 
 
 def test_the_conventions_are_named():
-    assert CONVENTIONS == ("repeng", "cvector-generator", "blocks", "hidden_states")
+    assert CONVENTIONS == ("repeng", "cvector-generator", "easysteer", "blocks", "hidden_states")
 
 
 def test_reading_a_vector_loads_neither_torch_nor_llama_cpp():

@@ -15,7 +15,9 @@ from .console import note, print_json, shown
 from .extract import check_folder, check_output, refuse_source
 
 FTYPES = ("F32", "F16", "BF16")  # as localsteer.convert.checkpoint has them
-CONVENTIONS = ("repeng", "cvector-generator", "blocks", "hidden_states")  # as localsteer.convert has them
+# as localsteer.convert has them
+CONVENTIONS = ("repeng", "cvector-generator", "easysteer", "blocks", "hidden_states")
+FORMATS = ("llama.cpp", "repeng", "easysteer", "steering-vectors", "npz", "safetensors")
 
 
 @click.group("convert", short_help="Convert models and vectors from and to other formats.")
@@ -27,6 +29,7 @@ def command() -> None:
       localsteer convert model ./my-checkpoint -o my-model.gguf --quantize Q4_K_M
       localsteer convert import happy.gguf --from repeng -o happy-localsteer.gguf
       localsteer convert export json.gguf --static -o json-static.gguf
+      localsteer convert export json.gguf --to steering-vectors -o json.pt
     """
 
 
@@ -95,8 +98,9 @@ def _quantized(folder: str, path: Path, ftype: str, quantization: str, name: str
     "--from",
     "convention",
     type=click.Choice(CONVENTIONS),
-    help="How the file counts blocks. GGUF: repeng, or cvector-generator (llama.cpp's and jukofyork's). "
-    "npz and safetensors: blocks (row 0 is block 0), or hidden_states (row 0 is the embedding).",
+    help="How the file counts blocks. GGUF: repeng, cvector-generator (llama.cpp's and jukofyork's), or "
+    "easysteer. npz, safetensors and a tensor of PyTorch: blocks (row 0 is block 0), or hidden_states (row 0 "
+    "is the embedding).",
 )
 @click.option(
     "--n-layer",
@@ -122,7 +126,8 @@ def import_command(
     name: str | None,
     as_json: bool,
 ) -> None:
-    """Read a vector that another tool wrote, FILE (GGUF, npz or safetensors), and write it as ours.
+    """Read a vector that another tool wrote, FILE (GGUF, npz, safetensors, or PyTorch's .pt), and write it as
+    ours.
 
     Without --from the convention is taken from the file where that is certain. A vector without mean
     projections can add or ablate, not project.
@@ -132,60 +137,92 @@ def import_command(
       localsteer convert import happy.gguf --from repeng -o happy-localsteer.gguf
       localsteer convert import control_vector.gguf --from cvector-generator -o ours.gguf
       localsteer convert import vectors.npz --from blocks --layer 12 -o ours.gguf
+      localsteer convert import steering_vector.pt --n-layer 28 -o ours.gguf
     """
     from localsteer.convert import import_vector
+    from localsteer.extract.torch_files import import_torch_vector, is_torch_file
 
     check_output(Path(output))
-    vector = import_vector(file, convention=convention, n_layer=n_layer, layer=layer, name=name)
+    read = import_torch_vector if is_torch_file(file) else import_vector
+    vector = read(file, convention=convention, n_layer=n_layer, layer=layer, name=name)
     vector = vector.at(mode=mode, positions=positions, strength=strength)
     _save(vector, output, as_json)
 
 
-@command.command("export", short_help="A localsteer vector to one for stock llama.cpp.")
+@command.command("export", short_help="A localsteer vector to one for another tool.")
 @click.argument("file", type=click.Path())
 @click.option(
-    "--static", is_flag=True, default=True, help="One constant vector per block: the only kind there is."
+    "--to",
+    type=click.Choice(FORMATS),
+    default="llama.cpp",
+    show_default=True,
+    help="Whose file it will be. npz and safetensors hold a vector whole, the others one that is added.",
 )
 @click.option(
-    "-o", "--output", required=True, type=click.Path(), metavar="GGUF", help="The file for llama.cpp."
+    "--static", is_flag=True, default=True, help="One constant vector per block: all that llama.cpp reads."
 )
+@click.option("-o", "--output", required=True, type=click.Path(), metavar="FILE", help="The new file.")
 @click.option(
     "--layer", type=options.Blocks(), metavar="BLOCKS", help="Blocks to keep. [default: the chosen ones]"
 )
 @click.option(
     "--strength", type=options.Finite(), metavar="X", help="Multiply by this. [default: the file's strength]"
 )
+@click.option("--force", is_flag=True, help="Replace a file that is there and is no vector of ours.")
 @options.as_json
 def export_command(
     file: str,
+    to: str,
     static: bool,
     output: str,
     layer: tuple[int, ...] | None,
     strength: float | None,
+    force: bool,
     as_json: bool,
 ) -> None:
-    """Write FILE's chosen blocks, times the strength, for `llama-cli --control-vector`, at scale 1.
+    """Write FILE for another tool: its chosen blocks, times the strength, as constant directions. What the
+    format does not hold is said.
 
-    Stock llama.cpp can only add a constant at every position, so a vector that projects becomes one that
-    adds, and its strength may want another value.
+    llama.cpp (`llama-cli --control-vector`, at scale 1), repeng, EasySteer and steering-vectors can only add
+    a constant at every position, so a vector that projects becomes one that adds, and its strength may want
+    another value. npz and safetensors hold everything, and `import` gives it back as it was.
 
     \b
-    Example:
+    Examples:
       localsteer convert export json.gguf --static --layer 12 --strength 0.8 -o json-static.gguf
+      localsteer convert export json.gguf --to repeng -o json-repeng.gguf
+      localsteer convert export json.gguf --to steering-vectors -o json.pt
+      localsteer convert export json.gguf --to npz -o json.npz
     """
-    from localsteer.convert import static_vector
     from localsteer.vector import ControlVector
 
-    vector = ControlVector.load(file)
-    refuse_source(Path(output), file)
-    check_output(Path(output))
-    static_one = static_vector(vector, layer, strength)
-    if (vector.mode, vector.positions) != ("add", "all"):
+    vector, path = ControlVector.load(file).at(layer=layer, strength=strength), Path(output)
+    refuse_source(path, file)
+    if force:
+        check_folder(path)
+    else:
+        check_output(path)
+    lost = _export(vector, path, to)
+    if to == "llama.cpp" and (vector.mode, vector.positions) != ("add", "all"):
         note(
             f"{vector.label} was made to {vector.mode} at positions {vector.positions}; "
             "stock llama.cpp will add it at all of them."
         )
-    _save(static_one, output, as_json)
+    if lost:
+        note(f"not in the file: {'; '.join(lost)}.")
+    mode, strength = (vector.mode, vector.strength) if to in ("npz", "safetensors") else ("add", 1.0)
+    more = {"to": to, "layers": list(vector.layers), "mode": mode, "strength": strength, "lost": list(lost)}
+    _report(path, as_json, more)
+
+
+def _export(vector: Any, path: Path, to: str) -> tuple[str, ...]:
+    if to == "steering-vectors":
+        from localsteer.extract.torch_files import write_torch_vector
+
+        return write_torch_vector(vector, path)
+    from localsteer.convert import export_vector
+
+    return export_vector(vector, path, to=to)
 
 
 def _save(vector: Any, output: str, as_json: bool) -> None:

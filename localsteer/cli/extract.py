@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ import click
 
 from localsteer.cache import require_folder
 from localsteer.errors import VectorFileError
+from localsteer.token_choice import FORMS
 
 from . import options
 from .console import note, print_json, progress, shown
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction
     from localsteer.extract.recipes import Extracted
     from localsteer.vector import ControlVector
+
+    Make = Callable[..., ControlVector]
 
 # localsteer.extract.levels has these too, but importing it brings in numpy; a test keeps the two equal
 LENGTHS = (
@@ -50,6 +55,23 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")  # as localsteer.extract.tor
 )
 @click.option("--language", metavar="NAME", help="Replies in this language: es, Spanish, ...")
 @click.option(
+    "--pairs-file",
+    type=click.Path(),
+    metavar="FILE",
+    help='Pairs of texts, JSONL or a JSON array: {"with": TEXT, "without": TEXT}, or as published sets have '
+    "them (docs/pairs.md).",
+)
+@click.option(
+    "--raw", is_flag=True, help="With --pairs-file: its texts as they are, without the chat template."
+)
+@click.option(
+    "--tokens",
+    default="last",
+    metavar="WHICH",
+    help=f"Whose state counts: {FORMS}. The mean, of several. [default: last]",
+)
+@click.option("--name", metavar="TEXT", help="The vector's name. [default: the instruction's id, or FILE's]")
+@click.option(
     "--gguf", metavar="GGUF", help="Extract with llama.cpp from this GGUF, or a name: bundled, smol."
 )
 @click.option(
@@ -72,6 +94,7 @@ def command(
     exclude_word: str | None,
     length: str | None,
     language: str | None,
+    pairs_file: str | None,
     gguf: str | None,
     checkpoint: str | None,
     output: str | None,
@@ -83,7 +106,8 @@ def command(
     **params: Any,
 ) -> None:
     """Extract the control vector of an instruction: the difference that it makes to the model's state at the
-    last prompt token, on average over prompts with and without it.
+    last prompt token, on average over prompts with and without it. Or of pairs of texts: the difference
+    between their sides, at the last token or at others (--tokens).
 
     From a GGUF with nothing but llama.cpp, or from a transformers model with PyTorch. --layer, --mode,
     --positions and --strength are stored in the file, and can be changed whenever it is used. Lengths and
@@ -99,6 +123,8 @@ def command(
       localsteer extract --gguf MODEL.gguf --length conciseness --strength 0.5
       localsteer extract --gguf MODEL.gguf --language es
       localsteer extract --gguf MODEL.gguf --catalog my.toml --instruction pirate
+      localsteer extract --gguf MODEL.gguf --pairs-file sycophancy.json --tokens -2 -o sycophancy.gguf
+      localsteer extract --gguf MODEL.gguf --pairs-file happy.jsonl --raw --layer 14
       localsteer extract --model Qwen/Qwen2.5-0.5B-Instruct --instruction json -o json.gguf
     """
     from localsteer.vector import describe
@@ -113,13 +139,18 @@ def command(
         "--length": length,
         "--language": language,
     }
-    found = catalog_of(gguf, catalog)
-    recipe = recipe_of(found, wanted, slots)
-    base_queries = extraction_queries(found, recipe.instruction, queries)
-    path = output_path(output, recipe.target)
+    settings = _settings(params) | {"n_pairs": pairs}
+    if pairs_file is not None:
+        idle = {"--catalog": catalog, "--slot": slots or None, "--queries": queries}
+        name, make = _from_texts(pairs_file, params, wanted | idle)
+    else:
+        found = catalog_of(gguf, catalog)
+        name, make = _from_instruction(found, recipe_of(found, wanted, slots), queries, params)
+    path = named_path(output, name)
     source = checkpoint if gguf is None else _gguf_file(gguf)
-    vector = _extract(source, recipe, base_queries, pairs, params)
-    vector = vector.at(strength=params["strength"])
+    with _opened(source, params) as opened, progress(f"extracting {name}") as on_progress:
+        vector = make(opened, on_progress=on_progress, **settings)
+    vector = replace(vector.at(strength=params["strength"]), name=params["name"] or vector.name)
     vector.save(path)
     described = describe(vector)
     if as_json:
@@ -178,8 +209,13 @@ def _gguf_file(gguf: str) -> Path:
 
 
 def output_path(output: str | None, instruction: Instruction) -> Path:
-    """Where the vector goes. A file that is there and no vector, a model say, is not overwritten."""
-    path = Path(output or f"{re.sub(r'[^a-z0-9._-]+', '-', instruction.id.lower())}.gguf")
+    """Where the vector of an instruction goes, as `named_path` has it."""
+    return named_path(output, instruction.id)
+
+
+def named_path(output: str | None, name: str) -> Path:
+    """Where a vector goes. A file that is there and no vector, a model say, is not overwritten."""
+    path = Path(output or f"{re.sub(r'[^a-z0-9._-]+', '-', name.lower())}.gguf")
     check_output(path)
     return path
 
@@ -221,25 +257,6 @@ def refuse_source(path: Path, source: str) -> None:
         raise VectorFileError(f"{path} is the vector itself, which would be lost: choose another name.")
 
 
-def _extract(
-    source: Any, recipe: Extracted, queries: Any, n_pairs: int | None, params: dict[str, Any]
-) -> ControlVector:
-    with _opened(source, params) as opened, progress(f"extracting {recipe.target.id}") as on_progress:
-        return recipe.extract(
-            opened,
-            queries,
-            n_pairs=n_pairs,
-            layer=params["layer"],
-            mode=params["mode"],
-            positions=params["positions"] or "all",
-            dtype=params["dtype"],
-            device=params["device"],
-            exact=params["exact"],
-            n_threads=params["threads"],
-            on_progress=on_progress,
-        )
-
-
 @contextmanager
 def _opened(source: Any, params: dict[str, Any]) -> Iterator[Any]:
     """A model on several hosts is opened here, as --rpc says; any other by the extraction."""
@@ -249,3 +266,35 @@ def _opened(source: Any, params: dict[str, Any]) -> Iterator[Any]:
     settings = {name: params[name] for name in ("rpc", "rpc_seconds", "threads", "exact")}
     with open_engine(str(source), **settings) as engine:
         yield engine
+
+
+def _from_texts(path: str, params: Mapping[str, Any], idle: Mapping[str, Any]) -> tuple[str, Make]:
+    """The vector's name, and what makes it. idle: by option, what says what to extract otherwise."""
+    from localsteer.extract import extract_from_texts, read_text_pairs
+
+    for option, value in idle.items():
+        if value is not None:
+            raise click.UsageError(
+                f"{option} and --pairs-file exclude each other: the file holds whole texts."
+            )
+    name = params["name"] or Path(path).stem
+    return name, partial(extract_from_texts, pairs=read_text_pairs(path, raw=params["raw"]), name=name)
+
+
+def _from_instruction(
+    catalog: Catalog, recipe: Extracted, queries: str | None, params: Mapping[str, Any]
+) -> tuple[str, Make]:
+    if params["raw"]:
+        raise click.UsageError("--raw belongs to --pairs-file: an instruction is asked as a question.")
+    base_queries = extraction_queries(catalog, recipe.instruction, queries)
+    return params["name"] or recipe.target.id, partial(recipe.extract, queries=base_queries)
+
+
+def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Of extraction, from any source."""
+    from localsteer.token_choice import TokenChoice
+
+    settings = {"tokens": TokenChoice.parse(params["tokens"])}
+    settings |= {key: params[key] for key in ("layer", "dtype", "device", "exact")}
+    settings |= {"positions": params["positions"] or "all", "n_threads": params["threads"]}
+    return settings if params["mode"] is None else settings | {"mode": params["mode"]}

@@ -5,10 +5,13 @@
 
 The state that counts is the residual stream after each block at the LAST PROMPT TOKEN, the prompt rendered by
 the model's own chat template with the generation prompt added (Stolfo et al., arXiv 2410.12877, section 3).
+Other tokens can be chosen (`tokens`), and pairs of texts be read as they stand (`extract_from_texts`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,21 +22,34 @@ import numpy as np
 
 from localsteer.catalog import Instruction, Query, load_catalog
 from localsteer.errors import PromptError, UnsupportedModelError
+from localsteer.prompt_texts import PromptText
+from localsteer.token_choice import TokenChoice
 from localsteer.vector import ControlVector, checked_layers
 
 from .pairs import DEFAULT_PAIRS, Pair, build_pairs
 from .statistics import KEPT_STATES, ProjectionSpread, RunningMeans
+from .text_pairs import TextPair, read_text_pairs, some_pairs
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
     from localsteer.templates import ChatTemplate
 
-__all__ = ["DEFAULT_PAIRS", "Backend", "Pair", "build_pairs", "extract", "open_backend"]
-
+__all__ = [
+    "DEFAULT_PAIRS",
+    "Backend",
+    "Pair",
+    "TextPair",
+    "build_pairs",
+    "extract",
+    "extract_from_texts",
+    "open_backend",
+    "read_text_pairs",
+]
 
 BATCH_TOKENS = 4096  # padding included: bounds what one forward pass takes
 BATCH_PROMPTS = 32
 METHOD = "difference of means, last prompt token"
+METHOD_OF_TEXTS = "difference of means of pairs of texts, last token"
 ADDED_GROUPS = ("length", "word")  # the paper adds these directions, and projects the others
 
 Progress = Callable[[int, int], None]
@@ -58,12 +74,24 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class TokenBackend(Backend, Protocol):
+    """A backend that can be asked for other tokens than the last."""
+
+    def find_part(self, text: str, tokens: Sequence[int], part: str) -> range | None: ...
+
+    def mean_hidden_states(
+        self, prompts: Sequence[Sequence[int]], positions: Sequence[range]
+    ) -> np.ndarray: ...
+
+
 def extract(
     source: str | os.PathLike[str] | Engine | Backend,
     instruction: Instruction | str,
     queries: Sequence[Query | str] | None = None,
     *,
     n_pairs: int | None = None,
+    tokens: str | int | TokenChoice = "last",
     layer: int | Sequence[int] | None = None,
     mode: str | None = None,
     positions: str = "all",
@@ -75,36 +103,83 @@ def extract(
 
     source: a GGUF file, a transformers folder or hub name, an Engine, or an open backend (`open_backend`,
     which also says what `options` may hold). instruction: of a catalog, or the user's own words. queries:
-    base queries; None takes the instruction's own, or the general ones. layer: the blocks that the vector
-    starts with, the middle one by default; tuning chooses better. mode: "add" for lengths and words, else
-    "project". on_progress is called with prompts done and prompts in all.
+    base queries; None takes the instruction's own, or the general ones. tokens: as TokenChoice has them; of
+    several, their mean. layer: the blocks that the vector starts with, the middle one by default; tuning
+    chooses better. mode: "add" for lengths and words, else "project". on_progress is called with prompts done
+    and prompts in all.
 
     Raises CatalogError, ModelFileError, UnsupportedModelError, PromptError, PlanError.
     """
     instruction = Instruction.from_text(instruction) if isinstance(instruction, str) else instruction.fill()
     if queries is None:
         queries = load_catalog().queries_for(instruction, "extraction")
-    pairs = build_pairs(instruction, queries, n_pairs)
+    pairs, choice = build_pairs(instruction, queries, n_pairs), TokenChoice.parse(tokens)
+    texts = [(_question(pair.instructed), _question(pair.plain)) for pair in pairs]
     with open_backend(source, **options) as backend:
-        n_layer = backend.n_layer
-        layers = checked_layers(n_layer // 2 if layer is None else layer, n_layer, backend.model_name)
+        layers = _layers(backend, layer)
         try:
-            prompts = _Prompts(backend, pairs, on_progress)
+            means, spread = _statistics(backend, _Prompts(backend, texts, choice, on_progress))
         except PromptError as error:
             raise PromptError(f"{instruction.id}: {error}") from error
-        means, spread = _statistics(backend, prompts)
-        return ControlVector(
-            directions=means.directions,
-            mean_with=means.projections[1],
-            mean_without=means.projections[0],
-            std_with=spread.deviations[1],
-            std_without=spread.deviations[0],
+        return _vector(
+            means,
+            spread,
             layers=layers,
             mode=mode or ("add" if instruction.group in ADDED_GROUPS else "project"),
             positions=positions,
             name=name or instruction.id,
-            provenance=_provenance(backend, instruction, pairs),
+            provenance=_provenance(backend, instruction, pairs, choice),
         )
+
+
+def extract_from_texts(
+    source: str | os.PathLike[str] | Engine | Backend,
+    pairs: Sequence[TextPair],
+    *,
+    name: str,
+    n_pairs: int | None = None,
+    tokens: str | int | TokenChoice = "last",
+    layer: int | Sequence[int] | None = None,
+    mode: str = "project",
+    positions: str = "all",
+    on_progress: Progress | None = None,
+    **options: Any,
+) -> ControlVector:
+    """The control vector of pairs of texts: mean(with) - mean(without) at the chosen tokens.
+
+    A reply in them is teacher-forced. n_pairs: so many of them, at equal distances. All else is as in
+    `extract`. Raises PromptError, which names a text that can't be read, ModelFileError,
+    UnsupportedModelError, PlanError.
+    """
+    pairs, choice = some_pairs(pairs, n_pairs), TokenChoice.parse(tokens)
+    texts = [(pair.instructed, pair.plain) for pair in pairs]
+    with open_backend(source, **options) as backend:
+        layers = _layers(backend, layer)
+        means, spread = _statistics(backend, _Prompts(backend, texts, choice, on_progress))
+        provenance = _provenance_of_texts(backend, texts, choice, name)
+        return _vector(
+            means, spread, layers=layers, mode=mode, positions=positions, name=name, provenance=provenance
+        )
+
+
+def _vector(means: RunningMeans, spread: ProjectionSpread, **settings: Any) -> ControlVector:
+    return ControlVector(
+        directions=means.directions,
+        mean_with=means.projections[1],
+        mean_without=means.projections[0],
+        std_with=spread.deviations[1],
+        std_without=spread.deviations[0],
+        **settings,
+    )
+
+
+def _layers(backend: Backend, layer: int | Sequence[int] | None) -> tuple[int, ...]:
+    n_layer = backend.n_layer
+    return checked_layers(n_layer // 2 if layer is None else layer, n_layer, backend.model_name)
+
+
+def _question(text: str) -> PromptText:
+    return PromptText(text, label=f"the prompt {text!r} can't be read")
 
 
 @contextmanager
@@ -148,13 +223,19 @@ def _is_gguf(path: Path) -> bool:
 
 
 class _Prompts:
-    """The tokenised prompts of all pairs, and their states batch by batch, batches of similar lengths."""
+    """The tokenised texts of all pairs, and their states batch by batch, batches of similar lengths."""
 
-    def __init__(self, backend: Backend, pairs: Sequence[Pair], on_progress: Progress | None) -> None:
-        self._backend, self._on_progress = backend, on_progress
-        texts = [(pair.instructed, True) for pair in pairs] + [(pair.plain, False) for pair in pairs]
-        self._ids = [prompt_tokens(backend, text) for text, _ in texts]
-        self._instructed = np.array([side for _, side in texts])
+    def __init__(
+        self,
+        backend: Backend,
+        pairs: Sequence[tuple[PromptText, PromptText]],
+        choice: TokenChoice,
+        on_progress: Progress | None,
+    ) -> None:
+        self._backend, self._choice, self._on_progress = backend, choice, on_progress
+        texts = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+        self._ids, self._positions = zip(*(_read(backend, text, choice) for text in texts), strict=True)
+        self._instructed = np.arange(len(texts)) < len(pairs)
         self._passes = 1 if len(texts) <= KEPT_STATES else 2
         self._done = 0
 
@@ -166,12 +247,34 @@ class _Prompts:
     def states(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(states, instructed) of each batch: (n, n_layer, n_embd) float32 and (n,) bool."""
         for batch in batches([len(ids) for ids in self._ids]):
-            states = self._backend.last_hidden_states([self._ids[i] for i in batch])
+            ids = [self._ids[i] for i in batch]
+            if self._choice.is_last:
+                states = self._backend.last_hidden_states(ids)
+            else:
+                states = self._backend.mean_hidden_states(ids, [self._positions[i] for i in batch])
             _check_finite(states)
             self._done += len(batch)
             if self._on_progress is not None:
                 self._on_progress(self._done, self._passes * len(self._ids))
             yield states, self._instructed[batch]
+
+
+def _read(backend: Backend, text: PromptText, choice: TokenChoice) -> tuple[list[int], range]:
+    """Token ids of a text and the chosen ones of them. Raises PromptError, which names the text."""
+    try:
+        rendered = text.render(backend.template)
+        ids = backend.tokenize(rendered)
+        n_ctx = getattr(backend, "n_ctx", None)
+        if n_ctx is not None and len(ids) > n_ctx:
+            raise PromptError(
+                f"it has {len(ids)} tokens, more than the context of {n_ctx} tokens: shorten it"
+            )
+        if not choice.is_last and not isinstance(backend, TokenBackend):
+            raise PromptError(f"{backend.description} knows the last token alone")
+        find = lambda part: backend.find_part(rendered, ids, part)  # noqa: E731
+        return ids, choice.positions(len(ids), find, text.forced)
+    except PromptError as error:
+        raise PromptError(f"{text.label}: {str(error).rstrip('.')}.") from error
 
 
 def _statistics(backend: Backend, prompts: _Prompts) -> tuple[RunningMeans, ProjectionSpread]:
@@ -221,20 +324,42 @@ def _check_finite(states: np.ndarray) -> None:
         )
 
 
-def _provenance(backend: Backend, instruction: Instruction, pairs: Sequence[Pair]) -> Mapping[str, Any]:
-    prompts = (pairs[0].plain, pairs[0].instructed, pairs[-1].instructed)
-    return origin_of(backend, instruction, prompts, method=METHOD) | {"n_pairs": len(pairs)}
+def _provenance(
+    backend: Backend, instruction: Instruction, pairs: Sequence[Pair], choice: TokenChoice
+) -> Mapping[str, Any]:
+    prompts = [_question(text) for text in (pairs[0].plain, pairs[0].instructed, pairs[-1].instructed)]
+    made = origin_of(backend, instruction, prompts, method=_method(METHOD, choice)) | {"n_pairs": len(pairs)}
+    return made if choice.is_last else made | {"tokens": choice.spelled}
+
+
+def _provenance_of_texts(
+    backend: Backend, texts: Sequence[tuple[PromptText, PromptText]], choice: TokenChoice, name: str
+) -> Mapping[str, Any]:
+    """As of an instruction without wordings. texts_sha256: of all texts as they were read."""
+    probes = [texts[0][1], texts[0][0], texts[-1][0]]
+    made = origin_of(backend, Instruction(name, ()), probes, method=_method(METHOD_OF_TEXTS, choice))
+    rendered = [[text.render(backend.template) for text in pair] for pair in texts]
+    made["texts_sha256"] = hashlib.sha256(json.dumps(rendered).encode()).hexdigest()
+    made |= {"n_pairs": len(texts), "tokens": choice.spelled, "raw": all(pair[0].raw for pair in texts)}
+    # no template was read, so that another one is no reason for a warning
+    unknown = {"phrasings", "group"} | ({"template_hash"} if made["raw"] else set())
+    return {key: value for key, value in made.items() if key not in unknown}
+
+
+def _method(method: str, choice: TokenChoice) -> str:
+    return method if choice.is_last else f"{method.rpartition(', ')[0]}, tokens {choice.spelled}"
 
 
 def origin_of(
-    backend: Backend, instruction: Instruction, prompts: Sequence[str], *, method: str
+    backend: Backend, instruction: Instruction, prompts: Sequence[str | PromptText], *, method: str
 ) -> dict[str, Any]:
     """The provenance of a vector: of what, from which model, how. prompts: some of those it was made with."""
     from localsteer import __version__
 
     # Tokenised again whenever the vector meets a model. Prompts of this making and no text of ours: a small
     # vocabulary need not have its characters.
-    probes = [render(backend, text) for text in prompts]
+    texts = [PromptText(text) if isinstance(text, str) else text for text in prompts]
+    probes = [text.render(backend.template) for text in texts]
     provenance = {
         "instruction_id": instruction.id,
         "instruction": instruction.phrasings[0] if instruction.phrasings else None,

@@ -39,6 +39,17 @@ class GgufBackend:
         """(n_prompts, n_layer, n_embd) float32: the residual stream after each block at each last token."""
         return self.engine.last_hidden_states(prompts)
 
+    def find_part(self, text: str, tokens: Sequence[int], part: str) -> range | None:
+        """The tokens of `text` that spell the last occurrence of `part`."""
+        return self.engine.find_part(tokens, part)
+
+    def mean_hidden_states(self, prompts: Sequence[Sequence[int]], positions: Sequence[range]) -> np.ndarray:
+        """The same, of the mean over the chosen positions of each prompt."""
+        sums = np.zeros((len(prompts), self.n_layer, self.n_embd))
+        for index, _, states in self.engine.states_at(prompts, positions, range(self.n_layer)):
+            sums[index] += states.sum(axis=0, dtype=np.float64)
+        return (sums / np.array([len(chosen) for chosen in positions])[:, None, None]).astype(np.float32)
+
     def close(self) -> None:
         if self._owned:
             self.engine.close()

@@ -17,6 +17,7 @@ import numpy as np
 from localsteer.cache import file_hash
 from localsteer.errors import LocalsteerError, ModelFileError, PromptError, UnsupportedModelError
 from localsteer.templates import DROPS_WORDS, NO_TEMPLATE, ChatTemplate, one_line
+from localsteer.token_choice import tokens_over
 
 try:
     import torch
@@ -80,6 +81,34 @@ class TorchBackend:
 
     def last_hidden_states(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """(n_prompts, n_layer, n_embd) float32: the residual stream after each block at each last token."""
+        return self._states(prompts, lambda hidden, rows, last: hidden[rows, last].float())
+
+    def mean_hidden_states(self, prompts: Sequence[Sequence[int]], positions: Sequence[range]) -> np.ndarray:
+        """The same, of the mean over the chosen positions of each prompt."""
+
+        def mean(hidden: Any, _rows: Any, _last: Any) -> Any:
+            means = [
+                row[at.start : at.stop].float().mean(dim=0) for row, at in zip(hidden, positions, strict=True)
+            ]
+            return torch.stack(means)
+
+        return self._states(prompts, mean)
+
+    def find_part(self, text: str, tokens: Sequence[int], part: str) -> range | None:
+        """The tokens of `text` that spell the last occurrence of `part`. Raises UnsupportedModelError."""
+        at = text.rfind(part)
+        if at < 0:
+            return None
+        if not self.tokenizer.is_fast:
+            raise UnsupportedModelError(
+                f"the tokenizer of {self.model_name} can't tell where a text is: choose tokens by index."
+            )
+        special = self.template.adds_special(text)
+        spans = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True).offset_mapping
+        return tokens_over([tuple(span) for span in spans], at, at + len(part))
+
+    def _states(self, prompts: Sequence[Sequence[int]], take: Callable[[Any, Any, Any], Any]) -> np.ndarray:
+        """take: (n_prompts, n_embd) of a block's output, the prompts' rows and their last tokens."""
         lengths = torch.tensor([len(ids) for ids in prompts])
         self._check_lengths(lengths)
         # Padded on the right, after the last token: with causal attention nothing before it can change, and
@@ -92,7 +121,7 @@ class TorchBackend:
         rows, last = torch.arange(len(prompts)), lengths - 1
 
         def keep(layer: int, hidden: Any) -> None:
-            states[:, layer] = hidden[rows, last].float().cpu().numpy()
+            states[:, layer] = take(hidden, rows, last).cpu().numpy()
 
         with torch.inference_mode(), observe_blocks(self.model, keep):
             # the inner model: logits of every token would be computed for nothing

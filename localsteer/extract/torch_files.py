@@ -1,0 +1,190 @@
+"""Vectors in files of torch.save: those of steering-vectors, one tensor, or a dictionary of them by block.
+
+A pickle can run code. These are read with weights_only=True, which knows tensors, plain containers and, here,
+a stand-in for the one class of steering-vectors; anything else in a file refuses it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localsteer.cache import atomic_path
+from localsteer.convert.exports import losses
+from localsteer.convert.imports import vector_of_directions, vector_of_rows
+from localsteer.convert.static import constant_rows
+from localsteer.errors import LocalsteerError, VectorFileError
+from localsteer.vector import ControlVector
+
+STEERING_VECTOR = "steering_vectors.steering_vector.SteeringVector"
+BLOCKS = "decoder_block"  # the layer_type of steering-vectors that is the residual stream
+
+
+@dataclass
+class PickledSteeringVector:
+    """In the place of steering-vectors' class, as its pickle fills it."""
+
+    layer_activations: dict[int, Any] = field(default_factory=dict)
+    layer_type: str = BLOCKS
+
+
+def is_torch_file(path: str | os.PathLike[str]) -> bool:
+    """Whether torch.save wrote it, as a zip archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return False
+
+
+def import_torch_vector(
+    path: str | os.PathLike[str],
+    *,
+    convention: str | None = None,
+    n_layer: int | None = None,
+    layer: int | Sequence[int] | None = None,
+    name: str | None = None,
+) -> ControlVector:
+    """The vector in a file of torch.save, as `localsteer.convert.import_vector` reads others; it can add.
+
+    A SteeringVector, or {"layer_activations": {block: tensor}}, or {block: tensor}; one tensor (n_embd,), for
+    the blocks of `layer`; one tensor (rows, n_embd), which takes a convention. Raises VectorFileError,
+    PlanError.
+    """
+    path = os.fspath(path)
+    name = Path(path).stem if name is None else name
+    content = _loaded(path)
+    rows = _rows(path, content)
+    if rows is not None:
+        _refuse_convention(path, convention)
+        vector = vector_of_rows(path, rows, n_layer, name, "steering-vectors")
+        return vector if layer is None else vector.at(layer=layer)
+    array = _array(path, content)
+    if array.ndim == 1:
+        _refuse_convention(path, convention)
+        blocks = [layer] if isinstance(layer, int) else list(layer or ())
+        if not blocks or n_layer is None:
+            raise VectorFileError(
+                f"{path} holds one direction: give its block and the model's number of blocks."
+            )
+        return vector_of_rows(path, dict.fromkeys(blocks, array), n_layer, name, "torch")
+    vector = vector_of_directions(path, {"directions": array}, convention, n_layer, name)
+    return vector if layer is None else vector.at(layer=layer)
+
+
+def write_torch_vector(
+    vector: ControlVector,
+    path: str | os.PathLike[str],
+    *,
+    layer: int | Sequence[int] | None = None,
+    strength: float | None = None,
+) -> tuple[str, ...]:
+    """Write {"layer_activations": {block: tensor}, "layer_type": ...}, the fields of a SteeringVector, and
+    return what it does not hold. `SteeringVector(**torch.load(path, weights_only=True))` is the vector.
+
+    Raises PlanError, VectorFileError.
+    """
+    torch = _torch()
+    chosen = vector.at(layer=layer, strength=strength)
+    rows = {il: torch.from_numpy(row) for il, row in constant_rows(chosen).items()}
+    if os.path.isdir(path):
+        raise VectorFileError(f"{os.fspath(path)} can't be written: it is a folder.")
+    try:
+        with atomic_path(path) as beside, beside.open("wb") as file:
+            torch.save({"layer_activations": rows, "layer_type": BLOCKS}, file)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise VectorFileError(f"{os.fspath(path)} can't be written: {reason}.") from None
+    return losses(chosen, "steering-vectors")
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise LocalsteerError(
+            f"a file of torch.save needs PyTorch: pip install 'localsteer[torch]' ({error})"
+        ) from error
+    return torch
+
+
+def _loaded(path: str) -> Any:
+    torch = _torch()
+    _check_archive(path)
+    stand_in = [(PickledSteeringVector, STEERING_VECTOR)]
+    try:
+        with torch.serialization.safe_globals(stand_in):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise VectorFileError(
+            f"{path} holds more than tensors, which could run code: save its directions with numpy.savez."
+        ) from None
+    except Exception:  # a file from anywhere: torch raises nearly every type
+        raise VectorFileError(f"{path} is damaged: torch can't read it.") from None
+
+
+def _check_archive(path: str) -> None:
+    """torch.save compresses nothing: what is packed could be a bomb."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist())
+            size = sum(info.file_size for info in archive.infolist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        raise VectorFileError(f"{path} is no file of torch.save.") from None
+    if packed or size > os.path.getsize(path):
+        raise VectorFileError(f"{path} is damaged: torch.save packs nothing, and this archive is packed.")
+
+
+def _rows(path: str, content: Any) -> dict[int, np.ndarray] | None:
+    """Directions by block, of something that has blocks."""
+    kind = BLOCKS
+    if isinstance(content, PickledSteeringVector):
+        content, kind = content.layer_activations, content.layer_type
+    elif isinstance(content, Mapping) and "layer_activations" in content:
+        content, kind = content["layer_activations"], content.get("layer_type", BLOCKS)
+    elif not isinstance(content, Mapping):
+        return None
+    if kind != BLOCKS:
+        raise VectorFileError(
+            f"{path} is of {kind!r:.40}: only {BLOCKS}, the residual stream, can be steered."
+        )
+    if not isinstance(content, Mapping) or not content:
+        raise VectorFileError(f"{path} holds no directions by block.")
+    return {_block(path, key): _array(path, row) for key, row in content.items()}
+
+
+def _block(path: str, key: Any) -> int:
+    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 6:
+        key = int(key)
+    if not isinstance(key, int) or isinstance(key, bool) or key < 0:
+        raise VectorFileError(f"{path} holds {key!r:.40} in the place of a block's number.")
+    return key
+
+
+def _array(path: str, tensor: Any) -> np.ndarray:
+    """(n_embd,) or (rows, n_embd) float64."""
+    torch = _torch()
+    is_plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
+    if not is_plain or tensor.device.type != "cpu" or not tensor.is_floating_point():
+        what = type(tensor).__name__ if not isinstance(tensor, torch.Tensor) else str(tensor.dtype)
+        raise VectorFileError(f"{path} holds {what!r:.40} in the place of a direction of numbers.")
+    # strides of 0 let a few bytes stand for any number of them
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise VectorFileError(f"{path} is damaged: a tensor claims more numbers than the file has.")
+    array = tensor.detach().to(torch.float64).numpy()
+    array = array.reshape(-1) if array.ndim > 1 and array.size == array.shape[-1] else array  # (1, 1, n_embd)
+    if array.ndim not in (1, 2) or 0 in array.shape:
+        raise VectorFileError(f"{path}: directions must be (n_embd,) or (blocks, n_embd), not {array.shape}.")
+    return array
+
+
+def _refuse_convention(path: str, convention: str | None) -> None:
+    if convention is not None:
+        raise VectorFileError(f"{path} names its blocks itself: it takes no convention.")
