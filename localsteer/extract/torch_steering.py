@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from localsteer.plan import Plan, PositionClass, Program
-from localsteer.steering import RMS_EPS
+from localsteer.plan import Plan, PositionClass
 
+# isort: split
 from .torch_backend import block_output, decoder_blocks, torch, transformers
+
+# isort: split
+from localsteer.torch_arithmetic import apply_program  # after torch_backend, which says what is missing
 
 
 @contextmanager
@@ -102,50 +105,3 @@ def _class(position: int, n_prompt: int) -> PositionClass:
     if position >= n_prompt:
         return PositionClass.GENERATION
     return PositionClass.LAST if position == n_prompt - 1 else PositionClass.PROMPT
-
-
-def apply_program(x: Any, program: Program) -> Any:
-    """steering.apply_program in torch: x (..., n_embd) -> the same shape and type, float64 inside."""
-    wide = torch.float64 if x.device.type != "mps" else torch.float32  # Metal has no float64
-    rows = x.reshape(-1, x.shape[-1]).to(wide)
-    rows = rows + _weights(rows, program) @ _tensor(program.writers, rows)
-    return rows.to(x.dtype).reshape(x.shape)
-
-
-def _weights(rows: Any, program: Program) -> Any:
-    """steering.dynamic_weights in torch: (n_rows, k)."""
-    readers, normalised = _tensor(program.readers, rows), _flags(program.normalised, rows)
-    rms = (rows.square().mean(dim=1, keepdim=True) + RMS_EPS).sqrt()
-    read = rows @ readers.T / torch.where(normalised, rms, torch.ones_like(rms))
-    weights = _tensor(program.biases, rows) + torch.where(readers.any(dim=1), read, torch.zeros_like(read))
-    joins = ~_flags(program.one_sided, rows) | ~(weights <= 0)  # NaN joins
-    weights = torch.where(joins, weights, torch.zeros_like(weights))
-    m = program.n_solved
-    if m:
-        weights = torch.cat([_solved(weights[:, :m], joins[:, :m], program), weights[:, m:]], dim=1)
-    caps = _tensor(program.caps, rows)
-    return weights.clamp(-caps, caps)
-
-
-def _solved(wanted: Any, joins: Any, program: Program) -> Any:
-    """One least-norm solve for each set of edits that join."""
-    writers = _tensor(program.writers[: program.n_solved], wanted)
-    gram = writers @ writers.T + program.ridge * torch.eye(
-        len(writers), dtype=wanted.dtype, device=wanted.device
-    )
-    weights = torch.zeros_like(wanted)
-    for pattern in torch.unique(joins, dim=0):
-        chosen = (joins == pattern).all(dim=1)
-        k = pattern.nonzero()[:, 0]
-        if len(k):
-            solved = torch.linalg.solve(gram[k][:, k], wanted[chosen][:, k].T).T
-            weights[chosen.nonzero(), k] = solved
-    return weights
-
-
-def _flags(array: Any, like: Any) -> Any:
-    return torch.as_tensor(array.copy(), device=like.device)
-
-
-def _tensor(array: Any, like: Any) -> Any:
-    return torch.as_tensor(array.copy(), dtype=like.dtype, device=like.device)
