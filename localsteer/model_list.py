@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,7 @@ from .convert.gguf_file import GgufFile, open_gguf
 from .errors import LocalsteerError, ModelFileError
 from .model_names import BUNDLED, NAMES, PACKAGED, not_installed, packaged_file
 from .packs import all_packs, is_off, match_quietly
+from .runtime.limits import DEFAULT_N_CTX, POOL_BYTES
 from .stores import StoredModel, everything, store_of, title_of
 
 REMEMBERED = "shape 1"  # in the cache's index; another number where Shape or the checks change
@@ -109,6 +110,19 @@ def all_models(seconds: float = math.inf) -> Listing:
         n_unread += is_late and found.shape is None and not found.note
         models.append(found)
     return Listing(models, n_unread)
+
+
+def memory_needed(files: Sequence[Path], n_ctx: int, n_seq_max: int) -> int:
+    """Bytes that an engine takes at most, about: its weights, and keys and values for all sequences.
+
+    files: all parts. n_ctx: 0 for the default. An upper bound of the cache, as limits.pool_cells has it:
+    grouped attention takes less. Raises LocalsteerError, OSError for a file that can't be read.
+    """
+    shape = read_shape(files[0])
+    n_ctx = n_ctx or min(trained_context(files[0]) or DEFAULT_N_CTX, DEFAULT_N_CTX)
+    cell = 4 * shape.n_layer * shape.n_embd  # two numbers of 16 bits
+    cells = max(n_ctx, min(n_ctx * n_seq_max, POOL_BYTES // max(1, cell)))
+    return sum(file.stat().st_size for file in files) + cells * cell
 
 
 def trained_context(path: Path) -> int | None:

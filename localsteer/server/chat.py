@@ -60,7 +60,7 @@ def _order(state: State, body: ChatRequest, tools: list[Tool]) -> Order:
         served=served,
         prompts=[rendered(served, body.messages, tools, go_on=go_on, variables=variables)],
         steer=steer,
-        samplings=samplings(body, _grammar(body, served, tools)),
+        samplings=samplings(body, _grammar(body, served, tools), served.sampling),
         ask=Ask(
             max_tokens=body.most_tokens(state.limits.predict),
             stop=[*body.stops, *served.engine.template.stop],  # the prompt goes on as a raw text

@@ -73,7 +73,7 @@ def _order(state: State, body: CompletionRequest) -> Order:
         served=served,
         prompts=prompts,
         steer=steer,
-        samplings=samplings(body, constraint_of(body, served)),
+        samplings=samplings(body, constraint_of(body, served), served.sampling),
         ask=Ask(max_tokens=body.most_tokens(DEFAULT_TOKENS), stop=body.stops, n_top=body.logprobs),
         param="prompt",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from starlette.responses import Response
 from localsteer.errors import PromptError
 
 from .errors import ApiError, as_json_in_pieces, written
+from .holding import held
 from .models import Served, State
 from .reading import BodyRoute
 from .replies import ClientGone, unless_gone
@@ -31,13 +33,15 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         raise ApiError("model: embeddings are not steered: name the model alone.", param="model")
     gone = threading.Event()
     # not Starlette's pool: a task in it can't be given up before its thread has ended
-    work = asyncio.get_running_loop().run_in_executor(None, _document, served, body, gone)
+    document = held(partial(_document, served, body, gone))
+    work = asyncio.get_running_loop().run_in_executor(None, document)
     try:
         return written(await unless_gone(request, work))
     except ClientGone:
         return Response(status_code=499)
     finally:
         gone.set()
+        document.drop()
 
 
 def _document(served: Served, body: EmbeddingRequest, gone: threading.Event) -> bytes:

@@ -20,6 +20,7 @@ from .answers import REASONS, envelope
 from .considered import harmless, report
 from .errors import ApiError, Json, api_error
 from .formats import constraint_of
+from .holding import held
 from .models import Served, State
 from .prompts import rendered, template_message
 from .replies import ClientGone, samplings, unless_gone
@@ -39,7 +40,7 @@ _free = threading.BoundedSemaphore(MAX_AT_ONCE)
 async def ensured_chat(state: State, body: ChatRequest, tools: list[Tool], request: Request) -> Response:
     """The answer of POST /v1/chat/completions where the request asks for `ensure`."""
     _check(body, tools)
-    body.model = body.model or state.default.name
+    body.model = body.model or state.default
     cancel = threading.Event()
     served, wanted, base = await off_loop(_chosen, state, body)
     steer, left_out = await harmless(served, base, body, tools)
@@ -95,7 +96,7 @@ def _tries(
 
     settings: dict[str, Any] = {
         "steer": tuple(steer.values()),
-        "sampling": samplings(body, constraint_of(body, served))[0],
+        "sampling": samplings(body, constraint_of(body, served), served.sampling)[0],
         "max_tokens": body.most_tokens(state.limits.predict),
         "stop": body.stops,
         "cancel": cancel,
@@ -121,8 +122,10 @@ def _begin(run: Callable[[], Ensured]) -> asyncio.Future[Ensured]:
         raise ApiError(
             f"{MAX_AT_ONCE} requests with ensure run already: try again later.", status=429, code="queue_full"
         )
-    work = _threads.submit(run)
-    work.add_done_callback(lambda _work: _free.release())  # also of one that is cancelled before it begins
+    holding_models = held(run)
+    work = _threads.submit(holding_models)
+    # also of one that is cancelled before it begins
+    work.add_done_callback(lambda _work: (_free.release(), holding_models.drop()))
     return asyncio.wrap_future(work)
 
 

@@ -172,8 +172,13 @@ def _submit(job: Job) -> None:
                 return
 
 
-def samplings(request: SamplingFields, grammar: Constraint | None = None) -> list[Sampling]:
-    """One for each choice; with a seed each has its own, or all would be equal."""
+def samplings(
+    request: SamplingFields,
+    grammar: Constraint | None = None,
+    own: Mapping[str, float | int] | None = None,
+) -> list[Sampling]:
+    """One for each choice; with a seed each has its own, or all would be equal. own: the model's values for
+    what the request leaves open."""
     names = {
         "temp": request.temperature,
         "top_k": None if request.top_k is None else max(0, request.top_k),
@@ -185,7 +190,7 @@ def samplings(request: SamplingFields, grammar: Constraint | None = None) -> lis
         "frequency_penalty": request.frequency_penalty,
         "grammar": grammar,
     }
-    given = {name: value for name, value in names.items() if value is not None}
+    given = dict(own or {}) | {name: value for name, value in names.items() if value is not None}
     seeds = [None if request.seed is None else (request.seed + i) % 2**32 for i in range(request.n or 1)]
     return [Sampling(**given, seed=seed) for seed in seeds]
 
