@@ -135,6 +135,7 @@ class Hub:
     cuts: int = 0  # how many answers are still to be cut
     ranges: bool = True
     damaged: bool = False
+    sent: bytes | None = None  # in the place of a file
     asked: list[str] = field(default_factory=list)  # "GET /path range token"
     elsewhere: bool = False  # files come from another host, by a redirect
     hold: threading.Event | None = None  # waited for in the middle of a file
@@ -194,6 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(302, b"", headers, with_body)
         if self.hub.damaged:
             data = bytes(len(data))
+        if self.hub.sent is not None and with_body:
+            data = self.hub.sent
         begin = self.headers.get("Range")
         status = 200
         if begin and self.hub.ranges:
@@ -224,10 +227,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_args: Any) -> None:
+        """A client that hangs up."""
+
+
 @contextmanager
 def hub_server(repos: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
     hub = Hub(repos)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

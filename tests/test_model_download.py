@@ -144,6 +144,19 @@ def test_a_file_that_comes_damaged_is_not_kept(server):
     assert blobs() == {}
 
 
+def test_a_server_that_sends_too_much_or_nothing_is_refused(server, gguf, monkeypatch):
+    monkeypatch.setattr(download, "RETRY_SECONDS", 0.0)
+    for changed, said in ((gguf + bytes(99), "came with more than its"), (b"", "the server sends nothing")):
+        server.sent = changed
+        assert said in refused(f"{NAME}:Q8_0")
+        assert blobs() == {}
+
+
+def test_a_file_that_would_lead_out_of_the_cache_is_not_there(server, gguf):
+    server.repos["ORG/Evil"] = {"../../evil-Q4_K_M.gguf": gguf, "/evil-Q8_0.gguf": gguf}
+    assert "holds no GGUF file of a model" in refused("hf:ORG/Evil")
+
+
 def test_the_token_goes_to_the_hub_and_nowhere_else(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 34)
     path_of(f"{NAME}:Q8_0")

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 from cli_runs import command_line, environment, write_vector
-from other_programs import Ollama, empty_home
+from other_programs import Ollama, empty_home, hub_server
 from tiny_gguf import tiny_gguf
 
 import localsteer
@@ -355,8 +355,8 @@ def command(tmp_path):
 
     processes = []
 
-    def start(*args):
-        env = environment(tmp_path / "cache", **empty_home(tmp_path))
+    def start(*args, endpoint=""):
+        env = environment(tmp_path / "cache", **empty_home(tmp_path) | {"HF_ENDPOINT": endpoint})
         process = subprocess.Popen(
             command_line("serve", "--port", "0", "--json", *args),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True, cwd=tmp_path,
@@ -388,15 +388,36 @@ def test_serve_offers_what_is_on_this_machine(command, files, tmp_path):
     ollama.model("registry.ollama.ai/library/late/1b", files["c"].read_bytes())
     with httpx.Client(base_url=told["url"], timeout=60, trust_env=False) as http:
 
-        def post(model):
-            return http.post("/v1/chat/completions", json={"model": model, "messages": HI, "max_tokens": 3})
+        def post(model, **fields):
+            body = {"model": model, "messages": HI, "max_tokens": 3, **fields}
+            return http.post("/v1/chat/completions", json=body)
+
+        def reply(answer):
+            return answer.json()["choices"][0]["message"]["content"]
 
         assert [post(name).status_code for name in ("ollama:fox:1b", "ollama:FOX:1b", "ollama:late:1b")] == [
             200
         ] * 3
+        replies = {reply(post("ollama:fox:1b", seed=seed)) for seed in range(4)}
+        assert len(replies) == 1  # top_k 1
+        assert len({reply(post("ollama:fox:1b", seed=seed, top_k=0, temperature=2)) for seed in range(4)}) > 1
+        entries = {entry["id"]: entry for entry in http.get("/v1/models").json()["data"]}
+        assert entries["ollama:fox:1b"]["max_model_len"] == 32
         missing = post("hf:ORG/R").json()["error"]
         assert missing["code"] == "model_not_found" and "is not in the hub's cache" in missing["message"]
         assert post(str(files["b"])).status_code == 404
+
+
+def test_a_client_brings_the_server_to_download_only_where_it_was_told(command, files):
+    import httpx
+
+    body = {"model": "hf:ORG/R:Q8_0", "messages": HI, "max_tokens": 3}
+    with hub_server({"ORG/R": {"m-Q8_0.gguf": files["b"].read_bytes()}}) as hub:
+        for options, status in ((["--all-models"], 404), (["--all-models", "--download"], 200)):
+            told = command("-m", files["a"], *options, endpoint=hub.url)
+            answer = httpx.post(f"{told['url']}/v1/chat/completions", json=body, timeout=60, trust_env=False)
+            assert answer.status_code == status, answer.text
+            assert bool(hub.asked) == (status == 200)
 
 
 def test_download_needs_all_models():

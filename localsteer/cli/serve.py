@@ -347,7 +347,8 @@ def _tell(running: Running, as_json: bool) -> None:
         names = [entry["id"] for entry in state.listed()]
         print_json({"url": running.url, "models": names, "vectors": list(state.vectors.entries)})
     for entry in state.vectors.entries.values():
-        if not any(entry.fits(model) for model in state.models):
+        is_judged = entry.error or entry.judged.issuperset(state.pool.names)
+        if is_judged and not any(entry.fits(model) for model in state.models):
             why = entry.error or next(iter(entry.misfits.values()))
             note(f"{entry.name} is not offered: {why}")
     more = len(state.pool.names) - len(state.models)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from localsteer.errors import LocalsteerError
 
 from . import holding
+from .bodies import trim_memory
 from .errors import ApiError, api_error, shown
 from .served import Served
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .metrics import Metrics
 
 MAX_SHOWN = 12  # models that a refusal names
+MAX_ALIASES = 10_000  # further names of models, as clients wrote them
 RESOLVED_AT_ONCE = 4  # names that are looked for, or downloaded
 
 logger = logging.getLogger("localsteer")
@@ -155,8 +157,8 @@ class Pool:
         except ApiError:
             if self._resolve is None or text is None:
                 raise
-        name, error = text, None
-        while name:
+        error = None
+        for name in dict.fromkeys((text, text.partition("+")[0])):  # few names hold a plus themselves
             try:
                 loop = asyncio.get_running_loop()
                 model = await loop.run_in_executor(self._resolving, self._resolve, name)
@@ -164,10 +166,9 @@ class Pool:
                 model, error = None, error or refusal
             if model is not None:
                 self._places.setdefault(model.name, _Place(model))
-                if name != model.name:
+                if name != model.name and len(self._aliases) < MAX_ALIASES:
                     self._aliases[name] = model.name
                 return model.name
-            name = name.rpartition("+")[0]
         if error is not None:
             raise ApiError(f"model: {error}", status=404, param="model", code="model_not_found")
         return self.split(text)[0]
@@ -300,7 +301,7 @@ class Pool:
         served, place.served = place.served, None
         assert served is not None
         del self.served[place.model.name]
-        await asyncio.get_running_loop().run_in_executor(self._threads, served.close)
+        await asyncio.get_running_loop().run_in_executor(self._threads, _closed, served)
         self._count("unloaded", place)
 
     async def _load(self, place: _Place) -> None:
@@ -382,6 +383,11 @@ class Pool:
 
 def _already(scheduler: Scheduler, _stop: threading.Event) -> Scheduler:
     return scheduler
+
+
+def _closed(served: Served) -> None:
+    served.close()
+    trim_memory()  # a model that comes and goes would leave a megabyte behind each time
 
 
 def load_error(name: str, error: Exception) -> ApiError:
