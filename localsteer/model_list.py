@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,9 @@ from .convert import keys
 from .convert.gguf_file import GgufFile, open_gguf
 from .errors import LocalsteerError, ModelFileError
 from .model_names import BUNDLED, NAMES, PACKAGED, not_installed, packaged_file
-from .packs import all_packs, is_off, match_quietly
+from .packs import Pack, all_packs, is_off, match_quietly
+from .packs.identity import identity_of
+from .runtime.limits import DEFAULT_N_CTX, POOL_BYTES
 from .stores import StoredModel, everything, store_of, title_of
 
 REMEMBERED = "shape 1"  # in the cache's index; another number where Shape or the checks change
@@ -51,7 +53,8 @@ class Shape:
 class NamedModel:
     """One model. source: the package that it comes from, with its version. path: of its GGUF, also where that
     is yet to be made. size: bytes, None while there is no file. note: what keeps it from being used at once.
-    pack: how many instructions have a vector that ships for it (packs/). remark: what of it is left out.
+    pack: how many instructions have a vector that ships for it (packs/). remark: what of it is left out, and
+    how it is asked.
     """
 
     name: str
@@ -111,6 +114,19 @@ def all_models(seconds: float = math.inf) -> Listing:
     return Listing(models, n_unread)
 
 
+def memory_needed(files: Sequence[Path], n_ctx: int, n_seq_max: int) -> int:
+    """Bytes that an engine takes at most, about: its weights, and keys and values for all sequences.
+
+    files: all parts. n_ctx: 0 for the default. An upper bound of the cache, as limits.pool_cells has it:
+    grouped attention takes less. Raises LocalsteerError, OSError for a file that can't be read.
+    """
+    shape = read_shape(files[0])
+    n_ctx = n_ctx or min(trained_context(files[0]) or DEFAULT_N_CTX, DEFAULT_N_CTX)
+    cell = 4 * shape.n_layer * shape.n_embd  # two numbers of 16 bits
+    cells = max(n_ctx, min(n_ctx * n_seq_max, POOL_BYTES // max(1, cell)))
+    return sum(file.stat().st_size for file in files) + cells * cell
+
+
 def trained_context(path: Path) -> int | None:
     """Tokens that a model was trained for, None where its header does not say."""
     try:
@@ -131,7 +147,9 @@ def read_shape(path: Path) -> Shape:
 def _of_store(stored: StoredModel, *, only_remembered: bool) -> NamedModel:
     source = title_of(store_of(stored.name) or "")
     path = stored.files[0] if stored.files else None
-    head = NamedModel(stored.name, source, "", path, stored.size, None, stored.fault, remark=stored.remark)
+    own = f"asked with its own {stored.asked.shown}" if stored.asked.shown else ""
+    remark = "; ".join(filter(None, (stored.remark, own)))
+    head = NamedModel(stored.name, source, "", path, stored.size, None, stored.fault, remark=remark)
     if stored.fault or path is None:
         return head
     shape, licence = None, ""
@@ -188,8 +206,8 @@ def _text(file: GgufFile, key: str) -> str:
 
 
 def _shipped(path: Path, shape: Shape | None) -> int:
-    """Instructions with a vector that ships. Only a file of a pack's own shape is looked at closely: the rest
-    of the question is its tokenizer and norms, and a hash of all of it."""
+    """Instructions with a vector that ships. Only a file of a pack's own shape is looked at closely, and told
+    by its tokenizer and norms: the sha256 that packs.match begins with would be of all its gigabytes."""
     if shape is None or is_off():
         return 0
     try:
@@ -197,9 +215,17 @@ def _shipped(path: Path, shape: Shape | None) -> int:
     except LocalsteerError:
         return 0
     ours = (shape.architecture, shape.n_layer, shape.n_embd)
-    shapes = [(pack.identity.architecture, pack.identity.n_layer, pack.identity.n_embd) for pack in packs]
-    found = match_quietly(path) if ours in shapes else None
-    return len(found.pack.instructions) if found else 0
+    alike = [pack for pack in packs if _shape_of_pack(pack) == ours]
+    try:
+        identity = identity_of(path) if alike else None
+    except LocalsteerError:
+        return 0
+    fitting = (pack for pack in alike if identity and identity.weights and pack.identity == identity)
+    return next((len(pack.instructions) for pack in fitting), 0)
+
+
+def _shape_of_pack(pack: Pack) -> tuple[str, int, int]:
+    return pack.identity.architecture, pack.identity.n_layer, pack.identity.n_embd
 
 
 def _shape(file: GgufFile) -> Shape:

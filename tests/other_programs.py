@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from raw_gguf import I32, U16, RawGguf, value
+
 OLLAMA_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 OLLAMA_LAYER = "application/vnd.ollama.image."
 COMMIT = "c0ffee" + "0" * 34
@@ -37,6 +39,16 @@ def empty_home(folder: Path) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
     }
+
+
+def split_in_two(raw: RawGguf) -> list[bytes]:
+    """As llama.cpp's gguf-split does it: the key-values in the first part, tensors in both."""
+    n, half = len(raw.tensors), len(raw.tensors) // 2
+    made = []
+    for i, tensors in enumerate((raw.tensors[:half], raw.tensors[half:])):
+        keys = {"split.no": value(U16, i), "split.count": value(U16, 2), "split.tensors.count": value(I32, n)}
+        made.append(RawGguf((raw.key_values if i == 0 else {}) | keys, tensors).to_bytes())
+    return made
 
 
 def sha256(data: bytes) -> str:
@@ -123,7 +135,9 @@ class Hub:
     cuts: int = 0  # how many answers are still to be cut
     ranges: bool = True
     damaged: bool = False
+    sent: bytes | None = None  # in the place of a file
     asked: list[str] = field(default_factory=list)  # "GET /path range token"
+    elsewhere: bool = False  # files come from another host, by a redirect
     hold: threading.Event | None = None  # waited for in the middle of a file
     holding: threading.Event = field(default_factory=threading.Event)
 
@@ -175,8 +189,14 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, with_body)
         headers = {"ETag": f'"{sha256(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if self.hub.elsewhere and not self.headers["Host"].startswith("localhost"):
+            headers |= {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(data))}
+            headers["Location"] = self.hub.url.replace("127.0.0.1", "localhost") + self.path
+            return self._send(302, b"", headers, with_body)
         if self.hub.damaged:
             data = bytes(len(data))
+        if self.hub.sent is not None and with_body:
+            data = self.hub.sent
         begin = self.headers.get("Range")
         status = 200
         if begin and self.hub.ranges:
@@ -187,8 +207,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool) -> None:
         self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
+        for key, text in headers.items():
+            self.send_header(key, text)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if not with_body:
@@ -207,10 +227,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_args: Any) -> None:
+        """A client that hangs up."""
+
+
 @contextmanager
 def hub_server(repos: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
     hub = Hub(repos)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

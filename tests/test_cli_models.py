@@ -118,17 +118,20 @@ def stored(folder, data, name="m-Q8_0.gguf"):
 def test_models_of_other_programs_are_listed_under_names_that_can_be_pasted(folder):
     gguf = tiny_gguf().to_bytes()
     Ollama(folder / "home" / ".ollama" / "models").model(
-        "registry.ollama.ai/library/fox/1b", gguf, projector=b"x"
+        "registry.ollama.ai/library/fox/1b", gguf, projector=b"x", params={"stop": ["a", "b"], "top_k": 5}
     )
     stored(folder, gguf)
     rows = listed()
     fox = rows["ollama:fox:1b"]
     keys = ("from", "size", "architecture", "n_layer", "n_embd", "steers", "note")
     assert [fox[key] for key in keys] == ["Ollama", len(gguf), "llama", 2, 32, True, None]
-    assert fox["remark"] == "its projector is left out: text alone"
+    own = "asked with its own 2 stop strings, top_k 5"
+    assert fox["remark"] == f"its projector is left out: text alone; {own}"
     assert rows["hf:ORG/R:Q8_0"]["from"] == "Hugging Face"
     table = invoke("models").out
-    assert "ollama:fox:1b: from Ollama, " in table and "(its projector is left out: text alone)" in table
+    assert (
+        "ollama:fox:1b: from Ollama, " in table and "(its projector is left out: text alone; asked" in table
+    )
     for name in ("ollama:fox:1b", "hf:ORG/R:Q8_0"):
         assert invoke("run", "-m", name, "-n", "2", "Hi").status == 0
 

@@ -115,7 +115,7 @@ def test_what_was_fetched_stays_when_the_program_is_stopped(server, gguf, kill):
     assert running.returncode == (130 if kill == signal.SIGINT else -kill) and b"Traceback" not in said
     assert blobs() == {part.name: 2000}
     fault = next(row for row in invoke("models", "--json").json["models"] if row["name"] == NAME)["note"]
-    assert "never finished (0.0 MB of it are there)" in fault
+    assert "a download was never finished (0.0 MB of it are there)" in fault
     server.hold, server.cut_after = None, None
     server.asked.clear()
     done = invoke("models", "pull", f"{NAME}:Q8_0")
@@ -144,10 +144,28 @@ def test_a_file_that_comes_damaged_is_not_kept(server):
     assert blobs() == {}
 
 
+def test_a_server_that_sends_too_much_or_nothing_is_refused(server, gguf, monkeypatch):
+    monkeypatch.setattr(download, "RETRY_SECONDS", 0.0)
+    for changed, said in ((gguf + bytes(99), "came with more than its"), (b"", "the server sends nothing")):
+        server.sent = changed
+        assert said in refused(f"{NAME}:Q8_0")
+        assert blobs() == {}
+
+
+def test_a_file_that_would_lead_out_of_the_cache_is_not_there(server, gguf):
+    server.repos["ORG/Evil"] = {"../../evil-Q4_K_M.gguf": gguf, "/evil-Q8_0.gguf": gguf}
+    assert "holds no GGUF file of a model" in refused("hf:ORG/Evil")
+
+
 def test_the_token_goes_to_the_hub_and_nowhere_else(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 34)
     path_of(f"{NAME}:Q8_0")
     assert all(line.endswith("Bearer hf_" + "a" * 34) for line in server.asked)
+    server.asked.clear()
+    server.elsewhere = True  # as the hub's own files, which lie in a store with signed addresses
+    path_of(f"{NAME}:Q4_K_M")
+    files = [line for line in server.asked if line.startswith("GET") and "resolve" in line]
+    assert len(files) == 1 and files[0].endswith(" -")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import re
 
 import pytest
 from cli_runs import invoke
-from other_programs import Ollama, cached_in_hub, empty_home, sha256
+from other_programs import Ollama, cached_in_hub, empty_home, sha256, split_in_two
 from tiny_gguf import tiny_gguf
 
 from localsteer.errors import ModelFileError
@@ -322,6 +322,15 @@ def test_split_files_are_one_model(lmstudio, gguf):
         "lmstudio:a/c/cut-00001-of-00003.gguf": "part 2 of 3 is missing (cut-00002-of-00003.gguf)",
         "lmstudio:a/d/tail-00002-of-00002.gguf": "part 1 of 2 is missing (tail-00001-of-00002.gguf)",
     }
+
+
+def test_a_split_model_answers_like_a_whole_one(lmstudio, plain_file):
+    for i, data in enumerate(split_in_two(tiny_gguf()), 1):
+        lmstudio(f"a/b/big-0000{i}-of-00002.gguf", data)
+    args = ("--temp", "0", "-n", "8", "--json", "Hi")
+    whole, split = (invoke("run", "-m", model, *args) for model in (plain_file, "lmstudio:a/b"))
+    assert split.status == 0, split.err
+    assert split.json["reply"] == whole.json["reply"]
 
 
 def test_links_in_a_loop_and_half_downloads_end_nothing(home, lmstudio):

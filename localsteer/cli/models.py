@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -123,12 +124,12 @@ def pull(name: str, as_json: bool) -> None:
     click.echo(f"{found.name}: {found.path}")
 
 
-def model_file(model: str) -> Path:
-    """The GGUF of `-m MODEL`; a bundled one is made now, if need be, and one of the hub fetched. Raises
-    ModelFileError."""
+def model_file(model: str, *, download: bool = True) -> Path:
+    """The GGUF of `-m MODEL`; a bundled one is made now, if need be, and one of the hub fetched, if that is
+    allowed. Raises ModelFileError."""
     check_exists(model)
     with downloading() as on_progress:
-        return path_of(model, on_making=note, on_progress=on_progress)
+        return path_of(model, on_making=note, download=download, on_progress=on_progress)
 
 
 @contextmanager
@@ -162,14 +163,18 @@ def load_engine(
     gpu_layers: int | None = None,
     as_asked: bool = False,
     rpc_seconds: float | None = None,
+    download: bool = True,
+    stop: threading.Event | None = None,
     **settings: Any,
 ) -> Engine:
     """The engine of `-m MODEL`, to be closed by the caller. settings: as Engine has them. as_asked: with the
     context, stop strings and system message that the model's own program gives it, for commands that answer;
-    what measures or makes vectors asks the model as it is."""
+    what measures or makes vectors asks the model as it is. stop: ends the loading by an error when it is set.
+    download: as path_of has it.
+    """
     from localsteer.engine import Engine
 
-    path = model_file(model)
+    path = model_file(model, download=download)
     asked = asked_of(model) if as_asked else None
     if rpc_seconds is not None:
         if not settings.get("rpc"):
@@ -181,7 +186,7 @@ def load_engine(
             n_ctx=ctx_size or (asked and _context_of(asked, path)) or None,
             n_threads=threads,
             n_gpu_layers=gpu_layers,
-            on_progress=on_progress,
+            on_progress=lambda part: on_progress(part) and not (stop and stop.is_set()),
             **settings,
         )
     if asked is not None:

@@ -6,8 +6,9 @@ import gc
 import importlib.util
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,11 @@ from .models import is_named, load_engine, model_file, set_variables
 
 if TYPE_CHECKING:
     from localsteer.runtime.scheduler import Scheduler
+    from localsteer.server.pool import Loadable, Pool
     from localsteer.server.run import Running
 
+HEADER_SECONDS = 20.0  # for those that --all-models has to read
+ALL_MODELS_AT_ONCE = 3  # as Ollama has it without a GPU
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 MAX_PORT = 65535
 SWITCH_SECONDS = 0.0005
@@ -132,6 +136,30 @@ SWITCH_SECONDS = 0.0005
     metavar="SECONDS",
     help="For one request, waiting and writing included; then it ends with status 504. [default: 600]",
 )
+@click.option(
+    "--all-models",
+    is_flag=True,
+    help="Offer every model that `localsteer models` lists, loaded when it is first asked for, and any other "
+    "name of a model that is on this machine by then.",
+)
+@click.option(
+    "--download",
+    is_flag=True,
+    help="With --all-models: what clients name as hf:ORG/REPO is fetched from Hugging Face.",
+)
+@click.option(
+    "--max-models",
+    type=click.IntRange(1, 1000),
+    metavar="N",
+    help="Models in memory at one time; the one not used for longest makes room, none under a request. "
+    "[default: all that -m names; 3 with --all-models]",
+)
+@click.option(
+    "--max-memory",
+    type=click.FloatRange(0.001, 1e6),
+    metavar="GB",
+    help="For the models in memory, weights and caches, as far as their headers tell.",
+)
 @options.template_variables
 @options.engine
 @options.rpc
@@ -148,9 +176,13 @@ def command(models: tuple[str, ...], folder: str | None, as_json: bool, **params
     Examples:
       localsteer serve --vectors vectors/
       localsteer serve -m instruct.gguf -m base.gguf --vectors vectors/ --port 9000
+      localsteer serve -m ollama:llama3.2:1b -m hf:ORG/REPO:Q4_K_M --max-models 1
+      localsteer serve --all-models --max-memory 12
       curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Tell me about foxes."}], "steering": ["json"]}'
     """
+    if params["download"] and not params["all_models"]:
+        raise click.UsageError("--download needs --all-models: without it no other names are served.")
     _check_extra()
     from localsteer.server.security import Access
 
@@ -158,8 +190,8 @@ def command(models: tuple[str, ...], folder: str | None, as_json: bool, **params
     origins = [origin.rstrip("/") for origin in params["origins"]]
     access = Access(params["host"], params["api_key"] or None, params["hosts"], origins)
     access.check()
-    with _opened(models, params) as schedulers:
-        running = _application(schedulers, folder, access, params)
+    with _opened(models, params) as pool:
+        running = _application(pool, folder, access, params)
         _share_the_interpreter()
         ended = running.serve(on_ready=lambda: _tell(running, as_json))
     return interrupt.EXIT_STATUS if ended == 2 else 0  # 2: SIGINT
@@ -198,34 +230,106 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(models: Sequence[str], params: dict[str, Any]) -> Iterator[dict[str, Scheduler]]:
+def _opened(models: Sequence[str], params: dict[str, Any]) -> Iterator[Pool]:
+    """The models of -m are loaded as far as there is room for them."""
+    from localsteer.server.pool import Pool
+
+    names = model_names(models)
+    files = {name: model_file(model) for name, model in names.items()}  # a slip should not wait for a load
+    loadables = {name: _loadable(name, model, files[name], params) for name, model in names.items()}
+    if params["all_models"]:
+        loadables = {**_all_models(params), **loadables}
+        loadables = {name: loadables[name] for name in (*names, *loadables)}  # those of -m first
+    limits = {
+        "max_models": params["max_models"] or (ALL_MODELS_AT_ONCE if params["all_models"] else None),
+        "max_bytes": params["max_memory"] and round(params["max_memory"] * 1e9),
+    }
+    resolve = partial(_resolved, params=params) if params["all_models"] else None
+    with Pool(loadables.values(), **limits, resolve=resolve) as pool:
+        for name in names:
+            pool.load_now(name)
+        yield pool
+
+
+def _loadable(name: str, model: str, file: Path, params: dict[str, Any]) -> Loadable:
+    """One model. file: the first part of it."""
+    from localsteer.model_names import asked_of
+    from localsteer.server.pool import Loadable
+
+    opener = partial(_scheduler, model, params)
+    return Loadable(name, opener, _memory(file, params), file, asked_of(model).sampling)
+
+
+def _memory(file: Path, params: dict[str, Any]) -> int:
+    """Bytes, 0 where nobody asks or the header tells nothing."""
+    from localsteer.model_list import memory_needed
+    from localsteer.stores import parts_of
+
+    if params["max_memory"] is None:
+        return 0
+    try:
+        n_seq_max = 1 if params["reproducible"] else params["parallel"]
+        return memory_needed(parts_of(file), params["ctx_size"], n_seq_max)
+    except (LocalsteerError, OSError):  # whoever opens it says why
+        return 0
+
+
+def _scheduler(model: str, params: dict[str, Any], stop: threading.Event) -> Scheduler:
+    """stop: ends the loading."""
     from localsteer.runtime.scheduler import Scheduler
 
     loading = {name: params[name] for name in (*options.LOADING, "kv_unified")}
-    names = model_names(models)
-    for model in models:
-        model_file(model)  # a slip in the second name should not wait for the first model
-    with ExitStack() as stack:
-        schedulers = {}
-        for name, model in names.items():
-            n_seq_max = 1 if params["reproducible"] else params["parallel"]
-            opener = partial(load_engine, model, **loading, n_seq_max=n_seq_max)
-            limits = {"max_queue": params["max_queue"], "reuse": not params["reproducible"]}
-            schedulers[name] = stack.enter_context(Scheduler(opener, **limits))
-            set_variables(schedulers[name].engine, params["variables"])
-            schedulers[name].engine.check_template()  # before a client asks
-        yield schedulers
+    n_seq_max = 1 if params["reproducible"] else params["parallel"]
+    opener = partial(
+        load_engine, model, **loading, n_seq_max=n_seq_max, as_asked=True, download=False, stop=stop
+    )
+    scheduler = Scheduler(opener, max_queue=params["max_queue"], reuse=not params["reproducible"])
+    try:
+        set_variables(scheduler.engine, params["variables"])
+        scheduler.engine.check_template()  # before a client asks
+    except BaseException:
+        scheduler.close()
+        raise
+    return scheduler
 
 
-def _application(
-    schedulers: dict[str, Scheduler], folder: str | None, access: Any, params: dict[str, Any]
-) -> Running:
+def _all_models(params: dict[str, Any]) -> dict[str, Loadable]:
+    """Those of `localsteer models` that can be used at once and steered."""
+    from localsteer.model_list import all_models
+
+    found = all_models(HEADER_SECONDS).models
+    usable = [model for model in found if model.path and model.shape and not model.note and model.steers]
+    return {model.name: _loadable(model.name, model.name, model.path, params) for model in usable}
+
+
+def _resolved(name: str, params: dict[str, Any]) -> Loadable | None:
+    """What a client's name means that was not known at the start; never a path. Raises ModelFileError."""
+    from localsteer.stores import find, is_stored_name
+
+    if not is_stored_name(name):
+        return None
+    model = find(name, download=params["download"], on_progress=_tell_of_download())
+    return _loadable(model.name, model.name, model.path, params)
+
+
+def _tell_of_download() -> Callable[[str, int, int], None]:
+    told = set()
+
+    def on_progress(file: str, _done: int, total: int) -> None:
+        if file not in told:
+            told.add(file)
+            note(f"fetching {file} ({total / 1e6:.1f} MB), a client asked for it")
+
+    return on_progress
+
+
+def _application(pool: Pool, folder: str | None, access: Any, params: dict[str, Any]) -> Running:
     from localsteer.server.app import create_app
     from localsteer.server.limits import Limits
     from localsteer.server.run import Running
 
     application = create_app(
-        schedulers,
+        pool,
         folder=Path(folder) if folder is not None else None,
         access=access,
         limits=Limits(
@@ -245,7 +349,12 @@ def _tell(running: Running, as_json: bool) -> None:
         names = [entry["id"] for entry in state.listed()]
         print_json({"url": running.url, "models": names, "vectors": list(state.vectors.entries)})
     for entry in state.vectors.entries.values():
-        if not any(entry.fits(model) for model in state.models):
+        is_judged = entry.error or entry.judged.issuperset(state.pool.names)
+        if is_judged and not any(entry.fits(model) for model in state.models):
             why = entry.error or next(iter(entry.misfits.values()))
             note(f"{entry.name} is not offered: {why}")
-    note(f"{', '.join(state.models)} at {running.url} (Ctrl-C ends it); the API is at {running.url}/v1")
+    more = len(state.pool.names) - len(state.models)
+    others = f" and {more} that are loaded when they are asked for" if more else ""
+    note(
+        f"{', '.join(state.models)}{others} at {running.url} (Ctrl-C ends it); the API is at {running.url}/v1"
+    )

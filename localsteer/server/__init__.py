@@ -2,7 +2,9 @@
 
     app.py        puts the parts together            run.py       uvicorn, signals, grace
     schemas.py    what a request may hold            limits.py    how much of it
-    models.py     the models that are served         steering.py  the folder of vectors
+    models.py     what a model's name means           served.py    one that is loaded
+    pool.py       which are loaded                   holding.py   which request uses which
+    steering.py   the folder of vectors
     replies.py    from a request to tickets          answers.py   from tickets to JSON, streaming.py to events
     chat.py, ensured.py, completions.py, embeddings.py, vectors.py, pages.py: routes
     security.py   who may ask                        errors.py    how a refusal looks

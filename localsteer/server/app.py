@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,9 +16,11 @@ from . import chat, completions, embeddings, errors, pages, vectors
 from .bodies import BodyLimit
 from .deadline import Deadline
 from .faces import anthropic, ollama, ollama_models, responses
+from .holding import Holding
 from .limits import Limits
 from .metrics import CountRequests, Metrics
-from .models import Served, State
+from .models import State
+from .pool import Pool
 from .security import Access, Guard
 from .steering import VectorFolder
 
@@ -29,25 +30,26 @@ DESCRIPTION = (
 
 
 def create_app(
-    schedulers: Mapping[str, Scheduler],
+    models: Pool | Mapping[str, Scheduler],
     *,
     folder: Path | None = None,
     access: Access | None = None,
     limits: Limits | None = None,
 ) -> Callable[..., Any]:
-    """An ASGI application on models, each with its scheduler, which it stops at its end; `state_of` gives its
-    insides.
+    """An ASGI application on models, whose schedulers it stops at its end; `state_of` gives its insides.
+
+    models: a pool, or those that are loaded already and stay, each with its scheduler.
 
     folder: of the vectors. Raises LocalsteerError for a folder that can't be read, and for an access that
     would be open to everybody.
     """
     access, limits = access or Access(), limits or Limits()
     access.check()
-    served = {name: Served(name, scheduler.engine, scheduler) for name, scheduler in schedulers.items()}
-    engines = {name: model.engine for name, model in served.items()}
-    folder_of_vectors = VectorFolder(folder, engines, limits)
+    pool = models if isinstance(models, Pool) else Pool.of(models)
+    folder_of_vectors = VectorFolder(folder, pool, limits)
+    pool.on_load = lambda served: folder_of_vectors.judge(served.name, served.engine)
     metrics = Metrics()
-    metrics.watch(served.values())
+    metrics.watch(pool)
     app = FastAPI(
         title="localsteer",
         version=__version__,
@@ -57,12 +59,12 @@ def create_app(
         redirect_slashes=False,
         lifespan=_lifespan,
     )
-    app.state.localsteer = State(served, folder_of_vectors, limits, metrics)
+    app.state.localsteer = State(pool, folder_of_vectors, limits, metrics)
     errors.install(app)
     faces = (chat, responses, anthropic, ollama, ollama_models)
     for routes in (*faces, completions, embeddings, vectors, pages):
         app.include_router(routes.router)
-    return CountRequests(Guard(Deadline(BodyLimit(app, limits), limits), access), metrics)
+    return CountRequests(Guard(Deadline(BodyLimit(Holding(app), limits), limits), access), metrics)
 
 
 def state_of(application: Any) -> State:
@@ -76,5 +78,4 @@ def state_of(application: Any) -> State:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     # readers of tickets live in this event loop: the schedulers must be done before it ends
-    for served in app.state.localsteer.models.values():
-        await asyncio.to_thread(served.scheduler.stop)
+    await app.state.localsteer.pool.settle()

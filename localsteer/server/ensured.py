@@ -18,6 +18,7 @@ from .answers import REASONS
 from .considered import harmless, report
 from .errors import ApiError, api_error
 from .formats import constraint_of
+from .holding import held
 from .models import Served, State
 from .parts import Part, Usage
 from .prompts import rendered, template_message
@@ -37,7 +38,7 @@ _free = threading.BoundedSemaphore(MAX_AT_ONCE)
 async def ensured_answer(state: State, body: ChatRequest, tools: list[Tool]) -> EnsuredAnswer:
     """The answer to a turn that asks for `ensure`, under way."""
     _check(body, tools)
-    body.model = body.model or state.default.name
+    body.model = body.model or state.default
     cancel = threading.Event()
     served, wanted, base = await off_loop(_chosen, state, body)
     steer, left_out = await harmless(served, base, body, tools)
@@ -147,6 +148,8 @@ def _begin(run: Callable[[], Ensured]) -> asyncio.Future[Ensured]:
         raise ApiError(
             f"{MAX_AT_ONCE} requests with ensure run already: try again later.", status=429, code="queue_full"
         )
-    work = _threads.submit(run)
-    work.add_done_callback(lambda _work: _free.release())  # also of one that is cancelled before it begins
+    holding_models = held(run)
+    work = _threads.submit(holding_models)
+    # also of one that is cancelled before it begins
+    work.add_done_callback(lambda _work: (_free.release(), holding_models.drop()))
     return asyncio.wrap_future(work)

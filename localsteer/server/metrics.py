@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 
 if TYPE_CHECKING:
-    from .models import Served
+    from .pool import Pool
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 # of Scheduler.counts
@@ -48,8 +48,16 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
 
-    def watch(self, models: Iterable[Served]) -> None:
-        self.registry.register(_Gauges(list(models)))
+        self.loads = Counter(
+            "localsteer_model_loads", "Models that were loaded or unloaded, or failed to load.",
+            ["model", "outcome"], registry=self.registry,
+        )  # fmt: skip
+
+    def watch(self, pool: Pool) -> None:
+        pool.metrics = self
+        for name in pool.served:
+            self.loads.labels(name, "loaded").inc()
+        self.registry.register(_Gauges(pool))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -58,11 +66,16 @@ class Metrics:
 class _Gauges:
     """Asks the schedulers when somebody asks for the figures."""
 
-    def __init__(self, models: list[Served]) -> None:
-        self._models = models
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        counts = {served.name: served.scheduler.counts for served in self._models}
+        served = dict(self._pool.served)
+        loaded = GaugeMetricFamily("localsteer_model_loaded", "1 while a model is loaded.", labels=["model"])
+        for name in self._pool.names:
+            loaded.add_metric([name], name in served)
+        yield loaded
+        counts = {name: model.scheduler.counts for name, model in served.items()}
         for key, text in GAUGES.items():
             family = GaugeMetricFamily(f"localsteer_{key}", text, labels=["model"])
             for name, values in counts.items():

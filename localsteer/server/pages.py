@@ -59,7 +59,7 @@ async def page(name: str) -> Response:
 @router.get("/health", tags=["Server"], summary="Whether it is ready, and what its models are doing")
 async def health(request: Request) -> Response:
     state: State = request.app.state.localsteer
-    counts = {name: served.scheduler.counts for name, served in state.models.items()}
+    counts = {name: served.scheduler.counts for name, served in list(state.models.items())}
     return Json({"status": "ok", "version": __version__, "models": counts})
 
 

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from . import limits
 from .errors import ApiError
 from .fields import accepted
+from .replies import ClientGone, unless_gone
 from .schemas import Body
 from .shapes import api_of
 from .threads import reading_slowly
@@ -34,7 +35,8 @@ _DIGITS = bytes(ord("0") if chr(i) in "0123456789" else ord(" ") for i in range(
 
 
 class BodyRoute(APIRoute):
-    """A route of a function (body, request): what FastAPI would do in the event loop is done here."""
+    """A route of a function (body, request): what FastAPI would do in the event loop is done here. The model
+    that the body names is loaded when the function is called, and stays so until the request has ended."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         model = get_type_hints(self.endpoint).get("body")
@@ -43,9 +45,21 @@ class BodyRoute(APIRoute):
         endpoint = self.endpoint
 
         async def handle(request: Request) -> Response:
-            return await endpoint(body=await body_of(request, model), request=request)
+            body = await body_of(request, model)
+            try:
+                await ready(request, getattr(body, "model", None))
+            except ClientGone:
+                return Response(status_code=499)
+            return await endpoint(body=body, request=request)
 
         return handle
+
+
+async def ready(request: Request, model: str | None) -> None:
+    """Raises ApiError, ClientGone."""
+    pool = request.app.state.localsteer.pool
+    if not pool.take(model):
+        await unless_gone(request, pool.ready(model))
 
 
 async def body_of(request: Request, model: type[Read]) -> Read:

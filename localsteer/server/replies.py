@@ -179,7 +179,8 @@ def _submit(job: Job) -> None:
 
 
 def samplings(request: SamplingFields, served: Served, grammar: Constraint | None = None) -> list[Sampling]:
-    """One for each choice; with a seed each has its own, or all would be equal. Raises ApiError."""
+    """One for each choice; with a seed each has its own, or all would be equal. What a request leaves open is
+    as the model has it. Raises ApiError."""
     names = {
         "temp": request.temperature,
         "top_k": None if request.top_k is None else max(0, request.top_k),
@@ -192,7 +193,7 @@ def samplings(request: SamplingFields, served: Served, grammar: Constraint | Non
         "grammar": grammar,
         "logit_bias": _logit_bias(request, served),
     }
-    given = {name: value for name, value in names.items() if value is not None}
+    given = dict(served.sampling) | {name: value for name, value in names.items() if value is not None}
     seeds = [None if request.seed is None else (request.seed + i) % 2**32 for i in range(request.n or 1)]
     return [Sampling(**given, seed=seed) for seed in seeds]
 

@@ -7,7 +7,6 @@ import contextlib
 import math
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,8 +100,7 @@ class Running:
         self.signal = self.signal or number
         self._server.should_exit = True
         grace = 0.0 if again else self.grace
-        for served in self.state.models.values():
-            threading.Thread(target=served.scheduler.stop, args=(grace,), daemon=True).start()
+        self.state.pool.stop(grace)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from .limits import Limits
 if TYPE_CHECKING:
     from localsteer.engine import Engine
 
+    from .pool import Pool
     from .schemas import SteeringItem
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # no plus: it joins names in MODEL+json+lowercase
@@ -37,7 +38,8 @@ logger = logging.getLogger("localsteer")
 
 @dataclass(frozen=True)
 class Loaded:
-    """One file. misfits: {model: why it can't be steered by this one}; error: why the file can't be read."""
+    """One file. judged: the models that it was tried on; misfits: {model: why it can't be steered by this
+    one}; error: why the file can't be read."""
 
     name: str
     sha256: str
@@ -45,17 +47,30 @@ class Loaded:
     vector: ControlVector | None = None
     error: str | None = None
     misfits: Mapping[str, str] = field(default_factory=dict)
+    judged: frozenset[str] = frozenset()
     stamp: tuple[int, int, int] = (0, 0, 0)
 
     def fits(self, model: str) -> bool:
-        return self.vector is not None and model not in self.misfits
+        return self.vector is not None and model in self.judged and model not in self.misfits
+
+    def judge(self, model: str, engine: Engine) -> Loaded:
+        """The same, tried on one more model."""
+        if self.vector is None:
+            return self
+        misfits = {name: why for name, why in self.misfits.items() if name != model}
+        try:
+            engine.plan(self.vector)
+        except LocalsteerError as error:
+            misfits[model] = str(error)
+        return replace(self, misfits=misfits, judged=self.judged | {model})
 
 
 class VectorFolder:
-    """folder: None = there is none, and no upload is taken. engines: of the models served, by name."""
+    """folder: None = there is none, and no upload is taken. A vector is tried on each model of the pool when
+    that is loaded; what is known of one stays known when it is unloaded."""
 
-    def __init__(self, folder: Path | None, engines: Mapping[str, Engine], limits: Limits) -> None:
-        self.folder, self.engines, self.limits = folder, engines, limits
+    def __init__(self, folder: Path | None, pool: Pool, limits: Limits) -> None:
+        self.folder, self.pool, self.limits = folder, pool, limits
         self._lock = threading.Lock()  # held by who writes; readers take `entries` as it is
         self.entries: Mapping[str, Loaded] = {}
         self.reload()
@@ -96,6 +111,14 @@ class VectorFolder:
         return found
 
     # -- what changes it ----------------------------------------------------------------------------
+
+    def judge(self, model: str, engine: Engine) -> None:
+        """Try all vectors on a model that has been loaded; those that it was tried on before are left."""
+        with self._lock:
+            self.entries = {
+                name: entry if model in entry.judged else entry.judge(model, engine)
+                for name, entry in self.entries.items()
+            }
 
     def reload(self) -> list[Loaded]:
         """Read what is new or changed, forget what is gone. Raises LocalsteerError for a missing folder."""
@@ -154,7 +177,7 @@ class VectorFolder:
     def _check(self, entry: Loaded) -> None:
         if entry.error:
             raise ApiError(f"the upload is refused: {entry.error}", code="invalid_vector")
-        if len(entry.misfits) == len(self.engines):
+        if entry.misfits and set(self.pool.names) <= set(entry.misfits):
             why = next(iter(entry.misfits.values()))
             raise ApiError(f"the upload is refused, no model here can use it: {why}", code="invalid_vector")
 
@@ -185,16 +208,10 @@ class VectorFolder:
         except (OSError, LocalsteerError) as error:
             why = str(error).replace(str(path), shown_as)
             return Loaded(name or path.stem, "", 0, error=why)
-        return Loaded(name or path.stem, digest, stamp[0], vector, misfits=self._misfits(vector), stamp=stamp)
-
-    def _misfits(self, vector: ControlVector) -> dict[str, str]:
-        found = {}
-        for model, engine in self.engines.items():
-            try:
-                engine.plan(vector)
-            except LocalsteerError as error:
-                found[model] = str(error)
-        return found
+        entry = Loaded(name or path.stem, digest, stamp[0], vector, stamp=stamp)
+        for model, served in list(self.pool.served.items()):
+            entry = entry.judge(model, served.engine)
+        return entry
 
 
 def document(entry: Loaded, models: Sequence[str]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 import anyio
 import anyio.to_thread
 
+from .holding import held
+
 Result = TypeVar("Result")
 
 # Python runs one thread at a time, and the event loop waits for its turn behind each that is busy
@@ -21,19 +23,24 @@ _limiters: WeakKeyDictionary[Any, dict[int, anyio.CapacityLimiter]] = WeakKeyDic
 
 async def off_loop(work: Callable[..., Result], *args: Any, **settings: Any) -> Result:
     """The result of `work`, from a thread. Whoever waits may be cancelled: the thread then ends by itself."""
-    call = partial(work, *args, **settings)
-    return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=_limiter(AT_ONCE))
+    return await _in_thread(held(partial(work, *args, **settings)), _limiter(AT_ONCE))
 
 
 async def reading_slowly(work: Callable[..., Result], *args: Any) -> Result:
     """The same for large bodies, one after the other."""
-    call, limiter = partial(work, *args), _limiter(READING_AT_ONCE)
-    return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=limiter)
+    return await _in_thread(held(partial(work, *args)), _limiter(READING_AT_ONCE))
 
 
 async def aside(work: Callable[..., Result], *args: Any, **settings: Any) -> Result:
     """The same for what may take long without being busy: it holds no place that others wait for."""
-    return await anyio.to_thread.run_sync(partial(work, *args, **settings), abandon_on_cancel=True)
+    return await _in_thread(held(partial(work, *args, **settings)), None)
+
+
+async def _in_thread(work: held[Result], limiter: anyio.CapacityLimiter | None) -> Result:
+    try:
+        return await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
+    finally:
+        work.drop()  # a thread that has begun holds its models until it ends
 
 
 def _limiter(at_once: int) -> anyio.CapacityLimiter:

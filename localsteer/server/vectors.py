@@ -29,7 +29,7 @@ def _state(request: Request) -> State:
 
 
 def _list(state: State) -> Json:
-    entries = [document(entry, list(state.models)) for entry in state.vectors.entries.values()]
+    entries = [document(entry, state.pool.names) for entry in state.vectors.entries.values()]
     return Json({"object": "list", "data": entries})
 
 
@@ -44,7 +44,7 @@ async def one_vector(name: str, request: Request) -> Response:
     entry = state.vectors.entries.get(name)
     if entry is None:
         raise ApiError(f"name: there is no vector {name!r:.80}.", status=404, param="name")
-    return Json(document(entry, list(state.models)))
+    return Json(document(entry, state.pool.names))
 
 
 @router.post(
@@ -60,14 +60,16 @@ async def one_vector(name: str, request: Request) -> Response:
 async def add_vector(name: VectorName, request: Request, replace: bool = False) -> Response:
     """A control-vector GGUF that fits a model served here; `replace` lets it take another's place."""
     state = _state(request)
+    state.pool.take_loaded()
     data = await request.body()
     entry = await aside(state.vectors.add, name, data, replace=replace)
-    return Json(document(entry, list(state.models)), 201)
+    return Json(document(entry, state.pool.names), 201)
 
 
 @router.post("/v1/steering/reload", summary="Read the folder again")
 async def reload_vectors(request: Request) -> Response:
     state = _state(request)
+    state.pool.take_loaded()
     await aside(state.vectors.reload)
     return _list(state)
 

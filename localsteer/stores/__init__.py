@@ -15,14 +15,24 @@ listing, and a model that is damaged is one entry with the reason. Only `hub` do
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from localsteer.errors import ModelFileError
 
-from . import hub, llama_cpp, lmstudio, ollama
+from . import folders, hub, llama_cpp, lmstudio, ollama
 from .download import find as find_or_fetch
 from .stored import StoredModel
 
-__all__ = ["PREFIXES", "StoredModel", "everything", "find", "is_stored_name", "store_of", "title_of"]
+__all__ = [
+    "PREFIXES",
+    "StoredModel",
+    "everything",
+    "find",
+    "is_stored_name",
+    "parts_of",
+    "store_of",
+    "title_of",
+]
 
 # (name of the file, bytes that are there, bytes of the whole)
 Progress = Callable[[str, int, int], None]
@@ -62,6 +72,11 @@ def find(name: str, *, download: bool = False, on_progress: Progress | None = No
     if model.fault:
         raise ModelFileError(f"{model.name} can't be used: {model.fault}.")
     return model
+
+
+def parts_of(path: Path) -> list[Path]:
+    """All files of a model, of which the first, or the only one, is given."""
+    return [path.with_name(part) for part in folders.parts(path.name)]
 
 
 def everything() -> list[StoredModel]:

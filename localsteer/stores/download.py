@@ -97,7 +97,9 @@ class _Repository:
         info = self.api.model_info(repo, files_metadata=True, timeout=SECONDS)
         self.name: str = repo
         self.folder = hub.cache_folder() / hub.folder_name(repo)
-        self.sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+        files = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+        # another server than the hub might try to lead out of the cache
+        self.sizes = {file: size for file, size in files.items() if not {"", ".", ".."} & {*file.split("/")}}
 
     def fetch(self, file: str, on_progress: Progress | None) -> None:
         from huggingface_hub import hf_hub_download
@@ -153,13 +155,17 @@ def _fetch_rest(url: str, found: Any, part: Path, on_bytes: Callable[[int], obje
         on_bytes(file.tell())
         tries = TRIES
         while file.tell() < found.size:
-            before = file.tell()
+            before, cut = file.tell(), None
             try:
                 _append(url, found, file, on_bytes)
             except Exception as error:
-                tries = TRIES if file.tell() > before else tries - 1
-                if not _is_of_the_network(error) or not tries:
+                if not _is_of_the_network(error):
                     raise
+                cut = error
+            tries = TRIES if file.tell() > before else tries - 1
+            if not tries:
+                raise cut or _Mismatch("the server sends nothing")
+            if file.tell() < found.size:
                 time.sleep(RETRY_SECONDS)
 
 
@@ -182,6 +188,8 @@ def _append(url: str, found: Any, file: BinaryIO, on_bytes: Callable[[int], obje
         for data in response.iter_raw():
             file.write(data)
             file.flush()  # so that a kill loses nothing
+            if file.tell() > found.size:  # not to fill the disk with whatever comes
+                raise _Mismatch(f"{file.name} came with more than its {found.size} bytes")
             on_bytes(file.tell())
 
 

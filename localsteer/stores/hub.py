@@ -69,10 +69,11 @@ def models_in(folder: Path, prefix: str) -> list[StoredModel]:
         firsts = [file for file in sorted(here) if is_first(file)]
         found += [_model(prefix, repo, file, here) for file in firsts]
         n_bytes = _unfinished(repo_folder)
-        if n_bytes is not None and not firsts:
-            what = f"{n_bytes / 1e6:.1f} MB of it are there"
-            how = f"`localsteer models pull {PREFIX}{repo}` fetches it"
-            found.append(StoredModel(prefix + repo, fault=f"its download was never finished ({what}): {how}"))
+        if n_bytes is not None:  # of which file nothing tells
+            what = f"a download was never finished ({n_bytes / 1e6:.1f} MB of it are there)"
+            name = f"{prefix}{repo}{':?' if firsts else ''}"
+            fault = f"{what}: `localsteer models pull {PREFIX}{repo}` goes on with it"
+            found.append(StoredModel(name, fault=fault))
     return found
 
 

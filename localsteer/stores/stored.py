@@ -26,6 +26,15 @@ class AskedFor:
     sampling: Mapping[str, float | int] = field(default_factory=dict)
     n_ctx: int | None = None
 
+    @property
+    def shown(self) -> str:
+        """`system message, 2 stop strings, temp 0.7, context 8192`; empty where there is nothing."""
+        words = ["system message"] if self.system else []
+        words += [f"{len(self.stop)} stop string{'s' * (len(self.stop) > 1)}"] if self.stop else []
+        words += [f"{name} {value:g}" for name, value in self.sampling.items()]
+        words += [f"context {self.n_ctx}"] if self.n_ctx else []
+        return ", ".join(words)
+
 
 @dataclass(frozen=True)
 class StoredModel:

@@ -35,7 +35,7 @@ OPTION_RULES = Rules(
 )  # fmt: skip
 RULES = Rules(
     harmless={
-        "how long a model stays loaded: they all do": ("keep_alive",),
+        "how long a model stays loaded: until another needs the room": ("keep_alive",),
         "what becomes of a prompt that is too long: it is refused": ("truncate", "shift"),
     },
     neutral={

@@ -14,13 +14,15 @@ from starlette.responses import Response
 
 from localsteer import __version__
 from localsteer.errors import LocalsteerError
-from localsteer.model_list import read_shape
+from localsteer.model_list import Shape, read_shape
 
 from ..embeddings import embedded
 from ..errors import Json
-from ..models import Served, State
+from ..models import State
+from ..pool import LATEST
 from ..reading import BodyRoute
 from ..replies import ClientGone
+from ..served import Served
 from ..threads import off_loop
 from .ollama_body import OllamaEmbedRequest, OllamaPromptRequest, OllamaShowRequest
 
@@ -29,16 +31,13 @@ if TYPE_CHECKING:
 
 router = APIRouter(route_class=BodyRoute, tags=["Ollama"])
 VERSION = "0.13.0"  # of Ollama, whose API is spoken here: clients ask for one that is new enough
-LATEST = ":latest"
 NEVER = "2999-01-01T00:00:00Z"  # when a model is let go
 LONG_ARRAY = "tokenizer.ggml."  # begins keys with a value for each token
 
 
 def plain_name(state: State, name: str | None) -> str | None:
-    """Clients write `:latest` after a name that has no tag."""
-    if name and name.endswith(LATEST) and name not in state.models:
-        return name[: -len(LATEST)]
-    return name
+    """The name without the `:latest` that clients write after one without a tag."""
+    return name.removesuffix(LATEST) if name and name not in state.pool.names else name
 
 
 @router.api_route("/api/version", methods=["GET", "HEAD"], summary="The version of Ollama that it speaks")
@@ -52,14 +51,14 @@ async def tags(request: Request) -> Response:
     return Json({"models": await off_loop(_entries, state)})
 
 
-@router.get("/api/ps", summary="Models that are loaded: all of them")
+@router.get("/api/ps", summary="Models that are loaded")
 async def loaded_models(request: Request) -> Response:
     state: State = request.app.state.localsteer
-    entries = await off_loop(_entries, state)
+    loaded = {name: served.engine.n_ctx for name, served in state.models.items()}
+    entries = [entry for entry in await off_loop(_entries, state) if entry["name"] in loaded]
     for entry in entries:
-        n_ctx = state.served(entry["name"])[0].engine.n_ctx
-        entry |= {"expires_at": NEVER, "size_vram": 0, "context_length": n_ctx}
-    return Json({"models": [entry for entry in entries if entry["name"] in state.models]})
+        entry |= {"expires_at": NEVER, "size_vram": 0, "context_length": loaded[entry["name"]]}
+    return Json({"models": entries})
 
 
 @router.post("/api/show", summary="One model")
@@ -103,47 +102,51 @@ async def _embedded(
 
 
 def _entries(state: State) -> list[dict[str, Any]]:
-    found = []
-    for entry in state.listed():
-        name = entry["id"]
-        served = state.served(name)[0]
-        path = served.engine.path
-        stat = path.stat()
+    """Of each model, also before it is loaded, and each with each vector."""
+    entries = []
+    for listed in state.listed():
+        name, model = listed["id"], listed["parent"] or listed["id"]
+        path = state.pool.path(model)
+        entry = {"name": name, "model": name}
         # not of the whole file, which takes long: it changes with the file, and that is what clients look for
-        content = f"{path.name} {stat.st_size} {stat.st_mtime_ns} {name}"
-        found.append(
-            {
-                "name": name,
-                "model": name,
-                "modified_at": _written(path),
-                "size": stat.st_size,
-                "digest": hashlib.sha256(content.encode("utf-8", "replace")).hexdigest(),
-                "details": _details(served),
-            }
+        content, served = name, state.models.get(model)
+        if path is not None and path.is_file():
+            stat = path.stat()
+            content = f"{path.name} {stat.st_size} {stat.st_mtime_ns} {name}"
+            entry |= {"modified_at": _written(path), "size": stat.st_size, "details": _details(path, served)}
+        digest = hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
+        entries.append(
+            {"modified_at": _time(state.started), "size": 0, "details": {}} | entry | {"digest": digest}
         )
-    return found
+    return entries
 
 
 def _written(path: Path) -> str:
-    return datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).isoformat()
+    return _time(path.stat().st_mtime)
 
 
-def _details(served: Served) -> dict[str, Any]:
-    model = served.engine.model
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
+
+
+def _details(path: Path, served: Served | None) -> dict[str, Any]:
+    """served: None where it is not loaded, and nobody has counted its parameters."""
+    shape = _shape(path)
+    architecture = shape.architecture if shape else "unknown"
     return {
         "parent_model": "",
         "format": "gguf",
-        "family": model.architecture,
-        "families": [model.architecture],
-        "parameter_size": _size(model.n_params),
-        "quantization_level": _quantization(served.engine.path) or "unknown",
+        "family": architecture,
+        "families": [architecture],
+        "parameter_size": _size(served.engine.model.n_params) if served else "",
+        "quantization_level": (shape and shape.quantization) or "unknown",
     }
 
 
 @lru_cache(maxsize=64)
-def _quantization(path: Path) -> str | None:
+def _shape(path: Path) -> Shape | None:
     try:
-        return read_shape(path).quantization
+        return read_shape(path)
     except LocalsteerError:
         return None
 
@@ -162,7 +165,7 @@ def _shown(served: Served, vectors: list[str], verbose: bool) -> dict[str, Any]:
         "parameters": "",
         "template": engine.template.template or "",
         "modified_at": _written(engine.path),
-        "details": _details(served),
+        "details": _details(engine.path, served),
         "model_info": info | {"general.parameter_count": engine.model.n_params},
         "capabilities": _capabilities(served),
         "steering": vectors,

@@ -1,0 +1,97 @@
+"""Which request uses which model, so that none is unloaded under it.
+
+A request holds the models that it asked for until it has ended, and every thread that works for it has ended
+too: a thread outlives a client that hangs up. `Holding` is the middleware that begins and ends it; work in
+threads goes through `held`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
+
+Result = TypeVar("Result")
+
+_holder: ContextVar[Holder | None] = ContextVar("holder", default=None)
+
+
+class Holder:
+    """One request. Its last user lets go of all that it holds."""
+
+    def __init__(self) -> None:
+        self._users = 1
+        self._releases: dict[str, Callable[[], None]] = {}
+        self._lock = threading.Lock()
+
+    def holds(self, name: str) -> bool:
+        return name in self._releases
+
+    def keep(self, name: str, release: Callable[[], None]) -> None:
+        """release: called once, from any thread."""
+        self._releases[name] = release
+
+    def enter(self) -> None:
+        with self._lock:
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            done = not self._users
+        if done:
+            for release in self._releases.values():
+                release()
+
+
+def current() -> Holder | None:
+    """The request that this code runs for, None outside of one."""
+    return _holder.get()
+
+
+class held(Generic[Result]):
+    """Work for a thread, which holds what its request holds until it ends. `drop`: it is not waited for any
+    more; if it has not begun yet it never does."""
+
+    def __init__(self, work: Callable[[], Result]) -> None:
+        self._work, self._holder = work, current()
+        self._lock, self._begun, self._dropped = threading.Lock(), False, False
+        if self._holder:
+            self._holder.enter()
+
+    def __call__(self) -> Result:
+        with self._lock:
+            if self._dropped:
+                raise RuntimeError("nobody waits for this any more")
+            self._begun = True
+        try:
+            return self._work()
+        finally:
+            if self._holder:
+                self._holder.leave()
+
+    def drop(self) -> None:
+        with self._lock:
+            first = not (self._begun or self._dropped)
+            self._dropped = True
+        if first and self._holder:
+            self._holder.leave()
+
+
+class Holding:
+    """ASGI middleware."""
+
+    def __init__(self, app: Callable[..., Any]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        holder = Holder()
+        token = _holder.set(holder)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            _holder.reset(token)
+            holder.leave()
