@@ -301,3 +301,39 @@ def test_smol_is_steered_at_once_as_its_pack_says(monkeypatch, tmp_path):
     run = invoke("run", "-m", "smol", "-i", "title", "-n", "24", "--temp", "0", "Tell me about foxes.")
     assert run.status == 0 and "title: shipped for SmolLM2-135M-Instruct" in run.err
     assert run.out.startswith("<<") and not (tmp_path / "vectors").exists()
+
+
+# --- a server ----------------------------------------------------------------------------------------------
+
+
+def test_a_server_offers_what_ships_for_its_model(named, pack, tmp_path):
+    pytest.importorskip("fastapi", reason="the extra localsteer[serve] is not installed")
+    from serving import FOXES, serving
+
+    def said(http, model):
+        body = {"model": model, "messages": FOXES, "max_tokens": 24, "temperature": 0}
+        return http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+
+    (tmp_path / "own").mkdir()
+    models = {"a": path_of("bundled"), "b": path_of("bundled-base")}
+    with serving(tmp_path / "own", models=models) as server, server.http() as http:
+        names = [entry["id"] for entry in http.get("/v1/models").json()["data"]]
+        assert names == ["a", "a+lowercase", "a+uppercase", "b"]
+        assert said(http, "a") != said(http, "a+lowercase") == said(http, "a+lowercase").lower()
+        assert [entry["models"] for entry in http.get("/v1/steering").json()["data"]] == [["a"], ["a"]]
+        assert http.delete("/v1/steering/lowercase").json()["error"]["code"] == "shipped"
+        # one of the folder goes before it
+        loud = (pack / "uppercase.gguf").read_bytes()
+        assert http.post("/v1/steering", params={"name": "lowercase"}, content=loud).status_code == 201
+        assert said(http, "a+lowercase") == said(http, "a+uppercase")
+        assert http.delete("/v1/steering/lowercase").status_code == 200
+        assert said(http, "a+lowercase") != said(http, "a+uppercase")
+
+
+def test_no_vectors_ship_for_a_server_where_packs_are_off(named, monkeypatch):
+    pytest.importorskip("fastapi", reason="the extra localsteer[serve] is not installed")
+    from serving import serving
+
+    monkeypatch.setenv("LOCALSTEER_PACKS", "off")
+    with serving(None, models={"a": path_of("bundled")}) as server, server.http() as http:
+        assert http.get("/v1/steering").json()["data"] == []

@@ -347,12 +347,22 @@ def _tell(running: Running, as_json: bool) -> None:
     state = running.state
     if as_json:
         names = [entry["id"] for entry in state.listed()]
-        print_json({"url": running.url, "models": names, "vectors": list(state.vectors.entries)})
+        print_json(
+            {
+                "url": running.url,
+                "models": names,
+                "vectors": list(dict.fromkeys(entry.name for entry in state.vectors.all())),
+            }
+        )
     for entry in state.vectors.entries.values():
         is_judged = entry.error or entry.judged.issuperset(state.pool.names)
         if is_judged and not any(entry.fits(model) for model in state.models):
             why = entry.error or next(iter(entry.misfits.values()))
             note(f"{entry.name} is not offered: {why}")
+    for model in state.models:
+        shipped = [name for name in state.vectors.of_model(model) if name not in state.vectors.entries]
+        if shipped:
+            note(f"{model} comes with vectors: {', '.join(shipped)}; ask for {model}+{shipped[0]}.")
     more = len(state.pool.names) - len(state.models)
     others = f" and {more} that are loaded when they are asked for" if more else ""
     note(

@@ -139,16 +139,16 @@ def match(path: str | os.PathLike[str], packs: list[Pack]) -> Match | None:
 
     from .identity import identity_of
 
-    digest = file_hash(path)
-    for pack in packs:
-        if pack.sha256 == digest:
-            return Match(pack, exact=True)
     try:
         identity = identity_of(path)
     except VectorFileError:  # no GGUF: whoever opens it says so
         return None
-    same = (pack for pack in packs if pack.identity == identity and identity.weights)
-    return next((Match(pack, exact=False) for pack in same), None)
+    same = [pack for pack in packs if pack.identity == identity]
+    if not same:
+        return None  # before all of a large file is read for its hash
+    digest = file_hash(path)
+    exact = (Match(pack, exact=True) for pack in same if pack.sha256 == digest)
+    return next(exact, Match(same[0], exact=False) if identity.weights else None)
 
 
 def all_packs() -> list[Pack]:

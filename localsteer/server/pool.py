@@ -413,9 +413,9 @@ def load_error(name: str, error: Exception) -> ApiError:
 
 def no_model(text: str, why: str, known: Sequence[str]) -> ApiError:
     more = f" and {len(known) - MAX_SHOWN} more" if len(known) > MAX_SHOWN else ""
-    names = ", ".join(known[:MAX_SHOWN]) or "none"
+    hint = f": choose one of {', '.join(known[:MAX_SHOWN])}{more}" if known else ""
     return ApiError(
-        f"model: there is no {shown(text)}, {why}: choose one of {names}{more}.",
+        f"model: there is no {shown(text)}, {why}{hint}.",
         status=404,
         param="model",
         code="model_not_found",

@@ -13,7 +13,6 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,8 @@ from localsteer.vector import ControlVector
 
 from .errors import ApiError, shown
 from .limits import Limits
+from .loaded import Loaded
+from .shipped import shipped_vectors
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
@@ -36,58 +37,53 @@ SUFFIX = ".gguf"
 logger = logging.getLogger("localsteer")
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """One file. judged: the models that it was tried on; misfits: {model: why it can't be steered by this
-    one}; error: why the file can't be read."""
-
-    name: str
-    sha256: str
-    size: int
-    vector: ControlVector | None = None
-    error: str | None = None
-    misfits: Mapping[str, str] = field(default_factory=dict)
-    judged: frozenset[str] = frozenset()
-    stamp: tuple[int, int, int] = (0, 0, 0)
-
-    def fits(self, model: str) -> bool:
-        return self.vector is not None and model in self.judged and model not in self.misfits
-
-    def judge(self, model: str, engine: Engine) -> Loaded:
-        """The same, tried on one more model."""
-        if self.vector is None:
-            return self
-        misfits = {name: why for name, why in self.misfits.items() if name != model}
-        try:
-            engine.plan(self.vector)
-        except LocalsteerError as error:
-            misfits[model] = str(error)
-        return replace(self, misfits=misfits, judged=self.judged | {model})
-
-
 class VectorFolder:
     """folder: None = there is none, and no upload is taken. A vector is tried on each model of the pool when
-    that is loaded; what is known of one stays known when it is unloaded."""
+    that is loaded; what is known of one stays known when it is unloaded.
+
+    entries: of the folder, by name. shipped: vectors that come with localsteer, by model and name; one of the
+    folder with the same name goes before them.
+    """
 
     def __init__(self, folder: Path | None, pool: Pool, limits: Limits) -> None:
         self.folder, self.pool, self.limits = folder, pool, limits
         self._lock = threading.Lock()  # held by who writes; readers take `entries` as it is
         self.entries: Mapping[str, Loaded] = {}
+        self.shipped: Mapping[str, Mapping[str, Loaded]] = {}
         self.reload()
+        for model, served in pool.served.items():
+            self.judge(model, served.engine)
 
     # -- what is there ------------------------------------------------------------------------------
 
     def of_model(self, model: str) -> list[str]:
         """Names of the vectors that this model can be steered by."""
-        return [entry.name for entry in self.entries.values() if entry.fits(model)]
+        own = [entry.name for entry in self.entries.values() if entry.fits(model)]
+        shipped = self.shipped.get(model, {}).values()
+        return own + [entry.name for entry in shipped if entry.name not in self.entries and entry.fits(model)]
+
+    def all(self) -> list[Loaded]:
+        """Of the folder, then those that ship; of these several may have one name, each for its own model."""
+        return [
+            *self.entries.values(),
+            *(entry for found in self.shipped.values() for entry in found.values()),
+        ]
+
+    def named(self, name: str) -> Loaded:
+        """Raises ApiError, status 404."""
+        entry = next((entry for entry in self.all() if entry.name == name), None)
+        if entry is None:
+            raise ApiError(f"name: there is no vector {shown(name)}.", status=404, param="name")
+        return entry
 
     def vector(self, name: str, model: str, param: str) -> ControlVector:
         """Raises ApiError, which names the vectors there are."""
-        entry = self.entries.get(name)
+        entry = self.entries.get(name) or self.shipped.get(model, {}).get(name)
         if entry is None:
-            known = ", ".join(self.of_model(model)) or "there is none"
+            known = ", ".join(self.of_model(model))
+            hint = f"choose one of {known}" if known else f"{model} has none"
             raise ApiError(
-                f"{param}: there is no vector {shown(name)}: choose one of {known}.",
+                f"{param}: there is no vector {shown(name)}: {hint}.",
                 param=param,
                 code="unknown_vector",
             )
@@ -119,6 +115,10 @@ class VectorFolder:
                 name: entry if model in entry.judged else entry.judge(model, engine)
                 for name, entry in self.entries.items()
             }
+            if model not in self.shipped:
+                found = shipped_vectors(engine.path)
+                judged = {name: entry.judge(model, engine) for name, entry in found.items()}
+                self.shipped = {**self.shipped, model: judged}
 
     def reload(self) -> list[Loaded]:
         """Read what is new or changed, forget what is gone. Raises LocalsteerError for a missing folder."""
@@ -156,9 +156,13 @@ class VectorFolder:
     def remove(self, name: str) -> Loaded:
         """Delete a vector's file. Raises ApiError for a name that is not there."""
         with self._lock:
-            entry = self.entries.get(name)
-            if entry is None or self.folder is None:
-                raise ApiError(f"name: there is no vector {shown(name)}.", status=404, param="name")
+            entry = self.entries.get(name) or self.named(name)
+            if entry.ships_for or self.folder is None:
+                raise ApiError(
+                    f"name: {name} comes with localsteer, for {entry.ships_for}, and can't be removed: start "
+                    "the server with LOCALSTEER_PACKS=off to have none of these.",
+                    status=409, param="name", code="shipped",
+                )  # fmt: skip
             with _changing_the_folder():
                 (self.folder / f"{name}{SUFFIX}").unlink(missing_ok=True)
             self.entries = {key: each for key, each in self.entries.items() if key != name}
@@ -234,6 +238,7 @@ def document(entry: Loaded, models: Sequence[str]) -> dict[str, Any]:
         },
         "instruction": plain(provenance.get("instruction_id")),
         "text": next(iter(vector.phrasings), None),
+        "ships_for": entry.ships_for,
         "can_ensure": bool(provenance.get("verifier")),
         "validation": plain(provenance.get("validation")),
         "n_layer": vector.n_layer,

@@ -29,7 +29,7 @@ def _state(request: Request) -> State:
 
 
 def _list(state: State) -> Json:
-    entries = [document(entry, state.pool.names) for entry in state.vectors.entries.values()]
+    entries = [document(entry, state.pool.names) for entry in state.vectors.all()]
     return Json({"object": "list", "data": entries})
 
 
@@ -41,10 +41,7 @@ async def list_vectors(request: Request) -> Response:
 @router.get("/v1/steering/{name}", summary="One vector")
 async def one_vector(name: str, request: Request) -> Response:
     state = _state(request)
-    entry = state.vectors.entries.get(name)
-    if entry is None:
-        raise ApiError(f"name: there is no vector {name!r:.80}.", status=404, param="name")
-    return Json(document(entry, state.pool.names))
+    return Json(document(state.vectors.named(name), state.pool.names))
 
 
 @router.post(
