@@ -418,7 +418,7 @@ def test_each_listed_name_leads_back_to_its_file(home, gguf):
     found = {model.name: model.path for model in everything()}
     assert len(found) == 7 and "hf:ORG/Fox-GGUF:Q4_K_M" in found
     assert {path_of(name, download=False) for name in found} == set(found.values())
-    assert path_of("hf:ORG/Fox-GGUF") == snapshot / "Fox-Q4_K_M.gguf"
+    assert path_of("hf:ORG/Fox-GGUF") == path_of("hf:org/fox-gguf") == snapshot / "Fox-Q4_K_M.gguf"
 
 
 def test_the_cache_is_where_the_hubs_own_variables_say(home, gguf, monkeypatch, tmp_path):

@@ -40,7 +40,7 @@ _free = threading.BoundedSemaphore(MAX_AT_ONCE)
 async def ensured_chat(state: State, body: ChatRequest, tools: list[Tool], request: Request) -> Response:
     """The answer of POST /v1/chat/completions where the request asks for `ensure`."""
     _check(body, tools)
-    body.model = body.model or state.default
+    body.model = body.model or state.default_name
     cancel = threading.Event()
     served, wanted, base = await off_loop(_chosen, state, body)
     steer, left_out = await harmless(served, base, body, tools)

@@ -22,7 +22,7 @@ def home() -> Path | None:
 
 def from_environment(name: str) -> Path | None:
     """A folder that a variable names, None where it is not set or empty."""
-    text = os.path.expandvars(os.environ.get(name, "").strip())
+    text = os.path.expandvars(os.environ.get(name, "").strip("\"' "))
     return Path(os.path.expanduser(text)) if text else None
 
 

@@ -38,6 +38,7 @@ HELPERS = (
 )  # in names of files that are no model
 DEPTH = 4  # folders inside a repository
 _REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
+_FOLDER = re.compile(r"models--(?:(?!--).)+--(?:(?!--).)+")  # no name holds two dashes
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TAG = re.compile(r"[-.]([A-Za-z0-9_]+)$")  # get_gguf_split_info
 
@@ -45,8 +46,8 @@ _TAG = re.compile(r"[-.]([A-Za-z0-9_]+)$")  # get_gguf_split_info
 def find(rest: str) -> StoredModel:
     """From the cache. Raises ModelFileError for what is not there."""
     repo, wanted = parsed(rest)
-    folder = cache_folder()
-    here = {} if folder is None else cached_files(folder / folder_name(repo))
+    folder = _folder_of(repo)
+    repo, here = (repo, {}) if folder is None else (_repo_of(folder), cached_files(folder))
     if not any(map(is_first, here)):
         error = str(unknown(PREFIX + rest, [model.name for model in models()], "the hub's cache"))
         raise ModelFileError(
@@ -64,7 +65,7 @@ def models_in(folder: Path, prefix: str) -> list[StoredModel]:
     """Of any folder in the hub's layout: llama.cpp's may have it too."""
     found = []
     for repo_folder in repositories(folder):
-        repo = repo_folder.name.removeprefix("models--").replace("--", "/", 1)
+        repo = _repo_of(repo_folder)
         here = cached_files(repo_folder)
         firsts = [file for file in sorted(here) if is_first(file)]
         found += [_model(prefix, repo, file, here) for file in firsts]
@@ -96,9 +97,22 @@ def folder_name(repo: str) -> str:
     return "models--" + repo.replace("/", "--")
 
 
+def _repo_of(repo_folder: Path) -> str:
+    return repo_folder.name.removeprefix("models--").replace("--", "/", 1)
+
+
+def _folder_of(repo: str) -> Path | None:
+    """Where a repository lies in the cache. The hub does not tell capitals apart."""
+    folder = cache_folder()
+    if folder is None or (folder / folder_name(repo)).is_dir():
+        return None if folder is None else folder / folder_name(repo)
+    wanted = folder_name(repo).casefold()
+    return next((path for path in repositories(folder) if path.name.casefold() == wanted), None)
+
+
 def repositories(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if re.fullmatch(r"models--.+--.+", path.name))
+        return sorted(path for path in folder.iterdir() if _FOLDER.fullmatch(path.name))
     except OSError:
         return []
 
