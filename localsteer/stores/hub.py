@@ -15,6 +15,7 @@ quantization that is named, else Q4_K_M, else Q8_0, else the first; never what b
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ HELPERS = (
     "dflash-",
     "dspark-",
 )  # in names of files that are no model
+MAX_REF = 4096  # bytes
 DEPTH = 4  # folders inside a repository
 _REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 _FOLDER = re.compile(r"models--(?:(?!--).)+--(?:(?!--).)+")  # no name holds two dashes
@@ -104,7 +106,7 @@ def _repo_of(repo_folder: Path) -> str:
 def _folder_of(repo: str) -> Path | None:
     """Where a repository lies in the cache. The hub does not tell capitals apart."""
     folder = cache_folder()
-    if folder is None or (folder / folder_name(repo)).is_dir():
+    if folder is None or os.path.isdir(folder / folder_name(repo)):
         return None if folder is None else folder / folder_name(repo)
     wanted = folder_name(repo).casefold()
     return next((path for path in repositories(folder) if path.name.casefold() == wanted), None)
@@ -197,7 +199,7 @@ def cached_files(repo_folder: Path) -> dict[str, Path]:
             if path.name.lower().endswith(".gguf"):
                 key = path.relative_to(snapshot).as_posix()
                 # of a split model the parts must come from one folder, and a dead link is no file
-                if key not in files or (not files[key].exists() and path.exists()):
+                if key not in files or (not os.path.exists(files[key]) and os.path.exists(path)):
                     files[key] = path
     return files
 
@@ -210,7 +212,7 @@ def _snapshots(repo_folder: Path) -> list[Path]:
     except OSError:
         return []
     try:
-        main = (repo_folder / "refs" / "main").read_text("ascii").strip()
+        main = folders.read(repo_folder / "refs" / "main", MAX_REF).decode("ascii").strip()
     except (OSError, ValueError):
         main = ""
     return sorted(found, key=lambda path: path.name != main)
