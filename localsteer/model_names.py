@@ -12,6 +12,7 @@ folder wins.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def check_exists(model: str) -> None:
     """Raise ModelFileError, with the nearest names, for what is neither a name nor a file, unless it is
     written like a path: whoever opens it says that it is not there."""
     looks_like_a_path = model.lower().endswith(".gguf") or model.startswith((".", "/", "~", "\\"))
-    if not model or looks_like_a_path or is_named(model) or Path(model).exists():
+    if not model or looks_like_a_path or is_named(model) or os.path.exists(model):
         return
     near = nearest(model, [*NAMES, *(stored.name for stored in everything() if not stored.fault)])
     if near:

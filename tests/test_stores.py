@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 
 import pytest
@@ -418,7 +419,7 @@ def test_each_listed_name_leads_back_to_its_file(home, gguf):
     found = {model.name: model.path for model in everything()}
     assert len(found) == 7 and "hf:ORG/Fox-GGUF:Q4_K_M" in found
     assert {path_of(name, download=False) for name in found} == set(found.values())
-    assert path_of("hf:ORG/Fox-GGUF") == snapshot / "Fox-Q4_K_M.gguf"
+    assert path_of("hf:ORG/Fox-GGUF") == path_of("hf:org/fox-gguf") == snapshot / "Fox-Q4_K_M.gguf"
 
 
 def test_the_cache_is_where_the_hubs_own_variables_say(home, gguf, monkeypatch, tmp_path):
@@ -463,6 +464,55 @@ def test_a_file_of_the_name_wins(home, tmp_path, gguf):
     (tmp_path / "hf:ORG").mkdir()
     (tmp_path / "hf:ORG" / "R").write_bytes(gguf)
     assert str(path_of("hf:ORG/R")) == "hf:ORG/R"
+
+
+def test_pipes_in_the_place_of_files_hold_nothing_up(home, ollama, gguf):
+    ollama.model(LLAMA, gguf, params={"top_k": 1})
+    params = sha256(json.dumps({"top_k": 1}).encode())
+    places = [
+        ollama.root / "manifests" / "registry.ollama.ai" / "library" / "pipe" / "1b",
+        ollama.root / "blobs" / f"sha256-{params}",
+        home / ".lmstudio-home-pointer",
+        home / ".lmstudio" / "settings.json",
+        home / ".lmstudio" / "models" / "a" / "b" / "c.gguf",
+        home / ".cache" / "llama.cpp" / "manifest=a=b=c.json",
+        home / "hf" / "hub" / "models--a--b" / "refs" / "main",
+        home / "hf" / "hub" / "models--a--b" / "snapshots" / ("a" * 40) / "c.gguf",
+    ]
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.unlink(missing_ok=True)
+        os.mkfifo(place)
+    found = faults()
+    assert names() == set() and len(found) == 5
+    assert found["ollama:pipe:1b"] == "its manifest is damaged: pull it again"
+    assert "is empty" in found["lmstudio:a/b/c.gguf"]
+
+
+def test_names_that_are_no_utf_8_are_listed(home, ollama, gguf, lmstudio):
+    folder = home / ".lmstudio" / "models" / "a" / "b"
+    folder.mkdir(parents=True)
+    with open(
+        os.fsencode(home / ".lmstudio" / "models" / "a" / "b") + b"/f\xff\n\x1b[31mx.gguf", "wb"
+    ) as file:
+        file.write(gguf)
+    table = invoke("models")
+    assert table.status == 0 and "\x1b" not in table.out
+    assert invoke("models", "--json").json["models"][-1]["architecture"] == "llama"
+
+
+def test_damage_at_random_is_a_note_in_the_list(home, lmstudio, gguf):
+    from localsteer.model_list import all_models
+
+    draw = random.Random(1)
+    header = 6000  # bytes
+    for i in range(150):
+        data = bytearray(gguf)
+        for _ in range(draw.choice((1, 3, 20))):
+            data[draw.randrange(header)] = draw.choice((0, 1, 0x7F, 0xFF, draw.randrange(256)))
+        lmstudio(f"a/b/{i}.gguf", bytes(data[: draw.choice((len(data), draw.randrange(header)))]))
+    told = [model for model in all_models().models if model.name.startswith("lmstudio:")]
+    assert len(told) == 150 and all(model.shape or model.note for model in told)
 
 
 def test_a_folder_that_can_t_be_read_is_passed_over(ollama, gguf, lmstudio):

@@ -38,7 +38,7 @@ _free = threading.BoundedSemaphore(MAX_AT_ONCE)
 async def ensured_answer(state: State, body: ChatRequest, tools: list[Tool]) -> EnsuredAnswer:
     """The answer to a turn that asks for `ensure`, under way."""
     _check(body, tools)
-    body.model = body.model or state.default
+    body.model = body.model or state.default_name
     cancel = threading.Event()
     served, wanted, base = await off_loop(_chosen, state, body)
     steer, left_out = await harmless(served, base, body, tools)

@@ -39,8 +39,8 @@ class State:
         return self.pool.served
 
     @property
-    def default(self) -> str:
-        """The name of the model where a request names none."""
+    def default_name(self) -> str:
+        """Of the model that answers where a request names none."""
         return self.pool.split(None)[0]
 
     def served(self, text: str | None) -> tuple[Served, list[str]]:

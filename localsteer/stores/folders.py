@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,8 +23,20 @@ def home() -> Path | None:
 
 def from_environment(name: str) -> Path | None:
     """A folder that a variable names, None where it is not set or empty."""
-    text = os.path.expandvars(os.environ.get(name, "").strip())
+    text = os.path.expandvars(os.environ.get(name, "").strip("\"' "))
     return Path(os.path.expanduser(text)) if text else None
+
+
+def read(path: Path, most: int) -> bytes:
+    """A small file. Raises OSError, ValueError for one that is larger, and for what is no file: a pipe would
+    never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path.name} is no file")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path.name} has more than {most} bytes")
+    return data
 
 
 def walk(folder: Path, depth: int) -> Iterator[Path]:

@@ -15,6 +15,7 @@ quantization that is named, else Q4_K_M, else Q8_0, else the first; never what b
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,8 +37,10 @@ HELPERS = (
     "dflash-",
     "dspark-",
 )  # in names of files that are no model
+MAX_REF = 4096  # bytes
 DEPTH = 4  # folders inside a repository
 _REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
+_FOLDER = re.compile(r"models--(?:(?!--).)+--(?:(?!--).)+")  # no name holds two dashes
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TAG = re.compile(r"[-.]([A-Za-z0-9_]+)$")  # get_gguf_split_info
 
@@ -45,8 +48,8 @@ _TAG = re.compile(r"[-.]([A-Za-z0-9_]+)$")  # get_gguf_split_info
 def find(rest: str) -> StoredModel:
     """From the cache. Raises ModelFileError for what is not there."""
     repo, wanted = parsed(rest)
-    folder = cache_folder()
-    here = {} if folder is None else cached_files(folder / folder_name(repo))
+    folder = _folder_of(repo)
+    repo, here = (repo, {}) if folder is None else (_repo_of(folder), cached_files(folder))
     if not any(map(is_first, here)):
         error = str(unknown(PREFIX + rest, [model.name for model in models()], "the hub's cache"))
         raise ModelFileError(
@@ -64,7 +67,7 @@ def models_in(folder: Path, prefix: str) -> list[StoredModel]:
     """Of any folder in the hub's layout: llama.cpp's may have it too."""
     found = []
     for repo_folder in repositories(folder):
-        repo = repo_folder.name.removeprefix("models--").replace("--", "/", 1)
+        repo = _repo_of(repo_folder)
         here = cached_files(repo_folder)
         firsts = [file for file in sorted(here) if is_first(file)]
         found += [_model(prefix, repo, file, here) for file in firsts]
@@ -96,9 +99,22 @@ def folder_name(repo: str) -> str:
     return "models--" + repo.replace("/", "--")
 
 
+def _repo_of(repo_folder: Path) -> str:
+    return repo_folder.name.removeprefix("models--").replace("--", "/", 1)
+
+
+def _folder_of(repo: str) -> Path | None:
+    """Where a repository lies in the cache. The hub does not tell capitals apart."""
+    folder = cache_folder()
+    if folder is None or os.path.isdir(folder / folder_name(repo)):
+        return None if folder is None else folder / folder_name(repo)
+    wanted = folder_name(repo).casefold()
+    return next((path for path in repositories(folder) if path.name.casefold() == wanted), None)
+
+
 def repositories(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if re.fullmatch(r"models--.+--.+", path.name))
+        return sorted(path for path in folder.iterdir() if _FOLDER.fullmatch(path.name))
     except OSError:
         return []
 
@@ -183,7 +199,7 @@ def cached_files(repo_folder: Path) -> dict[str, Path]:
             if path.name.lower().endswith(".gguf"):
                 key = path.relative_to(snapshot).as_posix()
                 # of a split model the parts must come from one folder, and a dead link is no file
-                if key not in files or (not files[key].exists() and path.exists()):
+                if key not in files or (not os.path.exists(files[key]) and os.path.exists(path)):
                     files[key] = path
     return files
 
@@ -196,7 +212,7 @@ def _snapshots(repo_folder: Path) -> list[Path]:
     except OSError:
         return []
     try:
-        main = (repo_folder / "refs" / "main").read_text("ascii").strip()
+        main = folders.read(repo_folder / "refs" / "main", MAX_REF).decode("ascii").strip()
     except (OSError, ValueError):
         main = ""
     return sorted(found, key=lambda path: path.name != main)

@@ -34,7 +34,7 @@ def find(rest: str) -> StoredModel:
 
 def models() -> list[StoredModel]:
     folder = cache_folder()
-    if folder is None or not folder.is_dir():
+    if folder is None or not os.path.isdir(folder):
         return []
     flat = list(_flat(folder))
     told = {file for model in flat for file in model.files}
@@ -75,8 +75,7 @@ def _flat(folder: Path) -> Iterator[StoredModel]:
 
 def _file_of(manifest: Path) -> str:
     try:
-        with manifest.open("rb") as opened:
-            file = json.loads(opened.read(MAX_MANIFEST))["ggufFile"]["rfilename"]
+        file = json.loads(folders.read(manifest, MAX_MANIFEST))["ggufFile"]["rfilename"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
     return file if isinstance(file, str) and "\0" not in file else ""
@@ -99,7 +98,7 @@ def _files(folder: Path, told: set[Path]) -> Iterator[StoredModel]:
 def _model(name: str, first: Path) -> StoredModel:
     files = tuple(first.with_name(part) for part in folders.parts(first.name))
     size, fault = folders.measured(files)
-    started = next((part for part in files if part.with_name(part.name + UNFINISHED).exists()), None)
+    started = next((part for part in files if os.path.exists(f"{part}{UNFINISHED}")), None)
     if fault and started:
         fault = _unfinished(started.with_name(started.name + UNFINISHED))
     return StoredModel(name, files, size, fault)

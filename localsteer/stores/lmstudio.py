@@ -9,6 +9,7 @@ in the folder that the user chose, which settings.json calls `downloadsFolder`; 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ PREFIX = "lmstudio:"
 TITLE = "LM Studio"
 EXAMPLE = "lmstudio:publisher/repository/file.gguf"
 DEPTH = 3  # publisher, repository, and one folder more
-MAX_SETTINGS = 4 << 20  # bytes
+MAX_SETTINGS, MAX_POINTER = 4 << 20, 4096  # bytes
 
 
 def find(rest: str) -> StoredModel:
@@ -35,7 +36,7 @@ def model_folders() -> list[Path]:
     if home is None:
         return []
     chosen = _chosen(home / "settings.json")
-    return [folder for folder in dict.fromkeys([chosen, home / "models"]) if folder and folder.is_dir()]
+    return [folder for folder in dict.fromkeys([chosen, home / "models"]) if folder and os.path.isdir(folder)]
 
 
 def _home() -> Path | None:
@@ -43,19 +44,18 @@ def _home() -> Path | None:
     if home is None:
         return None
     try:
-        text = (home / ".lmstudio-home-pointer").read_text("utf-8").strip()
+        text = folders.read(home / ".lmstudio-home-pointer", MAX_POINTER).decode("utf-8").strip()
     except (OSError, ValueError):
         text = ""
     if text and "\0" not in text:
         return Path(text)
     older = home / ".cache" / "lm-studio"
-    return older if older.is_dir() else home / ".lmstudio"
+    return older if os.path.isdir(older) else home / ".lmstudio"
 
 
 def _chosen(settings: Path) -> Path | None:
     try:
-        with settings.open("rb") as file:
-            found = json.loads(file.read(MAX_SETTINGS))
+        found = json.loads(folders.read(settings, MAX_SETTINGS))
     except (OSError, ValueError, RecursionError):
         return None
     text = found.get("downloadsFolder") if isinstance(found, dict) else None

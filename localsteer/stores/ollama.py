@@ -243,7 +243,7 @@ def _blob(tag: _Tag, layer: Mapping[str, Any]) -> Path:
 
 def _json(path: Path, what: str) -> Any:
     try:
-        return json.loads(_read(path))
+        return json.loads(folders.read(path, MAX_JSON))
     except OSError as error:
         why = (
             "can't be read by this user"
@@ -253,14 +253,6 @@ def _json(path: Path, what: str) -> Any:
         raise _Fault(f"{what} {why}") from None
     except (ValueError, RecursionError):
         raise _Fault(f"{what} is damaged: pull it again") from None
-
-
-def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(MAX_JSON + 1)
-    if len(data) > MAX_JSON:
-        raise ValueError("too large")
-    return data
 
 
 # -- how it is to be asked ----------------------------------------------------------------------------------
@@ -292,6 +284,6 @@ def _text(tag: _Tag, layer: Mapping[str, Any] | None) -> str | None:
     if layer is None:
         return None
     try:
-        return _read(_blob(tag, layer)).decode("utf-8").strip() or None
+        return folders.read(_blob(tag, layer), MAX_JSON).decode("utf-8").strip() or None
     except (OSError, ValueError):
         raise _Fault("its system message is missing or damaged: pull it again") from None
