@@ -50,6 +50,7 @@ _HOMES = {
     "PromptError": "errors",
     "UnsupportedModelError": "errors",
     "CatalogError": "errors",
+    "HostError": "errors",
 }
 # Modules, `extract` for one: a function of that name here would vanish whenever the module is imported first,
 # because the import system sets the attribute too. Call localsteer.extract.extract(...).

@@ -69,12 +69,7 @@ class Engine:
         self._run = 0
         self._leaving: list[Callable[[], None]] = []
         hosts = Hosts(rpc, rpc_seconds) if rpc else None
-        try:
-            self.model = Model(path, n_gpu_layers=n_gpu_layers, hosts=hosts, on_progress=on_progress)
-        except BaseException:
-            if hosts:
-                hosts.close()
-            raise
+        self.model = _opened(path, hosts, n_gpu_layers=n_gpu_layers, on_progress=on_progress)
         try:
             self.n_ctx = limits.context_length(self.model, self.path.name, n_ctx)
             self.n_seq_max = limits.sequences_at_once(self.model, self.path.name, n_seq_max, self.notice)
@@ -306,3 +301,12 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise LocalsteerError(f"the engine of {self.path.name} is closed.")
+
+
+def _opened(path: str | os.PathLike[str], hosts: Hosts | None, **options: Any) -> Model:
+    try:
+        return Model(path, hosts=hosts, **options)
+    except BaseException:
+        if hosts:
+            hosts.close()  # free for others
+        raise

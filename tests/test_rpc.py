@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import struct
+import sys
 import time
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -206,6 +207,21 @@ def test_a_graph_is_not_sent_anew_where_nothing_is_steered(path, two):
     with remote(path, two, n_seq_max=1) as engine:
         plain, steered = per_token(engine), per_token(engine, steer=[random_vector(engine)])
     assert plain < 20_000 < steered
+
+
+def test_a_relay_is_for_this_user_alone_and_its_port_for_one_model():
+    from localsteer.runtime.rpc import relay
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        own = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", own)) as ours:
+            assert relay._is_of_this_user(ours.getsockname()[1], own)
+    if sys.platform == "linux":
+        assert not relay._is_of_this_user(1, own)  # no connection of ours
+    ports = [relay._new_port() for _ in range(3)]
+    assert len({port.getsockname() for port in ports}) == 3
+    for port in ports:
+        port.close()
 
 
 def test_models_of_one_process_share_a_host(path, two):

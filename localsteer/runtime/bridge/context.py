@@ -138,12 +138,11 @@ class Context(Handle):
         if not pointer:
             if hook:
                 hook.close()
-            if self.model.hosts:
-                self.model.hosts.check()
-            name = self.model.path.name
-            raise LocalsteerError(
-                f"no context of {self.n_ctx} tokens for {name}: {log.why()}. Try a smaller one."
-            )
+            why, name, hosts = log.why(), self.model.path.name, self.model.hosts
+            if hosts:
+                hosts.check()
+                why = hosts.named(why)
+            raise LocalsteerError(f"no context of {self.n_ctx} tokens for {name}: {why}. Try a smaller one.")
         return pointer, hook
 
     def discard(self, opened: tuple[object, Hook | None]) -> None:

@@ -108,7 +108,7 @@ class Model(Handle):
                 lc.llama_model_free(pointer)
             hosts.check()
         if not pointer:
-            why = log.why()
+            why = hosts.named(log.why()) if hosts else log.why()
             if "'controlvector'" in why:
                 raise ModelFileError(f"{self.path} is a control vector: give a model, and steer it by this.")
             raise ModelFileError(f"{self.path} can't be loaded: {why}.")

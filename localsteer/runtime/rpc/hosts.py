@@ -47,6 +47,12 @@ class Hosts:
             if relay.lost:
                 raise HostError(str(relay.lost))
 
+    def named(self, text: str) -> str:
+        """What llama.cpp says, with the hosts in the place of their relays."""
+        for relay in self.relays:
+            text = text.replace(relay.address, str(relay.endpoint))
+        return text
+
     def renewed(self) -> Hosts:
         """The same hosts, those that were lost greeted once more. Raises HostError."""
         return Hosts(self.endpoints, self.seconds)

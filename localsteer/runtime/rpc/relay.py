@@ -8,7 +8,6 @@ every token, steered or not. The server keeps the last one (GRAPH_RECOMPUTE).
 from __future__ import annotations
 
 import os
-import select
 import socket
 import sys
 import threading
@@ -45,7 +44,7 @@ class Relay:
         self._graphs: dict[bytes, tuple[bytes, bool]] = {}  # of each device: the last one, and is it there?
         self._piece = memoryview(bytearray(PIECE))
         try:
-            self._listener = socket.create_server((_LOOPBACK, 0))
+            self._listener = _new_port()
         except OSError as error:
             self._host.close()
             raise HostError(f"no port of this machine is free for {endpoint}: {error.strerror}.") from None
@@ -63,9 +62,12 @@ class Relay:
         """Why the host is lost, if it is: of a host that owes nothing, words or an end are a loss too."""
         if self.lost is None and self._turn.acquire(blocking=False):  # otherwise it is being heard
             try:
-                if select.select([self._host], [], [], 0)[0]:
-                    self._lose(EOFError("it closed the connection"))
-            except (OSError, ValueError) as error:
+                self._host.setblocking(False)
+                self._host.recv(1, socket.MSG_PEEK)
+                self._lose(EOFError("it closed the connection"))
+            except BlockingIOError:
+                self._host.settimeout(self.seconds)
+            except OSError as error:
                 self._lose(error)
             finally:
                 self._turn.release()
@@ -180,6 +182,25 @@ class Relay:
             )
         with suppress(OSError):  # a server that still waits for the rest of a message is free again
             self._host.shutdown(socket.SHUT_RDWR)
+
+
+_used: set[int] = set()  # ports of this process's relays
+
+
+def _new_port() -> socket.socket:
+    """ggml keeps for ever what the server at an address has told it: a port is never used twice."""
+    taken = []
+    try:
+        while True:
+            listener = socket.create_server((_LOOPBACK, 0))
+            port = listener.getsockname()[1]
+            if port not in _used:
+                _used.add(port)
+                return listener
+            taken.append(listener)  # open until another one was found
+    finally:
+        for listener in taken:
+            listener.close()
 
 
 def _is_of_this_user(port: int, own: int) -> bool:
