@@ -27,6 +27,7 @@ from .packs import Pack, all_packs, is_off, match_quietly
 from .packs.identity import identity_of
 from .runtime.limits import DEFAULT_N_CTX, POOL_BYTES
 from .stores import StoredModel, everything, store_of, title_of
+from .stores.ollama import PREFIX as OLLAMA
 
 REMEMBERED = "shape 1"  # in the cache's index; another number where Shape or the checks change
 # Whose graph has no l_out-N that is the whole residual stream of a block, or that engines refuse for another
@@ -164,7 +165,9 @@ def _of_store(stored: StoredModel, *, only_remembered: bool) -> NamedModel:
             return replace(head, note=f"{file.name} {told['error']}")
         if shape is None:  # of a split model: the first part has the key-values
             shape, licence = Shape(**told["shape"]), told["licence"]
-    return replace(head, shape=shape, licence=licence, pack=_shipped(path, shape))
+    if store_of(stored.name) == OLLAMA and shape and not shape.chat_template:
+        remark = "; ".join(filter(None, (remark, "no chat template in its GGUF, and Ollama's is not used")))
+    return replace(head, shape=shape, licence=licence, pack=_shipped(path, shape), remark=remark)
 
 
 class _Unread(Exception):

@@ -126,6 +126,19 @@ def test_what_was_fetched_stays_when_the_program_is_stopped(server, gguf, kill):
     }
 
 
+def test_a_terminal_shows_a_bar(server):
+    pytest.importorskip("pexpect")
+    from terminals import Terminal
+
+    server.cut_after, server.hold = 2000, threading.Event()
+    terminal = Terminal(command_line("models", "pull", f"{NAME}:Q8_0"))
+    terminal.wait_for(lambda screen: "Fox-Q8_0.gguf, MB" in screen, "the bar")
+    held, server.hold, server.cut_after = server.hold, None, None
+    held.set()
+    assert terminal.end() == 0
+    assert "fetching Fox-Q8_0.gguf (0.2 MB)" in terminal.screen and "Q8_0: /" in terminal.screen
+
+
 def test_a_part_of_another_file_is_fetched_anew(server, gguf):
     part = hub.cache_folder() / hub.folder_name(REPO) / "blobs" / f"{sha256(gguf)}.incomplete"
     part.parent.mkdir(parents=True)

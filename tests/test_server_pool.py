@@ -249,9 +249,8 @@ def test_a_load_that_fails_is_the_error_of_those_who_asked(files):
         for answer in answers:
             error = answer.json()["error"]
             assert (answer.status_code, error["code"], error["param"]) == (400, "model_load_failed", "model")
-            assert (
-                error["message"].startswith("model: bad can't be loaded: ") and "\n" not in error["message"]
-            )
+            assert error["message"].startswith("model: bad can't be loaded: bad.gguf ")
+            assert "\n" not in error["message"] and str(files["bad"].parent) not in error["message"]
         assert ask(server, "a").status_code == ask(server, "b").status_code == 200
         assert statuses(server)["bad"] == "unloaded"
         assert figures(server)['localsteer_model_loads_total{model="bad",outcome="failed"}'] >= 1

@@ -110,6 +110,7 @@ def command(
       printf '%s\\n' "Tell me about foxes." "/steer json" "And hares?" | localsteer chat --temp 0
     """
     from localsteer.chat import Chat
+    from localsteer.stores import is_stored_name
 
     from .run import load_vectors, sampling_of, vector_of
 
@@ -144,7 +145,7 @@ def command(
         session = Session(chat, shelf, quiet=as_json, piped=lines is not None)
         session.begin(names, vectors, ensured, insisted)
         if lines is None:
-            note(f"{chat.engine.path.name}: {GREETING}")
+            note(f"{model if is_stored_name(model) else chat.engine.path.name}: {GREETING}")
             lines = _typed_lines(session, None if no_history else _history_file())
         session.run(lines)
         if as_json:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,8 +40,6 @@ LATEST = ":latest"  # what Ollama's clients write after a name without a tag
 MAX_SHOWN = 12  # models that a refusal names
 MAX_ALIASES = 10_000  # further names of models, as clients wrote them
 RESOLVED_AT_ONCE = 4  # names that are looked for, or downloaded
-
-logger = logging.getLogger("localsteer")
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,8 @@ class Pool:
                     self._aliases[name] = model.name
                 return model.name
         if error is not None:
-            raise ApiError(f"model: {error}", status=404, param="model", code="model_not_found")
+            message = f"model: {_without_folders(str(error))}"
+            raise ApiError(message, status=404, param="model", code="model_not_found")
         return self.split(text)[0]
 
     # -- requests -------------------------------------------------------------------------------------------
@@ -406,9 +405,14 @@ def load_error(name: str, error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, LocalsteerError):
-        message = f"model: {name} can't be loaded: {error}"
+        message = f"model: {name} can't be loaded: {_without_folders(str(error))}"
         return ApiError(message, param="model", code="model_load_failed")
     return api_error(error)
+
+
+def _without_folders(text: str) -> str:
+    """Where things lie on the server is nobody's business; `hf:ORG/REPO` is no path."""
+    return re.sub(r"(?<![\w.:*-])(?:/[^/\s]+)+/(?=[^/\s])", "", text)
 
 
 def no_model(text: str, why: str, known: Sequence[str]) -> ApiError:
