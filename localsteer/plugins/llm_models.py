@@ -26,7 +26,7 @@ from localsteer.model_names import BUNDLED, PACKAGED, packaged_file
 from localsteer.terms import Mode, Positions
 
 if TYPE_CHECKING:
-    from .steered import Answer, SteeredModel, SteeringWords, Wanted
+    from .steered import SteeredAnswer, SteeredModel, SteeringWords, Wanted
 
 PREFIX = "localsteer/"
 FILE = "localsteer-models.json"  # in llm's folder: model ids -> what -m takes
@@ -162,7 +162,7 @@ class SteeredByOptions:
     def __str__(self) -> str:
         return f"localsteer: {self.model_id}"
 
-    def begin(self, prompt: llm.Prompt) -> Answer:
+    def begin(self, prompt: llm.Prompt) -> SteeredAnswer:
         options = prompt.options
         loading = {name: getattr(options, name) for name in LOADING}
         words, wanted = words_of(options), wanted_of(options, prompt.schema)
@@ -213,7 +213,7 @@ def llms_error() -> Iterator[None]:
         raise llm.ModelError(" ".join(str(error).split())) from None
 
 
-def tell(response: Any, answer: Answer) -> None:
+def tell(response: Any, answer: SteeredAnswer) -> None:
     """What `llm logs` keeps: tokens, and what the reply was steered by."""
     response.set_usage(
         input=answer.n_prompt,

@@ -28,7 +28,7 @@ from localsteer.cli.console import heard_by
 from localsteer.errors import LocalsteerError, UnsupportedModelError
 from localsteer.terms import Mode, Positions
 
-from .steered import TRIES, Answer, SteeredModel, SteeringWords, Wanted, described, listed_names
+from .steered import TRIES, SteeredAnswer, SteeredModel, SteeringWords, Wanted, described, listed_names
 
 Result = TypeVar("Result")
 
@@ -194,7 +194,7 @@ class Work:
             self._stopped.set()
             raise StoppedError from None
 
-    def read(self, answer: Answer, what: str) -> str:
+    def read(self, answer: SteeredAnswer, what: str) -> str:
         """The reply of an answer, ended within a token by `stop`."""
         self._on_stop = answer.cancel
         if self._stopped.is_set():
@@ -419,7 +419,7 @@ def drawing(temperature: float, seed: int | None, schema: dict[str, Any] | None)
     return made if schema is None else made | {"grammar": Constraint.json_schema(schema)}
 
 
-def reply_of(model: str, answer: Answer, text: str, plain: str | None) -> SteeredReply:
+def reply_of(model: str, answer: SteeredAnswer, text: str, plain: str | None) -> SteeredReply:
     record = answer.record()
     return SteeredReply(
         model=model,

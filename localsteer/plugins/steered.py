@@ -201,7 +201,7 @@ class SteeredModel:
 
     def ask(
         self, messages: Sequence[Message], words: SteeringWords, wanted: Wanted, *, n_top: int | None = None
-    ) -> Answer:
+    ) -> SteeredAnswer:
         """Everything is checked here; the reply comes as the answer is read."""
         from localsteer.asked import considerate
         from localsteer.runtime.ask import Ask
@@ -222,7 +222,7 @@ class SteeredModel:
                 stop=wanted.stop,
                 n_top=n_top,
             )
-            return Answer(self, ask, applied, left_out, checked, words.tries)
+            return SteeredAnswer(self, ask, applied, left_out, checked, words.tries)
 
 
 def _with_own_strength(texts: Sequence[str], vectors: Sequence[ControlVector]) -> list[ControlVector]:
@@ -242,7 +242,7 @@ def _stamp(text: str) -> int | None:
         return None
 
 
-class Answer:
+class SteeredAnswer:
     """A reply on its way: iterate it, once, for its texts. `cancel`, from any thread, ends it early."""
 
     def __init__(
@@ -313,10 +313,10 @@ class Answer:
             made["ensure"] = self.ensured.record()
         return made
 
-    def unsteered(self) -> Answer:
+    def unsteered(self) -> SteeredAnswer:
         """The plain reply to the same question, with the same seed."""
         with one_kind_of_error():
-            return Answer(self._model, replace(self.ask, steer=()), (), (), (), 1)
+            return SteeredAnswer(self._model, replace(self.ask, steer=()), (), (), (), 1)
 
 
 def described(vector: ControlVector) -> dict[str, Any]:
