@@ -4,7 +4,8 @@
 
 The figures in a pack come from the questions that its settings were chosen on. Here the same vectors answer
 test questions of the catalogue, with the judge and the intervals of `localsteer eval`. Instructions where
-nothing helps are in the mean with what the model does by itself. -o keeps what is done. The last line is JSON.
+nothing helps are in the mean with what the model does by itself. -o keeps what is done. The last line is
+JSON.
 """
 
 from __future__ import annotations

@@ -231,6 +231,21 @@ def ensuring() -> Iterator[str]:
         yield _row(f"{name} ({row['n']})", [*cells, f"{row['tries']:.2f}"])
 
 
+def questions() -> Iterator[str]:
+    """The task of examples/harness, arm by arm."""
+    yield "| smol, 60 questions | names the answer | difference | is JSON | picks the answer of four |"
+    yield "|---|---|---|---|---|"
+    for arm, row in _read(RESULTS / "harness.json")["arms"].items():
+        cells = [_share_between(row[metric], "share", "interval") for metric in ("names_it", "is_json", "acc")]
+        gap = "" if arm == "plain" else _share_between(row["names_it"], "difference", "difference_interval")
+        yield _row(arm, [cells[0], gap, *cells[1:]])
+
+
+def _share_between(row: Document, name: str, interval: str) -> str:
+    low, high = (round(100 * bound) for bound in row[interval])
+    return f"{100 * row[name]:.0f}% ({low} to {high})"
+
+
 def _read(path: Path) -> Document:
     return json.loads(path.read_text("utf-8"))
 
@@ -328,6 +343,7 @@ TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("concurrency", "results/bundled.md"): concurrency,
     ("soak", "results/bundled.md"): soak,
     ("ensure", "ensure.md"): ensuring,
+    ("questions", "harness.md"): questions,
 }
 
 if __name__ == "__main__":
