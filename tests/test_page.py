@@ -166,6 +166,106 @@ def test_two_vectors_at_once_and_only_the_steered_reply(page):
     assert len(page.find_elements(BY, ".projection .tokens")) == 2
 
 
+def box(page, name, css):
+    return page.find_element(BY, f".vector[data-name={name}] {css}")
+
+
+def sent(page):
+    return page.execute_script("return steering()")
+
+
+def test_blocks_and_positions_of_a_vector_are_set_and_sent(page, server):
+    switch(page, "uppercase")
+    assert sent(page) == [{"name": "uppercase", "strength": 1}]
+    fill(page, ".vector[data-name=uppercase] [type=text]", "5, 3,3")
+    box(page, "uppercase", "select option[value=generation]").click()
+    expected = {"name": "uppercase", "strength": 1, "layer": [3, 5], "positions": "generation"}
+    assert sent(page) == [expected]
+    page.execute_script("return load()")  # as after an upload
+    assert sent(page) == [expected]
+    for wrong in ("a", "1-3", "", "1,,2"):
+        fill(page, ".vector[data-name=uppercase] [type=text]", wrong)
+        fill(page, "#question", QUESTION)
+        page.find_element(BY, "#send").click()
+        wait(lambda: "write numbers" in page.find_element(BY, "#trouble").text)
+        assert page.find_element(BY, "#question").get_attribute("value") == QUESTION
+    fill(page, ".vector[data-name=uppercase] [type=text]", "99")
+    ask(page)
+    assert "out of range" in page.find_element(BY, ".reply.steered .error").text
+
+
+def test_the_command_and_the_request_do_the_same(page, server):
+    import shlex
+
+    switch(page, "json")
+    set_slider(page, "json", 0.75)
+    fill(page, ".vector[data-name=json] [type=text]", "3")
+    fill(page, "#question", "What's a 'fox'?")
+    page.find_element(BY, "#same summary").click()
+    wait(lambda: page.find_element(BY, "#command").text)
+    command = shlex.split(page.find_element(BY, "#command").text)
+    assert command[:2] == ["localsteer", "run"] and command[-1] == "What's a 'fox'?"
+    assert command[2:6] == ["-m", "bundled", "-s", "json.gguf:0.75@3"]
+    request = shlex.split(page.find_element(BY, "#curl").text)
+    assert request[:2] == ["curl", f"{server.url}/v1/chat/completions"]
+    body = json.loads(request[-1])
+    assert body["steering"] == [{"name": "json", "strength": 0.75, "layer": [3]}]
+    with server.http() as client:
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_chats_are_kept_in_the_browser(page, server):
+    page.execute_script("localStorage.clear()")
+    switch(page, "uppercase")
+    ask(page, "Tell me about <b>foxes</b>.")
+    before = texts(page, "plain"), texts(page, "steered")
+    page.find_element(BY, "#clear").click()
+    ask(page, "What is a river?")
+    page.get(server.url)
+    names = [each.text for each in page.find_elements(BY, "#saved option")]
+    assert names == ["Saved chats", "What is a river?", "Tell me about <b>foxes</b>."]
+    page.find_elements(BY, "#saved option")[2].click()
+    assert (texts(page, "plain"), texts(page, "steered")) == before
+    assert [each.text for each in page.find_elements(BY, ".question")] == ["Tell me about <b>foxes</b>."]
+    assert page.execute_script("return histories.steered.at(-1).content") == before[1][0]
+    wait(lambda: page.find_elements(BY, ".vector"))
+    ask(page, "And rivers?")  # it goes on
+    assert page.execute_script("return savedChats()[0].turns.length") == 2
+    page.find_element(BY, "#forget").click()
+    assert not page.find_elements(BY, ".turn") and len(page.find_elements(BY, "#saved option")) == 2
+    for damaged in ("{", "7", '[7, {"turns": 7}]'):
+        page.execute_script("localStorage.setItem('localsteer.chats', arguments[0])", damaged)
+        page.get(server.url)
+        wait(lambda: page.find_elements(BY, ".vector"))
+        assert len(page.find_elements(BY, "#saved option")) == 1
+    page.execute_script("localStorage.clear()")
+
+
+def test_everything_has_a_name_and_escape_stops_a_reply(page):
+    """The accessible names that Chromium computes, of all that can be reached by the keyboard."""
+    page.find_element(BY, "#same summary").click()
+    fields = page.find_elements(BY, "input, select, textarea, button, summary, [tabindex]")
+    nameless = [
+        each.get_attribute("outerHTML")[:80]
+        for each in fields
+        if each.is_displayed() and not each.accessible_name
+    ]
+    assert len(fields) > 15 and nameless == []
+    page.execute_script(
+        "events = async function* () { yield { choices: [{ delta: { content: 'old' } }] };"
+        " await new Promise((_, stop) => stopping.signal.addEventListener('abort', () =>"
+        " stop(new DOMException('', 'AbortError')))); }"
+    )
+    fill(page, "#question", QUESTION)
+    page.find_element(BY, "#send").click()
+    wait(lambda: texts(page, "plain") == ["old"])
+    assert page.find_element(BY, ".reply").get_attribute("aria-busy") == "true"
+    assert "Escape" in page.find_element(BY, "#said").text
+    page.find_element(BY, "body").send_keys("\ue00c")
+    wait(lambda: page.find_element(BY, ".reply").get_attribute("aria-busy") == "false")
+    assert page.find_element(BY, ".reply .error").text == "stopped"
+
+
 def test_what_goes_wrong_is_said(page, server):
     page.execute_script("document.getElementById('temperature').value = 7")
     ask(page)

@@ -51,7 +51,7 @@ async function load() {
   const models = (await (await call("/v1/models")).json()).data.filter((each) => !each.parent);
   by("model").replaceChildren(...models.map((each) => new Option(each.id, each.id)));
   if (models.some((each) => each.id === chosen)) by("model").value = chosen;
-  const kept = new Map(steering().map((each) => [each.name, each.strength]));
+  const kept = switchedOn();
   vectors = (await (await call("/v1/steering")).json()).data;
   showVectors(kept);
   by("access").hidden = true;
@@ -63,7 +63,31 @@ function showVectors(kept) {
   by("no-vectors").hidden = fitting.length > 0;
 }
 
-function vectorBox(vector, strength) {
+const POSITIONS = ["all", "prompt", "last", "generation"];
+
+// Other blocks and positions than the file's own.
+function where(vector, kept) {
+  const row = element("div", undefined, "where");
+  const blocks = element("input");
+  Object.assign(blocks, { type: "text", inputMode: "numeric", pattern: "[0-9]+(\\s*,\\s*[0-9]+)*" });
+  blocks.value = (kept && kept.layer ? kept.layer : vector.settings.layer).join(", ");
+  blocks.title = `One or several of 0 to ${vector.n_layer - 1}, with commas`;
+  blocks.setAttribute("aria-label", `blocks of ${vector.name}`);
+  const positions = element("select");
+  positions.append(...POSITIONS.map((each) => new Option(each, each)));
+  positions.value = (kept && kept.positions) || vector.settings.positions;
+  positions.setAttribute("aria-label", `positions of ${vector.name}`);
+  const labels = [["block", blocks], ["at", positions]].map(([words, field]) => {
+    const label = element("label", words);
+    label.append(field);
+    return label;
+  });
+  row.append(...labels);
+  return row;
+}
+
+function vectorBox(vector, kept) {
+  const strength = kept && kept.strength;
   const box = element("div", undefined, "vector");
   box.dataset.name = vector.name;
   const label = element("label");
@@ -84,6 +108,7 @@ function vectorBox(vector, strength) {
   const { layer, mode, positions } = vector.settings;
   const blocks = `block${layer.length > 1 ? "s" : ""} ${layer.join(", ")}`;
   box.append(label, row, element("p", `${blocks}, ${mode}, positions ${positions}`, "note"));
+  box.append(where(vector, kept));
   const figures = figuresOf(vector.validation);
   if (figures) box.append(element("p", figures, "figures"));
   return box;
@@ -101,10 +126,34 @@ function figuresOf(validation) {
   return `followed by ${percent(scores.steered)} of validation replies${plain}`;
 }
 
+// What is switched on, as the field `steering` of a request: blocks and positions where they are not the file's.
 function steering() {
   return [...document.querySelectorAll(".vector")]
     .filter((box) => box.querySelector("[role=switch]").checked)
-    .map((box) => ({ name: box.dataset.name, strength: Number(box.querySelector("[type=range]").value) }));
+    .map((box) => {
+      const { settings } = vectors.find((each) => each.name === box.dataset.name);
+      const item = { name: box.dataset.name, strength: Number(box.querySelector("[type=range]").value) };
+      const layer = blocksIn(box.querySelector("[type=text]"));
+      if (layer.join() !== settings.layer.join()) item.layer = layer;
+      const positions = box.querySelector("select").value;
+      if (positions !== settings.positions) item.positions = positions;
+      return item;
+    });
+}
+
+function blocksIn(field) {
+  if (!field.value.trim() || !field.checkValidity()) {
+    throw new Error(`${field.getAttribute("aria-label")}: write numbers with commas, as in 12 or 3, 4.`);
+  }
+  return [...new Set(field.value.split(",").map(Number))].sort((a, b) => a - b);
+}
+
+function switchedOn() {
+  try {
+    return new Map(steering().map((each) => [each.name, each]));
+  } catch {
+    return new Map();
+  }
 }
 
 async function upload() {
@@ -121,8 +170,124 @@ async function upload() {
 function replyBox(kind, title) {
   const box = element("div", undefined, `reply ${kind}`);
   const text = element("p", "", "text");
+  box.setAttribute("role", "group");
+  box.setAttribute("aria-label", `${title} reply`);
   box.append(element("p", title, "who"), text);
   return { box, text };
+}
+
+// -- chats that are kept in this browser --------------------------------------------------------------------
+
+const STORE = "localsteer.chats";
+const KEPT_CHATS = 30;
+let turns = [];  // of this chat: {question, replies: [{kind, title, text}]}
+let chatId = newId();
+
+function newId() {
+  return `${Date.now()}-${Math.random().toString(36).slice(2)}`;
+}
+
+function savedChats() {
+  try {
+    const found = JSON.parse(localStorage.getItem(STORE) || "[]");
+    const isTurn = (turn) => turn && typeof turn.question === "string" && Array.isArray(turn.replies);
+    const isChat = (each) => each && Array.isArray(each.turns) && each.turns.length && each.turns.every(isTurn);
+    return Array.isArray(found) ? found.filter(isChat) : [];
+  } catch {
+    return [];
+  }
+}
+
+function store(chats) {
+  try {
+    localStorage.setItem(STORE, JSON.stringify(chats.slice(0, KEPT_CHATS)));
+  } catch {
+    by("trouble").textContent = "This browser keeps no more: the chat is lost when the page is closed.";
+  }
+  showSaved();
+}
+
+function saveChat(id, ofChat, kept) {
+  if (ofChat.length) store([{ id, turns: ofChat, histories: kept }, ...savedChats().filter((each) => each.id !== id)]);
+}
+
+function showSaved() {
+  const options = savedChats().map((each) => new Option(String(each.turns[0].question).slice(0, 60), each.id));
+  by("saved").replaceChildren(new Option("Saved chats", ""), ...options);
+  by("saved").value = chatId;
+  if (by("saved").selectedIndex < 0) by("saved").value = "";
+  by("forget").disabled = by("saved").value === "";
+}
+
+function newChat() {
+  if (stopping) stopping.abort();
+  histories.plain = [];
+  histories.steered = [];
+  turns = [];
+  chatId = newId();
+  by("chat").replaceChildren();
+  showSaved();
+}
+
+function openChat(id) {
+  const found = savedChats().find((each) => each.id === id);
+  newChat();
+  if (!found) return;
+  chatId = found.id;
+  turns = found.turns;
+  for (const kind of ["plain", "steered"]) {
+    histories[kind] = Array.isArray((found.histories || {})[kind]) ? found.histories[kind] : [];
+  }
+  for (const turn of turns) {
+    const replies = turnBox(turn.question);
+    for (const each of turn.replies) {
+      const place = replyBox(each.kind === "steered" ? "steered" : "plain", each.title);
+      place.text.textContent = each.text;
+      replies.append(place.box);
+    }
+  }
+  showSaved();
+}
+
+// -- the same elsewhere -------------------------------------------------------------------------------------
+
+const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+// The command and the request that do what the page is set to.
+function elsewhere() {
+  const question = by("question").value.trim() || (turns.length ? turns.at(-1).question : "Tell me about foxes.");
+  const model = by("model").value;
+  const temperature = Number(by("temperature").value);
+  let applied;
+  try {
+    applied = steering();
+  } catch (error) {
+    by("command").textContent = by("curl").textContent = error.message;
+    return;
+  }
+  const specs = applied.map((each) => {
+    const blocks = each.layer ? `@${each.layer.join(",")}` : "";
+    return ` -s ${quoted(`${each.name}.gguf:${each.strength}${blocks}`)}`;
+  });
+  const positions = new Set(applied.map((each) => each.positions));
+  const [same] = positions.size === 1 ? positions : [];
+  const differ = positions.size > 1 ? "\n# --positions is one for all vectors: some here have their own" : "";
+  by("command").textContent = `localsteer run -m ${quoted(model)}${specs.join("")}`
+    + `${same ? ` --positions ${same}` : ""} --temp ${temperature} ${quoted(question)}${differ}`;
+  const request = { model, messages: [{ role: "user", content: question }], temperature };
+  if (applied.length) request.steering = applied;
+  const key = by("key").value ? ' -H "Authorization: Bearer $LOCALSTEER_API_KEY"' : "";
+  by("curl").textContent = `curl ${location.origin}/v1/chat/completions${key} --json ${quoted(JSON.stringify(request))}`;
+}
+
+// -- a turn of the chat -------------------------------------------------------------------------------------
+
+function turnBox(question) {
+  const turn = element("div", undefined, "turn");
+  const replies = element("div", undefined, "replies");
+  turn.append(element("p", question, "question"), replies);
+  by("chat").append(turn);
+  return replies;
 }
 
 async function reply(kind, question, applied, place) {
@@ -183,10 +348,9 @@ async function ask(question) {
   const applied = steering();
   const kinds = applied.length === 0 ? ["plain"] : by("compare").checked ? ["plain", "steered"] : ["steered"];
   const names = applied.map((each) => `${each.name} ${each.strength.toFixed(2)}`).join(" + ");
-  const turn = element("div", undefined, "turn");
-  const replies = element("div", undefined, "replies");
-  turn.append(element("p", question, "question"), replies);
-  by("chat").append(turn);
+  const replies = turnBox(question);
+  const record = { question, replies: [] };
+  const [id, ofChat] = [chatId, turns];  // a new chat may begin meanwhile
   stopping = new AbortController();
   busy(true);
   // one conversation goes on whichever way the earlier turns were answered
@@ -194,20 +358,31 @@ async function ask(question) {
   if (!kinds.includes("steered")) histories.steered = histories.plain;
   if (kinds.length === 2 && histories.plain === histories.steered) histories.steered = [...histories.plain];
   const working = kinds.map((kind) => {
-    const place = replyBox(kind, kind === "plain" ? "plain" : names);
+    const title = kind === "plain" ? "plain" : names;
+    const place = replyBox(kind, title);
+    place.box.setAttribute("aria-busy", "true");  // read out when it is whole, not token by token
     replies.append(place.box);
-    return reply(kind, question, applied, place).catch((error) => {
+    const work = reply(kind, question, applied, place).catch((error) => {
       const words = error.name === "AbortError" ? "stopped" : error.message;
       place.box.append(element("p", words, "error"));
     });
+    return work.finally(() => {
+      place.box.setAttribute("aria-busy", "false");
+      record.replies.push({ kind, title, text: place.text.textContent });
+    });
   });
   await Promise.all(working);
+  if (record.replies.some((each) => each.text)) {
+    ofChat.push(record);
+    if (id === chatId) saveChat(id, ofChat, histories);
+  }
   busy(false);
 }
 
 function busy(is) {
   by("send").disabled = is;
   by("stop").hidden = !is;
+  by("said").textContent = is ? "Answering; Escape stops." : "";
   document.body.dataset.busy = is;
 }
 
@@ -228,8 +403,11 @@ by("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const question = by("question").value.trim();
   if (!question || by("send").disabled) return;
-  by("question").value = "";
-  ask(question);
+  guarded(async () => {
+    steering();  // what can't be asked is said before the question is gone
+    by("question").value = "";
+    await ask(question);
+  })();
 });
 by("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -238,16 +416,33 @@ by("question").addEventListener("keydown", (event) => {
   }
 });
 by("stop").addEventListener("click", () => stopping.abort());
-by("clear").addEventListener("click", () => {
-  if (stopping) stopping.abort();
-  histories.plain = [];
-  histories.steered = [];
-  by("chat").replaceChildren();
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !by("stop").hidden) stopping.abort();
 });
-by("model").addEventListener("change", () => showVectors(new Map(steering().map((e) => [e.name, e.strength]))));
+by("clear").addEventListener("click", () => {
+  newChat();
+  by("question").focus();
+});
+by("saved").addEventListener("change", () => openChat(by("saved").value));
+by("forget").addEventListener("click", () => {
+  const id = by("saved").value;
+  newChat();
+  store(savedChats().filter((each) => each.id !== id));
+});
+by("same").addEventListener("toggle", elsewhere);
+document.addEventListener("input", () => { if (by("same").open) elsewhere(); });
+document.addEventListener("change", () => { if (by("same").open) elsewhere(); });
+for (const button of document.querySelectorAll("[data-copy]")) {
+  button.addEventListener("click", guarded(async () => {
+    await navigator.clipboard.writeText(by(button.dataset.copy).textContent);
+    by("said").textContent = "Copied.";
+  }));
+}
+by("model").addEventListener("change", () => showVectors(switchedOn()));
 by("upload").addEventListener("change", guarded(upload));
 by("access").addEventListener("submit", (event) => {
   event.preventDefault();
   guarded(load)();
 });
+showSaved();
 guarded(load)();
