@@ -231,6 +231,34 @@ def ensuring() -> Iterator[str]:
         yield _row(f"{name} ({row['n']})", [*cells, f"{row['tries']:.2f}"])
 
 
+def rpc() -> Iterator[str]:
+    """What a token costs on two hosts."""
+    document = _read(RESULTS / "rpc.json")
+    yield "| | ms per token | kB sent | kB received | exchanges |"
+    yield "|---|---|---|---|---|"
+    for name, milliseconds in document["milliseconds"].items():
+        row = document["traffic"].get(name)
+        cells = ["", "", ""]
+        if row:
+            cells = [f"{row[key] / 1000:,.0f}" for key in ("bytes_sent", "bytes_received")]
+            cells.append(f"{row['exchanges']:.0f}")
+        yield _row(name, [f"{milliseconds:.1f}", *cells])
+
+
+def vllm_follow() -> Iterator[str]:
+    """The same vectors in vLLM and in the GGUF engine."""
+    document = _read(RESULTS / "vllm_follow.json")
+    yield "| Vector | vLLM | GGUF engine | plain, either |"
+    yield "|---|---|---|---|"
+    for name, rows in document.items():
+        cells = []
+        for kind in ("vLLM, steered", "GGUF engine, steered", "GGUF engine, plain"):
+            row = rows[kind]
+            low, high = row["interval"]
+            cells.append(f"{row['follow']} of {row['of']} ({100 * low:.0f}-{100 * high:.0f}%)")
+        yield _row(name, cells)
+
+
 def _read(path: Path) -> Document:
     return json.loads(path.read_text("utf-8"))
 
@@ -328,6 +356,8 @@ TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("concurrency", "results/bundled.md"): concurrency,
     ("soak", "results/bundled.md"): soak,
     ("ensure", "ensure.md"): ensuring,
+    ("rpc", "scale.md"): rpc,
+    ("vllm_follow", "scale.md"): vllm_follow,
 }
 
 if __name__ == "__main__":
