@@ -236,7 +236,9 @@ def questions() -> Iterator[str]:
     yield "| smol, 60 questions | names the answer | difference | is JSON | picks the answer of four |"
     yield "|---|---|---|---|---|"
     for arm, row in _read(RESULTS / "harness.json")["arms"].items():
-        cells = [_share_between(row[metric], "share", "interval") for metric in ("names_it", "is_json", "acc")]
+        cells = [
+            _share_between(row[metric], "share", "interval") for metric in ("names_it", "is_json", "acc")
+        ]
         gap = "" if arm == "plain" else _share_between(row["names_it"], "difference", "difference_interval")
         yield _row(arm, [cells[0], gap, *cells[1:]])
 
@@ -244,6 +246,34 @@ def questions() -> Iterator[str]:
 def _share_between(row: Document, name: str, interval: str) -> str:
     low, high = (round(100 * bound) for bound in row[interval])
     return f"{100 * row[name]:.0f}% ({low} to {high})"
+
+
+def rpc() -> Iterator[str]:
+    """What a token costs on two hosts."""
+    document = _read(RESULTS / "rpc.json")
+    yield "| | ms per token | kB sent | kB received | exchanges |"
+    yield "|---|---|---|---|---|"
+    for name, milliseconds in document["milliseconds"].items():
+        row = document["traffic"].get(name)
+        cells = ["", "", ""]
+        if row:
+            cells = [f"{row[key] / 1000:,.0f}" for key in ("bytes_sent", "bytes_received")]
+            cells.append(f"{row['exchanges']:.0f}")
+        yield _row(name, [f"{milliseconds:.1f}", *cells])
+
+
+def vllm_follow() -> Iterator[str]:
+    """The same vectors in vLLM and in the GGUF engine."""
+    document = _read(RESULTS / "vllm_follow.json")
+    yield "| Vector | vLLM | GGUF engine | plain, either |"
+    yield "|---|---|---|---|"
+    for name, rows in document.items():
+        cells = []
+        for kind in ("vLLM, steered", "GGUF engine, steered", "GGUF engine, plain"):
+            row = rows[kind]
+            low, high = row["interval"]
+            cells.append(f"{row['follow']} of {row['of']} ({100 * low:.0f}-{100 * high:.0f}%)")
+        yield _row(name, cells)
 
 
 def _read(path: Path) -> Document:
@@ -344,6 +374,8 @@ TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("soak", "results/bundled.md"): soak,
     ("ensure", "ensure.md"): ensuring,
     ("questions", "harness.md"): questions,
+    ("rpc", "scale.md"): rpc,
+    ("vllm_follow", "scale.md"): vllm_follow,
 }
 
 if __name__ == "__main__":
