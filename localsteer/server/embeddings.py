@@ -15,7 +15,7 @@ from starlette.responses import Response
 from localsteer.errors import PromptError
 
 from .errors import ApiError, as_json_in_pieces, written
-from .holding import held
+from .holding import Held
 from .models import Served, State
 from .reading import BodyRoute
 from .replies import ClientGone, unless_gone
@@ -33,7 +33,7 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         raise ApiError("model: embeddings are not steered: name the model alone.", param="model")
     gone = threading.Event()
     # not Starlette's pool: a task in it can't be given up before its thread has ended
-    document = held(partial(_document, served, body, gone))
+    document = Held(partial(_document, served, body, gone))
     work = asyncio.get_running_loop().run_in_executor(None, document)
     try:
         return written(await unless_gone(request, work))

@@ -20,7 +20,7 @@ from .answers import REASONS, envelope
 from .considered import harmless, report
 from .errors import ApiError, Json, api_error
 from .formats import constraint_of
-from .holding import held
+from .holding import Held
 from .models import Served, State
 from .prompts import rendered, template_message
 from .replies import ClientGone, samplings, unless_gone
@@ -122,7 +122,7 @@ def _begin(run: Callable[[], Ensured]) -> asyncio.Future[Ensured]:
         raise ApiError(
             f"{MAX_AT_ONCE} requests with ensure run already: try again later.", status=429, code="queue_full"
         )
-    holding_models = held(run)
+    holding_models = Held(run)
     work = _threads.submit(holding_models)
     # also of one that is cancelled before it begins
     work.add_done_callback(lambda _work: (_free.release(), holding_models.drop()))
