@@ -178,15 +178,14 @@ def test_the_one_not_used_for_longest_makes_room(files):
 
 def test_under_load_no_request_loses_its_model_and_none_waits_for_ever(files):
     with serving_pool(files, max_models=1) as server, ThreadPoolExecutor(6) as clients:
-        names = [("a", "b", "c")[i % 3] for i in range(30)]
+        names = [("a", "b", "c")[i % 3] for i in range(18)]
         answers = list(clients.map(lambda name: ask(server, name, n=12), names))
-        assert [answer.status_code for answer in answers] == [200] * 30
+        assert [answer.status_code for answer in answers] == [200] * 18
         assert server.opened.most == 1
         alone = {name: ask(server, name, n=12).json()["choices"][0]["message"]["content"] for name in "abc"}
         texts = [answer.json()["choices"][0]["message"]["content"] for answer in answers]
-        assert (
-            sum(text == alone[name] for name, text in zip(names, texts, strict=True)) > 20
-        )  # near ties may tip
+        same = [text == alone[name] for name, text in zip(names, texts, strict=True)]
+        assert sum(same) > 14  # near ties may tip
 
 
 def test_a_busy_model_is_never_unloaded_and_can_t_keep_another_out(files):
@@ -237,7 +236,7 @@ def test_work_that_goes_on_in_a_thread_keeps_its_model(files, tmp_path):
             other = clients.submit(ask, server, "b")
             until(lambda: statuses(server)["b"] == "loading")
             time.sleep(0.2)
-            assert server.opened.events == ["load a"]
+            assert (server.opened.events, statuses(server)["a"]) == (["load a"], "loaded")
         assert other.result().status_code == 200
         assert server.opened.events == ["load a", "unload a", "load b"]
 
@@ -374,7 +373,13 @@ def command(tmp_path):
         process.communicate(timeout=30)
 
 
-def test_serve_offers_what_is_on_this_machine(command, files, tmp_path):
+@pytest.fixture
+def hub(files):
+    with hub_server({"ORG/R": {"m-Q8_0.gguf": files["b"].read_bytes()}}) as server:
+        yield server
+
+
+def test_serve_offers_what_is_on_this_machine_and_downloads_nothing(command, files, tmp_path, hub):
     import httpx
 
     empty_home(tmp_path)
@@ -382,7 +387,7 @@ def test_serve_offers_what_is_on_this_machine(command, files, tmp_path):
     ollama.model(
         "registry.ollama.ai/library/fox/1b", files["b"].read_bytes(), params={"num_ctx": 32, "top_k": 1}
     )
-    told = command("-m", files["a"], "--all-models", "--max-models", "1")
+    told = command("-m", files["a"], "--all-models", "--max-models", "1", endpoint=hub.url)
     assert told["models"][0] == "a" and "ollama:fox:1b" in told["models"]
     ollama.model("registry.ollama.ai/library/late/1b", files["c"].read_bytes())
     with httpx.Client(base_url=told["url"], timeout=60, trust_env=False) as http:
@@ -405,18 +410,16 @@ def test_serve_offers_what_is_on_this_machine(command, files, tmp_path):
         missing = post("hf:ORG/R").json()["error"]
         assert missing["code"] == "model_not_found" and "is not in the hub's cache" in missing["message"]
         assert post(str(files["b"])).status_code == 404
+    assert hub.asked == []
 
 
-def test_a_client_brings_the_server_to_download_only_where_it_was_told(command, files):
+def test_a_client_brings_a_server_that_was_told_so_to_download(command, files, hub):
     import httpx
 
     body = {"model": "hf:ORG/R:Q8_0", "messages": HI, "max_tokens": 3}
-    with hub_server({"ORG/R": {"m-Q8_0.gguf": files["b"].read_bytes()}}) as hub:
-        for options, status in ((["--all-models"], 404), (["--all-models", "--download"], 200)):
-            told = command("-m", files["a"], *options, endpoint=hub.url)
-            answer = httpx.post(f"{told['url']}/v1/chat/completions", json=body, timeout=60, trust_env=False)
-            assert answer.status_code == status, answer.text
-            assert bool(hub.asked) == (status == 200)
+    told = command("-m", files["a"], "--all-models", "--download", endpoint=hub.url)
+    answer = httpx.post(f"{told['url']}/v1/chat/completions", json=body, timeout=60, trust_env=False)
+    assert answer.status_code == 200, answer.text
 
 
 def test_download_needs_all_models():

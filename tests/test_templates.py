@@ -203,3 +203,32 @@ def test_the_renderer_loads_neither_llama_cpp_nor_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# -- a system message of the model's own --------------------------------------------------------------------
+
+LOUD = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + LOUD
+DEAF = "{% for m in messages if m.role != 'system' %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("text", "rendered"),
+    [
+        (LOUD, "[system:Be brief.][user:Hi]"),
+        (NO_SYSTEM, "[user:Be brief.\n\nHi]"),
+        (DEAF, "[user:Be brief.\n\nHi]"),
+        (None, "Be brief.\n\nQ: Hi\nA:"),
+    ],
+)
+def test_a_models_own_system_message_comes_out_whatever_the_template_takes(text, rendered):
+    template = ChatTemplate(text)
+    template.system = "Be brief."
+    assert template.render([{"role": "user", "content": "Hi"}]) == rendered
+
+
+def test_a_conversations_own_system_message_comes_first():
+    template = ChatTemplate(LOUD)
+    template.system = "Be brief."
+    messages = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "Hi"}]
+    assert template.render(messages) == "[system:Be long.][user:Hi]"

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from localsteer.errors import PromptError
 
 from .errors import ApiError, as_json_in_pieces, written
-from .holding import held
+from .holding import Held
 from .models import Served, State
 from .reading import BodyRoute
 from .replies import ClientGone, unless_gone
@@ -63,7 +63,7 @@ async def embedded(
     def work() -> Response:
         return write(*_values(served, inputs, dimensions, gone), served)
 
-    holding_model = held(work)
+    holding_model = Held(work)
     # not Starlette's pool: a task in it can't be given up before its thread has ended
     running = asyncio.get_running_loop().run_in_executor(None, holding_model)
     try:

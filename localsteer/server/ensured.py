@@ -18,7 +18,7 @@ from .answers import REASONS
 from .considered import harmless, report
 from .errors import ApiError, api_error
 from .formats import constraint_of
-from .holding import held
+from .holding import Held
 from .models import Served, State
 from .parts import Part, Usage
 from .prompts import rendered, template_message
@@ -148,7 +148,7 @@ def _begin(run: Callable[[], Ensured]) -> asyncio.Future[Ensured]:
         raise ApiError(
             f"{MAX_AT_ONCE} requests with ensure run already: try again later.", status=429, code="queue_full"
         )
-    holding_models = held(run)
+    holding_models = Held(run)
     work = _threads.submit(holding_models)
     # also of one that is cancelled before it begins
     work.add_done_callback(lambda _work: (_free.release(), holding_models.drop()))

@@ -2,7 +2,7 @@
 
 A request holds the models that it asked for until it has ended, and every thread that works for it has ended
 too: a thread outlives a client that hangs up. `Holding` is the middleware that begins and ends it; work in
-threads goes through `held`.
+threads goes through `Held`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def current() -> Holder | None:
     return _holder.get()
 
 
-class held(Generic[Result]):
+class Held(Generic[Result]):
     """Work for a thread, which holds what its request holds until it ends. `drop`: it is not waited for any
     more; if it has not begun yet it never does."""
 

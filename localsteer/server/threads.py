@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import anyio
 import anyio.to_thread
 
-from .holding import held
+from .holding import Held
 
 Result = TypeVar("Result")
 
@@ -23,20 +23,20 @@ _limiters: WeakKeyDictionary[Any, dict[int, anyio.CapacityLimiter]] = WeakKeyDic
 
 async def off_loop(work: Callable[..., Result], *args: Any, **settings: Any) -> Result:
     """The result of `work`, from a thread. Whoever waits may be cancelled: the thread then ends by itself."""
-    return await _in_thread(held(partial(work, *args, **settings)), _limiter(AT_ONCE))
+    return await _in_thread(Held(partial(work, *args, **settings)), _limiter(AT_ONCE))
 
 
 async def reading_slowly(work: Callable[..., Result], *args: Any) -> Result:
     """The same for large bodies, one after the other."""
-    return await _in_thread(held(partial(work, *args)), _limiter(READING_AT_ONCE))
+    return await _in_thread(Held(partial(work, *args)), _limiter(READING_AT_ONCE))
 
 
 async def aside(work: Callable[..., Result], *args: Any, **settings: Any) -> Result:
     """The same for what may take long without being busy: it holds no place that others wait for."""
-    return await _in_thread(held(partial(work, *args, **settings)), None)
+    return await _in_thread(Held(partial(work, *args, **settings)), None)
 
 
-async def _in_thread(work: held[Result], limiter: anyio.CapacityLimiter | None) -> Result:
+async def _in_thread(work: Held[Result], limiter: anyio.CapacityLimiter | None) -> Result:
     try:
         return await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
     finally:
