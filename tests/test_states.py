@@ -264,6 +264,28 @@ def test_a_state_beyond_float16_is_no_infinity(engine, folder):
     assert np.abs(load()["states"]).max() > 65504
 
 
+def test_what_is_not_ours_is_neither_written_nor_deleted(engine, folder):
+    (folder / "states.safetensors.part").write_text("precious")
+    with pytest.raises(LocalsteerError, match="belongs to no run of this"):
+        write_states(engine, PROMPTS, "states.safetensors")
+    assert [path.name for path in folder.iterdir()] == ["states.safetensors.part"]
+    assert (folder / "states.safetensors.part").read_text() == "precious"
+    (folder / "states.safetensors.part").unlink()
+    (folder / "states.safetensors.journal").mkdir()
+    with pytest.raises(LocalsteerError, match=r"safetensors\.journal can't be written"):
+        write_states(engine, PROMPTS, "states.safetensors")
+    assert [path.name for path in folder.iterdir()] == ["states.safetensors.journal"]
+
+
+def test_a_run_that_was_killed_while_it_began_goes_on(engine, folder):
+    stopped(engine)
+    part, journal = folder / "states.safetensors.part", folder / "states.safetensors.journal"
+    part.write_bytes(part.read_bytes()[:100])
+    journal.write_bytes(journal.read_bytes().partition(b"\n")[0] + b"\n")
+    assert write_states(engine, MANY, "states.safetensors")["kept"] == 0
+    assert len(load()["states"]) == len(MANY)
+
+
 def test_two_runs_do_not_write_one_file(engine):
     pytest.importorskip("fcntl")
 

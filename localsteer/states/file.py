@@ -86,30 +86,38 @@ class PartialFile:
         self.path, self._layout = path, layout
         self._part, journal = beside(path)
         self._header = layout.header()
-        self._file = None
+        self._file = self._journal = None
+        self._is_mine = fresh = not self._part.exists()  # what is not ours is never deleted
+        was_begun = journal.is_file()
         try:
-            fresh = not self._part.exists()
             self._file = self._part.open("w+b" if fresh else "r+b", buffering=0)
             self._lock()
             if fresh:
                 journal.unlink(missing_ok=True)  # its rows are gone
             self._journal = Journal(journal, identity)
-            if not fresh and not self._is_ours():
-                raise LocalsteerError(
-                    f"{self._part} is there already and belongs to no run of this: delete it, or choose "
-                    "another name."
-                )
-            if fresh:
-                self._check_room()
-                self._begin()
+            self._take(fresh, was_begun)
         except OSError as error:
             self.close()
-            raise LocalsteerError(f"{path} can't be written ({error.strerror or error}).") from error
+            raise LocalsteerError(
+                f"{error.filename or path} can't be written ({error.strerror or error})."
+            ) from error
         except LocalsteerError:
             self.close()
-            if fresh:
-                self._part.unlink(missing_ok=True)
             raise
+
+    def _take(self, fresh: bool, was_begun: bool) -> None:
+        """Begin, or go on with what is there. A run that was killed at its beginning left a shorter file."""
+        if not fresh and self._is_whole():
+            self._is_mine = True
+        elif fresh or (was_begun and os.fstat(self._file.fileno()).st_size < self._layout.n_bytes):
+            self._is_mine = True
+            self._check_room()
+            self._begin()
+        else:
+            raise LocalsteerError(
+                f"{self._part} is there already and belongs to no run of this: delete it, or choose another "
+                "name."
+            )
 
     def has(self, key: str, first: int, last: int) -> bool:
         """Whether rows first to last (exclusive) are there as they were written."""
@@ -145,13 +153,12 @@ class PartialFile:
         """What is done stays for the next run; where nothing is, nothing stays."""
         if self._file is None:
             return
-        journal = getattr(self, "_journal", None)
         self._file.close()
         self._file = None
-        if journal is not None:
-            journal.close()
-            if not len(journal):
-                self._part.unlink(missing_ok=True)
+        if self._journal is not None:
+            self._journal.close()
+        if self._is_mine and not (self._journal and len(self._journal)):
+            self._part.unlink(missing_ok=True)
 
     def __enter__(self) -> PartialFile:
         return self
@@ -171,7 +178,7 @@ class PartialFile:
         except OSError:
             pass  # a file system without locks
 
-    def _is_ours(self) -> bool:
+    def _is_whole(self) -> bool:
         size = os.fstat(self._file.fileno()).st_size
         return size == self._layout.n_bytes and self._file.read(len(self._header)) == self._header
 
