@@ -22,7 +22,7 @@ from .console import NoticeHandler, harmless, prepare_streams
 
 # Title -> commands, in the order of `localsteer --help`. Command `x` is `command` in localsteer/cli/x.py.
 COMMANDS = {
-    "Start here": ("demo", "doctor", "models", "rpc"),
+    "Start here": ("demo", "doctor", "models", "rpc", "completion"),
     "Steer": ("run", "chat", "serve", "mcp", "trace"),
     "Vectors": ("extract", "learn", "tune", "calibrate", "transfer", "inspect", "vectors", "pack", "convert"),
     "Measure": ("eval", "verify", "similarity", "study", "states"),

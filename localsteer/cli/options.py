@@ -12,6 +12,8 @@ import click
 
 from localsteer.terms import MODES, POSITIONS
 
+from . import completed
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 MAX_RANGE = 10_000  # blocks in `A-B`; no model has as many
@@ -110,6 +112,7 @@ model = click.option(
     default="bundled",
     show_default=True,
     metavar="GGUF",
+    shell_complete=completed.models,
     help="The model: a GGUF file, or a name: bundled (or bundled:Q4_K_M), bundled-base, smol, hf:ORG/REPO, "
     "ollama:NAME, lmstudio:NAME, llama.cpp:NAME (docs/models.md).",
 )
@@ -215,6 +218,7 @@ vectors = all_of(
         "specs",
         multiple=True,
         metavar="VECTOR",
+        shell_complete=completed.files,
         help="A vector file: FILE[:STRENGTH][@BLOCK[,BLOCK]]; repeat for several.",
     ),
     click.option(
@@ -223,6 +227,7 @@ vectors = all_of(
         "instructions",
         multiple=True,
         metavar="ID_OR_TEXT",
+        shell_complete=completed.instructions,
         help="Steer by a vector made on first use: an id of the catalogue, or your own words.",
     ),
 )
