@@ -41,12 +41,14 @@ def plain_name(state: State, name: str | None) -> str | None:
     return name
 
 
-@router.api_route("/api/version", methods=["GET", "HEAD"], summary="The version of Ollama that it speaks")
+@router.head("/api/version", include_in_schema=False)
+@router.get("/api/version", summary="The version of Ollama that it speaks")
 async def version() -> Response:
     return Json({"version": VERSION, "localsteer": __version__})
 
 
-@router.api_route("/api/tags", methods=["GET", "HEAD"], summary="Models, and each with each vector")
+@router.head("/api/tags", include_in_schema=False)
+@router.get("/api/tags", summary="Models, and each with each vector")
 async def tags(request: Request) -> Response:
     state: State = request.app.state.localsteer
     return Json({"models": await off_loop(_entries, state)})
