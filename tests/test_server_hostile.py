@@ -20,7 +20,11 @@ pytestmark = pytest.mark.skipif(not bundled.is_available(), reason="no bundled m
 TOTAL = 1000
 AT_LEAST = TOTAL // 10  # from the description, however slow the machine
 SECONDS = 60.0
-BODIES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/steering/trace")
+BODIES = (
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/steering/trace", "/v1/responses",
+    "/v1/responses/input_tokens", "/v1/messages", "/v1/messages/count_tokens", "/api/chat", "/api/generate",
+    "/api/embed", "/api/show",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,8 @@ class Answers:
         if answer.status_code >= 400 and method != "HEAD":
             try:
                 error = answer.json()["error"]
-                wrong_shape = not (error["message"] and "type" in error)
+                said = error if path.startswith("/api/") else error["type"] and error["message"]
+                wrong_shape = not (said and isinstance(said, str))
             except (ValueError, KeyError, TypeError):
                 wrong_shape = True
         if answer.status_code >= 500 or wrong_shape or "Traceback" in answer.text:
@@ -66,7 +71,9 @@ class Answers:
 def bounded(value):
     """What slips through as valid must not draw a million tokens."""
     if isinstance(value, dict):
-        for name in ("max_tokens", "max_completion_tokens"):
+        if isinstance(value.get("options"), dict):
+            bounded(value["options"])
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "num_predict"):
             if isinstance(value.get(name), int) and (value[name] > 4 or value[name] in (-1, -2)):
                 value[name] = 4
         if isinstance(value.get("n"), int) and 1 < value["n"] < 17:
@@ -140,6 +147,8 @@ def test_a_thousand_malformed_requests_give_no_500(server):
             "top_p", "top_k", "min_p", "logprobs", "top_logprobs", "response_format", "tools", "tool_choice",
             "stream", "stream_options", "max_tokens", "max_completion_tokens", "logit_bias", "reply", "echo",
             "best_of", "suffix", "dimensions", "encoding_format", "functions", "presence_penalty",
+            "instructions", "text", "reasoning", "system", "thinking", "stop_sequences", "options", "format",
+            "think", "raw", "keep_alive", "output_config", "include", "images", "max_output_tokens",
         ]
     )  # fmt: skip
 
