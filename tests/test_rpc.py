@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runs import invoke, program, write_vector
+from cli_runs import command_line, invoke, program, write_vector
 from engines import GREEDY, open_engine, random_vector
 from rpc_hosts import Wire, hosts, impostor
 
+import localsteer
 from localsteer.errors import HostError, LocalsteerError
 from localsteer.runtime.rpc import Endpoint, Hosts, library, parse_endpoints, protocol
 from localsteer.runtime.rpc.protocol import Command
@@ -368,3 +370,35 @@ def test_a_server_goes_on_when_a_host_is_lost(path, two):
         two[1].start()
         assert ask().json()["choices"] == expected
         assert client.post("/v1/embeddings", json={"input": "x"}).status_code == 400
+
+
+def test_closing_does_not_wait_for_a_host_that_says_nothing(path, two):
+    from localsteer.runtime.scheduler import Scheduler
+
+    options = {"rpc": [host.name for host in two], "rpc_seconds": 300, "n_threads": 1, "n_seq_max": 2}
+    with Scheduler(lambda: localsteer.Engine(path, **options)) as scheduler:
+        chunks = iter(scheduler.submit(QUESTION, sampling=GREEDY, max_tokens=100))
+        next(chunks)
+        two[1].process.send_signal(signal.SIGSTOP)
+        time.sleep(0.2)
+        begun = time.monotonic()
+        scheduler.close()
+        assert time.monotonic() - begun < 5
+    two[1].process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no Ctrl-C to send")
+def test_ctrl_c_ends_a_run_that_waits_for_a_host(path, two):
+    """Python hears of it only when llama.cpp returns."""
+    words = ("run", "-m", path, "-t", 1, "-n", 400, "--rpc", two[0].name, QUESTION)
+    process = subprocess.Popen(command_line(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(4)
+    two[0].process.send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    try:
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+        process.communicate()
+        two[0].process.send_signal(signal.SIGCONT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ from typing import Any
 EXIT_STATUS = 130  # 128 + SIGINT, as in shells
 PATIENCE = 3  # presses; the last one ends a process that does not let go
 _SEND_AGAIN_SECONDS = 0.05
+_STUCK_SECONDS = 2.0  # in which a press reaches Python code, unless llama.cpp waits for a host (--rpc)
 _SHOW_CURSOR = b"\x1b[?25h"
 
 _presses = 0
+_handled = 0  # calls of _on_press
 _sent_again = threading.Event()
 
 
@@ -47,14 +50,52 @@ def handled() -> Iterator[None]:
     handler, hook = signal.signal(signal.SIGINT, _on_press), sys.unraisablehook
     sys.unraisablehook = _on_swallowed
     try:
-        yield
+        with _watched():
+            yield
     finally:
         signal.signal(signal.SIGINT, handler)
         sys.unraisablehook = hook
 
 
+@contextmanager
+def _watched() -> Iterator[None]:
+    """A thread hears of signals at once, also while the main thread is inside of llama.cpp."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(reader, _handled), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()  # ends the thread
+
+
+def _watch(reader: socket.socket, heard: int) -> None:
+    """heard: presses so far."""
+    if hasattr(signal, "pthread_sigmask"):  # the main thread must be the one whose waiting a signal ends
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    with reader:
+        while number := reader.recv(1):
+            if number[0] != signal.SIGINT:
+                continue
+            heard += 1
+            timer = threading.Timer(_STUCK_SECONDS, _let_go, (heard,))
+            timer.daemon = True
+            timer.start()
+
+
+def _let_go(heard: int) -> None:
+    """Of hosts that llama.cpp waits for, if this press has not been handled."""
+    hosts = sys.modules.get("localsteer.runtime.rpc.hosts")
+    if _handled < heard and hosts:
+        hosts.abandon_all()
+
+
 def _on_press(_signal: int, _frame: FrameType | None) -> None:
-    global _presses
+    global _presses, _handled
+    _handled += 1
     if _sent_again.is_set():
         _sent_again.clear()
     else:

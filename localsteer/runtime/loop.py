@@ -196,7 +196,7 @@ class Loop:
         A request leaves with its last chunk or its error. An error of the decode itself is everybody's.
         """
         self.engine.check_run(self._run)
-        if not self.live:  # nobody would lose what the cache holds
+        if self.waiting and not self.live:  # nobody would lose what the cache holds
             try:
                 self._attend()
             except HostError as error:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .ask import Prompt
 
 MAX_QUEUE = 64
+HOST_SECONDS = 0.5  # for the last step of a model on several hosts, when the scheduler is closed
 # Prompt tokens of one step while others reply: more finish a prompt sooner and hold the others up longer.
 PREFILL_CHUNK = 128
 
@@ -277,6 +278,10 @@ class Scheduler:
         if self._thread.is_alive():
             for ticket in list(self._tickets.values()):
                 ticket.cancel()
+            self._thread.join(HOST_SECONDS)
+            hosts = self._loop.engine.model.hosts if hasattr(self, "_loop") else None
+            if self._thread.is_alive() and hosts:
+                hosts.abandon()  # the decode waits for one that says nothing
             self._thread.join()
 
     def __enter__(self) -> Scheduler:

@@ -47,6 +47,11 @@ class Hosts:
             if relay.lost:
                 raise HostError(str(relay.lost))
 
+    def abandon(self) -> None:
+        """Let go who waits for them; to the model they are lost."""
+        for relay in list(self.relays):
+            relay.abandon()
+
     def named(self, text: str) -> str:
         """What llama.cpp says, with the hosts in the place of their relays."""
         for relay in self.relays:
@@ -65,6 +70,12 @@ class Hosts:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.endpoints))
+
+
+def abandon_all() -> None:
+    """For every model of this process, from any thread: where a program is to end that waits for a host."""
+    for relay in list(_relays.values()):
+        relay.abandon()
 
 
 def _borrowed(endpoint: Endpoint, seconds: float) -> Relay:

@@ -58,6 +58,10 @@ class Relay:
                 each.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in it
             each.close()
 
+    def abandon(self) -> None:
+        """Stop waiting for it, from any thread: whoever waits has an answer at once, a worthless one."""
+        self._lose(EOFError("nobody waits for it any more"))
+
     def look(self) -> HostError | None:
         """Why the host is lost, if it is: of a host that owes nothing, words or an end are a loss too."""
         if self.lost is None and self._turn.acquire(blocking=False):  # otherwise it is being heard
