@@ -3,7 +3,7 @@
     python benchmarks/steered_calls.py -m MODEL.gguf [--instruction uppercase ...] [--strength 1] [--block N]
 
 The model's template must show tools. For each instruction a vector is extracted from the model itself (mean
-difference, `add`), and every question is asked of two tools: plain, steered everywhere, and steered with calls
+difference, `add`), and every question is asked of two tools: plain, steered everywhere, steered with calls
 kept plain (Ask.plain_forms); once with a call that must be made, held to the tools' schemas, and once freely,
 where the model is only told of the tools. Counted: calls that parse, that validate, and that hold the very
 city that the question names. Beside it how many free texts, without tools, the verifier of the instruction
