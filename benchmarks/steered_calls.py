@@ -1,15 +1,16 @@
 """What steering does to tool calls, and what it spares them to stay plain inside.
 
-    python benchmarks/steered_calls.py -m MODEL.gguf [--instruction uppercase ...] [--strength 1] [--block N]
+    python benchmarks/steered_calls.py -m MODEL.gguf [--instruction title] [--strength 1.5] [--block 16]
 
-The model's template must show tools. For each instruction a vector is extracted from the model itself (mean
-difference, `add`), and every question is asked of two tools: plain, steered everywhere, steered with calls
-kept plain (Ask.plain_forms); once with a call that must be made, held to the tools' schemas, and once freely,
-where the model is only told of the tools. Counted: calls that parse, that validate, and that hold the very
-city that the question names. Beside it how many free texts, without tools, the verifier of the instruction
-passes, so that it is seen whether the vector steers at all. The last line is JSON.
+The model's template must show tools. A vector is extracted from the model itself (mean difference, `add`),
+and every question is asked of two tools: plain, steered everywhere, and steered with calls kept plain
+(Ask.plain_forms); once with a call that must be made, held to the tools' schemas, and once freely, where the
+model is only told of the tools; steered at generated tokens, and at the prompt's as well. Counted: calls that
+parse, that validate, and that hold the very city that the question names. Beside it how many texts without
+tools the vector changes, and how many of these its verifier passes. The last line is JSON.
 
-Exit status 1 if calls kept plain validate less often than the plain model's by more than one question.
+Exit status 1 if, steered at generated tokens and kept plain, calls validate less often than the plain model's
+by more than one question. What steering the prompt does to a call is no form's concern.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import json
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import jsonschema
 
-from localsteer import Engine, Sampling
+from localsteer import Ask, Engine, Sampling, Scheduler
 from localsteer.catalog import load_catalog
 from localsteer.constrain import Constraint
 from localsteer.extract import extract
@@ -33,7 +36,7 @@ from localsteer.server.tools import parse
 from localsteer.vector import ControlVector
 from localsteer.verify.verdicts import verify
 
-PLACES = ("Paris", "Oslo", "Lima", "Cairo", "Tokyo", "Quito", "Delhi", "Rome", "Kyiv", "Dublin")
+PLACES = ("Paris", "Oslo", "Lima", "Cairo", "Tokyo", "Quito")
 TOOLS = [
     {
         "type": "function",
@@ -71,7 +74,8 @@ ASKED = [
     for question in ("What will the weather be in {} for the next 3 days?", "What time is it now in {}?")
 ]
 TEXTS = tuple(f"Tell me about {place}." for place in PLACES)
-WAYS = {"plain": False, "steered everywhere": False, "forms plain": True}
+KINDS = ("forced", "free")
+WAYS = {"steered everywhere": False, "forms plain": True}
 GREEDY = Sampling(temp=0)
 
 
@@ -100,84 +104,101 @@ class Counts:
         self.right += arguments["city"] in question
 
 
-def ask(engine: Engine, vector: ControlVector | None, *, forced: bool, plain_forms: bool) -> Counts:
-    prompts = [engine.render([{"role": "user", "content": text}], tools=TOOLS) for text in ASKED]
+def ask(scheduler: Scheduler, vector: ControlVector | None, *, forced: bool, plain_forms: bool) -> Counts:
+    engine = scheduler.engine
     functions = [tool["function"] for tool in TOOLS]
     call = Constraint.tool_call([(tool["name"], tool["parameters"]) for tool in functions])
-    replies = engine.generate_batch(
-        prompts,
+    common = Ask(
         steer=() if vector is None else vector,
         sampling=Sampling(temp=0, grammar=call) if forced else GREEDY,
         max_tokens=80,
         raw=True,
         plain_forms=plain_forms,
     )
+    prompts = [engine.render([{"role": "user", "content": text}], tools=TOOLS) for text in ASKED]
     counts = Counts()
-    for question, reply in zip(ASKED, replies, strict=True):
-        counts.add(question, reply.text)
+    for question, text in zip(ASKED, texts(scheduler, prompts, common), strict=True):
+        counts.add(question, text)
     return counts
 
 
-def follow_rate(engine: Engine, vector: ControlVector) -> float:
-    replies = engine.generate_batch(TEXTS, steer=vector, sampling=GREEDY, max_tokens=50)
+def texts(scheduler: Scheduler, prompts: Sequence[str], common: Ask) -> list[str]:
+    """The first reply by itself: the others then take the beginning of their prompts, the tools, from it."""
+    first = scheduler.submit(replace(common, prompt=prompts[0])).result().text
+    tickets = [scheduler.submit(replace(common, prompt=prompt)) for prompt in prompts[1:]]
+    return [first, *(ticket.result().text for ticket in tickets)]
+
+
+def effect(scheduler: Scheduler, vector: ControlVector) -> dict[str, float]:
+    """Shares of texts without tools that the vector changes, and that follow."""
+    common = Ask(sampling=GREEDY, max_tokens=30)
+    plain, steered = texts(scheduler, TEXTS, common), texts(scheduler, TEXTS, replace(common, steer=vector))
     known = vector.provenance
-    passed = [verify(known["verifier"], reply.text, known.get("kwargs") or {}) for reply in replies]
-    return sum(passed) / len(passed)
+    passed = [verify(known["verifier"], text, known.get("kwargs") or {}) for text in steered]
+    changed = [a != b for a, b in zip(plain, steered, strict=True)]
+    return {"changed": sum(changed) / len(changed), "followed": sum(passed) / len(passed)}
 
 
 def vector_of(engine: Engine, name: str, block: int, strength: float) -> ControlVector:
     catalog = load_catalog("general")
     instruction = catalog.get(name)
     queries = catalog.queries_for(instruction, "extraction")
-    made = extract(engine, instruction, queries, n_pairs=24, mode="add")
+    made = extract(engine, instruction, queries, n_pairs=12, mode="add")
     return made.at(layer=block, positions="all", strength=strength)
 
 
-def measure(engine: Engine, args: argparse.Namespace) -> dict[str, object]:
-    found: dict[str, object] = {}
-    base = {
-        kind: ask(engine, None, forced=kind == "forced", plain_forms=False) for kind in ("forced", "free")
-    }
-    block = args.block if args.block is not None else engine.model.n_layer // 2
-    for name in args.instruction:
-        vector = vector_of(engine, name, block, args.strength)
-        rate = follow_rate(engine, vector)
-        print(f"{name}, block {block}, strength {args.strength:g}: {rate:.0%} of free texts follow")
-        rows: dict[str, object] = {"follow": rate}
-        for kind, plain in base.items():
+def measure(scheduler: Scheduler, args: argparse.Namespace) -> dict[str, object]:
+    plain = {kind: ask(scheduler, None, forced=kind == "forced", plain_forms=False) for kind in KINDS}
+    block = scheduler.engine.model.n_layer // 2 if args.block is None else args.block
+    with scheduler.paused() as engine:
+        vector = vector_of(engine, args.instruction, block, args.strength)
+    found: dict[str, object] = {kind: vars(counts) for kind, counts in plain.items()}
+    for kind, counts in plain.items():
+        tell(kind, "plain", counts)
+    for positions in ("generation", "all"):
+        steered = vector.at(positions=positions)
+        shares = effect(scheduler, steered)
+        found[positions] = rows = {"effect": shares}
+        print(
+            f"{vector.name}, block {block}, strength {args.strength:g}, positions {positions}: "
+            f"{shares['changed']:.0%} of texts changed, {shares['followed']:.0%} follow"
+        )
+        for kind in KINDS:
             for way, plain_forms in WAYS.items():
-                counts = plain
-                if way != "plain":
-                    counts = ask(engine, vector, forced=kind == "forced", plain_forms=plain_forms)
-                print(
-                    f"  {kind:<7}{way:<19} {counts.parsed:>3} parse  {counts.valid:>3} validate  "
-                    f"{counts.right:>3} with the right city, of {counts.n}"
-                )
+                counts = ask(scheduler, steered, forced=kind == "forced", plain_forms=plain_forms)
+                tell(kind, way, counts)
                 rows[f"{kind}, {way}"] = vars(counts)
-        found[name] = rows
     return found
+
+
+def tell(kind: str, way: str, counts: Counts) -> None:
+    print(
+        f"  {kind:<7}{way:<19} {counts.parsed:>3} parse  {counts.valid:>3} validate  "
+        f"{counts.right:>3} with the right city, of {counts.n}",
+        flush=True,
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-m", "--model", required=True)
-    parser.add_argument("--instruction", nargs="+", default=["uppercase", "lowercase", "quotation"])
-    parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument("--instruction", default="title")
+    parser.add_argument("--strength", type=float, default=1.5)
     parser.add_argument("--block", type=int)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     started = time.perf_counter()
-    with Engine(path_of(args.model), n_threads=args.threads, n_seq_max=8, n_ctx=1024) as engine:
-        if not engine.template.takes_tools:
+    opener = partial(Engine, path_of(args.model), n_threads=args.threads, n_seq_max=6, n_ctx=1024)
+    with Scheduler(opener) as scheduler:
+        if not scheduler.engine.template.takes_tools:
             sys.exit(f"the chat template of {args.model} shows no tools: give another model.")
-        found = measure(engine, args)
+        found = measure(scheduler, args)
     print(f"{time.perf_counter() - started:.0f} s, {args.threads} thread(s), {platform.processor() or 'CPU'}")
     print(json.dumps(found))
     lost = [
-        f"{name} {kind}"
-        for name, rows in found.items()
-        for kind in ("forced", "free")
-        if rows[f"{kind}, forms plain"]["valid"] < rows[f"{kind}, plain"]["valid"] - 1
+        kind
+        for kind in KINDS
+        if found["generation"][f"{kind}, forms plain"]["valid"] < found[kind]["valid"] - 1
     ]
     if lost:
         print(f"calls are lost with forms kept plain: {', '.join(lost)}", file=sys.stderr)

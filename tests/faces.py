@@ -126,6 +126,17 @@ def with_question(name: str, text: str) -> dict[str, Any]:
     return BODIES[name] | {"messages": [{"role": "user", "content": text}]}
 
 
+def said_in(name: str, document: dict[str, Any]) -> str:
+    """The text of an answer."""
+    if name == "chat":
+        return document["choices"][0]["message"]["content"]
+    if name == "responses":
+        return document["output"][0]["content"][0]["text"]
+    if name == "messages":
+        return document["content"][0]["text"]
+    return document["message"]["content"] if name == "ollama_chat" else document["response"]
+
+
 def message_of(name: str, document: dict[str, Any]) -> str:
     """The text of an error, in that API's own shape, which is checked."""
     if name.startswith("ollama"):

@@ -273,6 +273,17 @@ def test_what_can_t_be_done_is_refused_by_name(server, body, param):
     assert error["type"] == "invalid_request_error" and error["message"].startswith(param), error
 
 
+def test_more_results_than_a_turn_may_hold(server):
+    results = [{"type": "tool_result", "tool_use_id": str(i), "content": "x"} for i in range(600)]
+    messages = [*FOXES, *[{"role": "user", "content": results}] * 2]
+    with server.http() as http:
+        for path in ("", "/count_tokens"):
+            body = {"model": "tools", "messages": messages, "max_tokens": 1}
+            answer = http.post(f"/v1/messages{path}", json=body)
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["message"].startswith("messages: ")
+
+
 def test_a_conversation_that_waits_for_a_tool(server):
     call = {"type": "tool_use", "id": "t1", "name": "get_weather", "input": {}}
     messages = [*FOXES, {"role": "assistant", "content": [call]}]

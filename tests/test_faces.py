@@ -26,6 +26,7 @@ from faces import (  # noqa: E402
     PATHS,
     Face,
     message_of,
+    said_in,
     streamed_error,
     with_question,
 )
@@ -125,6 +126,36 @@ def test_a_vector_that_would_do_harm_is_left_out_and_told(face):
         assert http.post(path, json=body).json()["steering"] == told
         assert json.dumps(told, separators=(",", ":")) in http.post(path, json=body | {"stream": True}).text
         assert "steering" not in http.post(path, json=body | {"always_steer": True}).json()
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 40}}, "required": ["a"]}
+FORMS = {
+    "chat": {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
+    "responses": {"text": {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}},
+    "messages": {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+    "ollama_chat": {"format": SCHEMA},
+    "ollama_generate": {"format": SCHEMA},
+}
+
+
+def test_a_forced_form_stays_plain_and_is_told(face):
+    """By a vector that changes what is generated and nothing else."""
+    loud = {"name": "uppercase", "positions": "generation", "mode": "add", "strength": 6}
+    body = with_question(face.name, "Tell me about foxes.") | FORMS[face.name] | {"temperature": 0}
+    body |= {"options": {"num_predict": 40}} if "options" in body else {}
+    body |= {name: 40 for name in ("max_tokens", "max_output_tokens") if name in body}
+    path = PATHS[face.name]
+    with face.server.http() as http:
+        plain = http.post(path, json=body).json()
+        kept = http.post(path, json=body | {"steering": [loud]}).json()
+        steered = http.post(path, json=body | {"steering": [loud], "steer_forms": True}).json()
+        stream = http.post(path, json=body | {"steering": [loud], "stream": True}).text
+    said = [said_in(face.name, answer) for answer in (plain, kept, steered)]
+    assert said[0] == said[1] != said[2]
+    told = kept["steering"]
+    assert told["applied"] == ["uppercase"] and 3 < told["plain_tokens"] <= 40
+    assert "steering" not in plain and "steering" not in steered
+    assert f'"plain_tokens":{told["plain_tokens"]}' in stream
 
 
 # -- refusals -----------------------------------------------------------------------------------------------

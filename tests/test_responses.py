@@ -278,6 +278,17 @@ def test_what_can_t_be_done_is_refused_by_name(server, body, param):
     assert answer.json()["error"]["message"].startswith(param)
 
 
+def test_more_calls_than_a_turn_may_hold(server):
+    call = {"type": "function_call", "call_id": "c", "name": "a", "arguments": "{}"}
+    with server.http() as http:
+        for n, field in ((200, "input"), (1000, "input")):
+            items = [FOXES[0], *[call] * (n - 1)]
+            answer = http.post(
+                "/v1/responses", json={"model": "tools", "input": items, "instructions": "Hm."}
+            )
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+
+
 def test_nothing_is_kept(client):
     reply = ask(client, max_output_tokens=2)
     for call in (client.responses.retrieve, client.responses.delete):

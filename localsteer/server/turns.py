@@ -6,10 +6,11 @@ the parts as its clients read them, at once (`document`) or as they come (`event
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -32,6 +33,8 @@ from .tools import CallHold, forced_call, offered, parse
 if TYPE_CHECKING:
     from localsteer.constrain import Constraint
     from localsteer.runtime.reply import Chunk
+
+Asked = TypeVar("Asked", bound=SamplingFields)
 
 
 class DecodedAnswer:
@@ -93,6 +96,21 @@ async def begun(state: State, body: ChatRequest) -> Answer:
         check_scores(order)
     steer, left_out = await harmless(order.served, order.steer, body, tools)
     return DecodedAnswer(body, await begin(state, replace(order, steer=steer, left_out=left_out)), tools)
+
+
+async def translated(make: Callable[[], Asked], names: Mapping[str, str]) -> Asked:
+    """What a face makes of a body, in a thread. One that is right by itself may come to more than a turn may
+    hold: hundreds of calls in one message. Raises ApiError."""
+    try:
+        return await off_loop(make)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        # of a message by itself there is no telling which it was
+        param = str(first["loc"][0]) if error.title == ChatRequest.__name__ and first["loc"] else "messages"
+        message = first["msg"].removeprefix("Value error, ").rstrip(".")
+        raise ApiError(f"{param}: {message[:1].lower()}{message[1:]}.", param=param).named(names) from None
+    except ApiError as error:
+        raise error.named(names) from None
 
 
 async def count_tokens(state: State, body: ChatRequest) -> int:

@@ -14,9 +14,8 @@ from ..parts import Answer, WholeReply
 from ..prompts import loaded
 from ..reading import BodyRoute
 from ..streaming import EVENTS, named_event
-from ..threads import off_loop
 from ..tools import Call
-from ..turns import answered, count_tokens
+from ..turns import answered, count_tokens, translated
 from .anthropic_body import CountRequest, MessagesRequest
 
 router = APIRouter(route_class=BodyRoute, tags=["Anthropic"])
@@ -31,13 +30,13 @@ NAMES = {
 
 @router.post("/v1/messages", summary="Answer a conversation")
 async def messages(body: MessagesRequest, request: Request) -> Response:
-    return await answered(request, await off_loop(body.chat_request), AnthropicFace(body))
+    return await answered(request, await translated(body.chat_request, NAMES), AnthropicFace(body))
 
 
 @router.post("/v1/messages/count_tokens", summary="Count the tokens of a conversation")
 async def count(body: CountRequest, request: Request) -> Response:
     try:
-        n = await count_tokens(request.app.state.localsteer, await off_loop(body.chat_request))
+        n = await count_tokens(request.app.state.localsteer, await translated(body.chat_request, NAMES))
     except ApiError as error:
         raise error.named(NAMES) from None
     return Json({"input_tokens": n})

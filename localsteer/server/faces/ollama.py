@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
@@ -21,7 +22,7 @@ from ..replies import begin
 from ..streaming import LINES, line
 from ..threads import off_loop
 from ..tools import Call
-from ..turns import DecodedAnswer, answered, given
+from ..turns import DecodedAnswer, answered, given, translated
 from .ollama_body import OllamaBody, OllamaChatRequest, OllamaGenerateRequest
 from .ollama_models import plain_name
 
@@ -42,7 +43,7 @@ async def chat(body: OllamaChatRequest, request: Request) -> Response:
     face = ChatLines(_named(state, body))
     if body.is_empty:
         return _loaded(state, face)
-    return await answered(request, await off_loop(body.chat_request), face)
+    return await answered(request, await translated(body.chat_request, NAMES), face)
 
 
 @router.post("/api/generate", summary="Answer a prompt, or go on with a text")
@@ -52,9 +53,9 @@ async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
     if body.is_empty:
         return _loaded(state, face)
     if not body.is_text:
-        return await answered(request, await off_loop(body.chat_request), face)
+        return await answered(request, await translated(body.chat_request, NAMES), face)
     most = -1 if state.limits.predict is None else state.limits.predict
-    asked = body.text_request(most)
+    asked = await translated(partial(body.text_request, most), NAMES)
     try:
         job = await begin(state, await off_loop(text_order, state, asked))
         return await given(request, DecodedAnswer(asked, job), face)

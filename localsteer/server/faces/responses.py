@@ -19,9 +19,8 @@ from ..errors import ApiError, Json
 from ..parts import Answer, Part, WholeReply
 from ..reading import BodyRoute
 from ..streaming import EVENTS, named_event
-from ..threads import off_loop
 from ..tools import Call
-from ..turns import answered, count_tokens
+from ..turns import answered, count_tokens, translated
 from .responses_body import KEPT_NOWHERE, ResponsesRequest
 
 router = APIRouter(route_class=BodyRoute)
@@ -39,14 +38,14 @@ NAMES = {
 @router.post("/responses", include_in_schema=False)
 @router.post("/v1/responses", tags=["OpenAI"], summary="Answer a conversation: the Responses API")
 async def responses(body: ResponsesRequest, request: Request) -> Response:
-    return await answered(request, await off_loop(body.chat_request), ResponsesFace(body))
+    return await answered(request, await translated(body.chat_request, NAMES), ResponsesFace(body))
 
 
 @router.post("/responses/input_tokens", include_in_schema=False)
 @router.post("/v1/responses/input_tokens", tags=["OpenAI"], summary="Count the tokens of a conversation")
 async def input_tokens(body: ResponsesRequest, request: Request) -> Response:
     try:
-        n = await count_tokens(request.app.state.localsteer, await off_loop(body.chat_request))
+        n = await count_tokens(request.app.state.localsteer, await translated(body.chat_request, NAMES))
     except ApiError as error:
         raise error.named(NAMES) from None
     return Json({"object": "response.input_tokens", "input_tokens": n})
