@@ -118,7 +118,7 @@ def test_the_command_line_says_once_how_the_model_is_asked(base, tmp_path, vecto
 
 
 def test_a_server_ends_replies_to_chats_and_not_to_texts(base, monkeypatch, sampling):
-    monkeypatch.setattr("localsteer.server.chat._grammar", lambda *_: sampling.grammar)
+    monkeypatch.setattr("localsteer.server.turns._grammar", lambda *_: sampling.grammar)
     with serving(None, models={"base": base}) as server:
         client = server.client()
         asked = {"model": "base", "messages": [{"role": "user", "content": ASKED}], "temperature": 0}

@@ -216,7 +216,7 @@ def test_a_schema_that_can_t_be_enforced(model):
 
 def test_penalties_that_leave_no_token_are_no_grammar(model):
     done = invoke("run", "-m", model, "-n", "9", "--repeat-penalty", "1e-40", "Hi")
-    assert (done.status, done.err) == (2, "localsteer: the penalties leave no token.\n")
+    assert (done.status, done.err) == (2, "localsteer: penalties and biases leave no token.\n")
 
 
 # --- vectors -----------------------------------------------------------------------------------------------

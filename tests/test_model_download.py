@@ -41,6 +41,8 @@ def server(gguf, tmp_path, monkeypatch):
     for name, value in empty_home(tmp_path).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCALSTEER_CACHE", str(tmp_path / "cache"))
+    # read once by huggingface_hub, when the first test of this process that needs it imports it
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.chdir(tmp_path)
     with hub_server({REPO: files, "ORG/Words": {"model.safetensors": b"x"}}) as made:
         monkeypatch.setenv("HF_ENDPOINT", made.url)

@@ -505,10 +505,12 @@ def test_each_model_of_a_server_is_opened_where_it_is_decoded(tiny_llama, tmp_pa
         path.symlink_to(tiny_llama.gguf_path)
     given = {"ctx_size": 0, "threads": 1, "gpu_layers": 0, "kv_unified": True, "parallel": 2, "max_queue": 4}
     given |= {"reproducible": False, "variables": {}, "rpc": (), "rpc_seconds": None}
-    with _opened([*map(str, paths)], given) as schedulers:
-        for scheduler in schedulers.values():
+    given |= {"all_models": False, "max_models": None, "max_memory": None}
+    with _opened([*map(str, paths)], given) as pool:
+        schedulers = [served.scheduler for served in pool.served.values()]
+        for scheduler in schedulers:
             assert scheduler.submit(prompts(1)[0], **SHORT).result().tokens
-        threads = {id(one.engine.context): {one._thread.ident} for one in schedulers.values()}
+        threads = {id(one.engine.context): {one._thread.ident} for one in schedulers}
     assert decoding_threads == threads
     assert len(threads) == 2
 

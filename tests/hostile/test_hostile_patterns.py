@@ -74,7 +74,7 @@ def test_more_words_than_anybody_asks_for_are_refused():
 def test_counting_that_looks_far_ahead_from_each_place_has_an_end():
     start = time.monotonic()
     with pytest.raises(CatalogError, match="too long to count"):
-        expression("a.*z|a").count(BIG)
+        expression("a.*z|a").count(BIG * 4)
     assert time.monotonic() - start < 2 * MAX_SECONDS
 
 
