@@ -54,6 +54,14 @@ def test_a_watch_knows_what_stands_in_a_form_however_it_is_cut(text, insides):
         assert whole.push(text.encode()) == watch.inside, size
 
 
+def test_the_rest_of_a_mark_that_takes_several_tokens_stays_plain_too():
+    watch = FormWatch(forced=False)
+    pieces = (b"So", b" <", b"tool", b"_", b"bar", b" <tool", b"_call", b">", b"{}</tool", b"_call>", b".")
+    assert [watch.push(piece) for piece in pieces] == [
+        False, True, True, True, False, True, True, True, True, False, False,
+    ]  # fmt: skip
+
+
 def test_under_a_constraint_nothing_generated_is_steered(exact_bundled, loud):
     plain = exact_bundled.generate(QUESTION, sampling=FORCED, max_tokens=60)
     steered = exact_bundled.generate(QUESTION, steer=loud, sampling=FORCED, max_tokens=60)
@@ -71,13 +79,14 @@ def test_a_prompt_is_steered_all_the_same(exact_bundled, loud):
 
 
 def test_from_where_a_free_call_begins_it_is_the_plain_model_s(exact_bundled, loud, monkeypatch):
-    """A word of the reply stands for the mark, since the model writes none."""
+    """A letter of the reply stands for the mark, since the model writes none."""
     from localsteer.runtime import forms
 
     steered = exact_bundled.generate(QUESTION, steer=loud, sampling=GREEDY, max_tokens=40)
     pieces = [exact_bundled.piece(token) for token in steered.tokens]
-    monkeypatch.setattr(forms, "CALLS", {pieces[4]: None})
-    n = pieces.index(pieces[4]) + 1
+    n = next(i for i in range(4, 20) if set(pieces[i - 1]) - set(b"".join(pieces[: i - 1])))
+    mark = bytes([next(iter(set(pieces[n - 1]) - set(b"".join(pieces[: n - 1]))))])
+    monkeypatch.setattr(forms, "CALLS", {mark: None})
     kept = exact_bundled.generate(QUESTION, steer=loud, sampling=GREEDY, max_tokens=40, plain_forms=True)
     assert kept.tokens[:n] == steered.tokens[:n]
     assert kept.tokens != steered.tokens

@@ -29,7 +29,8 @@ class FormWatch:
         self._tail = b""
 
     def push(self, piece: bytes) -> bool:
-        """Take in the next token's bytes. Returns `inside`."""
+        """Take in the next token's bytes. Returns whether what comes next may stand in a form: where a mark
+        takes several tokens, the rest of it does."""
         if self.inside and self._ends_by is None:
             return True
         text = self._tail + piece
@@ -40,7 +41,7 @@ class FormWatch:
                 return True
         text = self._cross_marks(text)
         self._tail = text[-(_LONGEST - 1) :]
-        return self.inside
+        return self.inside or _begins_mark(self._tail)
 
     def _cross_marks(self, text: bytes) -> bytes:
         """Go in and out by the marks in a text; what follows the last of them."""
@@ -53,3 +54,8 @@ class FormWatch:
             text = text[at + len(mark) :]
             self._ends_by = None if self.inside else CALLS[mark]
             self.inside = not self.inside
+
+
+def _begins_mark(text: bytes) -> bool:
+    """Whether the end of a text is the beginning of a mark."""
+    return any(text.endswith(mark[:n]) for mark in CALLS for n in range(1, min(len(mark), len(text) + 1)))

@@ -36,11 +36,14 @@ def api_of(scope: Mapping[str, Any] | None) -> Api:
     if scope is None:
         return "openai"
     path = scope.get("path", "")
-    if path.startswith("/v1/messages") or speaks_anthropic(scope.get("headers", ())):
+    if path.startswith("/v1/messages"):
         return "anthropic"
     if path.startswith("/api/"):
         return "ollama"
-    return "responses" if path.endswith("/responses") else "openai"
+    if path.endswith("/responses"):
+        return "responses"
+    shared = not path.endswith(("/completions", "/embeddings"))
+    return "anthropic" if shared and speaks_anthropic(scope.get("headers", ())) else "openai"
 
 
 def speaks_anthropic(headers: Iterable[tuple[bytes, bytes]]) -> bool:
