@@ -196,12 +196,22 @@ def concurrency() -> Iterator[str]:
 def soak() -> Iterator[str]:
     document = _read(RESULTS / "server_soak.json")
     memory = document["memory_mb"]
-    yield "| Minutes | Requests | Lost replies | Slots in use at the end | Memory, first and last quarter |"
-    yield "|---|---|---|---|---|"
+    heads = (
+        "Minutes",
+        "Requests",
+        "Lost replies",
+        "Slots in use at the end",
+        "Memory, second and last quarter",
+    )
+    heads += ("Plain clients' p99, before and beside hostile ones", "/health p99")
+    yield _row(heads[0], heads[1:])
+    yield "|---|---|---|---|---|---|---|"
     requests = f"{sum(document['requests'].values()):,}"
-    quarters = f"{memory['first_quarter']:.0f} MB, {memory['last_quarter']:.0f} MB"
+    quarters = f"{memory['second_quarter']:.0f} MB, {memory['last_quarter']:.0f} MB"
+    plain, health = document["plain_p99_seconds"], document["health_p99_seconds"]
+    waited = [f"{plain['quiet']:.2f} s, {plain['hostile']:.2f} s", f"{1000 * health:.0f} ms"]
     lost, running = document["lost"], document["counts"]["running"]
-    yield _row(f"{document['minutes']:g}", [requests, str(lost), str(running), quarters])
+    yield _row(f"{document['minutes']:g}", [requests, str(lost), str(running), quarters, *waited])
 
 
 def packs() -> Iterator[str]:
