@@ -227,6 +227,16 @@ def packs() -> Iterator[str]:
             yield _row(f"{pack['model']} {pack['quantization']}", [name, setting, *cells, str(row["n"])])
 
 
+def unseen() -> Iterator[str]:
+    """What benchmarks/packs.py kept of test questions."""
+    yield "| Model | Instruction | plain | steered | told | told and steered |"
+    yield "|---|---|---|---|---|---|"
+    for name, row in _read(RESULTS / "packs-qwen2.5-coder-0.5b.json").items():
+        shares = [row[key] for key in ("none", "steered", "instructed", "both")]
+        cells = [f"{100 * share:.0f}% ({100 * low:.0f}-{100 * high:.0f})" for share, low, high, _ in shares]
+        yield _row("Qwen2.5-Coder-0.5B-Instruct Q4_K_M", [name, *cells])
+
+
 def ensuring() -> Iterator[str]:
     document = _read(RESULTS / "ensure.json")
     ways = ("plain", "always", "ensure")
@@ -382,6 +392,7 @@ TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("concurrency", "results/bundled.md"): concurrency,
     ("soak", "results/bundled.md"): soak,
     ("ensure", "ensure.md"): ensuring,
+    ("unseen", "packs.md"): unseen,
     ("questions", "harness.md"): questions,
     ("rpc", "scale.md"): rpc,
     ("vllm_follow", "scale.md"): vllm_follow,
