@@ -237,6 +237,20 @@ def unseen() -> Iterator[str]:
         yield _row("Qwen2.5-Coder-0.5B-Instruct Q4_K_M", [name, *cells])
 
 
+def calls() -> Iterator[str]:
+    """Of benchmarks/steered_calls.py: calls that validate, and in brackets those with the right city."""
+    yield "| Block | Calls | plain | generated tokens, forms too | forms plain | prompt as well, forms too | forms plain |"
+    yield "|---|---|---|---|---|---|---|"
+    for block, row in _read(RESULTS / "steered_calls.json").items():
+        for kind, name in (("forced", "forced by `tool_choice`"), ("free", "free")):
+            ways = (f"{kind}, steered everywhere", f"{kind}, forms plain")
+            counts = [
+                row[kind],
+                *(row[positions][way] for positions in ("generation", "all") for way in ways),
+            ]
+            yield _row(block, [name, *(f"{count['valid']} ({count['right']})" for count in counts)])
+
+
 def ensuring() -> Iterator[str]:
     document = _read(RESULTS / "ensure.json")
     ways = ("plain", "always", "ensure")
@@ -393,6 +407,7 @@ TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("soak", "results/bundled.md"): soak,
     ("ensure", "ensure.md"): ensuring,
     ("unseen", "packs.md"): unseen,
+    ("calls", "clients.md"): calls,
     ("questions", "harness.md"): questions,
     ("rpc", "scale.md"): rpc,
     ("vllm_follow", "scale.md"): vllm_follow,
