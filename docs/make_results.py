@@ -239,7 +239,8 @@ def unseen() -> Iterator[str]:
 
 def calls() -> Iterator[str]:
     """Of benchmarks/steered_calls.py: calls that validate, and in brackets those with the right city."""
-    yield "| Block | Calls | plain | generated tokens, forms too | forms plain | prompt as well, forms too | forms plain |"
+    steered = ("generated tokens, forms too", "forms plain", "prompt as well, forms too", "forms plain")
+    yield _row("Block", ["Calls", "plain", *steered])
     yield "|---|---|---|---|---|---|---|"
     for block, row in _read(RESULTS / "steered_calls.json").items():
         for kind, name in (("forced", "forced by `tool_choice`"), ("free", "free")):
