@@ -114,7 +114,7 @@ def test_the_second_round_learns_from_the_models_own_replies(lesson):
 def test_a_constant_is_an_ordinary_control_vector(exact_bundled):
     recipe = replace(FEW, n_steps=10, constant=True)
     vector = learn(exact_bundled, TITLE, QUERIES[:12], VALIDATION[:4], recipe).vector
-    assert vector.mode == "add" and vector.blocks == (3,) and vector.readers is None
+    assert vector.mode == "add" and vector.usable_layers == (3,) and vector.readers is None
 
 
 # The steps ----------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def usable_blocks(vector: ControlVector, blocks: Iterable[int] | None) -> list[i
 
     Raises PlanError for one that is out of range or has no direction, and for none.
     """
-    usable = list(vector.blocks if blocks is None else vector.at(layer=tuple(blocks)).layers)
+    usable = list(vector.usable_layers if blocks is None else vector.at(layer=tuple(blocks)).layers)
     if not usable:
         raise PlanError(f"{vector.label} has no direction at any of the blocks to choose from.")
     return usable

@@ -563,7 +563,7 @@ def _unlike(candidates: Sequence[Instruction], instructions: Sequence[Instructio
 
 
 def _is_whole(vector: ControlVector) -> bool:
-    return vector.mean_with is not None and len(vector.blocks) == vector.n_layer
+    return vector.mean_with is not None and len(vector.usable_layers) == vector.n_layer
 
 
 def _lacks_slots(instruction: Instruction) -> bool:

@@ -183,7 +183,11 @@ def arrangements(a: ControlVector, b: ControlVector) -> list[tuple[ControlVector
         for s, t in strengths
         for positions in POSITIONS
         for i, j in [
-            *((il, il) for il in sorted({*_around(a), *_around(b)}) if il in a.blocks and il in b.blocks),
+            *(
+                (il, il)
+                for il in sorted({*_around(a), *_around(b)})
+                if il in a.usable_layers and il in b.usable_layers
+            ),
             *((i, j) for i, j in product(_around(a), _around(b)) if i != j),
         ]
     ]
@@ -192,7 +196,7 @@ def arrangements(a: ControlVector, b: ControlVector) -> list[tuple[ControlVector
 
 def _around(vector: ControlVector) -> list[int]:
     step = 1 if vector.n_layer <= FEW_BLOCKS else 2
-    return [il for il in (vector.layers[0] + k * step for k in (-1, 0, 1)) if il in vector.blocks]
+    return [il for il in (vector.layers[0] + k * step for k in (-1, 0, 1)) if il in vector.usable_layers]
 
 
 def _is_good(result: Result) -> bool:

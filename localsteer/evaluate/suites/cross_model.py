@@ -162,5 +162,5 @@ def _alike(
 
 
 def _cosines(a: ControlVector, b: ControlVector) -> list[float]:
-    both = set(a.blocks) & set(b.blocks)
+    both = set(a.usable_layers) & set(b.usable_layers)
     return [float(a.unit(il) @ b.unit(il)) if il in both else 0.0 for il in range(a.n_layer)]

@@ -129,7 +129,7 @@ def choose(bench: Bench, target: Instruction, vector: ControlVector) -> ControlV
         vector.at(layer=layer, positions=positions, mode="add")
         for layer in grid_blocks(vector.n_layer)
         for positions in POSITIONS
-        if layer in vector.blocks
+        if layer in vector.usable_layers
     ]
     arms = [Arm("tried", (setting.at(strength=strength),)) for setting in settings for strength in TRIED]
     results = bench.run(bench.cells(target, arms, queries), what="choosing a block", score=False)

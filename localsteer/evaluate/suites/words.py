@@ -401,7 +401,7 @@ def cosines(tasks: Sequence[Task]) -> list[Section]:
     raw = [task.raw for task in tasks]
     if len(raw) < 2:
         return []
-    blocks = [il for il in range(raw[0].n_layer) if all(il in vector.blocks for vector in raw)]
+    blocks = [il for il in range(raw[0].n_layer) if all(il in vector.usable_layers for vector in raw)]
     means = []
     for il in blocks:
         units = np.stack([vector.unit(il).astype(np.float64) for vector in raw])
