@@ -184,7 +184,7 @@ def _blocks(described: dict[str, Any]) -> Any:
     for block in described["by_layer"]:
         if block["norm"] == 0 and not block["chosen"] and has_gaps:
             continue
-        row = [f"{'> ' if block['chosen'] else ''}{block['block']}", f"{block['norm']:.3g}"]
+        row = [f"{'> ' if block['chosen'] else ''}{block['layer']}", f"{block['norm']:.3g}"]
         row.append(bar(block["norm"] / longest if longest else 0, BAR_WIDTH))
         row += [_gate(block)] if has_gates else []
         made.add_row(
