@@ -52,7 +52,7 @@ def _add_header(writer: GGUFWriter, vector: ControlVector, blocks: Sequence[int]
     writer.add_uint32(keys.N_LAYER, vector.n_layer)
     writer.add_uint32(keys.N_EMBD, vector.n_embd)
     if compact:
-        _add_array(writer, keys.BLOCKS, blocks, GGUFValueType.UINT32)
+        _add_array(writer, keys.ROW_LAYERS, blocks, GGUFValueType.UINT32)
 
 
 def _add_settings(writer: GGUFWriter, vector: ControlVector) -> None:

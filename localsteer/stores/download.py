@@ -206,8 +206,8 @@ def _check(part: Path, found: Any, file: str) -> None:
         return  # small files have git's own hash; no model is one
     digest = hashlib.sha256()
     with part.open("rb") as opened:
-        while block := opened.read(READ_BYTES):
-            digest.update(block)
+        while piece := opened.read(READ_BYTES):
+            digest.update(piece)
     if digest.hexdigest() != found.etag:
         raise _Mismatch(f"{file} came damaged, its sha256 is another one")
 
