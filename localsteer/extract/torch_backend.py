@@ -182,10 +182,10 @@ def observe_blocks(model: Any, see: Callable[[int, Any], None]) -> Iterator[None
     transformers' own hidden_states end with the state after the final norm, which is not the last block's.
     """
     handles = [
-        block.register_forward_hook(
+        module.register_forward_hook(
             lambda _module, _inputs, output, layer=layer: see(layer, block_output(output))
         )
-        for layer, block in enumerate(decoder_blocks(model))
+        for layer, module in enumerate(decoder_blocks(model))
     ]
     try:
         yield

@@ -106,8 +106,8 @@ class Search:
         for setting in settings:
             for layer in self._blocks:
                 gap = sorted(scored | {self._blocks[0], self._blocks[-1]})
-                below = max((block for block in gap if block < setting.layer), default=setting.layer)
-                above = min((block for block in gap if block > setting.layer), default=setting.layer)
+                below = max((tried for tried in gap if tried < setting.layer), default=setting.layer)
+                above = min((tried for tried in gap if tried > setting.layer), default=setting.layer)
                 if below < layer < above and layer not in scored:
                     yield replace(setting, layer=layer)
 
