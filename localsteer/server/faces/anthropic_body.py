@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from .. import limits
 from ..errors import ApiError
 from ..fields import Rules
-from ..schemas import Body, ChatMessage, ChatRequest, SteeredBody, StopText, Text, without
+from ..schemas import Body, ChatMessage, ChatRequest, ClosedPart, SteeredBody, StopText, Text, without
 
 Id = Annotated[str, Field(max_length=256)]
 RULES = Rules(
@@ -121,7 +121,9 @@ class AnthropicMessage(Body):
         return ChatMessage.model_validate(made | {"tool_calls": calls, "reasoning_content": thoughts or None})
 
 
-class AnthropicTool(Body):
+class AnthropicTool(ClosedPart):
+    UNREAD = ("cache_control", "eager_input_streaming", "strict")
+
     type: str | None = None
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: Text | None = None
@@ -150,9 +152,7 @@ class AnthropicChoice(Body):
         return self
 
 
-class OutputFormat(Body):
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
-
+class OutputFormat(ClosedPart):
     type: Literal["json_schema"]
     schema_: dict[str, Any] | bool = Field(alias="schema")
 

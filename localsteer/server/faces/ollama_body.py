@@ -12,6 +12,7 @@ from ..schemas import (
     Body,
     ChatMessage,
     ChatRequest,
+    ClosedPart,
     CompletionRequest,
     Function,
     MostTokens,
@@ -53,6 +54,12 @@ class OllamaOptions(SteeredBody):
 
     num_predict: MostTokens | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=limits.MAX_STOP)] | None = None
+
+    @field_validator("model", "stream")
+    @classmethod
+    def _beside(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("belongs beside options: send it there")
 
 
 class OllamaFunction(Body):
@@ -107,7 +114,7 @@ class OllamaMessage(Body):
         )
 
 
-class OllamaTool(Body):
+class OllamaTool(ClosedPart):
     type: Literal["function"] = "function"
     function: Function
 
