@@ -135,7 +135,7 @@ def test_torch_and_llama_cpp_apply_the_same_gate(exact_bundled, weights):
     with torch.inference_mode():
         where = torch.ones_like(ids, dtype=torch.bool)
         hidden = training.gate(one.states[3][None], where)
-        ours = weights.logits(weights.after(3, hidden, torch.ones_like(ids))[0])
+        ours = weights.logits(weights.after(3, hidden, ids, torch.ones_like(ids))[0])
     theirs = engine.logits(list(example.tokens), steer=[vector], n_prompt=len(example.prompt))
     assert np.abs(ours.numpy() - theirs).max() < 1e-3  # float32 in two orders; 6e-6 was seen
     plain = engine.logits(list(example.tokens))

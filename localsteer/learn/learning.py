@@ -171,7 +171,8 @@ class _Learning:
         self._held = self._prepared(self._held_out, layers)
         if not all(is_exact(self._weights, layer, self._own[0]) for layer in layers):
             raise LocalsteerError(
-                "this model treats its blocks by number, so they can't be run from the middle on."
+                "blocks of this model take more than the output of those below (keys and values, for one), "
+                "so they can't be run from the middle on: give a model of another architecture."
             )
         runners = [Training(self._weights, layer, self._own, self._held, recipe) for layer in layers]
         if self._state:

@@ -226,8 +226,8 @@ class Training:
     def _losses(self, batch: Sequence[Prepared], n_kept: int | None = None) -> Any:
         """The mean over examples, so that a long reply counts as much as a short one. n_kept: of the tokens
         that the rewriting left alone, at most so many of each example; None takes all."""
-        hidden, attention, where = self._padded(batch)
-        last = self._weights.after(self.layer, self.gate(hidden, where), attention)
+        hidden, ids, attention, where = self._padded(batch)
+        last = self._weights.after(self.layer, self.gate(hidden, where), ids, attention)
         losses = [self._loss(row, one, n_kept) for row, one in zip(last, batch, strict=True)]
         return torch.stack(losses).mean()
 
@@ -253,20 +253,22 @@ class Training:
         whole = share * of_changed.mean() + (1 - share) * of_kept.mean()
         return CHANGED * of_changed.mean() + (1 - CHANGED) * whole + distance
 
-    def _padded(self, batch: Sequence[Prepared]) -> tuple[Any, Any, Any]:
-        """States, attention mask and steered tokens, padded on the right."""
+    def _padded(self, batch: Sequence[Prepared]) -> tuple[Any, Any, Any, Any]:
+        """States, token ids, attention mask and steered tokens, padded on the right."""
         n = max(len(one.example.tokens) for one in batch)
         first = batch[0].states[self.layer]
         hidden = torch.zeros(len(batch), n, first.shape[-1], dtype=first.dtype)
-        attention = torch.zeros(len(batch), n, dtype=torch.long)
+        ids = torch.zeros(len(batch), n, dtype=torch.long)
+        attention = torch.zeros_like(ids)
         where = torch.zeros(len(batch), n, dtype=torch.bool)
         for i, one in enumerate(batch):
             n_prompt, n_own = len(one.example.prompt), len(one.example.tokens)
             hidden[i, :n_own] = one.states[self.layer]
+            ids[i, :n_own] = torch.tensor(one.example.tokens)
             attention[i, :n_own] = 1
             start, stop = steered_range(self._recipe.positions, n_prompt, n_own)
             where[i, start:stop] = True
-        return hidden, attention, where
+        return hidden, ids, attention, where
 
 
 def steered_range(positions: str, n_prompt: int, n: int) -> tuple[int, int]:
@@ -294,11 +296,11 @@ def _split(batch: Sequence[Prepared], size: int) -> list[Sequence[Prepared]]:
 
 
 def is_exact(weights: Weights, layer: int, one: Prepared, tolerance: float = 0.05) -> bool:
-    """Whether running the blocks above alone gives what the whole model gives: not where a model treats its
-    blocks by number."""
+    """Whether running the blocks above alone gives what the whole model gives: not where they take more from
+    those below than their output."""
     ids = torch.tensor([one.example.tokens])
     attention = torch.ones_like(ids)
     with torch.inference_mode():
         _, whole = weights.states(ids, attention, ())
-        above = weights.after(layer, one.states[layer][None], attention)
+        above = weights.after(layer, one.states[layer][None], ids, attention)
     return bool((whole.float() - above.float()).norm() <= tolerance * whole.float().norm())
