@@ -96,7 +96,7 @@ def learned() -> Iterator[str]:
     for path in sorted(RESULTS.glob("learned-*.json")):
         document = _read(path)
         for row in document["rows"]:
-            cells = [percent(row[arm]["followed"]) for arm in arms]
+            cells = [percent(row[arm]["followed"]) if row.get(arm) else "-" for arm in arms]
             cells[1] += f" ({round(100 * row['learned']['low'])}-{round(100 * row['learned']['high'])})"
             quality = row["quality"]
             cells += [
