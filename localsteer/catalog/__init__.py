@@ -117,6 +117,16 @@ class Catalog:
             raise CatalogError(f"unknown instruction {instruction_id!r}: {self.source} has {known}") from None
         return instruction.fill(**values)
 
+    def find(self, text: str) -> Instruction:
+        """The instruction of this id, or the user's own words.
+
+        One word is an id: a misspelt one must not become an instruction. A text without a letter of ASCII is
+        none, since there are scripts without spaces. Raises CatalogError.
+        """
+        if text in self.instructions or re.fullmatch(r"[!-~]+", text.strip()):
+            return self.get(text)
+        return Instruction.from_text(text)
+
     def queries_for(self, instruction: Instruction, split: str) -> tuple[Query, ...]:
         """The instruction's own queries of a split, or the catalog's. Raises CatalogError for none."""
         if split not in SPLITS:

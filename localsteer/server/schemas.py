@@ -468,6 +468,16 @@ class EmbeddingRequest(Body):
         return list(self.input)
 
 
+class JobRequest(Body):
+    """A vector that is to be made: of an instruction of the catalogue, or of a sentence of one's own."""
+
+    model: Annotated[str, Field(max_length=limits.MAX_MODEL_NAME)] | None = None
+    instruction: Annotated[str, Field(max_length=limits.MAX_INSTRUCTION)]
+    method: Literal["search", "learn"] = "search"
+    name: Name | None = None
+    replace: bool = False
+
+
 class TraceRequest(Body):
     """A prompt, the steering to look at, and a reply in the place of the model's own."""
 
