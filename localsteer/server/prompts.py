@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from localsteer.errors import LocalsteerError
+from localsteer.tool_calls import loaded
 
 from .errors import ApiError
 from .schemas import ChatMessage, ChatRequest, Tool
@@ -79,11 +79,3 @@ def template_message(message: ChatMessage) -> dict[str, Any]:
     more = {"name": message.name, "reasoning_content": message.reasoning_content}
     made |= {key: value for key, value in more.items() if value is not None}
     return {key: value for key, value in made.items() if key != "tool_call_id" or value is not None}
-
-
-def loaded(arguments: str | dict[str, Any]) -> Any:
-    """Templates write them with tojson: a text would be quoted twice."""
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return arguments
