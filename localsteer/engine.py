@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import LocalsteerError
 from .runtime import forward, generate, limits
 from .runtime.ask import Ask, Prompt, asks_for
-from .runtime.attach import Attaching, Notices, Steer
-from .runtime.bridge import Context, Model, check_threads
-from .runtime.rpc import RPC_SECONDS, Hosts
+from .runtime.attach import Attaching, Steer
+from .runtime.opened import Capacity, Opened
+from .runtime.rpc import RPC_SECONDS
 from .runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from .templates import Message
 
 
-class Engine:
+class Engine(Opened):
     """Thread-hostile: one engine serves one thread and one reply at a time (or one `generate_batch`).
 
     A call that decodes ends a stream that is still open: its next chunk raises LocalsteerError. A stream
@@ -61,34 +59,14 @@ class Engine:
         rpc_seconds: float = RPC_SECONDS,
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
-        self.path, self.exact = Path(path), exact
-        limits.check_counts(kv_unified, n_cells, n_seq_max=n_seq_max, n_batch=n_batch)
-        check_threads(n_threads)
-        self._closed = False
-        self.notice = Notices()
-        self._run = 0
-        self._leaving: list[Callable[[], None]] = []
-        hosts = Hosts(rpc, rpc_seconds) if rpc else None
-        self.model = _opened(path, hosts, n_gpu_layers=n_gpu_layers, on_progress=on_progress)
-        try:
-            self.n_ctx = limits.context_length(self.model, self.path.name, n_ctx)
-            self.n_seq_max = limits.sequences_at_once(self.model, self.path.name, n_seq_max, self.notice)
-            pool = limits.pool_cells(
-                self.model, self.n_ctx, self.n_seq_max, exact=exact, kv_unified=kv_unified
-            )
-            self.context = Context(
-                self.model,
-                n_ctx=max(self.n_ctx, n_cells or pool),
-                n_seq_max=self.n_seq_max,
-                n_batch=max(n_batch, self.n_seq_max),
-                n_threads=n_threads,
-                exact=exact,
-                kv_unified=kv_unified,
-            )
-        except BaseException:
-            self.model.close()
-            raise
-        self.n_cells = self.context.n_ctx
+        super().__init__(
+            path,
+            Capacity(n_ctx, n_threads, n_seq_max, n_batch, n_cells, kv_unified, exact),
+            rpc=rpc,
+            rpc_seconds=rpc_seconds,
+            n_gpu_layers=n_gpu_layers,
+            on_progress=on_progress,
+        )
         self._tokenizer = Tokenizer(self.model, self.path.name, self.notice, plain_prompts=plain_prompts)
         self.template = self._tokenizer.template
         self.piece, self.ends = self._tokenizer.piece, self._tokenizer.ends  # asked at every token
@@ -100,25 +78,6 @@ class Engine:
             probe=self.context.probe,
             notice=self.notice,
         )
-
-    def close(self) -> None:
-        """Free the context, then the model. A second call does nothing."""
-        if not self._closed:
-            for leave in self._leaving:
-                leave()
-            self._closed = True
-            self.context.close()
-            self.model.close()
-
-    def before_close(self, leave: Callable[[], None]) -> None:
-        """Call a function before the context goes: who decodes in a thread must stop first."""
-        self._leaving.append(leave)
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     # -- replies -----------------------------------------------------------------------------------
 
@@ -153,7 +112,7 @@ class Engine:
 
         Raises PromptError when there is nothing in it.
         """
-        self._check_open()
+        self.check_open()
         return self._tokenizer.prompt_tokens(prompt, raw)
 
     def check_template(self) -> None:
@@ -166,13 +125,13 @@ class Engine:
 
     def rendered_tokens(self, text: str) -> list[int]:
         """Tokens of a text that a template rendered. This is how a vector's probes are tokenised too."""
-        self._check_open()
+        self.check_open()
         return self._tokenizer.rendered_tokens(text)
 
     @property
     def token_bytes(self) -> TokenBytes:
         """The tokens as constraints see them, for any thread; made at the first use (0.4 s for 49,000)."""
-        self._check_open()
+        self.check_open()
         return self._tokenizer.token_bytes
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -186,7 +145,7 @@ class Engine:
 
         Raises MismatchError for a vector of another model, PlanError, UnsupportedModelError.
         """
-        self._check_open()
+        self.check_open()
         return self._attaching.plan(steer)
 
     def logits(
@@ -238,16 +197,8 @@ class Engine:
         for the positions of a plan; None: all. The sequences come in any order.
         """
         plan, layers = self.plan(steer), limits.check_layers(self, layers)
-        n_prompts = [None] * len(sequences) if n_prompts is None else n_prompts
-        rows = [
-            (
-                limits.check_tokens(self, tokens, n_prompt),
-                limits.check_positions(chosen, len(tokens)),
-                n_prompt,
-            )
-            for tokens, chosen, n_prompt in zip(sequences, positions, n_prompts, strict=True)
-        ]
-        return forward.states_at(self, [forward.read_at(*row, plan) for row in rows], layers)
+        rows = forward.rows_at(self, sequences, positions, n_prompts, plan)
+        return forward.states_at(self, rows, layers)
 
     def find_part(self, token_ids: Sequence[int], part: str) -> range | None:
         """The tokens that spell the last occurrence of a text, in part or whole; None where there is none."""
@@ -265,48 +216,3 @@ class Engine:
         at work, pairs) after each decode of it. Raises PromptError for an empty prompt or reply.
         """
         return forward.score(self, pairs, on_progress)
-
-    # -- for runtime/ ------------------------------------------------------------------------------
-
-    def begin(self) -> int:
-        """Take the context for a new run, forgetting what it held. Returns the run's number.
-
-        Raises HostError while a host of the model is gone.
-        """
-        self.attend()
-        return self.take()
-
-    def take(self) -> int:
-        """The same, whatever its hosts do."""
-        self._check_open()
-        self._run += 1
-        self.context.clear()
-        return self._run
-
-    def attend(self) -> None:
-        """Load the model anew where a host of it was lost; the cache is empty then. Raises HostError while
-        that host is gone."""
-        self._check_open()
-        if self.model.hosts and self.model.hosts.lost:
-            self.model.reload([self.context])
-
-    def check_run(self, run: int) -> None:
-        """Raise LocalsteerError when another call has taken the context since `begin`."""
-        self._check_open()
-        if run != self._run:
-            raise LocalsteerError(
-                "this stream was ended by another call on its engine: finish or close a stream first."
-            )
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise LocalsteerError(f"the engine of {self.path.name} is closed.")
-
-
-def _opened(path: str | os.PathLike[str], hosts: Hosts | None, **options: Any) -> Model:
-    try:
-        return Model(path, hosts=hosts, **options)
-    except BaseException:
-        if hosts:
-            hosts.close()  # free for others
-        raise

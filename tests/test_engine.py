@@ -345,7 +345,7 @@ def test_a_context_beyond_what_the_model_was_trained_for_is_refused(tiny_llama):
 def test_a_model_that_mixes_sequences_is_decoded_one_at_a_time(tiny_llama, monkeypatch, caplog):
     # hybrid and recurrent models: none is small enough to write here
     monkeypatch.setattr(
-        "localsteer.engine.Model.why_not_steerable", lambda _, n: "rows are mixed" if n > 1 else None
+        "localsteer.runtime.bridge.Model.why_not_steerable", lambda _, n: "rows are mixed" if n > 1 else None
     )
     with caplog.at_level(logging.WARNING), open_engine(tiny_llama.gguf_path, n_seq_max=8) as engine:
         assert engine.n_seq_max == engine.context.n_seq_max == 1

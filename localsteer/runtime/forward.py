@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import PromptError
 from ..plan import Plan, position_classes
-from .limits import check_tokens
+from .limits import check_positions, check_tokens
 from .prefix import TokenSequence, trees
 
 if TYPE_CHECKING:
@@ -90,12 +90,22 @@ class Seen(NamedTuple):
     states: np.ndarray
 
 
-def read_at(
-    tokens: np.ndarray, positions: Sequence[int], n_prompt: int | None, plan: Plan | None
-) -> TokenSequence:
-    """A sequence with outputs at `positions`. n_prompt: None: all of it is prompt."""
-    classes = position_classes(np.arange(len(tokens)), len(tokens) if n_prompt is None else n_prompt)
-    return TokenSequence(tokens.tolist(), classes.tolist(), positions, plan)
+def rows_at(
+    engine: Engine,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    n_prompts: Sequence[int] | None,
+    plan: Plan | None,
+) -> list[TokenSequence]:
+    """Sequences with outputs at their `positions`, checked. n_prompts: None: all of each is prompt."""
+    rows = []
+    n_prompts = [None] * len(sequences) if n_prompts is None else n_prompts
+    for token_ids, chosen, n_prompt in zip(sequences, positions, n_prompts, strict=True):
+        tokens = check_tokens(engine, token_ids, n_prompt)
+        outputs = check_positions(chosen, len(tokens))
+        classes = position_classes(np.arange(len(tokens)), len(tokens) if n_prompt is None else n_prompt)
+        rows.append(TokenSequence(tokens.tolist(), classes.tolist(), outputs, plan))
+    return rows
 
 
 def states_at(engine: Engine, sequences: Sequence[TokenSequence], layers: Sequence[int]) -> Iterator[Seen]:
