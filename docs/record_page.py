@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -30,8 +31,9 @@ BY = "css selector"
 def serving(folder: str) -> Iterator[str]:
     """The address of a server on smol."""
     words = ("serve", "-m", "smol", "--vectors", folder, "--port", "0", "--predict", "110", "--json")
+    environment = {**os.environ, "LOCALSTEER_NICE": "0"}  # nobody else is answered here
     process = subprocess.Popen(
-        [sys.executable, "-m", "localsteer", *words], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "localsteer", *words], stdout=subprocess.PIPE, text=True, env=environment
     )
     text = ""
     try:
@@ -90,7 +92,6 @@ def reply_in_json(page: webdriver.Chrome) -> None:
     fill(page, "#question", "Tell me about foxes.")
     page.find_element(BY, "#send").click()
     wait(lambda: page.find_element(BY, "body").get_attribute("data-busy") == "false")
-    page.execute_script("document.querySelector('.vector[data-name=json]').scrollIntoView()")
     page.execute_script("document.getElementById('chat').scrollTop = 0")
 
 
@@ -99,7 +100,7 @@ def search(page: webdriver.Chrome) -> None:
     fill(page, "#sentence", "Answer as a list of three facts.")
     page.find_element(BY, "#begin").click()
     wait(lambda: page.find_element(BY, "#job-best").text or page.find_element(BY, "#outcome").is_displayed())
-    page.execute_script("document.getElementById('job').scrollIntoView({block: 'end'})")
+    page.execute_script("const aside = document.querySelector('aside'); aside.scrollTop = aside.scrollHeight")
 
 
 def main() -> None:

@@ -284,7 +284,7 @@ def test_one_click_from_a_sentence_to_a_vector_that_is_tried(page, server):
     said = page.find_element(BY, "#job-said")
     assert said.get_attribute("role") == "status" and "has begun" in said.get_attribute("textContent")
     name = "answer_in_capital_letters"
-    assert name in page.find_element(BY, "#job-title").text
+    assert "“Answer in capital letters.” on bundled" in page.find_element(BY, "#job-title").text
     wait(lambda: page.find_element(BY, "#job-now").text.endswith(" s"))
     page.get(server.url)  # whoever comes back sees it again
     wait(lambda: page.find_element(BY, "#job").is_displayed())
@@ -301,7 +301,8 @@ def test_one_click_from_a_sentence_to_a_vector_that_is_tried(page, server):
     ]  # fmt: skip
     words = page.find_element(BY, "#outcome-text").text
     assert "of 8" in words and "strength" in words and f"-o '{name}.gguf'" in words
-    assert name in said.get_attribute("textContent")
+    said = page.find_element(BY, "#job-said").get_attribute("textContent")
+    assert name in said and "of 8" in said
     settings = localsteer_settings(server, name)
     assert page.find_element(BY, f".vector[data-name={name}] [role=switch]").is_selected()
     wait(lambda: texts(page, "steered") and texts(page, "plain"), PATIENT)

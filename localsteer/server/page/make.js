@@ -84,7 +84,13 @@ function follow(job, byUser) {
 }
 
 function titleOf(job) {
-  return `${job.method === "learn" ? "Learning" : "The search for"} ${job.instruction} on ${job.model}`;
+  return `${job.method === "learn" ? "Learning" : "The search for"} ${wordsOf(job)} on ${job.model}`;
+}
+
+// The catalogue's name, or the sentence.
+function wordsOf(job) {
+  const isKnown = !job.text || known.some((each) => each.id === job.instruction);
+  return isKnown ? job.instruction : `\u201c${job.text}\u201d`;
 }
 
 async function poll(id, failures = 0) {
@@ -162,7 +168,7 @@ function showOutcome(job) {
 }
 
 function outcomeOf(job) {
-  const what = job.instruction;
+  const what = wordsOf(job);
   if (job.status === "failed") return { title: `No vector of ${what}`, lines: [job.error] };
   if (job.status === "cancelled") {
     return { title: `Stopped: no vector of ${what}`, lines: ["Nothing had been found by then."] };
