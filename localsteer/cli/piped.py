@@ -24,6 +24,7 @@ BEGINNING = "\x1e"  # of a line of progress: RFC 7464's record separator
 STOP = "stop"
 EVERY_SECONDS = 0.2  # between two lines that say the same with another count
 LOWEST = 19
+PRIORITY = "LOCALSTEER_NICE"  # of the environment: another one, 0 to 19
 
 
 def run() -> None:
@@ -47,8 +48,9 @@ def step_back() -> None:
     # a group, no session: Linux may share the processor out between sessions, and then no priority counts
     with suppress(OSError):
         os.setpgid(0, 0)
+    wanted = os.environ.get(PRIORITY, "")
     with suppress(OSError):
-        os.nice(LOWEST)
+        os.nice(min(LOWEST, int(wanted)) if wanted.isdecimal() else LOWEST)
 
 
 def _obey() -> None:

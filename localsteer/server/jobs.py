@@ -212,7 +212,7 @@ def _words(served: Served, catalog: Catalog, text: str, method: str) -> list[str
     command = "tune" if method == "search" else "learn"
     return [
         command,
-        f"--model={engine.path}",
+        f"--model={engine.path.absolute()}",
         f"--instruction={text}",
         f"--catalog={catalog.source}",
         f"--threads={engine.context.n_threads}",
