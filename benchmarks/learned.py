@@ -32,18 +32,13 @@ import numpy as np
 
 from localsteer import ControlVector, Engine, __version__
 from localsteer.cache import atomic_path, file_hash
-from localsteer.catalog import Catalog, Instruction, Query, load_catalog
+from localsteer.catalog import Catalog, Instruction, Query, alike, load_catalog
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.conditions import (
-    Outcome,
-    alike,
-    mean_state,
-    plain_replies,
-    random_control,
-    run_conditions,
-)
+from localsteer.evaluate.controls import mean_state, random_control
 from localsteer.evaluate.intervals import wilson
-from localsteer.evaluate.study import spread
+from localsteer.evaluate.outcomes import Outcomes
+from localsteer.evaluate.runner import plain_replies, run_conditions
+from localsteer.evaluate.vectors import spread
 from localsteer.extract import extract
 from localsteer.learn import Recipe, learn
 from localsteer.learn.examples import rewritten
@@ -141,7 +136,7 @@ class Lessons:
     ) -> dict[str, Any]:
         plain = self._plain_replies(test)
         controls = {"random": random_control(vector, mean_state(self._engine, test), seed=0)}
-        outcomes = run_conditions(
+        found = run_conditions(
             self._engine,
             instruction,
             vector,
@@ -152,9 +147,9 @@ class Lessons:
             scored=("steered",),
         )
         record = vector.provenance["validation"]
-        row = {NAMES.get(name, name): _share(outcome) for name, outcome in outcomes.items()}
+        row = {NAMES.get(name, name): _share(rows) for name, rows in found.items()}
         row |= {"seconds": record["seconds"], "layer": vector.layers[0], "strength": vector.strength}
-        return row | {"quality": self._quality(instruction, outcomes, test, plain)}
+        return row | {"quality": self._quality(instruction, found, test, plain)}
 
     def _plain_replies(self, test: Sequence[Query]) -> list[Reply]:
         key = tuple(test)
@@ -203,30 +198,28 @@ class Lessons:
     ) -> dict[str, Any] | None:
         if vector is None:
             return None
-        outcomes = run_conditions(self._engine, instruction, vector, test, conditions=("steered",), scored=())
-        return _share(outcomes["steered"])
+        found = run_conditions(self._engine, instruction, vector, test, conditions=("steered",), scored=())
+        return _share(found["steered"])
 
     def _quality(
         self,
         instruction: Instruction,
-        outcomes: Mapping[str, Outcome],
+        found: Mapping[str, Outcomes],
         test: Sequence[Query],
         plain: Sequence[Reply],
     ) -> dict[str, float | None]:
-        none, learned = outcomes["none"], outcomes["steered"]
-        n_plain, n_learned = (
-            sum(len(reply.tokens) for reply in outcome.replies) for outcome in (none, learned)
-        )
+        none, learned = found["none"], found["steered"]
+        n_plain, n_learned = (sum(len(row.reply.tokens) for row in rows) for rows in (none, learned))
         return {
             "subject_plain": none.subject_kept,
             "subject_learned": learned.subject_kept,
             "length": round(n_learned / n_plain, 3) if n_plain else None,
             "ppl": self._perplexity_ratio(instruction, learned, test, plain),
-            "distinct": round(len({reply.text for reply in learned.replies}) / learned.n, 3),
+            "distinct": round(len({row.reply.text for row in learned}) / learned.n, 3),
         }
 
     def _perplexity_ratio(
-        self, instruction: Instruction, learned: Outcome, test: Sequence[Query], plain: Sequence[Reply]
+        self, instruction: Instruction, learned: Outcomes, test: Sequence[Query], plain: Sequence[Reply]
     ) -> float | None:
         """Both sides carry the form, so that only what it holds is compared."""
         examples = [
@@ -240,15 +233,15 @@ class Lessons:
         return round(learned.perplexity / reference, 3)
 
 
-def _share(outcome: Outcome) -> dict[str, Any]:
-    n_followed = sum(bool(reply.followed) for reply in outcome.replies)
-    low, high = wilson(n_followed, outcome.n)
+def _share(rows: Outcomes) -> dict[str, Any]:
+    n_followed = sum(bool(row.strict) for row in rows)
+    low, high = wilson(n_followed, rows.n)
     return {
-        "followed": outcome.followed,
+        "followed": rows.followed,
         "low": round(low, 3),
         "high": round(high, 3),
-        "degenerate": outcome.degenerate,
-        "subject_kept": outcome.subject_kept,
+        "degenerate": rows.degenerate,
+        "subject_kept": rows.subject_kept,
     }
 
 
