@@ -33,18 +33,13 @@ import numpy as np
 
 from localsteer import ControlVector, Engine, __version__
 from localsteer.cache import atomic_path, file_hash
-from localsteer.catalog import Catalog, Instruction, Query, load_catalog
+from localsteer.catalog import Catalog, Instruction, Query, alike, load_catalog
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.conditions import (
-    MAX_TOKENS,
-    Outcome,
-    alike,
-    mean_state,
-    random_control,
-    run_conditions,
-)
+from localsteer.evaluate.controls import mean_state, random_control
 from localsteer.evaluate.intervals import wilson
-from localsteer.evaluate.study import spread
+from localsteer.evaluate.outcomes import Outcomes
+from localsteer.evaluate.runner import MAX_TOKENS, run_conditions
+from localsteer.evaluate.vectors import spread
 from localsteer.extract import extract
 from localsteer.learn import Kept, PlainReplies, Recipe, learn
 from localsteer.learn.examples import rewritten
@@ -54,7 +49,7 @@ from localsteer.runtime.reply import Reply
 from localsteer.tune import N_SEQ_MAX, tune
 from localsteer.tune.replies import Asked, replies_to, told_prompt
 from localsteer.verify import can_rewrite, rewrite, verify
-from localsteer.verify.judge import Judged, judge
+from localsteer.verify.judge import judge
 
 N_PAIRS = 32  # of a difference in means, as first use takes
 
@@ -157,7 +152,10 @@ class Lessons:
         )
         random = random_control(vector, mean_state(self._engine, test), seed=0)
         record = vector.provenance["validation"]
-        row = {"none": _share(outcomes["none"].replies), "learned": _share(outcomes["steered"].replies)}
+        row = {
+            "none": _share([row.strict for row in outcomes["none"]]),
+            "learned": _share([row.strict for row in outcomes["steered"]]),
+        }
         row |= {"seconds": record["seconds"], "layer": vector.layers[0], "strength": vector.strength}
         row |= {
             "told": self._alone(instruction, None, test, told=True),
@@ -220,29 +218,29 @@ class Lessons:
             for i, query in enumerate(test)
         ]
         replies = replies_to(self._engine, instruction, asked, max_tokens=MAX_TOKENS)
-        return _share([judge(instruction, query, reply) for query, reply in zip(test, replies, strict=True)])
+        return _share(
+            [judge(instruction, query, reply).followed for query, reply in zip(test, replies, strict=True)]
+        )
 
     def _quality(
         self,
         instruction: Instruction,
-        outcomes: Mapping[str, Outcome],
+        found: Mapping[str, Outcomes],
         test: Sequence[Query],
         plain: Sequence[Reply],
     ) -> dict[str, float | None]:
-        none, learned = outcomes["none"], outcomes["steered"]
-        n_plain, n_learned = (
-            sum(len(reply.tokens) for reply in outcome.replies) for outcome in (none, learned)
-        )
+        none, learned = found["none"], found["steered"]
+        n_plain, n_learned = (sum(len(row.reply.tokens) for row in rows) for rows in (none, learned))
         return {
             "subject_plain": none.subject_kept,
             "subject_learned": learned.subject_kept,
             "length": round(n_learned / n_plain, 3) if n_plain else None,
             "ppl": self._perplexity_ratio(instruction, learned, test, plain),
-            "distinct": round(len({reply.text for reply in learned.replies}) / learned.n, 3),
+            "distinct": round(len({row.reply.text for row in learned}) / learned.n, 3),
         }
 
     def _perplexity_ratio(
-        self, instruction: Instruction, learned: Outcome, test: Sequence[Query], plain: Sequence[Reply]
+        self, instruction: Instruction, learned: Outcomes, test: Sequence[Query], plain: Sequence[Reply]
     ) -> float | None:
         """Both sides carry the form, so that only what it holds is compared."""
         examples = [
@@ -274,10 +272,11 @@ class Stages:
         return ", ".join(f"{what} {seconds:.0f}" for what, seconds in self._seconds.items())
 
 
-def _share(replies: Sequence[Judged]) -> dict[str, Any]:
-    n_followed = sum(bool(reply.followed) for reply in replies)
-    low, high = wilson(n_followed, len(replies))
-    return {"followed": n_followed / len(replies), "low": round(low, 3), "high": round(high, 3)}
+def _share(followed: Sequence[bool | None]) -> dict[str, Any]:
+    """Of replies that follow; None is one that nothing could judge."""
+    n_followed = sum(map(bool, followed))
+    low, high = wilson(n_followed, len(followed))
+    return {"followed": n_followed / len(followed), "low": round(low, 3), "high": round(high, 3)}
 
 
 def _instructions(catalog: Catalog, names: str | None) -> list[Instruction]:

@@ -137,6 +137,13 @@ class Catalog:
         return found
 
 
+def alike(a: Instruction, b: Instruction) -> bool:
+    """Whether two instructions ask for the same kind of thing: both a length, or one verifier for both."""
+    if a.id == b.id or (a.group == b.group == "length"):
+        return True
+    return a.verifier is not None and a.verifier == b.verifier
+
+
 def load_catalog(path_or_name: str | Path = DEFAULT) -> Catalog:
     """A bundled catalog by name, or a file of the user's by path (anything with a suffix or a folder in it).
 

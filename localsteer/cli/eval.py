@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from localsteer.catalog import Query
+    from localsteer.evaluate.bench import Bench, EvalLimits
     from localsteer.evaluate.model_judge import ModelJudge
     from localsteer.evaluate.page import Results, SuiteReport
-    from localsteer.evaluate.suites.bench import Bench, EvalLimits
     from localsteer.vector import ControlVector
 
 # as localsteer.evaluate.suites has them
@@ -247,7 +247,7 @@ def _opened(
     params: dict[str, Any],
     bundled: bool,
 ) -> Iterator[tuple[Bench, ModelJudge | None]]:
-    from localsteer.evaluate.suites.bench import open_bench, open_judge
+    from localsteer.evaluate.bench import open_bench, open_judge
 
     limits = _limits(bundled, params)
     arguments = {
@@ -272,7 +272,7 @@ def _opened(
 def _limits(bundled: bool, params: dict[str, Any]) -> EvalLimits:
     from dataclasses import replace
 
-    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, EvalLimits
+    from localsteer.evaluate.bench import BUNDLED_LIMITS, EvalLimits
 
     asked = {"max_tokens": params["max_tokens"], "n_ctx": params["ctx_size"]}
     asked = {key: value for key, value in asked.items() if value is not None}

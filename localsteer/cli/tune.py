@@ -290,7 +290,7 @@ def _rule(verifier: str | None, kwargs: str | None) -> dict[str, Any]:
 def _validation(catalog: Catalog, instruction: Instruction, params: dict[str, Any]) -> tuple[Query, ...]:
     """All of them; for the exhaustive search `n` at equal distances, so that few still hold every kind."""
     from localsteer.catalog import load_queries
-    from localsteer.evaluate.study import spread
+    from localsteer.evaluate.vectors import spread
 
     if params["queries"] is None:
         queries = catalog.queries_for(instruction, "validation")
@@ -360,7 +360,7 @@ def _with_vector(engine: Engine, job: TuneJob) -> TuneJob:
 
 
 def _tune(engine: Engine, job: TuneJob, params: dict[str, Any]) -> tuple[Tuned, dict[str, Any]]:
-    from localsteer.evaluate.suites.bench import model_info
+    from localsteer.evaluate.bench import model_info
     from localsteer.tune import tune
 
     model = {key: model_info(engine)[key] for key in ("name", "sha256", "quantization")}
