@@ -1,7 +1,8 @@
 """What a search for a vector costs the replies of the same server: python benchmarks/making.py [-m MODEL]
 
-The same request, again and again, before a job (/v1/jobs) and while it runs. Exit status 1 where replies take
-more than BOUND times as long.
+The same request, again and again, before a job (/v1/jobs), while it runs, and after it. Run it with nothing
+else running: where before and after differ, it was not. Exit status 1 where replies take more than BOUND
+times as long beside a job.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def seconds_of(client: httpx.Client) -> float:
 
 def measured(client: httpx.Client) -> dict[str, object]:
     seconds_of(client)  # the prompt is in the cache from here on
-    alone = [seconds_of(client) for _ in range(N)]
+    before = [seconds_of(client) for _ in range(N)]
     job = client.post("/v1/jobs", json={"instruction": SENTENCE})
     job.raise_for_status()
     address = f"/v1/jobs/{job.json()['id']}"
@@ -45,10 +46,14 @@ def measured(client: httpx.Client) -> dict[str, object]:
     beside = [seconds_of(client) for _ in range(N)]
     at = client.get(address).json()
     client.delete(address), client.delete(address)
+    while client.get(address).json()["status"] == "stopping":
+        time.sleep(0.1)
+    after = [seconds_of(client) for _ in range(N)]
     return {
-        "alone_seconds": round(statistics.median(alone), 3),
-        "beside_a_search_seconds": round(statistics.median(beside), 3),
-        "ratio": round(statistics.median(beside) / statistics.median(alone), 3),
+        "before_seconds": round(statistics.median(before), 3),
+        "beside_a_job_seconds": round(statistics.median(beside), 3),
+        "after_seconds": round(statistics.median(after), 3),
+        "ratio": round(statistics.median(beside) / statistics.median([*before, *after]), 3),
         "the_search_was": f"{at['status']}: {at['doing']} {at['best']}",
     }
 

@@ -210,9 +210,16 @@ def test_it_is_off_where_the_operator_says_so(tmp_path, folder_of_vectors, limit
         assert all(words in method["why_not"] for method in methods)
 
 
-def test_a_job_has_its_time(tmp_path):
+def test_a_job_has_its_time_and_runs_nothing_of_the_current_folder(tmp_path, monkeypatch):
     from localsteer.server.limits import Limits
 
+    current = tmp_path / "current"
+    current.mkdir()
+    for name in ("json", "localsteer", "click"):
+        (current / f"{name}.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(current)
+    tmp_path = tmp_path / "vectors"
+    tmp_path.mkdir()
     with serving(tmp_path, limits=Limits(job_seconds=1.0)) as server, server.http() as http:
         made = ended(http, begin(http, "json"))
         assert (made["status"], made["stopped_by"]) == ("failed", "deadline")

@@ -6,6 +6,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["Steering"], route_class=BodyRoute)
 MAX_CTX = 4096  # prompts and replies of a search are short
-LEARNED_NAME = 54  # characters of a name that a digest follows
+BEFORE_DIGEST = 54  # characters of a name that a digest follows
 
 
 def _state(request: Request) -> State:
@@ -130,8 +131,11 @@ def catalog_for(model: str) -> Catalog:
     if is_bundled(model):
         from localsteer import bundled
 
-        return load_catalog(bundled.CATALOG)
-    return load_catalog(DEFAULT)
+        return _catalog(bundled.CATALOG)
+    return _catalog(DEFAULT)
+
+
+_catalog = lru_cache(load_catalog)
 
 
 def why_not(state: State, method: str) -> str | None:
@@ -182,7 +186,7 @@ def _name(state: State, model: str, instruction: Instruction, body: JobRequest) 
         )
     name = body.name or vector_name(instruction)
     if body.name is None and not body.replace and _is_others(state, model, instruction, name):
-        name = f"{name[:LEARNED_NAME]}-{_digest(model, *instruction.phrasings)}"
+        name = f"{name[:BEFORE_DIGEST]}-{_digest(model, *instruction.phrasings)}"
     under_way = state.jobs.active(name)
     if under_way is not None:
         raise ApiError(

@@ -49,7 +49,10 @@ BEST = ", best so far "  # in what a search says of itself
 _PROGRESS = b"\x1e"  # begins a line of progress, see cli/piped.py
 _TALK = "localsteer: "  # begins one for people
 _REFUSED = 2  # exit status: the last line says why
-_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from localsteer.cli.piped import run; run()"
+# os and sys are there already: whatever else is imported first might lie in the current folder
+_CODE = (
+    "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from localsteer.cli.piped import run; run()"
+)
 _PRIVATE = ("LOCALSTEER_API_KEY",)  # of the environment: nothing that the process needs
 
 logger = logging.getLogger("localsteer.server")
@@ -124,7 +127,7 @@ class PipedCommand:
 def _started(words: Sequence[str]) -> subprocess.Popen[bytes]:
     path = [entry for entry in sys.path if entry]  # without the current folder, which is anybody's
     process = subprocess.Popen(
-        [sys.executable, "-c", _CODE, json.dumps(path)],
+        [sys.executable, "-c", _CODE, os.pathsep.join(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

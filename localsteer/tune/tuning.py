@@ -253,10 +253,10 @@ class _Tuning:
         return best if best.score > self._check.plain.score else None
 
     def _shown_best(self) -> str:
-        trials = self._ordered()
-        return (
-            f", best so far {trials[0].setting} ({trials[0].n_good} of {trials[0].n} good)" if trials else ""
-        )
+        best = next(iter(self._ordered()), None)
+        if best is None or not best.n:
+            return ""
+        return f", best so far {best.setting} ({best.n_good} of {best.n} good)"
 
     def _tuned(self, source: Mapping[str, Any], seconds: float, n_scored: int, stopped: bool) -> Tuned:
         nobody = Trial(None)
