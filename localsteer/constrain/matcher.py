@@ -55,8 +55,8 @@ class TokenBytes:
 
         made = LLMatcher(self._tokenizer, constraint.lark_text(), log_level=0, limits=limits())
         if not made.is_error():
-            bits = _bits(made, self.n_vocab + 1)  # computed here, so that what is too complex is refused here
-            if not made.is_error() and not bits.any():
+            packed = made.compute_bitmask()  # here, so that what is too complex is refused here
+            if not made.is_error() and not _unpacked(packed, self.n_vocab + 1).any():
                 raise constraint.error("no reply can follow it")
         if made.is_error():
             raise constraint.error(told(made.get_error()))
@@ -75,15 +75,20 @@ class Matcher:
         Ends are allowed where the constraint allows the reply to end, and nothing else is where it must.
         Raises LocalsteerError where the text so far has become too complex to go on.
         """
-        bits = _bits(self._matcher, len(logits))
-        if self._matcher.is_error():
-            raise self._error()
-        masked = logits.copy()
-        np.putmask(masked, bits == 0, -np.inf)
+        masked = np.full_like(logits, -np.inf)
+        allowed = self.allowed(len(logits))
+        masked[allowed] = logits[allowed]
         return masked
 
+    def allowed(self, n_vocab: int) -> np.ndarray:
+        """The tokens that may come next, (n,) ascending. Raises LocalsteerError as `mask` does."""
+        packed = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise self._error()
+        return np.flatnonzero(_unpacked(packed, n_vocab))
+
     def allows(self, token: int) -> bool:
-        """Whether the mask has this one token. Never of an end, of which only the mask tells."""
+        """Whether this one token may come next. Never of an end, of which only `allowed` tells."""
         return self._matcher.validate_tokens([token]) == 1
 
     @property
@@ -107,9 +112,10 @@ class Matcher:
         )
 
 
-def _bits(matcher: LLMatcher, count: int) -> np.ndarray:
-    """(count,) of 0 and 1."""
-    return np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), count=count, bitorder="little")
+def _unpacked(packed: bytes, count: int) -> np.ndarray:
+    """(count,) of bool."""
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=count, bitorder="little")
+    return bits.view(np.bool_)
 
 
 class _Tokens:

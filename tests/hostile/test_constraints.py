@@ -15,6 +15,7 @@ from localsteer import Engine, LocalsteerError, Sampling, bundled
 from localsteer.constrain import END, Constraint, TokenBytes
 from localsteer.errors import ConstraintError
 from localsteer.model_names import path_of
+from localsteer.runtime.bridge import Sampler
 from localsteer.runtime.scheduler import Scheduler
 
 BYTES = [bytes([i]) for i in range(256)]
@@ -225,6 +226,44 @@ def test_one_reply_and_many_are_kept_alike(engine, sampling):
         if reply.finish_reason == "stop":
             check(reply.text)
     assert any(reply.finish_reason == "stop" for reply in (alone, *together))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temp": 0},
+        {"temp": 0, "repeat_penalty": 1.3},
+        {"seed": 1},
+        {"seed": 2, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "temp": 2.0},
+        {"seed": 3, "top_k": 5, "presence_penalty": 1.0, "logit_bias": [(101, 5.0), (34, -5.0)]},
+    ],
+    ids=str,
+)
+def test_a_draw_from_what_is_allowed_is_one_from_masked_logits(engine, settings):
+    """Tokens that are no candidates change no draw: the others alone are handed to llama.cpp."""
+    constraint, noise = Constraint.json_schema(PERSON), np.random.default_rng(5)
+    mask = engine.token_bytes.matcher(constraint)
+    with (
+        Sampler(engine.model, **settings, matcher=engine.token_bytes.matcher(constraint)) as kept,
+        Sampler(engine.model, **settings) as plain,
+    ):
+        for _ in range(40):
+            logits = 3 * noise.standard_normal(engine.model.n_vocab, np.float32)
+            token = plain.sample(Row(mask.mask(logits)))
+            assert kept.sample(Row(logits)) == token
+            if engine.ends(token):
+                break
+            mask.accept(token)
+
+
+class Row:
+    """Logits in the place of a context."""
+
+    def __init__(self, logits):
+        self._logits = logits
+
+    def logits(self, _row):
+        return self._logits
 
 
 def check(text: str) -> None:

@@ -119,13 +119,15 @@ class Sampler(Handle):
         """The likeliest of all is mostly allowed, and one token is asked for faster than all of them."""
         if self._matcher is None or self._matcher.allows(likeliest):
             return likeliest
-        masked = self._matcher.mask(logits)
-        token = int(masked.argmax())
-        return token if np.isfinite(masked[token]) else None
+        allowed = self._matcher.allowed(len(logits))
+        if not len(allowed):
+            return None
+        token = int(allowed[logits[allowed].argmax()])
+        return token if np.isfinite(logits[token]) else None
 
     def _drawn(self, logits: np.ndarray) -> int | None:
-        masked = self._matcher.mask(logits) if self._matcher else logits
-        token = self._candidates.choose(self.pointer, masked)
+        allowed = self._matcher.allowed(len(logits)) if self._matcher else None
+        token = self._candidates.choose(self.pointer, logits, allowed)
         if token is not None:
             lc.llama_sampler_accept(self.pointer, token)
         return token
@@ -161,15 +163,18 @@ class _Candidates:
         self._data = np.zeros(n_vocab, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)])
         self._ids = np.arange(n_vocab, dtype=np.int32)
 
-    def choose(self, sampler: object, logits: np.ndarray) -> int | None:
-        """None where every token is ruled out."""
-        self._data["id"], self._data["logit"], self._data["p"] = self._ids, logits, 0.0
+    def choose(self, sampler: object, logits: np.ndarray, allowed: np.ndarray | None = None) -> int | None:
+        """None where every token is ruled out. allowed: token ids; the others are no candidates."""
+        ids = self._ids if allowed is None else allowed
+        data = self._data[: len(ids)]
+        data["id"], data["logit"], data["p"] = ids, logits if allowed is None else logits[allowed], 0.0
         array = lc.llama_token_data_array(
             data=ctypes.cast(self._data.ctypes.data, lc.llama_token_data_p),
-            size=len(self._data),
+            size=len(ids),
             selected=-1,
             sorted=False,
         )
-        lc.llama_sampler_apply(sampler, ctypes.byref(array))
+        if len(ids):  # llama.cpp's samplers take one for granted
+            lc.llama_sampler_apply(sampler, ctypes.byref(array))
         chosen = array.data[array.selected] if 0 <= array.selected < array.size else None
         return None if chosen is None or not np.isfinite(chosen.logit) else int(chosen.id)
