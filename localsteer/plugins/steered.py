@@ -14,7 +14,7 @@ import json
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,8 +27,10 @@ from localsteer.cli.interrupt import handled
 from localsteer.cli.options import parse_blocks
 from localsteer.cli.vector_spec import VectorSpec
 from localsteer.errors import LocalsteerError, PlanError
+from localsteer.tool_calls import Call, CallHold, calls_in
 
 if TYPE_CHECKING:
+    from localsteer.constrain import Constraint
     from localsteer.engine import Engine
     from localsteer.ensure import Ensured
     from localsteer.runtime.ask import Ask
@@ -104,21 +106,56 @@ class SteeringWords:
 
 @dataclass(frozen=True)
 class Wanted:
-    """How the reply is to be. max_tokens: None = until the context is full. sampling: of Sampling."""
+    """How the reply is to be. max_tokens: None = until the context is full. sampling: of Sampling.
+
+    tools: functions that the reply may call, as chat templates are given them ({"type": "function", ...}).
+    tool_choice: None = as the model likes; `required`, or the name of the tool that must be called.
+    steer_forms: steer inside of calls and under a grammar as well (docs/clients.md)."""
 
     max_tokens: int | None = 512
     stop: tuple[str, ...] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str | None = None
+    steer_forms: bool = False
 
-    def drawn(self) -> Sampling:
-        """With a seed, so that the record can name it."""
+    def drawn(self, own: Mapping[str, Any] | None = None) -> Sampling:
+        """With a seed, so that the record can name it. own: what the model has where nothing is wanted."""
         from localsteer.runtime.sampling import Sampling
 
         seed = self.sampling.get("seed")
         chosen = random.randrange(_SEEDS) if seed in (None, -1) else seed
         if not 0 <= chosen <= _SEEDS:
             raise LocalsteerError(f"seed must be 0 to {_SEEDS}, or -1 for another one each time, not {seed}.")
-        return Sampling(**{**self.sampling, "seed": chosen})
+        settings = {**(own or {}), **self.sampling, "seed": chosen}
+        call = self.forced_call()
+        return Sampling(**(settings if call is None else {**settings, "grammar": call}))
+
+    @property
+    def is_form(self) -> bool:
+        """Whether a program may read of the reply: all of it, or a call in it."""
+        return bool(self.tools or self.sampling.get("grammar") or self.tool_choice)
+
+    def forced_call(self) -> Constraint | None:
+        """Nothing but one call. Raises LocalsteerError for a choice that does not go with the tools."""
+        from localsteer.constrain import Constraint
+
+        functions = [tool["function"] for tool in self.tools]
+        if self.tools and self.sampling.get("grammar"):
+            raise LocalsteerError("a schema excludes tools: ask for one of them.")
+        if self.tool_choice in (None, "auto"):
+            return None
+        if not functions:
+            raise LocalsteerError("tool_choice needs tools: offer some, or leave it out.")
+        if self.tool_choice != "required":
+            names = [function["name"] for function in functions]
+            functions = [function for function in functions if function["name"] == self.tool_choice]
+            if not functions:
+                raise LocalsteerError(
+                    f"tool_choice: there is no tool {self.tool_choice!r:.80}: choose required, auto or "
+                    f"{', '.join(names)}."
+                )
+        return Constraint.tool_call([(function["name"], function["parameters"]) for function in functions])
 
 
 class SteeredModel:
@@ -147,7 +184,8 @@ class SteeredModel:
 
                 with one_kind_of_error():
                     # opened in the thread that decodes (see Scheduler)
-                    opener = partial(load_engine, self.model, **self.loading, n_seq_max=N_SEQ_MAX)
+                    own = {"as_asked": True, "n_seq_max": N_SEQ_MAX}
+                    opener = partial(load_engine, self.model, **self.loading, **own)
                     self._scheduler = Scheduler(opener)
             return self._scheduler
 
@@ -204,9 +242,12 @@ class SteeredModel:
     ) -> SteeredAnswer:
         """Everything is checked here; the reply comes as the answer is read."""
         from localsteer.asked import considerate
+        from localsteer.model_names import asked_of
         from localsteer.runtime.ask import Ask
 
-        sampling = wanted.drawn()
+        if wanted.tools and words.ensure:
+            raise LocalsteerError("ensure gives one checked text, which excludes tools: leave one out.")
+        sampling = wanted.drawn(asked_of(self.model).sampling)
         always, checked = self.vectors(words)
         with one_kind_of_error():
             for vector in (*always, *checked):
@@ -221,8 +262,22 @@ class SteeredModel:
                 sampling=sampling,
                 stop=wanted.stop,
                 n_top=n_top,
+                plain_forms=wanted.is_form and not wanted.steer_forms,
             )
-            return SteeredAnswer(self, ask, applied, left_out, checked, words.tries)
+            if wanted.tools:
+                ask = self._with_tools(ask, wanted.tools)
+            names = {tool["function"]["name"] for tool in wanted.tools}
+            return SteeredAnswer(self, ask, Steering(applied, left_out, checked, words.tries), names)
+
+    def _with_tools(self, ask: Ask, tools: Sequence[dict[str, Any]]) -> Ask:
+        """The same with the prompt rendered, since only the template shows tools to a model."""
+        template = self.engine.template
+        if not template.takes_tools:
+            raise LocalsteerError(
+                f"the chat template of {self.model} has no tools: leave them out, or ask another model."
+            )
+        prompt = self.engine.render(ask.prompt, tools=list(tools))
+        return replace(ask, prompt=prompt, raw=True, stop=(*ask.stop, *template.stop))
 
 
 def _with_own_strength(texts: Sequence[str], vectors: Sequence[ControlVector]) -> list[ControlVector]:
@@ -242,27 +297,35 @@ def _stamp(text: str) -> int | None:
         return None
 
 
+@dataclass(frozen=True)
+class Steering:
+    """What one reply is steered by. left_out: what would do harm (asked.py); checked: what it must follow, in
+    so many tries."""
+
+    applied: Sequence[ControlVector] = ()
+    left_out: Sequence[ControlVector] = ()
+    checked: Sequence[ControlVector] = ()
+    tries: int = 1
+
+
 class SteeredAnswer:
-    """A reply on its way: iterate it, once, for its texts. `cancel`, from any thread, ends it early."""
+    """A reply on its way: iterate it, once, for its texts. `cancel`, from any thread, ends it early. calls:
+    of tools (their names), known after the last text."""
 
     def __init__(
-        self,
-        model: SteeredModel,
-        ask: Ask,
-        applied: Sequence[ControlVector],
-        left_out: Sequence[ControlVector],
-        checked: Sequence[ControlVector],
-        tries: int,
+        self, model: SteeredModel, ask: Ask, steering: Steering, tools: Collection[str] = ()
     ) -> None:
-        self._model, self.ask = model, ask
-        self.applied, self.left_out, self.checked, self.tries = applied, left_out, checked, tries
+        self._model, self.ask, self._tools = model, ask, tools
+        self.applied, self.left_out = steering.applied, steering.left_out
+        self.checked, self.tries = steering.checked, steering.tries
+        self.calls: list[Call] = []
         self.ensured: Ensured | None = None
         self.finish_reason = ""
         self.timings: Timings | None = None
         self.n_prompt = self.n_reply = self.n_cached = 0
         self._cancelled = threading.Event()
         self._ticket: Ticket | None = None
-        if not checked:
+        if not self.checked:
             self._ticket = model.scheduler.submit(ask)  # whose errors come before the first token
 
     def cancel(self) -> None:
@@ -275,13 +338,18 @@ class SteeredAnswer:
             yield from self._streamed() if self._ticket is not None else self._accepted()
 
     def _streamed(self) -> Iterator[str]:
-        ticket = self._ticket
+        ticket, hold = self._ticket, CallHold() if self._tools else None
         try:
             for chunk in ticket:
-                if chunk.text:
-                    yield chunk.text
+                text = hold.push(chunk.text) if hold else chunk.text
+                if text:
+                    yield text
                 if chunk.finish_reason:
                     self.finish_reason, self.timings = chunk.finish_reason, chunk.timings
+            if hold:
+                text, self.calls = calls_in(hold.rest(), self._tools)
+                if text:
+                    yield text
         finally:
             ticket.cancel()
             self.finish_reason = self.finish_reason or "cancelled"  # nobody read on
@@ -307,6 +375,8 @@ class SteeredAnswer:
             "seed": self.ask.sampling.seed,
             "finish_reason": self.finish_reason,
         }
+        if self._ticket is not None and self._ticket.plain_tokens:
+            made["plain_tokens"] = self._ticket.plain_tokens
         if self.left_out:
             made["left_out"] = [vector.name for vector in self.left_out]
         if self.ensured is not None:
@@ -316,7 +386,7 @@ class SteeredAnswer:
     def unsteered(self) -> SteeredAnswer:
         """The plain reply to the same question, with the same seed."""
         with one_kind_of_error():
-            return SteeredAnswer(self._model, replace(self.ask, steer=()), (), (), (), 1)
+            return SteeredAnswer(self._model, replace(self.ask, steer=()), Steering(), self._tools)
 
 
 def described(vector: ControlVector) -> dict[str, Any]:

@@ -14,7 +14,9 @@ listing, and a model that is damaged is one entry with the reason. Only `hub` do
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 from localsteer.errors import ModelFileError
@@ -32,6 +34,7 @@ __all__ = [
     "parts_of",
     "store_of",
     "title_of",
+    "within",
 ]
 
 # (name of the file, bytes that are there, bytes of the whole)
@@ -81,4 +84,17 @@ def parts_of(path: Path) -> list[Path]:
 
 def everything() -> list[StoredModel]:
     """All that the four stores hold on this machine, damaged ones included. No header is read."""
-    return [model for store in STORES.values() for model in store.models()]
+    return [model for store in STORES.values() for model in store.one_by_one()]
+
+
+def within(seconds: float) -> tuple[list[StoredModel], bool]:
+    """(what is seen of `everything` in about this time, whether that is all of it). The hub's cache comes
+    last: it may hold much that is no GGUF."""
+    until = time.monotonic() + seconds
+    small = (ollama.one_by_one(), lmstudio.one_by_one(), llama_cpp.one_by_one())
+    seen = []
+    for model in chain(*small, hub.one_by_one(until)):
+        seen.append(model)
+        if time.monotonic() > until:
+            break
+    return seen, time.monotonic() <= until

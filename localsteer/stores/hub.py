@@ -15,9 +15,11 @@ quantization that is named, else Q4_K_M, else Q8_0, else the first; never what b
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from localsteer.errors import ModelFileError
@@ -52,7 +54,7 @@ def find(rest: str) -> StoredModel:
     folder = _folder_of(repo)
     repo, here = (repo, {}) if folder is None else (_repo_of(folder), cached_files(folder))
     if not any(map(is_first, here)):
-        error = str(unknown(PREFIX + rest, [model.name for model in models()], "the hub's cache"))
+        error = str(unknown(PREFIX + rest, [model.name for model in one_by_one()], "the hub's cache"))
         raise ModelFileError(
             f"{error.removesuffix('.')}; `localsteer models pull {PREFIX}{rest}` fetches it."
         )
@@ -60,26 +62,27 @@ def find(rest: str) -> StoredModel:
     return _model(PREFIX, repo, file, here, sorted({file, *filter(is_first, here)})[:MAX_FILES])
 
 
-def models() -> list[StoredModel]:
+def one_by_one(until: float = math.inf) -> Iterator[StoredModel]:
     folder = cache_folder()
-    return [] if folder is None else models_in(folder, PREFIX)
+    return iter(()) if folder is None else models_in(folder, PREFIX, until)
 
 
-def models_in(folder: Path, prefix: str) -> list[StoredModel]:
-    """Of any folder in the hub's layout: llama.cpp's may have it too."""
-    found = []
+def models_in(folder: Path, prefix: str, until: float = math.inf) -> Iterator[StoredModel]:
+    """Of any folder in the hub's layout: llama.cpp's may have it too. until: by time.monotonic, after which
+    no further repository is looked into; many hold no GGUF."""
     for repo_folder in repositories(folder):
+        if time.monotonic() > until:
+            return
         repo = _repo_of(repo_folder)
         here = cached_files(repo_folder)
         firsts = sorted(filter(is_first, here))[:MAX_FILES]
-        found += [_model(prefix, repo, file, here, firsts) for file in firsts]
+        yield from (_model(prefix, repo, file, here, firsts) for file in firsts)
         n_bytes = _unfinished(repo_folder)
         if n_bytes is not None:  # of which file nothing tells
             what = f"a download was never finished ({n_bytes / 1e6:.1f} MB of it are there)"
             name = f"{prefix}{repo}{':?' if firsts else ''}"
             fault = f"{what}: `localsteer models pull {PREFIX}{repo}` goes on with it"
-            found.append(StoredModel(name, fault=fault))
-    return found
+            yield StoredModel(name, fault=fault)
 
 
 def cache_folder() -> Path | None:

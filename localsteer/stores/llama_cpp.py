@@ -29,16 +29,19 @@ UNFINISHED = ".downloadInProgress"
 
 
 def find(rest: str) -> StoredModel:
-    return only(PREFIX + checked(rest, PREFIX, EXAMPLE), models(), "llama.cpp's cache")
+    return only(PREFIX + checked(rest, PREFIX, EXAMPLE), list(one_by_one()), "llama.cpp's cache")
 
 
-def models() -> list[StoredModel]:
+def one_by_one() -> Iterator[StoredModel]:
     folder = cache_folder()
     if folder is None or not os.path.isdir(folder):
-        return []
-    flat = list(_flat(folder))
-    told = {file for model in flat for file in model.files}
-    return [*flat, *_files(folder, told), *hub.models_in(folder, PREFIX)]
+        return
+    told: set[Path] = set()
+    for model in _flat(folder):
+        told.update(model.files)
+        yield model
+    yield from _files(folder, told)
+    yield from hub.models_in(folder, PREFIX)
 
 
 def cache_folder() -> Path | None:

@@ -24,11 +24,11 @@ MAX_SETTINGS, MAX_POINTER = 4 << 20, 4096  # bytes
 
 
 def find(rest: str) -> StoredModel:
-    return only(PREFIX + checked(rest, PREFIX, EXAMPLE), models(), f"{TITLE}'s folder")
+    return only(PREFIX + checked(rest, PREFIX, EXAMPLE), list(one_by_one()), f"{TITLE}'s folder")
 
 
-def models() -> list[StoredModel]:
-    return [model for folder in model_folders() for model in _models_in(folder)]
+def one_by_one() -> Iterator[StoredModel]:
+    return (model for folder in model_folders() for model in _models_in(folder))
 
 
 def model_folders() -> list[Path]:

@@ -89,9 +89,9 @@ def find(rest: str) -> StoredModel:
     return _model(tag)
 
 
-def models() -> list[StoredModel]:
-    tags = list(_tags())
-    return [*map(_model, tags), *_unfinished()]
+def one_by_one() -> Iterator[StoredModel]:
+    yield from map(_model, _tags())
+    yield from _unfinished()
 
 
 def model_folders() -> list[Path]:
