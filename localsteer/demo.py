@@ -32,6 +32,7 @@ from .evaluate.conditions import (
 )
 from .evaluate.study import N_CTX, N_SEQ_MAX, Stage, Study, silent, spread
 from .evaluate.suites.bench import quantization
+from .jsonable import JsonObject
 from .runtime.bridge import default_threads
 from .runtime.sampling import GREEDY
 from .tune import Tuned
@@ -60,7 +61,7 @@ def run_demo(
     n_threads: int | None = None,
     seed: int = 0,
     stage: Stage = silent,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Everything that `localsteer demo` shows, as one JSON-able document.
 
     backend: where vectors come from: "gguf", the quantized model itself, or "torch", its checkpoint in
@@ -73,7 +74,7 @@ def run_demo(
     started = time.perf_counter()
     catalog = load_catalog(bundled.CATALOG)
     chosen = _chosen(catalog, instructions)
-    ids = [each.id for each in chosen]
+    ids = [instruction.id for instruction in chosen]
     _check(backend, n, catalog)
     with stage("quantizing the bundled model"):
         path = bundled.gguf_path("instruct", quant, folder=checkpoint)
@@ -91,7 +92,10 @@ def run_demo(
         with stage("picking settings, comparing conditions") as advance:
             found = dict(zip(ids, workers.map(work, chosen, advance), strict=True))
     files = _save(folder, {name: picked for name, (picked, _) in found.items()})
-    rows = [row(study, each, *found[each.id]) | {"file": files[each.id]} for each in chosen]
+    rows = [
+        row(study, instruction, *found[instruction.id]) | {"file": files[instruction.id]}
+        for instruction in chosen
+    ]
     return {
         "model": f"localsteer-{bundled.MODELS[0]}",
         "quant": quant.upper(),
@@ -111,7 +115,7 @@ def demonstrate(
     n: int = N_REAL,
     seed: int = 0,
     stage: Stage = silent,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The same table for tuned vectors of any model, by instruction id. n: test queries each.
 
     other: the vector of an instruction that is not alike, at its own settings, since a vector that ships has
@@ -145,14 +149,16 @@ def demonstrate(
                 scored=("none", "steered"),
                 max_tokens=limits[name],
             )
-    rows = [_real_row(catalog.get(name), vectors[name], found) for name, found in outcomes.items()]
+    rows = [
+        _real_row(catalog.get(name), vectors[name], by_condition) for name, by_condition in outcomes.items()
+    ]
     return {
         "model": engine.model.metadata.get("general.name") or engine.path.stem,
         "quant": quantization(engine.model.metadata) or "",
         "instructions": rows,
         "mean": mean(rows),
         "seconds": round(time.perf_counter() - started, 1),
-        "examples": [_example(name, found) for name, found in outcomes.items()],
+        "examples": [_example(name, by_condition) for name, by_condition in outcomes.items()],
     }
 
 
@@ -178,9 +184,7 @@ def _limit(vector: ControlVector) -> int:
     return LEARNED_TOKENS if vector.mode == "gate" else REAL_TOKENS
 
 
-def _real_row(
-    instruction: Instruction, vector: ControlVector, outcomes: Mapping[str, Outcome]
-) -> dict[str, Any]:
+def _real_row(instruction: Instruction, vector: ControlVector, outcomes: Mapping[str, Outcome]) -> JsonObject:
     steered = outcomes["steered"]
     return {
         "id": instruction.id,
@@ -207,7 +211,7 @@ def _chosen(catalog: Catalog, ids: Sequence[str] | None) -> list[Instruction]:
             for instruction in catalog.instructions.values()
             if instruction.group in GROUPS and instruction.verifier
         ]
-    found = [catalog.get(each) for each in dict.fromkeys(ids)]
+    found = [catalog.get(name) for name in dict.fromkeys(ids)]
     if not found:
         raise LocalsteerError("no instruction is named: leave --instructions out for all of them.")
     return found
@@ -223,13 +227,11 @@ def _check(backend: str, n: int, catalog: Catalog) -> None:
 
 def _with_partners(catalog: Catalog, instructions: Sequence[Instruction]) -> list[Instruction]:
     known = {instruction.id for instruction in instructions}
-    partners = [catalog.get(each) for each in PARTNERS if each not in known]
+    partners = [catalog.get(name) for name in PARTNERS if name not in known]
     return [*instructions, *(partners if len(known) < len(PARTNERS) else ())]
 
 
-def row(
-    study: Study, instruction: Instruction, picked: Tuned, outcomes: Mapping[str, Outcome]
-) -> dict[str, Any]:
+def row(study: Study, instruction: Instruction, picked: Tuned, outcomes: Mapping[str, Outcome]) -> JsonObject:
     """One line of the table. layer and positions are None where picking chose to leave the model alone.
 
     quality_none, quality_steered: perplexity of the replies under the unsteered model after the plain query.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from localsteer.errors import LocalsteerError
+from localsteer.jsonable import JsonObject
 
 from .errors import ApiError
 from .schemas import ChatMessage, ChatRequest, Tool
@@ -39,7 +40,7 @@ def rendered(
         raise ApiError(f"messages: {error}", param="messages") from None
 
 
-def variables_of(body: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
+def variables_of(body: ChatRequest, template: ChatTemplate) -> JsonObject:
     """What a request has for the model's chat template. Raises ApiError for what the template never reads: it
     would change nothing. `false` and `null` ask for nothing, and clients send them to every model."""
     asked = dict(body.chat_template_kwargs or {})
@@ -59,10 +60,10 @@ def variables_of(body: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
     return found
 
 
-def template_message(message: ChatMessage) -> dict[str, Any]:
+def template_message(message: ChatMessage) -> JsonObject:
     """As chat templates read them; an OpenAI client's `developer` is everybody else's `system`."""
     role = "system" if message.role == "developer" else message.role
-    made: dict[str, Any] = {"role": role, "content": message.text}
+    made: JsonObject = {"role": role, "content": message.text}
     if message.tool_calls:
         made["tool_calls"] = [
             {
@@ -81,7 +82,7 @@ def template_message(message: ChatMessage) -> dict[str, Any]:
     return {key: value for key, value in made.items() if key != "tool_call_id" or value is not None}
 
 
-def loaded(arguments: str | dict[str, Any]) -> Any:
+def loaded(arguments: str | JsonObject) -> Any:
     """Templates write them with tojson: a text would be quoted twice."""
     try:
         return json.loads(arguments) if isinstance(arguments, str) else arguments

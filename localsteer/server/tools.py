@@ -15,7 +15,9 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from localsteer.jsonable import JsonObject
 
 from .errors import ApiError, shown
 from .formats import enforced_call
@@ -36,7 +38,7 @@ class Call:
     name: str
     arguments: str  # JSON, as OpenAI's clients expect it
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
@@ -150,13 +152,13 @@ def _json_calls(text: str) -> list[Call]:
     except (ValueError, RecursionError):
         return []
     calls = []
-    for each in found if isinstance(found, list) else [found]:
-        if not isinstance(each, dict) or not isinstance(each.get("name"), str):
+    for call in found if isinstance(found, list) else [found]:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             return []
-        given = each.get("arguments", each.get("parameters"))
+        given = call.get("arguments", call.get("parameters"))
         if not isinstance(given, (dict, str)):
             return []
-        calls.append(Call(each["name"], given if isinstance(given, str) else json.dumps(given)))
+        calls.append(Call(call["name"], given if isinstance(given, str) else json.dumps(given)))
     return calls
 
 

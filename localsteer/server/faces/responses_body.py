@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ...jsonable import JsonObject
 from .. import limits
 from ..fields import Rules
 from ..schemas import (
@@ -90,7 +91,7 @@ class ResponsesTool(Body):
     type: str
     name: FunctionName | None = None
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
     @model_validator(mode="after")
@@ -118,7 +119,7 @@ class TextFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=256)] | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    schema_: JsonObject | bool | None = Field(None, alias="schema")
     strict: bool | None = None
     description: Text | None = None
 
@@ -158,7 +159,7 @@ class ResponsesRequest(SteeredBody):
         None, description="message.output_text.logprobs; the others are of tools that run at OpenAI."
     )
     top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
-    metadata: Annotated[dict[str, Any], Field(max_length=64)] | None = None
+    metadata: Annotated[JsonObject, Field(max_length=64)] | None = None
     stream_options: StreamOptions | None = None
     previous_response_id: Any = None
     conversation: Any = None
@@ -217,7 +218,7 @@ class ResponsesRequest(SteeredBody):
                 found.append(ChatMessage(role=item.role, content=item.text))
         return found
 
-    def _tools(self) -> list[dict[str, Any]] | None:
+    def _tools(self) -> list[JsonObject] | None:
         allowed = None
         if isinstance(self.tool_choice, AllowedTools):
             allowed = {tool.name for tool in self.tool_choice.tools}
@@ -234,7 +235,7 @@ class ResponsesRequest(SteeredBody):
             return {"type": "function", "function": {"name": self.tool_choice.name}}
         return self.tool_choice
 
-    def _response_format(self) -> dict[str, Any] | None:
+    def _response_format(self) -> JsonObject | None:
         wanted = self.format
         if wanted.type != "json_schema":
             return {"type": wanted.type}
