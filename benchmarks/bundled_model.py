@@ -17,6 +17,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,12 @@ from localsteer.catalog import Instruction as Steered
 from localsteer.catalog import load_catalog
 from localsteer.demo import GROUPS
 from localsteer.engine import Engine
-from localsteer.evaluate.conditions import Outcome
+from localsteer.evaluate.bench import BUNDLED_LIMITS, N_TOLD, Bench
+from localsteer.evaluate.cells import Experiment, arms_of
+from localsteer.evaluate.controls import choose_others, controls_of
 from localsteer.evaluate.intervals import interval
-from localsteer.evaluate.study import N_CTX, N_SEQ_MAX, Study
+from localsteer.evaluate.outcomes import Outcome, Outcomes
+from localsteer.evaluate.runner import Advance, by_instruction
 from localsteer.runtime.bridge import default_threads, system_info
 from localsteer.runtime.reply import Reply
 from localsteer.runtime.sampling import GREEDY
@@ -205,47 +209,64 @@ REGIMES = (
 
 @dataclass(frozen=True)
 class Steering:
-    """One instruction in one regime. outcomes: by condition; more controls are `random 1`, `other 1`, ..."""
+    """One instruction in one regime. conditions: rows by condition."""
 
     instruction: Steered
     tuned: Tuned
-    outcomes: dict[str, Outcome]
+    conditions: dict[str, Outcomes]
 
     def shares(self, condition: str, key: str = "followed") -> np.ndarray:
-        """(n_queries,) 0 or 1; for `random` and `other` the mean of their several directions."""
-        names = [name for name in self.outcomes if name == condition or name.startswith(f"{condition} ")]
-        verdicts = [[_verdict(reply, key) for reply in self.outcomes[name].replies] for name in names]
-        return np.mean(verdicts, axis=0) if names else np.zeros(0)
+        """(n_queries,) 0 or 1; empty without the condition. key: followed, subject_kept or degenerate."""
+        return np.array([_verdict(row, key) for row in self.conditions.get(condition, ())])
 
 
-def _verdict(reply: Any, key: str) -> float:
-    return float(reply.degenerate is not None if key == "degenerate" else bool(getattr(reply, key)))
+def _verdict(row: Outcome, key: str) -> float:
+    if key == "degenerate":
+        return float(row.degenerate is not None)
+    return float(bool(row.strict if key == "followed" else row.subject_kept))
 
 
-def steer_all(workers: Workers, study: Study, regime: Regime, size: Size) -> list[Steering]:
+def steer_all(bench: Bench, ready: Sequence[Steered], regime: Regime) -> list[Steering]:
     """Words have no bar: one table of them, where settings are free, is enough."""
     free = regime.name == "free"
-    wanted = [each for each in study.instructions if free or each.group in GROUPS]
+    wanted = [each for each in ready if free or each.group in GROUPS]
+    raw = bench.raw(wanted)
+    restricted = regime.restrict(bench.model["n_layer"])
+    picks = bench.tune([(each, raw[each.id]) for each in wanted], **restricted)
+    compared = [_conditions(bench, ready, *pair, free=free) for pair in zip(wanted, picks, strict=True)]
+    rows = bench.run(compared, what="comparing conditions", score=("none", "steered")).by("instruction")
+    return [
+        Steering(each, tuned, rows[each.id].by("condition"))
+        for each, tuned in zip(wanted, picks, strict=True)
+    ]
 
-    def work(engine: Engine, instruction: Steered) -> Steering:
-        tuned = study.tune(engine, instruction, **regime.restrict(engine.model.n_layer))
-        controls = {}
-        if tuned.setting is not None:
-            controls = study.controls(instruction, tuned.vector)
-        names = ("none", "steered", *(("instructed", "both") if free else ()), *controls)
-        options = {"controls": controls, "conditions": names}
-        outcomes = study.conditions(engine, instruction, tuned.vector, **options)
-        return Steering(instruction, tuned, outcomes)
 
-    return workers.map(work, wanted, lambda done, total: note(f"    {done} of {total}"))
+def _conditions(
+    bench: Bench, ready: Sequence[Steered], instruction: Steered, tuned: Tuned, *, free: bool
+) -> Experiment:
+    steers = {"none": (), "steered": (tuned.vector,)}
+    if free:
+        steers |= {"instructed": (), "both": (tuned.vector,)}
+    if tuned.setting is not None:
+        others = choose_others([instruction], ready, bench.told(ready), bench.validation[:N_TOLD])
+        raw = list(bench.raw(others).values())
+        steers |= controls_of([tuned.vector], raw, bench.plain_mean(), bench.seed)
+    return bench.experiment(instruction, arms_of(steers, list(steers)), bench.test)
+
+
+@contextmanager
+def told_by_note(what: str) -> Iterator[Advance]:
+    """A stage of a Bench."""
+    note(f"    {what}")
+    yield lambda _done, _total: None
 
 
 def steered_row(each: Steering) -> dict[str, Any]:
-    setting, steered = each.tuned.setting, each.outcomes["steered"]
+    setting, steered = each.tuned.setting, each.conditions["steered"]
     shares = {
         name: each.shares(name) for name in ("none", "steered", "random", "other", "instructed", "both")
     }
-    perplexities = {name: each.outcomes[name].perplexity for name in ("none", "steered")}
+    perplexities = {name: each.conditions[name].perplexity for name in ("none", "steered")}
     return {
         "id": each.instruction.id,
         "group": each.instruction.group,
@@ -260,8 +281,8 @@ def steered_row(each: Steering) -> dict[str, Any]:
         "strength": setting.strength if setting else 0.0,
         "n": steered.n,
         "controls": {
-            name: outcome.followed
-            for name, outcome in each.outcomes.items()
+            name: rows.followed
+            for name, rows in each.conditions.items()
             if name.startswith(("random", "other"))
         },
     }
@@ -458,7 +479,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     for quant in args.quants:
         path = bundled.gguf_path("instruct", quant, folder=args.checkpoint)
-        with Workers(path, document["threads"], n_ctx=N_CTX, n_seq_max=N_SEQ_MAX) as workers:
+        sizes = {"n_ctx": BUNDLED_LIMITS.n_ctx, "n_seq_max": BUNDLED_LIMITS.n_seq_max}
+        with Workers(path, document["threads"], **sizes) as workers:
             if "told" not in document:
                 note(f"told, on {quant}")
                 rows = told_table(ask_in_words(workers, size))
@@ -471,11 +493,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def steer(workers: Workers, quant: str, size: Size) -> dict[str, Any]:
     catalog = load_catalog(bundled.CATALOG)
     ready = [each for each in catalog.instructions.values() if each.verifier and not each.open_slots]
-    study = Study.prepare(workers, catalog, ready, n=size.test)
+    options = {"n": size.test, "limits": BUNDLED_LIMITS, "stage": told_by_note}
+    bench = Bench(workers, catalog, None, batch=by_instruction, **options)
+    bench.prepare(ready)
     regimes = {}
     for regime in REGIMES:
         note(f"steered, {quant}, {regime.name}")
-        found = steer_all(workers, study, regime, size)
+        found = steer_all(bench, ready, regime)
         regimes[regime.name] = {
             "summary": steered_summary(found),
             "rows": [steered_row(each) for each in found],

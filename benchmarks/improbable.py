@@ -19,7 +19,7 @@ from typing import Any
 from localsteer import __version__, bundled
 from localsteer.catalog import Catalog, Instruction, load_catalog
 from localsteer.engine import Engine
-from localsteer.evaluate.study import spread
+from localsteer.evaluate.vectors import spread
 from localsteer.extract import extract
 from localsteer.perplexity import log_perplexities
 from localsteer.runtime.bridge import default_threads

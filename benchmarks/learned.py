@@ -24,6 +24,7 @@ import argparse
 import json
 import math
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,28 +33,24 @@ import numpy as np
 
 from localsteer import ControlVector, Engine, __version__
 from localsteer.cache import atomic_path, file_hash
-from localsteer.catalog import Catalog, Instruction, Query, load_catalog
+from localsteer.catalog import Catalog, Instruction, Query, alike, load_catalog
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.conditions import (
-    Outcome,
-    alike,
-    mean_state,
-    plain_replies,
-    random_control,
-    run_conditions,
-)
+from localsteer.evaluate.controls import mean_state, random_control
 from localsteer.evaluate.intervals import wilson
-from localsteer.evaluate.study import spread
+from localsteer.evaluate.outcomes import Outcomes
+from localsteer.evaluate.runner import MAX_TOKENS, run_conditions
+from localsteer.evaluate.vectors import spread
 from localsteer.extract import extract
-from localsteer.learn import Recipe, learn
+from localsteer.learn import Kept, PlainReplies, Recipe, learn
 from localsteer.learn.examples import rewritten
 from localsteer.model_names import path_of
+from localsteer.plan import Plan
 from localsteer.runtime.reply import Reply
 from localsteer.tune import N_SEQ_MAX, tune
+from localsteer.tune.replies import Asked, replies_to, told_prompt
 from localsteer.verify import can_rewrite, rewrite, verify
+from localsteer.verify.judge import judge
 
-CONDITIONS = ("none", "steered", "instructed", "both", "random")
-NAMES = {"steered": "learned", "instructed": "told"}
 N_PAIRS = 32  # of a difference in means, as first use takes
 
 
@@ -84,7 +81,7 @@ class Lessons:
 
     def __init__(self, engine: Engine, catalog: Catalog, folder: Path, n_threads: int | None) -> None:
         self._engine, self._catalog, self._folder, self._n_threads = engine, catalog, folder, n_threads
-        self._plain: dict[tuple[Query, ...], list[Reply]] = {}
+        self._plain = PlainReplies(folder / "kept")
 
     def vector(self, instruction: Instruction, *, constant: bool) -> ControlVector | None:
         """None where it can't be learned; the reason is printed."""
@@ -93,6 +90,7 @@ class Lessons:
             queries, validation = (
                 self._catalog.queries_for(instruction, split) for split in ("extraction", "validation")
             )
+            stages = Stages()
             try:
                 lesson = learn(
                     self._engine,
@@ -101,12 +99,14 @@ class Lessons:
                     validation,
                     Recipe(constant=constant),
                     n_threads=self._n_threads,
+                    kept=Kept(self._folder / "kept" / path.stem, path.stem),
+                    report=stages,
                 )
             except LocalsteerError as error:
                 print(error, flush=True)
                 return None
             lesson.vector.save(path)
-            print(f"{path.stem:<20} learned in {lesson.record['seconds']:.0f} s", flush=True)
+            print(f"{path.stem:<20} learned in {lesson.record['seconds']:.0f} s: {stages}", flush=True)
         return ControlVector.load(path)
 
     def measured(
@@ -123,10 +123,11 @@ class Lessons:
         test = spread(self._catalog.queries_for(instruction, "test"), arguments.n)
         if "none" not in row:
             row |= self._arms(instruction, vector, test)
-        if "other" not in row:
-            row["other"] = self._alone(instruction, self._other(instruction, vectors, test), test)
+        if "other" not in row and (other := self._other(instruction, vectors, test)) is not None:
+            row["other"] = self._alone(instruction, other, test)
         if arguments.static and "static" not in row:
-            row["static"] = self._alone(instruction, self.vector(instruction, constant=True), test)
+            constant = self.vector(instruction, constant=True)
+            row["static"] = constant and self._alone(instruction, constant, test)
         if arguments.found and "found" not in row:
             row["found"] = self._alone(instruction, self._found(instruction), test)
         with atomic_path(path) as temporary:
@@ -140,27 +141,31 @@ class Lessons:
         test: Sequence[Query],
     ) -> dict[str, Any]:
         plain = self._plain_replies(test)
-        controls = {"random": random_control(vector, mean_state(self._engine, test), seed=0)}
         outcomes = run_conditions(
             self._engine,
             instruction,
             vector,
             test,
-            controls=controls,
-            conditions=CONDITIONS,
+            conditions=("none", "steered"),
             plain=plain,
             scored=("steered",),
         )
+        random = random_control(vector, mean_state(self._engine, test), seed=0)
         record = vector.provenance["validation"]
-        row = {NAMES.get(name, name): _share(outcome) for name, outcome in outcomes.items()}
+        row = {
+            "none": _share([row.strict for row in outcomes["none"]]),
+            "learned": _share([row.strict for row in outcomes["steered"]]),
+        }
         row |= {"seconds": record["seconds"], "layer": vector.layers[0], "strength": vector.strength}
+        row |= {
+            "told": self._alone(instruction, None, test, told=True),
+            "both": self._alone(instruction, vector, test, told=True),
+            "random": self._alone(instruction, random, test),
+        }
         return row | {"quality": self._quality(instruction, outcomes, test, plain)}
 
     def _plain_replies(self, test: Sequence[Query]) -> list[Reply]:
-        key = tuple(test)
-        if key not in self._plain:
-            self._plain[key] = plain_replies(self._engine, test)
-        return self._plain[key]
+        return self._plain.of(self._engine, [query.text for query in test], MAX_TOKENS)
 
     def _other(
         self,
@@ -199,34 +204,43 @@ class Lessons:
         return tune(self._engine, vector, instruction, validation).vector
 
     def _alone(
-        self, instruction: Instruction, vector: ControlVector | None, test: Sequence[Query]
-    ) -> dict[str, Any] | None:
-        if vector is None:
-            return None
-        outcomes = run_conditions(self._engine, instruction, vector, test, conditions=("steered",), scored=())
-        return _share(outcomes["steered"])
+        self,
+        instruction: Instruction,
+        vector: ControlVector | None,
+        test: Sequence[Query],
+        *,
+        told: bool = False,
+    ) -> dict[str, Any]:
+        """Whether replies follow, and nothing else of them: each ends as soon as that is known."""
+        plan = None if vector is None else Plan.from_vectors([vector])
+        asked = [
+            Asked(told_prompt(query, instruction.phrasings, i) if told else query.text, query, plan)
+            for i, query in enumerate(test)
+        ]
+        replies = replies_to(self._engine, instruction, asked, max_tokens=MAX_TOKENS)
+        return _share(
+            [judge(instruction, query, reply).followed for query, reply in zip(test, replies, strict=True)]
+        )
 
     def _quality(
         self,
         instruction: Instruction,
-        outcomes: Mapping[str, Outcome],
+        found: Mapping[str, Outcomes],
         test: Sequence[Query],
         plain: Sequence[Reply],
     ) -> dict[str, float | None]:
-        none, learned = outcomes["none"], outcomes["steered"]
-        n_plain, n_learned = (
-            sum(len(reply.tokens) for reply in outcome.replies) for outcome in (none, learned)
-        )
+        none, learned = found["none"], found["steered"]
+        n_plain, n_learned = (sum(len(row.reply.tokens) for row in rows) for rows in (none, learned))
         return {
             "subject_plain": none.subject_kept,
             "subject_learned": learned.subject_kept,
             "length": round(n_learned / n_plain, 3) if n_plain else None,
             "ppl": self._perplexity_ratio(instruction, learned, test, plain),
-            "distinct": round(len({reply.text for reply in learned.replies}) / learned.n, 3),
+            "distinct": round(len({row.reply.text for row in learned}) / learned.n, 3),
         }
 
     def _perplexity_ratio(
-        self, instruction: Instruction, learned: Outcome, test: Sequence[Query], plain: Sequence[Reply]
+        self, instruction: Instruction, learned: Outcomes, test: Sequence[Query], plain: Sequence[Reply]
     ) -> float | None:
         """Both sides carry the form, so that only what it holds is compared."""
         examples = [
@@ -240,16 +254,29 @@ class Lessons:
         return round(learned.perplexity / reference, 3)
 
 
-def _share(outcome: Outcome) -> dict[str, Any]:
-    n_followed = sum(bool(reply.followed) for reply in outcome.replies)
-    low, high = wilson(n_followed, outcome.n)
-    return {
-        "followed": outcome.followed,
-        "low": round(low, 3),
-        "high": round(high, 3),
-        "degenerate": outcome.degenerate,
-        "subject_kept": outcome.subject_kept,
-    }
+class Stages:
+    """Seconds of each stage of a lesson, by what it reports."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._what, self._since = "start", time.perf_counter()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        del done, total
+        now = time.perf_counter()
+        self._seconds[self._what] = self._seconds.get(self._what, 0.0) + now - self._since
+        self._what, self._since = what.partition(", ")[0], now
+
+    def __str__(self) -> str:
+        self(self._what, 0, 0)
+        return ", ".join(f"{what} {seconds:.0f}" for what, seconds in self._seconds.items())
+
+
+def _share(followed: Sequence[bool | None]) -> dict[str, Any]:
+    """Of replies that follow; None is one that nothing could judge."""
+    n_followed = sum(map(bool, followed))
+    low, high = wilson(n_followed, len(followed))
+    return {"followed": n_followed / len(followed), "low": round(low, 3), "high": round(high, 3)}
 
 
 def _instructions(catalog: Catalog, names: str | None) -> list[Instruction]:

@@ -20,9 +20,10 @@ from typing import Any
 from localsteer import Engine
 from localsteer.cache import atomic_path
 from localsteer.catalog import load_catalog
-from localsteer.evaluate.conditions import run_conditions
 from localsteer.evaluate.intervals import wilson
-from localsteer.evaluate.study import spread
+from localsteer.evaluate.outcomes import Outcomes
+from localsteer.evaluate.runner import run_conditions
+from localsteer.evaluate.vectors import spread
 from localsteer.model_names import path_of
 from localsteer.packs import Pack, pack_for
 
@@ -60,19 +61,17 @@ def measure(engine: Engine, pack: Pack, name: str, n: int) -> dict[str, Any]:
     instruction, vector = catalog.get(name).fill(), pack.vector(name)
     questions = spread(catalog.queries_for(instruction, "test"), n)
     applied = CONDITIONS if pack.instructions[name].helps else ("none", "instructed")
-    outcomes = run_conditions(
+    found = run_conditions(
         engine, instruction, vector, questions, conditions=applied, scored=(), max_tokens=MAX_TOKENS
     )
-    outcomes = {
-        key: outcomes.get(key, outcomes["instructed" if key == "both" else "none"]) for key in CONDITIONS
-    }
-    return {key: _figures(outcome) for key, outcome in outcomes.items()} | {"helps": len(applied) == 4}
+    shown = {key: found.get(key, found["instructed" if key == "both" else "none"]) for key in CONDITIONS}
+    return {key: _figures(rows) for key, rows in shown.items()} | {"helps": len(applied) == 4}
 
 
-def _figures(outcome: Any) -> tuple[float, float, float, float | None]:
-    followed = outcome.followed or 0.0
-    low, high = wilson(round(followed * outcome.n), outcome.n)
-    return followed, round(low, 3), round(high, 3), outcome.subject_kept
+def _figures(rows: Outcomes) -> tuple[float, float, float, float | None]:
+    followed = rows.followed or 0.0
+    low, high = wilson(round(followed * rows.n), rows.n)
+    return followed, round(low, 3), round(high, 3), rows.subject_kept
 
 
 def _line(name: str, row: dict[str, Any]) -> str:

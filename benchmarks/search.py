@@ -21,8 +21,8 @@ from typing import Any
 
 from localsteer import ControlVector, Engine, __version__
 from localsteer.catalog import Catalog, Instruction, load_catalog
-from localsteer.evaluate.conditions import run_conditions, told_replies
-from localsteer.evaluate.study import spread
+from localsteer.evaluate.runner import run_conditions, told_replies
+from localsteer.evaluate.vectors import spread
 from localsteer.extract import extract
 from localsteer.model_names import path_of
 from localsteer.tune import N_SEQ_MAX, Tuned, tune, tune_exhaustively
@@ -104,10 +104,10 @@ def _outcomes(
     test: Sequence[Any],
     conditions: Sequence[str],
 ) -> dict[str, float | None]:
-    outcomes = run_conditions(
+    found = run_conditions(
         engine, instruction, vector, test, conditions=conditions, scored=(), max_tokens=MAX_TOKENS
     )
-    return {name: outcome.followed for name, outcome in outcomes.items()}
+    return {name: rows.followed for name, rows in found.items()}
 
 
 def _instructions(catalog: Catalog, names: str | None) -> list[Instruction]:

@@ -1,6 +1,6 @@
 """What steering does to tool calls, and what it spares them to stay plain inside.
 
-    python benchmarks/steered_calls.py -m MODEL.gguf [--instruction title] [--strength 1.5] [--block 16]
+    python benchmarks/steered_calls.py -m MODEL.gguf [--instruction title] [--strength 1.5] [--layer 16]
 
 The model's template must show tools. A vector is extracted from the model itself (mean difference, `add`),
 and every question is asked of two tools: plain, steered everywhere, and steered with calls kept plain
@@ -149,7 +149,7 @@ def vector_of(engine: Engine, name: str, block: int, strength: float) -> Control
 
 def measure(scheduler: Scheduler, args: argparse.Namespace) -> dict[str, object]:
     plain = {kind: ask(scheduler, None, forced=kind == "forced", plain_forms=False) for kind in KINDS}
-    block = scheduler.engine.model.n_layer // 2 if args.block is None else args.block
+    block = scheduler.engine.model.n_layer // 2 if args.layer is None else args.layer
     with scheduler.paused() as engine:
         vector = vector_of(engine, args.instruction, block, args.strength)
     found: dict[str, object] = {kind: vars(counts) for kind, counts in plain.items()}
@@ -184,7 +184,7 @@ def main() -> int:
     parser.add_argument("-m", "--model", required=True)
     parser.add_argument("--instruction", default="title")
     parser.add_argument("--strength", type=float, default=1.5)
-    parser.add_argument("--block", type=int)
+    parser.add_argument("--layer", type=int)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     started = time.perf_counter()

@@ -22,7 +22,7 @@ from typing import Any
 from localsteer import ControlVector, Engine, __version__
 from localsteer.catalog import Instruction, Query, load_catalog
 from localsteer.evaluate.intervals import wilson
-from localsteer.evaluate.study import spread
+from localsteer.evaluate.vectors import spread
 from localsteer.learn import Recipe, learn
 from localsteer.learn.examples import of_pairs
 from localsteer.model_names import path_of

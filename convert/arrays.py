@@ -8,8 +8,8 @@ import operator
 import os
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping
-from typing import IO, Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def _read_npy(member: IO[bytes], name: str, info: zipfile.ZipInfo) -> np.ndarray
     data = member.read(n_bytes)
     if len(data) != n_bytes:
         raise _Damaged(f"is truncated: array {name!r} has {len(data)} of {n_bytes} bytes.")
-    return _widen(np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C"))
+    return _widen(_shaped(np.frombuffer(data, dtype), shape, name, order="F" if fortran else "C"))
 
 
 def _read_safetensors(data: Any, wanted: Collection[str]) -> dict[str, np.ndarray]:
@@ -137,10 +137,18 @@ def _safetensor(data: Any, start: int, name: str, info: Any) -> np.ndarray:
         raise _Damaged(f"is damaged, or holds {name!r} in a type that can't be read.") from None
     if not fits or math.prod(shape) * dtype.itemsize != end - begin:
         raise _Damaged(f"is truncated or damaged: the bytes of {name!r} do not fit its shape.")
-    array = np.frombuffer(data[start + begin : start + end], dtype).reshape(shape)
+    array = _shaped(np.frombuffer(data[start + begin : start + end], dtype), shape, name)
     if kind == "BF16":  # the upper half of a float32
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return _widen(array)
+
+
+def _shaped(array: np.ndarray, shape: Sequence[int], name: str, order: Literal["C", "F"] = "C") -> np.ndarray:
+    """numpy has its own bounds on axes, and a size of 0 lets any other pass a check of bytes."""
+    try:
+        return array.reshape(shape, order=order)
+    except (ValueError, OverflowError):
+        raise _Damaged(f"is damaged: array {name!r} has a shape that can't be.") from None
 
 
 def _widen(array: np.ndarray) -> np.ndarray:

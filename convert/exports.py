@@ -76,7 +76,7 @@ def losses(vector: ControlVector, to: str) -> tuple[str, ...]:
         lost.append(f"positions {vector.positions}, which become all")
     if vector.gated:
         lost.append("the learned gate, of which the mean effect is left")
-    others = len(vector.blocks) - len(vector.layers)
+    others = len(vector.usable_layers) - len(vector.layers)
     if others > 0:
         lost.append(f"the directions of {others} other block{'s' * (others != 1)}")
     # a static export is a file of ours, which keeps its provenance

@@ -288,6 +288,7 @@ def _last_tokens(path: str, instructed: np.ndarray, plain: np.ndarray) -> tuple[
     return instructed, plain
 
 
+@np.errstate(all="ignore")  # what is not finite is refused by the vector
 def _statistics(instructed: np.ndarray, plain: np.ndarray) -> dict[str, np.ndarray]:
     """The paper's definition (docs/method.md), population standard deviations."""
     directions = (instructed - plain).mean(axis=0)

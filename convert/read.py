@@ -130,12 +130,12 @@ def _readers(file: GgufFile, shape: tuple[int, int]) -> np.ndarray | None:
 
 def _blocks(file: GgufFile, n_layer: int) -> Sequence[int]:
     """Those whose rows the file holds: all of them unless it is compact."""
-    kept = file.get(keys.BLOCKS, _ARRAY, item=_U32)
+    kept = file.get(keys.ROW_LAYERS, _ARRAY, item=_U32)
     if kept is None:
         return range(n_layer)
     blocks = kept.tolist()
     if blocks != sorted({il for il in blocks if il < n_layer}):
-        raise file.error(f"is damaged: {keys.BLOCKS} must name blocks below {n_layer}, in their order.")
+        raise file.error(f"is damaged: {keys.ROW_LAYERS} must name blocks below {n_layer}, in their order.")
     return blocks
 
 

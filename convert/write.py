@@ -27,7 +27,7 @@ def write_vector(vector: ControlVector, path: str | os.PathLike[str], *, compact
     when the folder can't be written, or the provenance holds what JSON can't.
     """
     writer = GGUFWriter(None, keys.ARCHITECTURE)
-    blocks = vector.blocks if compact else tuple(range(vector.n_layer))
+    blocks = vector.usable_layers if compact else tuple(range(vector.n_layer))
     _add_header(writer, vector, blocks, compact)
     _add_settings(writer, vector)
     _add_statistics(writer, vector, blocks)
@@ -52,7 +52,7 @@ def _add_header(writer: GGUFWriter, vector: ControlVector, blocks: Sequence[int]
     writer.add_uint32(keys.N_LAYER, vector.n_layer)
     writer.add_uint32(keys.N_EMBD, vector.n_embd)
     if compact:
-        _add_array(writer, keys.BLOCKS, blocks, GGUFValueType.UINT32)
+        _add_array(writer, keys.ROW_LAYERS, blocks, GGUFValueType.UINT32)
 
 
 def _add_settings(writer: GGUFWriter, vector: ControlVector) -> None:

@@ -96,7 +96,7 @@ def learned() -> Iterator[str]:
     for path in sorted(RESULTS.glob("learned-*.json")):
         document = _read(path)
         for row in document["rows"]:
-            cells = [percent(row[arm]["followed"]) for arm in arms]
+            cells = [percent(row[arm]["followed"]) if row.get(arm) else "-" for arm in arms]
             cells[1] += f" ({round(100 * row['learned']['low'])}-{round(100 * row['learned']['high'])})"
             quality = row["quality"]
             cells += [
@@ -240,16 +240,16 @@ def unseen() -> Iterator[str]:
 def calls() -> Iterator[str]:
     """Of benchmarks/steered_calls.py: calls that validate, and in brackets those with the right city."""
     steered = ("generated tokens, forms too", "forms plain", "prompt as well, forms too", "forms plain")
-    yield _row("Block", ["Calls", "plain", *steered])
+    yield _row("Layer", ["Calls", "plain", *steered])
     yield "|---|---|---|---|---|---|---|"
-    for block, row in _read(RESULTS / "steered_calls.json").items():
+    for layer, row in _read(RESULTS / "steered_calls.json").items():
         for kind, name in (("forced", "forced by `tool_choice`"), ("free", "free")):
             ways = (f"{kind}, steered everywhere", f"{kind}, forms plain")
             counts = [
                 row[kind],
                 *(row[positions][way] for positions in ("generation", "all") for way in ways),
             ]
-            yield _row(block, [name, *(f"{count['valid']} ({count['right']})" for count in counts)])
+            yield _row(layer, [name, *(f"{count['valid']} ({count['right']})" for count in counts)])
 
 
 def ensuring() -> Iterator[str]:

@@ -284,6 +284,6 @@ def file_sha256(path: Path) -> str:
     """Read now, whatever is remembered. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
     return digest.hexdigest()

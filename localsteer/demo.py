@@ -18,20 +18,15 @@ from typing import Any
 
 from . import bundled
 from .cache import cache_folder
-from .catalog import Catalog, Instruction, load_catalog
+from .catalog import Catalog, Instruction, alike, load_catalog
 from .engine import Engine
 from .errors import LocalsteerError
-from .evaluate.conditions import (
-    CONDITIONS,
-    Outcome,
-    alike,
-    mean_state,
-    plain_replies,
-    random_control,
-    run_conditions,
-)
-from .evaluate.study import N_CTX, N_SEQ_MAX, Stage, Study, silent, spread
-from .evaluate.suites.bench import quantization
+from .evaluate.bench import BUNDLED_LIMITS, Bench, quantization
+from .evaluate.cells import CONDITIONS, Experiment, arms_of
+from .evaluate.controls import mean_state, random_control
+from .evaluate.outcomes import Outcomes
+from .evaluate.runner import Stage, by_instruction, plain_replies, run_conditions, silent
+from .evaluate.vectors import spread
 from .jsonable import JsonObject
 from .runtime.bridge import default_threads
 from .runtime.sampling import GREEDY
@@ -81,20 +76,22 @@ def run_demo(
     folder = Path(out) if out is not None else cache_folder() / "demo" / path.stem
     _make_folder(folder)
     source = bundled.checkpoint_folder("instruct", folder=checkpoint) if backend == "torch" else None
-    with Workers(path, n_threads or default_threads(), n_ctx=N_CTX, n_seq_max=N_SEQ_MAX) as workers:
-        company = _with_partners(catalog, chosen)
-        study = Study.prepare(workers, catalog, company, n=n, checkpoint=source, seed=seed, stage=stage)
-
-        def work(engine: Engine, instruction: Instruction) -> tuple[Tuned, dict[str, Outcome]]:
-            picked = study.tune(engine, instruction, check=workers.check)
-            return picked, study.conditions(engine, instruction, picked.vector)
-
-        with stage("picking settings, comparing conditions") as advance:
-            found = dict(zip(ids, workers.map(work, chosen, advance), strict=True))
-    files = _save(folder, {name: picked for name, (picked, _) in found.items()})
+    options = {"limits": BUNDLED_LIMITS, "n": n, "seed": seed, "checkpoint": source, "stage": stage}
+    sizes = {"n_ctx": BUNDLED_LIMITS.n_ctx, "n_seq_max": BUNDLED_LIMITS.n_seq_max}
+    with Workers(path, n_threads or default_threads(), **sizes) as workers:
+        bench = Bench(workers, catalog, None, batch=by_instruction, **options)
+        bench.prepare(_with_partners(catalog, chosen))
+        raw = bench.raw(chosen)
+        tuned = bench.tune([(each, raw[each.id]) for each in chosen])
+        picks = dict(zip(ids, tuned, strict=True))
+        compared = [_conditions(bench, each, picks[each.id].vector) for each in chosen]
+        found = bench.run(compared, what="comparing conditions", score=SHOWN).by("instruction")
+        others = {each.id: bench.others(each) for each in chosen}
+    files = _save(folder, picks)
+    by_condition = {name: found[name].by("condition") for name in ids}
     rows = [
-        row(study, instruction, *found[instruction.id]) | {"file": files[instruction.id]}
-        for instruction in chosen
+        row(each, picks[each.id], by_condition[each.id], others[each.id]) | {"file": files[each.id]}
+        for each in chosen
     ]
     return {
         "model": f"localsteer-{bundled.MODELS[0]}",
@@ -103,8 +100,14 @@ def run_demo(
         "mean": mean(rows),
         "seconds": round(time.perf_counter() - started, 1),
         "backend": backend,
-        "examples": [_example(name, outcomes) for name, (_, outcomes) in found.items()],
+        "examples": [_example(name, conditions) for name, conditions in by_condition.items()],
     }
+
+
+def _conditions(bench: Bench, instruction: Instruction, vector: ControlVector) -> Experiment:
+    steers = {"none": (), "steered": (vector,), "instructed": (), "both": (vector,)}
+    steers |= bench.controls([instruction], [vector])
+    return bench.experiment(instruction, arms_of(steers, CONDITIONS), bench.test)
 
 
 def demonstrate(
@@ -129,14 +132,14 @@ def demonstrate(
         advance(0, 0)
         plain = {limit: plain_replies(engine, queries, max_tokens=limit) for limit in set(limits.values())}
         plain_mean = mean_state(engine, queries)
-    outcomes: dict[str, dict[str, Outcome]] = {}
+    found: dict[str, dict[str, Outcomes]] = {}
     with stage("comparing conditions") as advance:
         for done, (name, vector) in enumerate(vectors.items()):
             advance(done, len(vectors))
             others = [
                 other for known, other in vectors.items() if not alike(catalog.get(known), catalog.get(name))
             ]
-            outcomes[name] = run_conditions(
+            found[name] = run_conditions(
                 engine,
                 catalog.get(name),
                 vector,
@@ -149,16 +152,14 @@ def demonstrate(
                 scored=("none", "steered"),
                 max_tokens=limits[name],
             )
-    rows = [
-        _real_row(catalog.get(name), vectors[name], by_condition) for name, by_condition in outcomes.items()
-    ]
+    rows = [_real_row(catalog.get(name), vectors[name], conditions) for name, conditions in found.items()]
     return {
         "model": engine.model.metadata.get("general.name") or engine.path.stem,
         "quant": quantization(engine.model.metadata) or "",
         "instructions": rows,
         "mean": mean(rows),
         "seconds": round(time.perf_counter() - started, 1),
-        "examples": [_example(name, by_condition) for name, by_condition in outcomes.items()],
+        "examples": [_example(name, conditions) for name, conditions in found.items()],
     }
 
 
@@ -184,16 +185,28 @@ def _limit(vector: ControlVector) -> int:
     return LEARNED_TOKENS if vector.mode == "gate" else REAL_TOKENS
 
 
-def _real_row(instruction: Instruction, vector: ControlVector, outcomes: Mapping[str, Outcome]) -> JsonObject:
-    steered = outcomes["steered"]
+def _real_row(
+    instruction: Instruction, vector: ControlVector, conditions: Mapping[str, Outcomes]
+) -> JsonObject:
+    settings = {"layer": vector.layers[0], "positions": vector.positions, "strength": vector.strength}
+    return _figures(instruction, vector, conditions, settings)
+
+
+def _figures(
+    instruction: Instruction,
+    vector: ControlVector,
+    conditions: Mapping[str, Outcomes],
+    settings: JsonObject,
+) -> JsonObject:
+    """quality_none, quality_steered: perplexity of the replies under the unsteered model after the plain
+    query."""
+    steered = conditions["steered"]
     return {
         "id": instruction.id,
-        **{name: outcomes[name].followed if name in outcomes else None for name in CONDITIONS},
-        "quality_none": outcomes["none"].perplexity,
+        **{name: conditions[name].followed if name in conditions else None for name in CONDITIONS},
+        "quality_none": conditions["none"].perplexity,
         "quality_steered": steered.perplexity,
-        "layer": vector.layers[0],
-        "positions": vector.positions,
-        "strength": vector.strength,
+        **settings,
         "n": steered.n,
         "group": instruction.group,
         "mode": vector.mode,
@@ -231,29 +244,18 @@ def _with_partners(catalog: Catalog, instructions: Sequence[Instruction]) -> lis
     return [*instructions, *(partners if len(known) < len(PARTNERS) else ())]
 
 
-def row(study: Study, instruction: Instruction, picked: Tuned, outcomes: Mapping[str, Outcome]) -> JsonObject:
-    """One line of the table. layer and positions are None where picking chose to leave the model alone.
-
-    quality_none, quality_steered: perplexity of the replies under the unsteered model after the plain query.
-    """
-    setting, steered = picked.setting, outcomes["steered"]
-    others = study.others(instruction)
-    return {
-        "id": instruction.id,
-        **{name: outcomes[name].followed if name in outcomes else None for name in CONDITIONS},
-        "quality_none": outcomes["none"].perplexity,
-        "quality_steered": steered.perplexity,
+def row(
+    instruction: Instruction, picked: Tuned, conditions: Mapping[str, Outcomes], others: Sequence[Instruction]
+) -> JsonObject:
+    """One line of the table. layer and positions are None where picking chose to leave the model alone."""
+    setting = picked.setting
+    settings = {
         "layer": setting.layer if setting else None,
         "positions": setting.positions if setting else None,
         "strength": setting.strength if setting else 0.0,
-        "n": steered.n,
-        "group": instruction.group,
-        "mode": picked.vector.mode,
-        "subject_kept": steered.subject_kept,
-        "degenerate": steered.degenerate,
-        "repetition": steered.repetition,
-        "other_id": others[0].id if others else None,
     }
+    other = {"other_id": others[0].id if others else None}
+    return _figures(instruction, picked.vector, conditions, settings) | other
 
 
 def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -265,12 +267,12 @@ def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return means
 
 
-def _example(name: str, outcomes: Mapping[str, Outcome]) -> dict[str, str]:
+def _example(name: str, conditions: Mapping[str, Outcomes]) -> dict[str, str]:
     """The first test query that the vector steers well, or the first of all."""
-    replies = outcomes["steered"].replies
-    k = next((k for k, reply in enumerate(replies) if reply.good), 0)
-    texts = {condition: outcomes[condition].replies[k].text for condition in SHOWN}
-    return {"id": name, "query": replies[k].query, **texts}
+    steered = conditions["steered"]
+    k = next((k for k, row in enumerate(steered) if row.good), 0)
+    texts = {condition: conditions[condition][k].reply.text for condition in SHOWN}
+    return {"id": name, "query": steered[k].cell.query.text, **texts}
 
 
 def _make_folder(folder: Path) -> None:

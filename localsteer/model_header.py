@@ -277,12 +277,12 @@ def _tensors(header: ModelHeader) -> None:
             raise header.damaged(f"tensor {name[:64]!r} has the shape {shape}")
         if info.type not in sizes:
             continue  # of a newer llama.cpp than gguf's list: it says so itself
-        block, n_bytes = sizes[info.type]
+        group, n_bytes = sizes[info.type]
         width = info.shape[0] if info.shape else 1
-        if width % block:
+        if width % group:
             type_name = GGMLQuantizationType(info.type).name
             raise header.damaged(f"tensor {name[:64]!r} of {type_name} has rows of {width} numbers")
-        end = info.offset + math.prod(info.shape) // block * n_bytes
+        end = info.offset + math.prod(info.shape) // group * n_bytes
         if end > header.file_size:
             raise header.error(
                 f"is truncated: tensor {name[:64]!r} ends at byte {end} of {header.file_size}. Copy or "

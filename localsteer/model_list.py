@@ -196,8 +196,8 @@ def _check_whole(file: GgufFile, size: int) -> None:
     if _text(file, "general.architecture") == keys.ARCHITECTURE:
         raise ModelFileError("is a control vector, no model.")
     for name, info in file.tensors.items():
-        block, n_bytes = gguf.GGML_QUANT_SIZES.get(info.type, (1, 0))
-        end = info.offset + math.prod(info.shape) // block * n_bytes
+        group, n_bytes = gguf.GGML_QUANT_SIZES.get(info.type, (1, 0))
+        end = info.offset + math.prod(info.shape) // group * n_bytes
         if end > size:
             raise ModelFileError(
                 f"is truncated: tensor {name[:64]!r} ends at byte {end} of {size}. Copy or download it again."

@@ -21,7 +21,7 @@ from pathlib import Path
 from .errors import ModelFileError
 from .stores import Progress, everything, find, is_stored_name, store_of
 from .stores.ollama import PREFIX as OLLAMA
-from .stores.stored import AskedFor, nearest
+from .stores.stored import AskedFor, nearest, one_line
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ PACKAGED = {
     )
 }
 NAMES = (*BUNDLED, *PACKAGED)
+MAX_PATH = 4096  # characters, Linux's
 _NAME = re.compile(rf"({'|'.join(NAMES)})(?::(\w+))?")
 
 
@@ -57,11 +58,7 @@ def is_named(model: str) -> bool:
     """Whether this is a name and not a path; a file of that name wins, and a folder does not."""
     if _NAME.fullmatch(model) is None and not is_stored_name(model):
         return False
-    path = Path(model)
-    try:
-        return path.is_dir() or not path.exists()
-    except (OSError, ValueError):  # too long for a path, or with a null character
-        return True
+    return os.path.isdir(model) or not os.path.exists(model)  # these never raise, as those of Path do
 
 
 def is_bundled(model: str) -> bool:
@@ -91,8 +88,10 @@ def path_of(
             return find(model, download=download, on_progress=on_progress).path
         name, quant = _parts(model)
         return _packaged(name, quant) if name in PACKAGED else _bundled(name, quant, on_making)
+    if len(model) > MAX_PATH:
+        raise ModelFileError(f"{one_line(model):.80}... is too long for a path: {len(model)} characters.")
     path = Path(model)
-    if path.is_dir():
+    if os.path.isdir(model):  # Path.is_dir raises for a name that is too long
         raise ModelFileError(
             f"{path} is a folder: give a GGUF file (`localsteer convert model {path} ...` makes one)."
         )
@@ -114,7 +113,8 @@ def check_exists(model: str) -> None:
     near = nearest(model, [*NAMES, *(stored.name for stored in everything() if not stored.fault)])
     if near:
         raise ModelFileError(
-            f"there is no file {model:.120}, and no model of this name: did you mean {', '.join(near)}?"
+            f"there is no file {one_line(model):.120}, and no model of this name: did you mean "
+            f"{', '.join(near)}?"
         )
 
 

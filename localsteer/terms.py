@@ -7,5 +7,7 @@ from typing import Literal, get_args
 Mode = Literal["project", "add", "ablate", "gate"]
 Positions = Literal["all", "prompt", "last", "generation"]
 
+LEARNING_NEEDS = ("torch", "transformers", "accelerate")  # packages
+
 MODES: tuple[str, ...] = get_args(Mode)
 POSITIONS: tuple[str, ...] = get_args(Positions)

@@ -95,7 +95,7 @@ class ControlVector:
             raise PlanError(f"{self.label} has no learned gate: use add, or another of its modes.")
         for layer in self.layers:
             if not self.directions[layer].any():
-                known = _ranges(self.blocks)
+                known = _ranges(self.usable_layers)
                 raise PlanError(
                     f"{self.label} has no direction at block {layer} (it is zero): choose from {known}."
                 )
@@ -130,7 +130,7 @@ class ControlVector:
         return tuple(text for text in texts if isinstance(text, str))
 
     @property
-    def blocks(self) -> tuple[int, ...]:
+    def usable_layers(self) -> tuple[int, ...]:
         """The blocks that have a direction."""
         return tuple(int(il) for il in np.flatnonzero(self.directions.any(axis=1)))
 
@@ -255,19 +255,19 @@ def check_model(vector: ControlVector, n_layer: int, n_embd: int, architecture: 
 
 
 def describe(vector: ControlVector) -> JsonObject:
-    """What a vector holds, as plain JSON-able values; `blocks` has one entry per block, in order."""
+    """What a vector holds, as plain JSON-able values; `by_layer` has one entry per layer, in order."""
     columns = {key: getattr(vector, key) for key in STATISTICS}
     norms = np.linalg.norm(vector.directions.astype(np.float64), axis=1)
-    blocks = []
+    by_layer = []
     for il in range(vector.n_layer):
-        block = {"block": il, "chosen": il in vector.layers, "norm": float(norms[il])}
-        block |= {key: None if c is None else float(c[il]) for key, c in columns.items()}
-        blocks.append(block | _gate(vector, il))
+        entry = {"layer": il, "chosen": il in vector.layers, "norm": float(norms[il])}
+        entry |= {key: None if c is None else float(c[il]) for key, c in columns.items()}
+        by_layer.append(entry | _gate(vector, il))
     settings = ("name", "n_layer", "n_embd", "mode", "positions", "strength", "one_sided", "cap")
     described: JsonObject = {key: getattr(vector, key) for key in settings}
     return described | {
         "layers": list(vector.layers),
-        "blocks": blocks,
+        "by_layer": by_layer,
         "provenance": dict(vector.provenance),
     }
 

@@ -27,6 +27,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # The first load of each tiny model in a process of its own would take a second each: tests/hostile/ alone.
 os.environ.setdefault("LOCALSTEER_MODEL_CHECK", "header")
+# A vector that is made on request would wait until the tests beside it have ended.
+os.environ.setdefault("LOCALSTEER_NICE", "0")
 
 
 # A shell that starts a job in the background lets it ignore Ctrl-C, and what the job starts inherits that.

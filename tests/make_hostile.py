@@ -209,7 +209,7 @@ DAMAGE: dict[str, tuple[Callable[[RawGguf], None], str]] = {
     "layer out of range": (_key("layers", array(U32, [4])), "layer 4 is out of range"),
     "huge layer": (_key("layers", array(U32, [2**32 - 1])), "layer 4294967295 is out of range"),
     "layers are floats": (_key("layers", array(F32, [2.0])), "layers has the wrong type"),
-    "no blocks": (_key("n_layer", value(U32, 0)), "n_layer is 0"),
+    "depth of zero": (_key("n_layer", value(U32, 0)), "n_layer is 0"),
     "huge depth": (_key("n_layer", value(U32, 2**32 - 1)), "n_layer is 4294967295"),
     "deeper than its tensors": (_key("n_layer", value(U32, 4096)), "for each of 4096 blocks"),
     "shallower than its tensors": (_key("n_layer", value(U32, 3)), "too many ('direction.3')"),

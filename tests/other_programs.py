@@ -136,6 +136,7 @@ class Hub:
     ranges: bool = True
     damaged: bool = False
     sent: bytes | None = None  # in the place of a file
+    told: bytes | None = None  # in the place of what the API tells of a repository
     asked: list[str] = field(default_factory=list)  # "GET /path range token"
     elsewhere: bool = False  # files come from another host, by a redirect
     hold: threading.Event | None = None  # waited for in the middle of a file
@@ -168,7 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
             code = self.hub.codes.get(repo, "RepoNotFound" if repo is None else "")
             return self._send(status, b'{"error": "no"}', {"X-Error-Code": code} if code else {}, with_body)
         if path.startswith("api/models/"):
-            return self._send(200, self._info(repo), {}, with_body)
+            told = self._info(repo) if self.hub.told is None else self.hub.told
+            return self._send(200, told, {}, with_body)
         self._send_file(
             repo, path.partition(f"resolve/{COMMIT}/")[2] or path.partition("resolve/main/")[2], with_body
         )

@@ -10,10 +10,10 @@ import pytest
 
 from localsteer import bundled
 from localsteer.catalog import load_catalog
+from localsteer.evaluate.bench import BUNDLED_LIMITS
 from localsteer.evaluate.page import Results, loaded
 from localsteer.evaluate.studies import study
 from localsteer.evaluate.studies.common import StudyJob
-from localsteer.evaluate.suites.bench import BUNDLED_LIMITS
 
 CATALOG = load_catalog(bundled.CATALOG)
 

@@ -252,6 +252,8 @@ IMAGE = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
         (one(type="text", text="a", extra=1), "messages.0.content.0.extra"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools.0"),
         ({"tools": [{"name": "a"}]}, "tools.0"),
+        ({"tools": [TOOL | {"input_examples": [{}]}]}, "tools.0.input_examples"),
+        ({"tools": [TOOL | {"defer_loading": True}]}, "tools.0.defer_loading"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),

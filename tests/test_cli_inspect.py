@@ -46,8 +46,8 @@ def test_every_block_has_a_row_and_the_chosen_one_a_mark(vector):
 def test_json_holds_the_figures_of_every_block(vector):
     document = invoke("inspect", vector, "--json").json
     assert document["layers"] == [2] and document["strength"] == 0.5
-    assert len(document["blocks"]) == 4
-    assert document["blocks"][2]["chosen"] and document["blocks"][1]["mean_with"] == 30.0
+    assert len(document["by_layer"]) == 4
+    assert document["by_layer"][2]["chosen"] and document["by_layer"][1]["mean_with"] == 30.0
     assert document["provenance"]["n_pairs"] == 50
 
 

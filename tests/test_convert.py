@@ -593,6 +593,8 @@ def entry(dtype='"F32"', shape="[4,8]", offsets="[0,128]") -> bytes:
         (raw_safetensors(entry(offsets="[-8,120]")), "do not fit its shape"),
         (raw_safetensors(entry(offsets="[0]")), "type that can't be read"),
         (raw_safetensors(entry(offsets="[0,128.0]")), "type that can't be read"),
+        (raw_safetensors(entry(shape=f"[{'1,' * 99}4,8]")), "a shape that can't be"),
+        (raw_safetensors(entry(shape=f"[0,{2**70}]", offsets="[0,0]")), "a shape that can't be"),
         (raw_safetensors(entry(shape="[32]")), "directions must be (blocks, n_embd)"),
         (raw_safetensors(entry(shape="[4,8,1]")), "directions must be (blocks, n_embd)"),
         (raw_safetensors(entry()), "all its directions are zero"),
@@ -602,6 +604,20 @@ def test_hostile_safetensors(tmp_path, content, said):
     path = tmp_path / "v.safetensors"
     path.write_bytes(content)
     assert said in refused(path, lambda p: import_vector(p, convention="blocks"))
+
+
+@pytest.mark.parametrize("shape", ["0, " + "9" * 25, "1, " * 99 + "4, 8"])
+def test_a_shape_that_can_not_be_in_numpy_s_files(tmp_path, shape):
+    path = tmp_path / "v.npz"
+    path.write_bytes(zipped(npy(head(f"({shape})"), bytes(128))))
+    assert "damaged" in refused(path, lambda p: import_vector(p, convention="blocks"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_states_beyond_all_bounds_are_one_line_without_warnings(tmp_path):
+    states = np.full((2, 4, 8), 1e308)
+    np.savez(tmp_path / "v.npz", hs_instr=states, hs_no_instr=-states)
+    assert "finite" in refused(tmp_path / "v.npz", lambda p: import_vector(p, convention="blocks"))
 
 
 def npy(header: str, data: bytes = b"") -> bytes:

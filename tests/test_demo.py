@@ -22,8 +22,9 @@ from localsteer.catalog import load_catalog
 from localsteer.demo import GROUPS, _chosen, answers, demonstrate, mean, run_demo
 from localsteer.engine import Engine
 from localsteer.errors import CatalogError, LocalsteerError, ModelFileError
-from localsteer.evaluate.conditions import CONDITIONS
-from localsteer.evaluate.study import Advance, extract_all, silent, spread
+from localsteer.evaluate.cells import CONDITIONS
+from localsteer.evaluate.runner import Advance, silent
+from localsteer.evaluate.vectors import extract_all, spread
 from localsteer.extract import extract
 from localsteer.runtime.bridge import Context
 from localsteer.vector import ControlVector

@@ -144,8 +144,8 @@ def test_hidden_states_are_those_that_transformers_has(engine, tiny_llama, token
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama.hf_dir, dtype=torch.float32)
     seen = {}
-    for il, block in enumerate(model.model.layers):
-        block.register_forward_hook(
+    for il, module in enumerate(model.model.layers):
+        module.register_forward_hook(
             lambda _, __, out, il=il: seen.update(
                 {il: (out[0] if isinstance(out, tuple) else out).squeeze(0)}
             )

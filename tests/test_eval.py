@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,7 @@ import pytest
 from localsteer import bundled
 from localsteer.catalog import Instruction, Query, load_catalog
 from localsteer.errors import CatalogError, LocalsteerError, MismatchError, PromptError
-from localsteer.evaluate.diff import compare, differences
-from localsteer.evaluate.intervals import N_BOOTSTRAP, certain, clustered, interval, wilson
-from localsteer.evaluate.model_judge import kappa
-from localsteer.evaluate.page import Accuracy, Figures, Results, Share, SuiteReport, loaded, plain
-from localsteer.evaluate.suites import MODULES, suite
-from localsteer.evaluate.suites.bench import (
+from localsteer.evaluate.bench import (
     BUNDLED_LIMITS,
     Bench,
     EvalLimits,
@@ -25,21 +21,15 @@ from localsteer.evaluate.suites.bench import (
     open_judge,
     quantization,
 )
-from localsteer.evaluate.suites.cells import (
-    Arm,
-    Cell,
-    Result,
-    Rule,
-    applied,
-    cells_of,
-    checks_of,
-    difference,
-    figures,
-    judge_cell,
-    report,
-)
-from localsteer.evaluate.suites.format import FOLLOWED_BADLY, badly_followed, condition_cells, paraphrases_of
-from localsteer.evaluate.suites.ifeval import read_items
+from localsteer.evaluate.cells import Arm, Cell, Experiment, Rule, applied, checks_of
+from localsteer.evaluate.diff import compare, differences
+from localsteer.evaluate.intervals import N_BOOTSTRAP, certain, clustered, interval, wilson
+from localsteer.evaluate.model_judge import kappa
+from localsteer.evaluate.outcomes import Outcome, Outcomes, judged, report
+from localsteer.evaluate.page import Accuracy, Figures, Results, Share, SuiteReport, loaded, plain
+from localsteer.evaluate.suites import MODULES, suite
+from localsteer.evaluate.suites.ifeval_items import read_items
+from localsteer.evaluate.suites.paraphrases import FOLLOWED_BADLY, badly_followed, paraphrases_of
 from localsteer.extract.vector_instruction import instruction_of
 from localsteer.runtime.reply import Reply
 from localsteer.vector import ControlVector
@@ -110,38 +100,29 @@ def cell(query: Query = FOX, condition: str = "none", instruction: Instruction =
     return Cell(instruction.id, condition, query, query.text, (), checks_of(instruction, query))
 
 
-def result(text: str, *, log: float | None = 1.0, finish: str = "stop", **options) -> Result:
-    asked = cell(**options)
-    return Result(asked, *_judged(asked, Reply(text, [1], finish), log))
-
-
-def _judged(asked: Cell, reply: Reply, log: float | None) -> tuple:
-    return reply, judge_cell(asked, reply, must_end=True, log_perplexity=log)
+def row(text: str, *, log: float | None = 1.0, finish: str = "stop", **options) -> Outcome:
+    return judged(cell(**options), Reply(text, [1], finish), must_end=True, log_perplexity=log)
 
 
 def test_a_cell_follows_when_all_of_its_checks_pass():
     both = replace(cell(), checks=(*cell().checks, Rule("punctuation:no_comma")))
-    assert judge_cell(both, Reply("the fox runs.", [1], "stop")).strict is True
-    assert judge_cell(both, Reply("the fox, it runs.", [1], "stop")).strict is False
-    assert judge_cell(replace(both, checks=()), Reply("x", [1], "stop")).strict is None
+    assert judged(both, Reply("the fox runs.", [1], "stop")).strict is True
+    assert judged(both, Reply("the fox, it runs.", [1], "stop")).strict is False
+    assert judged(replace(both, checks=()), Reply("x", [1], "stop")).strict is None
 
 
 def test_the_loose_rule_forgives_a_first_line_and_no_degenerate_reply():
-    greeted = result("HERE YOU ARE:\nthe fox runs over the small bridge and it sleeps there.").verdict
+    greeted = row("HERE YOU ARE:\nthe fox runs over the small bridge and it sleeps there.")
     assert (greeted.strict, greeted.loose) == (False, True)
-    looping = result("the fox " * 40).verdict
+    looping = row("the fox " * 40)
     assert (looping.strict, looping.loose, looping.degenerate) == (False, False, "locked at its start")
-    assert result("the fox runs", finish="length").verdict.degenerate == "endless"
+    assert row("the fox runs", finish="length").degenerate == "endless"
 
 
 def test_figures_count_what_they_say():
-    found = figures(
-        [
-            result("the fox runs over the bridge.", log=2.0),
-            result("The owl sleeps.", log=1.0, query=OWL),
-        ],
-        [result("The fox.", log=0.5), result("The owl.", log=0.5, query=OWL)],
-    )
+    plain = Outcomes([row("The fox.", log=0.5), row("The owl.", log=0.5, query=OWL)])
+    rows = [row("the fox runs over the bridge.", log=2.0), row("The owl sleeps.", log=1.0, query=OWL)]
+    found = Outcomes(rows).figures(plain)
     assert found.n == 2
     assert found.strict == Accuracy(0.5, 0.0, 1.0)
     assert found.measure("perplexity") == pytest.approx(np.exp(1.5))
@@ -152,18 +133,20 @@ def test_figures_count_what_they_say():
 
 
 def test_figures_without_verdicts_or_scores_are_none():
-    found = figures([Result(replace(cell(), checks=()), *_judged(cell(), Reply("", [], "stop"), None))])
+    found = Outcomes([judged(replace(cell(), checks=()), Reply("", [], "stop"))]).figures()
     assert found.measure("perplexity") is found.measure("perplexity_ratio") is None
-    assert figures([]).strict == Accuracy(None, None, None)
+    assert Outcomes().figures().strict == Accuracy(None, None, None)
 
 
 def test_a_report_puts_instructions_by_conditions():
-    results = [
-        result("the fox runs over the bridge.", condition="steered"),
-        result("The fox runs."),
-        result('{"name": "fox"}', instruction=JSON),
-    ]
-    made = report("T", results, ("none", "steered", "both"), {})
+    rows = Outcomes(
+        [
+            row("the fox runs over the bridge.", condition="steered"),
+            row("The fox runs."),
+            row('{"name": "fox"}', instruction=JSON),
+        ]
+    )
+    made = report("T", rows, ("none", "steered", "both"), {})
     assert made.conditions == ["none", "steered"]
     assert list(made.instructions) == ["lowercase", "json"]
     assert made.instructions["lowercase"]["steered"].strict.accuracy == 1.0
@@ -173,7 +156,7 @@ def test_a_report_puts_instructions_by_conditions():
 
 def test_arms_ask_each_query_in_turn_and_of_several_instructions_all_are_checked():
     arms = [Arm("none"), Arm("both", told=True)]
-    cells = cells_of([JSON, LOWERCASE], arms, [FOX, OWL], max_tokens=9)
+    cells = Experiment([JSON, LOWERCASE], arms, [FOX, OWL]).cells(max_tokens=9)
     assert [(each.condition, each.query) for each in cells] == [
         ("none", FOX), ("none", OWL), ("both", FOX), ("both", OWL),
     ]  # fmt: skip
@@ -181,21 +164,23 @@ def test_arms_ask_each_query_in_turn_and_of_several_instructions_all_are_checked
     assert all(each.checks == (*checks_of(JSON, FOX), *checks_of(LOWERCASE, FOX)) for each in cells)
     assert [each.prompt for each in cells[:2]] == [FOX.text, OWL.text]
     assert cells[3].prompt == f"{OWL.text} {JSON.phrasings[1]} {LOWERCASE.phrasings[1]}"
-    (own,) = cells_of([JSON], arms[1:], [OWL], max_tokens=9, phrasings=["Curly."], wordings=["Braces."])
+    (own,) = Experiment([JSON], arms[1:], [OWL], ["Curly."], ["Braces."]).cells(max_tokens=9)
     assert (own.prompt, own.wording) == (f"{OWL.text} Curly.", "Braces.")
+    by_query = Experiment([JSON, LOWERCASE], arms, [FOX, OWL], by_query=True).cells(max_tokens=9)
+    assert by_query == [cells[0], cells[2], cells[1], cells[3]]
 
 
 def test_a_difference_is_paired_by_query():
     passes, fails = ("the fox runs over the bridge.", "The fox runs.")
     queries = [Query(f"Question {i}?") for i in range(12)]
-    ours = [result(passes if i < 9 else fails, query=query) for i, query in enumerate(queries)]
-    theirs = [result(passes if i < 6 else fails, query=query) for i, query in enumerate(queries)]
-    found = difference(ours, theirs)
+    ours = [row(passes if i < 9 else fails, query=query) for i, query in enumerate(queries)]
+    theirs = [row(passes if i < 6 else fails, query=query) for i, query in enumerate(queries)]
+    found = Outcomes(ours).minus(Outcomes(theirs))
     assert found.share == pytest.approx(0.25)
     # the two agree on nine of twelve queries: unpaired, the interval would be twice as wide
     assert 0.0 <= found.low < 0.25 < found.high < 0.55
-    assert difference(ours, ours) == Share(0.0, 0.0, 0.0)
-    assert difference([], []) == Share(None)
+    assert Outcomes(ours).minus(Outcomes(ours)) == Share(0.0, 0.0, 0.0)
+    assert Outcomes().minus(Outcomes()) == Share(None)
 
 
 # --- suites by name ----------------------------------------------------------------------------------------
@@ -374,6 +359,20 @@ def test_steering_works_and_its_controls_do_not(run):
     assert loaded(plain(whole)) == whole
 
 
+def test_the_suite_in_the_developers_document_runs(run):
+    bench, format_report = run
+    page = Path(__file__).parents[1] / "docs" / "development.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["missing"](bench) == ""
+    report = names["run"](bench)
+    assert report.conditions == ["none", "steered", "half"] and list(report.instructions) == list(IDS)
+    steered = format_report.instructions["json"]["steered"].strict
+    assert report.instructions["json"]["steered"].strict == steered
+    assert [row[0] for row in report.sections[0].tables[0].rows] == list(IDS)
+
+
 def test_vectors_are_kept_with_their_settings(run):
     bench, _ = run
     for name, vector in bench.vectors(IDS).items():
@@ -415,19 +414,18 @@ def test_replies_are_kept_as_lines(run):
 
 def test_equal_requests_are_asked_once_and_a_second_time_not_at_all(run):
     bench, _ = run
-    cells = condition_cells(bench, JSON, bench.vectors(["json"])["json"], ("none", "steered"))
+    asked = [bench.conditions(JSON, bench.vectors(["json"])["json"], ("none", "steered"))]
     before = (bench.out / "replies.jsonl").read_bytes()
-    first = bench.run([*cells, *cells])
-    assert [each.reply.text for each in first[: len(cells)]] == [
-        each.reply.text for each in first[len(cells) :]
-    ]
+    rows = bench.run([*asked, *asked])
+    texts, n = [row.reply.text for row in rows], len(rows) // 2
+    assert texts[:n] == texts[n:]
     assert (bench.out / "replies.jsonl").read_bytes() == before
 
 
 def test_paraphrases_come_from_validation_and_are_asked_on_test_queries(run, monkeypatch):
     bench, _ = run
     wordings = ["Answer in JSON format.", "Squeeze it between curly things."]
-    monkeypatch.setattr("localsteer.evaluate.suites.format.paraphrases_of", lambda _: wordings)
+    monkeypatch.setattr("localsteer.evaluate.suites.paraphrases.paraphrases_of", lambda _: wordings)
     bench.results.clear()
     section = badly_followed(bench, [JSON], bench.vectors(["json"]))
     asked = {each.cell.query.text for each in bench.results if each.cell.condition in ("instructed", "both")}
@@ -457,7 +455,7 @@ def test_what_steering_does_not_help_is_left_alone_and_said(run):
 def test_a_judge_is_compared_with_the_verifier(run, model):
     bench, _ = run
     vector = bench.vectors(["json"])["json"]
-    results = bench.run(condition_cells(bench, JSON, vector, ("none", "steered")))
+    results = bench.run([bench.conditions(JSON, vector, ("none", "steered"))])
     with open_judge(model, bench, n_threads=1) as judge:
         section = judge.section(results)
         assert judge.section(results) == section
@@ -470,7 +468,7 @@ def test_a_judge_is_compared_with_the_verifier(run, model):
 
 def test_replies_that_a_judge_has_no_room_for_are_counted(run, model):
     bench, _ = run
-    results = bench.run(condition_cells(bench, JSON, bench.vectors(["json"])["json"], ("none",)))
+    results = bench.run([bench.conditions(JSON, bench.vectors(["json"])["json"], ("none",))])
     endless = replace(results[0], reply=Reply("fox " * 2000, [1], "stop"))
     with open_judge(model, bench, n_threads=1) as judge:
         some = judge.section([*results, endless]).text

@@ -19,7 +19,9 @@ from localsteer.catalog import Instruction, load_catalog
 from localsteer.cli import learn as learn_command
 from localsteer.cli.main import localsteer as program
 from localsteer.errors import LocalsteerError
-from localsteer.learn import Kept, Recipe, learn
+from localsteer.learn import Kept, PlainReplies, Recipe, learn
+from localsteer.learn import examples as gathering
+from localsteer.learn import training as training_module
 from localsteer.learn import weights as loading
 from localsteer.learn.examples import Example, of_pairs, rewritten, shared
 from localsteer.learn.gate import Gate
@@ -33,6 +35,7 @@ CATALOG = load_catalog("bundled")
 TITLE = CATALOG.get("title")
 QUERIES = CATALOG.queries_for(TITLE, "extraction")
 VALIDATION = CATALOG.queries_for(TITLE, "validation")
+ALL_FOLLOW = gathering.all_follow
 FEW = Recipe(blocks=(3,), n_steps=20, rate=0.02, seed=1)
 
 
@@ -40,6 +43,8 @@ FEW = Recipe(blocks=(3,), n_steps=20, rate=0.02, seed=1)
 def exact_weights():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "fast_dtype", lambda: torch.float32)
+        # title is learned in fewer steps than a test of the second round needs
+        patch.setattr(gathering, "all_follow", lambda *_rest, **_options: False)
         yield
 
 
@@ -114,7 +119,7 @@ def test_the_second_round_learns_from_the_models_own_replies(lesson):
 def test_a_constant_is_an_ordinary_control_vector(exact_bundled):
     recipe = replace(FEW, n_steps=10, constant=True)
     vector = learn(exact_bundled, TITLE, QUERIES[:12], VALIDATION[:4], recipe).vector
-    assert vector.mode == "add" and vector.blocks == (3,) and vector.readers is None
+    assert vector.mode == "add" and vector.usable_layers == (3,) and vector.readers is None
 
 
 # The steps ----------------------------------------------------------------------------------------------
@@ -135,7 +140,7 @@ def test_torch_and_llama_cpp_apply_the_same_gate(exact_bundled, weights):
     with torch.inference_mode():
         where = torch.ones_like(ids, dtype=torch.bool)
         hidden = training.gate(one.states[3][None], where)
-        ours = weights.logits(weights.after(3, hidden, torch.ones_like(ids))[0])
+        ours = weights.logits(weights.after(3, hidden, ids, torch.ones_like(ids))[0])
     theirs = engine.logits(list(example.tokens), steer=[vector], n_prompt=len(example.prompt))
     assert np.abs(ours.numpy() - theirs).max() < 1e-3  # float32 in two orders; 6e-6 was seen
     plain = engine.logits(list(example.tokens))
@@ -171,7 +176,71 @@ def test_a_rate_that_is_far_too_high_is_halved_and_the_best_is_kept(exact_bundle
     assert training._rate < 1e3 and training.best <= first
 
 
+def test_small_batches_of_like_length_give_the_gradient_of_the_whole(exact_bundled, weights, monkeypatch):
+    replies = ["Foxes hunt.", "Foxes hunt at night, and sleep by day.", "Foxes hunt at night.", "Yes."]
+    prepared = prepare(weights, [an_example(exact_bundled, reply=reply) for reply in replies], [3])
+    gradients, widths = [], []
+    for size in (4, training_module.MICRO_BATCH):
+        monkeypatch.setattr(training_module, "MICRO_BATCH", size)
+        training = Training(weights, 3, prepared, prepared, Recipe())
+        training._backward(prepared)
+        gradients.append(training.gate.writer.grad)
+        widths.append(
+            [len(one.example.tokens) for batch in training_module._alike(prepared) for one in batch]
+        )
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
+    assert widths[1] == sorted(widths[1]) == sorted(len(one.example.tokens) for one in prepared)
+
+
 # Examples -----------------------------------------------------------------------------------------------
+
+
+def test_plain_replies_are_asked_for_once_and_again_where_the_file_is_damaged(exact_bundled, tmp_path):
+    prompts = [query.text for query in QUERIES[:2]]
+    first = PlainReplies(tmp_path).of(exact_bundled, prompts, 8)
+    (path,) = tmp_path.glob("plain-*.json")
+    written = path.stat().st_mtime_ns
+    again = PlainReplies(tmp_path).of(exact_bundled, prompts, 8)
+    assert again == [replace(reply, timings=again[0].timings) for reply in first]
+    assert path.stat().st_mtime_ns == written
+    path.write_text("[]")
+    assert [reply.text for reply in PlainReplies(tmp_path).of(exact_bundled, prompts, 8)] == [
+        reply.text for reply in first
+    ]
+    PlainReplies(tmp_path).of(exact_bundled, prompts, 9)
+    assert len(list(tmp_path.glob("plain-*.json"))) == 2
+
+
+def test_steps_end_where_every_reply_follows(exact_bundled, monkeypatch, tmp_path):
+    verdicts = []
+
+    def all_follow(*rest, **options):
+        verdicts.append(ALL_FOLLOW(*rest, **options))
+        return verdicts[-1]
+
+    monkeypatch.setattr(gathering, "all_follow", all_follow)
+    kept = Kept(tmp_path / "title", "title")
+    lesson = learn(exact_bundled, TITLE, QUERIES[:24], VALIDATION[:4], FEW, kept=kept)
+    assert verdicts[-1] and lesson.record["steps"] == lesson.curve[-1].step == len(verdicts) * 10
+    # what the model says by itself stays for the next instruction, and nothing of this one
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"plain"}
+
+
+def test_whether_all_follow_is_asked_in_few_replies_first(exact_bundled, lesson):
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            gathering, "replies_to", lambda _e, _i, some, **_o: asked.append(len(some)) or replies(some)
+        )
+
+        def replies(some):
+            follows = len(asked) < 2
+            return [Reply("<<Foxes>>\n\nThey hunt." if follows else "They hunt.", [1], "stop")] * len(some)
+
+        assert not ALL_FOLLOW(exact_bundled, TITLE, QUERIES, lesson.vector)
+        assert asked == [8, 8]
+        assert not ALL_FOLLOW(exact_bundled, TITLE, QUERIES, lesson.vector)
+        assert asked == [8, 8, 8]
 
 
 def test_what_the_plain_reply_has_as_well_is_kept_but_for_the_first_of_each_run():

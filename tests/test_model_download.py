@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -155,7 +156,8 @@ def test_a_part_of_another_file_is_fetched_anew(server, gguf):
 
 def test_a_file_that_comes_damaged_is_not_kept(server):
     server.damaged = True
-    assert "came damaged, its sha256 is another one: try again" in refused(f"{NAME}:Q8_0")
+    told = refused(f"{NAME}:Q8_0")
+    assert told == "Fox-Q8_0.gguf can't be fetched: it came damaged, its sha256 is another one: try again."
     assert blobs() == {}
 
 
@@ -199,6 +201,23 @@ def test_what_the_hub_refuses_is_one_line(server, status, code, said):
     assert said in refused("hf:ORG/Gone")
     done = invoke("models", "pull", "hf:ORG/Gone")
     assert said in done.complaint()
+
+
+@pytest.mark.parametrize(
+    "told", [b"<html>", b"", b"[]", b"null", b"[" * 100_000, b"\xff", b'{"siblings": 5}', b" " * 70_000]
+)
+def test_an_answer_that_is_no_list_of_files_is_one_line(server, monkeypatch, told):
+    monkeypatch.setattr(download, "MAX_ANSWER", 1 << 16)
+    server.told = told if told != b" " * 70_000 else json.dumps({"siblings": [], "": " " * 70_000}).encode()
+    assert "answers with no list of files: check HF_ENDPOINT" in refused(NAME)
+
+
+def test_files_of_odd_names_are_not_there(server):
+    odd = (None, 5, "", "a\0.gguf", "a\n.gguf", "\ud800.gguf", "..\\a.gguf", "a//b.gguf")
+    server.told = json.dumps(
+        {"siblings": [5, {}, *({"rfilename": name, "size": "x"} for name in odd)]}
+    ).encode()
+    assert "holds no GGUF file of a model" in refused(NAME)
 
 
 def test_other_refusals_are_one_line_too(server, monkeypatch, tmp_path):

@@ -76,7 +76,7 @@ def test_a_pack_holds_a_small_file_with_figures_for_each_instruction(made):
     assert (pack.model, pack.quantization, pack.catalog) == ("Bundled", "Q8_0", "bundled")
     for name in IDS:
         vector = pack.vector(name)
-        assert vector.blocks == vector.layers
+        assert vector.usable_layers == vector.layers
         assert pack.path(name).stat().st_size < 4 * vector.n_embd + 8000
         assert vector.provenance["validation"]["scores"] == dict(pack.instructions[name].scores)
 
@@ -149,10 +149,10 @@ def test_a_vector_that_harms_prompts_that_ask_keeps_the_block_that_tells(pack):
         **columns,
         **spreads,
     )
-    assert compact(whole).blocks == (2, 7)
+    assert compact(whole).usable_layers == (2, 7)
     assert reading_block(compact(whole)) == reading_block(whole) == 7
     harmless = replace(whole, provenance={"validation": {"scores": {"instructed": 0.5, "both": 0.5}}})
-    assert compact(harmless).blocks == (2,)
+    assert compact(harmless).usable_layers == (2,)
 
 
 # --- first use ---------------------------------------------------------------------------------------------

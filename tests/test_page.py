@@ -266,6 +266,163 @@ def test_everything_has_a_name_and_escape_stops_a_reply(page):
     assert page.find_element(BY, ".reply .error").text == "stopped"
 
 
+def choose(page, name):
+    page.find_element(BY, f"#catalogue option[value='{name}']").click()
+
+
+def focused(page):
+    return page.execute_script("return document.activeElement.id")
+
+
+def test_one_click_from_a_sentence_to_a_vector_that_is_tried(page, server):
+    """By the keyboard: the focus goes to what can be done next, and what is announced is in a live region."""
+    fill(page, "#question", "Tell me about the zorrel.")
+    fill(page, "#sentence", "Answer in capital letters.")
+    page.find_element(BY, "#sentence").send_keys("\ue007")  # Enter
+    wait(lambda: page.find_element(BY, "#job").is_displayed())
+    assert focused(page) == "job-stop"
+    said = page.find_element(BY, "#job-said")
+    assert said.get_attribute("role") == "status" and "has begun" in said.get_attribute("textContent")
+    name = "answer_in_capital_letters"
+    assert "“Answer in capital letters.” on bundled" in page.find_element(BY, "#job-title").text
+    wait(lambda: page.find_element(BY, "#job-now").text.endswith(" s"))
+    page.get(server.url)  # whoever comes back sees it again
+    wait(lambda: page.find_element(BY, "#job").is_displayed())
+    fill(page, "#temperature", "0")
+    set_slider(page, "json", 0.5)
+    slider = page.find_element(BY, ".vector[data-name=json] [type=range]")
+    fill(page, "#question", "Tell me about the zorrel.")
+    page.execute_script("document.getElementById('job-stop').focus()")
+    wait(lambda: page.find_element(BY, "#outcome").is_displayed(), PATIENT)
+    assert focused(page) == "outcome-title"
+    assert page.find_element(BY, "#outcome-title").text == f"{name} is there"
+    assert [row.text.split()[0] for row in page.find_elements(BY, "#outcome tbody tr")[1:]] == [
+        "plain", "told", "steered", "told",
+    ]  # fmt: skip
+    words = page.find_element(BY, "#outcome-text").text
+    assert "of 8" in words and "strength" in words and f"-o '{name}.gguf'" in words
+    said = page.find_element(BY, "#job-said").get_attribute("textContent")
+    assert name in said and "of 8" in said
+    settings = localsteer_settings(server, name)
+    assert page.find_element(BY, f".vector[data-name={name}] [role=switch]").is_selected()
+    wait(lambda: texts(page, "steered") and texts(page, "plain"), PATIENT)
+    wait(lambda: page.find_element(BY, "body").get_attribute("data-busy") == "false", PATIENT)
+    assert page.find_element(BY, ".question").text == "Tell me about the zorrel."
+    assert sent(page) == [{"name": name, "strength": settings["strength"]}]
+    assert is_loud(texts(page, "steered")[0]) and not is_loud(texts(page, "plain")[0])
+    assert slider.get_attribute("value") == "0.5"  # the other boxes stay as they were
+    with server.http() as http:
+        http.delete(f"/v1/steering/{name}")
+
+
+PATIENT = 300.0  # the search has the lowest priority
+
+
+def localsteer_settings(server, name):
+    with server.http() as http:
+        return http.get(f"/v1/steering/{name}").json()["settings"]
+
+
+def test_a_search_is_stopped_and_what_is_wrong_is_said(page, server):
+    page.find_element(BY, "#begin").click()
+    wait(lambda: "Answer in rhyme" in page.find_element(BY, "#trouble").text)
+    assert focused(page) == "sentence"
+    fill(page, "#sentence", "rhyme")
+    page.find_element(BY, "#begin").click()
+    wait(lambda: "more than one word" in page.find_element(BY, "#trouble").text)
+    choose(page, "title")
+    assert not page.find_element(BY, "#sentence").is_displayed()
+    page.find_element(BY, "#begin").click()
+    stop = page.find_element(BY, "#job-stop")
+    wait(stop.is_displayed)
+    stop.click()
+    wait(lambda: stop.text == "Stop at once" or not stop.is_displayed())
+    if stop.is_displayed():
+        stop.click()
+    wait(lambda: page.find_element(BY, "#outcome").is_displayed(), PATIENT)
+    assert "Stopped" in page.find_element(BY, "#outcome-title").text
+    assert page.find_element(BY, "#begin").is_enabled()
+    assert not page.find_element(BY, "#outcome-try").is_displayed()
+
+
+def test_a_vector_that_is_there_is_used_at_once(page):
+    choose(page, "uppercase")
+    assert page.find_element(BY, "#begin").text == "Use it"
+    page.find_element(BY, "#begin").click()
+    wait(lambda: texts(page, "steered"))
+    wait(lambda: page.find_element(BY, "body").get_attribute("data-busy") == "false")
+    assert is_loud(texts(page, "steered")[0])
+
+
+def test_where_nothing_helps_the_page_says_so_and_what_learning_would_do(browser, tiny_llama, tmp_path):
+    """On a model of random weights, which never follows."""
+    with serving(tmp_path, models={"tiny": tiny_llama.gguf_path}) as server:
+        browser.get(server.url)
+        wait(lambda: browser.find_elements(BY, "#catalogue option[value=title]"))
+        choose(browser, "title")
+        browser.find_element(BY, "#begin").click()
+        wait(lambda: browser.find_element(BY, "#outcome").is_displayed(), PATIENT)
+        words = browser.find_element(BY, "#outcome").text
+        assert "nothing was added" in words and "none of 24 replies" in words
+        assert "Learning does not depend on the model doing what it is told" in words
+        can_learn = browser.find_element(BY, "#how").is_displayed()
+        assert browser.find_element(BY, "#outcome-learn").is_displayed() == can_learn
+        assert not browser.find_element(BY, "#outcome-try").is_displayed()
+        assert not browser.find_elements(BY, ".vector") and not list(tmp_path.iterdir())
+
+
+CONTRAST = """
+const channels = (text) => text.match(/[0-9.]+/g).slice(0, 3).map((each) => {
+  const share = each / 255;
+  return share <= 0.03928 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+});
+const light = (text) => { const [r, g, b] = channels(text); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const ground = (node) => {
+  for (let at = node; at; at = at.parentElement) {
+    const colour = getComputedStyle(at).backgroundColor;
+    if (colour !== "rgba(0, 0, 0, 0)") return colour;
+  }
+  return "rgb(255, 255, 255)";
+};
+return [...document.querySelectorAll("h1, h2, p, label, legend, button, summary, select, td, th, caption")]
+  .filter((node) => node.offsetParent && node.textContent.trim())
+  .map((node) => {
+    const [a, b] = [light(getComputedStyle(node).color), light(ground(node))].sort((x, y) => y - x);
+    return [(a + 0.05) / (b + 0.05), node.outerHTML.slice(0, 80)];
+  }).filter(([ratio]) => ratio < 4.5);
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_screen_and_dark_mode(page, scheme):
+    """320 px, which is a page of 1280 px at 400%: nothing is to be scrolled sideways, and all can be read."""
+    media = [{"name": "prefers-color-scheme", "value": scheme}]
+    size = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": False}
+    try:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        switch(page, "json")
+        ask(page)
+        job = {"status": "running", "method": "search", "instruction": "x", "model": "m", "seconds": 1}
+        page.execute_script("showJob(arguments[0]); by('job').hidden = false", job)
+        width = page.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
+        assert width[0] == 320 and width[1] <= 320
+        assert page.execute_script(CONTRAST) == []
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_a_server_that_makes_none_says_why(browser):
+    with serving(None) as server:
+        browser.get(server.url)
+        wait(lambda: browser.find_element(BY, "#make-off").text)
+        assert "--vectors DIR" in browser.find_element(BY, "#make-off").text
+        fill(browser, "#sentence", "Answer in rhyme.")
+        browser.find_element(BY, "#begin").click()
+        wait(lambda: "--vectors DIR" in browser.find_element(BY, "#trouble").text)
+
+
 def test_what_goes_wrong_is_said(page, server):
     page.execute_script("document.getElementById('temperature').value = 7")
     ask(page)
@@ -322,5 +479,5 @@ def test_the_page_is_in_the_installed_package():
     from importlib.resources import files
 
     folder = files("localsteer.server").joinpath("page")
-    for name in ("index.html", "page.css", "page.js", "docs.html", "docs.js"):
+    for name in ("index.html", "page.css", "make.js", "page.js", "docs.html", "docs.js"):
         assert len(folder.joinpath(name).read_bytes()) > 100

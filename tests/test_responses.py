@@ -235,6 +235,14 @@ def test_a_call_and_what_it_gave_reach_the_model(client, server, monkeypatch):
 # -- refusals -----------------------------------------------------------------------------------------------
 
 
+def allowed(*names):
+    return {
+        "type": "allowed_tools",
+        "mode": "auto",
+        "tools": [{"type": "function", "name": n} for n in names],
+    }
+
+
 def said(**part):
     return [{"role": "user", "content": [part]}]
 
@@ -251,6 +259,11 @@ def said(**part):
         ({"tools": [{"type": "function"}]}, "tools.0"),
         ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL | {"defer_loading": True}]}, "tools.0.defer_loading"),
+        ({"tools": [TOOL], "tool_choice": allowed("get_weather", "other")}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "x", "y": 1}}, "tool_choice"),
+        ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
+        ({"text": {"format": {"type": "text", "syntax": "lark"}}}, "text.format.syntax"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format"),

@@ -11,9 +11,10 @@ from localsteer.catalog import Instruction, load_catalog
 from localsteer.engine import Engine
 from localsteer.errors import CatalogError
 from localsteer.evaluate.probe import GAUSSIAN, LINEAR, accuracy, folds_of
-from localsteer.evaluate.similarity import cosines, probe_groups, similarity, unit_rows
+from localsteer.evaluate.similarity import cosines, probe_groups, similarity
 from localsteer.extract import Pair, build_pairs, open_backend
 from localsteer.extract.states import States
+from localsteer.extract.statistics import unit_rows
 
 N, D = 40, 24
 

@@ -12,9 +12,11 @@ from cli_runs import invoke
 from other_programs import Ollama, cached_in_hub, empty_home, sha256, split_in_two
 from tiny_gguf import tiny_gguf
 
-from localsteer.errors import ModelFileError
+from localsteer import Engine
+from localsteer.errors import LocalsteerError, ModelFileError
 from localsteer.model_names import asked_of, path_of
-from localsteer.stores import everything, hub
+from localsteer.stores import everything, folders, hub
+from localsteer.stores.ollama import LIST as OLLAMA_LIST
 
 LIST = "application/vnd.ollama.manifest.list.v2+json"
 LLAMA = "registry.ollama.ai/library/llama3.2/1b"
@@ -181,7 +183,8 @@ def damage(ollama, gguf, kind):
 
 DAMAGE = {
     "no blob": "its blob is missing", "cut": "its blob has 100 of", "loop": "its blob is a link that",
-    "digest": "which is no sha256", "no model": "it has no GGUF", "params": "its parameters is damaged",
+    "digest": "which is no sha256", "no model": "it has no GGUF",
+    "params": "its layer of parameters is damaged",
     "system": "its system message is missing or damaged",
     "version": "its manifest is of a kind that is unknown here",
     "media": "its manifest is of a kind that is unknown here", "layers": "its manifest is damaged",
@@ -195,6 +198,34 @@ def test_a_damaged_model_of_ollama_is_one_line(ollama, gguf, kind):
     damage(ollama, gguf, kind)
     assert DAMAGE[kind] in faults()["ollama:llama3.2:1b"]
     assert refused("ollama:llama3.2:1b").startswith("ollama:llama3.2:1b can't be used: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"top_k": Infinity}',
+        '{"top_k": NaN}',
+        '{"temperature": 1e999}',
+        '{"top_k": 1e30}',
+        f'{{"temperature": {10**400}}}',
+        f'{{"repeat_last_n": {-(10**400)}}}',
+    ],
+)
+def test_a_number_that_is_none_is_the_fault_of_its_model(ollama, gguf, text):
+    ollama.model(LLAMA, gguf, params=text)
+    ollama.model("registry.ollama.ai/library/good/1b", gguf, params={"num_ctx": True})
+    assert "parameter" in faults()["ollama:llama3.2:1b"] and names() == {"ollama:good:1b"}
+    assert asked_of("ollama:good:1b").n_ctx is None
+
+
+def test_half_a_character_is_no_stop_string_and_reaches_no_terminal(ollama, gguf, plain_file):
+    ollama.model(LLAMA, gguf, params='{"stop": ["\\ud800", "END"]}')
+    assert asked_of("ollama:llama3.2:1b").stop == ("END",)
+    engines = [{"runner": "\x1b[31m\ud800\n"}]
+    ollama.put("registry.ollama.ai/library/odd/1b", {"mediaType": OLLAMA_LIST, "manifests": engines})
+    assert faults()["ollama:odd:1b"].isprintable()
+    with Engine(plain_file) as engine, pytest.raises(LocalsteerError, match="half of a character"):
+        engine.generate("Hi", stop=["\ud800"])
 
 
 def test_a_pull_that_is_not_done_is_listed(ollama):
@@ -325,6 +356,12 @@ def test_split_files_are_one_model(lmstudio, gguf):
     }
 
 
+@pytest.mark.parametrize("part", ["00000-of-00000", "00005-of-00003", "00000-of-00002", "00001-of-99999"])
+def test_a_number_of_parts_that_can_t_be_is_a_part_of_the_name(lmstudio, part):
+    at = lmstudio(f"a/b/odd-{part}.gguf")
+    assert path_of("lmstudio:odd") == at and folders.parts(at.name) == [at.name]
+
+
 def test_a_split_model_answers_like_a_whole_one(lmstudio, plain_file):
     for i, data in enumerate(split_in_two(tiny_gguf()), 1):
         lmstudio(f"a/b/big-0000{i}-of-00002.gguf", data)
@@ -332,6 +369,18 @@ def test_a_split_model_answers_like_a_whole_one(lmstudio, plain_file):
     whole, split = (invoke("run", "-m", model, *args) for model in (plain_file, "lmstudio:a/b"))
     assert split.status == 0, split.err
     assert split.json["reply"] == whole.json["reply"]
+
+
+def test_a_folder_or_a_device_in_the_place_of_a_file_is_a_fault(home, lmstudio, ollama, gguf):
+    (home / ".lmstudio" / "models" / "a").mkdir(parents=True)
+    (home / ".lmstudio" / "models" / "a" / "zero.gguf").symlink_to("/dev/zero")
+    digest = ollama.layer("model", gguf)["digest"]
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": digest}
+    ollama.put(LLAMA, ollama.manifest([layer]))
+    blob = ollama.root / "blobs" / digest.replace(":", "-")
+    blob.unlink()
+    blob.mkdir()
+    assert ["a device" in fault for fault in faults().values()] == [True, True]
 
 
 def test_links_in_a_loop_and_half_downloads_end_nothing(home, lmstudio):
@@ -435,6 +484,12 @@ def test_the_cache_is_where_the_hubs_own_variables_say(home, gguf, monkeypatch, 
         assert path_of("hf:ORG/R") == at / "m-Q8_0.gguf"
 
 
+def test_a_snapshot_that_leads_nowhere_hides_no_other(home, gguf):
+    snapshot = cached_in_hub(home / "hf" / "hub", "o/r", {"a-Q8_0.gguf": gguf})
+    (snapshot.parent / ("d" * 40)).symlink_to("nowhere")
+    assert path_of("hf:o/r") == snapshot / "a-Q8_0.gguf"
+
+
 def test_the_newest_commit_that_has_a_file_is_taken(home, gguf):
     root = home / "hf" / "hub"
     old = cached_in_hub(root, "ORG/R", {"m-Q8_0.gguf": gguf, "m-Q4_0.gguf": gguf}, "a" * 40)
@@ -486,7 +541,7 @@ def test_pipes_in_the_place_of_files_hold_nothing_up(home, ollama, gguf):
     found = faults()
     assert names() == set() and len(found) == 5
     assert found["ollama:pipe:1b"] == "its manifest is damaged: pull it again"
-    assert "is empty" in found["lmstudio:a/b/c.gguf"]
+    assert "a pipe" in found["lmstudio:a/b/c.gguf"]
 
 
 def test_names_that_are_no_utf_8_are_listed(home, ollama, gguf, lmstudio):
@@ -524,3 +579,19 @@ def test_a_folder_that_can_t_be_read_is_passed_over(ollama, gguf, lmstudio):
         assert names() == set()
     finally:
         (ollama.root / "manifests").chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".gguf", "y/" * 3000 + "x", "\ud800.gguf", "a\0b"])
+def test_what_can_be_no_path_is_one_line(home, name):
+    with pytest.raises(LocalsteerError) as caught, Engine(path_of(name)):
+        pass
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("file", ["\ud800.gguf", "x" * 5000, "../../x", "a\nb.gguf"])
+def test_a_manifest_of_llama_cpp_that_names_no_file_is_a_fault(home, file):
+    folder = home / ".cache" / "llama.cpp"
+    folder.mkdir(parents=True)
+    (folder / "manifest=o=r=Q4_0.json").write_text(json.dumps({"ggufFile": {"rfilename": file}}))
+    assert "its file is missing" in faults()["llama.cpp:o/r:Q4_0"]
+    assert refused("llama.cpp:o/r:Q4_0").isprintable()

@@ -12,11 +12,12 @@ from study_runs import CATALOG, check, job
 from localsteer import ControlVector
 from localsteer.catalog import Instruction
 from localsteer.errors import CatalogError
+from localsteer.evaluate.cells import Cell, checks_of
+from localsteer.evaluate.outcomes import Outcomes, judged
 from localsteer.evaluate.page import Share
 from localsteer.evaluate.probe import GAUSSIAN, LINEAR, MEANS
-from localsteer.evaluate.studies import NAMES, compound, linear, pairs, quantization
+from localsteer.evaluate.studies import NAMES, candidates, compound, linear, pairs, quantization
 from localsteer.evaluate.studies.common import correlate, other_vector, run_study, working
-from localsteer.evaluate.suites.cells import Cell, Result, checks_of, judge_cell
 from localsteer.runtime.reply import Reply
 
 QUERIES = CATALOG.queries["extraction"]
@@ -95,11 +96,11 @@ def test_ways_to_put_three_vectors_together():
     three = [CATALOG.get(name) for name in ("json", "lowercase", "no_comma")]
     raw = {each.id: vector(k) for k, each in enumerate(three)}
     own = {**raw, "json": raw["json"].at(strength=0.0)}
-    ways = compound.candidates(three, own, raw, n_spread=5)
+    ways = candidates.candidates(three, own, raw, n_spread=5)
     assert len(ways[0].vectors) == 2  # nothing is applied where no setting helped
     assert {way.kind for way in ways} == {"own settings", "one block", "different blocks"}
     assert all(len({v.layers for v in way.vectors}) == 3 for way in ways if way.kind == "different blocks")
-    more = compound.candidates(three, own, raw, {"no_comma": vector(9)}, n_spread=5)
+    more = candidates.candidates(three, own, raw, {"no_comma": vector(9)}, n_spread=5)
     assert len(more) == 1 + 3 * (len(ways) - 1)
     assert {way.vectors[2].strength for way in more if "include" in way.label} == {-1.0, -2.0}
 
@@ -110,16 +111,15 @@ def test_a_reply_without_an_end_follows_none_of_the_three():
     checks = tuple(check for each in three for check in checks_of(each, query))
     cell = Cell("three", "best", query, query.text, (), checks)
     reply = Reply("the fox runs over the bridge and the", [1], "length")
-    endless = Result(cell, reply, judge_cell(cell, reply, must_end=True))
-    whole = Result(cell, reply, judge_cell(cell, reply))
-    assert compound.held([endless], three) == [0.0] < compound.held([whole], three)
-    assert set(compound.Triple(tuple(three), {}, {}, [endless]).parts("best").values()) == {0.0}
+    endless, whole = Outcomes([judged(cell, reply, must_end=True)]), Outcomes([judged(cell, reply)])
+    assert compound.held(endless, three) == [0.0] < compound.held(whole, three)
+    assert set(compound.Triple(tuple(three), {}, {}, endless).parts("best").values()) == {0.0}
 
 
 def test_parallel_directions_are_no_way():
     three = [CATALOG.get(name) for name in ("json", "lowercase", "no_comma")]
     raw = {"json": vector(0), "lowercase": vector(0), "no_comma": vector(2)}
-    ways = compound.candidates(three, raw, raw, n_spread=3)
+    ways = candidates.candidates(three, raw, raw, n_spread=3)
     assert {way.kind for way in ways} == {"different blocks"}
 
 

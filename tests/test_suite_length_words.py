@@ -13,9 +13,19 @@ from localsteer import ControlVector, bundled
 from localsteer.catalog import Catalog, Query, load_catalog
 from localsteer.errors import CatalogError
 from localsteer.evaluate import page
-from localsteer.evaluate.suites import composition, length, words
-from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, open_bench
-from localsteer.evaluate.suites.cells import Cell, Result, Verdict
+from localsteer.evaluate.bench import BUNDLED_LIMITS, open_bench
+from localsteer.evaluate.cells import Cell
+from localsteer.evaluate.outcomes import Outcome, Outcomes
+from localsteer.evaluate.suites import (
+    composed,
+    composition,
+    in_turn,
+    length,
+    length_setting,
+    word_choice,
+    word_vectors,
+    words,
+)
 from localsteer.plan import Plan
 from localsteer.runtime.reply import Reply
 
@@ -40,10 +50,9 @@ def bench(small, tmp_path_factory):
         yield opened
 
 
-def results_of(words: list[int], *, degenerate: str | None = None, kept: bool = True) -> list[Result]:
-    verdicts = [Verdict(None, None, degenerate, kept, n, 0.0) for n in words]
+def rows_of(words: list[int], *, degenerate: str | None = None, kept: bool = True) -> Outcomes:
     cell = Cell("verbosity", "x", Query("Tell me."), "Tell me.")
-    return [Result(cell, Reply("", [], "stop"), verdict) for verdict in verdicts]
+    return Outcomes(Outcome(cell, Reply("", [], "stop"), None, None, degenerate, kept, n, 0.0) for n in words)
 
 
 def report_of(name: str, module, bench, **options):
@@ -60,9 +69,9 @@ def report_of(name: str, module, bench, **options):
 
 
 def test_length_sweeps_both_directions(bench, monkeypatch):
-    monkeypatch.setattr(length, "TRIED", (0.75,))
-    monkeypatch.setattr(length, "POSITIONS", ("prompt",))
-    monkeypatch.setattr(length, "N_TRIED", 2)
+    monkeypatch.setattr(length_setting, "TRIED", (0.75,))
+    monkeypatch.setattr(length_setting, "POSITIONS", ("prompt",))
+    monkeypatch.setattr(length_setting, "N_TRIED", 2)
     report = report_of("length", length, bench)
     rows = report.instructions
     assert {"conciseness", "verbosity", *length.LEVELS} == set(rows)
@@ -89,8 +98,8 @@ def test_length_sweeps_both_directions(bench, monkeypatch):
 
 def test_c_is_strength_times_the_direction_s_length(bench):
     vector = bench.extract([length.length(bench.catalog, "verbosity")])["verbosity"].at(layer=2)
-    plain = results_of([20] * 4)
-    sweep = length.Sweep("verbosity", vector, {0.0: plain, 0.5: plain}, {"other": {0.5: results_of([9])}})
+    plain = rows_of([20] * 4)
+    sweep = length.Sweep("verbosity", vector, {0.0: plain, 0.5: plain}, {"other": {0.5: rows_of([9])}})
     row = length._sweep_row(sweep, 0.5)
     assert row[-2:] == [None, 9.0]  # no random direction
     assert row[2] == pytest.approx(0.5 * np.linalg.norm(vector.directions[2].astype(float)))
@@ -107,7 +116,7 @@ def test_c_is_strength_times_the_direction_s_length(bench):
     ],
 )
 def test_monotone_is_from_each_strength_to_the_next(mean, n_monotone, said):
-    steered = dict(zip((0.0, *length.STRENGTHS), (results_of([n]) for n in mean), strict=True))
+    steered = dict(zip((0.0, *length.STRENGTHS), (rows_of([n]) for n in mean), strict=True))
     vector = ControlVector(np.ones((1, 2)), None, None, None, None, layers=(0,), mode="add")
     sweep = length.Sweep("verbosity", vector, steered, {})
     assert sweep.n_monotone == n_monotone
@@ -116,21 +125,21 @@ def test_monotone_is_from_each_strength_to_the_next(mean, n_monotone, said):
 
 
 def test_degenerate_replies_count_against_a_setting():
-    plain, longer = results_of([9] * 4), results_of([19] * 4)
-    assert length.change(longer, plain, 1) == pytest.approx(math.log(2))
-    assert length.change(longer, plain, -1) == pytest.approx(-math.log(2))
-    assert length.change(results_of([19] * 4, kept=False), plain, 1) == 0
-    assert length.change([*longer[:3], *results_of([99], degenerate="looping")], plain, 1) == -math.inf
+    plain, longer = rows_of([9] * 4), rows_of([19] * 4)
+    assert length_setting.change(longer, plain, 1) == pytest.approx(math.log(2))
+    assert length_setting.change(longer, plain, -1) == pytest.approx(-math.log(2))
+    assert length_setting.change(rows_of([19] * 4, kept=False), plain, 1) == 0
+    assert length_setting.change([*longer[:3], *rows_of([99], degenerate="looping")], plain, 1) == -math.inf
 
 
 # --- words -------------------------------------------------------------------------------------------------
 
 
 def test_words_are_included_and_excluded_beside_their_controls(bench, monkeypatch):
-    monkeypatch.setattr(words, "STRENGTHS", (1.0, 2.0))
-    monkeypatch.setattr(words, "POSITIONS", ("all",))
+    monkeypatch.setattr(word_vectors, "STRENGTHS", (1.0, 2.0))
+    monkeypatch.setattr(word_vectors, "POSITIONS", ("all",))
     monkeypatch.setattr(words, "SWEEP", (1.0, 2.0))
-    used = words.words_used(bench)[0][0]
+    used = word_choice.words_used(bench)[0][0]
     chosen = {"include": ["horse", "music"], "context": ["moon"], "exclude": [used]}
     report = report_of("words", words, bench, **chosen)
     rows = report.instructions
@@ -158,8 +167,11 @@ def test_words_are_included_and_excluded_beside_their_controls(bench, monkeypatc
 
 
 def test_prompts_that_ask_for_the_word_are_its_queries(bench):
-    recipe = words.asked_for(bench, "moon")
-    assert recipe.target.verifier == words.FORBIDDEN and recipe.instruction.verifier == words.EXISTENCE
+    recipe = word_vectors.asked_for(bench, "moon")
+    assert (
+        recipe.target.verifier == word_choice.FORBIDDEN
+        and recipe.instruction.verifier == word_choice.EXISTENCE
+    )
     for split, plain in (("validation", bench.validation), ("test", bench.test)):
         asking = recipe.target.queries[split]
         assert [each.subject for each in asking] == [each.subject for each in plain]
@@ -168,64 +180,64 @@ def test_prompts_that_ask_for_the_word_are_its_queries(bench):
 
 
 def test_queries_that_bring_a_word_are_the_catalogues_own_and_never_name_it(bench):
-    assert {"moon", "horse"} <= set(words.contexts(bench))
-    own, recipe = words.contexts(bench)["moon"], words.in_context(bench, "moon")
+    assert {"moon", "horse"} <= set(word_choice.contexts(bench))
+    own, recipe = word_choice.contexts(bench)["moon"], word_vectors.in_context(bench, "moon")
     assert not recipe.instruction.queries  # the vector is that of anybody's queries
     for split in ("validation", "test"):
         kept = recipe.target.queries[split]
-        assert len(kept) >= words.MIN_HELD and set(kept) <= set(own.queries[split])
+        assert len(kept) >= word_vectors.MIN_HELD and set(kept) <= set(own.queries[split])
         assert not any("moon" in query.text for query in kept)
 
 
 def test_only_queries_whose_reply_holds_the_word_are_asked(bench, monkeypatch):
-    used = words.words_used(bench)
+    used = word_choice.words_used(bench)
     word = next(word for word, share in used if 0 < share < 1)
-    monkeypatch.setattr(words, "MIN_HELD", 1)
-    held = words.in_replies(bench, word).target.queries["validation"]
+    monkeypatch.setattr(word_vectors, "MIN_HELD", 1)
+    held = word_vectors.in_replies(bench, word).target.queries["validation"]
     assert set(held) < set(bench.validation)
     assert len(held) == dict(used)[word] * len(bench.validation)
-    monkeypatch.setattr(words, "MIN_HELD", 5)
-    nobody = words.in_replies(bench, "quartz").target.queries
+    monkeypatch.setattr(word_vectors, "MIN_HELD", 5)
+    nobody = word_vectors.in_replies(bench, "quartz").target.queries
     assert nobody["validation"] == bench.validation and nobody["test"] == bench.all_test
 
 
 def test_a_word_asked_for_by_id_is_excluded_where_the_catalogue_brings_it(bench, monkeypatch):
     monkeypatch.setattr(bench, "wanted", ["exclude_moon", "exclude_noble"])
-    assert list(words.contexts(bench)) == ["moon"]
-    assert words.words_to_exclude(bench) == ["noble"]
+    assert list(word_choice.contexts(bench)) == ["moon"]
+    assert word_choice.words_to_exclude(bench) == ["noble"]
 
 
 def test_words_to_exclude_are_those_that_replies_use(bench):
-    used = words.words_used(bench)
+    used = word_choice.words_used(bench)
     shares = [share for _, share in used]
     assert shares == sorted(shares, reverse=True) and shares[0] >= 0.5
     named = {word for word, _ in used}
-    assert not named & words.COMMON
+    assert not named & word_choice.COMMON
     assert not named & set(" ".join(query.text for query in bench.validation).lower().split())
 
 
 def test_the_catalogue_names_the_words_to_include(bench):
-    listed = [each for each in CATALOG.instructions.values() if each.verifier == words.EXISTENCE]
+    listed = [each for each in CATALOG.instructions.values() if each.verifier == word_choice.EXISTENCE]
     expected = [each.kwargs["keywords"][0] for each in listed if not each.open_slots]
-    assert words.words_to_include(bench) == expected
+    assert word_choice.words_to_include(bench) == expected
 
 
 def test_words_that_plain_replies_use_anyway_are_not_asked_for(bench, monkeypatch):
-    (used, _), *_ = words.words_used(bench)
-    monkeypatch.setattr(words, "INCLUDED", (used, "mirror"))
-    monkeypatch.setattr(words, "_named", lambda *_: [])
-    assert words.words_to_include(bench) == ["mirror"]
+    (used, _), *_ = word_choice.words_used(bench)
+    monkeypatch.setattr(word_choice, "INCLUDED", (used, "mirror"))
+    monkeypatch.setattr(word_choice, "_named", lambda *_: [])
+    assert word_choice.words_to_include(bench) == ["mirror"]
 
 
 # --- composition -------------------------------------------------------------------------------------------
 
 
 def test_two_instructions_hold_at_once(bench, monkeypatch):
-    monkeypatch.setattr(composition, "PAIRS", (("json", "one_sentence"),))
-    monkeypatch.setattr(composition, "CASE", "none of them")
-    monkeypatch.setattr(composition, "POSITIONS", ("prompt",))
-    monkeypatch.setattr(composition, "N_TRIED", 2)
-    monkeypatch.setattr(composition, "N_REPLIES", 2)
+    monkeypatch.setattr(composed, "PAIRS", (("json", "one_sentence"),))
+    monkeypatch.setattr(composed, "CASE", "none of them")
+    monkeypatch.setattr(composed, "POSITIONS", ("prompt",))
+    monkeypatch.setattr(composed, "N_TRIED", 2)
+    monkeypatch.setattr(in_turn, "N_REPLIES", 2)
     pytest.importorskip("torch", reason="one edit after the other is answered by PyTorch")
     report = report_of("composition", composition, bench)
     both = {
@@ -233,21 +245,21 @@ def test_two_instructions_hold_at_once(bench, monkeypatch):
     }
     assert both["none"] == both["first alone"] == both["second alone"] == both["random"] == both["other"] == 0
     assert both["same block"] >= 0.6 and both["different blocks"] >= 0.6
-    together, in_turn = report.sections
+    together, one_after_the_other = report.sections
     rows = {row[1]: row[3:] for row in together.tables[0].rows}
     ((label, others),) = together.tables[1].rows
     assert label == "json + one_sentence" and len(set(others.split(" and ")) - set(label.split(" + "))) == 2
     assert [each.share for each in rows["first alone"]] == [1.0, 0.0, 0.0]
-    (miss,), replies = (table.rows for table in in_turn.tables)
+    (miss,), replies = (table.rows for table in one_after_the_other.tables)
     assert miss[3] < 1e-5  # the joint solve reaches both targets
     assert replies[0][1].share >= 0.5
 
 
 def test_a_case_goes_with_a_word_that_its_own_queries_bring(bench, monkeypatch):
-    monkeypatch.setattr(composition, "PAIRS", ())
-    (pair,) = composition.pairs_of(bench)
+    monkeypatch.setattr(composed, "PAIRS", ())
+    (pair,) = composed.pairs_of(bench)
     assert pair.label == "lowercase + exclude_word:moon:context"
-    brought = words.contexts(bench)["moon"].queries
+    brought = word_choice.contexts(bench)["moon"].queries
     assert set(pair.queries(bench, "validation")) <= set(brought["validation"])
     assert set(pair.queries(bench, "test")) <= set(brought["test"])
 
@@ -261,13 +273,13 @@ def test_in_turn_the_second_moves_the_first_by_the_cosine():
         for each, name in ((u, "u"), (v, "v"))
     ]
     rows = rng.standard_normal((7, 16)).astype(np.float32)
-    joint, turns = (composition.edited(rows, 0, steps) for steps in ([made], [[made[0]], [made[1]]]))
-    assert max(composition.missed(joint, each, 0) for each in made) < 1e-5
-    assert composition.missed(turns, made[1], 0) < 1e-5
-    first = composition.edited(rows, 0, [[made[0]]]).astype(float)
+    joint, turns = (in_turn.edited(rows, 0, steps) for steps in ([made], [[made[0]], [made[1]]]))
+    assert max(in_turn.missed(joint, each, 0) for each in made) < 1e-5
+    assert in_turn.missed(turns, made[1], 0) < 1e-5
+    first = in_turn.edited(rows, 0, [[made[0]]]).astype(float)
     change = 5.0 - first @ made[1].unit(0).astype(float)
     expected = np.abs(0.6 * change).mean() / np.linalg.norm(u)
-    assert composition.missed(turns, made[0], 0) == pytest.approx(expected, rel=1e-4)
+    assert in_turn.missed(turns, made[0], 0) == pytest.approx(expected, rel=1e-4)
 
 
 def _orthogonal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -279,12 +291,12 @@ def test_nearly_parallel_vectors_are_not_put_at_one_block():
     rng = np.random.default_rng(1)
     directions = rng.standard_normal((4, 8))
     a = ControlVector(directions, np.ones(4), np.zeros(4), None, None, layers=(1,), name="a")
-    found = composition.arrangements(a, replace(a, name="b", layers=(2,)))
+    found = composed.arrangements(a, replace(a, name="b", layers=(2,)))
     assert found and all(x.layers != y.layers for x, y in found)
     other = ControlVector(
         rng.standard_normal((4, 8)), np.ones(4), np.zeros(4), None, None, layers=(2,), name="c"
     )
-    assert any(x.layers == y.layers for x, y in composition.arrangements(a, other))
+    assert any(x.layers == y.layers for x, y in composed.arrangements(a, other))
 
 
 def test_pytorch_s_greedy_reply_is_llama_cpp_s(tiny_llama):
@@ -354,6 +366,6 @@ def test_a_suite_that_has_nothing_to_do_says_why(bench, monkeypatch, module, ask
 def test_only_what_is_asked_for(bench, monkeypatch):
     monkeypatch.setattr(bench, "wanted", ["concise", "exclude_moon", "lowercase", "include_music"])
     assert length.lengths(bench) == (["conciseness"], ["concise"])
-    assert (words.words_to_include(bench), list(words.contexts(bench))) == (["music"], ["moon"])
-    assert words.words_to_exclude(bench) == []
+    assert (word_choice.words_to_include(bench), list(word_choice.contexts(bench))) == (["music"], ["moon"])
+    assert word_choice.words_to_exclude(bench) == []
     assert composition.named_pairs(bench) == [] and composition.case_words(bench) == ["moon"]

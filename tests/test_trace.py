@@ -86,15 +86,15 @@ def test_tokens_are_those_of_the_prompt_and_the_greedy_reply(engine, vectors, lo
     assert "".join(locked.pieces) == engine.render([{"role": "user", "content": PROMPT}]) + reply.text
 
 
-@pytest.mark.parametrize("blocks", [(1, 3), (3, 7), (0, 1)])
-def test_states_and_weights_are_those_of_model_and_oracle(engine, vectors, blocks):
+@pytest.mark.parametrize("steered", [(1, 3), (3, 7), (0, 1)])
+def test_states_and_weights_are_those_of_model_and_oracle(engine, vectors, steered):
     """Two vectors, two blocks each: the state before an edit holds the edits below it, and only those."""
-    pair = [vectors["json"].at(layer=blocks, strength=0.7), vectors["lowercase"].at(layer=blocks)]
+    pair = [vectors["json"].at(layer=steered, strength=0.7), vectors["lowercase"].at(layer=steered)]
     tokens = [*engine.prompt_tokens(PROMPT), *reply_tokens(engine, PROMPT, "the fox is a big city.")]
     n_prompt = len(engine.prompt_tokens(PROMPT))
     plan = Plan.from_vectors(pair)
     made = trace_tokens(engine, tokens, n_prompt, pair)
-    for block in blocks:
+    for block in steered:
         below = Plan([edit for edit in plan.edits if edit.layer < block], n_embd=plan.n_embd)
         before = engine.hidden_states(tokens, [block], steer=below, n_prompt=n_prompt)[:, 0]
         after = engine.hidden_states(tokens, [block], steer=plan, n_prompt=n_prompt)[:, 0]
@@ -108,8 +108,8 @@ def test_states_and_weights_are_those_of_model_and_oracle(engine, vectors, block
         for line in lines:
             (k,) = [k for k, z in enumerate(program.writers) if np.array_equal(z, line.vector.unit(block))]
             np.testing.assert_allclose(line.weight, expected[:, k], **CLOSE)
-    plain = engine.hidden_states(tokens, [blocks[1]])[:, 0]
-    np.testing.assert_allclose(made.lines[1].plain, plain @ made.lines[1].vector.unit(blocks[1]), **CLOSE)
+    plain = engine.hidden_states(tokens, [steered[1]])[:, 0]
+    np.testing.assert_allclose(made.lines[1].plain, plain @ made.lines[1].vector.unit(steered[1]), **CLOSE)
 
 
 def test_two_vectors_at_one_block_both_reach_their_targets(engine, vectors):

@@ -13,24 +13,24 @@ from localsteer import ControlVector, bundled
 from localsteer.catalog import Instruction, load_catalog
 from localsteer.errors import CatalogError, LocalsteerError, MismatchError, PlanError
 from localsteer.evaluate import transfer
-from localsteer.evaluate.transfer import (
+from localsteer.evaluate.transfer import examine, verdict
+from localsteer.extract import Pair, build_pairs, extract, open_backend
+from localsteer.extract.transfer import (
     AS_IS,
     MAPPED,
     OTHER_MODEL,
+    RIDGES,
     adopt,
     blocks_by_depth,
     carry,
     carry_to_other_model,
-    examine,
     fit_maps,
     readable,
     relation,
     send_through,
     shared_prompts,
     unmapped,
-    verdict,
 )
-from localsteer.extract import Pair, build_pairs, extract, open_backend
 from localsteer.runtime.ask import Ask
 from localsteer.runtime.loop import stops_of
 
@@ -160,7 +160,7 @@ def test_states_that_have_nothing_in_common_have_no_map():
     maps = fit_maps(source, target, groups)
     assert [each.source for each in maps] == [0, 0, 1]
     assert max(each.r2 for each in maps) < 0.1
-    assert min(each.ridge for each in maps) == transfer.RIDGES[-1]
+    assert min(each.ridge for each in maps) == RIDGES[-1]
 
 
 def test_the_shuffled_control_keeps_the_ridge_and_loses_the_map():
@@ -254,7 +254,7 @@ def test_a_random_model_is_said_to_do_nothing(llama, vector):
         max_tokens=8,
         controls=lambda plain_mean: {"unmapped": vector},
     )
-    assert set(found.outcomes) == {"none", "transferred", "own", "random", "unmapped", "instructed"}
+    assert set(found.conditions) == {"none", "transferred", "own", "random", "unmapped", "instructed"}
     assert not found.helped
     assert found.verdict.startswith("It does nothing") and "in words" in found.verdict
 

@@ -124,7 +124,7 @@ def test_a_gate_without_a_mean_effect_is_refused(settings):
 
 
 def test_a_description_of_a_gate_has_its_reader_and_bias_where_it_acts():
-    blocks = json.loads(json.dumps(describe(gated_vector())))["blocks"]
+    blocks = json.loads(json.dumps(describe(gated_vector())))["by_layer"]
     assert [block.get("gate_bias") for block in blocks] == [None, 0.5, -0.25, None]
     assert blocks[2]["gate_reader_norm"] == pytest.approx(np.linalg.norm(gated_vector().readers[2]))
 
@@ -196,7 +196,7 @@ def test_a_zero_direction_at_the_chosen_block_is_refused_and_the_others_are_name
     with pytest.raises(PlanError) as error:
         make(directions)
     assert "no direction at block 2" in message(error) and "0-1, 3" in message(error)
-    assert make(directions, layers=(1,)).blocks == (0, 1, 3)
+    assert make(directions, layers=(1,)).usable_layers == (0, 1, 3)
 
 
 def test_an_import_can_add_and_ablate_but_not_project():
@@ -259,9 +259,11 @@ def test_a_vector_of_another_model_is_refused_with_both_numbers_and_what_to_do(m
 def test_a_description_is_json_with_one_entry_per_block():
     vector = exact_vector(cap=2.0)
     described = json.loads(json.dumps(describe(vector)))
-    assert described["n_layer"] == len(described["blocks"]) == 4
-    assert [block["block"] for block in described["blocks"] if block["chosen"]] == [2] == described["layers"]
-    third = described["blocks"][3]
+    assert described["n_layer"] == len(described["by_layer"]) == 4
+    assert (
+        [block["layer"] for block in described["by_layer"] if block["chosen"]] == [2] == described["layers"]
+    )
+    third = described["by_layer"][3]
     assert third["norm"] == pytest.approx(np.linalg.norm(vector.directions[3]))
     assert (third["mean_with"], third["mean_without"], third["std_with"]) == (1.375, -0.625, 0.1875)
     assert described["provenance"]["instruction"] == "Answer in JSON format."
@@ -269,7 +271,7 @@ def test_a_description_is_json_with_one_entry_per_block():
 
 
 def test_a_description_of_an_import_has_no_projections():
-    assert {block["mean_with"] for block in describe(imported_vector())["blocks"]} == {None}
+    assert {block["mean_with"] for block in describe(imported_vector())["by_layer"]} == {None}
 
 
 @pytest.mark.parametrize("kept", [None, 5, "json", {"a": 1}, [], [5]])

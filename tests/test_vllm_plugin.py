@@ -201,13 +201,13 @@ def test_rows_of_a_batch_get_the_edits_of_their_request_and_position(tuples):
     x = torch.randn(11, N_EMBD, generator=torch.Generator().manual_seed(0))
     before = torch.randn(11, N_EMBD, generator=torch.Generator().manual_seed(1)) if tuples else None
     stream = x if before is None else x + before
-    for layer, block in enumerate(runner.model.layers):
+    for layer, module in enumerate(runner.model.layers):
         expected = (stream + 0.5).numpy()
         for name, first, after, position in spans:
             if name in plans:
                 classes = position_classes(np.arange(position, position + after - first), lengths[name])
                 expected[first:after] = steering.steer(expected[first:after], plans[name], layer, classes)
-        out = block(x, before) if tuples else block(x)
+        out = module(x, before) if tuples else module(x)
         x = out[0] if tuples else out
         stream = x + before if tuples else x
         assert np.allclose(stream.numpy(), expected, atol=1e-6)

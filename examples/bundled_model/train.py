@@ -226,8 +226,8 @@ def hook_masks(model) -> dict:
 
         return hook
 
-    for il, block in enumerate(model.model.layers):
-        block.register_forward_pre_hook(before(0 if il < N_LAYER // 2 else 1), with_kwargs=True)
+    for il, module in enumerate(model.model.layers):
+        module.register_forward_pre_hook(before(0 if il < N_LAYER // 2 else 1), with_kwargs=True)
     return holder
 
 

@@ -118,6 +118,16 @@ class Catalog:
             raise CatalogError(f"unknown instruction {instruction_id!r}: {self.source} has {known}") from None
         return instruction.fill(**values)
 
+    def find(self, text: str) -> Instruction:
+        """The instruction of this id, or the user's own words.
+
+        One word is an id: a misspelt one must not become an instruction. A text without a letter of ASCII is
+        none, since there are scripts without spaces. Raises CatalogError.
+        """
+        if text in self.instructions or re.fullmatch(r"[!-~]+", text.strip()):
+            return self.get(text)
+        return Instruction.from_text(text)
+
     def queries_for(self, instruction: Instruction, split: str) -> tuple[Query, ...]:
         """The instruction's own queries of a split, or the catalog's. Raises CatalogError for none."""
         if split not in SPLITS:
@@ -126,6 +136,13 @@ class Catalog:
         if not found:
             raise CatalogError(f"{self.source} has no {split} queries for {instruction.id!r}")
         return found
+
+
+def alike(a: Instruction, b: Instruction) -> bool:
+    """Whether two instructions ask for the same kind of thing: both a length, or one verifier for both."""
+    if a.id == b.id or (a.group == b.group == "length"):
+        return True
+    return a.verifier is not None and a.verifier == b.verifier
 
 
 def load_catalog(path_or_name: str | Path = DEFAULT) -> Catalog:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from localsteer.catalog import Query
+    from localsteer.evaluate.bench import Bench, EvalLimits
     from localsteer.evaluate.model_judge import ModelJudge
     from localsteer.evaluate.page import Results, SuiteReport
-    from localsteer.evaluate.suites.bench import Bench, EvalLimits
     from localsteer.vector import ControlVector
 
 # as localsteer.evaluate.suites has them
@@ -183,8 +183,8 @@ def _evaluate(
     vectors: Sequence[str], model: str, names: Sequence[str], params: Params, *, leave_out: bool
 ) -> Results:
     from localsteer.evaluate import report, results
+    from localsteer.evaluate.bench import open_bench
     from localsteer.evaluate.suites import suite
-    from localsteer.evaluate.suites.bench import open_bench
 
     started = time.perf_counter()
     params = params | {"test": _test_queries(params["queries"])}
@@ -259,7 +259,7 @@ def _bench_options(params: Params) -> JsonObject:
 
 @contextmanager
 def _judge(bench: Bench, params: Params) -> Iterator[ModelJudge | None]:
-    from localsteer.evaluate.suites.bench import open_judge
+    from localsteer.evaluate.bench import open_judge
 
     if params["judge"] is None:
         yield None
@@ -271,7 +271,7 @@ def _judge(bench: Bench, params: Params) -> Iterator[ModelJudge | None]:
 def _limits(bundled: bool, params: Params) -> EvalLimits:
     from dataclasses import replace
 
-    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, EvalLimits
+    from localsteer.evaluate.bench import BUNDLED_LIMITS, EvalLimits
 
     asked = {"max_tokens": params["max_tokens"], "n_ctx": params["ctx_size"]}
     asked = {key: value for key, value in asked.items() if value is not None}

@@ -173,19 +173,19 @@ def settings_line(described: JsonObject) -> str:
 
 
 def _blocks(described: JsonObject) -> Any:
-    has_means = any(block["mean_with"] is not None for block in described["blocks"])
-    has_gates = any("gate_bias" in block for block in described["blocks"])
+    has_means = any(block["mean_with"] is not None for block in described["by_layer"])
+    has_gates = any("gate_bias" in block for block in described["by_layer"])
     titles = ["block", "norm", "", *(["gate"] if has_gates else [])]
     if has_means:
         titles += ["without", "with", "apart", ""]
     made = table(*titles, numbers=("block", "norm", "without", "with", "apart"))
     # of a vector with few blocks, the others are no news
-    has_gaps = sum(block["norm"] == 0 for block in described["blocks"]) > len(described["blocks"]) / 2
-    longest = max(block["norm"] for block in described["blocks"])
-    for block in described["blocks"]:
+    has_gaps = sum(block["norm"] == 0 for block in described["by_layer"]) > len(described["by_layer"]) / 2
+    longest = max(block["norm"] for block in described["by_layer"])
+    for block in described["by_layer"]:
         if block["norm"] == 0 and not block["chosen"] and has_gaps:
             continue
-        row = [f"{'> ' if block['chosen'] else ''}{block['block']}", f"{block['norm']:.3g}"]
+        row = [f"{'> ' if block['chosen'] else ''}{block['layer']}", f"{block['norm']:.3g}"]
         row.append(bar(block["norm"] / longest if longest else 0, BAR_WIDTH))
         row += [_gate(block)] if has_gates else []
         made.add_row(
@@ -255,8 +255,8 @@ def draw(described: JsonObject, path: str) -> None:
 
     figure = new_figure(9, 6)
     norms, projections = figure.subplots(2, 1, sharex=True)
-    blocks = described["blocks"]
-    numbers = [block["block"] for block in blocks]
+    blocks = described["by_layer"]
+    numbers = [block["layer"] for block in blocks]
     norms.bar(numbers, [block["norm"] for block in blocks], color="tab:gray")
     norms.set_ylabel("length of the direction")
     norms.set_title(f"{described['name'] or 'vector'}: {settings_line(described)}")
@@ -276,7 +276,7 @@ def _draw_side(axes: Any, blocks: list[JsonObject], side: str, colour: str) -> N
     known = [block for block in blocks if block["norm"] > 0 and block[f"mean_{side}"] is not None]
     if not known:
         return
-    numbers = [block["block"] for block in known]
+    numbers = [block["layer"] for block in known]
     means = [block[f"mean_{side}"] for block in known]
     spreads = [block[f"std_{side}"] or 0.0 for block in known]
     axes.plot(numbers, means, marker="o", markersize=3, color=colour, label=f"{side} the instruction")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localsteer.errors import LocalsteerError
-from localsteer.terms import POSITIONS
+from localsteer.terms import LEARNING_NEEDS, POSITIONS
 
 from . import interrupt, options
 from .console import answer, note, print_json, progress
@@ -127,7 +127,7 @@ def command(
 
 
 def _check_installed() -> None:
-    missing = [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]
+    missing = [name for name in LEARNING_NEEDS if find_spec(name) is None]
     if missing:
         raise LocalsteerError(
             f"learning needs PyTorch ({' and '.join(missing)} missing): pip install 'localsteer[torch]'. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -242,21 +241,15 @@ def catalog_of(model: str | None, catalog: str | None) -> Catalog:
 
 
 def find_instruction(catalog: Catalog, text: str, slots: tuple[tuple[str, Any], ...]) -> Instruction:
-    """The catalogue's instruction of this id, or the user's own words.
-
-    One word without a space is an id: a misspelt one must not become an instruction. Raises CatalogError.
-    """
-    from localsteer.catalog import Instruction
-
+    """The catalogue's instruction of this id, or the user's own words (Catalog.find). Raises CatalogError."""
     if text in catalog.instructions:
         instruction = catalog.get(text, **dict(slots))
         _check_rule(instruction)
         return instruction
-    if not re.search(r"\s", text.strip()) and text.strip():
-        catalog.get(text)  # raises, with the ids there are
+    own = catalog.find(text)
     if slots:
         raise CatalogError(f"--slot fills a slot of a catalogue's instruction, and {text!r} is not one.")
-    return Instruction.from_text(text)
+    return own
 
 
 def _check_rule(instruction: Instruction) -> None:

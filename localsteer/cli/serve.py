@@ -138,6 +138,14 @@ SWITCH_SECONDS = 0.0005
     help="For one request, waiting and writing included; then it ends with status 504. [default: 600]",
 )
 @click.option(
+    "--job-minutes",
+    type=click.FloatRange(0, 10_080),
+    default=60.0,
+    metavar="MINUTES",
+    help="For a vector that is made on request, into the folder of --vectors (the page, /v1/jobs); 0 = none "
+    "is made. [default: 60]",
+)
+@click.option(
     "--all-models",
     is_flag=True,
     help="Offer every model that `localsteer models` lists, loaded when it is first asked for, and any other "
@@ -336,6 +344,7 @@ def _application(pool: Pool, folder: str | None, access: Any, params: Params) ->
         limits=Limits(
             predict=None if params["predict"] < 0 else params["predict"],
             request_seconds=params["request_timeout"],
+            job_seconds=60 * params["job_minutes"],
             max_connections=params["max_connections"],
             ignored_fields=frozenset(params["ignored_fields"]),
             max_held=params["body_memory"] << 20,

@@ -68,10 +68,10 @@ def command(
       localsteer study pairs -m MODEL.gguf -i json,lowercase -o study-pairs
       localsteer study layers -m MODEL.Q8_0.gguf --checkpoint HF_FOLDER
     """
+    from localsteer.evaluate.bench import BUNDLED_LIMITS, EvalLimits
     from localsteer.evaluate.page import plain
     from localsteer.evaluate.report.terminal import print_report
     from localsteer.evaluate.studies.common import StudyJob, run_study
-    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS, EvalLimits
 
     _check_options(name, files, params["checkpoint"])
     bundled = is_bundled(model) and not files

@@ -18,12 +18,13 @@ from .models import catalog_of, is_bundled, open_engine
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction
     from localsteer.engine import Engine
-    from localsteer.evaluate.transfer import BlockMap, Examined
+    from localsteer.evaluate.transfer import Examined
     from localsteer.extract import Backend, Pair
+    from localsteer.extract.transfer import BlockMap
     from localsteer.vector import ControlVector
 
 N_SEQ_MAX = 8
-N_PROMPTS = 400  # as in evaluate.transfer
+N_PROMPTS = 400  # as in extract.transfer
 
 
 @click.command("transfer", short_help="Try a vector in another model, with controls.")
@@ -137,8 +138,7 @@ class _Job:
 
     def send(self, engine: Engine) -> _Sent:
         """The vector for the engine's model. Raises MismatchError for another width without a map."""
-        from localsteer.evaluate import transfer
-        from localsteer.extract import open_backend
+        from localsteer.extract import open_backend, transfer
 
         with open_backend(engine) as target:
             if self.source is not None:
@@ -158,8 +158,7 @@ class _Job:
             return _Sent(way, transfer.carry_to_other_model(self.vector, target, self.pairs()))
 
     def _send_through_map(self, target: Backend) -> _Sent:
-        from localsteer.evaluate import transfer
-        from localsteer.extract import open_backend
+        from localsteer.extract import open_backend, transfer
 
         prompts = transfer.shared_prompts(self.catalog, self.instruction, self.n_prompts)
         with self.open(self.source) as engine, open_backend(engine) as source:
@@ -199,8 +198,9 @@ class _Sent:
 
 
 def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
-    from localsteer.evaluate.suites.bench import BUNDLED_LIMITS
-    from localsteer.evaluate.transfer import UNMAPPED, examine, unmapped
+    from localsteer.evaluate.bench import BUNDLED_LIMITS
+    from localsteer.evaluate.transfer import examine
+    from localsteer.extract.transfer import UNMAPPED, unmapped
     from localsteer.runtime.journal import Journal, Remembered
 
     known = len(job.catalog.queries_for(job.instruction, "test"))

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from localsteer.errors import PromptError
+from localsteer.evaluate.outcomes import Outcome
 from localsteer.evaluate.page import Section, Share, Table, Value
-from localsteer.evaluate.suites.cells import Result
 from localsteer.workers import Workers
 
 if TYPE_CHECKING:
@@ -39,15 +39,15 @@ class ModelJudge:
     def __init__(self, workers: Workers, name: str, wording: Callable[[str], str | None]) -> None:
         self.workers, self.name, self._wording = workers, name, wording
 
-    def verdicts(self, results: Sequence[Result]) -> list[bool | None]:
+    def verdicts(self, results: Sequence[Outcome]) -> list[bool | None]:
         """Whether the judge thinks that each reply follows; None where there is no wording to ask about, and
         for an exchange that is too long for the judge or that its vocabulary can't spell."""
         parts = [results[start : start + CHUNK] for start in range(0, len(results), CHUNK)]
         return [verdict for part in self.workers.map(self._judge, parts) for verdict in part]
 
-    def section(self, results: Sequence[Result]) -> Section:
+    def section(self, results: Sequence[Outcome]) -> Section:
         """For a report: what the judge says by condition, and how often the verifier says the same."""
-        verified = [result for result in results if result.verdict.strict is not None]
+        verified = [result for result in results if result.strict is not None]
         judged = [
             (result, verdict)
             for result, verdict in zip(verified, self.verdicts(verified), strict=True)
@@ -63,14 +63,14 @@ class ModelJudge:
         )
         if len(judged) < len(verified):
             text += f" Left out are {len(verified) - len(judged)} more: {why}"
-        by_condition: dict[str, list[tuple[Result, bool]]] = {}
+        by_condition: dict[str, list[tuple[Outcome, bool]]] = {}
         for result, verdict in judged:
             by_condition.setdefault(result.cell.condition, []).append((result, verdict))
         rows = [_row(name, pairs) for name, pairs in (by_condition | {"all": judged}).items()]
         columns = ["condition", "n", "judge: follows", "verifier: follows", "agreement", "kappa"]
         return Section(title, text, [Table(columns, rows)])
 
-    def _judge(self, engine: Engine, results: Sequence[Result]) -> list[bool | None]:
+    def _judge(self, engine: Engine, results: Sequence[Outcome]) -> list[bool | None]:
         prompts = [_tokens(engine, self._question(result)) for result in results]
         rows = [i for i, ids in enumerate(prompts) if ids and len(ids) + ANSWER_TOKENS <= engine.n_ctx]
         answers = _answers(engine)
@@ -83,7 +83,7 @@ class ModelJudge:
             verdicts[i] = max(totals[: len(YES)]) > max(totals[len(YES) :])
         return verdicts
 
-    def _question(self, result: Result) -> str | None:
+    def _question(self, result: Outcome) -> str | None:
         wording = result.cell.wording or self._wording(result.cell.instruction)
         return QUESTION.format(wording=wording, reply=result.reply.text) if wording else None
 
@@ -122,8 +122,8 @@ def kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:
     return None if chance >= 1 else (agreed - chance) / (1 - chance)
 
 
-def _row(name: str, judged: Sequence[tuple[Result, bool]]) -> list[Value]:
-    pairs = [(verdict, bool(result.verdict.strict)) for result, verdict in judged]
+def _row(name: str, judged: Sequence[tuple[Outcome, bool]]) -> list[Value]:
+    pairs = [(verdict, bool(result.strict)) for result, verdict in judged]
     shares = [sum(verdicts) / len(pairs) for verdicts in zip(*pairs, strict=True)]
     agreed = sum(a == b for a, b in pairs) / len(pairs)
     return [name, len(pairs), *map(Share, (*shares, agreed)), kappa(pairs)]

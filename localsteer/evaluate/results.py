@@ -13,7 +13,7 @@ from localsteer.evaluate.page import FORMAT, Facts, Results, SuiteReport, loaded
 from localsteer.jsonable import finite
 
 if TYPE_CHECKING:
-    from localsteer.evaluate.suites.bench import Bench
+    from localsteer.evaluate.bench import Bench
 
 NAME = "results.json"
 

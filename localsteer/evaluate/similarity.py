@@ -18,6 +18,7 @@ from localsteer.errors import CatalogError
 from localsteer.evaluate.probe import GAUSSIAN, LINEAR, N_FOLDS, accuracy
 from localsteer.extract import Pair
 from localsteer.extract.states import States
+from localsteer.extract.statistics import unit_rows
 
 MIN_PAIRS = 4  # fewer leave a fold of the probe without one
 
@@ -124,9 +125,3 @@ def probe_groups(pairs: Sequence[Pair]) -> list[str]:
         raise CatalogError(f"a probe needs two base queries or more, and {queries[0]!r} is the only one")
     once = len(set(queries)) == len(queries)
     return wordings if once and len(set(wordings)) >= N_FOLDS else queries
-
-
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """(..., n_embd) -> the same at length 1; zeros stay zeros."""
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)

@@ -1,350 +1,51 @@
-"""A vector of one model, used in another: as it is, or through a map between their states.
-
-    same tokens, blocks and width (another quantization, the base model)   as it is
-    same width, another model                                              as it is, by depth, recalibrated
-    another width                                                          a ridge map, fitted on prompts
-
-`Engine` refuses a vector of another model, and rightly so: what comes out here says in its provenance that it
-belongs to the target now, and where it is from. Whether it does anything there, `examine` finds out.
-"""
+"""Does a vector that comes from another model (`extract/transfer.py`) do anything in this one?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from localsteer.catalog import Catalog, Instruction
-from localsteer.errors import CatalogError, MismatchError, PlanError, PromptError
-from localsteer.evaluate.conditions import (
-    Outcome,
-    alike,
-    applied_like,
-    mean_state,
-    random_control,
-    run_conditions,
-)
+from localsteer.evaluate.controls import applied_like, mean_state, random_control
 from localsteer.evaluate.intervals import interval
+from localsteer.evaluate.outcomes import Outcomes
 from localsteer.evaluate.report.figures import rough_percent
-from localsteer.evaluate.study import spread
-from localsteer.extract import Backend, Pair, extract, prompt_tokens, render
-from localsteer.extract.calibrate import calibrate
-from localsteer.extract.states import Progress, stream_states
-from localsteer.extract.statistics import RunningMeans
+from localsteer.evaluate.runner import run_conditions
+from localsteer.evaluate.vectors import spread
+from localsteer.extract import extract
+from localsteer.extract.states import Progress
+from localsteer.extract.transfer import UNMAPPED
 from localsteer.tune import Tuned, tune
-from localsteer.vector import STATISTICS, ControlVector
+from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.extract.gguf_backend import GgufBackend
-
-AS_IS, OTHER_MODEL, MAPPED = "as is", "another model of the same width", "mapped"
-UNMAPPED = "unmapped"  # the control of a map: the source's own numbers
-KEPT = ("instruction_id", "instruction", "phrasings", "group", "verifier", "kwargs", "method", "n_pairs")
-ORIGIN = ("model_name", "architecture", "template_hash", "source_hash", "backend")
-N_PROMPTS = 400  # shared prompts that a map is fitted on
-MIN_PROMPTS = 20
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean eigenvalue of the states' Gram matrix
-HELD_OUT = 0.2  # of the prompts' queries, to choose the ridge and to say how good the map is
-
-
-# --- as it is ----------------------------------------------------------------------------------------------
-
-
-def relation(vector: ControlVector, target: Backend) -> str:
-    """AS_IS, OTHER_MODEL, or MAPPED (the width differs): the way that a vector can go to `target`."""
-    if vector.n_embd != target.n_embd:
-        return MAPPED
-    known = vector.provenance
-    same_tokens = all(target.tokenize(text) == list(ids) for text, ids in known.get("probes") or ())
-    architecture = known.get("architecture") in (None, target.architecture)
-    return AS_IS if vector.n_layer == target.n_layer and same_tokens and architecture else OTHER_MODEL
-
-
-def carry(vector: ControlVector, target: Backend) -> ControlVector:
-    """The same directions as a vector of `target`; where the depths differ, each block takes the one at the
-    same share of the depth. Gates come along. Raises MismatchError for another width."""
-    if vector.n_embd != target.n_embd:
-        raise MismatchError(
-            f"{vector.label} is {vector.n_embd} wide but {target.model_name} is {target.n_embd}: "
-            "use --map with --from, the model that it was made from."
-        )
-    rows = blocks_by_depth(vector.n_layer, target.n_layer)
-    columns = (*STATISTICS, "readers", "biases")
-    taken = {key: _rows(getattr(vector, key), rows) for key in columns}
-    return adopt(vector, target, AS_IS, directions=vector.directions[rows], **taken)
-
-
-def carry_to_other_model(vector: ControlVector, target: Backend, pairs: Sequence[Pair]) -> ControlVector:
-    """The same with mean projections measured in the target: those of another model mean nothing there."""
-    carried = calibrate(target, carry(vector, target), pairs).vector
-    return adopt(vector, target, OTHER_MODEL, **_arrays(carried))
-
-
-def adopt(vector: ControlVector, target: Backend, way: str, **arrays: Any) -> ControlVector:
-    """`vector` with other arrays, saying that it is of `target`: its architecture, template and tokens in
-    place of those of the model that it was made from, which stay under `transferred_from`.
-
-    Figures of its tuning do not come along: they were another model's. arrays: directions and statistics, and
-    readers and biases if the gates go along. Raises PlanError for a gated vector that does not go as it is.
-    """
-    if vector.mode == "gate" and way != AS_IS:
-        raise PlanError(
-            f"{vector.label} has a learned gate, which reads its own model's states: learn one on this model."
-        )
-    known = vector.provenance
-    layers = {round(il * _scale(vector.n_layer, target.n_layer)) for il in vector.layers}
-    usable = [il for il in sorted(layers) if arrays["directions"][il].any()]
-    provenance = {
-        **{key: known[key] for key in KEPT if key in known},
-        "model_name": target.model_name,
-        "architecture": target.architecture,
-        "template_hash": target.template.template_hash,
-        "source_hash": target.source_hash,
-        "backend": target.description,
-        "probes": _probes(vector, target),
-        "transferred_from": {key: known[key] for key in ORIGIN if key in known},
-        "transfer": way,
-    }
-    provenance = {key: value for key, value in provenance.items() if value is not None}
-    if not usable:
-        usable = [int(np.flatnonzero(arrays["directions"].any(axis=1))[0])]
-    arrays = {"readers": None, "biases": None, **arrays}
-    return replace(vector, **arrays, layers=tuple(usable), provenance=provenance)
-
-
-def blocks_by_depth(n_from: int, n_to: int) -> list[int]:
-    """For each block of the target, the source's at the same share of the depth."""
-    return [round(il * _scale(n_to, n_from)) for il in range(n_to)]
-
-
-def _scale(n_from: int, n_to: int) -> float:
-    return (n_to - 1) / max(1, n_from - 1)
-
-
-def _rows(column: np.ndarray | None, rows: Sequence[int]) -> np.ndarray | None:
-    return None if column is None else column[list(rows)]
-
-
-def _arrays(vector: ControlVector) -> dict[str, Any]:
-    keys = ("directions", "mean_with", "mean_without", "std_with", "std_without")
-    return {key: getattr(vector, key) for key in keys}
-
-
-def _probes(vector: ControlVector, target: Backend) -> list[list[Any]]:
-    """Of the target's own template and tokens, so that a third model is refused."""
-    phrasing = next(iter(vector.phrasings), "Answer briefly.")
-    texts = [render(target, text) for text in ("What is a river?", f"What is a river? {phrasing}")]
-    return [[text, target.tokenize(text)] for text in texts]
-
-
-# --- through a map -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BlockMap:
-    """h_to = (h_from - centre_from) X^T A + centre_to, X the n centred states that it was fitted on: weights
-    of n x (width + width) numbers, where the whole matrix would have width x width.
-
-    source: the block of the source model. ridge: times the mean eigenvalue. r2: on prompts that had no part
-    in the fit; 0 is no better than the target's mean state.
-    """
-
-    source: int
-    states: np.ndarray
-    weights: np.ndarray
-    centre_from: np.ndarray
-    centre_to: np.ndarray
-    ridge: float
-    r2: float
-
-    def __call__(self, states: np.ndarray) -> np.ndarray:
-        """(..., width of the source) -> (..., width of the target)."""
-        return (states - self.centre_from) @ self.states.T @ self.weights + self.centre_to
-
-
-def fit_maps(
-    source: np.ndarray, target: np.ndarray, groups: Sequence[str], *, shuffle: bool = False, seed: int = 0
-) -> list[BlockMap]:
-    """A map for each of the target's blocks. source, target: (n, n_layer, n_embd) of each model, states of
-    the same prompts. groups: the prompts' queries; some are held out whole. shuffle: give each prompt the
-    target's state of another one, a control that knows nothing but the models' means; the ridges are those
-    of the true map.
-
-    Raises CatalogError for fewer than MIN_PROMPTS prompts, or fewer than two queries.
-    """
-    if len(source) < MIN_PROMPTS or len(set(groups)) < 2:
-        raise CatalogError(
-            f"{len(source)} shared prompts are too few to fit a map: use {MIN_PROMPTS} or more"
-        )
-    held_out = _held_out(groups, seed)
-    rows = blocks_by_depth(source.shape[1], target.shape[1])
-    maps = [_fit(source[:, s], target[:, t], held_out, s) for t, s in enumerate(rows)]
-    if not shuffle:
-        return maps
-    others = target[np.random.default_rng(seed).permutation(len(target))]
-    return [_refit(each, source[:, each.source], others[:, t]) for t, each in enumerate(maps)]
-
-
-def _held_out(groups: Sequence[str], seed: int) -> np.ndarray:
-    """(n,) bool."""
-    names = list(dict.fromkeys(groups))
-    n = max(1, round(HELD_OUT * len(names)))
-    chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:n]}
-    return np.array([group in chosen for group in groups])
-
-
-def _fit(source: np.ndarray, target: np.ndarray, held_out: np.ndarray, block: int) -> BlockMap:
-    x, y = source.astype(np.float64), target.astype(np.float64)
-    kept = ~held_out
-    solve = _Ridge(x[kept], y[kept])
-    spread = ((y[held_out] - y[kept].mean(axis=0)) ** 2).sum()
-    errors = {ridge: ((y[held_out] - solve(ridge, x[held_out])) ** 2).sum() for ridge in RIDGES}
-    best = min(errors, key=errors.__getitem__)
-    r2 = 1.0 - errors[best] / spread if spread > 0 else 0.0
-    whole = _Ridge(x, y)
-    return BlockMap(block, whole.x, whole.weights(best), whole.x_mean, whole.y_mean, best, float(r2))
-
-
-def _refit(fitted: BlockMap, source: np.ndarray, target: np.ndarray) -> BlockMap:
-    """The same ridge on other states; r2 is NaN: nothing was held out."""
-    ridge = _Ridge(source.astype(np.float64), target.astype(np.float64))
-    weights = ridge.weights(fitted.ridge)
-    return replace(fitted, weights=weights, centre_to=ridge.y_mean, r2=float("nan"))
-
-
-class _Ridge:
-    """Ridge regression in its dual form, one eigendecomposition for all ridges."""
-
-    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
-        self.x_mean, self.y_mean = x.mean(axis=0), y.mean(axis=0)
-        self.x = x - self.x_mean
-        values, self._vectors = np.linalg.eigh(self.x @ self.x.T)
-        self._values = np.maximum(values, 0.0)
-        self._rotated = self._vectors.T @ (y - self.y_mean)
-
-    def weights(self, ridge: float) -> np.ndarray:
-        """(n, width of the target)."""
-        shift = ridge * max(self._values.mean(), 1e-30)
-        return self._vectors @ (self._rotated / (self._values + shift)[:, None])
-
-    def __call__(self, ridge: float, x: np.ndarray) -> np.ndarray:
-        return (x - self.x_mean) @ self.x.T @ self.weights(ridge) + self.y_mean
-
-
-def shared_prompts(catalog: Catalog, instruction: Instruction, n: int = N_PROMPTS) -> list[Pair]:
-    """Base queries plain and with other instructions of the catalogue in turn, as pairs of the prompt and its
-    query. Never with the instruction itself or one of its kind: then the map would be told the answer.
-    """
-    queries = catalog.queries_for(instruction, "extraction")
-    usable = [each for each in catalog.instructions.values() if set(each.open_slots) <= set(each.slots)]
-    others = [each.fill() for each in usable if not alike(instruction, each)]
-    prompts: dict[str, Pair] = {}
-    for i in range(max(n, 1)):
-        query = queries[i // 2 % len(queries)].text
-        other = others[(i // 2) % len(others)] if others and i % 2 else None
-        wording = f" {other.phrasings[i % len(other.phrasings)]}" if other else ""
-        prompts.setdefault(query + wording, Pair(query + wording, query))
-    return list(prompts.values())
-
-
-def readable(prompts: Sequence[Pair], *backends: GgufBackend) -> list[Pair]:
-    """The prompts that all of these models can read: a small vocabulary lacks some characters, and a small
-    context has no room for the longest."""
-
-    def can_read(backend: GgufBackend, text: str) -> bool:
-        try:
-            return len(prompt_tokens(backend, text)) <= backend.n_ctx
-        except PromptError:
-            return False
-
-    return [pair for pair in prompts if all(can_read(each, pair.instructed) for each in backends)]
-
-
-def mean_states(backend: Backend, pairs: Sequence[Pair], on_progress: Progress | None = None) -> np.ndarray:
-    """(2, n_layer, n_embd) float64: mean states without the instruction, and with it."""
-    means = RunningMeans(backend.n_layer, backend.n_embd)
-    texts = [pair.instructed for pair in pairs] + [pair.plain for pair in pairs]
-    for batch, states in stream_states(backend, texts, on_progress):
-        means.add(states, np.array([i < len(pairs) for i in batch]))
-    return means.means
-
-
-def all_states(backend: Backend, prompts: Sequence[str], on_progress: Progress | None = None) -> np.ndarray:
-    """(n, n_layer, n_embd) float32, in order."""
-    every = np.empty((len(prompts), backend.n_layer, backend.n_embd), np.float32)
-    for batch, states in stream_states(backend, prompts, on_progress):
-        every[batch] = states
-    return every
-
-
-def send_through(
-    vector: ControlVector, target: Backend, maps: Sequence[BlockMap], means: np.ndarray
-) -> ControlVector:
-    """The vector of `target` whose mean states are the source's (`means`, of `mean_states`), mapped."""
-    mapped = np.stack([each(means[:, each.source]) for each in maps], axis=1)
-    directions = (mapped[1] - mapped[0]).astype(np.float32)
-    norms = np.linalg.norm(directions.astype(np.float64), axis=1, keepdims=True)
-    units = np.divide(directions, norms, out=np.zeros(directions.shape), where=norms > 0)
-    without, instructed = np.einsum("sle,le->sl", mapped, units)
-    return adopt(
-        vector,
-        target,
-        MAPPED,
-        directions=directions,
-        mean_with=instructed,
-        mean_without=without,
-        std_with=None,
-        std_without=None,
-    )
-
-
-def unmapped(vector: ControlVector, mapped: ControlVector, plain_mean: np.ndarray) -> ControlVector:
-    """The source's own numbers in the target, cut off or filled with zeros, at the lengths of `mapped`."""
-    rows = blocks_by_depth(vector.n_layer, mapped.n_layer)
-    width = min(vector.n_embd, mapped.n_embd)
-    directions = np.zeros(mapped.directions.shape, np.float64)
-    directions[:, :width] = vector.directions[rows, :width]
-    norms = np.linalg.norm(directions, axis=1, keepdims=True)
-    units = np.divide(directions, norms, out=np.zeros_like(directions), where=norms > 0)
-    lengths = np.linalg.norm(mapped.directions.astype(np.float64), axis=1)
-    bases = np.einsum("le,le->l", plain_mean, units)
-    return replace(
-        mapped,
-        directions=units * lengths[:, None],
-        mean_with=bases + lengths,
-        mean_without=bases,
-        name=UNMAPPED,
-    )
-
-
-# --- does it do anything? ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Examined:
-    """outcomes: by condition: none, transferred, own (the target's own vector), random, further controls,
+    """conditions: the rows of none, transferred, own (the target's own vector), random, further controls,
     instructed. lifts: (mean, low, high) of transferred minus each of them, paired over the queries."""
 
     vector: ControlVector
     helped: bool
-    outcomes: dict[str, Outcome]
+    conditions: dict[str, Outcomes]
     lifts: dict[str, tuple[float, float, float]]
 
     @property
     def verdict(self) -> str:
-        shares = {name: each.followed for name, each in self.outcomes.items()}
+        shares = {name: rows.followed for name, rows in self.conditions.items()}
         return verdict(shares, self.lifts)
 
     def rows(self) -> list[dict[str, Any]]:
-        rows = []
-        for name, outcome in self.outcomes.items():
-            low, high = interval([[bool(reply.followed) for reply in outcome.replies]])
-            record = outcome.record(with_replies=False)
-            rows.append({"condition": name, "low": low, "high": high} | record)
-        return rows
+        table = []
+        for name, rows in self.conditions.items():
+            low, high = interval([[bool(row.strict) for row in rows]])
+            table.append({"condition": name, "low": low, "high": high} | rows.record())
+        return table
 
 
 def examine(
@@ -378,14 +79,13 @@ def examine(
     others = {name: applied_like(each, applied) for name, each in (controls or dict)(plain_mean).items()}
     steers = {"own": own_tuned.vector, "random": random_control(applied, plain_mean, seed), **others}
     names = ("none", "steered", *steers, "instructed")
-    outcomes = run_conditions(
+    found = run_conditions(
         engine, instruction, applied, test, controls=steers, conditions=names, scored=(), **options
     )
-    outcomes = {"transferred" if name == "steered" else name: each for name, each in outcomes.items()}
-    lifts = {
-        name: _lift(outcomes["transferred"], each) for name, each in outcomes.items() if name != "transferred"
-    }
-    return Examined(applied, tuned.helps, outcomes, lifts)
+    conditions = {"transferred" if name == "steered" else name: rows for name, rows in found.items()}
+    transferred = conditions["transferred"]
+    lifts = {name: _lift(transferred, rows) for name, rows in conditions.items() if name != "transferred"}
+    return Examined(applied, tuned.helps, conditions, lifts)
 
 
 def verdict(shares: Mapping[str, float | None], lifts: Mapping[str, tuple[float, float, float]]) -> str:
@@ -418,9 +118,9 @@ def verdict(shares: Mapping[str, float | None], lifts: Mapping[str, tuple[float,
     return f"{text}, clearly less." if lifts["own"][1] > 0 else f"{text}, no clear difference."
 
 
-def _lift(transferred: Outcome, other: Outcome) -> tuple[float, float, float]:
-    pairs = zip(transferred.replies, other.replies, strict=True)
-    values = [[float(bool(a.followed)) - float(bool(b.followed)) for a, b in pairs]]
+def _lift(transferred: Outcomes, other: Outcomes) -> tuple[float, float, float]:
+    pairs = zip(transferred, other, strict=True)
+    values = [[float(bool(a.strict)) - float(bool(b.strict)) for a, b in pairs]]
     return (float(np.mean(values)), *interval(values))
 
 

@@ -16,6 +16,12 @@ import numpy as np
 KEPT_STATES = 128  # 64 pairs: 64 MiB for 32 blocks of 4,096
 
 
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """(..., n_embd) -> the same at length 1; zeros stay zeros."""
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+
+
 class RunningMeans:
     """Means of the last-token states, (n_layer, n_embd) each, with the instruction and without it."""
 
@@ -44,9 +50,7 @@ class RunningMeans:
     @property
     def units(self) -> np.ndarray:
         """u: (n_layer, n_embd) float64; a row of zeros where the instruction changes nothing."""
-        directions = self.directions
-        norms = np.linalg.norm(directions, axis=1, keepdims=True)
-        return np.divide(directions, norms, out=np.zeros_like(directions), where=norms > 0)
+        return unit_rows(self.directions)
 
     @property
     def projections(self) -> np.ndarray:

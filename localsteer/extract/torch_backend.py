@@ -33,9 +33,28 @@ logger = logging.getLogger("localsteer")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # model_type in config.json -> general.architecture in a GGUF, where the two differ
 GGUF_ARCHITECTURES = {
-    "mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "phi": "phi2", "gpt_bigcode": "starcoder",
-    "gemma3_text": "gemma3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "cohere": "command-r",
-    "gpt_oss": "gpt-oss", "gemma4_text": "gemma4", "granitemoehybrid": "granitehybrid",
+    "bamba": "granitehybrid", "cohere": "command-r", "cohere2_moe": "cohere2moe",
+    "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "deepseek_v32": "deepseek32",
+    "deepseek_v4": "deepseek4", "dots3_note_text": "dots3note", "ernie4_5_moe": "ernie4_5-moe",
+    "exaone_moe": "exaone-moe", "falcon_h1": "falcon-h1", "falcon_mamba": "mamba", "gemma3_text": "gemma3",
+    "gemma3n_text": "gemma3n", "gemma4_text": "gemma4", "gemma4_unified_text": "gemma4", "glm": "chatglm",
+    "glm4_moe": "glm4moe", "glm4_moe_lite": "deepseek2", "glm_moe_dsa": "glm-dsa", "gpt-sw3": "gpt2",
+    "gpt_bigcode": "starcoder", "gpt_neox": "gptneox", "gpt_oss": "gpt-oss",
+    "granitemoe_swa": "granite_swa", "granitemoehybrid": "granitehybrid", "granitemoeshared": "granitemoe",
+    "hunyuan_v1_dense": "hunyuan-dense", "hunyuan_v1_moe": "hunyuan-moe", "internlm3": "llama",
+    "iquestcoder": "llama", "kimi_linear": "kimi-linear", "lfm2_moe": "lfm2moe", "llama4_text": "llama4",
+    "mimo_v2_flash": "mimo2", "minimax_m2": "minimax-m2", "ministral3": "mistral3", "mistral": "llama",
+    "mixtral": "llama", "olmo3": "olmo2", "phi": "phi2", "qwen2_moe": "qwen2moe",
+    "qwen3_5_moe_text": "qwen35moe", "qwen3_5_text": "qwen35", "qwen3_moe": "qwen3moe",
+    "qwen3_next": "qwen3next", "qwen4_exp_text": "qwen4exp", "solar_open": "glm4moe", "youtu": "deepseek2",
+}  # fmt: skip
+# the same in both, and newer than the lists of the gguf package that is asked for
+NEWER = ("granite_swa", "hrm_text", "hy_v3", "hy_v4", "laguna", "mellum")
+# Model types that transformers computes as another one. A checkpoint that it saved itself names that one's
+# class in config.json, and is converted as such; a published one names its own.
+GGUF_OF_CLASSES = {
+    "LlamaForCausalLM": "llama", "Glm4MoeForCausalLM": "glm4moe", "DeepseekV3ForCausalLM": "deepseek2",
+    "SarvamMoEForCausalLM": "bailingmoe2",
 }  # fmt: skip
 
 
@@ -159,20 +178,34 @@ def decoder_blocks(model: Any) -> list[Any]:
             f"{config.model_type} is an encoder-decoder: only decoders can be steered"
         )
     n_layer = config.get_text_config(decoder=True).num_hidden_layers
-    lists = [
-        module
-        for module in model.modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == n_layer
-    ]
+    # A model that sees pictures has a second stack, which can be as deep: its decoder comes first
+    parts = [getattr(model, "get_decoder", lambda: None)(), model]
+    lists = next(filter(None, (_lists(part, n_layer) for part in parts if part is not None)), None)
     if not lists:
         raise UnsupportedModelError(f"{config.model_type}: no list of {n_layer} decoder blocks in the model")
     # A mixture of as many experts as there are blocks has such lists inside its blocks: the whole is larger
     return list(max(lists, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters())))
 
 
+def _lists(part: Any, n: int) -> list[Any]:
+    """The lists of so many modules in a part of a model."""
+    return [
+        module for module in part.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == n
+    ]
+
+
 def block_output(output: Any) -> Any:
-    """The hidden state (batch, n_tokens, n_embd) in what a decoder block returns."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden state (batch, n_tokens, n_embd) in what a decoder block returns.
+
+    Raises UnsupportedModelError for a model that keeps several of them side by side.
+    """
+    hidden = output[0] if isinstance(output, tuple) else output
+    if hidden.ndim != 3:
+        raise UnsupportedModelError(
+            "the blocks of this model give several residual streams for each token: it can't be read or "
+            "steered here."
+        )
+    return hidden
 
 
 @contextmanager
@@ -182,10 +215,10 @@ def observe_blocks(model: Any, see: Callable[[int, Any], None]) -> Iterator[None
     transformers' own hidden_states end with the state after the final norm, which is not the last block's.
     """
     handles = [
-        block.register_forward_hook(
+        module.register_forward_hook(
             lambda _module, _inputs, output, layer=layer: see(layer, block_output(output))
         )
-        for layer, block in enumerate(decoder_blocks(model))
+        for layer, module in enumerate(decoder_blocks(model))
     ]
     try:
         yield
@@ -196,17 +229,23 @@ def observe_blocks(model: Any, see: Callable[[int, Any], None]) -> Iterator[None
 
 def config_architecture(config: Any) -> str | None:
     """llama.cpp's name of the architecture of a checkpoint. Its converter writes a hybrid Granite that has no
-    recurrent block as a plain one."""
+    recurrent block as a plain one, and has two names for Nemotron-H."""
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     if config.model_type == "granitemoehybrid" and kinds and kinds <= {"attention", "full_attention"}:
         return "granitemoe" if getattr(config, "num_experts_per_tok", None) else "granite"
+    if config.model_type == "nemotron_h" and "moe" in kinds:
+        return "nemotron_h_moe"
+    for name in getattr(config, "architectures", None) or ():
+        if name in GGUF_OF_CLASSES:
+            return GGUF_OF_CLASSES[name]
     return gguf_architecture(config.model_type)
 
 
 def gguf_architecture(model_type: str) -> str | None:
     """llama.cpp's name of an architecture; None for one whose name is not known here."""
-    name = GGUF_ARCHITECTURES.get(model_type, model_type)
-    return name if name in gguf.MODEL_ARCH_NAMES.values() else None
+    if model_type in GGUF_ARCHITECTURES:
+        return GGUF_ARCHITECTURES[model_type]
+    return model_type if model_type in (*gguf.MODEL_ARCH_NAMES.values(), *NEWER) else None
 
 
 def _device(name: str | None) -> Any:
@@ -230,14 +269,18 @@ def _dtype(name: str, device: Any) -> Any:
 
 def _load_model(source: str, dtype: Any) -> Any:
     config = _load(transformers.AutoConfig, source)
-    text = config.get_text_config(decoder=True)
     # transformers renamed the argument in version 5
     options = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": dtype}
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        options["attn_implementation"] = "eager"  # the only one that caps attention logits
+    if caps_attention(config):
+        options["attn_implementation"] = "eager"
     model = _load(transformers.AutoModelForCausalLM, source, **options)
     decoder_blocks(model)
     return model
+
+
+def caps_attention(config: Any) -> bool:
+    """Whether a model caps its attention logits, which only the implementation "eager" does."""
+    return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
 
 
 def _load(kind: Any, source: str, **options: Any) -> Any:

@@ -24,7 +24,7 @@ from localsteer.errors import LocalsteerError, VectorFileError
 from localsteer.vector import ControlVector
 
 STEERING_VECTOR = "steering_vectors.steering_vector.SteeringVector"
-BLOCKS = "decoder_block"  # the layer_type of steering-vectors that is the residual stream
+RESIDUAL = "decoder_block"  # the layer_type of steering-vectors that is the residual stream
 
 
 @dataclass
@@ -32,7 +32,7 @@ class PickledSteeringVector:
     """In the place of steering-vectors' class, as its pickle fills it."""
 
     layer_activations: dict[int, Any] = field(default_factory=dict)
-    layer_type: str = BLOCKS
+    layer_type: str = RESIDUAL
 
 
 def is_torch_file(path: str | os.PathLike[str]) -> bool:
@@ -98,7 +98,7 @@ def write_torch_vector(
         raise VectorFileError(f"{os.fspath(path)} can't be written: it is a folder.")
     try:
         with atomic_path(path) as beside, beside.open("wb") as file:
-            torch.save({"layer_activations": rows, "layer_type": BLOCKS}, file)
+            torch.save({"layer_activations": rows, "layer_type": RESIDUAL}, file)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise VectorFileError(f"{os.fspath(path)} can't be written: {reason}.") from None
@@ -144,16 +144,16 @@ def _check_archive(path: str) -> None:
 
 def _rows(path: str, content: Any) -> dict[int, np.ndarray] | None:
     """Directions by block, of something that has blocks."""
-    kind = BLOCKS
+    kind = RESIDUAL
     if isinstance(content, PickledSteeringVector):
         content, kind = content.layer_activations, content.layer_type
     elif isinstance(content, Mapping) and "layer_activations" in content:
-        content, kind = content["layer_activations"], content.get("layer_type", BLOCKS)
+        content, kind = content["layer_activations"], content.get("layer_type", RESIDUAL)
     elif not isinstance(content, Mapping):
         return None
-    if kind != BLOCKS:
+    if kind != RESIDUAL:
         raise VectorFileError(
-            f"{path} is of {kind!r:.40}: only {BLOCKS}, the residual stream, can be steered."
+            f"{path} is of {kind!r:.40}: only {RESIDUAL}, the residual stream, can be steered."
         )
     if not isinstance(content, Mapping) or not content:
         raise VectorFileError(f"{path} holds no directions by block.")

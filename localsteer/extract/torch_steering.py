@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from localsteer.errors import UnsupportedModelError
 from localsteer.plan import Plan, PositionClass
 
 # isort: split
@@ -14,6 +15,8 @@ from .torch_backend import block_output, decoder_blocks, torch, transformers
 
 # isort: split
 from localsteer.torch_arithmetic import apply_program  # after torch_backend, which says what is missing
+
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # the last of recurrent models
 
 
 @contextmanager
@@ -66,19 +69,53 @@ def reply_cache(model: Any) -> Any:
 
 
 def cache_argument(model: Any) -> str:
-    """What the forward pass of a model calls its KV cache: newer transformers have another name for it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    """What the forward pass of a model calls its cache, which depends on the model and on the version."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in known), "past_key_values")
 
 
 class _Position:
-    """Where the tokens of the current forward pass begin: after those that the KV cache holds."""
+    """Where the tokens of the current forward pass begin: after those that the cache holds. A wrong position
+    steers silently, so that a cache which can't tell is refused unless it was empty when it came."""
 
     start = 0
 
+    def __init__(self) -> None:
+        self._cache: Any = None  # the last one
+        self._n_seen = 0  # tokens that went into it
+
     def update(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # known by what it can do: its name depends on the version, and a wrong position steers silently
+        # known by what it can do, or by its name
         cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
-        self.start = int(cache.get_seq_length()) if cache is not None else 0
+        if cache is None:
+            named = (kwargs.get(name) for name in CACHE_ARGUMENTS)
+            cache = next((value for value in named if value is not None), None)
+        self.start = 0 if cache is None else self._length(cache)
+        tokens = next(
+            tensor
+            for tensor in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+            if tensor is not None
+        )
+        self._cache, self._n_seen = cache, self.start + tokens.shape[1]
+
+    def _length(self, cache: Any) -> int:
+        try:
+            return int(cache.get_seq_length())
+        except (AttributeError, ValueError) as error:  # recurrent blocks alone: their states have no length
+            if cache is self._cache:
+                return self._n_seen
+            if _is_used(cache):
+                raise UnsupportedModelError(
+                    "the cache of a recurrent model can't tell how many tokens it has seen: begin with an "
+                    "empty one."
+                ) from error
+            return 0
+
+
+def _is_used(cache: Any) -> bool:
+    """Whether a recurrent cache has a state already; False where this version of transformers can't tell."""
+    has = getattr(cache, "has_previous_state", False)
+    return bool(has() if callable(has) else has)
 
 
 class _Hook:

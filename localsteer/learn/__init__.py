@@ -11,8 +11,8 @@ PyTorch is needed here, and not to run what is learned.
 
 from __future__ import annotations
 
-from .kept import Kept
+from .kept import Kept, PlainReplies
 from .learning import Lesson, Look, learn
 from .training import Recipe
 
-__all__ = ["Kept", "Lesson", "Look", "Recipe", "learn"]
+__all__ = ["Kept", "Lesson", "Look", "PlainReplies", "Recipe", "learn"]

@@ -17,8 +17,9 @@ import numpy as np
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import LocalsteerError
+from localsteer.plan import Plan
 from localsteer.runtime.sampling import GREEDY
-from localsteer.tune.replies import told_prompt
+from localsteer.tune.replies import Asked, replies_to, told_prompt
 from localsteer.verify import can_rewrite, rewrite, trim_before_loop, trim_to_paragraph
 from localsteer.verify.judge import judge
 from localsteer.verify.quality import is_degenerate
@@ -36,9 +37,11 @@ LEAST_WORDS = 40  # of the paragraphs that are left of a reply without an end
 # itself. Where it rarely does, the few that pass are its oddest.
 FOLLOWS = 0.5
 N_TRIED = 8  # queries that tell whether it does
+N_FOLLOWING = 16  # replies that follow, every one of them, show that there is nothing left to mend
 RUN = 3  # tokens in a row that a rewritten reply shares with the plain one: what lies outside was rewritten
 
 Report = Callable[[str, int, int], None]
+Plain = Callable[["Engine", Sequence[str], int], "list[Reply]"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +70,12 @@ def of_instruction(
     max_tokens: int = MAX_TOKENS,
     seed: int = 0,
     report: Report | None = None,
+    plain: Plain | None = None,
 ) -> list[Example]:
-    """One for each query that brings any. Raises LocalsteerError for fewer than four, and says why."""
+    """One for each query that brings any. plain: brings the model's own replies (kept.PlainReplies.of).
+
+    Raises LocalsteerError for fewer than four, and says why.
+    """
     report = report or (lambda _what, _done, _total: None)
     told = _told(engine, instruction, queries, max_tokens, report)
     if told is not None:
@@ -79,7 +86,7 @@ def of_instruction(
             "and no rule rewrites a plain reply so that it follows: give --examples of your own."
         )
     report("plain replies to rewrite", 0, len(queries))
-    replies = _replies(engine, [query.text for query in queries], max_tokens)
+    replies = (plain or _replies)(engine, [query.text for query in queries], max_tokens)
     if not any(reply.text.strip() for reply in replies):
         raise LocalsteerError("the model's plain replies are empty: there is nothing to rewrite.")
     examples = [
@@ -93,15 +100,18 @@ def of_instruction(
 def _told(
     engine: Engine, instruction: Instruction, queries: Sequence[Query], max_tokens: int, report: Report
 ) -> list[Example] | None:
-    """Of the told model; None where it follows too rarely."""
+    """Of the told model; None where it follows too rarely. A reply that can't follow any more ends there."""
     if not instruction.phrasings:
         return None
     found: list[Example] = []
     for start, stop in ((0, N_TRIED), (N_TRIED, len(queries))):
         report(f"asking for {instruction.id} in words", start, len(queries))
         some = queries[start:stop]
-        prompts = [told_prompt(query, instruction.phrasings, start + i) for i, query in enumerate(some)]
-        for query, reply in zip(some, _replies(engine, prompts, max_tokens), strict=True):
+        asked = [
+            Asked(told_prompt(query, instruction.phrasings, start + i), query) for i, query in enumerate(some)
+        ]
+        replies = replies_to(engine, instruction, asked, max_tokens=max_tokens)
+        for query, reply in zip(some, replies, strict=True):
             if judge(instruction, query, reply).good and reply.tokens:
                 found.append(_example(engine, query.text, reply, None, "told"))
         if len(found) < FOLLOWS * len(queries[:stop]):
@@ -125,6 +135,27 @@ def rewritten(
     return _from_text(engine, query.text, text, ends=ends, plain=reply.tokens, source="rewritten")
 
 
+def all_follow(
+    engine: Engine,
+    instruction: Instruction,
+    queries: Sequence[Query],
+    vector: ControlVector,
+    *,
+    max_tokens: int = MAX_TOKENS,
+) -> bool:
+    """Whether the replies to the first queries all follow under a vector. One that is not good enough mostly
+    shows it in the first few."""
+    plan = Plan.from_vectors([vector])
+    for some in (queries[: N_FOLLOWING // 2], queries[N_FOLLOWING // 2 : N_FOLLOWING]):
+        asked = [Asked(query.text, query, plan) for query in some]
+        replies = replies_to(engine, instruction, asked, max_tokens=max_tokens)
+        if not all(
+            judge(instruction, query, reply).followed for query, reply in zip(some, replies, strict=True)
+        ):
+            return False
+    return True
+
+
 def of_steered(
     engine: Engine,
     instruction: Instruction,
@@ -136,14 +167,11 @@ def of_steered(
     report: Report | None = None,
 ) -> list[Example]:
     """What the model says under a vector, rewritten where it does not follow yet: the mistakes that are left,
-    in the places where they are made. None of a reply that is degenerate, or that can't be rewritten; none at
-    all where every reply follows."""
+    in the places where they are made. None of a reply that is degenerate, or that can't be rewritten."""
     if report:
         report("replies under what was learned", 0, len(queries))
     replies = _replies(engine, [query.text for query in queries], max_tokens, vector)
-    pairs = list(zip(queries, replies, strict=True))
-    if all(judge(instruction, query, reply).followed for query, reply in pairs):
-        return []
+    pairs = zip(queries, replies, strict=True)
     examples = [
         rewritten(engine, instruction, query, reply, seed)
         for query, reply in pairs

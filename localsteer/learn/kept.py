@@ -5,26 +5,56 @@ Each file has a seal (cache.py): one that is damaged is not there, and what it h
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from localsteer.cache import atomic_path, is_intact, seal, unlink_sealed
 from localsteer.extract.torch_backend import torch
+from localsteer.runtime.reply import Reply
+from localsteer.runtime.sampling import GREEDY
 
 from .examples import Example
 
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+
+
+@dataclass(frozen=True)
+class PlainReplies:
+    """The model's own greedy replies, which are the same whatever is learned on it.
+
+    folder: of one model file; None keeps nothing. They stay there when a run is over.
+    """
+
+    folder: Path | None
+
+    def of(self, engine: Engine, prompts: Sequence[str], max_tokens: int) -> list[Reply]:
+        tokens = [engine.prompt_tokens(prompt) for prompt in prompts]
+        content = json.dumps([tokens, max_tokens, engine.n_ctx])
+        path = self.folder and self.folder / f"plain-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+        replies = _replies_in(path)
+        if len(replies) != len(prompts):
+            replies = engine.generate_batch(list(prompts), max_tokens=max_tokens, sampling=GREEDY)
+            rows = [(reply.text, reply.tokens, reply.finish_reason) for reply in replies]
+            if path is not None:
+                _write(path, lambda temporary: temporary.write_text(json.dumps(rows), "utf-8"))
+        return replies
+
 
 class Kept:
-    """folder: made when something is kept; None keeps nothing. digest: of what is learned and how; what was
-    kept for another one is not read."""
+    """folder: of one run, made when something is kept; None keeps nothing. digest: of what is learned and
+    how; what was kept for another one is not read. plain: in the folder above, which is the model's."""
 
     def __init__(self, folder: Path | None, digest: str) -> None:
         self._folder, self._digest = folder, digest
+        self.plain = PlainReplies(None if folder is None else folder.parent)
 
     def examples(self, own: bool = False) -> list[Example]:
         """own: those of the model under what it had learned."""
@@ -65,21 +95,37 @@ class Kept:
             with suppress(OSError):
                 self._folder.rmdir()
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        if self._folder is None or not is_intact(self._folder / name):
-            return {}
-        try:
-            return json.loads((self._folder / name).read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
+    def _read_json(self, name: str) -> Any:
+        return {} if self._folder is None else _read_json(self._folder / name)
 
-    def _write(self, name: str, write: Any) -> None:
-        if self._folder is None:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self._folder / name) as path:
-            write(path)
-        seal(self._folder / name)
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        if self._folder is not None:
+            _write(self._folder / name, write)
+
+
+def _replies_in(path: Path | None) -> list[Reply]:
+    """None of them where the file is not there, or damaged."""
+    rows = [] if path is None else _read_json(path)
+    try:
+        return [Reply(text, list(tokens), finish_reason) for text, tokens, finish_reason in rows]
+    except (TypeError, ValueError):
+        return []
+
+
+def _read_json(path: Path) -> Any:
+    if not is_intact(path):
+        return {}
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        write(temporary)
+    seal(path)
 
 
 def _file(own: bool) -> str:

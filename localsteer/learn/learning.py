@@ -23,7 +23,7 @@ from localsteer.verify import can_rewrite
 
 from . import examples as gathering
 from .kept import Kept
-from .training import BATCH, Prepared, Recipe, Training, is_exact, prepare
+from .training import MICRO_BATCH, Prepared, Recipe, Training, is_exact, prepare
 from .weights import Weights, check_memory, fast_dtype
 
 if TYPE_CHECKING:
@@ -97,19 +97,29 @@ def learn(
     kept = kept or Kept(None, "")
     layers = checked_blocks(recipe.blocks, engine.model.n_layer)
     # before the replies, which take a while; prompts and replies together are seldom longer
-    check_memory(engine, fast_dtype(), BATCH * MAX_TOKENS)
+    check_memory(engine, fast_dtype(), MICRO_BATCH * MAX_TOKENS)
     if examples is None:
         examples = kept.examples() or gathering.of_instruction(
-            engine, instruction, queries[:N_EXAMPLES], seed=recipe.seed, report=report
+            engine,
+            instruction,
+            queries[:N_EXAMPLES],
+            seed=recipe.seed,
+            report=report,
+            plain=kept.plain.of,
         )
         kept.keep_examples(examples)
     learning = _Learning(engine, list(examples), checkpoint, n_threads, kept, report)
     stopped = False
+    # nothing judges replies of the user's own, and how they would have to be rewritten is not known
+    judged = examples[0].source != "given" and instruction.verifier is not None
     try:
         learning.race(layers, recipe)
-        learning.steps(recipe.n_steps)
-        # how replies of the user's own would have to be rewritten is not known
-        if examples[0].source != "given" and can_rewrite(instruction.verifier):
+        for until in sorted({-(-recipe.n_steps // 2), recipe.n_steps}):
+            learning.steps(recipe.n_steps, until)
+            done = judged and learning.does(instruction, queries[:N_EXAMPLES], recipe)
+            if done:
+                break
+        if judged and not done and can_rewrite(instruction.verifier):
             learning.own_steps(instruction, queries[:N_EXAMPLES], recipe)
     except KeyboardInterrupt:
         if learning.training is None or not math.isfinite(learning.training.best):
@@ -117,7 +127,7 @@ def learn(
         stopped = True
     training = learning.training
     vector = as_vector(engine, instruction, queries, training.layer, training.learned(), recipe)
-    vector, record = _checked(engine, vector, instruction, validation, report)
+    vector, record = _checked(engine, vector, instruction, _some(validation), kept, report)
     record |= {
         "search": "learned",
         "examples": {"n": len(examples), "source": examples[0].source},
@@ -149,7 +159,7 @@ class _Learning:
         report: Report,
     ) -> None:
         self._engine, self._kept, self._report = engine, kept, report
-        n_tokens = BATCH * max(len(example.tokens) for example in examples)
+        n_tokens = MICRO_BATCH * max(len(example.tokens) for example in examples)
         report("loading the weights", 0, 0)
         self._weights = Weights.load(engine, checkpoint, n_tokens=n_tokens, n_threads=n_threads)
         # of few examples none can be spared for looking: they are learned by heart a little
@@ -171,7 +181,8 @@ class _Learning:
         self._held = self._prepared(self._held_out, layers)
         if not all(is_exact(self._weights, layer, self._own[0]) for layer in layers):
             raise LocalsteerError(
-                "this model treats its blocks by number, so they can't be run from the middle on."
+                "blocks of this model take more than the output of those below (keys and values, for one), "
+                "so they can't be run from the middle on: give a model of another architecture."
             )
         runners = [Training(self._weights, layer, self._own, self._held, recipe) for layer in layers]
         if self._state:
@@ -183,9 +194,10 @@ class _Learning:
                 runner.look()
         self.training = min(runners, key=lambda runner: runner.best)
 
-    def steps(self, n_steps: int) -> None:
+    def steps(self, n_steps: int, until: int) -> None:
+        """At most n_steps in all; it returns at the first look from step `until` on."""
         training, before = self.training, self._first.step if self._first else 0
-        while training.step < n_steps and training.stale < PATIENCE:
+        while training.step < until and training.stale < PATIENCE:
             training.run(min(EVERY, n_steps - training.step))
             training.look()
             self.curve.append(Look(before + training.step, training.loss, training.held))
@@ -205,13 +217,25 @@ class _Learning:
                 }
             )
 
+    def does(self, instruction: Instruction, queries: Sequence[Query], recipe: Recipe) -> bool:
+        """Whether the quantized model does by now what it should, to every question that it is asked here."""
+        if self._state.get("first"):  # it was asked before, or the second round would not have begun
+            return False
+        self._report("replies under what was learned", 0, 0)
+        vector = self._vector(instruction, queries, recipe)
+        return gathering.all_follow(self._engine, instruction, queries, vector)
+
+    def _vector(self, instruction: Instruction, queries: Sequence[Query], recipe: Recipe) -> ControlVector:
+        training = self.training
+        return as_vector(self._engine, instruction, queries, training.layer, training.learned(), recipe)
+
     def own_steps(self, instruction: Instruction, queries: Sequence[Query], recipe: Recipe) -> None:
         """Half as many steps, on the replies that it brings by now beside the examples: a model that learns
-        from rewritten replies alone never sees where its own go wrong. None where all of them follow."""
+        from rewritten replies alone never sees where its own go wrong."""
         first = self.training
         own = self._kept.examples(own=True)
         if not own:
-            vector = as_vector(self._engine, instruction, queries, first.layer, first.learned(), recipe)
+            vector = self._vector(instruction, queries, recipe)
             own = gathering.of_steered(
                 self._engine, instruction, queries, vector, seed=recipe.seed, report=self._report
             )
@@ -234,7 +258,7 @@ class _Learning:
         else:
             training.look()
         self._first, self.training = first, training
-        self.steps(recipe.n_steps)
+        self.steps(recipe.n_steps, recipe.n_steps)
 
     def _prepared(self, examples: Sequence[Example], layers: Sequence[int]) -> list[Prepared]:
         return prepare(
@@ -281,16 +305,20 @@ def as_vector(
     return ControlVector(directions, None, None, None, None, (layer,), mode="add", **settings)
 
 
+def _some(validation: Sequence[Query]) -> list[Query]:
+    n = min(N_CHECKED, len(validation))
+    return [validation[i * len(validation) // n] for i in range(n)]
+
+
 def _checked(
     engine: Engine,
     vector: ControlVector,
     instruction: Instruction,
-    validation: Sequence[Query],
+    queries: Sequence[Query],
+    kept: Kept,
     report: Report,
 ) -> tuple[ControlVector, dict[str, Any]]:
     """At the strength whose replies are best, or 0 where none are better than the model's own."""
-    n = min(N_CHECKED, len(validation))
-    queries = [validation[i * len(validation) // n] for i in range(n)]
     check = Check(
         engine,
         vector,
@@ -299,7 +327,8 @@ def _checked(
         max_tokens=MAX_TOKENS,
         on_reply=lambda done: report("checking by generation", done, 0),
     )
-    check.ask_model()
+    report("checking by generation", 0, 0)
+    check.ask_model(kept.plain.of(engine, [query.text for query in queries], MAX_TOKENS))
     (layer,) = vector.layers
     settings = [Setting(layer, vector.positions, strength, vector.mode) for strength in STRENGTHS]
     trials = sorted(check.ask(settings), key=_order, reverse=True)

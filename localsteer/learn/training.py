@@ -24,7 +24,7 @@ from .gate import Gate, Learned
 from .weights import Weights
 
 BATCH = 8  # examples of a step
-MICRO_BATCH = 8  # of one forward pass
+MICRO_BATCH = 2  # of one forward pass, of about the same length: what is padded costs as much as what is not
 WARM_UP = 5  # steps in which the learning rate grows
 LEAST_RATE = 0.1  # of the learning rate, at the end
 MAX_NORM = 1.0  # of the gradient
@@ -32,7 +32,7 @@ MAX_NORM = 1.0  # of the gradient
 # back and forth between batches.
 READER_RATE = 0.3
 CHANGED = 0.5  # share of the loss that is of changed tokens alone
-N_KEPT = 24  # other tokens of an example that a step looks at, drawn anew: logits cost as much as ten blocks
+N_KEPT = 24  # other tokens of an example that a step or a look takes: logits cost as much as ten blocks
 KEEP = 0.1  # weight of the distance from the plain model, beside the loss
 N_TOP = 32  # of the plain model's probabilities that are kept for each token; the rest is one lump
 PLAIN_STATE = ("step", "stale", "loss", "held", "best", "_rate", "_order")  # of a Training
@@ -150,9 +150,7 @@ class Training:
         """The held-out loss. The best edit so far is kept; where the loss has grown far beyond it, the steps
         go on from there, half as long."""
         with torch.inference_mode():
-            losses = [
-                float(self._losses(batch)) * len(batch) for batch in _split(self._held_out, MICRO_BATCH)
-            ]
+            losses = [float(self._losses(batch)) * len(batch) for batch in _alike(self._held_out)]
         self.held = sum(losses) / len(self._held_out)
         self.stale += 1
         if self.held < self.best:
@@ -217,27 +215,29 @@ class Training:
 
     def _backward(self, batch: Sequence[Prepared]) -> float:
         total = 0.0
-        for some in _split(batch, MICRO_BATCH):
-            loss = self._losses(some, N_KEPT) * (len(some) / len(batch))
+        for some in _alike(batch):
+            loss = self._losses(some, self._random) * (len(some) / len(batch))
             loss.backward()
             total += float(loss.detach())
         return total
 
-    def _losses(self, batch: Sequence[Prepared], n_kept: int | None = None) -> Any:
-        """The mean over examples, so that a long reply counts as much as a short one. n_kept: of the tokens
-        that the rewriting left alone, at most so many of each example; None takes all."""
-        hidden, attention, where = self._padded(batch)
-        last = self._weights.after(self.layer, self.gate(hidden, where), attention)
-        losses = [self._loss(row, one, n_kept) for row, one in zip(last, batch, strict=True)]
+    def _losses(self, batch: Sequence[Prepared], random: np.random.Generator | None = None) -> Any:
+        """The mean over examples, so that a long reply counts as much as a short one. random: draws which of
+        the tokens that the rewriting left alone are looked at; without it they are always the same."""
+        hidden, ids, attention, where = self._padded(batch)
+        last = self._weights.after(self.layer, self.gate(hidden, where), ids, attention)
+        losses = [self._loss(row, one, random) for row, one in zip(last, batch, strict=True)]
         return torch.stack(losses).mean()
 
-    def _loss(self, row: Any, one: Prepared, n_kept: int | None) -> Any:
+    def _loss(self, row: Any, one: Prepared, random: np.random.Generator | None) -> Any:
         """row: (n_tokens, n_embd), the last hidden states of one example."""
         reply, is_kept = one.example.reply, one.example.kept
         changed, kept = np.flatnonzero(~is_kept), np.flatnonzero(is_kept)
         drawn = np.arange(len(kept))
-        if n_kept is not None and len(kept) > n_kept:
-            drawn = np.sort(self._random.choice(len(kept), n_kept, replace=False))
+        if len(kept) > N_KEPT and random is None:
+            drawn = np.linspace(0, len(kept) - 1, N_KEPT).astype(int)
+        elif len(kept) > N_KEPT:
+            drawn = np.sort(random.choice(len(kept), N_KEPT, replace=False))
         at = np.concatenate([changed, kept[drawn]])
         logits = self._weights.logits(row[len(one.example.prompt) - 1 + at])
         entropies = torch.nn.functional.cross_entropy(
@@ -253,20 +253,22 @@ class Training:
         whole = share * of_changed.mean() + (1 - share) * of_kept.mean()
         return CHANGED * of_changed.mean() + (1 - CHANGED) * whole + distance
 
-    def _padded(self, batch: Sequence[Prepared]) -> tuple[Any, Any, Any]:
-        """States, attention mask and steered tokens, padded on the right."""
+    def _padded(self, batch: Sequence[Prepared]) -> tuple[Any, Any, Any, Any]:
+        """States, token ids, attention mask and steered tokens, padded on the right."""
         n = max(len(one.example.tokens) for one in batch)
         first = batch[0].states[self.layer]
         hidden = torch.zeros(len(batch), n, first.shape[-1], dtype=first.dtype)
-        attention = torch.zeros(len(batch), n, dtype=torch.long)
+        ids = torch.zeros(len(batch), n, dtype=torch.long)
+        attention = torch.zeros_like(ids)
         where = torch.zeros(len(batch), n, dtype=torch.bool)
         for i, one in enumerate(batch):
             n_prompt, n_own = len(one.example.prompt), len(one.example.tokens)
             hidden[i, :n_own] = one.states[self.layer]
+            ids[i, :n_own] = torch.tensor(one.example.tokens)
             attention[i, :n_own] = 1
             start, stop = steered_range(self._recipe.positions, n_prompt, n_own)
             where[i, start:stop] = True
-        return hidden, attention, where
+        return hidden, ids, attention, where
 
 
 def steered_range(positions: str, n_prompt: int, n: int) -> tuple[int, int]:
@@ -289,16 +291,18 @@ def _distance(logits: Any, top: Any, log_top: Any) -> Any:
     return (likely + rest * (rest / own_rest).log()).mean()
 
 
-def _split(batch: Sequence[Prepared], size: int) -> list[Sequence[Prepared]]:
-    return [batch[start : start + size] for start in range(0, len(batch), size)]
+def _alike(batch: Sequence[Prepared]) -> list[Sequence[Prepared]]:
+    """Micro-batches of about the same length."""
+    batch = sorted(batch, key=lambda one: len(one.example.tokens))
+    return [batch[start : start + MICRO_BATCH] for start in range(0, len(batch), MICRO_BATCH)]
 
 
 def is_exact(weights: Weights, layer: int, one: Prepared, tolerance: float = 0.05) -> bool:
-    """Whether running the blocks above alone gives what the whole model gives: not where a model treats its
-    blocks by number."""
+    """Whether running the blocks above alone gives what the whole model gives: not where they take more from
+    those below than their output."""
     ids = torch.tensor([one.example.tokens])
     attention = torch.ones_like(ids)
     with torch.inference_mode():
         _, whole = weights.states(ids, attention, ())
-        above = weights.after(layer, one.states[layer][None], attention)
+        above = weights.after(layer, one.states[layer][None], ids, attention)
     return bool((whole.float() - above.float()).norm() <= tolerance * whole.float().norm())

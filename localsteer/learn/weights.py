@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localsteer.errors import LocalsteerError, MismatchError, ModelFileError
-from localsteer.extract.torch_backend import decoder_blocks, observe_blocks, torch, transformers
+from localsteer.extract.torch_backend import (
+    caps_attention,
+    decoder_blocks,
+    observe_blocks,
+    torch,
+    transformers,
+)
 from localsteer.templates import one_line
 
 if TYPE_CHECKING:
@@ -34,6 +40,7 @@ class Weights:
         self.blocks = decoder_blocks(model)
         config = model.config.get_text_config(decoder=True)
         self.n_layer, self.n_embd = config.num_hidden_layers, config.hidden_size
+        self._n_outputs: list[int | None] | None = None
 
     @classmethod
     def load(
@@ -60,8 +67,15 @@ class Weights:
         return weights
 
     def logits(self, hidden: Any) -> Any:
-        """(n, n_vocab) float32 from states after the final norm."""
-        return self.model.get_output_embeddings()(hidden).float()
+        """(n, n_vocab) float32 from (n, n_embd) states after the final norm, by the model's own head: many
+        scale logits, or cap them."""
+        base = self.model.base_model
+        base.forward = lambda *_args, **_options: _Ready(last_hidden_state=hidden[None])
+        try:
+            ids = torch.zeros(1, len(hidden), dtype=torch.long)
+            return self.model(input_ids=ids, use_cache=False).logits[0].float()
+        finally:
+            del base.forward
 
     def states(self, ids: Any, attention: Any, layers: Sequence[int]) -> tuple[dict[int, Any], Any]:
         """What blocks give for a padded batch, and the last hidden state. No gradients."""
@@ -75,30 +89,58 @@ class Weights:
             output = self.model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
         return seen, output.last_hidden_state
 
-    def after(self, layer: int, hidden: Any, attention: Any) -> Any:
-        """The last hidden state, from what block `layer` gives: the blocks above it alone are run."""
-        with self._without_blocks_up_to(layer):
-            output = self.model.base_model(inputs_embeds=hidden, attention_mask=attention, use_cache=False)
+    def after(self, layer: int, hidden: Any, ids: Any, attention: Any) -> Any:
+        """The last hidden state, from what block `layer` gives: the blocks above it alone are computed.
+
+        ids: those of `hidden`. Some models look at them again in every block.
+        """
+        with self._without_blocks_up_to(layer, hidden):
+            output = self.model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
         return output.last_hidden_state
 
     @contextmanager
-    def _without_blocks_up_to(self, layer: int) -> Iterator[None]:
-        parent, name = self._home
-        whole = getattr(parent, name)
-        setattr(parent, name, torch.nn.ModuleList(self.blocks[layer + 1 :]))
+    def _without_blocks_up_to(self, layer: int, hidden: Any) -> Iterator[None]:
+        """They stay where they are: models tell by a block's number what kind of attention it has."""
+        skipped = self.blocks[: layer + 1]
+        for block, n in zip(skipped, self._outputs_of_blocks(), strict=False):
+            block.forward = _gives(hidden, n)
         try:
             yield
         finally:
-            setattr(parent, name, whole)
+            for block in skipped:
+                del block.forward
 
-    @property
-    def _home(self) -> tuple[Any, str]:
-        """The module that holds the list of blocks, and its name there."""
-        for module in self.model.modules():
-            for name, child in module.named_children():
-                if isinstance(child, torch.nn.ModuleList) and list(child) == self.blocks:
-                    return module, name
-        raise ModelFileError("the list of decoder blocks has no place in the model")
+    def _outputs_of_blocks(self) -> list[int | None]:
+        """How many things each block returns, the hidden state first; None for a hidden state by itself."""
+        if self._n_outputs is None:
+            n_outputs = []
+
+            def see(_block: Any, _inputs: Any, output: Any) -> None:
+                n_outputs.append(len(output) if isinstance(output, tuple) else None)
+
+            handles = [block.register_forward_hook(see) for block in self.blocks]
+            try:
+                with torch.inference_mode():
+                    self.model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self._n_outputs = n_outputs
+        return self._n_outputs
+
+
+class _Ready(transformers.modeling_outputs.BaseModelOutput):
+    """What the model below the head gives, where its last hidden state is known already."""
+
+    def __getattr__(self, name: str) -> None:
+        """Heads pass on what lies beside it: caches, what routers say."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _gives(hidden: Any, n_outputs: int | None) -> Any:
+    output = hidden if n_outputs is None else (hidden, *[None] * (n_outputs - 1))
+    return lambda *_args, **_options: output
 
 
 def fast_dtype() -> Any:
@@ -123,7 +165,10 @@ def _from_gguf(path: Path, dtype: Any) -> Any:
 def _load(source: str, label: str, dtype: Any, **options: Any) -> Any:
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(source, **{name: dtype}, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, **{name: dtype}, **options)
+        if caps_attention(model.config):
+            model.set_attn_implementation("eager")
+        return model
     except Exception as error:  # a file from anywhere: transformers raises nearly every type
         raise ModelFileError(
             f"transformers can't load {label} ({one_line(error)}): give the model's checkpoint with "

@@ -85,10 +85,16 @@ def listed(steer: Steer) -> Steer:
 
 
 def check_stop(stop: Sequence[str]) -> tuple[str, ...]:
-    """Stop strings, one or several. Raises LocalsteerError for an empty one, which would stop every reply."""
+    """Stop strings, one or several. Raises LocalsteerError for an empty one, which would stop every reply,
+    and for one with half of a character, which no reply has."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(stops):
         raise LocalsteerError("a stop string must not be empty.")
+    for text in stops:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise LocalsteerError(f"the stop string {text!a:.80} holds half of a character.") from None
     return stops
 
 

@@ -12,12 +12,13 @@ from fastapi import FastAPI
 from localsteer import __version__
 from localsteer.runtime.scheduler import Scheduler
 
-from . import chat, completions, embeddings, errors, pages, vectors
+from . import chat, completions, embeddings, errors, jobs, pages, vectors
 from .bodies import BodyLimit
 from .deadline import Deadline
 from .faces import anthropic, ollama, ollama_models, responses
 from .holding import Holding
 from .limits import Limits
+from .making import Jobs
 from .metrics import CountRequests, Metrics
 from .models import State
 from .pool import Pool
@@ -59,10 +60,11 @@ def create_app(
         redirect_slashes=False,
         lifespan=_lifespan,
     )
-    app.state.localsteer = State(pool, folder_of_vectors, limits, metrics)
+    making = Jobs(pool, folder_of_vectors, limits)
+    app.state.localsteer = State(pool, folder_of_vectors, limits, metrics, making)
     errors.install(app)
     faces = (chat, responses, anthropic, ollama, ollama_models)
-    for routes in (*faces, completions, embeddings, vectors, pages):
+    for routes in (*faces, completions, embeddings, vectors, jobs, pages):
         app.include_router(routes.router)
     return CountRequests(Guard(Deadline(BodyLimit(Holding(app), limits), limits), access), metrics)
 
@@ -77,5 +79,6 @@ def state_of(application: Any) -> State:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
+    await app.state.localsteer.jobs.settle()
     # readers of tickets live in this event loop: the schedulers must be done before it ends
     await app.state.localsteer.pool.settle()

@@ -18,7 +18,7 @@ from .errors import ApiError, shown
 HARMLESS: Mapping[str, tuple[str, ...]] = {
     "who asks, and what is kept of it: nothing is kept here": (
         "user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key",
-        "prompt_cache_retention", "request_id", "session_id", "chat_id", "message_id", "id", "vllm_xargs",
+        "prompt_cache_retention", "request_id", "session_id", "chat_id", "message_id", "id",
     ),
     "how it is computed, which the server decides": (
         "prediction", "cache_prompt", "id_slot", "n_cache_reuse", "n_keep", "n_discard", "priority",
@@ -31,8 +31,8 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
     ),
     "settings of something that is off here": (
         "mirostat_tau", "mirostat_eta", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
-        "dry_sequence_breakers", "xtc_threshold", "dynatemp_exponent", "adaptive_decay", "grammar_lazy",
-        "grammar_triggers", "preserved_tokens", "chat_format", "thinking_forced_open",
+        "dry_sequence_breakers", "xtc_threshold", "dynatemp_exponent", "adaptive_decay",
+        "preserved_tokens", "chat_format", "thinking_forced_open",
     ),
 }  # fmt: skip
 _HARMLESS_BEGINNING = "speculative."
@@ -59,9 +59,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,), "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,), "stop_token_ids": (), "structural_tag": (),
     "thinking_token_budget": (), "truncate_prompt_tokens": (), "use_beam_search": (False,), "embed_dtype": (),
-    "normalize": (True,), "use_activation": (),
+    "normalize": (True,), "use_activation": (), "vllm_xargs": (),
     # llama-server
     "adaptive_target": (-1,), "dry_multiplier": (0,), "dynatemp_range": (0,), "embd_normalize": (2,),
+    "grammar_lazy": (False,), "grammar_triggers": (),
     "image_data": (), "lora": (), "min_keep": (0,), "mirostat": (0,), "n_indent": (0,), "n_probs": (0,),
     "parse_tool_calls": (True,), "post_sampling_probs": (False,), "reasoning_budget": (-1,),
     "reasoning_format": ("none", "auto"), "response_fields": (), "return_tokens": (False,), "samplers": (),

@@ -8,7 +8,8 @@ threads goes through `Held`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
@@ -52,6 +53,18 @@ def current() -> Holder | None:
     return _holder.get()
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """What is taken inside is held until the block, and every thread that works for it, has ended."""
+    holder = Holder()
+    token = _holder.set(holder)
+    try:
+        yield
+    finally:
+        _holder.reset(token)
+        holder.leave()
+
+
 class Held(Generic[Result]):
     """Work for a thread, which holds what its request holds until it ends. `drop`: it is not waited for any
     more; if it has not begun yet it never does."""
@@ -90,10 +103,5 @@ class Holding:
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        holder = Holder()
-        token = _holder.set(holder)
-        try:
+        with held():
             await self.app(scope, receive, send)
-        finally:
-            _holder.reset(token)
-            holder.leave()

@@ -23,6 +23,7 @@ MAX_SCHEMA = 64 << 10  # bytes of a JSON schema
 MAX_GRAMMAR = MAX_SCHEMA  # characters of a grammar or pattern
 MAX_CHOICES = 1000  # texts of guided_choice
 MAX_TRACE_TOKENS = 512
+MAX_INSTRUCTION = 1000  # characters of a sentence that a vector is made of
 MAX_SCORES = 1 << 18  # log-probabilities of one answer; each takes half a kilobyte while it is written
 MAX_VARIABLES = 32  # for the chat template
 # of a body: pydantic needs some 20 microseconds for an object, and no thread runs meanwhile
@@ -38,8 +39,9 @@ class Limits:
 
     max_held: of all bodies that are here at one time. request_seconds: for a request, from its head to the
     end of its answer; head_seconds, body_seconds: for its head and its body to arrive. write_seconds: that
-    one piece of a reply may wait for a client that does not read. predict: tokens of a reply where the
-    request names no bound; None: until the context is full. ignored_fields: of requests.
+    one piece of a reply may wait for a client that does not read. job_seconds: for a vector that is made on
+    request; 0: none is. predict: tokens of a reply where the request names no bound; None: until the context
+    is full. ignored_fields: of requests.
     """
 
     max_body: int = 4 << 20
@@ -51,5 +53,6 @@ class Limits:
     head_seconds: float = 10.0
     body_seconds: float = 30.0
     write_seconds: float = 60.0
+    job_seconds: float = 3600.0
     predict: int | None = 1024
     ignored_fields: frozenset[str] = frozenset()

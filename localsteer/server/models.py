@@ -19,6 +19,7 @@ from .served import Served
 if TYPE_CHECKING:
     from localsteer.vector import ControlVector
 
+    from .making import Jobs
     from .schemas import SteeringItem
     from .steering import VectorFolder
 
@@ -31,6 +32,7 @@ class State:
     vectors: VectorFolder
     limits: Limits
     metrics: Metrics
+    jobs: Jobs
     started: int = field(default_factory=lambda: int(time.time()))
     # one trace at a time: it takes the engine from everybody
     tracing: asyncio.Lock = field(default_factory=asyncio.Lock)

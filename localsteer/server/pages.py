@@ -32,7 +32,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-FILES = ("index.html", "page.css", "page.js", "docs.html", "docs.js")
+FILES = ("index.html", "page.css", "make.js", "page.js", "docs.html", "docs.js")
 
 
 def _file(name: str) -> Response:

@@ -17,7 +17,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -96,6 +96,7 @@ class Pool:
         self.metrics: Metrics | None = None
         self.closing = threading.Event()
         self._queue: list[_Place] = []
+        self._guests: list[Loadable] = []  # opened once more, outside of the pool
         self._worker: asyncio.Task[None] | None = None
         self._changed: asyncio.Event | None = None
         self._threads = ThreadPoolExecutor(1, "localsteer-loading")
@@ -178,7 +179,7 @@ class Pool:
                     self._aliases[name] = model.name
                 return model.name
         if error is not None:
-            message = f"model: {_without_folders(str(error))}"
+            message = f"model: {without_folders(str(error))}"
             raise ApiError(message, status=404, param="model", code="model_not_found")
         return self.split(text)[0]
 
@@ -299,8 +300,29 @@ class Pool:
         loaded = [other for other in self._places.values() if other.served and other is not place]
         if self.max_models is not None and len(loaded) >= self.max_models:
             return False
-        n_bytes = sum(other.model.n_bytes for other in loaded) + place.model.n_bytes
-        return self.max_bytes is None or n_bytes <= self.max_bytes
+        models = [*(other.model for other in loaded), *self._guests, place.model]
+        return self.max_bytes is None or sum(model.n_bytes for model in models) <= self.max_bytes
+
+    @contextlib.contextmanager
+    def room_for_another(self, name: str) -> Iterator[None]:
+        """Count a model once more while the block runs, which opens it outside of the pool. Raises ApiError
+        where --max-memory leaves no room beside those that are loaded."""
+        model = self._places[name].model
+        loaded = [place.model for place in self._places.values() if place.served]
+        n_bytes = sum(other.n_bytes for other in (*loaded, *self._guests, model))
+        if self.max_bytes is not None and n_bytes > self.max_bytes:
+            raise ApiError(
+                f"a vector is made beside the models that are loaded, and {name} once more needs about "
+                f"{model.n_bytes / 1e9:.2f} GB: --max-memory leaves no room for it.",
+                status=409,
+                code="no_memory",
+            )
+        self._guests.append(model)
+        try:
+            yield
+        finally:
+            self._guests.remove(model)
+            self._wake()
 
     def _victim(self, place: _Place) -> _Place | None:
         loaded = [other for other in self._places.values() if other.served and other is not place]
@@ -405,12 +427,12 @@ def load_error(name: str, error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, LocalsteerError):
-        message = f"model: {name} can't be loaded: {_without_folders(str(error))}"
+        message = f"model: {name} can't be loaded: {without_folders(str(error))}"
         return ApiError(message, param="model", code="model_load_failed")
     return api_error(error)
 
 
-def _without_folders(text: str) -> str:
+def without_folders(text: str) -> str:
     """Where things lie on the server is nobody's business; `hf:ORG/REPO` is no path."""
     return re.sub(r"(?<![\w.:*-])(?:/[^/\s]+)+/(?=[^/\s])", "", text)
 

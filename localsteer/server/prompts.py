@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from localsteer.errors import LocalsteerError
 from localsteer.jsonable import JsonObject
+from localsteer.tool_calls import loaded
 
 from .errors import ApiError
 from .schemas import ChatMessage, ChatRequest, Tool
@@ -80,11 +80,3 @@ def template_message(message: ChatMessage) -> JsonObject:
     more = {"name": message.name, "reasoning_content": message.reasoning_content}
     made |= {key: value for key, value in more.items() if value is not None}
     return {key: value for key, value in made.items() if key != "tool_call_id" or value is not None}
-
-
-def loaded(arguments: str | JsonObject) -> Any:
-    """Templates write them with tojson: a text would be quoted twice."""
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return arguments

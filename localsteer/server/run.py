@@ -100,6 +100,7 @@ class Running:
         self.signal = self.signal or number
         self._server.should_exit = True
         grace = 0.0 if again else self.grace
+        self.state.jobs.stop(grace)
         self.state.pool.stop(grace)
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field
 from localsteer.terms import Mode, Positions
 
 from . import limits
-from .fields import OPENAI, Rules
+from .fields import EMPTY, OPENAI, Rules
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=limits.MAX_TEXT)]
@@ -27,6 +27,7 @@ Bias = Annotated[StrictInt | StrictFloat, Field(ge=-100, le=100, allow_inf_nan=F
 LogitBias = Annotated[
     list[tuple[Token | StopText, Bias | Literal[False]]], Field(max_length=limits.MAX_BIASES)
 ]
+NOTHING = (*EMPTY, False)
 MostTokens = Annotated[int, Field(ge=-2, le=limits.MAX_TOKENS)]
 
 
@@ -38,6 +39,26 @@ class Body(BaseModel):
     RULES: ClassVar[Rules] = OPENAI
     ONE_BY_ONE: ClassVar[Mapping[str, type[BaseModel]]] = {}
     NESTED: ClassVar[Mapping[str, type[Body]]] = {}
+
+
+class ClosedPart(Body):
+    """An object inside of a request that sets something. What it has beside its fields is refused, but for
+    what asks for nothing and what UNREAD names: it might have changed the reply."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    UNREAD: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_part(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {
+            key: held
+            for key, held in value.items()
+            if key in known or not (key in cls.UNREAD or held in NOTHING)
+        }
 
 
 class SteeringItem(BaseModel):
@@ -75,17 +96,15 @@ Grammar = Annotated[str, Field(max_length=limits.MAX_GRAMMAR)]
 Choices = Annotated[list[Text], Field(min_length=1, max_length=limits.MAX_CHOICES)]
 
 
-class JsonSchema(Body):
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+class JsonSchema(ClosedPart):
+    UNREAD = ("description", "strict")  # a schema is always enforced
 
     name: Annotated[str, Field(max_length=256)] | None = None
     schema_: dict[str, Any] | bool = Field(alias="schema")
 
 
-class ResponseFormat(Body):
+class ResponseFormat(ClosedPart):
     """OpenAI's; llama-server has the schema beside the type, and grammars and patterns are for choice too."""
-
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: JsonSchema | None = None
@@ -240,6 +259,7 @@ UNREAD = (
     "id",
     "metadata",
     "object",
+    "parsed",
     "refusal",
     "status",
     "timestamp",
@@ -314,22 +334,26 @@ class ChatMessage(Body):
         return self.content
 
 
-class Function(Body):
+class Function(ClosedPart):
+    UNREAD = ("strict",)  # a call that must be made always follows its schema
+
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: Text | None = None
     parameters: dict[str, Any] | None = None
 
 
-class Tool(Body):
+class Tool(ClosedPart):
+    UNREAD = ("cache_control",)
+
     type: Literal["function"]
     function: Function
 
 
-class ChosenFunction(Body):
+class ChosenFunction(ClosedPart):
     name: Annotated[str, Field(max_length=64)]
 
 
-class ToolChoice(Body):
+class ToolChoice(ClosedPart):
     type: Literal["function"]
     function: ChosenFunction
 
@@ -442,6 +466,16 @@ class EmbeddingRequest(Body):
         if isinstance(self.input, str) or isinstance(self.input[0], int):
             return [self.input]
         return list(self.input)
+
+
+class JobRequest(Body):
+    """A vector that is to be made: of an instruction of the catalogue, or of a sentence of one's own."""
+
+    model: Annotated[str, Field(max_length=limits.MAX_MODEL_NAME)] | None = None
+    instruction: Annotated[str, Field(max_length=limits.MAX_INSTRUCTION)]
+    method: Literal["search", "learn"] = "search"
+    name: Name | None = None
+    replace: bool = False
 
 
 class TraceRequest(Body):

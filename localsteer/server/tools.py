@@ -1,49 +1,22 @@
-"""Tool calls: what the template shows of tools, and what in a reply is a call of one.
-
-Templates teach models several ways to write a call; these are read:
-
-    <tool_call>{"name": ..., "arguments": {...}}</tool_call>          Hermes, Qwen, Granite
-    <function=NAME>{...}</function>, <parameter=KEY>VALUE</parameter>  Llama 3.1 functions, Qwen coder
-    [TOOL_CALLS] [{"name": ..., "arguments": {...}}]                   Mistral
-    {"name": ..., "parameters": {...}}, alone or in a list             Llama 3.x
-"""
+"""Tools in a request: what the template shows of them, and what of a reply is a call of one."""
 
 from __future__ import annotations
 
-import json
-import re
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from localsteer.jsonable import JsonObject
+from localsteer.tool_calls import Call as Call
+from localsteer.tool_calls import CallHold as CallHold
+from localsteer.tool_calls import calls_in
 
 from .errors import ApiError, shown
 from .formats import enforced_call
-from .prompts import loaded
 from .schemas import ChatRequest, Tool, ToolChoice
 
 if TYPE_CHECKING:
     from localsteer.constrain import Constraint
 
     from .models import Served
-
-MARKS = ("<tool_call>", "<function=", "[TOOL_CALLS]", "<|python_tag|>")
-_NAME = re.compile(r"[\w.-]+")
-
-
-@dataclass(frozen=True)
-class Call:
-    name: str
-    arguments: str  # JSON, as OpenAI's clients expect it
-
-    def document(self) -> JsonObject:
-        function = {"name": self.name, "arguments": self.arguments}
-        return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
-
-
-# -- into the prompt ----------------------------------------------------------------------------------------
 
 
 def offered(body: ChatRequest, served: Served) -> list[Tool]:
@@ -83,130 +56,6 @@ def forced_call(body: ChatRequest, served: Served, tools: Sequence[Tool]) -> Con
     return enforced_call(served, tools, numbers)
 
 
-# -- out of the reply ---------------------------------------------------------------------------------------
-
-
 def parse(text: str, tools: Sequence[Tool]) -> tuple[str, list[Call]]:
-    """The text beside the calls, and the calls; what calls no tool that was offered stays text.
-
-    In time linear in the text: it is the model's, which does what its prompt says.
-    """
-    names = {tool.function.name for tool in tools}
-    calls, rest = _found(text)
-    if not calls or any(call.name not in names for call in calls):
-        return text, []
-    return rest.strip(), calls
-
-
-def _found(text: str) -> tuple[list[Call], str]:
-    if text.lstrip().startswith(("{", "[")) and _is_json(text):
-        return _json_calls(text), ""  # a mark inside a JSON text is no mark
-    if "<tool_call>" in text:
-        bodies, rest = _between(text, "<tool_call>", "</tool_call>")
-        return [call for body in bodies for call in _calls_in(body.strip())], rest
-    if "<function=" in text:
-        return _functions(text), _between(text, "<function=", "</function>")[1]
-    for mark in MARKS:
-        text = text.replace(mark, "", 1) if text.lstrip().startswith(mark) else text
-    return _json_calls(text), ""
-
-
-def _between(text: str, start: str, end: str) -> tuple[list[str], str]:
-    """What stands between marks, the last one closed or not; and the text without any of it."""
-    bodies, rest, at = [], [], 0
-    while (begin := text.find(start, at)) >= 0:
-        rest.append(text[at:begin])
-        stop = text.find(end, begin + len(start))
-        bodies.append(text[begin + len(start) : stop if stop >= 0 else None])
-        at = stop + len(end) if stop >= 0 else len(text)
-    return bodies, "".join([*rest, text[at:]])
-
-
-def _calls_in(body: str) -> list[Call]:
-    return _functions(body) or _json_calls(body)
-
-
-def _functions(text: str) -> list[Call]:
-    found = []
-    for body in _between(text, "<function=", "</function>")[0]:
-        name, closed, rest = body.partition(">")
-        if closed and _NAME.fullmatch(name):
-            found.append(Call(name, _arguments(rest.strip())))
-    return found
-
-
-def _arguments(body: str) -> str:
-    found = {}
-    for part in _between(body, "<parameter=", "</parameter>")[0]:
-        name, closed, value = part.partition(">")
-        if closed and _NAME.fullmatch(name):
-            found[name] = loaded(value.removeprefix("\n").removesuffix("\n"))
-    if not found:
-        return body if _is_json(body) else "{}"
-    return json.dumps(found, ensure_ascii=False)
-
-
-def _json_calls(text: str) -> list[Call]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return []
-    calls = []
-    for call in found if isinstance(found, list) else [found]:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return []
-        given = call.get("arguments", call.get("parameters"))
-        if not isinstance(given, (dict, str)):
-            return []
-        calls.append(Call(call["name"], given if isinstance(given, str) else json.dumps(given)))
-    return calls
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-class CallHold:
-    """Lets a streamed reply's text through as long as no call can have begun in it; keeps the rest."""
-
-    def __init__(self) -> None:
-        self._held: list[str] = []  # joined when it is looked at: a long reply comes in many pieces
-        self._calling = False
-        self._begun = False
-
-    def push(self, text: str) -> str:
-        """What is certain to be text."""
-        self._held.append(text)
-        if self._calling:
-            return ""
-        if not self._begun:
-            if not text or text.isspace():  # as all before it: nothing to see yet
-                return ""
-            if text.lstrip()[0] in "{[":
-                self._calling = True
-                return ""
-        self._begun = True
-        held = "".join(self._held)
-        cut = min((at for at in map(held.find, MARKS) if at >= 0), default=-1)
-        self._calling = cut >= 0
-        if cut < 0:
-            cut = len(held) - _possible_mark(held)
-        self._held = [held[cut:]]
-        return held[:cut]
-
-    def rest(self) -> str:
-        """At the end of the reply."""
-        held, self._held = "".join(self._held), []
-        return held
-
-
-def _possible_mark(text: str) -> int:
-    """Length of the longest end of the text that begins a mark."""
-    for n in range(min(max(map(len, MARKS)) - 1, len(text)), 0, -1):
-        if any(mark.startswith(text[-n:]) for mark in MARKS):
-            return n
-    return 0
+    """The text beside the calls, and the calls; what calls no tool that was offered stays text."""
+    return calls_in(text, {tool.function.name for tool in tools})

@@ -32,7 +32,7 @@ FORMAT = "localsteer.states"
 FORMAT_VERSION = "1"
 ALIGNMENT = 64  # of `states`, which stands first, so that a memory map of it is aligned
 MAX_HEADER = 1 << 24  # bytes that are read to see whose file it is
-BLOCK = 1 << 24  # bytes read at a time for a checksum
+READ_BYTES = 1 << 24  # bytes read at a time for a checksum
 DTYPES = {"float16": "F16", "float32": "F32"}
 _NAMES = {"float16": "F16", "float32": "F32", "int32": "I32", "int64": "I64"}
 
@@ -217,9 +217,9 @@ class PartialFile:
         left = (last - first) * self._layout.row_bytes
         self._file.seek(start)
         checksum = 0
-        while left and (block := self._file.read(min(left, BLOCK))):
-            checksum = zlib.crc32(block, checksum)
-            left -= len(block)
+        while left and (piece := self._file.read(min(left, READ_BYTES))):
+            checksum = zlib.crc32(piece, checksum)
+            left -= len(piece)
         return checksum
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from localsteer.errors import ModelFileError
+from localsteer.jsonable import JsonObject
 
 from . import folders, hub
 
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
     from . import Progress
     from .stored import StoredModel
 
-SECONDS = 15.0  # for an answer of the API
+SECONDS = 15.0  # of silence in an answer
+ANSWER_SECONDS, MAX_ANSWER = 60.0, 32 << 20  # of the API: time for all of it, and bytes
+NO_LIST = "{url:.120} answers with no list of files: check HF_ENDPOINT, or try again later."
 MAX_OVER_HTTP = 50 * 1000**3  # bytes, beyond that Xet alone (huggingface_hub/constants.py)
 TRIES = 4  # without a single byte
 RETRY_SECONDS = 1.0
@@ -94,12 +98,9 @@ class _Repository:
         # as it is now: the package reads it when it is imported
         self.endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
         self.api = HfApi(endpoint=self.endpoint)
-        info = self.api.model_info(repo, files_metadata=True, timeout=SECONDS)
         self.name: str = repo
         self.folder = hub.cache_folder() / hub.folder_name(repo)
-        files = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-        # another server than the hub might try to lead out of the cache
-        self.sizes = {file: size for file, size in files.items() if not {"", ".", ".."} & {*file.split("/")}}
+        self.sizes = _sizes(_told(f"{self.api.endpoint}/api/models/{repo}?blobs=true"))
 
     def fetch(self, file: str, on_progress: Progress | None) -> None:
         from huggingface_hub import hf_hub_download
@@ -125,6 +126,39 @@ class _Repository:
                 _fetch(url, found, blob, file, on_progress)
 
 
+def _told(url: str) -> JsonObject:
+    """What the API tells of a repository. `HfApi.model_info` would read an answer without an end."""
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    ends, text = time.monotonic() + ANSWER_SECONDS, bytearray()
+    with get_session().stream(
+        "GET", url, headers=build_hf_headers(), timeout=SECONDS, follow_redirects=True
+    ) as response:
+        hf_raise_for_status(response)
+        for data in response.iter_bytes():
+            text += data
+            if len(text) > MAX_ANSWER or time.monotonic() > ends:
+                raise ModelFileError(NO_LIST.format(url=url))
+    try:
+        info = json.loads(text)
+    except (ValueError, RecursionError):
+        info = None
+    if not isinstance(info, dict) or not isinstance(info.get("siblings"), list):
+        raise ModelFileError(NO_LIST.format(url=url))
+    return info
+
+
+def _sizes(info: JsonObject) -> dict[str, int]:
+    """Bytes of each file. Another server than the hub might try to lead out of the cache."""
+    files = {}
+    for sibling in info["siblings"]:
+        file = sibling.get("rfilename") if isinstance(sibling, dict) else None
+        if isinstance(file, str) and file.isprintable() and not {"", ".", ".."} & {*re.split(r"[/\\]", file)}:
+            size = sibling.get("size")
+            files[file] = size if isinstance(size, int) else 0
+    return files
+
+
 def _fetch(url: str, found: Any, blob: Path, file: str, on_progress: Progress | None) -> None:
     """The bytes of one blob. A part that turns out to be of another file is begun again, once."""
     part = blob.with_name(f"{blob.name}.incomplete")
@@ -132,11 +166,11 @@ def _fetch(url: str, found: Any, blob: Path, file: str, on_progress: Progress | 
     for attempt in (1, 2):
         try:
             _fetch_rest(url, found, part, lambda done: on_progress and on_progress(file, done, found.size))
-            _check(part, found, file)
+            _check(part, found)
         except _Mismatch as error:
             part.unlink(missing_ok=True)
             if attempt == 2 or not begun:
-                raise ModelFileError(f"{error}: try again.") from None
+                raise ModelFileError(f"{file} can't be fetched: {error}: try again.") from None
             continue
         os.replace(part, blob)
         return
@@ -150,7 +184,7 @@ def _fetch_rest(url: str, found: Any, part: Path, on_bytes: Callable[[int], obje
     """Append what is missing of a blob, and go on after a cut connection as long as that brings something."""
     with part.open("ab") as file:
         if file.tell() > found.size:
-            raise _Mismatch(f"{part.name} is longer than the file")
+            raise _Mismatch("what is there is longer than the file")
         _check_room(part, found.size - file.tell())
         on_bytes(file.tell())
         tries = TRIES
@@ -180,7 +214,7 @@ def _append(url: str, found: Any, file: BinaryIO, on_bytes: Callable[[int], obje
         del headers["Range"]
     with get_session().stream("GET", found.location, headers=headers, timeout=SECONDS) as response:
         if response.status_code == NO_SUCH_RANGE:
-            raise _Mismatch(f"{file.name} is longer than the file")
+            raise _Mismatch("what is there is longer than the file")
         hf_raise_for_status(response)
         if response.status_code != PARTIAL and file.tell():  # this server sends all of it each time
             file.seek(0)
@@ -189,7 +223,7 @@ def _append(url: str, found: Any, file: BinaryIO, on_bytes: Callable[[int], obje
             file.write(data)
             file.flush()  # so that a kill loses nothing
             if file.tell() > found.size:  # not to fill the disk with whatever comes
-                raise _Mismatch(f"{file.name} came with more than its {found.size} bytes")
+                raise _Mismatch(f"it came with more than its {found.size} bytes")
             on_bytes(file.tell())
 
 
@@ -198,18 +232,18 @@ def _is_of_the_network(error: Exception) -> bool:
     return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 
-def _check(part: Path, found: Any, file: str) -> None:
+def _check(part: Path, found: Any) -> None:
     size = part.stat().st_size
     if size != found.size:
-        raise _Mismatch(f"{file} came with {size} of {found.size} bytes")
+        raise _Mismatch(f"it came with {size} of {found.size} bytes")
     if not _SHA256.fullmatch(found.etag):
         return  # small files have git's own hash; no model is one
     digest = hashlib.sha256()
     with part.open("rb") as opened:
-        while block := opened.read(READ_BYTES):
-            digest.update(block)
+        while piece := opened.read(READ_BYTES):
+            digest.update(piece)
     if digest.hexdigest() != found.etag:
-        raise _Mismatch(f"{file} came damaged, its sha256 is another one")
+        raise _Mismatch("it came damaged, its sha256 is another one")
 
 
 def _check_room(part: Path, needed: int) -> None:

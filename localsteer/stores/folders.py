@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MAX_ENTRIES = 50_000  # of one store; a loop of links ends at the depth that its layout has
+MAX_PARTS = 1000  # of a model; a name that tells of more would be looked for in as many places
 # llama.cpp's gguf-split: MODEL-00001-of-00003.gguf
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
@@ -67,9 +68,14 @@ def _walk(folder: Path, depth: int, left: list[int]) -> Iterator[Path]:
 
 
 def split_of(name: str) -> tuple[str, int, int] | None:
-    """(beginning, number of this part, number of parts) of a split file's name."""
+    """(beginning, number of this part, number of parts) of a split file's name.
+
+    None for any other name: part 5 of 3 is none.
+    """
     match = _SPLIT.fullmatch(name)
-    return (match[1], int(match[2]), int(match[3])) if match else None
+    if match is None or not 1 <= int(match[2]) <= int(match[3]) <= MAX_PARTS:
+        return None
+    return match[1], int(match[2]), int(match[3])
 
 
 def parts(name: str) -> list[str]:
@@ -87,13 +93,15 @@ def measured(files: Sequence[Path]) -> tuple[int | None, str]:
     for number, file in enumerate(files, 1):
         which = f"part {number} of {len(files)}" if len(files) > 1 else "its file"
         try:
-            n_bytes = file.stat().st_size
+            status = file.stat()
         except PermissionError:
             return None, f"{which} can't be read by this user ({file.name})"
-        except OSError:
-            what = "is a link that leads nowhere" if file.is_symlink() else "is missing"
-            return None, f"{which} {what} ({file.name})"
-        if not n_bytes:
+        except (OSError, ValueError):  # a manifest may name what no file can be called
+            what = "is a link that leads nowhere" if os.path.islink(file) else "is missing"
+            return None, f"{which} {what} ({file.name:.120})"
+        if not stat.S_ISREG(status.st_mode):
+            return None, f"{which} is a folder, a pipe or a device ({file.name})"
+        if not status.st_size:
             return None, f"{which} is empty ({file.name})"
-        size += n_bytes
+        size += status.st_size
     return size, ""

@@ -38,6 +38,7 @@ HELPERS = (
     "dspark-",
 )  # in names of files that are no model
 MAX_REF = 4096  # bytes
+MAX_FILES = 500  # of a repository that are listed: the name of each is chosen among all
 DEPTH = 4  # folders inside a repository
 _REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 _FOLDER = re.compile(r"models--(?:(?!--).)+--(?:(?!--).)+")  # no name holds two dashes
@@ -55,7 +56,8 @@ def find(rest: str) -> StoredModel:
         raise ModelFileError(
             f"{error.removesuffix('.')}; `localsteer models pull {PREFIX}{rest}` fetches it."
         )
-    return _model(PREFIX, repo, chosen(repo, wanted, here), here)
+    file = chosen(repo, wanted, here)
+    return _model(PREFIX, repo, file, here, sorted({file, *filter(is_first, here)})[:MAX_FILES])
 
 
 def models() -> list[StoredModel]:
@@ -69,8 +71,8 @@ def models_in(folder: Path, prefix: str) -> list[StoredModel]:
     for repo_folder in repositories(folder):
         repo = _repo_of(repo_folder)
         here = cached_files(repo_folder)
-        firsts = [file for file in sorted(here) if is_first(file)]
-        found += [_model(prefix, repo, file, here) for file in firsts]
+        firsts = sorted(filter(is_first, here))[:MAX_FILES]
+        found += [_model(prefix, repo, file, here, firsts) for file in firsts]
         n_bytes = _unfinished(repo_folder)
         if n_bytes is not None:  # of which file nothing tells
             what = f"a download was never finished ({n_bytes / 1e6:.1f} MB of it are there)"
@@ -147,7 +149,7 @@ def is_first(path: str) -> bool:
 
 def chosen(repo: str, wanted: str, files: Iterable[str]) -> str:
     """The file of a repository that a name means. Raises ModelFileError, with what there is."""
-    firsts = sorted(file for file in files if is_first(file))
+    firsts = sorted(filter(is_first, files))
     if not firsts:
         raise ModelFileError(f"{PREFIX}{repo} holds no GGUF file of a model: choose another repository.")
     if wanted.lower().endswith(".gguf"):
@@ -165,7 +167,7 @@ def chosen(repo: str, wanted: str, files: Iterable[str]) -> str:
                 return meant[0]
         if not wanted:
             return firsts[0]
-    raise _no_such_file(repo, wanted, firsts)
+    raise _no_such_file(repo, wanted, firsts[:MAX_FILES])
 
 
 def name_of(prefix: str, repo: str, file: str, files: Sequence[str]) -> str:
@@ -208,9 +210,10 @@ def _snapshots(repo_folder: Path) -> list[Path]:
     """That of refs/main first, then the latest."""
     try:
         found = [path for path in (repo_folder / "snapshots").iterdir() if _COMMIT.fullmatch(path.name)]
-        found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     except OSError:
         return []
+    found = [path for path in found if os.path.isdir(path)]  # a link that leads nowhere hides no other
+    found.sort(key=os.path.getmtime, reverse=True)
     try:
         main = folders.read(repo_folder / "refs" / "main", MAX_REF).decode("ascii").strip()
     except (OSError, ValueError):
@@ -218,9 +221,9 @@ def _snapshots(repo_folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name != main)
 
 
-def _model(prefix: str, repo: str, file: str, here: dict[str, Path]) -> StoredModel:
+def _model(prefix: str, repo: str, file: str, here: dict[str, Path], firsts: Sequence[str]) -> StoredModel:
     first = here.get(file)
-    name = name_of(prefix, repo, file, [*here, file])
+    name = name_of(prefix, repo, file, firsts)
     if first is None:
         return StoredModel(name, fault="its first part is missing")
     files = tuple(first.with_name(part.rpartition("/")[2]) for part in folders.parts(file))

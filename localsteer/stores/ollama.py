@@ -23,7 +23,7 @@ from typing import Any
 from localsteer.errors import ModelFileError
 
 from . import folders
-from .stored import AskedFor, StoredModel, checked, nearest
+from .stored import AskedFor, StoredModel, checked, is_whole, nearest
 
 PREFIX = "ollama:"
 TITLE = "Ollama"
@@ -35,6 +35,7 @@ MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 LIST = "application/vnd.ollama.manifest.list.v2+json"
 LAYER = "application/vnd.ollama.image."
 ENGINES = ("", "ollama", "llamacpp")  # of a list's manifests; `mlx` has no GGUF
+MAX_NUMBER = 2**31 - 1  # of a parameter, as llama.cpp holds them
 MAX_JSON = 4 << 20  # bytes of a manifest, or of a layer that is read whole
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _DIGEST = re.compile(r"sha256[:-]([0-9a-fA-F]{64})")
@@ -243,7 +244,7 @@ def _blob(tag: _Tag, layer: Mapping[str, Any]) -> Path:
 
 def _json(path: Path, what: str) -> Any:
     try:
-        return json.loads(folders.read(path, MAX_JSON))
+        return json.loads(folders.read(path, MAX_JSON), parse_constant=_no_number)
     except OSError as error:
         why = (
             "can't be read by this user"
@@ -255,28 +256,36 @@ def _json(path: Path, what: str) -> Any:
         raise _Fault(f"{what} is damaged: pull it again") from None
 
 
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
 # -- how it is to be asked ----------------------------------------------------------------------------------
 
 
 def _asked(tag: _Tag, layers: Mapping[str, Mapping[str, Any]]) -> AskedFor:
     params = (
-        _json(_blob(tag, layers[LAYER + "params"]), "its parameters") if LAYER + "params" in layers else {}
+        _json(_blob(tag, layers[LAYER + "params"]), "its layer of parameters")
+        if LAYER + "params" in layers
+        else {}
     )
     if not isinstance(params, dict):
-        raise _Fault("its parameters are damaged: pull it again")
+        raise _Fault("its layer of parameters is damaged: pull it again")
     stop = params.get("stop")
     stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
     sampling = {}
     for theirs, ours in SAMPLING.items():
         value = params.get(theirs)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not abs(value) <= MAX_NUMBER:  # 1e999 is infinite to Python's reader
+                raise _Fault(f"its parameter {theirs} is no number that can be used: pull it again")
             sampling[ours] = int(value) if ours in ("top_k", "repeat_last_n") else float(value)
     n_ctx = params.get("num_ctx")
     return AskedFor(
-        stop=tuple(text for text in stops if isinstance(text, str) and text),
+        stop=tuple(text for text in stops if isinstance(text, str) and text and is_whole(text)),
         system=_text(tag, layers.get(LAYER + "system")),
         sampling=sampling,
-        n_ctx=n_ctx if isinstance(n_ctx, int) and n_ctx > 0 else None,
+        n_ctx=min(n_ctx, MAX_NUMBER) if type(n_ctx) is int and n_ctx > 0 else None,
     )
 
 

@@ -48,9 +48,22 @@ class StoredModel:
     remark: str = ""
     asked: AskedFor = field(default_factory=AskedFor)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fault", one_line(self.fault))  # which quotes names from foreign files
+
     @property
     def path(self) -> Path:
         return self.files[0]
+
+
+def one_line(text: str) -> str:
+    """With U+FFFD for what can't be shown: line breaks, control characters, halves of characters."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def is_whole(text: str) -> bool:
+    """Whether no half of a character is in it, as JSON may have it and no reply ever has."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def checked(rest: str, prefix: str, example: str) -> str:
@@ -72,13 +85,13 @@ def unknown(name: str, known: Iterable[str], where: str) -> ModelFileError:
 
 def ambiguous(name: str, meant: Sequence[str]) -> ModelFileError:
     shown = ", ".join(meant[:MAX_SHOWN]) + (f" and {len(meant) - MAX_SHOWN} more" * (len(meant) > MAX_SHOWN))
-    return ModelFileError(f"{name:.120} means {len(meant)} models: choose one of {shown}.")
+    return ModelFileError(f"{name:.120} means {len(meant)} models: choose one of {one_line(shown)}.")
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
     """The names that somebody may have meant, the likeliest first: those that contain it, then those that are
     spelt nearly so."""
-    names = {other.casefold(): other for other in known}
+    names = {other.casefold(): other for other in known if other.isprintable()}  # others can't be asked for
     wanted = name.casefold()
     bare = wanted.partition(":")[2] or wanted
     holding = sorted((key for key in names if bare in key), key=len)

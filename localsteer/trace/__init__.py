@@ -299,7 +299,7 @@ def _watched(engine: Engine, vector: ControlVector, blocks: Blocks) -> tuple[int
     if blocks is None:
         return vector.layers
     if blocks == "all":
-        return vector.blocks
+        return vector.usable_layers
     chosen = check_layers(engine, sorted(set(blocks)))
     for block in chosen:
         vector.unit(block)  # raises where there is no direction

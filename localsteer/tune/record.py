@@ -48,6 +48,16 @@ class Choice:
         }
 
     @property
+    def degenerate(self) -> dict[str, float | None]:
+        """Shares of degenerate replies, by the same names."""
+        return {
+            "none": _spoilt_share(self.plain),
+            "steered": _spoilt_share(self.plain if self.best is None else self.best),
+            "instructed": _spoilt_share(self.told),
+            "both": _spoilt_share(self.both),
+        }
+
+    @property
     def n(self) -> int:
         """Questions of the check."""
         return self.plain.n
@@ -69,6 +79,7 @@ class Choice:
             "instruction": self.instruction.id,
             "n": self.n,
             "scores": scores,
+            "degenerate": self.degenerate,
             "judged_by": "verifier" if self.instruction.verifier else "likelihood",
             "recovered_gap": None if self.best is None else _rounded(self.best.gap),
             "with_instruction": with_instruction(scores, self.n),
@@ -183,6 +194,10 @@ def _spoilt(trials: Sequence[Trial], none: float) -> list[str]:
 
 def _score(trial: Trial) -> float | None:
     return trial.score if trial.replies else None
+
+
+def _spoilt_share(trial: Trial) -> float | None:
+    return trial.n_degenerate / trial.n if trial.replies else None
 
 
 def _row(trial: Trial) -> JsonObject:

@@ -106,8 +106,8 @@ class Search:
         for setting in settings:
             for layer in self._blocks:
                 gap = sorted(scored | {self._blocks[0], self._blocks[-1]})
-                below = max((block for block in gap if block < setting.layer), default=setting.layer)
-                above = min((block for block in gap if block > setting.layer), default=setting.layer)
+                below = max((tried for tried in gap if tried < setting.layer), default=setting.layer)
+                above = min((tried for tried in gap if tried > setting.layer), default=setting.layer)
                 if below < layer < above and layer not in scored:
                     yield replace(setting, layer=layer)
 
@@ -127,7 +127,7 @@ def usable_blocks(vector: ControlVector, blocks: Iterable[int] | None) -> list[i
 
     Raises PlanError for one that is out of range or has no direction, and for none.
     """
-    usable = list(vector.blocks if blocks is None else vector.at(layer=tuple(blocks)).layers)
+    usable = list(vector.usable_layers if blocks is None else vector.at(layer=tuple(blocks)).layers)
     if not usable:
         raise PlanError(f"{vector.label} has no direction at any of the blocks to choose from.")
     return usable

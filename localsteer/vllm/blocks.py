@@ -38,7 +38,7 @@ def decoder_blocks(model: torch.nn.Module, n_layer: int) -> dict[int, torch.nn.M
             "needs one: unset LOCALSTEER_VECTORS to run it unsteered."
         )
     missing = "PPMissingLayer"  # vLLM's, in the place of a block of another rank
-    return {il: block for il, block in enumerate(lists[0]) if type(block).__name__ != missing}
+    return {il: module for il, module in enumerate(lists[0]) if type(module).__name__ != missing}
 
 
 class BlockHook:

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from localsteer.catalog import Catalog, Instruction
+from localsteer.catalog import Catalog, Instruction, alike
 from localsteer.errors import CatalogError
-from localsteer.evaluate.conditions import alike, applied_like
-from localsteer.evaluate.page import Results, Share, StudyReport, loaded, plain
+from localsteer.evaluate.bench import Bench, EvalLimits, open_bench
+from localsteer.evaluate.cells import Arm, Experiment
+from localsteer.evaluate.controls import applied_like
+from localsteer.evaluate.page import Heatmap, Results, Share, StudyReport, loaded, plain
 from localsteer.evaluate.report import markdown, plots
 from localsteer.evaluate.report.document import document
 from localsteer.evaluate.results import refuse_others, unwritable, versions, write, write_text
+from localsteer.evaluate.runner import Stage, silent
 from localsteer.evaluate.studies import study
-from localsteer.evaluate.study import Stage, silent
-from localsteer.evaluate.suites.bench import Bench, EvalLimits, open_bench
-from localsteer.evaluate.suites.cells import Arm, Cell, accuracy_of
 from localsteer.jsonable import finite
 from localsteer.vector import ControlVector
 
@@ -150,25 +150,27 @@ def working(
 
 def by_block(
     bench: Bench, pairs: Sequence[tuple[Instruction, ControlVector]], positions: Sequence[str], n: int
-) -> list[list[Cell]]:
-    """Cells of n validation queries for each instruction, positions and block, in this order: projected with
-    strength 1."""
+) -> list[Experiment]:
+    """Each instruction on n validation queries, with an arm for each of the positions and each block:
+    projected with strength 1."""
     return [
-        bench.cells(
+        bench.experiment(
             instruction,
-            [Arm(f"{where} {il}", (vector.at(layer=il, positions=where, mode="project", strength=1.0),))],
+            [
+                Arm(f"{where} {il}", (vector.at(layer=il, positions=where, mode="project", strength=1.0),))
+                for where in positions
+                for il in range(vector.n_layer)
+            ],
             bench.queries(instruction, "validation")[:n],
         )
         for instruction, vector in pairs
-        for where in positions
-        for il in range(vector.n_layer)
     ]
 
 
-def profile(bench: Bench, parts: Sequence[Sequence[Cell]], what: str) -> list[float | None]:
-    """The share that follows of each part."""
-    results = iter(bench.run([cell for cells in parts for cell in cells], what=what, score=False))
-    return [accuracy_of([next(results) for _ in cells]) for cells in parts]
+def profile(bench: Bench, asked: Sequence[Experiment], what: str) -> list[float | None]:
+    """The share that follows of each instruction and arm."""
+    rows = bench.run(asked, what=what, score=False)
+    return [part.followed for part in rows.by("instruction", "condition").values()]
 
 
 def shares(values: Iterable[float]) -> list[Share]:
@@ -183,6 +185,8 @@ def correlate(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
-def rounded(rows: Iterable[Iterable[float]]) -> list[list[float]]:
-    """For a heat map."""
-    return [[round(float(value), 3) for value in row] for row in rows]
+def block_map(title: str, rows: Sequence[str], values: Iterable[Iterable[float]], **labels: str) -> Heatmap:
+    """A column for each block. values: a row of numbers for each of `rows`."""
+    rounded = [[round(float(value), 3) for value in row] for row in values]
+    columns = list(map(str, range(len(rounded[0]))))
+    return Heatmap(title=title, x_label="block", rows=list(rows), columns=columns, values=rounded, **labels)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from localsteer.catalog import Instruction
 from localsteer.errors import LocalsteerError, ModelFileError
-from localsteer.evaluate.page import Heatmap, Lines, Section, StudyReport, Table
-from localsteer.evaluate.studies.common import StudyJob, by_block, correlate, profile, rounded, shares
-from localsteer.evaluate.suites.bench import Bench
-from localsteer.evaluate.suites.cells import Cell, judge_cell
+from localsteer.evaluate.bench import Bench
+from localsteer.evaluate.cells import Cell
+from localsteer.evaluate.outcomes import Outcomes, judged
+from localsteer.evaluate.page import Lines, Section, StudyReport, Table
+from localsteer.evaluate.studies.common import StudyJob, block_map, by_block, correlate, profile, shares
 from localsteer.extract import extract, open_backend
 from localsteer.plan import Plan
 from localsteer.runtime.journal import Journal
@@ -50,8 +52,8 @@ def run(job: StudyJob) -> StudyReport:
         n = min(n, len(bench.validation))
         names = [f"{instruction.id}, {where}" for instruction in instructions for where in positions]
         raw = bench.raw(instructions)
-        parts = by_block(bench, [(each, raw[each.id]) for each in instructions], positions, n)
-        ours = profile(bench, parts, "the engine, block by block")
+        asked = by_block(bench, [(each, raw[each.id]) for each in instructions], positions, n)
+        ours = profile(bench, asked, "the engine, block by block")
         theirs = _torch_profile(bench, instructions, positions, n, job)
         engine, torch = np.array([ours, theirs], dtype=float).reshape(2, len(names), -1)
         model = bench.model
@@ -84,7 +86,9 @@ def _torch_profile(
             vector = extract(
                 backend, instruction, bench.catalog.queries_for(instruction, "extraction"), mode="project"
             )
-            for cells in by_block(bench, [(instruction, vector)], positions, n):
+            (asked,) = by_block(bench, [(instruction, vector)], positions, n)
+            for arm in asked.arms:
+                cells = replace(asked, arms=[arm]).cells(bench.max_tokens)
                 followed.append(_share(bench, backend, journal, cells))
                 advance(len(followed), total)
     return followed
@@ -103,11 +107,11 @@ def _share(bench: Bench, backend: TorchBackend, journal: Journal, cells: Sequenc
     if known is None or len(known["replies"]) != len(cells):
         replies = torch_replies(backend, prompts, plan, max_tokens=cells[0].max_tokens)
         journal.put(key, {"kind": "torch", "replies": [[r.text, r.tokens, r.finish_reason] for r in replies]})
-    verdicts = [
-        judge_cell(cell, Reply(*reply), must_end=bench.limits.must_end)
+    rows = [
+        judged(cell, Reply(*reply), must_end=bench.limits.must_end)
         for cell, reply in zip(cells, journal.get(key)["replies"], strict=True)
     ]
-    return float(np.mean([bool(verdict.strict) for verdict in verdicts]))
+    return Outcomes(rows).followed
 
 
 def _agreement(
@@ -131,11 +135,5 @@ def _agreement(
         x=blocks,
         series={ours: shares(engine.mean(axis=0)), theirs: shares(torch.mean(axis=0))},
     )
-    gaps = Heatmap(
-        title="Engine minus PyTorch",
-        x_label="block",
-        rows=list(names),
-        columns=list(map(str, blocks)),
-        values=rounded(engine - torch),
-    )
+    gaps = block_map("Engine minus PyTorch", names, engine - torch)
     return Section("Agreement", text, [Table(["setting", "by", *map(str, blocks)], rows)], [means, gaps])

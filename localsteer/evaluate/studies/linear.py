@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localsteer.catalog import Instruction
-from localsteer.evaluate.page import Heatmap, Lines, Section, StudyReport, Table
+from localsteer.evaluate.bench import Bench
+from localsteer.evaluate.page import Lines, Section, StudyReport, Table
 from localsteer.evaluate.probe import GAUSSIAN, LINEAR, PROBES, accuracy
 from localsteer.evaluate.similarity import MIN_PAIRS, probe_groups
-from localsteer.evaluate.studies.common import StudyJob, by_block, correlate, profile, rounded, shares
-from localsteer.evaluate.suites.bench import Bench
+from localsteer.evaluate.studies.common import StudyJob, block_map, by_block, correlate, profile, shares
 from localsteer.extract import build_pairs, open_backend
 from localsteer.extract.states import States
 
@@ -47,8 +47,8 @@ def run(job: StudyJob) -> StudyReport:
         raw = bench.raw(instructions)
         probes = probe_all(bench, instructions, QUICK_PAIRS if job.quick else N_PAIRS)
         n_queries = min(QUICK_QUERIES if job.quick else N_QUERIES, len(bench.validation))
-        parts = by_block(bench, [(each, raw[each.id]) for each in instructions], POSITIONS, n_queries)
-        followed = np.array(profile(bench, parts, "steering at each block"), dtype=float)
+        asked = by_block(bench, [(each, raw[each.id]) for each in instructions], POSITIONS, n_queries)
+        followed = np.array(profile(bench, asked, "steering at each block"), dtype=float)
         # at the better positions
         steered = followed.reshape(len(instructions), len(POSITIONS), -1).max(axis=1)
         model = bench.model
@@ -159,7 +159,6 @@ def _sections(ids: Sequence[str], probes: Probes, steered: np.ndarray, advice: s
         maps[f"{task}: linear probe"] = probes[task, LINEAR]
         maps[f"{task}: lead of the non-linear probe"] = probes[task, GAUSSIAN] - probes[task, LINEAR]
     maps["Steered replies that follow"] = steered
-    columns = list(map(str, blocks))
     return [
         Section("Where they part", advice),
         Section(
@@ -174,9 +173,6 @@ def _sections(ids: Sequence[str], probes: Probes, steered: np.ndarray, advice: s
         ),
         Section(
             "By instruction and block",
-            plots=[
-                Heatmap(title=title, x_label="block", rows=list(ids), columns=columns, values=rounded(values))
-                for title, values in maps.items()
-            ],
+            plots=[block_map(title, ids, values) for title, values in maps.items()],
         ),
     ]

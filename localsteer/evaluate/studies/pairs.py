@@ -14,15 +14,16 @@ import numpy as np
 from msgspec import Struct
 
 from localsteer.catalog import Instruction, Query
-from localsteer.evaluate.conditions import arms_of, controls_of
+from localsteer.evaluate.bench import Bench
+from localsteer.evaluate.cells import Experiment, arms_of
+from localsteer.evaluate.controls import controls_of
+from localsteer.evaluate.outcomes import Outcomes, mean
 from localsteer.evaluate.page import Lines, Section, Share, StudyReport, Table
 from localsteer.evaluate.report.figures import rough_percent
-from localsteer.evaluate.similarity import unit_rows
 from localsteer.evaluate.studies.common import StudyJob, working
-from localsteer.evaluate.suites.bench import Bench
-from localsteer.evaluate.suites.cells import Cell, Result, accuracy_of, grouped, mean, share_of
 from localsteer.extract import Pair, open_backend
 from localsteer.extract.states import States
+from localsteer.extract.statistics import unit_rows
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
@@ -83,18 +84,17 @@ def run(job: StudyJob) -> StudyReport:
 
         with bench.stage("extracting vectors of every size") as advance:
             drawn = bench.workers.map(work, instructions, advance)
-        cells = [
-            cell
+        asked = [
+            _conditions(bench, each, vectors[each.id], by_draw)
             for each, by_draw in zip(instructions, drawn, strict=True)
-            for cell in _cells(bench, each, vectors[each.id], by_draw)
         ]
-        results = bench.run(cells, score=False)
+        rows = bench.run(asked, score=False)
         model = bench.model
-    groups = grouped(results, "condition")
-    sizes = [_size(groups, members, drawn, draws) for members in draws.values()]
-    by_instruction = _by_instruction(results, draws)
+    parts = rows.by("condition")
+    sizes = [_size(parts, members, drawn, draws) for members in draws.values()]
+    by_instruction = _by_instruction(rows, draws)
     advice = where_it_stops(sizes)
-    control = [[name, share_of(groups[name,])] for name in ("none", "random", "instructed")]
+    control = [[name, parts[name].share] for name in ("none", "random", "instructed")]
     said = (
         f"{', '.join(instruction.id for instruction in instructions)}; {n_draws} random draws of each size, "
         "intervals over queries. Cosine: with the mean direction of the largest draws, at the steered block. "
@@ -111,16 +111,16 @@ def run(job: StudyJob) -> StudyReport:
     )
 
 
-def _cells(
+def _conditions(
     bench: Bench, each: Instruction, vector: ControlVector, by_draw: Mapping[Draw, ControlVector]
-) -> list[Cell]:
+) -> Experiment:
     steers = {
         "none": (),
         **controls_of([vector], [], bench.plain_mean(), bench.seed),
         "instructed": (),
         **{draw.label: (drawn,) for draw, drawn in by_draw.items()},
     }
-    return bench.cells(each, arms_of(steers, list(steers)))
+    return bench.experiment(each, arms_of(steers, list(steers)))
 
 
 def draw_vectors(
@@ -182,17 +182,17 @@ def where_it_stops(sizes: Sequence[Size]) -> str:
 
 
 def _size(
-    groups: Mapping[tuple[str, ...], list[Result]],
+    parts: Mapping[str, Outcomes],
     members: Sequence[Draw],
     drawn: Drawn,
     draws: Mapping[tuple[int, int], Sequence[Draw]],
 ) -> Size:
-    followed = [accuracy_of(groups[draw.label,]) for draw in members]
+    followed = [parts[draw.label].followed for draw in members]
     largest = draws[max(kind for kind in draws if not kind[1])]
     return Size(
         n_pairs=members[0].n_pairs,
         wordings=members[0].wordings,
-        followed=share_of([result for draw in members for result in groups[draw.label,]]),
+        followed=Outcomes(row for draw in members for row in parts[draw.label]).share,
         worst_draw=min(followed),
         best_draw=max(followed),
         cosine=mean([_cosine(drawn, draw, largest) for draw in members]),
@@ -211,16 +211,16 @@ def _cosine(drawn: Drawn, draw: Draw, largest: Sequence[Draw]) -> float:
 
 
 def _by_instruction(
-    results: Sequence[Result], draws: Mapping[tuple[int, int], Sequence[Draw]]
+    rows: Outcomes, draws: Mapping[tuple[int, int], Sequence[Draw]]
 ) -> dict[str, dict[str, float | None]]:
     """The mean share of the draws of each size."""
-    groups = grouped(results, "instruction", "condition")
     return {
         name: {
-            f"{n} pairs, {k or 'all'} wordings": mean([accuracy_of(groups[name, d.label]) for d in members])
+            f"{n} pairs, {k or 'all'} wordings": mean([parts[d.label].followed for d in members])
             for (n, k), members in draws.items()
         }
-        for name in dict.fromkeys(name for name, _ in groups)
+        for name, own in rows.by("instruction").items()
+        for parts in [own.by("condition")]
     }
 
 

@@ -15,20 +15,13 @@ import numpy as np
 
 from localsteer.catalog import Instruction
 from localsteer.errors import LocalsteerError
-from localsteer.evaluate.conditions import arms_of, controls_of
-from localsteer.evaluate.page import Heatmap, Lines, Section, Share, StudyReport, Table, Value
+from localsteer.evaluate.bench import Bench
+from localsteer.evaluate.cells import Experiment, arms_of
+from localsteer.evaluate.controls import controls_of
+from localsteer.evaluate.outcomes import Outcomes
+from localsteer.evaluate.page import Lines, Section, Share, StudyReport, Table, Value
 from localsteer.evaluate.report.figures import rough_percent
-from localsteer.evaluate.studies.common import StudyJob, other_vector, rounded, working
-from localsteer.evaluate.suites.bench import Bench
-from localsteer.evaluate.suites.cells import (
-    Cell,
-    Result,
-    accuracy_of,
-    difference,
-    grouped,
-    select,
-    share_of,
-)
+from localsteer.evaluate.studies.common import StudyJob, block_map, other_vector, working
 from localsteer.extract import build_pairs
 from localsteer.extract.calibrate import Calibration, calibrate
 from localsteer.vector import ControlVector
@@ -55,7 +48,7 @@ class Measured:
     size: int
     calibrations: dict[str, Calibration]
     layers: dict[str, int]
-    results: list[Result]
+    rows: Outcomes
 
     def column(self, what: str) -> list[float]:
         """`cosines` or `drift` at each instruction's steered block."""
@@ -66,21 +59,18 @@ class Measured:
         return np.nanmean([measure(getattr(done, what)) for done in self.calibrations.values()], axis=0)
 
     def share(self, condition: str) -> Share:
-        return share_of(self.of(condition))
-
-    def of(self, condition: str) -> list[Result]:
-        return select(self.results, condition)
+        return self.rows.of(condition).share
 
     def gain(self, condition: str) -> Share:
         """Over the reference vector on this file."""
-        return difference(self.of(condition), self.of("reference"))
+        return self.rows.of(condition).minus(self.rows.of("reference"))
 
     def gains(self, condition: str) -> bool:
         gain = self.gain(condition)
         return gain.low > 0 and gain.share >= SURE
 
     def against(self, first: Measured, condition: str) -> Share:
-        return difference(self.of(condition), first.of(condition))
+        return self.rows.of(condition).minus(first.rows.of(condition))
 
 
 def run(job: StudyJob) -> StudyReport:
@@ -133,17 +123,15 @@ def _measure(
         done = bench.workers.map(work, instructions, advance)
     calibrations = {each.id: calibration for each, calibration in zip(instructions, done, strict=True)}
     others = {each.id: other_vector(each, instructions, vectors) for each in instructions}
-    cells = [
-        cell for each in instructions for cell in _cells(bench, each, calibrations[each.id], others[each.id])
-    ]
-    results = bench.run(cells, what=f"{label}: asking", score=False)
+    asked = [_conditions(bench, each, calibrations[each.id], others[each.id]) for each in instructions]
+    rows = bench.run(asked, what=f"{label}: asking", score=False)
     layers = {each.id: vectors[each.id].layers[0] for each in instructions}
-    return Measured(label, size, calibrations, layers, results)
+    return Measured(label, size, calibrations, layers, rows)
 
 
-def _cells(
+def _conditions(
     bench: Bench, instruction: Instruction, calibration: Calibration, other: ControlVector | None
-) -> list[Cell]:
+) -> Experiment:
     vector = calibration.before
     steers = {
         "none": (),
@@ -153,7 +141,7 @@ def _cells(
         "re-extracted": (calibration.fresh,),
         **controls_of([vector], [other] if other else [], bench.plain_mean(), bench.seed),
     }
-    return bench.cells(instruction, arms_of(steers, CONDITIONS))
+    return bench.experiment(instruction, arms_of(steers, CONDITIONS))
 
 
 def what_to_do(measured: Sequence[Measured]) -> str:
@@ -190,14 +178,14 @@ def what_to_do(measured: Sequence[Measured]) -> str:
 
 
 def _figures(file: Measured) -> dict[str, Any]:
-    groups = grouped(file.results, "instruction", "condition")
+    parts = file.rows.by("instruction", "condition")
     return {
         "quantization": file.label,
         "bytes": file.size,
         "cosines": {name: done.cosines.tolist() for name, done in file.calibrations.items()},
         "drift": {name: done.drift.tolist() for name, done in file.calibrations.items()},
         "followed": {name: file.share(name) for name in CONDITIONS},
-        "instructions": {f"{a} {b}": accuracy_of(results) for (a, b), results in groups.items()},
+        "instructions": {f"{a} {b}": rows.followed for (a, b), rows in parts.items()},
         "steered_block": file.layers,
     }
 
@@ -244,7 +232,7 @@ def _differences(measured: Sequence[Measured]) -> Section:
 
 def _by_instruction(measured: Sequence[Measured], names: Sequence[str]) -> Section:
     rows = [
-        [name, *(" / ".join(rough_percent(accuracy_of(select(file.of(kind), None, name)))
+        [name, *(" / ".join(rough_percent(file.rows.of(kind, name).followed)
                             for kind in ("reference", "instructed")) for file in measured)]
         for name in names
     ]  # fmt: skip
@@ -262,17 +250,8 @@ def _by_block(measured: Sequence[Measured]) -> Section:
         ],
         "Drift of the mean projection": [file.over_instructions("drift", np.abs) for file in measured],
     }
-    plots = [
-        Heatmap(
-            title=title,
-            x_label="block",
-            y_label="file",
-            rows=[file.label for file in measured],
-            columns=list(map(str, range(len(values[0])))),
-            values=rounded(values),
-        )
-        for title, values in maps.items()
-    ]
+    labels = [file.label for file in measured]
+    plots = [block_map(title, labels, values, y_label="file") for title, values in maps.items()]
     return Section("Directions and projections by block", "Means over the instructions.", [], plots)
 
 

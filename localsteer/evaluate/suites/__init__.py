@@ -1,4 +1,4 @@
-"""The experiments that `localsteer eval` runs, by name; each is a module with NAME, TITLE and these two.
+"""The suites that `localsteer eval` runs, by name; each is a module with NAME, TITLE and these two.
 
     missing(bench: Bench, **options) -> str    why there is nothing to do; empty: there is
     run(bench: Bench, **options) -> SuiteReport

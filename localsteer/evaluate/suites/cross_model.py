@@ -13,24 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localsteer.catalog import Instruction
-from localsteer.evaluate.conditions import arms_of, controls_of
+from localsteer.evaluate.cells import Experiment, applied, arms_of
+from localsteer.evaluate.controls import controls_of
+from localsteer.evaluate.outcomes import Outcomes
 from localsteer.evaluate.page import Heatmap, Section, Share, SuiteReport, Table, Value
-from localsteer.evaluate.suites.cells import (
-    Cell,
-    Result,
-    accuracy_of,
-    applied,
-    difference,
-    grouped,
-    select,
-    share_of,
-)
 from localsteer.evaluate.suites.format import GROUPS
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.evaluate.suites.bench import Bench
+    from localsteer.evaluate.bench import Bench
 
 NAME = "cross-model"
 TITLE = "Vectors of the instruct model on the base model"
@@ -58,23 +50,22 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
         for instruction in instructions
     }
     carried |= carry_all(base, bench.raw([other for drawn in others.values() for other in drawn]))
-    cells = [
-        cell
-        for each in instructions
-        for cell in _cells(
+    compared = [
+        _conditions(
             base, each, own[each.id], theirs[each.id], [carried[other.id] for other in others[each.id]]
         )
+        for each in instructions
     ]
-    results = base.run(cells, what="base model: comparing vectors")
+    rows = base.run(compared, what="base model: comparing vectors")
     idle = [sum(not applied(vector) for vector in vectors.values()) for vectors in (own, theirs)]
-    sections = [_compared(results, *idle), _alike(instructions, base.raw(instructions), carried, results)]
-    return base.report(TITLE, results, CONDITIONS, sections)
+    sections = [_compared(rows, *idle), _alike(instructions, base.raw(instructions), carried, rows)]
+    return base.report(TITLE, rows, CONDITIONS, sections)
 
 
 def carry_all(base: Bench, vectors: Mapping[str, ControlVector]) -> dict[str, ControlVector]:
     """The instruct model's vectors as vectors of the base model. Raises MismatchError for another width."""
-    from localsteer.evaluate.transfer import carry
     from localsteer.extract import open_backend
+    from localsteer.extract.transfer import carry
 
     def work(engine: Engine, _: None) -> dict[str, ControlVector]:
         with open_backend(engine) as backend:
@@ -83,27 +74,27 @@ def carry_all(base: Bench, vectors: Mapping[str, ControlVector]) -> dict[str, Co
     return base.workers.map(work, [None])[0]
 
 
-def _cells(
+def _conditions(
     base: Bench,
     instruction: Instruction,
     own: ControlVector,
     theirs: ControlVector,
     others: Sequence[ControlVector],
-) -> list[Cell]:
+) -> Experiment:
     steers = {"none": (), "own": applied(own), "instruct": applied(theirs), "instructed": ()}
     if applied(theirs):
         steers |= controls_of([theirs], others, base.plain_mean(), base.seed)
-    return base.cells(instruction, arms_of(steers, CONDITIONS))
+    return base.experiment(instruction, arms_of(steers, CONDITIONS))
 
 
-def _compared(results: Sequence[Result], own_idle: int, instruct_idle: int) -> Section:
+def _compared(rows: Outcomes, own_idle: int, instruct_idle: int) -> Section:
     """Whether the instruct model's vectors lift the base more than its own do, in numbers and in words.
 
     own_idle, instruct_idle: for how many instructions no setting was any better than the model alone.
     """
-    by_name = {name: chosen for (name,), chosen in grouped(results, "instruction").items()}
-    rows = [[name, *_lift(chosen)] for name, chosen in (by_name | {"all": list(results)}).items()]
-    gain: Share = rows[-1][-1]
+    by_name = rows.by("instruction")
+    table = [[name, *_lift(part)] for name, part in (by_name | {"all": rows}).items()]
+    gain: Share = table[-1][-1]
     text = (
         f"The instruct model's vectors follow {100 * (gain.share or 0.0):.1f} points more often than the "
         f"base model's own (95%: {100 * (gain.low or 0.0):.1f} to {100 * (gain.high or 0.0):.1f}), "
@@ -120,36 +111,35 @@ def _compared(results: Sequence[Result], own_idle: int, instruct_idle: int) -> S
             f"{own_idle} of its own vectors and for {instruct_idle} of the instruct model's: there nothing "
             "is applied, and there is no control."
         )
-    table = Table(["instruction", "none", "own", "instruct", "instruct - own"], rows)
-    return Section("Whose vectors lift the base model", text, [table])
+    columns = ["instruction", "none", "own", "instruct", "instruct - own"]
+    return Section("Whose vectors lift the base model", text, [Table(columns, table)])
 
 
-def _lift(results: Sequence[Result]) -> list[Share]:
-    none, own, instruct = (select(results, name) for name in ("none", "own", "instruct"))
-    return [share_of(none), share_of(own), share_of(instruct), difference(instruct, own)]
+def _lift(rows: Outcomes) -> list[Share]:
+    none, own, instruct = map(rows.of, ("none", "own", "instruct"))
+    return [none.share, own.share, instruct.share, instruct.minus(own)]
 
 
 def _alike(
     instructions: Sequence[Instruction],
     own: Mapping[str, ControlVector],
     carried: Mapping[str, ControlVector],
-    results: Sequence[Result],
+    rows: Outcomes,
 ) -> Section:
     """Why: does the base know the instruction at all, and do the two directions have anything in common?"""
     names = [instruction.id for instruction in instructions]
     cosines = {name: _cosines(own[name], carried[name]) for name in names}
-    told = select(results, "instructed")
-    rows: list[list[Value]] = [
-        [name, share_of(select(told, None, name)), max(cosines[name]), float(np.mean(cosines[name]))]
-        for name in names
+    told = rows.of("instructed")
+    table: list[list[Value]] = [
+        [name, told.of(None, name).share, max(cosines[name]), float(np.mean(cosines[name]))] for name in names
     ]
     text = (
         "A vector can only use what a model does by itself. `instructed`: the base model with the "
         "instruction in its prompt. Cosine: between its own direction and the instruct model's, largest and "
         "mean over blocks; near zero, the two models do not keep the instruction in the same place."
     )
-    if accuracy_of(told) is not None:
-        text += f" Told in words, the base model follows in {accuracy_of(told):.0%} of replies."
+    if told.followed is not None:
+        text += f" Told in words, the base model follows in {told.followed:.0%} of replies."
     plot = Heatmap(
         title="Cosine of the base model's direction and the instruct model's",
         x_label="block",
@@ -157,10 +147,10 @@ def _alike(
         columns=list(map(str, range(len(cosines[names[0]])))),
         values=list(cosines.values()),
     )
-    table = Table(["instruction", "instructed", "largest cosine", "mean cosine"], rows)
-    return Section("What the two models share", text, [table], [plot])
+    columns = ["instruction", "instructed", "largest cosine", "mean cosine"]
+    return Section("What the two models share", text, [Table(columns, table)], [plot])
 
 
 def _cosines(a: ControlVector, b: ControlVector) -> list[float]:
-    both = set(a.blocks) & set(b.blocks)
+    both = set(a.usable_layers) & set(b.usable_layers)
     return [float(a.unit(il) @ b.unit(il)) if il in both else 0.0 for il in range(a.n_layer)]

@@ -10,89 +10,27 @@ there are none.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError, LocalsteerError
-from localsteer.evaluate.conditions import applied_like, is_possible
+from localsteer.evaluate.cells import Cell, Rule, applied
+from localsteer.evaluate.controls import applied_like, is_possible
 from localsteer.evaluate.page import Section, SuiteReport, Table
-from localsteer.evaluate.suites.cells import Cell, Rule, applied
+from localsteer.evaluate.suites.ifeval_items import Item, read_items
 from localsteer.vector import ControlVector
-from localsteer.verify.verdicts import check_arguments
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.evaluate.suites.bench import Bench
+    from localsteer.evaluate.bench import Bench
 
 NAME = "ifeval"
 TITLE = "IFEval-form prompts"
 CONDITIONS = ("none", "steered", "random", "other", "instructed", "both")
-SEVERAL = "several at once"
 CASELESS = ("section_spliter",)  # arguments that a vector need not have in the same case
-
-
-@dataclass(frozen=True)
-class Item:
-    """One line. base: the prompt without the instruction, None where the file has none."""
-
-    number: int
-    prompt: str
-    base: str | None
-    checks: tuple[Rule, ...]
-
-    @property
-    def label(self) -> str:
-        return self.checks[0].verifier if len(self.checks) == 1 else SEVERAL
-
-
-def read_items(path: Path) -> list[Item]:
-    """Raises LocalsteerError for a file that can't be read or is empty, and names the line that is wrong."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise LocalsteerError(f"{path} can't be read ({error.strerror or error}).") from error
-    items = [_item(line, number, path) for number, line in enumerate(lines, 1) if line.strip()]
-    if not items:
-        raise LocalsteerError(f"{path} holds no prompt: write one JSON object on each line.")
-    return items
-
-
-def _item(line: bytes, number: int, path: Path) -> Item:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also JSONDecodeError and UnicodeDecodeError
-        raise LocalsteerError(f"{path}, line {number}: not readable as JSON ({error}).") from None
-    try:
-        return _checked(record, number)
-    except (LocalsteerError, ValueError) as error:
-        raise LocalsteerError(f"{path}, line {number}: {error}") from None
-
-
-def _checked(record: Any, number: int) -> Item:
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object with prompt, instruction_id_list and kwargs.")
-    prompt, base = record.get("prompt"), record.get("prompt_without_instruction")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError("prompt must be a text that is not empty.")
-    if not (base is None or (isinstance(base, str) and base.strip())):
-        raise ValueError("prompt_without_instruction must be a text that is not empty, or null.")
-    ids, kwargs = record.get("instruction_id_list"), record.get("kwargs")
-    if not isinstance(ids, list) or not ids:
-        raise ValueError("instruction_id_list must be a list of at least one IFEval id.")
-    if not isinstance(kwargs, list) or len(kwargs) != len(ids):
-        raise ValueError("kwargs must be a list with a table for each id.")
-    checks = []
-    for name, arguments in zip(ids, kwargs, strict=True):
-        checks.append(Rule(name, check_arguments(name, arguments, prompt=base or prompt)))
-    return Item(number, prompt, base, tuple(checks))
-
-
-# --- running -----------------------------------------------------------------------------------------------
 
 
 def missing(bench: Bench, *, ifeval: Path | None = None, **_options: Any) -> str:
@@ -126,10 +64,10 @@ def run(bench: Bench, *, ifeval: Path, **_options: Any) -> SuiteReport:
         if not is_possible([vectors[match.id] for match in matches]):
             matches, alone = matches[:1], alone + 1
         cells += _cells(bench, item, matches, tuple(vectors[match.id] for match in matches))
-    results = bench.run(cells, what="IFEval-form prompts")
+    rows = bench.run(cells, what="IFEval-form prompts")
     text = _coverage(items, fitting, usable, alone)
     section = Section("What was asked", text, [_used(plan, usable)])
-    return bench.report(TITLE, results, CONDITIONS, [section])
+    return bench.report(TITLE, rows, CONDITIONS, [section])
 
 
 def _cells(

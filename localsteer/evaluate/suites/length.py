@@ -6,7 +6,6 @@ are chosen on validation queries; no verifier says how long a concise reply may 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -14,44 +13,39 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localsteer.catalog import Instruction
-from localsteer.errors import CatalogError, PlanError
+from localsteer.errors import CatalogError
+from localsteer.evaluate.cells import Arm, Experiment
 from localsteer.evaluate.intervals import interval
+from localsteer.evaluate.outcomes import Outcomes
 from localsteer.evaluate.page import Bars, Heatmap, Lines, Section, Share, SuiteReport, Table, Value
-from localsteer.evaluate.suites.cells import Arm, Cell, Result, figures, grouped, mean_words, select
+from localsteer.evaluate.suites.length_setting import SIGNS, direction_of, like, with_setting
 from localsteer.extract.levels import DIRECTIONS, LENGTHS, LEVELS, length
 from localsteer.extract.recipes import Extracted
-from localsteer.tune.setting import grid_blocks
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
-    from localsteer.evaluate.suites.bench import Bench
+    from localsteer.evaluate.bench import Bench
 
 NAME = "length"
 TITLE = "Length: conciseness and verbosity"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)  # of `add`: 1 is the whole difference that the instruction makes
-TRIED = (0.5, 0.75, 1.0)  # strengths that block and positions are chosen with
-POSITIONS = ("prompt", "all")
-N_TRIED = 4  # validation queries for each setting
-MAX_DEGENERATE = 0.05
 STEERED, CONTROLS = "strength", ("random", "other")  # of a condition's name, before the strength
-SIGNS = {"conciseness": -1, "verbosity": 1}
 MIN_MONOTONE = 3  # strengths in a row that make a trend
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One direction at its chosen block and positions, and the results at each strength, 0 first. controls:
+    """One direction at its chosen block and positions, and the rows at each strength, 0 first. controls:
     the same for `random` and `other`, where there is one."""
 
     name: str
     vector: ControlVector
-    steered: Mapping[float, Sequence[Result]]
-    controls: Mapping[str, Mapping[float, Sequence[Result]]]
+    steered: Mapping[float, Outcomes]
+    controls: Mapping[str, Mapping[float, Outcomes]]
 
     @property
     def words(self) -> list[float]:
-        return [mean_words(results) for results in self.steered.values()]
+        return [rows.words for rows in self.steered.values()]
 
     @property
     def n_monotone(self) -> int:
@@ -61,7 +55,7 @@ class Sweep:
 
     @property
     def worst_degenerate(self) -> float:
-        return max(figures(results).measure("degenerate") for results in self.steered.values())
+        return max(rows.degenerate for rows in self.steered.values())
 
 
 def missing(bench: Bench, **_options: Any) -> str:
@@ -89,87 +83,26 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
     directions, levels = lengths(bench)
     recipes = {name: length(bench.catalog, name) for name in (*directions, *levels)}
     vectors = bench.extract(list(recipes.values()))
-    chosen = {name: _chosen(bench, recipes[name], vectors[name]) for name in directions}
-    cells = [cell for name in directions for cell in sweep_cells(bench, recipes[name], chosen[name])]
-    cells += [
-        cell
+    chosen = {name: with_setting(bench, recipes[name], vectors[name]) for name in directions}
+    asked = [sweep_experiment(bench, recipes[name], chosen[name]) for name in directions]
+    asked += [
+        level_experiment(bench, recipes[level], like(vectors[level], chosen[direction_of(level)]))
         for level in levels
-        for cell in level_cells(bench, recipes[level], like(vectors[level], chosen[direction_of(level)]))
     ]
-    results = bench.run(cells, what="sweeping lengths")
+    rows = bench.run(asked, what="sweeping lengths")
     others = {name: [other.id for other in bench.others(recipes[name].target)] for name in directions}
-    sections = [swept([sweep_of(name, chosen[name], results) for name in directions], others)]
+    sections = [swept([sweep_of(name, chosen[name], rows) for name in directions], others)]
     if levels:
-        sections.append(compared(results, levels))
+        sections.append(compared(rows, levels))
         sections.append(cosines({level: vectors[level] for level in levels}, chosen[directions[0]].layers[0]))
-    conditions = list(dict.fromkeys(["none", "steered", "instructed", *(cell.condition for cell in cells)]))
-    return bench.report(TITLE, results, conditions, sections)
+    conditions = list(dict.fromkeys(["none", "steered", "instructed", *rows.by("condition")]))
+    return bench.report(TITLE, rows, conditions, sections)
 
 
-# --- settings ----------------------------------------------------------------------------------------------
+# --- experiments ------------------------------------------------------------------------------------------
 
 
-def _chosen(bench: Bench, recipe: Extracted, vector: ControlVector) -> ControlVector:
-    """The given file as it is, or the block and positions that move the length of replies furthest."""
-    if recipe.target.id in bench.given:
-        return vector
-    return bench.use(recipe.target, choose(bench, recipe.target, vector))
-
-
-def choose(bench: Bench, target: Instruction, vector: ControlVector) -> ControlVector:
-    """On validation queries: the block and positions where replies that are still good get shorter (longer)
-    by the largest factor, on average over TRIED strengths. Among equals the lowest block.
-
-    A setting with more than 5% degenerate replies is out; a degenerate reply, or one that has lost its
-    subject, counts as no change. Raises PlanError when every setting is out.
-    """
-    queries = bench.validation[:N_TRIED]
-    plain = bench.run(bench.cells(target, [Arm("none")], queries), what="choosing a block", score=False)
-    settings = [
-        vector.at(layer=layer, positions=positions, mode="add")
-        for layer in grid_blocks(vector.n_layer)
-        for positions in POSITIONS
-        if layer in vector.blocks
-    ]
-    arms = [Arm("tried", (setting.at(strength=strength),)) for setting in settings for strength in TRIED]
-    results = bench.run(bench.cells(target, arms, queries), what="choosing a block", score=False)
-    size = len(TRIED) * len(queries)
-    scores = [
-        change(results[k * size : (k + 1) * size], list(plain) * len(TRIED), SIGNS[target.id])
-        for k in range(len(settings))
-    ]
-    best = max(range(len(scores)), key=lambda k: (scores[k], -k), default=None)
-    if best is None or scores[best] == -math.inf:
-        raise PlanError(f"no block can be steered by {target.id}: every setting gives degenerate replies.")
-    return settings[best].at(strength=1.0)
-
-
-def change(steered: Sequence[Result], plain: Sequence[Result], sign: int) -> float:
-    """Mean log ratio of words the wanted way; minus infinity where too many replies are degenerate."""
-    if sum(result.verdict.degenerate is not None for result in steered) > MAX_DEGENERATE * len(steered):
-        return -math.inf
-    ratios = [
-        sign * math.log((ours.verdict.n_words + 1) / (theirs.verdict.n_words + 1))
-        if ours.verdict.degenerate is None and ours.verdict.subject_kept is not False
-        else 0.0
-        for ours, theirs in zip(steered, plain, strict=True)
-    ]
-    return sum(ratios) / len(ratios)
-
-
-def like(vector: ControlVector, other: ControlVector) -> ControlVector:
-    return vector.at(layer=other.layers, positions=other.positions, mode="add", strength=1.0)
-
-
-def direction_of(level: str) -> str:
-    """The direction whose settings a level is steered with; moderate takes verbosity's."""
-    return "conciseness" if level in DIRECTIONS["conciseness"] else "verbosity"
-
-
-# --- cells -------------------------------------------------------------------------------------------------
-
-
-def sweep_cells(bench: Bench, recipe: Extracted, vector: ControlVector) -> list[Cell]:
+def sweep_experiment(bench: Bench, recipe: Extracted, vector: ControlVector) -> Experiment:
     """The model alone, each strength of the vector and of its controls, and told in words."""
     steers = {STEERED: (vector,), **bench.controls([recipe.target], [vector])}
     arms = [Arm("none")]
@@ -177,15 +110,14 @@ def sweep_cells(bench: Bench, recipe: Extracted, vector: ControlVector) -> list[
         arms += [
             Arm(label(kind, strength), (each.at(strength=strength),)) for kind, (each,) in steers.items()
         ]
-    return bench.cells(recipe.target, [*arms, Arm("instructed", told=True)], bench.test)
+    return bench.experiment(recipe.target, [*arms, Arm("instructed", told=True)], bench.test)
 
 
-def level_cells(bench: Bench, recipe: Extracted, vector: ControlVector) -> list[Cell]:
-    """One level: none, steered by its own vector, told in words; query by query."""
+def level_experiment(bench: Bench, recipe: Extracted, vector: ControlVector) -> Experiment:
+    """One level: none, steered by its own vector, told in words."""
     arms = [Arm("none"), Arm("steered", (vector,)), Arm("instructed", told=True)]
     wordings = recipe.target.phrasings[:1]
-    by_arm = [bench.cells(recipe.target, [arm], bench.test, wordings=wordings) for arm in arms]
-    return [cell for cells in zip(*by_arm, strict=True) for cell in cells]
+    return bench.experiment(recipe.target, arms, bench.test, wordings=wordings, by_query=True)
 
 
 def label(kind: str, strength: float) -> str:
@@ -195,10 +127,8 @@ def label(kind: str, strength: float) -> str:
 # --- sections ----------------------------------------------------------------------------------------------
 
 
-def sweep_of(name: str, vector: ControlVector, results: Sequence[Result]) -> Sweep:
-    by_condition = {
-        key: chosen for (key,), chosen in grouped(select(results, None, name), "condition").items()
-    }
+def sweep_of(name: str, vector: ControlVector, rows: Outcomes) -> Sweep:
+    by_condition = rows.of(None, name).by("condition")
     steered, *controls = (
         {0.0: by_condition["none"]} | {each: by_condition[label(kind, each)] for each in STRENGTHS}
         for kind in (STEERED, *CONTROLS)
@@ -209,11 +139,11 @@ def sweep_of(name: str, vector: ControlVector, results: Sequence[Result]) -> Swe
 
 def swept(sweeps: Sequence[Sweep], others: Mapping[str, Sequence[str]]) -> Section:
     """others: whose vector the control `other` is, by direction."""
-    rows = [_sweep_row(sweep, strength) for sweep in sweeps for strength in sweep.steered]
+    table = [_sweep_row(sweep, strength) for sweep in sweeps for strength in sweep.steered]
     named = [f"For {name} that is {' and '.join(ids)}." for name, ids in others.items() if ids]
     series = {sweep.name: sweep.words for sweep in sweeps}
     series |= {
-        f"{kind} for {sweep.name}": list(map(mean_words, control.values()))
+        f"{kind} for {sweep.name}": [rows.words for rows in control.values()]
         for sweep in sweeps
         for kind, control in sweep.controls.items()
     }
@@ -225,7 +155,7 @@ def swept(sweeps: Sequence[Sweep], others: Mapping[str, Sequence[str]]) -> Secti
         series=series,
     )
     text = " ".join([*map(verdict, sweeps), _EXPLAINED, *named])
-    return Section("Mean words against the weight", text, [Table(_COLUMNS, rows)], [plot])
+    return Section("Mean words against the weight", text, [Table(_COLUMNS, table)], [plot])
 
 
 _COLUMNS = [
@@ -256,10 +186,10 @@ def verdict(sweep: Sweep) -> str:
 
 
 def _sweep_row(sweep: Sweep, strength: float) -> list[Value]:
-    results = sweep.steered[strength]
-    quality = figures(results, sweep.steered[0.0]).quality
+    rows = sweep.steered[strength]
+    quality = rows.figures(sweep.steered[0.0]).quality
     norm = float(np.linalg.norm(sweep.vector.directions[sweep.vector.layers[0]].astype(np.float64)))
-    low, high = interval([[result.verdict.n_words for result in results]])
+    low, high = interval([[row.n_words for row in rows]])
     controls = map(sweep.controls.get, CONTROLS)
     return [
         sweep.name,
@@ -270,23 +200,22 @@ def _sweep_row(sweep: Sweep, strength: float) -> list[Value]:
         Share(quality["degenerate"]),
         Share(quality["subject_kept"]),
         quality["perplexity_ratio"],
-        *(mean_words(control[strength]) if control else None for control in controls),
+        *(control[strength].words if control else None for control in controls),
     ]
 
 
-def compared(results: Sequence[Result], levels: Sequence[str]) -> Section:
+def compared(rows: Outcomes, levels: Sequence[str]) -> Section:
     """Each level told in words and steered by its own vector."""
     columns = {"none": "model alone", "instructed": "told in words", "steered": "steered"}
     words = {
-        title: [mean_words(select(results, condition, level)) for level in levels]
-        for condition, title in columns.items()
+        title: [rows.of(condition, level).words for level in levels] for condition, title in columns.items()
     }
-    rows = [list(row) for row in zip(levels, *words.values(), strict=True)]
+    table = [list(line) for line in zip(levels, *words.values(), strict=True)]
     return Section(
         "Levels of length",
         "Mean words when each level is said in the prompt, and when its own vector is added with "
         "strength 1 at the block and positions of its direction.",
-        [Table(["level", *words], rows)],
+        [Table(["level", *words], table)],
         [
             Bars(
                 title="Mean words of each level",

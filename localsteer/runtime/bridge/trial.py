@@ -24,7 +24,7 @@ N_SEQ_MAX = 8  # as Engine opens a model, where its kind allows it
 TEMPLATE_SECONDS = 5
 MAX_TEXT = 1 << 18  # characters of a rendered template that are tokenized
 CPU_SECONDS = 0.25  # for tokenizing: some 30,000 tokens, or their like of a larger vocabulary
-BLOCK, MIXED = 256, 16  # tokens whose texts are tokenized together; every MIXED-th block comes first
+BATCH, MIXED = 256, 16  # tokens whose texts are tokenized together; every MIXED-th batch comes first
 GIB = 1 << 30
 
 
@@ -78,8 +78,8 @@ def _read_vocabulary(model: Any, refused: type[Exception]) -> None:
     if not model.has_vocabulary:
         return
     stage("vocabulary")
-    blocks = [*_blocks(_special(model)), *_mixed(_blocks(range(model.n_vocab)))]
-    texts = [_text(model, block) for block in blocks]
+    batches = [*_batches(_special(model)), *_mixed(_batches(range(model.n_vocab)))]
+    texts = [_text(model, batch) for batch in batches]
     stage("tokenizer")
     end = time.process_time() + CPU_SECONDS
     for text in (*_characters(), *texts):
@@ -98,13 +98,13 @@ def _special(model: Any) -> list[int]:
     return [token for token in range(model.n_vocab) if attribute(vocab, token) != normal]
 
 
-def _blocks(tokens: Sequence[int]) -> list[Sequence[int]]:
-    return [tokens[start : start + BLOCK] for start in range(0, len(tokens), BLOCK)]
+def _batches(tokens: Sequence[int]) -> list[Sequence[int]]:
+    return [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
 
 
-def _mixed(blocks: list[Any]) -> list[Any]:
+def _mixed(batches: list[Any]) -> list[Any]:
     """Some from everywhere before the others."""
-    return [block for first in range(MIXED) for block in blocks[first::MIXED]]
+    return [batch for first in range(MIXED) for batch in batches[first::MIXED]]
 
 
 def _text(model: Any, tokens: Sequence[int]) -> str:

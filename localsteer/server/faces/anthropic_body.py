@@ -10,7 +10,7 @@ from ...jsonable import JsonObject
 from .. import limits
 from ..errors import ApiError
 from ..fields import Rules
-from ..schemas import Body, ChatMessage, ChatRequest, SteeredBody, StopText, Text, without
+from ..schemas import Body, ChatMessage, ChatRequest, ClosedPart, SteeredBody, StopText, Text, without
 
 Id = Annotated[str, Field(max_length=256)]
 RULES = Rules(
@@ -122,7 +122,9 @@ class AnthropicMessage(Body):
         return ChatMessage.model_validate(made | {"tool_calls": calls, "reasoning_content": thoughts or None})
 
 
-class AnthropicTool(Body):
+class AnthropicTool(ClosedPart):
+    UNREAD = ("cache_control", "eager_input_streaming", "strict")
+
     type: str | None = None
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: Text | None = None
@@ -151,9 +153,7 @@ class AnthropicChoice(Body):
         return self
 
 
-class OutputFormat(Body):
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
-
+class OutputFormat(ClosedPart):
     type: Literal["json_schema"]
     schema_: JsonObject | bool = Field(alias="schema")
 

@@ -13,6 +13,7 @@ from ..schemas import (
     Body,
     ChatMessage,
     ChatRequest,
+    ClosedPart,
     CompletionRequest,
     Function,
     MostTokens,
@@ -54,6 +55,12 @@ class OllamaOptions(SteeredBody):
 
     num_predict: MostTokens | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=limits.MAX_STOP)] | None = None
+
+    @field_validator("model", "stream")
+    @classmethod
+    def _beside(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("belongs beside options: send it there")
 
 
 class OllamaFunction(Body):
@@ -108,7 +115,7 @@ class OllamaMessage(Body):
         )
 
 
-class OllamaTool(Body):
+class OllamaTool(ClosedPart):
     type: Literal["function"] = "function"
     function: Function
 

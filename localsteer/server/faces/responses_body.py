@@ -8,11 +8,13 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ...jsonable import JsonObject
 from .. import limits
+from ..errors import ApiError, shown
 from ..fields import Rules
 from ..schemas import (
     Body,
     ChatMessage,
     ChatRequest,
+    ClosedPart,
     ContentPart,
     MostTokens,
     SteeredBody,
@@ -87,7 +89,7 @@ class InputItem(Body):
         return held if isinstance(held, str) else "".join(part.text or "" for part in held or ())
 
 
-class ResponsesTool(Body):
+class ResponsesTool(ClosedPart):
     type: str
     name: FunctionName | None = None
     description: Text | None = None
@@ -103,20 +105,18 @@ class ResponsesTool(Body):
         return self
 
 
-class NamedFunction(Body):
+class NamedFunction(ClosedPart):
     type: Literal["function"] = "function"
     name: Annotated[str, Field(max_length=64)]
 
 
-class AllowedTools(Body):
+class AllowedTools(ClosedPart):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=limits.MAX_TOOLS)]
 
 
-class TextFormat(Body):
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
-
+class TextFormat(ClosedPart):
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=256)] | None = None
     schema_: JsonObject | bool | None = Field(None, alias="schema")
@@ -137,8 +137,10 @@ class TextConfig(Body):
     verbosity: Literal["medium"] | None = None
 
 
-class ReasoningConfig(Body):
-    """summary and the like: thoughts are part of the text here."""
+class ReasoningConfig(ClosedPart):
+    """Thoughts are part of the text here."""
+
+    UNREAD = ("generate_summary", "summary")
 
     effort: Annotated[str, Field(max_length=32)] | None = None
 
@@ -219,9 +221,15 @@ class ResponsesRequest(SteeredBody):
         return found
 
     def _tools(self) -> list[JsonObject] | None:
+        """Raises ApiError."""
         allowed = None
         if isinstance(self.tool_choice, AllowedTools):
             allowed = {tool.name for tool in self.tool_choice.tools}
+            unknown = next(iter(allowed - {tool.name for tool in self.tools or ()}), None)
+            if unknown is not None:
+                raise ApiError(
+                    f"tool_choice: there is no tool {shown(unknown)} among tools.", param="tool_choice"
+                )
         return [
             {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
             for tool in self.tools or ()

@@ -25,7 +25,8 @@ async function call(path, options = {}) {
   if (answer.ok) return answer;
   by("access").hidden = answer.status !== 401;
   const said = await answer.json().catch(() => null);
-  throw new Error(said && said.error ? said.error.message : `${path} answered ${answer.status}`);
+  const why = said && said.error ? said.error.message : `${path} answered ${answer.status}`;
+  throw Object.assign(new Error(why), { status: answer.status });
 }
 
 async function* events(answer) {
@@ -46,20 +47,34 @@ async function* events(answer) {
 
 // -- models and vectors -------------------------------------------------------------------------------------
 
-async function load() {
+// anew: the name of a vector whose own settings come in the place of those that its box has.
+async function load(anew) {
   const chosen = by("model").value;
   const models = (await (await call("/v1/models")).json()).data.filter((each) => !each.parent);
   by("model").replaceChildren(...models.map((each) => new Option(each.id, each.id)));
   if (models.some((each) => each.id === chosen)) by("model").value = chosen;
   const kept = switchedOn();
+  kept.delete(anew);
   vectors = (await (await call("/v1/steering")).json()).data;
-  showVectors(kept);
+  showVectors(kept, anew);
   by("access").hidden = true;
+  await loadInstructions();
+  await resume();
 }
 
-function showVectors(kept) {
+// What has not changed stays as it is, with its settings and with the focus.
+function showVectors(kept, anew) {
   const fitting = vectors.filter((each) => each.models.includes(by("model").value));
-  by("vectors").replaceChildren(...fitting.map((each) => vectorBox(each, kept.get(each.name))));
+  const before = new Map([...by("vectors").children].map((box) => [box.dataset.key, box]));
+  const boxes = fitting.map((each) => {
+    const box = each.name !== anew && before.get(keyOf(each));
+    return box || vectorBox(each, kept.get(each.name));
+  });
+  for (const box of before.values()) if (!boxes.includes(box)) box.remove();
+  boxes.forEach((box, i) => {
+    const here = by("vectors").children[i];
+    if (here !== box) by("vectors").insertBefore(box, here || null);
+  });
   by("no-vectors").hidden = fitting.length > 0;
 }
 
@@ -86,10 +101,15 @@ function where(vector, kept) {
   return row;
 }
 
+function keyOf(vector) {
+  return `${vector.name} ${vector.sha256}`;
+}
+
 function vectorBox(vector, kept) {
   const strength = kept && kept.strength;
   const box = element("div", undefined, "vector");
   box.dataset.name = vector.name;
+  box.dataset.key = keyOf(vector);
   const label = element("label");
   const on = element("input");
   on.type = "checkbox";
@@ -438,11 +458,15 @@ for (const button of document.querySelectorAll("[data-copy]")) {
     by("said").textContent = "Copied.";
   }));
 }
-by("model").addEventListener("change", () => showVectors(switchedOn()));
+by("model").addEventListener("change", () => {
+  showVectors(switchedOn());
+  guarded(loadInstructions)();
+});
 by("upload").addEventListener("change", guarded(upload));
 by("access").addEventListener("submit", (event) => {
   event.preventDefault();
   guarded(load)();
 });
+wireMaking();
 showSaved();
 guarded(load)();

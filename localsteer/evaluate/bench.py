@@ -1,4 +1,4 @@
-"""One model under evaluation: what the suites share. Vectors, queries, controls, and the cells that are run.
+"""One model under evaluation, for suites, studies and `demo`: its vectors, queries, controls, and the runner.
 
     with open_bench(path, catalog, out=Path("run")) as bench:
         report = suite("format").run(bench)
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from localsteer.cache import file_hash, file_name
-from localsteer.catalog import Catalog, Instruction, Query
+from localsteer.catalog import Catalog, Instruction, Query, alike
 from localsteer.errors import (
     CatalogError,
     LocalsteerError,
@@ -29,25 +29,16 @@ from localsteer.errors import (
     PromptError,
     VectorFileError,
 )
-from localsteer.evaluate.conditions import alike, choose_others, controls_of
+from localsteer.evaluate.cells import CONDITIONS, Arm, Cell, Experiment, applied, arms_of
+from localsteer.evaluate.controls import choose_others, controls_of, mean_state
+from localsteer.evaluate.outcomes import Outcome, Outcomes, report, setting_of
 from localsteer.evaluate.page import Facts, Section, SuiteReport, VectorRecord
 from localsteer.evaluate.results import unwritable
-from localsteer.evaluate.study import MAX_TOKENS as BUNDLED_MAX_TOKENS
-from localsteer.evaluate.study import N_CTX as BUNDLED_N_CTX
-from localsteer.evaluate.study import N_SEQ_MAX as BUNDLED_N_SEQ_MAX
-from localsteer.evaluate.study import (
-    N_TOLD,
-    Stage,
-    alone,
-    ask_in_words,
-    extract_all,
-    find_setting,
-    silent,
-    spread,
-)
-from localsteer.evaluate.suites.cells import Arm, Cell, Result, cells_of, report, run_cells, setting_of
+from localsteer.evaluate.runner import Key, Runner, Stage, plain_replies, silent, told_replies
+from localsteer.evaluate.vectors import extract_all, find_setting, spread
 from localsteer.extract.levels import DIRECTIONS, length
 from localsteer.extract.vector_instruction import instruction_of
+from localsteer.perplexity import log_scores
 from localsteer.runtime.journal import Journal
 from localsteer.vector import ControlVector, check_model
 from localsteer.workers import Workers
@@ -60,6 +51,7 @@ if TYPE_CHECKING:
     from localsteer.tune import Tuned
 
 PARTNERS = ("json", "lowercase", "title")  # a control needs other instructions, also where few are wanted
+N_TOLD = 6  # validation queries that show which instructions make a fair control
 N_CANDIDATES = 2  # of other instructions that the control `other` is drawn from, at least
 BASE = "base"  # folder of the base model's run, within the model's
 SMALL_MODEL = 256 << 20  # bytes of a file; below, an engine for each core, above, one with all cores
@@ -77,7 +69,12 @@ class EvalLimits:
     n_seq_max: int = 8
 
 
-BUNDLED_LIMITS = EvalLimits(BUNDLED_N_CTX, BUNDLED_MAX_TOKENS, True, BUNDLED_N_SEQ_MAX)
+BUNDLED_LIMITS = EvalLimits(
+    n_ctx=256,  # the longest prompt and reply of the bundled model together stay below 160
+    max_tokens=112,  # the longest reply in its training has 80
+    must_end=True,
+    n_seq_max=8,  # more sequences pay more for each other's cells in the shared cache than they save
+)
 
 
 @contextmanager
@@ -149,19 +146,20 @@ def _identity(path: Path, limits: EvalLimits) -> Facts:
 class Bench:
     """What the suites share.
 
-    validation, test: queries of the catalogue; `queries(instruction, split)` knows an instruction's own.
-    all_test: the test queries that `test` is n of.
+    out: where vectors are kept; None: nowhere. validation, test: queries of the catalogue;
+    `queries(instruction, split)` knows an instruction's own. all_test: the test queries that `test` is n of.
     base: the bench of the base model, if the run has one. max_tokens: of a reply, for every Cell. given:
     vectors of the user by instruction id, with their settings. wanted: ids to evaluate (None: the suite's own
-    choice). test: queries in place of the catalogue's. stage: gives a progress bar for a piece of work.
-    results: all that `run` has found since they were last taken.
+    choice). test: queries in place of the catalogue's. checkpoint: a transformers folder to extract from with
+    PyTorch, in place of the model itself. batch: of the Runner. stage: gives a progress bar for a piece of
+    work. results: all that `run` has found since they were last taken.
     """
 
     def __init__(
         self,
         workers: Workers,
         catalog: Catalog,
-        out: Path,
+        out: Path | None,
         *,
         n: int = 20,
         seed: int = 0,
@@ -169,14 +167,17 @@ class Bench:
         given: Sequence[tuple[Path, ControlVector]] = (),
         wanted: Sequence[str] | None = None,
         test: Sequence[Query] | None = None,
+        checkpoint: Path | None = None,
+        batch: Key | None = None,
         stage: Stage = silent,
     ) -> None:
-        self.workers, self.catalog, self.out = workers, catalog, Path(out)
-        self.n, self.seed, self.stage = n, seed, stage
+        self.workers, self.catalog, self.out = workers, catalog, out
+        self.n, self.seed, self.checkpoint, self.stage = n, seed, checkpoint, stage
         self.limits = limits or EvalLimits()
+        self.runner = Runner(workers, self.limits.must_end, batch)
         self.max_tokens = self.limits.max_tokens
         self.base: Bench | None = None
-        self.results: list[Result] = []
+        self.results: list[Outcome] = []
         self.model = workers.map(lambda engine, _: model_info(engine), [None])[0]
         self.validation = tuple(catalog.queries.get("validation", ()))
         self.all_test = self._test_queries(test)
@@ -187,7 +188,7 @@ class Bench:
         self._told: dict[str, list[Reply]] = {}
         self._others: dict[tuple[str, ...], list[Instruction]] = {}
         self._picked: dict[str, ControlVector] = {}
-        self._alone: tuple[Any, ...] | None = None
+        self._mean: Any = None
         self.given = self._take(given)
         self.wanted = None if wanted is None else list(dict.fromkeys(wanted))
 
@@ -281,7 +282,7 @@ class Bench:
         vectors = {each.id: self._kept(each) for each in missing}
         new = [each for each in missing if vectors[each.id] is None]
         with self.stage("extracting vectors") as advance:
-            vectors |= extract_all(self.workers, new, self.catalog, advance) if new else {}
+            vectors |= extract_all(self.checkpoint or self.workers, new, self.catalog, advance) if new else {}
         for each in missing:
             self._raw[each.id] = self._save(each, vectors[each.id]) if each in new else vectors[each.id]
         return {each.id: self._raw[each.id] for each in chosen}
@@ -314,7 +315,8 @@ class Bench:
         new = [each for each in chosen if each.id not in self._told]
 
         def work(engine: Engine, instruction: Instruction) -> list[Reply]:
-            return ask_in_words(engine, instruction, self.validation, self.max_tokens)
+            queries = self.validation[:N_TOLD]
+            return told_replies(engine, [instruction], queries, max_tokens=self.max_tokens)[instruction.id]
 
         with self.stage("asking in words") as advance:
             told = self.workers.map(work, new, advance) if new else []
@@ -372,43 +374,90 @@ class Bench:
         spelled = self.workers.map(can_spell, texts)
         return [text for text, can in zip(texts, spelled, strict=True) if can]
 
+    def told(self, instructions: Sequence[Instruction]) -> dict[str, list[Reply]]:
+        """What the model says when told to follow these, to the first validation queries, by id."""
+        self.prepare(instructions)
+        return {instruction.id: self._told[instruction.id] for instruction in instructions}
+
     def plain_mean(self) -> Any:
         """(n_layer, n_embd) float64: mean state of plain validation prompts at their last token."""
-        return self._plain()[2]
 
-    # -- cells ---------------------------------------------------------------------------------------
+        def work(engine: Engine, _: None) -> Any:
+            # its own replies first, and scored by themselves: what else is asked should change none of them
+            plain = plain_replies(engine, self.test, max_tokens=self.max_tokens)
+            log_scores(
+                engine, [(query.text, reply.tokens) for query, reply in zip(self.test, plain, strict=True)]
+            )
+            return mean_state(engine, self.validation)
 
-    def cells(
+        if self._mean is None:
+            (self._mean,) = self.workers.map(work, [None])
+        return self._mean
+
+    # -- experiments ---------------------------------------------------------------------------------
+
+    def experiment(
         self,
         asked: Instruction | Sequence[Instruction],
         arms: Iterable[Arm],
         queries: Sequence[Query] | None = None,
         **options: Any,
-    ) -> list[Cell]:
-        """As `cells_of`, on test queries unless others are named. options: phrasings, wordings."""
+    ) -> Experiment:
+        """On test queries unless others are named. options: of Experiment."""
         asked = [asked] if isinstance(asked, Instruction) else asked
         queries = self.queries(asked[0], "test") if queries is None else queries
-        return cells_of(asked, arms, queries, max_tokens=self.max_tokens, **options)
+        return Experiment(asked, list(arms), queries, **options)
 
-    def run(self, cells: Sequence[Cell], *, what: str = "asking", score: bool = True) -> list[Result]:
-        """Results in the order of the cells. score: their perplexities are wanted."""
+    def conditions(
+        self,
+        instruction: Instruction,
+        vector: ControlVector,
+        conditions: Sequence[str] = CONDITIONS,
+        **options: Any,
+    ) -> Experiment:
+        """The usual ones for a vector with settings; without controls where it does nothing (strength 0).
+        options: of Experiment."""
+        steers = {"none": (), "steered": applied(vector), "instructed": (), "both": applied(vector)}
+        if vector.strength and {"random", "other"} & set(conditions):
+            steers |= self.controls([instruction], [vector])
+        return self.experiment(instruction, arms_of(steers, conditions), **options)
+
+    def run(
+        self,
+        asked: Iterable[Experiment | Cell],
+        *,
+        what: str = "asking",
+        score: bool | Collection[str] = True,
+    ) -> Outcomes:
+        """Outcomes in the order of the cells. score: as of `Runner.run`."""
+        cells = [
+            cell
+            for each in asked
+            for cell in ([each] if isinstance(each, Cell) else each.cells(self.max_tokens))
+        ]
         with self.stage(what) as advance:
-            options = {"must_end": self.limits.must_end, "score": score, "advance": advance}
-            results = run_cells(self.workers, cells, **options) if cells else []
-        self.results += results
-        return results
+            rows = self.runner.run(cells, score=score, advance=advance) if cells else Outcomes()
+        self.results += rows
+        return rows
 
-    def take_results(self) -> list[Result]:
+    def plain(self, queries: Sequence[Query], *steer: ControlVector, what: str = "asking") -> Outcomes:
+        """Replies to queries without any instruction. steer: nothing for the model's own."""
+        cells = [
+            Cell("plain", "none", query, query.text, steer, max_tokens=self.max_tokens) for query in queries
+        ]
+        return self.run(cells, what=what, score=False)
+
+    def take_results(self) -> Outcomes:
         """All that this bench and its base have run since the last time."""
         taken, self.results = self.results, []
-        return taken + (self.base.take_results() if self.base else [])
+        return Outcomes([*taken, *(self.base.take_results() if self.base else ())])
 
     def report(
-        self, title: str, results: Sequence[Result], conditions: Sequence[str], sections: Sequence[Section]
+        self, title: str, rows: Outcomes, conditions: Sequence[str], sections: Iterable[Section]
     ) -> SuiteReport:
         """Figures with the file hashes of their vectors, and sections of the suite's own."""
         hashes = {vector.name: file_hash(self.files[name]) for name, vector in self._picked.items()}
-        return structs.replace(report(title, results, conditions, hashes), sections=list(sections))
+        return structs.replace(report(title, rows, conditions, hashes), sections=list(sections))
 
     # -- records -------------------------------------------------------------------------------------
 
@@ -457,19 +506,14 @@ class Bench:
         self._picked |= vectors
         return vectors
 
-    def _plain(self) -> tuple[Any, ...]:
-        """The model alone: replies to test queries, their perplexity, its mean state."""
-        if self._alone is None:
-            queries = (self.test, self.validation)
-            (self._alone,) = self.workers.map(lambda e, _: alone(e, queries, self.max_tokens), [None])
-        return self._alone
-
     def _path(self, instruction: Instruction) -> Path:
         return self.out / "vectors" / f"{file_name(instruction.id)}.gguf"
 
     def _save(
         self, instruction: Instruction, vector: ControlVector, digest: str | None = None
     ) -> ControlVector:
+        if self.out is None:
+            return vector
         digest = self._digest(instruction) if digest is None else digest
         vector = replace(vector, provenance={**vector.provenance, DIGEST: digest})
         path = self.files[instruction.id] = self._path(instruction)
@@ -493,8 +537,8 @@ class Bench:
         return vector if vector is not None and vector.provenance.get("validation") else None
 
     def _of_earlier_run(self, instruction: Instruction) -> ControlVector | None:
-        path = self._path(instruction)
-        if not path.is_file():
+        path = self.out and self._path(instruction)
+        if path is None or not path.is_file():
             return None
         try:
             vector = ControlVector.load(path)
@@ -563,7 +607,7 @@ def _unlike(candidates: Sequence[Instruction], instructions: Sequence[Instructio
 
 
 def _is_whole(vector: ControlVector) -> bool:
-    return vector.mean_with is not None and len(vector.blocks) == vector.n_layer
+    return vector.mean_with is not None and len(vector.usable_layers) == vector.n_layer
 
 
 def _lacks_slots(instruction: Instruction) -> bool:

@@ -5,123 +5,27 @@
     random      a random direction in its place     other       another instruction's vector in its place
 
 The first, second, fourth and fifth are the paper's (section 3); the controls show that it is this direction
-that counts, not that something is changed at this block. Greedy decoding throughout.
+that counts, not that something is changed at this block.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from localsteer.catalog import Instruction, Query
+from localsteer.catalog import Instruction, Query, alike
 from localsteer.errors import PlanError
-from localsteer.evaluate.suites.cells import Arm, answered, cells_of
-from localsteer.perplexity import log_perplexities, perplexity
 from localsteer.plan import Plan
-from localsteer.runtime.sampling import GREEDY
 from localsteer.vector import ControlVector
-from localsteer.verify.judge import Judged, judge, share
 from localsteer.verify.verdicts import verify
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
-    from localsteer.runtime.attach import Steer
     from localsteer.runtime.reply import Reply
-
-CONDITIONS = ("none", "steered", "random", "other", "instructed", "both")
-TOLD = ("told", "instructed", "both", "best and told")
-MIN_QUERIES = 20  # below that a share says little
-MAX_TOKENS = 192
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one condition did. Shares are 0 to 1, None where nothing could be judged.
-
-    perplexity: of the replies under the unsteered model after the plain query, None where it was not asked
-    for. Its ratio to that of condition `none` tells how far the replies have left what the model would say;
-    following an instruction costs some of it by itself. repetition: mean of the replies' figures.
-    """
-
-    condition: str
-    replies: tuple[Judged, ...]
-    perplexity: float | None = None
-
-    @property
-    def n(self) -> int:
-        return len(self.replies)
-
-    @property
-    def followed(self) -> float | None:
-        return share([reply.followed for reply in self.replies])
-
-    @property
-    def subject_kept(self) -> float | None:
-        return share([reply.subject_kept for reply in self.replies])
-
-    @property
-    def degenerate(self) -> float | None:
-        return share([reply.degenerate is not None for reply in self.replies])
-
-    @property
-    def repetition(self) -> float:
-        return sum(reply.repetition for reply in self.replies) / max(1, self.n)
-
-    def record(self, with_replies: bool = True) -> dict[str, object]:
-        """For JSON."""
-        keys = ("n", "followed", "subject_kept", "degenerate", "perplexity", "repetition")
-        record: dict[str, object] = {key: getattr(self, key) for key in keys}
-        return record | ({"replies": [reply.record() for reply in self.replies]} if with_replies else {})
-
-
-def run_conditions(
-    engine: Engine,
-    instruction: Instruction,
-    vector: ControlVector,
-    queries: Sequence[Query],
-    *,
-    controls: Mapping[str, Steer] | None = None,
-    conditions: Sequence[str] = CONDITIONS,
-    plain: Sequence[Reply] | None = None,
-    phrasings: Sequence[str] | None = None,
-    scored: Sequence[str] = CONDITIONS,
-    max_tokens: int = MAX_TOKENS,
-    must_end: bool = False,
-) -> dict[str, Outcome]:
-    """Outcomes by condition, all of them in one batch, in the order of `conditions`.
-
-    vector: with its settings applied. controls: what steers `random` and `other`; a condition without one is
-    left out. plain: replies of the model alone to the same queries, where they are known already. phrasings:
-    wordings of the instruction for `instructed` and `both`, in turn (its own by default). scored: conditions
-    whose perplexity is wanted. must_end: as in `judge`.
-    """
-    steers: dict[str, Steer] = {"none": (), "steered": vector, "instructed": (), "both": vector}
-    steers |= controls or {}
-    # a list of bare vectors would mean: all of them for every prompt
-    steers = {name: (steer,) if isinstance(steer, ControlVector) else steer for name, steer in steers.items()}
-    wanted = arms_of(steers, conditions)
-    asked = [arm for arm in wanted if arm.condition != "none" or plain is None]
-    cells = cells_of([instruction], asked, queries, max_tokens=max_tokens, phrasings=phrasings)
-    replies = answered(engine, cells)
-    by_condition = {arm.condition: replies[i * len(queries) :][: len(queries)] for i, arm in enumerate(asked)}
-    if plain is not None:
-        by_condition["none"] = list(plain)
-    outcomes = {}
-    for arm in wanted:
-        pairs = zip(queries, by_condition[arm.condition], strict=True)
-        judged = tuple(judge(instruction, query, reply, must_end=must_end) for query, reply in pairs)
-        scores = perplexity(log_perplexities(engine, judged)) if arm.condition in scored else None
-        outcomes[arm.condition] = Outcome(arm.condition, judged, scores)
-    return outcomes
-
-
-def arms_of(steers: Mapping[str, Steer], conditions: Sequence[str]) -> list[Arm]:
-    """Of the conditions that have an entry in `steers`. Those in TOLD have the instruction in the prompt."""
-    return [Arm(name, steers[name], told=name in TOLD) for name in conditions if name in steers]
 
 
 def controls_of(
@@ -144,30 +48,6 @@ def is_possible(vectors: Sequence[ControlVector]) -> bool:
     except PlanError:
         return False
     return True
-
-
-def plain_replies(engine: Engine, queries: Sequence[Query], *, max_tokens: int = MAX_TOKENS) -> list[Reply]:
-    """The model alone, greedy: condition `none` of every instruction."""
-    texts = [query.text for query in queries]
-    return engine.generate_batch(texts, max_tokens=max_tokens, sampling=GREEDY)
-
-
-def told_replies(
-    engine: Engine,
-    instructions: Sequence[Instruction],
-    queries: Sequence[Query],
-    *,
-    max_tokens: int = MAX_TOKENS,
-) -> dict[str, list[Reply]]:
-    """Replies of the model alone when each instruction stands in the prompt, by instruction id."""
-    told = [Arm("told", told=True)]
-    cells = [
-        cell
-        for instruction in instructions
-        for cell in cells_of([instruction], told, queries, max_tokens=max_tokens)
-    ]
-    replies, n = answered(engine, cells), len(queries)
-    return {each.id: replies[i * n : (i + 1) * n] for i, each in enumerate(instructions)}
 
 
 def random_control(vector: ControlVector, plain_mean: np.ndarray, seed: int) -> ControlVector:
@@ -245,13 +125,6 @@ def choose_others(
         same = sorted((each for each in others if passes[each.id] == n_passes), key=lambda each: each.id)
         drawn += draw.sample(same, min(n - len(drawn), len(same)))
     return drawn
-
-
-def alike(a: Instruction, b: Instruction) -> bool:
-    """Whether two instructions ask for the same kind of thing: both a length, or one verifier for both."""
-    if a.id == b.id or (a.group == b.group == "length"):
-        return True
-    return a.verifier is not None and a.verifier == b.verifier
 
 
 def _passes(instruction: Instruction, replies: Sequence[Reply], queries: Sequence[Query]) -> int:

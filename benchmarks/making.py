@@ -1,0 +1,91 @@
+"""What a search for a vector costs the replies of the same server: python benchmarks/making.py [-m MODEL]
+
+The same request, again and again, before a job (/v1/jobs) and while it runs. Exit status 1 where replies take
+more than BOUND times as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import httpx
+
+BOUND = 1.5
+N = 8  # replies of each kind
+N_TOKENS = 64
+CHAT = {
+    "messages": [{"role": "user", "content": "Tell me about the history of bridges."}],
+    "max_tokens": N_TOKENS,
+    "temperature": 0,
+}
+SENTENCE = "Answer as a list of three facts."
+
+
+def seconds_of(client: httpx.Client) -> float:
+    started = time.perf_counter()
+    client.post("/v1/chat/completions", json=CHAT).raise_for_status()
+    return time.perf_counter() - started
+
+
+def measured(client: httpx.Client) -> dict[str, object]:
+    seconds_of(client)  # the prompt is in the cache from here on
+    alone = [seconds_of(client) for _ in range(N)]
+    job = client.post("/v1/jobs", json={"instruction": SENTENCE})
+    job.raise_for_status()
+    address = f"/v1/jobs/{job.json()['id']}"
+    while not (doing := client.get(address).json()["doing"]) or "loading" in doing:
+        time.sleep(0.1)
+    beside = [seconds_of(client) for _ in range(N)]
+    at = client.get(address).json()
+    client.delete(address), client.delete(address)
+    return {
+        "alone_seconds": round(statistics.median(alone), 3),
+        "beside_a_search_seconds": round(statistics.median(beside), 3),
+        "ratio": round(statistics.median(beside) / statistics.median(alone), 3),
+        "the_search_was": f"{at['status']}: {at['doing']} {at['best']}",
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-m", "--model", default="smol")
+    model = parser.parse_args().model
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "localsteer",
+            "serve",
+            "-m",
+            model,
+            "--vectors",
+            folder,
+            "--port",
+            "0",
+        ]
+        process = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True)
+        try:
+            text = ""
+            while not text.endswith("}\n"):
+                line = process.stdout.readline()
+                assert line, "the server did not start"
+                text += line
+            with httpx.Client(base_url=json.loads(text)["url"], timeout=600, trust_env=False) as client:
+                found = measured(client)
+        finally:
+            process.terminate()
+            process.wait()
+    found |= {"model": model, "tokens": N_TOKENS, "n": N, "python": platform.python_version()}
+    print(json.dumps(found))
+    return int(found["ratio"] > BOUND)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

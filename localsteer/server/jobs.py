@@ -1,0 +1,223 @@
+"""/v1/jobs: vectors that are made on request; /v1/instructions: what there is to make them of."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from localsteer.catalog import DEFAULT, Catalog, Instruction, load_catalog
+from localsteer.errors import CatalogError
+from localsteer.jsonable import JsonObject
+from localsteer.model_names import is_bundled
+from localsteer.terms import LEARNING_NEEDS
+
+from .errors import ApiError, Json, shown
+from .making import VectorJob
+from .models import State
+from .reading import BodyRoute
+from .schemas import JobRequest
+from .steering import NAME
+
+if TYPE_CHECKING:
+    from .served import Served
+
+router = APIRouter(tags=["Steering"], route_class=BodyRoute)
+MAX_CTX = 4096  # prompts and replies of a search are short
+LEARNED_NAME = 54  # characters of a name that a digest follows
+
+
+def _state(request: Request) -> State:
+    return request.app.state.localsteer
+
+
+@router.get("/v1/instructions", summary="What vectors can be made of for a model, and how")
+async def instructions(request: Request, model: str | None = None) -> Response:
+    """The catalogue's instructions, those apart that need a value, each with the vector that is there for it
+    already; and the methods, with the reason where one is not available."""
+    state = _state(request)
+    name, _ = state.pool.split(model)
+    catalog = catalog_for(name)
+    offered = set(state.vectors.of_model(name))
+    complete = [
+        known.fill()
+        for known in catalog.instructions.values()
+        if all(slot in known.slots for slot in known.open_slots)
+    ]
+    entries = [
+        {
+            "id": known.id,
+            "text": known.phrasings[0],
+            "group": known.group,
+            "has_verifier": known.verifier is not None,
+            "vector": vector_name(known) if vector_name(known) in offered else None,
+        }
+        for known in complete
+    ]
+    methods = [{"id": method, "why_not": why_not(state, method)} for method in ("search", "learn")]
+    return Json({"object": "list", "model": name, "data": entries, "methods": methods})
+
+
+@router.get("/v1/jobs", summary="Vectors that are being made, and those that were made last")
+async def list_jobs(request: Request) -> Response:
+    return Json({"object": "list", "data": [_document(_state(request), job) for job in _known(request)]})
+
+
+@router.post("/v1/jobs", summary="Make a vector of an instruction of the catalogue, or of a sentence")
+async def make(body: JobRequest, request: Request) -> Response:
+    """It goes on by itself, whether somebody asks for it or not. Ask GET /v1/jobs/ID for its progress."""
+    state = _state(request)
+    served, _ = state.served(body.model)
+    reason = why_not(state, body.method)
+    if reason:
+        raise ApiError(f"{reason}.", status=409, param="method", code="making_is_off")
+    if served.engine.model.hosts:
+        raise ApiError(
+            f"model: {served.name} lies on several hosts (--rpc), and a vector is made by an engine of "
+            "its own, on one machine: use `localsteer tune` where the model fits.",
+            param="model",
+        )
+    catalog = catalog_for(served.name)
+    instruction = _instruction(catalog, body.instruction)
+    name = _name(state, served.name, instruction, body)
+    words = _words(served, catalog, body.instruction.strip(), body.method)
+    job = VectorJob(served.name, instruction, body.method, name, body.replace, words)
+    state.jobs.add(job)
+    return Json(_document(state, job), 202)
+
+
+@router.get(
+    "/v1/jobs/{job_id}", summary="One of them: what it is doing, the best so far, and what came of it"
+)
+async def one_job(job_id: str, request: Request) -> Response:
+    return Json(_document(_state(request), _job(request, job_id)))
+
+
+@router.delete("/v1/jobs/{job_id}", summary="Stop it and keep the best so far; the second time at once")
+async def cancel(job_id: str, request: Request) -> Response:
+    job = _job(request, job_id)
+    _state(request).jobs.cancel(job)
+    return Json(_document(_state(request), job))
+
+
+def _known(request: Request) -> Sequence[VectorJob]:
+    return list(_state(request).jobs.known.values())
+
+
+def _job(request: Request, job_id: str) -> VectorJob:
+    job = _state(request).jobs.known.get(job_id)
+    if job is None:
+        raise ApiError(
+            f"there is no job {shown(job_id)}: it never was, or ended long ago.", status=404, param="id"
+        )
+    return job
+
+
+def _document(state: State, job: VectorJob) -> JsonObject:
+    return job.document() | {"before": state.jobs.place(job)}
+
+
+# -- what is asked for --------------------------------------------------------------------------------------
+
+
+def catalog_for(model: str) -> Catalog:
+    """The catalogue that belongs to a model of this name."""
+    if is_bundled(model):
+        from localsteer import bundled
+
+        return load_catalog(bundled.CATALOG)
+    return load_catalog(DEFAULT)
+
+
+def why_not(state: State, method: str) -> str | None:
+    """Why no vector is made in this way on this server, or None."""
+    if state.vectors.folder is None:
+        return "this server has no folder of vectors: start it with --vectors DIR"
+    if not state.limits.job_seconds:
+        return "this server makes no vectors (--job-minutes 0)"
+    missing = [name for name in LEARNING_NEEDS if find_spec(name) is None] if method == "learn" else []
+    if missing:
+        listed = " and ".join(missing)
+        return f"learning needs PyTorch, and {listed} is missing here: pip install 'localsteer[torch]'"
+    return None
+
+
+def _instruction(catalog: Catalog, text: str) -> Instruction:
+    odd = next((each for each in text if _is_odd(each)), None)
+    if odd is not None:
+        raise ApiError(f"instruction: must be plain text, without {odd!r}.", param="instruction")
+    try:
+        return catalog.find(text)
+    except CatalogError as error:
+        hint = "; a sentence of your own has more than one word" if text.strip() else ""
+        raise ApiError(f"instruction: {error}{hint}.", param="instruction") from None
+
+
+def _is_odd(character: str) -> bool:
+    """Control characters, halves of surrogates, and what is no character."""
+    return unicodedata.category(character) in ("Cc", "Cs", "Cn") and character not in "\n\t\r"
+
+
+def vector_name(instruction: Instruction) -> str:
+    """As a file is named."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", instruction.id).strip("-._")[:64]
+    return name or f"own-{_digest(*instruction.phrasings)}"
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()[:8]
+
+
+def _name(state: State, model: str, instruction: Instruction, body: JobRequest) -> str:
+    """A name that is free. Raises ApiError for one that was asked for and is none, or is taken."""
+    if body.name is not None and not NAME.fullmatch(body.name):
+        raise ApiError(
+            f"name: must be letters, digits, dots, dashes and underscores, not {shown(body.name)}.",
+            param="name",
+        )
+    name = body.name or vector_name(instruction)
+    if body.name is None and not body.replace and _is_others(state, model, instruction, name):
+        name = f"{name[:LEARNED_NAME]}-{_digest(model, *instruction.phrasings)}"
+    under_way = state.jobs.active(name)
+    if under_way is not None:
+        raise ApiError(
+            f"name: a vector {name!r} is being made already ({under_way.id}).",
+            status=409, param="name", code="exists",
+        )  # fmt: skip
+    if not body.replace and (name in state.vectors.entries or name in state.vectors.of_model(model)):
+        raise ApiError(
+            f"name: {model} has a vector {name!r} already: steer by it, or send replace=true to make another "
+            "in its place.",
+            status=409, param="name", code="exists",
+        )  # fmt: skip
+    return name
+
+
+def _is_others(state: State, model: str, instruction: Instruction, name: str) -> bool:
+    """Whether what has this name is of another model, or of other words."""
+    entry = state.vectors.entries.get(name)
+    if entry is None or entry.vector is None:
+        return entry is not None
+    return not entry.fits(model) or entry.vector.phrasings[:1] != instruction.phrasings[:1]
+
+
+def _words(served: Served, catalog: Catalog, text: str, method: str) -> list[str]:
+    """Of the command that makes it, without its output."""
+    engine = served.engine
+    command = "tune" if method == "search" else "learn"
+    return [
+        command,
+        f"--model={engine.path.absolute()}",
+        f"--instruction={text}",
+        f"--catalog={catalog.source}",
+        f"--threads={engine.context.n_threads}",
+        f"--gpu-layers={engine.model.n_gpu_layers}",
+        f"--ctx-size={min(engine.n_ctx, MAX_CTX)}",
+        "--json",
+    ]

@@ -1,0 +1,394 @@
+"""Vectors that are made on request: one at a time, each in a process of its own, as `localsteer tune` or
+`learn` makes it.
+
+The process has an engine of its own and the lowest priority (cli/piped.py), so replies go on meanwhile; a
+model that is unloaded, and a client that leaves, are nothing to it. It ends when this one does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from localsteer.errors import LocalsteerError
+from localsteer.jsonable import JsonObject
+from localsteer.vector import ControlVector
+
+from . import holding
+from .errors import ApiError
+from .limits import Limits
+from .pool import without_folders
+from .threads import aside
+
+if TYPE_CHECKING:
+    from localsteer.catalog import Instruction
+
+    from .pool import Pool
+    from .steering import VectorFolder
+
+Method = Literal["search", "learn"]
+MAX_WAITING = 4  # jobs beside the one that runs
+MAX_KEPT = 32  # jobs that have ended and are still told of
+STOPPING_SECONDS = 300.0  # for one that was told to stop to check and write the best that it has
+ENDED = ("succeeded", "cancelled", "failed")
+BEST = ", best so far "  # in what a search says of itself
+_PROGRESS = b"\x1e"  # begins a line of progress, see cli/piped.py
+_TALK = "localsteer: "  # begins one for people
+_REFUSED = 2  # exit status: the last line says why
+_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from localsteer.cli.piped import run; run()"
+_PRIVATE = ("LOCALSTEER_API_KEY",)  # of the environment: nothing that the process needs
+
+logger = logging.getLogger("localsteer.server")
+
+
+class PipedCommand:
+    """A command of localsteer in a process of its own. `run` is for one thread, the rest for any."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = tuple(words)
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._killer: threading.Timer | None = None
+        self.is_stopped = self.is_killed = False
+
+    def run(self, on_progress: Callable[[str, int, int], None]) -> tuple[int, str]:
+        """Its exit status, and the last line that it said to people. on_progress: called with (what is being
+        done, done, of how many or 0)."""
+        with self._lock:
+            if self.is_stopped:
+                return 130, ""
+            self._process = process = _started(self._words)
+        last = ""
+        try:
+            for data in process.stderr:  # type: ignore[union-attr]
+                line = data.decode("utf-8", "replace").strip()
+                if data.startswith(_PROGRESS):
+                    with suppress(ValueError, KeyError):  # a library may write into the middle of a line
+                        event = json.loads(data[len(_PROGRESS) :])
+                        on_progress(event["what"], event["done"], event["total"])
+                elif line.startswith(_TALK):
+                    last = line.removeprefix(_TALK)
+            return process.wait(), last
+        finally:
+            with self._lock:
+                self._close(process)
+
+    def stop(self, seconds: float) -> None:
+        """It ends with the best so far, and is killed if that takes longer than this from now."""
+        with self._lock:
+            again, self.is_stopped = self.is_stopped, True
+            if self._process is None or self._process.poll() is not None:
+                return
+            if not again:
+                with suppress(OSError):
+                    self._process.stdin.write(b"stop\n")  # type: ignore[union-attr]
+                    self._process.stdin.flush()  # type: ignore[union-attr]
+            if self._killer is not None:
+                self._killer.cancel()
+            self._killer = threading.Timer(seconds, self.kill)
+            self._killer.daemon = True
+            self._killer.start()
+
+    def kill(self) -> None:
+        with self._lock:
+            self.is_stopped = True
+            if self._process is not None and self._process.poll() is None:
+                self.is_killed = True
+                self._process.kill()
+
+    def _close(self, process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for stream in (process.stdin, process.stderr):
+            with suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
+        if self._killer is not None:
+            self._killer.cancel()
+
+
+def _started(words: Sequence[str]) -> subprocess.Popen[bytes]:
+    path = [entry for entry in sys.path if entry]  # without the current folder, which is anybody's
+    process = subprocess.Popen(
+        [sys.executable, "-c", _CODE, json.dumps(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if name not in _PRIVATE},
+    )
+    with suppress(OSError):  # it has ended: `run` sees why
+        process.stdin.write(json.dumps(list(words)).encode() + b"\n")  # type: ignore[union-attr]
+        process.stdin.flush()  # type: ignore[union-attr]
+    return process
+
+
+@dataclass(eq=False)
+class VectorJob:
+    """One vector on its way. words: of the command, without its output. vector: the name that it is offered
+    by, None for none. stopped_by: `request`, `deadline` or `closing`."""
+
+    model: str
+    instruction: Instruction
+    method: Method
+    name: str
+    replace: bool
+    words: Sequence[str]
+    id: str = field(default_factory=lambda: f"job-{secrets.token_hex(8)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    status: str = "queued"
+    doing: str = ""
+    best: str = ""
+    done: int = 0
+    total: int = 0
+    vector: str | None = None
+    stopped_by: str | None = None
+    error: str | None = None
+    result: Mapping[str, Any] | None = None
+    _began: float | None = None
+    _took: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.command = PipedCommand(())
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def seconds(self) -> float:
+        """Since it began to run, until its end."""
+        return self._took if self._began is None else time.monotonic() - self._began
+
+    def hear(self, what: str, done: int, total: int) -> None:
+        """What its process says of itself."""
+        self.doing, _, best = what.partition(BEST)
+        self.best, self.done, self.total = best or self.best, done, total
+
+    def make(self, seconds: float) -> bytes | None:
+        """In a thread: the vector's file, or None. Raises LocalsteerError with the reason of a refusal."""
+        with tempfile.TemporaryDirectory(prefix="localsteer-job-") as folder:
+            target = Path(folder) / f"{self.name}.gguf"
+            self.command = PipedCommand([*self.words, "-o", str(target)])
+            if self.stopped_by:  # whoever stops it from here on has this command
+                return None
+            alarm = threading.Timer(seconds, self.stop, ("deadline", STOPPING_SECONDS))
+            alarm.daemon = True
+            alarm.start()
+            try:
+                status, last = self.command.run(self.hear)
+            finally:
+                alarm.cancel()
+            if target.is_file() and not self.command.is_killed:
+                return target.read_bytes()
+            if self.stopped_by:
+                return None
+            if status == _REFUSED and last:
+                raise LocalsteerError(without_folders(last))
+            raise LocalsteerError(
+                f"the process that made the vector ended with status {status}: perhaps for want of memory."
+            )
+
+    def stop(self, by: str, seconds: float) -> None:
+        """From any thread: it keeps the best so far, and has so long for that."""
+        self.stopped_by = self.stopped_by or by
+        if self.status == "running":
+            self.status = "stopping"
+        self.command.stop(seconds)
+
+    def begin(self) -> None:
+        self.status, self._began = "running", time.monotonic()
+
+    def end(self, status: str, error: str | None = None) -> None:
+        self._took, self._began = self.seconds, None
+        self.status, self.error = status, error
+
+    def document(self) -> JsonObject:
+        """For JSON."""
+        names = ("id", "model", "name", "method", "status", "doing", "best", "done", "total", "vector")
+        told = {name: getattr(self, name) for name in names}
+        text = next(iter(self.instruction.phrasings), None)
+        return {"object": "steering.job", "created": self.created, **told} | {
+            "instruction": self.instruction.id,
+            "text": text,
+            "seconds": round(self.seconds, 1),
+            "stopped_by": self.stopped_by,
+            "error": self.error,
+            "result": self.result,
+        }
+
+
+class Jobs:
+    """Those that wait, run, and have ended. Everything here runs in the event loop."""
+
+    def __init__(self, pool: Pool, vectors: VectorFolder, limits: Limits) -> None:
+        self.pool, self.vectors, self.limits = pool, vectors, limits
+        self.known: dict[str, VectorJob] = {}  # by id, in the order in which they were asked for
+        self._waiting: deque[VectorJob] = deque()
+        self._running: VectorJob | None = None
+        self._worker: asyncio.Task[None] | None = None
+        self._closing = False
+        self._threads = ThreadPoolExecutor(1, "localsteer-making")
+
+    def add(self, job: VectorJob) -> None:
+        """Raises ApiError where too many wait, and while the server is closing."""
+        if self._closing:
+            raise ApiError("the server is closing: no new jobs.", status=503, code="closing")
+        if len(self._waiting) >= MAX_WAITING:
+            raise ApiError(
+                f"one vector is made at a time, and {MAX_WAITING} more wait: try again later.",
+                status=429,
+                code="queue_full",
+            )
+        self.known[job.id] = job
+        self._waiting.append(job)
+        self._forget()
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.get_running_loop().create_task(self._work())
+
+    def active(self, name: str) -> VectorJob | None:
+        """The job that is to bring a vector of this name."""
+        under_way = (job for job in self.known.values() if not job.has_ended)
+        return next((job for job in under_way if job.name == name), None)
+
+    def place(self, job: VectorJob) -> int:
+        """How many are before it."""
+        if job not in self._waiting:
+            return 0
+        return self._waiting.index(job) + (self._running is not None)
+
+    def cancel(self, job: VectorJob) -> None:
+        """One that runs keeps the best so far; the second time it ends at once. One that has ended stays."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+            job.stopped_by = "request"
+            job.end("cancelled")
+        elif job.status == "stopping":
+            job.command.kill()
+        elif not job.has_ended:
+            job.stop("request", STOPPING_SECONDS)
+
+    def stop(self, grace: float) -> None:
+        """The server ends: what waits is dropped, what runs has the grace to keep the best so far."""
+        self._closing = True
+        while self._waiting:
+            job = self._waiting.popleft()
+            job.stopped_by = "closing"
+            job.end("cancelled")
+        if self._running is not None:
+            self._running.stop("closing", grace)
+
+    async def settle(self) -> None:
+        """Until nothing runs any more."""
+        if not self._closing:
+            self.stop(0.0)
+        if self._worker is not None:
+            await asyncio.wait({self._worker})
+        self._threads.shutdown(wait=False)
+
+    def _forget(self) -> None:
+        ended = [job for job in self.known.values() if job.has_ended]
+        for job in ended[: max(0, len(ended) - MAX_KEPT)]:
+            del self.known[job.id]
+
+    async def _work(self) -> None:
+        while self._waiting:
+            self._running = job = self._waiting.popleft()
+            job.begin()
+            try:
+                await self._one(job)
+            except (ApiError, LocalsteerError) as error:
+                job.end("failed", str(error))
+            except Exception:
+                logger.exception("a job failed")
+                job.end("failed", "the server failed at this job: its log says why.")
+            finally:
+                self._running = None
+
+    async def _one(self, job: VectorJob) -> None:
+        with self.pool.room_for_another(job.model):
+            loop = asyncio.get_running_loop()
+            data = await loop.run_in_executor(self._threads, job.make, self.limits.job_seconds)
+        if data is not None:
+            await self._take(job, data)
+            job.end("succeeded")
+        elif job.stopped_by == "deadline":
+            minutes = self.limits.job_seconds / 60
+            job.end("failed", f"nothing was found within {minutes:g} minutes (--job-minutes).")
+        else:
+            job.end("cancelled")
+
+    async def _take(self, job: VectorJob, data: bytes) -> None:
+        """Offer what was made, if it helps, and keep what its file says of itself."""
+        with holding.held():
+            vector = await aside(_loaded, data)
+            job.result = result_of(vector, job)
+            if not vector.strength:
+                return
+            self.pool.take_loaded()
+            try:
+                entry = await aside(self.vectors.add, job.name, data, replace=job.replace)
+            except ApiError as error:
+                if error.code != "exists":
+                    raise
+                # somebody has put another there meanwhile: neither is lost
+                name = f"{job.name[:50]}-{job.id[-6:]}"
+                entry = await aside(self.vectors.add, name, data, replace=False)
+        job.vector = entry.name
+
+
+def _loaded(data: bytes) -> ControlVector:
+    with tempfile.TemporaryDirectory(prefix="localsteer-job-") as folder:
+        path = Path(folder) / "made.gguf"
+        path.write_bytes(data)
+        return ControlVector.load(path)
+
+
+def result_of(vector: ControlVector, job: VectorJob) -> JsonObject:
+    """What the check found, and where nothing helps what learning would do."""
+    record = vector.provenance.get("validation") or {}
+    kept = (
+        "n", "scores", "degenerate", "judged_by", "recovered_gap", "with_instruction", "advice", "stopped",
+        "seconds",
+    )  # fmt: skip
+    helps = bool(vector.strength)
+    setting = {
+        "layer": list(vector.layers),
+        "positions": vector.positions,
+        "mode": vector.mode,
+        "strength": vector.strength,
+    }
+    learning = None if helps or job.method == "learn" else what_learning_does(job.instruction)
+    found = {name: record.get(name) for name in kept}
+    return {"helps": helps, "setting": setting if helps else None, **found, "learning": learning}
+
+
+def what_learning_does(instruction: Instruction) -> str:
+    """In place of a search that found nothing."""
+    from localsteer.verify import can_rewrite
+
+    if instruction.verifier is not None and can_rewrite(instruction.verifier):
+        return (
+            "Learning does not depend on the model doing what it is told: it takes the model's own plain "
+            "replies, rewrites them so that they follow, and fits an edit of one block to them, in some "
+            "minutes. It needs PyTorch (the extra `torch`)."
+        )
+    return (
+        "Learning needs replies that follow: the told model's, where at least half of them do, or examples "
+        "of your own (`localsteer learn --examples FILE.jsonl`); no rule rewrites a plain reply so that it "
+        "follows this. It needs PyTorch (the extra `torch`)."
+    )
