@@ -14,6 +14,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from localsteer.errors import VectorFileError
+from localsteer.jsonable import JsonObject
 
 from .gguf_file import open_bytes
 
@@ -111,7 +112,7 @@ def _read_safetensors(data: Any, wanted: Collection[str]) -> dict[str, np.ndarra
     return {name: _safetensor(data, start, name, header[name]) for name in set(wanted) & set(header)}
 
 
-def _safetensors_header(data: Any) -> tuple[dict[str, Any], int]:
+def _safetensors_header(data: Any) -> tuple[JsonObject, int]:
     start = 8 + int.from_bytes(data[:8], "little")
     if data[8:9] != b"{" or len(data) < 9:
         raise _Damaged("is neither GGUF, .npz nor .safetensors: export the vector to one of them.")

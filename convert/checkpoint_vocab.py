@@ -17,6 +17,7 @@ import gguf
 from gguf import TokenType
 
 from localsteer.errors import ModelFileError, UnsupportedModelError
+from localsteer.jsonable import JsonObject
 
 SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "mask", "eot", "eom")
 
@@ -83,7 +84,7 @@ def read_vocabulary(directory: Path, n_vocab: int) -> Vocabulary:
     )  # fmt: skip
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """The object in a JSON file; ModelFileError when it is missing or holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -137,7 +138,7 @@ def _refuse_other_bpe(tokenizer: Mapping[str, Any], pre: str, directory: Path) -
         raise UnsupportedModelError(f"{directory}: llama.cpp can't follow this tokenizer's {found[0]}")
 
 
-def _added(tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _added(tokenizer: Mapping[str, Any]) -> list[JsonObject]:
     return tokenizer.get("added_tokens") or []
 
 

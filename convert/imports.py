@@ -18,12 +18,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from gguf import GGUFValueType
 
 from localsteer.errors import LocalsteerError, VectorFileError
+from localsteer.jsonable import JsonObject
 from localsteer.vector import STATISTICS, ControlVector
 
 from . import keys
@@ -129,7 +129,7 @@ def _check_convention(path: str, convention: str, known: Sequence[str]) -> None:
         raise VectorFileError(f"{path} is {kind}: its convention is one of {', '.join(known)}.")
 
 
-def _hint(file: GgufFile) -> dict[str, Any]:
+def _hint(file: GgufFile) -> JsonObject:
     # not `architecture`: repeng writes transformers' name of it (mistral), llama.cpp its own (llama)
     hint = file.get(keys.MODEL_HINT, GGUFValueType.STRING)
     return {"model_hint": hint} if hint else {}
@@ -163,8 +163,8 @@ def _vector(
     path: str,
     directions: np.ndarray,
     columns: dict[str, np.ndarray | None],
-    settings: dict[str, Any],
-    provenance: dict[str, Any],
+    settings: JsonObject,
+    provenance: JsonObject,
 ) -> ControlVector:
     columns = dict.fromkeys(STATISTICS) | columns
     try:

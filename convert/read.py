@@ -11,6 +11,7 @@ import numpy as np
 from gguf import GGUFValueType
 
 from localsteer.errors import LocalsteerError, VectorFileError
+from localsteer.jsonable import JsonObject
 from localsteer.terms import MODES, POSITIONS
 from localsteer.vector import STATISTICS, ControlVector
 
@@ -78,7 +79,7 @@ def _require(file: GgufFile, key: str, *types: GGUFValueType, item: GGUFValueTyp
     return value
 
 
-def _settings(file: GgufFile) -> dict[str, Any]:
+def _settings(file: GgufFile) -> JsonObject:
     settings = {
         "layers": tuple(_require(file, keys.LAYERS, _ARRAY, item=_U32).tolist()),
         "mode": _require(file, keys.MODE, _TEXT),
@@ -158,8 +159,8 @@ def _claim(file: GgufFile, key: str, limit: int) -> int:
     return value
 
 
-def _provenance(file: GgufFile) -> dict[str, Any]:
-    provenance: dict[str, Any] = {}
+def _provenance(file: GgufFile) -> JsonObject:
+    provenance: JsonObject = {}
     for key, entry in file.keys.items():
         if key.startswith(keys.PROVENANCE) and entry.type != _ARRAY:
             provenance[key.removeprefix(keys.PROVENANCE)] = entry.value

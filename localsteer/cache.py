@@ -121,10 +121,10 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 def _sweep(path: Path) -> None:
     with suppress(OSError, LocalsteerError):
         ours = path.parent.resolve().is_relative_to(cache_folder().resolve())
-        for each in path.parent.glob(".*.part"):
-            match = _PART.fullmatch(each.name)
-            if match and (ours or match[1] == path.name) and _is_abandoned(each):
-                each.unlink(missing_ok=True)
+        for part in path.parent.glob(".*.part"):
+            match = _PART.fullmatch(part.name)
+            if match and (ours or match[1] == path.name) and _is_abandoned(part):
+                part.unlink(missing_ok=True)
 
 
 def _is_abandoned(part: Path) -> bool:
@@ -175,8 +175,8 @@ def is_sealed(path: Path) -> bool:
 
 def unlink_sealed(path: Path) -> None:
     """Delete a file and its seal. A missing file is no error."""
-    for each in (path, _seal_of(path)):
-        each.unlink(missing_ok=True)
+    for file in (path, _seal_of(path)):
+        file.unlink(missing_ok=True)
 
 
 _intact: dict[Path, tuple[int, int]] = {}  # size and time of what was found intact

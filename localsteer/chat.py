@@ -22,6 +22,7 @@ from . import __version__
 from .asked import considerate, why_left_out
 from .cache import atomic_path
 from .errors import LocalsteerError, PlanError, PromptError
+from .jsonable import JsonObject
 from .plan import Plan
 from .runtime.ask import MAX_TOKENS, Ask
 from .runtime.reply import Reply
@@ -61,10 +62,10 @@ class Turn:
     vectors: tuple[ControlVector, ...] = field(default=(), compare=False)
     left_out: tuple[str, ...] = ()
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """For JSON."""
         values = {"question": self.question, "reply": self.reply, "finish_reason": self.finish_reason}
-        steering = [dict(each) for each in self.steering]
+        steering = [dict(settings) for settings in self.steering]
         values |= {"n_tokens": self.n_tokens, "steering": steering, "ensure": list(self.ensured)}
         return values | ({"left_out": list(self.left_out)} if self.left_out else {})
 
@@ -156,7 +157,7 @@ class Chat:
         names = (name,) if name else tuple(self.active)
         if not names:
             raise PlanError("nothing is steered: /steer NAME comes first.")
-        changed = {each: self._steering(each).at(**settings) for each in names}
+        changed = {vector: self._steering(vector).at(**settings) for vector in names}
         self._put({**self.active, **changed})
         self._insist(names, settings)
         return names
@@ -383,7 +384,7 @@ class Chat:
 
     # -- files --------------------------------------------------------------------------------------
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """The whole conversation as JSON-able values: every turn with its steering, and what steers now."""
         return {
             "format": FORMAT,
@@ -418,7 +419,11 @@ class Chat:
         document = _read(path)
         turns = [self._read_turn(row, path) for row in document["turns"]]
         wanted = _settings_list(document.get("steering", []), path)
-        active = {each["name"]: self._vector_at(each) for each in wanted if each["name"] in self.vectors}
+        active = {
+            settings["name"]: self._vector_at(settings)
+            for settings in wanted
+            if settings["name"] in self.vectors
+        }
         names = _names(document.get("ensure"))
         system = document.get("system")
         if not (system is None or isinstance(system, str)):
@@ -426,7 +431,7 @@ class Chat:
         self._put(active)
         self.ensured = {name: self.vectors[name] for name in names if name in self.vectors}
         self.turns, self.system, self._seen = turns, system, []
-        missing = {each["name"] for each in wanted} | set(names)
+        missing = {settings["name"] for settings in wanted} | set(names)
         for name in sorted(missing - set(self.vectors)):
             self.on_note(f"there is no vector {name!r} here: the conversation goes on without it.")
         if document.get("model") != self.engine.path.name:
@@ -437,8 +442,8 @@ class Chat:
         if not all(isinstance(text, str) for text in texts) or not texts[0]:
             raise LocalsteerError(f"{path} is no saved conversation: a turn lacks its question or its reply.")
         steering = _settings_list(row.get("steering", []), path)
-        here = all(each["name"] in self.vectors for each in steering)
-        vectors = tuple(self._vector_at(each) for each in steering) if here else ()
+        here = all(settings["name"] in self.vectors for settings in steering)
+        vectors = tuple(self._vector_at(settings) for settings in steering) if here else ()
         n_tokens = row.get("n_tokens")
         return Turn(
             question=texts[0],
@@ -455,7 +460,7 @@ class Chat:
         return self.vectors[settings["name"]].at(layer=settings.get("layers"), **values)
 
 
-def settings_of(vector: ControlVector) -> dict[str, Any]:
+def settings_of(vector: ControlVector) -> JsonObject:
     """What a transcript says of a vector."""
     settings = {key: getattr(vector, key) for key in SAVED_SETTINGS}
     return {"name": vector.name, "layers": list(vector.layers), **settings}
@@ -465,7 +470,7 @@ def _names(value: Any) -> list[str]:
     return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
-def _settings_list(rows: Any, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def _settings_list(rows: Any, path: str | os.PathLike[str]) -> list[JsonObject]:
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows
     ):
@@ -473,7 +478,7 @@ def _settings_list(rows: Any, path: str | os.PathLike[str]) -> list[dict[str, An
     return rows
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+def _read(path: str | os.PathLike[str]) -> JsonObject:
     """The document of a file. Raises LocalsteerError."""
     try:
         if Path(path).stat().st_size > MAX_FILE_BYTES:

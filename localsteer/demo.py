@@ -27,6 +27,7 @@ from .evaluate.controls import mean_state, random_control
 from .evaluate.outcomes import Outcomes
 from .evaluate.runner import Stage, by_instruction, plain_replies, run_conditions, silent
 from .evaluate.vectors import spread
+from .jsonable import JsonObject
 from .runtime.bridge import default_threads
 from .runtime.sampling import GREEDY
 from .tune import Tuned
@@ -55,7 +56,7 @@ def run_demo(
     n_threads: int | None = None,
     seed: int = 0,
     stage: Stage = silent,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Everything that `localsteer demo` shows, as one JSON-able document.
 
     backend: where vectors come from: "gguf", the quantized model itself, or "torch", its checkpoint in
@@ -68,7 +69,7 @@ def run_demo(
     started = time.perf_counter()
     catalog = load_catalog(bundled.CATALOG)
     chosen = _chosen(catalog, instructions)
-    ids = [each.id for each in chosen]
+    ids = [instruction.id for instruction in chosen]
     _check(backend, n, catalog)
     with stage("quantizing the bundled model"):
         path = bundled.gguf_path("instruct", quant, folder=checkpoint)
@@ -117,7 +118,7 @@ def demonstrate(
     n: int = N_REAL,
     seed: int = 0,
     stage: Stage = silent,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The same table for tuned vectors of any model, by instruction id. n: test queries each.
 
     other: the vector of an instruction that is not alike, at its own settings, since a vector that ships has
@@ -186,7 +187,7 @@ def _limit(vector: ControlVector) -> int:
 
 def _real_row(
     instruction: Instruction, vector: ControlVector, conditions: Mapping[str, Outcomes]
-) -> dict[str, Any]:
+) -> JsonObject:
     settings = {"layer": vector.layers[0], "positions": vector.positions, "strength": vector.strength}
     return _figures(instruction, vector, conditions, settings)
 
@@ -195,8 +196,8 @@ def _figures(
     instruction: Instruction,
     vector: ControlVector,
     conditions: Mapping[str, Outcomes],
-    settings: dict[str, Any],
-) -> dict[str, Any]:
+    settings: JsonObject,
+) -> JsonObject:
     """quality_none, quality_steered: perplexity of the replies under the unsteered model after the plain
     query."""
     steered = conditions["steered"]
@@ -223,7 +224,7 @@ def _chosen(catalog: Catalog, ids: Sequence[str] | None) -> list[Instruction]:
             for instruction in catalog.instructions.values()
             if instruction.group in GROUPS and instruction.verifier
         ]
-    found = [catalog.get(each) for each in dict.fromkeys(ids)]
+    found = [catalog.get(name) for name in dict.fromkeys(ids)]
     if not found:
         raise LocalsteerError("no instruction is named: leave --instructions out for all of them.")
     return found
@@ -239,13 +240,13 @@ def _check(backend: str, n: int, catalog: Catalog) -> None:
 
 def _with_partners(catalog: Catalog, instructions: Sequence[Instruction]) -> list[Instruction]:
     known = {instruction.id for instruction in instructions}
-    partners = [catalog.get(each) for each in PARTNERS if each not in known]
+    partners = [catalog.get(name) for name in PARTNERS if name not in known]
     return [*instructions, *(partners if len(known) < len(PARTNERS) else ())]
 
 
 def row(
     instruction: Instruction, picked: Tuned, conditions: Mapping[str, Outcomes], others: Sequence[Instruction]
-) -> dict[str, Any]:
+) -> JsonObject:
     """One line of the table. layer and positions are None where picking chose to leave the model alone."""
     setting = picked.setting
     settings = {

@@ -61,7 +61,15 @@ class Engine(Opened):
     ) -> None:
         super().__init__(
             path,
-            Capacity(n_ctx, n_threads, n_seq_max, n_batch, n_cells, kv_unified, exact),
+            Capacity(
+                n_ctx=n_ctx,
+                n_threads=n_threads,
+                n_seq_max=n_seq_max,
+                n_batch=n_batch,
+                n_cells=n_cells,
+                kv_unified=kv_unified,
+                exact=exact,
+            ),
             rpc=rpc,
             rpc_seconds=rpc_seconds,
             n_gpu_layers=n_gpu_layers,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .catalog import Instruction
 from .errors import LocalsteerError, PlanError
+from .jsonable import JsonObject
 from .plan import Plan
 from .runtime.ask import Ask
 from .runtime.reply import Chunk, Reply, Timings
@@ -61,7 +62,7 @@ class Try:
     def stopped(self) -> bool:
         return self.reply.finish_reason == STOPPED
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """For JSON."""
         head = {"strengths": list(self.strengths), "failed": list(self.failed), "degenerate": self.degenerate}
         reply = self.reply
@@ -87,7 +88,7 @@ class Ensured:
         """Generated in all tries together."""
         return sum(len(attempt.reply.tokens) for attempt in self.tries)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """For JSON, without the reply."""
         head = {"passed": self.passed, "steered_strength": self.steered_strength, "notice": self.notice}
         return head | {"n_tokens": self.n_tokens, "tries": [attempt.record() for attempt in self.tries]}
@@ -188,7 +189,7 @@ def bounds_of(vector: ControlVector) -> tuple[float, float]:
     included; where tuning tried one strength only, or there was none, half and half as much again."""
     own = vector.strength
     tried = [row["strength"] for row in _tuning_rows(vector) if _is_like(row, vector)]
-    known = sorted({own, *(each for each in tried if each * own > 0)}, key=abs)
+    known = sorted({own, *(strength for strength in tried if strength * own > 0)}, key=abs)
     if len(known) > 1:
         return known[0], known[-1]
     return BOUNDS[0] * own, BOUNDS[1] * own

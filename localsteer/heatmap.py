@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,15 @@ MAX_NUMBERS = 600  # cells of a picture; in more of them numbers would be dots
 DPI = 120
 
 
+@dataclass(frozen=True)
+class Colouring:
+    """low, high: the ends of the colours (None: of the values). form: of a figure."""
+
+    low: float | None = None
+    high: float | None = None
+    form: str = "{:.2f}"
+
+
 def terminal_heatmap(
     title: str,
     row_labels: Sequence[object],
@@ -41,22 +51,20 @@ def terminal_heatmap(
     values: Values,
     mark: Mark = None,
     *,
-    low: float | None = None,
-    high: float | None = None,
-    form: str = "{:.2f}",
     corner: str = "",
+    **colouring: Any,
 ) -> RenderableType:
     """A table whose cells hold the figure on its colour; a marked one stands in brackets.
 
     Where there are no colours (a pipe) the figures remain; columns that do not fit stand below. values: one
     row for each of row_labels; None or NaN leaves a cell empty. mark: (row, column) of one cell, or several
-    of those. low, high: the ends of the colours (default: of the values). form: of a figure. corner: what the
-    row labels are.
+    of those. corner: what the row labels are. colouring: of Colouring.
     """
     from rich.text import Text
 
     _check_shape(row_labels, col_labels, values)
-    marked, scale = _marked(mark), _Scale(values, low, high)
+    chosen = Colouring(**colouring)
+    marked, scale = _marked(mark), _Scale(values, chosen.low, chosen.high)
     rows = []
     for i, (label, row) in enumerate(zip(row_labels, values, strict=True)):
         cells = []
@@ -64,7 +72,7 @@ def terminal_heatmap(
             if not _is_known(value):
                 cells.append(Text("·", justify="center"))
                 continue
-            shown = form.format(value)
+            shown = chosen.form.format(value)
             text = f"[{shown}]" if (i, j) in marked else f" {shown} "
             width = max(len(text), len(f" {col_labels[j]} "))
             cells.append(Text(text.center(width), style=_style(scale.of(value), (i, j) in marked)))
@@ -106,13 +114,13 @@ class _TerminalHeatmap:
         from rich.table import Table
 
         columns = list(columns)
-        made = Table(box=None, padding=0)
-        made.add_column(self._rows[0][0], justify="right")
+        table = Table(box=None, padding=0)
+        table.add_column(self._rows[0][0], justify="right")
         for j in columns:
-            made.add_column(self._rows[0][j], justify="center", no_wrap=True)
+            table.add_column(self._rows[0][j], justify="center", no_wrap=True)
         for row in self._rows[1:]:
-            made.add_row(row[0], *(row[j] for j in columns))
-        return made
+            table.add_row(row[0], *(row[j] for j in columns))
+        return table
 
 
 def png_heatmap(
@@ -123,11 +131,9 @@ def png_heatmap(
     values: Values,
     mark: Mark = None,
     *,
-    low: float | None = None,
-    high: float | None = None,
-    form: str = "{:.2f}",
     x_label: str = "",
     y_label: str = "",
+    **colouring: Any,
 ) -> None:
     """The same as a picture; the file's ending chooses its kind (.png, .svg, .pdf).
 
@@ -137,7 +143,7 @@ def png_heatmap(
     width = 2.5 + max(0.75 * len(col_labels), 3.0)
     figure = new_figure(width, 1.6 + max(0.32 * len(row_labels), 1.5))
     axes = figure.subplots()
-    draw_heatmap(axes, row_labels, col_labels, values, mark, low=low, high=high, form=form)
+    draw_heatmap(axes, row_labels, col_labels, values, mark, **colouring)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     save_figure(figure, path)
 
@@ -148,15 +154,13 @@ def draw_heatmap(
     col_labels: Sequence[object],
     values: Values,
     mark: Mark = None,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    form: str = "{:.2f}",
+    **colouring: Any,
 ) -> None:
-    """Into matplotlib axes: for pictures with several parts."""
+    """Into matplotlib axes: for pictures with several parts. colouring: of Colouring."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    scale = _Scale(values, low, high)
+    chosen = Colouring(**colouring)
+    scale = _Scale(values, chosen.low, chosen.high)
     colours = LinearSegmentedColormap.from_list("localsteer", [_unit(colour) for colour in COLOURS])
     filled = [[value if _is_known(value) else math.nan for value in row] for row in values]
     image = axes.imshow(filled, cmap=colours, vmin=scale.low, vmax=scale.high, aspect="auto")
@@ -164,7 +168,7 @@ def draw_heatmap(
     axes.set_xticks(range(len(col_labels)), [str(label) for label in col_labels], rotation=_tilt(col_labels))
     axes.set_yticks(range(len(row_labels)), [str(label) for label in row_labels])
     if len(row_labels) * len(col_labels) <= MAX_NUMBERS:
-        _write_numbers(axes, values, scale, form)
+        _write_numbers(axes, values, scale, chosen.form)
     for i, j in _marked(mark):
         _frame(axes, i, j)
 

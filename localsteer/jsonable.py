@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+JsonObject = dict[str, Any]  # a document, or a part of one: whatever JSON can hold, by name
+
 
 def finite(value: Any) -> Any:
     """The same with None for NaN and infinity, at any depth."""

@@ -22,6 +22,7 @@ from .cache import remembered
 from .convert import keys
 from .convert.gguf_file import GgufFile, open_gguf
 from .errors import LocalsteerError, ModelFileError
+from .jsonable import JsonObject
 from .model_names import BUNDLED, NAMES, PACKAGED, not_installed, packaged_file
 from .packs import Pack, all_packs, is_off, match_quietly
 from .packs.identity import identity_of
@@ -78,7 +79,7 @@ class NamedModel:
             return False
         return True if architecture in gguf.MODEL_ARCH_NAMES.values() else None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """For JSON."""
         shape = asdict(self.shape) if self.shape else dict.fromkeys(Shape.__dataclass_fields__)
         head = {"name": self.name, "from": self.source, "path": str(self.path) if self.path else None}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PromptError
+from .jsonable import JsonObject
 from .templates import ChatTemplate, Message
 
 JSONL = (".jsonl", ".ndjson")
@@ -87,7 +88,7 @@ def read_lines(path: str | Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def records(path: str | Path, lines: Sequence[tuple[int, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def records(path: str | Path, lines: Sequence[tuple[int, str]]) -> Iterator[tuple[str, JsonObject]]:
     """(where, object) of each line of a JSONL file. Raises PromptError."""
     for number, line in lines:
         where = f"{path}, line {number}"

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from .errors import LocalsteerError, ModelFileError, PromptError
+from .jsonable import JsonObject
 from .rendering import RENDERER, RenderingFailed
 from .rendering_child import one_line as one_line
 
@@ -55,7 +56,7 @@ class ChatTemplate:
         self.template = template or None
         self.bos = bos
         self.eos = eos
-        self.variables: dict[str, Any] = {}
+        self.variables: JsonObject = {}
         self.system: str | None = None
         self.own_stop: tuple[str, ...] = ()
         self._for_tools = ChatTemplate(tool_use, bos, eos) if tool_use else None

@@ -17,6 +17,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from .jsonable import JsonObject
+
 MARKS = ("<tool_call>", "<function=", "[TOOL_CALLS]", "<|python_tag|>")
 _NAME = re.compile(r"[\w.-]+")
 
@@ -26,12 +28,12 @@ class Call:
     name: str
     arguments: str  # JSON, as OpenAI's clients expect it
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
-def loaded(arguments: str | dict[str, Any]) -> Any:
+def loaded(arguments: str | JsonObject) -> Any:
     """Templates write them with tojson: a text would be quoted twice."""
     try:
         return json.loads(arguments) if isinstance(arguments, str) else arguments

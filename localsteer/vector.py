@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from localsteer.jsonable import JsonObject
+
 from .errors import MismatchError, PlanError, VectorFileError
 from .terms import MODES, POSITIONS
 
@@ -252,7 +254,7 @@ def check_model(vector: ControlVector, n_layer: int, n_embd: int, architecture: 
             )
 
 
-def describe(vector: ControlVector) -> dict[str, Any]:
+def describe(vector: ControlVector) -> JsonObject:
     """What a vector holds, as plain JSON-able values; `by_layer` has one entry per layer, in order."""
     columns = {key: getattr(vector, key) for key in STATISTICS}
     norms = np.linalg.norm(vector.directions.astype(np.float64), axis=1)
@@ -262,7 +264,7 @@ def describe(vector: ControlVector) -> dict[str, Any]:
         entry |= {key: None if c is None else float(c[il]) for key, c in columns.items()}
         by_layer.append(entry | _gate(vector, il))
     settings = ("name", "n_layer", "n_embd", "mode", "positions", "strength", "one_sided", "cap")
-    described: dict[str, Any] = {key: getattr(vector, key) for key in settings}
+    described: JsonObject = {key: getattr(vector, key) for key in settings}
     return described | {
         "layers": list(vector.layers),
         "by_layer": by_layer,

@@ -72,11 +72,11 @@ class Workers:
     ) -> list[Result]:
         """work(engine, item) of each item, in order. Raises the first error. advance: (done, of how many)."""
         running = [self._pool.submit(self._run, work, item) for item in items]
-        for done, each in enumerate(as_completed(running), 1):
-            each.result()
+        for done, job in enumerate(as_completed(running), 1):
+            job.result()
             if advance:
                 advance(done, len(running))
-        return [each.result() for each in running]
+        return [job.result() for job in running]
 
     def check(self, *_progress: int) -> None:
         """Raise LocalsteerError once nobody waits for results: long work calls it now and then."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from localsteer.errors import CatalogError
+from localsteer.jsonable import JsonObject
 
 SPLITS = ("extraction", "validation", "test")
 GROUPS = ("format", "length", "word", "language", "fixed")
@@ -95,7 +96,7 @@ class Instruction:
             literal=True,
         )
 
-    def kwargs_for(self, query: str) -> dict[str, Any]:
+    def kwargs_for(self, query: str) -> JsonObject:
         """The verifier's arguments for a reply to this base query (repeat_prompt compares with it)."""
         return _substitute(dict(self.kwargs), {QUERY_SLOT: query})
 
@@ -197,7 +198,7 @@ def _read_text(path: Path) -> str:
         raise CatalogError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> JsonObject:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -228,7 +229,7 @@ def _instructions(tables: Any, where: str) -> dict[str, Instruction]:
     return found
 
 
-def _variants(table: dict[str, Any], where: str) -> Iterator[Instruction]:
+def _variants(table: JsonObject, where: str) -> Iterator[Instruction]:
     """One instruction, or one per line of its `variants`."""
     base = _instruction(table, where)
     variants = _table(table, "variants", where)
@@ -240,7 +241,7 @@ def _variants(table: dict[str, Any], where: str) -> Iterator[Instruction]:
         yield replace(base.fill(**values), id=name)
 
 
-def _instruction(table: dict[str, Any], where: str) -> Instruction:
+def _instruction(table: JsonObject, where: str) -> Instruction:
     _check_keys(table, INSTRUCTION_KEYS, where)
     identifier, group, verifier = table.get("id"), table.get("group", GROUPS[0]), table.get("verifier")
     if not isinstance(identifier, str) or not identifier.strip():
@@ -264,7 +265,7 @@ def _instruction(table: dict[str, Any], where: str) -> Instruction:
     )
 
 
-def _table(table: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+def _table(table: Mapping[str, Any], key: str, where: str) -> JsonObject:
     value = table.get(key, {})
     if not isinstance(value, dict):
         raise CatalogError(f"{where}: {key} is not a table")

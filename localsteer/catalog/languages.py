@@ -46,6 +46,6 @@ def find_language(catalog: Catalog, wanted: str) -> Instruction:
     text = wanted.strip().lower()
     code = next((code for code, name in NAMES.items() if name.lower() == text), text)
     if code not in known:
-        listed = ", ".join(f"{each} ({NAMES[each]})" if each in NAMES else each for each in known)
+        listed = ", ".join(f"{code} ({NAMES[code]})" if code in NAMES else code for code in known)
         raise CatalogError(f"unknown language {wanted!r}: {catalog.source} has {listed or 'none'}")
     return known[code].fill()

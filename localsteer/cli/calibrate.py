@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,20 +39,15 @@ LOW_COSINE = 0.9  # of a steered block: below it the model's own direction is an
     help="What the vector was made from, where it does not say.",
 )
 @options.instruction_data
-@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@options.threads
 @options.as_json
 def command(
     vector: str,
     model: str,
     output: str | None,
     dry_run: bool,
-    text: str | None,
-    catalog: str | None,
-    slots: tuple[tuple[str, Any], ...],
-    queries: str | None,
-    pairs: int | None,
-    threads: int | None,
     as_json: bool,
+    **params: Any,
 ) -> None:
     """Measure the mean projections and spreads of VECTOR again on MODEL, the very quantization that will run.
     Directions and settings stay as they are. No torch.
@@ -73,8 +69,8 @@ def command(
     path = Path(output or vector)
     if not dry_run and output is not None:
         check_output(path)
-    chosen = _pairs(stored, model, catalog, text, slots, queries, pairs)
-    with open_engine(model, threads=threads) as engine:
+    chosen = _pairs(stored, model, params)
+    with open_engine(model, threads=params["threads"]) as engine:
         done = _calibrate(engine, stored, chosen)
     if not dry_run:
         done.vector.save(path)
@@ -86,18 +82,11 @@ def command(
     note(_summary(done) + ("" if dry_run else f" Written to {path}."))
 
 
-def _pairs(
-    vector: ControlVector,
-    model: str,
-    catalog: str | None,
-    text: str | None,
-    slots: tuple[tuple[str, Any], ...],
-    queries: str | None,
-    n_pairs: int | None,
-) -> list[Pair]:
+def _pairs(vector: ControlVector, model: str, params: Mapping[str, Any]) -> list[Pair]:
     from localsteer.catalog import load_queries
     from localsteer.extract.calibrate import pairs_of
 
+    text, slots = params["text"], params["slots"]
     if slots and text is None:
         raise click.UsageError("--slot fills a slot of --instruction: name the instruction, too.")
     if text is not None and vector.phrasings:
@@ -105,10 +94,10 @@ def _pairs(
             f"{vector.label} says itself what it was made from ({vector.phrasings[0]!r}): leave "
             "--instruction out."
         )
-    found = catalog_of(model, catalog)
-    instruction = find_instruction(found, text, slots) if text else None
-    given = load_queries(queries) if queries else None
-    return pairs_of(vector, found, instruction=instruction, queries=given, n_pairs=n_pairs)
+    catalog = catalog_of(model, params["catalog"])
+    instruction = find_instruction(catalog, text, slots) if text else None
+    queries = load_queries(params["queries"]) if params["queries"] else None
+    return pairs_of(vector, catalog, instruction=instruction, queries=queries, n_pairs=params["pairs"])
 
 
 def _calibrate(engine: Engine, vector: ControlVector, pairs: list[Pair]) -> Calibration:
@@ -127,15 +116,15 @@ def _calibrate(engine: Engine, vector: ControlVector, pairs: list[Pair]) -> Cali
 
 def _table(done: Calibration) -> Table:
     numbers = ("block", "cosine", "drift", "mean before", "mean now", "spread", "length before", "here")
-    made = table(*numbers, "", numbers=numbers)
+    shown = table(*numbers, "", numbers=numbers)
     keys = ("cosine", "drift", "mean_with_before", "mean_with", "std_with", "norm_before", "norm_here")
     formats = (".4f", "+.3f", ".3f", ".3f", ".3f", ".3f", ".3f")
     for row in done.rows():
         cells = [
             "-" if row[key] is None else format(row[key], f) for key, f in zip(keys, formats, strict=True)
         ]
-        made.add_row(str(row["block"]), *cells, "steered" if row["chosen"] else "")
-    return made
+        shown.add_row(str(row["block"]), *cells, "steered" if row["chosen"] else "")
+    return shown
 
 
 def _summary(done: Calibration) -> str:

@@ -18,10 +18,12 @@ from localsteer.errors import HostError, LocalsteerError, PromptError
 from . import interrupt, options
 from .console import answer, note, print_json, progress, shown, table
 from .models import load_engine, model_file, own_sampling, set_variables
+from .options import Params
 from .vector_spec import VectorSpec, with_own_strength
 
 if TYPE_CHECKING:
     from localsteer.chat import Chat
+    from localsteer.runtime.sampling import Sampling
     from localsteer.vector import ControlVector
 
 N_SEQ_MAX = 2  # /compare answers twice at once
@@ -54,26 +56,10 @@ GREETING = "/help lists the commands, Alt-Enter begins a new line, Ctrl-D leaves
 )
 @options.settings
 @options.always_steer
-@click.option(
-    "--ridge",
-    type=float,
-    default=0.0,
-    metavar="X",
-    help="Allow nearly parallel vectors at one block; try 0.1. [default: 0]",
-)
+@options.ridge
 @click.option("--system", "-sys", metavar="TEXT", help="A system message before the conversation.")
-@click.option(
-    "-n",
-    "--predict",
-    "--n-predict",
-    type=click.IntRange(min=-1),
-    default=512,
-    metavar="N",
-    help="Tokens of a reply at most; -1 = until the context is full. [default: 512]",
-)
-@click.option(
-    "-r", "--reverse-prompt", "--stop", "stop", multiple=True, metavar="TEXT", help="End a reply before TEXT."
-)
+@options.reply_length(512, "a")
+@options.stop("a")
 @options.sampling
 @options.template_variables
 @options.engine
@@ -87,12 +73,7 @@ def command(
     model: str,
     specs: tuple[str, ...],
     instructions: tuple[str, ...],
-    folder: str | None,
     ensured: tuple[str, ...],
-    tries: int,
-    keep_cache: bool,
-    no_history: bool,
-    always_steer: bool,
     as_json: bool,
     **params: Any,
 ) -> None:
@@ -109,7 +90,6 @@ def command(
       localsteer chat -m MODEL.gguf -s json.gguf:0.8 --vectors vectors/
       printf '%s\\n' "Tell me about foxes." "/steer json" "And hares?" | localsteer chat --temp 0
     """
-    from localsteer.chat import Chat
     from localsteer.stores import is_stored_name
 
     from .run import load_vectors, sampling_of, vector_of
@@ -123,39 +103,40 @@ def command(
     insisted = with_own_strength(specs, vectors)
     loading = {name: params[name] for name in options.LOADING}
     shelf = Shelf(model, params, loading)
-    shelf.add_folder(folder)
+    shelf.add_folder(params["folder"])
     vectors += [vector_of(model, text, params, loading) for text in instructions]
     names += [vector.name for vector in vectors[len(names) :]]
-    predict = params["predict"]
     model_file(model)  # a bundled model that must be made first is made here, not in the chat's thread
-    with Chat(
-        partial(load_engine, model, **loading, as_asked=True, n_seq_max=N_SEQ_MAX),
-        system=params["system"],
-        sampling=sampling,
-        max_tokens=None if predict < 0 else predict,
-        stop=params["stop"],
-        ridge=params["ridge"],
-        keep_cache=keep_cache,
-        tries=tries,
-        always_steer=always_steer or params["strength"] is not None,
-        on_note=note,
-    ) as chat:
+    with _opened(model, sampling, params, loading) as chat:
         set_variables(chat.engine, params["variables"])
         chat.engine.check_template()  # before the first question is typed
         session = Session(chat, shelf, quiet=as_json, piped=lines is not None)
         session.begin(names, vectors, ensured, insisted)
         if lines is None:
             note(f"{model if is_stored_name(model) else chat.engine.path.name}: {GREETING}")
-            lines = _typed_lines(session, None if no_history else _history_file())
+            lines = _typed_lines(session, None if params["no_history"] else _history_file())
         session.run(lines)
         if as_json:
             print_json(chat.document())
 
 
+def _opened(model: str, sampling: Sampling, params: Params, loading: Params) -> Chat:
+    from localsteer.chat import Chat
+
+    return Chat(
+        partial(load_engine, model, **loading, as_asked=True, n_seq_max=N_SEQ_MAX),
+        sampling=sampling,
+        max_tokens=None if params["predict"] < 0 else params["predict"],
+        always_steer=params["always_steer"] or params["strength"] is not None,
+        on_note=note,
+        **{name: params[name] for name in ("system", "stop", "ridge", "keep_cache", "tries")},
+    )
+
+
 class Shelf:
     """Vectors that the chat may be asked for by name and has not loaded yet."""
 
-    def __init__(self, model: str, params: dict[str, Any], loading: dict[str, Any]) -> None:
+    def __init__(self, model: str, params: Params, loading: Params) -> None:
         self.model, self.given, self.loading = model, params, loading
         self.files: dict[str, Path] = {}
 

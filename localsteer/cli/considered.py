@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from localsteer.jsonable import JsonObject
 
 from .console import note
 
@@ -20,7 +22,7 @@ def harmless(
     *,
     always: Sequence[ControlVector],
     raw: bool,
-) -> tuple[list[ControlVector], dict[str, Any]]:
+) -> tuple[list[ControlVector], JsonObject]:
     """The vectors that are applied, and what `--json` says of the others, which are told on stderr."""
     from localsteer.asked import considerate, why_left_out
 

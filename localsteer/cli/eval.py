@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localsteer.errors import LocalsteerError
+from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import answer, note, print_json, progress
 from .models import catalog_of, is_bundled, model_file
+from .options import Params
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -67,7 +69,7 @@ N_TEST = 20
     help=f"Of a reply. [default: {MAX_TOKENS}; less for the bundled model]",
 )
 @click.option("-c", "--ctx-size", type=click.IntRange(min=1), metavar="N", help="Of a prompt and its reply.")
-@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@options.threads
 @click.option("--seed", default=0, show_default=True, type=int, help="Of the random controls.")
 @click.option("--no-paraphrases", is_flag=True, help="Leave the search for badly followed wordings out.")
 @click.option(
@@ -154,7 +156,7 @@ def _show(results: Results, as_json: bool) -> None:
     print_report(results, answer())
 
 
-def _suites(asked: Sequence[str], *, bundled: bool, params: dict[str, Any]) -> list[str]:
+def _suites(asked: Sequence[str], *, bundled: bool, params: Params) -> list[str]:
     """The names, checked before anything is loaded. `all`: those that have what they need."""
     names = _listed(asked)
     for name in names:
@@ -171,16 +173,17 @@ def _suites(asked: Sequence[str], *, bundled: bool, params: dict[str, Any]) -> l
 
 
 def _listed(asked: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(part.strip() for each in asked or ("format",) for part in each.split(",")))
+    return list(dict.fromkeys(part.strip() for names in asked or ("format",) for part in names.split(",")))
 
 
 # --- one evaluation ----------------------------------------------------------------------------------------
 
 
 def _evaluate(
-    vectors: Sequence[str], model: str, names: Sequence[str], params: dict[str, Any], *, leave_out: bool
+    vectors: Sequence[str], model: str, names: Sequence[str], params: Params, *, leave_out: bool
 ) -> Results:
     from localsteer.evaluate import report, results
+    from localsteer.evaluate.bench import open_bench
     from localsteer.evaluate.suites import suite
 
     started = time.perf_counter()
@@ -197,7 +200,12 @@ def _evaluate(
     results.refuse_others(out, None)
     extra = {"ifeval": params["ifeval"], "paraphrases": not params["no_paraphrases"]}
     reports: dict[str, SuiteReport] = {}
-    with _opened(path, catalog, out, base, loaded, params, is_bundled(model)) as (bench, judge):
+    asked = _bench_options(params) | {
+        "limits": _limits(is_bundled(model), params),
+        "base": base,
+        "given": loaded,
+    }
+    with open_bench(path, catalog, out, **asked) as bench, _judge(bench, params) as judge:
         ready = _ready(bench, modules, extra, leave_out=leave_out)
         settings = _settings(list(ready), model, params)
         for name, module in ready.items():
@@ -221,7 +229,7 @@ def _evaluate(
 
 
 def _ready(
-    bench: Bench, modules: dict[str, ModuleType], extra: dict[str, Any], leave_out: bool
+    bench: Bench, modules: dict[str, ModuleType], extra: Params, leave_out: bool
 ) -> dict[str, ModuleType]:
     """The suites that have something to do; asked of all before the first one runs. leave_out: say which do
     not, rather than end there."""
@@ -237,39 +245,30 @@ def _ready(
     return ready
 
 
-@contextmanager
-def _opened(
-    path: Path,
-    catalog: Any,
-    out: Path,
-    base: Path | None,
-    vectors: list[tuple[Path, ControlVector]],
-    params: dict[str, Any],
-    bundled: bool,
-) -> Iterator[tuple[Bench, ModelJudge | None]]:
-    from localsteer.evaluate.bench import open_bench, open_judge
-
-    limits = _limits(bundled, params)
-    arguments = {
-        "limits": limits,
+def _bench_options(params: Params) -> JsonObject:
+    """What the options say of a bench."""
+    return {
         "n_threads": params["threads"],
-        "base": base,
         "n": params["n"],
         "seed": params["seed"],
-        "given": vectors,
         "wanted": _ids(params["instructions"]),
         "test": params["test"],
         "stage": progress,
     }
-    with open_bench(path, catalog, out, **arguments) as bench:
-        if params["judge"] is None:
-            yield bench, None
-            return
-        with open_judge(model_file(params["judge"]), bench, n_threads=params["threads"]) as judge:
-            yield bench, judge
 
 
-def _limits(bundled: bool, params: dict[str, Any]) -> EvalLimits:
+@contextmanager
+def _judge(bench: Bench, params: Params) -> Iterator[ModelJudge | None]:
+    from localsteer.evaluate.bench import open_judge
+
+    if params["judge"] is None:
+        yield None
+        return
+    with open_judge(model_file(params["judge"]), bench, n_threads=params["threads"]) as judge:
+        yield judge
+
+
+def _limits(bundled: bool, params: Params) -> EvalLimits:
     from dataclasses import replace
 
     from localsteer.evaluate.bench import BUNDLED_LIMITS, EvalLimits
@@ -289,7 +288,7 @@ def _ids(text: str | None) -> list[str] | None:
     """Raises LocalsteerError for a list without any name."""
     if text is None:
         return None
-    ids = [each.strip() for each in text.split(",") if each.strip()]
+    ids = [name.strip() for name in text.split(",") if name.strip()]
     if not ids:
         raise LocalsteerError("no instruction is named: leave --instructions out for all of them.")
     return ids
@@ -301,9 +300,9 @@ def _check_names(catalog: Any, vectors: Sequence[tuple[Path, Any]], instructions
     from localsteer.extract.vector_instruction import instruction_of
 
     known = {instruction_of(vector, catalog, path).id for path, vector in vectors}
-    for each in _ids(instructions) or ():
-        if each not in known and each not in DIRECTIONS:
-            catalog.get(each)
+    for name in _ids(instructions) or ():
+        if name not in known and name not in DIRECTIONS:
+            catalog.get(name)
 
 
 def _test_queries(path: str | None) -> tuple[Query, ...] | None:
@@ -326,7 +325,7 @@ def _base_of(model: str, base: str | None) -> Path:
     return model_file(base)
 
 
-def _files(model: str, params: dict[str, Any]) -> dict[str, Path]:
+def _files(model: str, params: Params) -> dict[str, Path]:
     """What a run reads beside models and vectors; their hashes are recorded."""
     from localsteer.catalog import catalog_file
 
@@ -342,7 +341,7 @@ def _files(model: str, params: dict[str, Any]) -> dict[str, Path]:
     return found | ({"judge": model_file(params["judge"])} if params["judge"] else {})
 
 
-def _settings(names: Sequence[str], model: str, params: dict[str, Any]) -> dict[str, Any]:
+def _settings(names: Sequence[str], model: str, params: Params) -> JsonObject:
     limits = _limits(is_bundled(model), params)
     return {
         "suites": list(names),

@@ -15,12 +15,14 @@ import click
 
 from localsteer.cache import require_folder
 from localsteer.errors import VectorFileError
+from localsteer.jsonable import JsonObject
 from localsteer.token_choice import FORMS
 
 from . import options
 from .console import note, print_json, progress, shown
 from .inspect import settings_line
 from .models import catalog_of, extraction_queries, find_instruction, model_file, open_engine
+from .options import Params
 
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction
@@ -85,25 +87,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")  # as localsteer.extract.tor
 )
 @click.option("--device", metavar="NAME", help="PyTorch: cpu, cuda, ... [default: a GPU, if there is one]")
 @click.option("--exact", is_flag=True, help="llama.cpp: F32 cache, no flash attention; slower.")
-@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@options.threads
 @options.rpc
 @options.as_json
 def command(
-    instruction: str | None,
-    include_word: str | None,
-    exclude_word: str | None,
-    length: str | None,
-    language: str | None,
-    pairs_file: str | None,
-    gguf: str | None,
-    checkpoint: str | None,
-    output: str | None,
-    catalog: str | None,
-    slots: tuple[tuple[str, Any], ...],
-    queries: str | None,
-    pairs: int | None,
-    as_json: bool,
-    **params: Any,
+    gguf: str | None, checkpoint: str | None, output: str | None, as_json: bool, **params: Any
 ) -> None:
     """Extract the control vector of an instruction: the difference that it makes to the model's state at the
     last prompt token, on average over prompts with and without it. Or of pairs of texts: the difference
@@ -132,20 +120,8 @@ def command(
     if (gguf is None) == (checkpoint is None):
         raise click.UsageError("give either --gguf MODEL.gguf or --model HF_FOLDER_OR_NAME.")
     _refuse_idle(params, gguf is not None)
-    wanted = {
-        "--instruction": instruction,
-        "--include-word": include_word,
-        "--exclude-word": exclude_word,
-        "--length": length,
-        "--language": language,
-    }
-    settings = _settings(params) | {"n_pairs": pairs}
-    if pairs_file is not None:
-        idle = {"--catalog": catalog, "--slot": slots or None, "--queries": queries}
-        name, make = _from_texts(pairs_file, params, wanted | idle)
-    else:
-        found = catalog_of(gguf, catalog)
-        name, make = _from_instruction(found, recipe_of(found, wanted, slots), queries, params)
+    settings = _settings(params) | {"n_pairs": params["pairs"]}
+    name, make = _what_is_extracted(gguf, params)
     path = named_path(output, name)
     source = checkpoint if gguf is None else _gguf_file(gguf)
     with _opened(source, params) as opened, progress(f"extracting {name}") as on_progress:
@@ -159,6 +135,19 @@ def command(
         click.echo(shown(str(path)))
         n_pairs = vector.provenance["n_pairs"]
         note(f"{n_pairs} pair{'s' * (n_pairs != 1)}; {settings_line(described)}.")
+
+
+def _what_is_extracted(gguf: str | None, params: Mapping[str, Any]) -> tuple[str, Make]:
+    """The vector's name, and what makes it. Raises click.UsageError for options that exclude each other."""
+    names = ("instruction", "include_word", "exclude_word", "length", "language")
+    wanted = {f"--{name.replace('_', '-')}": params[name] for name in names}
+    if params["pairs_file"] is not None:
+        idle = {"catalog": "--catalog", "slots": "--slot", "queries": "--queries"}
+        idle = {option: params[name] or None for name, option in idle.items()}
+        return _from_texts(params["pairs_file"], params, wanted | idle)
+    catalog = catalog_of(gguf, params["catalog"])
+    recipe = recipe_of(catalog, wanted, params["slots"])
+    return _from_instruction(catalog, recipe, params["queries"], params)
 
 
 def _refuse_idle(params: Mapping[str, Any], is_gguf: bool) -> None:
@@ -258,7 +247,7 @@ def refuse_source(path: Path, source: str) -> None:
 
 
 @contextmanager
-def _opened(source: Any, params: dict[str, Any]) -> Iterator[Any]:
+def _opened(source: Any, params: Params) -> Iterator[Any]:
     """A model on several hosts is opened here, as --rpc says; any other by the extraction."""
     if not params["rpc"]:
         yield source
@@ -290,7 +279,7 @@ def _from_instruction(
     return params["name"] or recipe.target.id, partial(recipe.extract, queries=base_queries)
 
 
-def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(params: Mapping[str, Any]) -> JsonObject:
     """Of extraction, from any source."""
     from localsteer.token_choice import TokenChoice
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localsteer.errors import VectorFileError
+from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import answer, note, print_json, table
@@ -107,7 +108,7 @@ def _shipped(model: str, instruction: str) -> str:
     return str(match.pack.path(instruction))
 
 
-def _head(file: str, vector: ControlVector, described: dict[str, Any]) -> Any:
+def _head(file: str, vector: ControlVector, described: JsonObject) -> Any:
     from rich.table import Table
 
     lines = Table.grid(padding=(0, 2))
@@ -123,7 +124,7 @@ def _head(file: str, vector: ControlVector, described: dict[str, Any]) -> Any:
     return lines
 
 
-def choice_lines(choice: dict[str, Any]) -> list[str]:
+def choice_lines(choice: JsonObject) -> list[str]:
     """Why these settings: what the search that found them kept. A file may be anybody's, so nothing in it is
     taken for granted."""
     scores = choice.get("scores")
@@ -143,7 +144,7 @@ def choice_lines(choice: dict[str, Any]) -> list[str]:
     return lines + [str(line) for line in advice if line] if isinstance(advice, (list, tuple)) else lines
 
 
-def _tried(choice: dict[str, Any]) -> Any:
+def _tried(choice: JsonObject) -> Any:
     """The settings that were checked, the best first."""
     rows = table("block", "positions", "strength", "good", "degenerate", "gap", "n", numbers=NUMBERS)
     trials = choice.get("table")
@@ -160,7 +161,7 @@ def _share(value: Any) -> str:
     return f"{value:.0%}" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
 
 
-def settings_line(described: dict[str, Any]) -> str:
+def settings_line(described: JsonObject) -> str:
     """`project at block 12, positions all, strength 1`, and what else is set."""
     blocks = ", ".join(map(str, described["layers"]))
     plural = "s" if len(described["layers"]) > 1 else ""
@@ -171,7 +172,7 @@ def settings_line(described: dict[str, Any]) -> str:
     return line if described["cap"] is None else f"{line}, cap {described['cap']:g}"
 
 
-def _blocks(described: dict[str, Any]) -> Any:
+def _blocks(described: JsonObject) -> Any:
     has_means = any(block["mean_with"] is not None for block in described["by_layer"])
     has_gates = any("gate_bias" in block for block in described["by_layer"])
     titles = ["block", "norm", "", *(["gate"] if has_gates else [])]
@@ -193,12 +194,12 @@ def _blocks(described: dict[str, Any]) -> Any:
     return made
 
 
-def _gate(block: dict[str, Any]) -> str:
+def _gate(block: JsonObject) -> str:
     """The weight of the direction: its bias, and the length of what is read off the normalised state."""
     return f"{block['gate_bias']:.2g} + |w| {block['gate_reader_norm']:.2g}" if "gate_bias" in block else ""
 
 
-def _projections(block: dict[str, Any]) -> list[str]:
+def _projections(block: JsonObject) -> list[str]:
     if block["norm"] == 0 or block["mean_with"] is None:
         return ["", "", "", ""]
     with_, without = (_mean_and_spread(block, side) for side in ("with", "without"))
@@ -206,14 +207,14 @@ def _projections(block: dict[str, Any]) -> list[str]:
     return [without, with_, "" if apart is None else f"{apart:.1f}", strip(block)]
 
 
-def _mean_and_spread(block: dict[str, Any], side: str) -> str:
+def _mean_and_spread(block: JsonObject, side: str) -> str:
     mean, spread = block[f"mean_{side}"], block[f"std_{side}"]
     if mean is None:
         return ""
     return f"{mean:.3g}" if spread is None else f"{mean:.3g} ± {spread:.2g}"
 
 
-def separation(block: dict[str, Any]) -> float | None:
+def separation(block: JsonObject) -> float | None:
     """Distance of the two means in standard deviations (Cohen's d with the mean of the two variances)."""
     figures = [block[key] for key in ("mean_with", "mean_without", "std_with", "std_without")]
     if None in figures:
@@ -228,7 +229,7 @@ def bar(part: float, width: int) -> str:
     return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
 
 
-def strip(block: dict[str, Any]) -> str:
+def strip(block: JsonObject) -> str:
     """Where the two means lie, each with its spread, on this block's own scale."""
     sides = [(block[f"mean_{side}"], block[f"std_{side}"] or 0.0) for side in ("without", "with")]
     if any(mean is None for mean, _ in sides):
@@ -248,7 +249,7 @@ def strip(block: dict[str, Any]) -> str:
     return "".join(cells)
 
 
-def draw(described: dict[str, Any], path: str) -> None:
+def draw(described: JsonObject, path: str) -> None:
     """Norms, and projections with their spreads, over the blocks. Raises LocalsteerError."""
     from localsteer.heatmap import new_figure, save_figure
 
@@ -271,7 +272,7 @@ def draw(described: dict[str, Any], path: str) -> None:
     save_figure(figure, path)
 
 
-def _draw_side(axes: Any, blocks: list[dict[str, Any]], side: str, colour: str) -> None:
+def _draw_side(axes: Any, blocks: list[JsonObject], side: str, colour: str) -> None:
     known = [block for block in blocks if block["norm"] > 0 and block[f"mean_{side}"] is not None]
     if not known:
         return

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from localsteer.errors import LocalsteerError
+from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import note, print_json
@@ -54,7 +55,7 @@ def command(model: str, max_models: int, as_json: bool, **loading: Any) -> None:
     serve_stdio(model, max_models=max_models, **loading)
 
 
-def _settings(model: str) -> dict[str, Any]:
+def _settings(model: str) -> JsonObject:
     """In the form that most clients take. The interpreter is named, since a client may not know our PATH."""
     arguments = ["-m", "localsteer", "mcp", "-m", model]
     return {"mcpServers": {"localsteer": {"command": sys.executable, "args": arguments}}}

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from localsteer.model_list import NamedModel
     from localsteer.stores.stored import AskedFor
 
+    from .options import Params
+
 LONG_NAME = 64  # characters: a blob of Ollama's is named by its hash
 __all__ = ["command", "is_bundled", "is_named"]
 
@@ -157,40 +159,49 @@ def set_variables(engine: Engine, variables: dict[str, Any] | None) -> None:
 def load_engine(
     model: str,
     *,
-    ctx_size: int = 0,
-    threads: int | None = None,
-    gpu_layers: int | None = None,
     as_asked: bool = False,
-    rpc_seconds: float | None = None,
     download: bool = True,
     stop: threading.Event | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> Engine:
-    """The engine of `-m MODEL`, to be closed by the caller. settings: as Engine has them. as_asked: with the
-    context, stop strings and system message that the model's own program gives it, for commands that answer;
-    what measures or makes vectors asks the model as it is. stop: ends the loading by an error when it is set.
-    download: as path_of has it.
+    """The engine of `-m MODEL`, to be closed by the caller. options: of the command line, and Engine's own.
+
+    as_asked: with the context, stop strings and system message that the model's own program gives it, for
+    commands that answer; what measures or makes vectors asks the model as it is. stop: ends the loading by an
+    error when it is set. download: as path_of has it.
     """
     from localsteer.engine import Engine
 
     path = model_file(model, download=download)
     asked = asked_of(model) if as_asked else None
-    if rpc_seconds is not None:
-        if not settings.get("rpc"):
-            raise click.UsageError("--rpc-timeout needs --rpc.")
-        settings["rpc_seconds"] = rpc_seconds
+    settings = _engine_settings(**options)
+    if asked is not None and settings["n_ctx"] is None:
+        settings["n_ctx"] = _context_of(asked, path) or None
     with loading(f"loading {path.name if len(path.name) < LONG_NAME else model}") as on_progress:
         engine = Engine(
             path,
-            n_ctx=ctx_size or (asked and _context_of(asked, path)) or None,
-            n_threads=threads,
-            n_gpu_layers=gpu_layers,
             on_progress=lambda part: on_progress(part) and not (stop and stop.is_set()),
             **settings,
         )
     if asked is not None:
         engine.template.system, engine.template.own_stop = asked.system, asked.stop
     return engine
+
+
+def _engine_settings(
+    *,
+    ctx_size: int = 0,
+    threads: int | None = None,
+    gpu_layers: int | None = None,
+    rpc_seconds: float | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What the options of the command line are to an Engine; settings: its own, as they are."""
+    if rpc_seconds is not None:
+        if not settings.get("rpc"):
+            raise click.UsageError("--rpc-timeout needs --rpc.")
+        settings["rpc_seconds"] = rpc_seconds
+    return settings | {"n_ctx": ctx_size or None, "n_threads": threads, "n_gpu_layers": gpu_layers}
 
 
 def _context_of(asked: AskedFor, path: Path) -> int:
@@ -200,7 +211,7 @@ def _context_of(asked: AskedFor, path: Path) -> int:
     return min(asked.n_ctx, trained_context(path) or asked.n_ctx) if asked.n_ctx else 0
 
 
-def own_sampling(model: str, params: dict[str, Any]) -> dict[str, Any]:
+def own_sampling(model: str, params: Params) -> dict[str, Any]:
     """The sampling options of a command, with the model's own values where the user gave none."""
     context = click.get_current_context()
     own = {

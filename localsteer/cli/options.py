@@ -15,6 +15,7 @@ from localsteer.terms import MODES, POSITIONS
 from . import completed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Params = dict[str, Any]  # what click gives a command: values of options, by the name of the parameter
 
 MAX_RANGE = 10_000  # blocks in `A-B`; no model has as many
 
@@ -137,6 +138,8 @@ def layers_to_try(help: str) -> Callable[[Command], Command]:
     )
 
 
+threads = click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+
 engine = all_of(
     click.option(
         "-c",
@@ -146,7 +149,7 @@ engine = all_of(
         metavar="N",
         help="Tokens of prompt and reply together. [default: 0 = what the model allows, at most 4096]",
     ),
-    click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads."),
+    threads,
     click.option(
         "-ngl",
         "--gpu-layers",
@@ -245,6 +248,42 @@ always_steer = click.option(
     help="Also by a vector whose file says that it does harm where the prompt asks for the same already; an "
     "explicit strength does the same.",
 )
+
+ridge = click.option(
+    "--ridge",
+    type=float,
+    default=0.0,
+    metavar="X",
+    help="Allow nearly parallel vectors at one block; try 0.1. [default: 0]",
+)
+
+raw = click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
+
+
+def reply_length(default: int, whose: str = "the") -> Callable[[Command], Command]:
+    """`-n` as `predict`. whose: of `the` reply, or of `a` reply where there are many."""
+    return click.option(
+        "-n",
+        "--predict",
+        "--n-predict",
+        type=click.IntRange(min=-1),
+        default=default,
+        metavar="N",
+        help=f"Tokens of {whose} reply at most; -1 = until the context is full. [default: {default}]",
+    )
+
+
+def stop(whose: str = "the") -> Callable[[Command], Command]:
+    return click.option(
+        "-r",
+        "--reverse-prompt",
+        "--stop",
+        "stop",
+        multiple=True,
+        metavar="TEXT",
+        help=f"End {whose} reply before TEXT.",
+    )
+
 
 instruction_data = all_of(
     click.option(

@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Any
 
+from ..jsonable import JsonObject
 from . import interrupt
 from .console import heard_by
 from .main import main
@@ -79,7 +79,7 @@ class _Teller:
         if what == self._what and now - self._told < EVERY_SECONDS:
             return
         self._what, self._told = what, now
-        event: dict[str, Any] = {"what": what, "done": done, "total": total}
+        event: JsonObject = {"what": what, "done": done, "total": total}
         with suppress(OSError, ValueError):
             sys.stderr.write(f"{BEGINNING}{json.dumps(event)}\n")
             sys.stderr.flush()

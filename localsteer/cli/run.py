@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from localsteer.jsonable import JsonObject
+
 from . import options
 from .considered import harmless
 from .console import answer, note, print_json, shown, table
@@ -24,6 +26,7 @@ from .models import (
     read_text,
     set_variables,
 )
+from .options import Params
 from .prompt_input import read_prompt
 from .vector_spec import VectorSpec, with_own_strength
 
@@ -68,33 +71,11 @@ TRIES = 3
 @click.option("--compare", is_flag=True, help="The plain and the steered reply side by side.")
 @options.settings
 @options.always_steer
-@click.option(
-    "--ridge",
-    type=float,
-    default=0.0,
-    metavar="X",
-    help="Allow nearly parallel vectors at one block; try 0.1. [default: 0]",
-)
+@options.ridge
 @click.option("--system", "-sys", metavar="TEXT", help="A system message before the prompt.")
-@click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
-@click.option(
-    "-n",
-    "--predict",
-    "--n-predict",
-    type=click.IntRange(min=-1),
-    default=512,
-    metavar="N",
-    help="Tokens of the reply at most; -1 = until the context is full. [default: 512]",
-)
-@click.option(
-    "-r",
-    "--reverse-prompt",
-    "--stop",
-    "stop",
-    multiple=True,
-    metavar="TEXT",
-    help="End the reply before TEXT.",
-)
+@options.raw
+@options.reply_length(512)
+@options.stop()
 @options.sampling
 @options.template_variables
 @options.engine
@@ -108,13 +89,7 @@ def command(
     specs: tuple[str, ...],
     instructions: tuple[str, ...],
     ensured: tuple[str, ...],
-    tries: int | None,
-    stream: bool,
-    compare: bool,
-    always_steer: bool,
-    ridge: float,
     as_json: bool,
-    timings: bool,
     **params: Any,
 ) -> None:
     """Answer PROMPT and stream the reply.
@@ -134,25 +109,13 @@ def command(
     """
     from localsteer.runtime.ask import Ask
 
-    if compare and ensured:
-        raise click.UsageError(
-            "--ensure chooses between the plain and the steered reply: leave --compare out."
-        )
-    if compare and not (specs or instructions):
-        raise click.UsageError("--compare needs something to steer by: give -s VECTOR or --instruction.")
-    something = "something to steer by: give -s VECTOR or --instruction"
-    _refuse_idle(params | {"ridge": ridge or None}, something, specs + instructions + ensured)
-    _refuse_idle(params, "--instruction or --ensure ID", instructions + ensured, INSTRUCTION_DATA)
-    _refuse_idle({"tries": tries}, "--ensure", ensured, ("tries",))
-    _refuse_idle({"always-steer": always_steer or None}, something, specs + instructions, ("always-steer",))
-    if params["raw"] and params["variables"]:
-        raise click.UsageError("--chat-template-kwargs needs the chat template: leave --raw out.")
+    _check_options(specs, instructions, ensured, params)
     sampling = sampling_of(own_sampling(model, params))
     vectors = load_vectors(specs, params)
     insisted = with_own_strength(specs, vectors)
     # a comparison shows what the vectors do, and so does a strength of the user's own
-    literal = always_steer or compare or params["strength"] is not None
-    message = message_of(read_prompt(prompt), params.pop("system"), params["raw"])
+    literal = params["always_steer"] or params["compare"] or params["strength"] is not None
+    message = message_of(read_prompt(prompt), params["system"], params["raw"])
     loading = {name: params[name] for name in options.LOADING}
     vectors += [vector_of(model, text, params, loading) for text in instructions]
     checked = [vector_to_ensure(model, text, params, loading) for text in ensured]
@@ -162,32 +125,45 @@ def command(
         vectors, left_out = harmless(engine, vectors, message, always=always, raw=params["raw"])
         ask = Ask(
             message,
-            steer=plan_of(engine, vectors, ridge),
+            steer=plan_of(engine, vectors, params["ridge"]),
             max_tokens=None if params["predict"] < 0 else params["predict"],
             sampling=sampling,
             stop=params["stop"],
             raw=params["raw"],
         )
         request = Question(engine, ask)
-        if checked:
-            found = ensure_reply(request, vectors, checked, tries or TRIES, ridge)
-            if as_json:
-                steering = [*vectors, *steered_by(found, checked)]
-                made = document(request, model, steering, found.reply) | {"ensure": found.record()}
-                print_json(made | left_out)
-            else:
-                show_ensured(request, found, timings)
-        elif as_json:
-            made = document(request, model, vectors, request.reply()) | plain_document(request, compare)
-            print_json(made | left_out)
-        elif compare:
-            show_both(request, vectors, timings)
+        if as_json:
+            print_json(_answer(request, model, vectors, checked, params) | left_out)
+        elif checked:
+            show_ensured(request, ensure_reply(request, vectors, checked, params), params["timings"])
+        elif params["compare"]:
+            show_both(request, vectors, params["timings"])
         else:
-            show_reply(request, timings, stream)
+            show_reply(request, params["timings"], params["stream"])
+
+
+def _check_options(
+    specs: tuple[str, ...], instructions: tuple[str, ...], ensured: tuple[str, ...], params: Params
+) -> None:
+    """Raise click.UsageError for options that exclude each other, or would do nothing."""
+    if params["compare"] and ensured:
+        raise click.UsageError(
+            "--ensure chooses between the plain and the steered reply: leave --compare out."
+        )
+    if params["compare"] and not (specs or instructions):
+        raise click.UsageError("--compare needs something to steer by: give -s VECTOR or --instruction.")
+    something = "something to steer by: give -s VECTOR or --instruction"
+    stated = params | {"ridge": params["ridge"] or None, "always-steer": params["always_steer"] or None}
+    _refuse_idle(stated, something, specs + instructions + ensured)
+    _refuse_idle(stated, "--instruction or --ensure ID", instructions + ensured, INSTRUCTION_DATA)
+    _refuse_idle(stated, "--ensure", ensured, ("tries",))
+    _refuse_idle(stated, something, specs + instructions, ("always-steer",))
+    if params["raw"] and params["variables"]:
+        raise click.UsageError("--chat-template-kwargs needs the chat template: leave --raw out.")
 
 
 def _refuse_idle(
-    params: dict[str, Any], need: str, there: tuple[str, ...], names: Sequence[str] = (*SETTINGS, "ridge")
+    params: Params, need: str, there: tuple[str, ...], names: Sequence[str] = (*SETTINGS, "ridge")
 ) -> None:
     """Raise click.UsageError for an option that would do nothing, since what it belongs to is not `there`."""
     for name in () if there else names:
@@ -213,7 +189,7 @@ class Question:
         return replace(self.ask, steer=())
 
 
-def sampling_of(params: dict[str, Any]) -> Sampling:
+def sampling_of(params: Params) -> Sampling:
     """From the sampling options, with a seed drawn here, so that two replies can share it."""
     from localsteer.runtime.sampling import Sampling
 
@@ -226,7 +202,7 @@ def sampling_of(params: dict[str, Any]) -> Sampling:
     )
 
 
-def grammar_of(params: dict[str, Any]) -> Constraint | str | None:
+def grammar_of(params: Params) -> Constraint | str | None:
     """From --grammar, --grammar-file or --json-schema."""
     from localsteer.constrain import Constraint
 
@@ -243,7 +219,7 @@ def grammar_of(params: dict[str, Any]) -> Constraint | str | None:
     return Constraint.json_schema(schema if is_text else read_text(schema, "the JSON schema"))
 
 
-def load_vectors(specs: Sequence[str], params: dict[str, Any]) -> list[ControlVector]:
+def load_vectors(specs: Sequence[str], params: Params) -> list[ControlVector]:
     """The vector files, before the model: a slip in their names should not wait for it."""
     settings = {name: params[name] for name in SETTINGS}
     return [VectorSpec.parse(spec).load(**settings) for spec in specs]
@@ -257,7 +233,7 @@ def message_of(text: str, system: str | None, raw: bool) -> Prompt:
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
-def vector_of(model: str, text: str, params: dict[str, Any], loading: dict[str, Any]) -> ControlVector:
+def vector_of(model: str, text: str, params: Params, loading: Params) -> ControlVector:
     """The vector of an instruction, made on first use."""
     from .first_use import vector_on_first_use
 
@@ -270,7 +246,7 @@ def vector_of(model: str, text: str, params: dict[str, Any], loading: dict[str, 
     return vector.at(**{name: params[name] for name in SETTINGS})
 
 
-def vector_to_ensure(model: str, text: str, params: dict[str, Any], loading: dict[str, Any]) -> ControlVector:
+def vector_to_ensure(model: str, text: str, params: Params, loading: Params) -> ControlVector:
     """A vector file, or the vector of an instruction, made on first use; `json:0.8@3` sets what it says."""
     spec = VectorSpec.parse(text)
     if os.path.exists(spec.path) or Path(spec.path).suffix == ".gguf":
@@ -290,13 +266,12 @@ def ensure_reply(
     request: Question,
     vectors: Sequence[ControlVector],
     checked: Sequence[ControlVector],
-    tries: int,
-    ridge: float,
+    params: Params,
 ) -> Ensured:
     from localsteer.ensure import ensure
 
     ask = replace(request.ask, steer=vectors)
-    return ensure(request.engine, ask, checked, tries=tries, ridge=ridge)
+    return ensure(request.engine, ask, checked, tries=params["tries"] or TRIES, ridge=params["ridge"])
 
 
 def steered_by(found: Ensured, checked: Sequence[ControlVector]) -> list[ControlVector]:
@@ -397,8 +372,8 @@ def _title(vector: ControlVector) -> str:
     return f"{vector.label}:{vector.strength:g}@{blocks} {vector.mode} {vector.positions}"
 
 
-def document(request: Question, model: str, vectors: Sequence[ControlVector], reply: Reply) -> dict[str, Any]:
-    """What `--json` prints."""
+def document(request: Question, model: str, vectors: Sequence[ControlVector], reply: Reply) -> JsonObject:
+    """Of one reply."""
     steering = [
         {
             "name": vector.name,
@@ -418,11 +393,25 @@ def document(request: Question, model: str, vectors: Sequence[ControlVector], re
     return made | _reply_document(reply)
 
 
-def plain_document(request: Question, compare: bool) -> dict[str, Any]:
-    return {"plain": _reply_document(request.reply(steered=False))} if compare else {}
+def _answer(
+    request: Question,
+    model: str,
+    vectors: Sequence[ControlVector],
+    checked: Sequence[ControlVector],
+    params: Params,
+) -> JsonObject:
+    """What `--json` prints, whatever was asked for."""
+    if checked:
+        ensured = ensure_reply(request, vectors, checked, params)
+        steering = [*vectors, *steered_by(ensured, checked)]
+        return document(request, model, steering, ensured.reply) | {"ensure": ensured.record()}
+    steered = document(request, model, vectors, request.reply())
+    if not params["compare"]:
+        return steered
+    return steered | {"plain": _reply_document(request.reply(steered=False))}
 
 
-def _reply_document(reply: Reply) -> dict[str, Any]:
+def _reply_document(reply: Reply) -> JsonObject:
     return {
         "reply": reply.text,
         "finish_reason": reply.finish_reason,

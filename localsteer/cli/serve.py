@@ -20,6 +20,7 @@ from localsteer.errors import LocalsteerError
 from . import interrupt, options
 from .console import note, print_json
 from .models import is_named, load_engine, model_file, set_variables
+from .options import Params
 
 if TYPE_CHECKING:
     from localsteer.runtime.scheduler import Scheduler
@@ -238,7 +239,7 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(models: Sequence[str], params: dict[str, Any]) -> Iterator[Pool]:
+def _opened(models: Sequence[str], params: Params) -> Iterator[Pool]:
     """The models of -m are loaded as far as there is room for them."""
     from localsteer.server.pool import Pool
 
@@ -259,7 +260,7 @@ def _opened(models: Sequence[str], params: dict[str, Any]) -> Iterator[Pool]:
         yield pool
 
 
-def _loadable(name: str, model: str, file: Path, params: dict[str, Any]) -> Loadable:
+def _loadable(name: str, model: str, file: Path, params: Params) -> Loadable:
     """One model. file: the first part of it."""
     from localsteer.model_names import asked_of
     from localsteer.server.pool import Loadable
@@ -268,7 +269,7 @@ def _loadable(name: str, model: str, file: Path, params: dict[str, Any]) -> Load
     return Loadable(name, opener, _memory(file, params), file, asked_of(model).sampling)
 
 
-def _memory(file: Path, params: dict[str, Any]) -> int:
+def _memory(file: Path, params: Params) -> int:
     """Bytes, 0 where nobody asks or the header tells nothing."""
     from localsteer.model_list import memory_needed
     from localsteer.stores import parts_of
@@ -282,7 +283,7 @@ def _memory(file: Path, params: dict[str, Any]) -> int:
         return 0
 
 
-def _scheduler(model: str, params: dict[str, Any], stop: threading.Event) -> Scheduler:
+def _scheduler(model: str, params: Params, stop: threading.Event) -> Scheduler:
     """stop: ends the loading."""
     from localsteer.runtime.scheduler import Scheduler
 
@@ -301,7 +302,7 @@ def _scheduler(model: str, params: dict[str, Any], stop: threading.Event) -> Sch
     return scheduler
 
 
-def _all_models(params: dict[str, Any]) -> dict[str, Loadable]:
+def _all_models(params: Params) -> dict[str, Loadable]:
     """Those of `localsteer models` that can be used at once and steered."""
     from localsteer.model_list import all_models
 
@@ -310,7 +311,7 @@ def _all_models(params: dict[str, Any]) -> dict[str, Loadable]:
     return {model.name: _loadable(model.name, model.name, model.path, params) for model in usable}
 
 
-def _resolved(name: str, params: dict[str, Any]) -> Loadable | None:
+def _resolved(name: str, params: Params) -> Loadable | None:
     """What a client's name means that was not known at the start; never a path. Raises ModelFileError."""
     from localsteer.stores import find, is_stored_name
 
@@ -331,7 +332,7 @@ def _tell_of_download() -> Callable[[str, int, int], None]:
     return on_progress
 
 
-def _application(pool: Pool, folder: str | None, access: Any, params: dict[str, Any]) -> Running:
+def _application(pool: Pool, folder: str | None, access: Any, params: Params) -> Running:
     from localsteer.server.app import create_app
     from localsteer.server.limits import Limits
     from localsteer.server.run import Running

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+
+from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import answer, note, print_json, progress, table
@@ -46,7 +48,7 @@ GROUPS = ("format", "length")
     metavar="N",
     help="Prompt pairs for each instruction.",
 )
-@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@options.threads
 @options.as_json
 def command(
     instructions: tuple[str, ...],
@@ -83,12 +85,15 @@ def command(
         check_picture(plot)
     found = catalog_of(model, catalog)
     chosen = _chosen(found, instructions)
-    made = [build_pairs(each, extraction_queries(found, each, queries), pairs) for each in chosen]
+    made = [
+        build_pairs(instruction, extraction_queries(found, instruction, queries), pairs)
+        for instruction in chosen
+    ]
     with open_engine(model, threads=threads) as engine, open_backend(engine) as backend:
         block = _checked(block, backend.n_layer)
         with progress("reading states") as on_progress:
             states = States(backend, on_progress)
-            states.of([text for each in made for pair in each for text in (pair.plain, pair.instructed)])
+            states.of([text for group in made for pair in group for text in (pair.plain, pair.instructed)])
         with progress("comparing"):
             done = similarity(states, chosen, made)
         name = backend.model_name
@@ -106,7 +111,9 @@ def _chosen(catalog: Catalog, names: tuple[str, ...]) -> list[Instruction]:
     if names:
         return [find_instruction(catalog, name, ()) for name in dict.fromkeys(names)]
     usual = [instruction for instruction in catalog.instructions.values() if instruction.group in GROUPS]
-    return [each.fill() for each in usual if set(each.open_slots) <= set(each.slots)][:N_INSTRUCTIONS]
+    return [
+        instruction.fill() for instruction in usual if set(instruction.open_slots) <= set(instruction.slots)
+    ][:N_INSTRUCTIONS]
 
 
 def _checked(block: int | None, n_layer: int) -> int | None:
@@ -115,20 +122,20 @@ def _checked(block: int | None, n_layer: int) -> int | None:
     return block
 
 
-def _document(done: Similarity, block: int, name: str) -> dict[str, Any]:
+def _document(done: Similarity, block: int, name: str) -> JsonObject:
     return {
         "model": name,
         "n_pairs": done.n_pairs,
         "blocks": done.rows(),
         "instructions": [
             {
-                "id": each,
+                "id": name,
                 "within": done.within[k].tolist(),
                 "between": done.between[k].tolist(),
                 "linear": done.linear[k].tolist(),
                 "gaussian": done.gaussian[k].tolist(),
             }
-            for k, each in enumerate(done.instructions)
+            for k, name in enumerate(done.instructions)
         ],
         "matrix": {"block": block, "cosines": done.matrix[block].tolist()},
     }

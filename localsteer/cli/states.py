@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from localsteer.jsonable import JsonObject
 from localsteer.token_choice import FORMS
 
 from . import options
@@ -61,7 +62,7 @@ def command(
     output: str,
     tokens: str,
     specs: tuple[str, ...],
-    variables: dict[str, Any] | None,
+    variables: JsonObject | None,
     as_json: bool,
     **params: Any,
 ) -> None:
@@ -121,7 +122,7 @@ def _going_on(path: Path) -> Iterator[None]:
         raise
 
 
-def _summary(done: dict[str, Any]) -> str:
+def _summary(done: JsonObject) -> str:
     shape = f"{done['rows']} x {len(done['layers'])} blocks x {done['n_embd']}, {done['dtype']}"
     prompts = f"{done['prompts']} prompt{'s' * (done['prompts'] != 1)}"
     kept = f" ({done['kept']} of them from an earlier run)" if done["kept"] else ""

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -37,21 +38,15 @@ N_TEST, N_QUICK = 20, 4
 @click.option("--quick", is_flag=True, help="Everything small, to see that it works.")
 @click.option("--catalog", metavar="TOML", help="Instructions and queries. [default: the model's]")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of everything random.")
-@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@options.threads
 @options.as_json
 def command(
     name: str,
     model: str,
-    out: str | None,
     files: tuple[str, ...],
-    checkpoint: str | None,
-    instructions: str | None,
-    n: int | None,
     quick: bool,
-    catalog: str | None,
-    seed: int,
-    threads: int | None,
     as_json: bool,
+    **params: Any,
 ) -> None:
     """Measure one question on MODEL; DIR gets results.json, NAME.md, pictures, and every reply in JSONL.
 
@@ -78,22 +73,21 @@ def command(
     from localsteer.evaluate.report.terminal import print_report
     from localsteer.evaluate.studies.common import StudyJob, run_study
 
-    _check_options(name, files, checkpoint)
-    found = catalog_of(None if files else model, catalog) if files else catalog_of(model, catalog)
+    _check_options(name, files, params["checkpoint"])
     bundled = is_bundled(model) and not files
     named = _files(name, files, bundled, quick)
     job = StudyJob(
-        catalog=found,
-        out=Path(out or f"study-{name}"),
+        catalog=catalog_of(None if files else model, params["catalog"]),
+        out=Path(params["out"] or f"study-{name}"),
         model=named[0][1] if named else model_file(model),
         limits=BUNDLED_LIMITS if bundled else EvalLimits(),
-        n=n or (N_QUICK if quick else N_TEST),
-        seed=seed,
-        wanted=_ids(instructions),
+        n=params["n"] or (N_QUICK if quick else N_TEST),
+        seed=params["seed"],
+        wanted=_ids(params["instructions"]),
         quick=quick,
-        n_threads=threads,
+        n_threads=params["threads"],
         files=named,
-        checkpoint=_checkpoint(checkpoint, model) if name == "layers" else None,
+        checkpoint=_checkpoint(params["checkpoint"], model) if name == "layers" else None,
         stage=progress,
     )
     results = run_study(name, job, command=shlex.join(["localsteer", *sys.argv[1:]]))
@@ -116,7 +110,7 @@ def _check_options(name: str, files: tuple[str, ...], checkpoint: str | None) ->
 def _ids(instructions: str | None) -> tuple[str, ...] | None:
     if instructions is None:
         return None
-    ids = tuple(each.strip() for each in instructions.split(",") if each.strip())
+    ids = tuple(name.strip() for name in instructions.split(",") if name.strip())
     if not ids:
         raise click.UsageError("--instructions names none: leave it out for the study's own choice.")
     return ids

@@ -12,6 +12,7 @@ from localsteer.cache import require_folder
 from . import options
 from .console import answer, note, print_json, progress
 from .models import open_engine
+from .options import Params
 from .prompt_input import read_prompt
 
 
@@ -39,24 +40,10 @@ class Watched(options.Blocks):
 @click.option(
     "--reply", metavar="TEXT", help="Trace this reply to the prompt instead of one by the steered model."
 )
-@click.option(
-    "--ridge",
-    type=float,
-    default=0.0,
-    metavar="X",
-    help="Allow nearly parallel vectors at one block; try 0.1. [default: 0]",
-)
+@options.ridge
 @click.option("--system", "-sys", metavar="TEXT", help="A system message before the prompt.")
-@click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
-@click.option(
-    "-n",
-    "--predict",
-    "--n-predict",
-    type=click.IntRange(min=-1),
-    default=64,
-    metavar="N",
-    help="Tokens of the reply at most; -1 = until the context is full. [default: 64]",
-)
+@options.raw
+@options.reply_length(64)
 @click.option("--temp", type=float, default=0.0, metavar="X", help="Temperature; 0 is greedy. [default: 0]")
 @click.option("--seed", type=int, metavar="N", help="[default: another one each time]")
 @options.engine
@@ -71,8 +58,6 @@ def command(
     model: str,
     specs: tuple[str, ...],
     instructions: tuple[str, ...],
-    plot: str | None,
-    html: str | None,
     as_json: bool,
     **params: Any,
 ) -> None:
@@ -95,14 +80,7 @@ def command(
 
     from .run import load_vectors, message_of, vector_of
 
-    if not (specs or instructions):
-        raise click.UsageError("there is nothing to trace: give -s VECTOR or --instruction.")
-    if html is not None and Path(html).suffix.lower() not in (".html", ".htm"):
-        raise click.BadParameter(
-            f"{html!r} does not end in .html: give the page's own name.", param_hint="--html"
-        )
-    for path in filter(None, (plot, html)):
-        require_folder(path)  # before the model's time is spent on a picture that has no place to go
+    _check_options(specs, instructions, params)
     sampling = Sampling(temp=params["temp"], seed=params["seed"])
     vectors = load_vectors(specs, params)
     message = message_of(read_prompt(prompt), params["system"], params["raw"])
@@ -112,7 +90,7 @@ def command(
         open_engine(model, **loading, as_asked=True, n_seq_max=1) as engine,
         progress("tracing") as on_progress,
     ):
-        made = trace(
+        traced = trace(
             engine,
             message,
             vectors,
@@ -124,23 +102,36 @@ def command(
             raw=params["raw"],
             on_progress=on_progress,
         )
-    _write_pictures(made, plot, html)
+    _write_pictures(traced, params["plot"], params["html"])
     if as_json:
-        print_json({"prompt": message, **made.to_dict()})
+        print_json({"prompt": message, **traced.to_dict()})
         return
     from localsteer.trace.terminal import print_trace
 
-    print_trace(made, answer())
+    print_trace(traced, answer())
 
 
-def _write_pictures(made: Any, plot: str | None, html: str | None) -> None:
+def _check_options(specs: tuple[str, ...], instructions: tuple[str, ...], params: Params) -> None:
+    """Raise before the model's time is spent on what has no place to go."""
+    plot, html = params["plot"], params["html"]
+    if not (specs or instructions):
+        raise click.UsageError("there is nothing to trace: give -s VECTOR or --instruction.")
+    if html is not None and Path(html).suffix.lower() not in (".html", ".htm"):
+        raise click.BadParameter(
+            f"{html!r} does not end in .html: give the page's own name.", param_hint="--html"
+        )
+    for path in filter(None, (plot, html)):
+        require_folder(path)
+
+
+def _write_pictures(traced: Any, plot: str | None, html: str | None) -> None:
     if plot is not None:
         from localsteer.trace.plot import draw_trace
 
-        draw_trace(made, plot)
+        draw_trace(traced, plot)
         note(f"drew {plot}")
     if html is not None:
         from localsteer.trace.html import write_page
 
-        write_page(made, html)
+        write_page(traced, html)
         note(f"wrote {html}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localsteer.errors import MismatchError
+from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import answer, note, print_json, progress, table
@@ -52,21 +53,15 @@ N_PROMPTS = 400  # as in extract.transfer
 @click.option(
     "--catalog", metavar="TOML", help="Instructions and queries. [default: the model's, as for extract]"
 )
-@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@options.threads
 @options.as_json
 def command(
     vector: str,
     model: str,
     output: str | None,
-    mapped: bool,
-    source: str | None,
-    prompts: int,
-    qa: bool,
     test: bool,
-    n: int,
-    catalog: str | None,
-    threads: int | None,
     as_json: bool,
+    **params: Any,
 ) -> None:
     """Use VECTOR in MODEL, another one than it was made from, and say plainly whether it does anything there.
 
@@ -87,19 +82,20 @@ def command(
     from localsteer.extract.calibrate import instruction_of
     from localsteer.vector import ControlVector
 
+    mapped, source = params["mapped"], params["source"]
     if mapped != (source is not None):
         raise click.UsageError("--map and --from belong together: --map --from MODEL.gguf.")
     stored = ControlVector.load(vector)
     if output is not None:
         check_output(Path(output))
         refuse_source(Path(output), vector)
-    found = catalog_of(model, catalog)
+    catalog = catalog_of(model, params["catalog"])
     if test or mapped:
         instruction_of(stored)  # refuses a vector that does not say what it is of
-    job = _Job(stored, found, model, source, prompts, threads)
-    with job.open(model, plain_prompts=qa) as engine:
+    job = _Job(stored, catalog, model, source, params["prompts"], params["threads"])
+    with job.open(model, plain_prompts=params["qa"]) as engine:
         sent = job.send(engine)
-        examined = _examine(job, engine, sent, n) if test else None
+        examined = _examine(job, engine, sent, params["n"]) if test else None
     written = sent.vector if examined is None else examined.vector
     if output is not None:
         written.save(output)
@@ -213,7 +209,7 @@ def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
     if job.instruction.verifier is None:
         note(f"{job.vector.label} has no verifier, so nothing tells whether a reply follows it: not tested.")
         return None
-    limits: dict[str, Any] = {}
+    limits: JsonObject = {}
     if is_bundled(job.model):
         limits = {"max_tokens": BUNDLED_LIMITS.max_tokens, "must_end": BUNDLED_LIMITS.must_end}
 
@@ -237,22 +233,24 @@ def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
 
 def _document(
     job: _Job, sent: _Sent, examined: Examined | None, vector: ControlVector, output: str | None
-) -> dict[str, Any]:
+) -> JsonObject:
     return {
         "file": output,
         "model": job.model,
         "way": sent.way,
-        "map": [{"block": t, **_fit(each)} for t, each in enumerate(sent.maps)],
+        "map": [{"block": t, **_fit(block_map)} for t, block_map in enumerate(sent.maps)],
         "layer": list(vector.layers),
         "positions": vector.positions,
         "helped_in_validation": None if examined is None else examined.helped,
         "conditions": [] if examined is None else examined.rows(),
-        "lifts": {} if examined is None else {name: list(each) for name, each in examined.lifts.items()},
+        "lifts": {}
+        if examined is None
+        else {name: list(interval) for name, interval in examined.lifts.items()},
         "verdict": None if examined is None else examined.verdict,
     }
 
 
-def _fit(each: BlockMap) -> dict[str, Any]:
+def _fit(each: BlockMap) -> JsonObject:
     return {"source": each.source, "ridge": each.ridge, "r2": each.r2}
 
 
@@ -260,8 +258,8 @@ def _print(sent: _Sent, examined: Examined | None) -> None:
     console = answer()
     if sent.maps:
         made = table("block", "from block", "R2 held out", "ridge", numbers=("block", "from block", "ridge"))
-        for t, each in enumerate(sent.maps):
-            made.add_row(str(t), str(each.source), f"{each.r2:.3f}", f"{each.ridge:g}")
+        for t, block_map in enumerate(sent.maps):
+            made.add_row(str(t), str(block_map.source), f"{block_map.r2:.3f}", f"{block_map.ridge:g}")
         console.print(made)
         console.print()
     if examined is None:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localsteer.errors import CatalogError, LocalsteerError, VectorFileError
+from localsteer.jsonable import JsonObject
 from localsteer.terms import MODES, POSITIONS
 
 from . import interrupt, options
 from .console import note, print_json, progress
 from .extract import check_folder, check_output, output_path, refuse_to_replace
 from .models import catalog_of, extraction_queries, find_instruction, open_engine
+from .options import Params
 from .tune_shown import draw, show
 
 if TYPE_CHECKING:
@@ -177,13 +179,13 @@ def command(vectors: tuple[str, ...], model: str, as_json: bool, **params: Any) 
 @dataclass(frozen=True)
 class TuneJob:
     """One vector on its way. path: None for one that is extracted here, whose vector is None until then.
-    extraction: what it is extracted from."""
+    queries: of the validation. extraction: what it is extracted from."""
 
     path: Path | None
     target: Path
     vector: ControlVector | None
     instruction: Instruction
-    queries: tuple[Query, ...]
+    queries: tuple[Query, ...] = ()
     extraction: tuple[Query, ...] = ()
 
     @property
@@ -191,7 +193,7 @@ class TuneJob:
         return self.instruction.id
 
 
-def _jobs(vectors: Sequence[str], model: str, params: dict[str, Any]) -> list[TuneJob]:
+def _jobs(vectors: Sequence[str], model: str, params: Params) -> list[TuneJob]:
     """Everything that can be refused without the model is refused here."""
     if bool(vectors) == (params["text"] is not None):
         raise click.UsageError("give vector files, or --instruction ID to make one.")
@@ -201,15 +203,15 @@ def _jobs(vectors: Sequence[str], model: str, params: dict[str, Any]) -> list[Tu
         instruction = find_instruction(catalog, params["text"], ())
         target = output_path(params["output"], instruction)
         extraction = extraction_queries(catalog, instruction, None)
-        return [_job(None, target, None, instruction, catalog, rule, params, extraction)]
+        job = TuneJob(None, target, None, replace(instruction, **rule), extraction=extraction)
+        return [_checked(job, catalog, params)]
     files = [Path(name) for name in dict.fromkeys(vectors)]
     targets = _targets(files, params["output"], params["dry_run"])
-    return [_loaded_job(*each, catalog, rule, params) for each in zip(files, targets, strict=True)]
+    jobs = [_loaded_job(path, target, catalog, rule) for path, target in zip(files, targets, strict=True)]
+    return [_checked(job, catalog, params) for job in jobs]
 
 
-def _loaded_job(
-    path: Path, target: Path, catalog: Catalog, rule: dict[str, Any], params: dict[str, Any]
-) -> TuneJob:
+def _loaded_job(path: Path, target: Path, catalog: Catalog, rule: JsonObject) -> TuneJob:
     from localsteer.catalog import Instruction
     from localsteer.extract.vector_instruction import instruction_of
     from localsteer.vector import ControlVector
@@ -222,36 +224,29 @@ def _loaded_job(
             raise _no_verifier(str(path)) from None
         # its wording is not known: it is tuned without it in the prompt
         instruction = Instruction(vector.name or path.stem, (), literal=True)
-    return _job(path, target, vector, instruction, catalog, rule, params)
+    return TuneJob(path, target, vector, replace(instruction, **rule))
 
 
-def _job(
-    path: Path | None,
-    target: Path,
-    vector: ControlVector | None,
-    instruction: Instruction,
-    catalog: Catalog,
-    rule: dict[str, Any],
-    params: dict[str, Any],
-    extraction: tuple[Query, ...] = (),
-) -> TuneJob:
+def _checked(job: TuneJob, catalog: Catalog, params: Params) -> TuneJob:
+    """With its queries. Raises CatalogError, PlanError for what the search can't work with."""
     from localsteer.tune.exhaustive import grid
     from localsteer.verify.verdicts import check_arguments
 
-    instruction = replace(instruction, **rule)
+    instruction = job.instruction
+    what = str(job.path or instruction.id)
     if instruction.verifier is None and (params["exhaustive"] or not instruction.phrasings):
-        raise _no_verifier(str(path or instruction.id))
+        raise _no_verifier(what)
     if not instruction.phrasings and not params["exhaustive"]:
-        raise _no_wording(str(path or instruction.id))
+        raise _no_wording(what)
     queries = _validation(catalog, instruction, params)
     if instruction.verifier is not None:
         check_arguments(instruction.verifier, instruction.kwargs_for(queries[0].text), prompt=queries[0].text)
-    if vector is not None:
-        grid(vector, **_grid_options(vector, params))
-    return TuneJob(path, target, vector, instruction, queries, extraction)
+    if job.vector is not None:
+        grid(job.vector, **_grid_options(job.vector, params))
+    return replace(job, queries=queries)
 
 
-def _grid_options(vector: ControlVector, params: dict[str, Any]) -> dict[str, Any]:
+def _grid_options(vector: ControlVector, params: Params) -> JsonObject:
     found = {name: params[name] for name in ("blocks", "positions", "modes", "strengths")}
     return found | {"modes": params["modes"] or (vector.mode,)}
 
@@ -270,7 +265,7 @@ def _no_verifier(what: str) -> CatalogError:
     )
 
 
-def _rule(verifier: str | None, kwargs: str | None) -> dict[str, Any]:
+def _rule(verifier: str | None, kwargs: str | None) -> JsonObject:
     """What --verifier and --kwargs put in the place of the file's."""
     if verifier is None:
         if kwargs is not None:
@@ -287,7 +282,7 @@ def _rule(verifier: str | None, kwargs: str | None) -> dict[str, Any]:
     return {"verifier": verifier, "kwargs": arguments}
 
 
-def _validation(catalog: Catalog, instruction: Instruction, params: dict[str, Any]) -> tuple[Query, ...]:
+def _validation(catalog: Catalog, instruction: Instruction, params: Params) -> tuple[Query, ...]:
     """All of them; for the exhaustive search `n` at equal distances, so that few still hold every kind."""
     from localsteer.catalog import load_queries
     from localsteer.evaluate.vectors import spread
@@ -359,7 +354,7 @@ def _with_vector(engine: Engine, job: TuneJob) -> TuneJob:
     return replace(job, vector=vector)
 
 
-def _tune(engine: Engine, job: TuneJob, params: dict[str, Any]) -> tuple[Tuned, dict[str, Any]]:
+def _tune(engine: Engine, job: TuneJob, params: Params) -> tuple[Tuned, JsonObject]:
     from localsteer.evaluate.bench import model_info
     from localsteer.tune import tune
 
@@ -381,7 +376,7 @@ def _tune(engine: Engine, job: TuneJob, params: dict[str, Any]) -> tuple[Tuned, 
     return tuned, _document(job, tuned) | replies
 
 
-def _exhaustively(engine: Engine, job: TuneJob, choices: dict[str, Any]) -> tuple[Tuned, int]:
+def _exhaustively(engine: Engine, job: TuneJob, choices: JsonObject) -> tuple[Tuned, int]:
     """And how many replies were not known from an earlier run."""
     from localsteer.runtime.journal import Remembered
     from localsteer.tune import tune_exhaustively
@@ -427,7 +422,7 @@ def journal_path(vector: ControlVector, model_hash: str) -> Path:
     return cache_folder() / "tune" / model_hash[:HASH_CHARS] / name
 
 
-def _document(job: TuneJob, tuned: Tuned) -> dict[str, Any]:
+def _document(job: TuneJob, tuned: Tuned) -> JsonObject:
     kept = ("search", "n", "scores", "judged_by", "recovered_gap", "with_instruction", "targets", "seconds")
     return {
         "file": None if job.path is None else str(job.path),

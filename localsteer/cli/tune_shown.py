@@ -131,10 +131,10 @@ def draw(done: Sequence[tuple[str, Tuned]], path: str) -> None:
     """One picture of all maps. Raises LocalsteerError."""
     from localsteer.heatmap import new_figure, save_figure
 
-    maps = [each for label, tuned in done for each in heatmaps(label, tuned)]
-    height = sum(1.4 + 0.3 * len(each.rows) for each in maps)
-    width = 3.5 + 0.8 * max(len(each.columns) for each in maps)
+    maps = [heatmap for label, tuned in done for heatmap in heatmaps(label, tuned)]
+    height = sum(1.4 + 0.3 * len(heatmap.rows) for heatmap in maps)
+    width = 3.5 + 0.8 * max(len(heatmap.columns) for heatmap in maps)
     figure = new_figure(max(6.0, width), height)
-    for axes, each in zip(figure.subplots(len(maps), 1, squeeze=False)[:, 0], maps, strict=True):
-        each.draw(axes)
+    for axes, heatmap in zip(figure.subplots(len(maps), 1, squeeze=False)[:, 0], maps, strict=True):
+        heatmap.draw(axes)
     save_figure(figure, path)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
 from localsteer.errors import VectorFileError
+from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import answer, note, print_json, table
+from .options import Params
 from .shipped import SHARES, setting_of, shares_of
 
 
@@ -23,7 +24,7 @@ class Cached:
     key: str
     name: str
     model: str
-    settings: dict[str, Any] | None
+    settings: Params | None
 
 
 @click.group(
@@ -149,7 +150,7 @@ def _list(as_json: bool) -> None:
     answer().print(made)
 
 
-def _document(cached: Cached) -> dict[str, Any]:
+def _document(cached: Cached) -> JsonObject:
     head = {"name": cached.name, "key": cached.key, "model": cached.model, "file": str(cached.path)}
     return head | (cached.settings or {"error": "unreadable"})
 

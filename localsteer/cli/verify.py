@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from localsteer.errors import CatalogError, LocalsteerError
+from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import answer, note, print_json, progress, table
@@ -69,16 +70,7 @@ class Verdicts:
 @options.as_json
 @click.pass_context
 def command(
-    ctx: click.Context,
-    file: str | None,
-    ids: tuple[str, ...],
-    arguments: tuple[str, ...],
-    prompt: str | None,
-    prompt_file: str | None,
-    loose: bool,
-    jsonl: str | None,
-    as_list: bool,
-    as_json: bool,
+    ctx: click.Context, file: str | None, loose: bool, jsonl: str | None, as_json: bool, **params: Any
 ) -> None:
     """Check whether the reply in FILE, or on standard input, follows one instruction of IFEval or several.
 
@@ -93,26 +85,21 @@ def command(
       localsteer verify --jsonl replies.jsonl --json
       localsteer verify --list
     """
-    _check_usage(file, ids, arguments, prompt, prompt_file, jsonl, as_list)
-    if as_list:
+    _check_usage(file, jsonl, params)
+    if params["as_list"]:
         _list(as_json)
     elif jsonl is not None:
         ctx.exit(0 if _verify_many(jsonl, loose, as_json) else 1)
     else:
-        asked = _asked(ids, arguments, prompt if prompt_file is None else _read(prompt_file))
+        prompt = params["prompt"] if params["prompt_file"] is None else _read(params["prompt_file"])
+        asked = _asked(params["ids"], params["arguments"], prompt)
         ctx.exit(0 if _verify_one(_reply(file), asked, loose, as_json) else 1)
 
 
-def _check_usage(
-    file: str | None,
-    ids: Sequence[str],
-    arguments: Sequence[str],
-    prompt: str | None,
-    prompt_file: str | None,
-    jsonl: str | None,
-    as_list: bool,
-) -> None:
-    of_one = (file, ids, arguments, prompt, prompt_file)
+def _check_usage(file: str | None, jsonl: str | None, params: Mapping[str, Any]) -> None:
+    as_list, ids = params["as_list"], params["ids"]
+    prompt, prompt_file = params["prompt"], params["prompt_file"]
+    of_one = (file, ids, params["arguments"], prompt, prompt_file)
     if (as_list and jsonl is not None) or ((as_list or jsonl is not None) and any(of_one)):
         name = "--list" if as_list else "--jsonl"
         raise click.UsageError(
@@ -138,10 +125,12 @@ def _asked(
             f"{len(arguments)} --kwargs for {len(ids)} --instruction: give one for each, in the same order."
         )
     params = [_table(text) for text in arguments] + [{}] * (len(ids) - len(arguments))
-    checked = [check_arguments(each, kwargs, prompt=prompt) for each, kwargs in zip(ids, params, strict=True)]
+    checked = [
+        check_arguments(verifier, kwargs, prompt=prompt) for verifier, kwargs in zip(ids, params, strict=True)
+    ]
     return [
-        (each, {name: kwargs.get(name, value) for name, value in found.items()})
-        for each, kwargs, found in zip(ids, params, checked, strict=True)
+        (verifier, {name: kwargs.get(name, value) for name, value in known.items()})
+        for verifier, kwargs, known in zip(ids, params, checked, strict=True)
     ]
 
 
@@ -164,16 +153,16 @@ def _verify_one(
 ) -> bool:
     from localsteer.verify import verify
 
-    passes = [verify(each, reply, kwargs, loose=loose) for each, kwargs in asked]
+    passes = [verify(verifier, reply, kwargs, loose=loose) for verifier, kwargs in asked]
     if as_json:
         verdicts = [
-            {"instruction_id": each, "kwargs": kwargs, "follows": passed}
-            for (each, kwargs), passed in zip(asked, passes, strict=True)
+            {"instruction_id": verifier, "kwargs": kwargs, "follows": passed}
+            for (verifier, kwargs), passed in zip(asked, passes, strict=True)
         ]
         print_json({"rule": RULES[loose], "follows": all(passes), "verdicts": verdicts})
     else:
-        for (each, kwargs), passed in zip(asked, passes, strict=True):
-            click.echo("  ".join(filter(None, (_word(passed), each, _one_line(kwargs)))))
+        for (verifier, kwargs), passed in zip(asked, passes, strict=True):
+            click.echo("  ".join(filter(None, (_word(passed), verifier, _one_line(kwargs)))))
     return all(passes)
 
 
@@ -283,7 +272,9 @@ def _row(number: int, line: str) -> VerdictRow:
             f"{len(ids)} in `instruction_id_list`, {len(kwargs)} in `kwargs`: at least one of the first and "
             "as many of the second are wanted."
         )
-    checked = (check_arguments(each, params, prompt=prompt) for each, params in zip(ids, kwargs, strict=True))
+    checked = (
+        check_arguments(verifier, params, prompt=prompt) for verifier, params in zip(ids, kwargs, strict=True)
+    )
     return VerdictRow(number, response, prompt, tuple(zip(ids, checked, strict=True)))
 
 
@@ -298,13 +289,13 @@ def _judged(row: VerdictRow) -> Verdicts:
     from localsteer.verify import verify
 
     strict, loose = (
-        tuple(verify(each, row.response, kwargs, loose=rule) for each, kwargs in row.instructions)
+        tuple(verify(verifier, row.response, kwargs, loose=rule) for verifier, kwargs in row.instructions)
         for rule in (False, True)
     )
     return Verdicts(row, strict, loose)
 
 
-def _document(verdicts: Sequence[Verdicts]) -> dict[str, Any]:
+def _document(verdicts: Sequence[Verdicts]) -> JsonObject:
     """Accuracy `prompt`: the share of replies that follow all of their instructions; `instruction`: of all
     instructions, each counted alike."""
     rows = [
@@ -327,7 +318,7 @@ def _document(verdicts: Sequence[Verdicts]) -> dict[str, Any]:
     return {"n": n, "accuracy": accuracy, "by_instruction": _by_instruction(rows), "lines": rows}
 
 
-def _by_instruction(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _by_instruction(rows: Sequence[Mapping[str, Any]]) -> dict[str, JsonObject]:
     found: dict[str, list[tuple[bool, bool]]] = {}
     for row in rows:
         for name, *passed in zip(row["instruction_id_list"], row["strict"], row["loose"], strict=True):
@@ -357,9 +348,9 @@ def _print_many(document: Mapping[str, Any]) -> None:
     for level in ("prompt", "instruction"):
         shares = [_percent(document["accuracy"][rule][level]) for rule in RULES]
         accuracy.add_row(f"{level}s", str(document["n"][f"{level}s"]), *shares)
-    for made in (lines, per_id, accuracy):
-        answer().print(made)
-        if made is not accuracy:
+    for part in (lines, per_id, accuracy):
+        answer().print(part)
+        if part is not accuracy:
             answer().print()
 
 
@@ -382,6 +373,6 @@ def _list(as_json: bool) -> None:
         print_json(ids)
         return
     made = table("instruction", "arguments")
-    for name, found in ids.items():
-        made.add_row(name, "\n".join(f"{argument}: {wanted}" for argument, wanted in found.items()))
+    for name, arguments in ids.items():
+        made.add_row(name, "\n".join(f"{argument}: {wanted}" for argument, wanted in arguments.items()))
     answer().print(made)

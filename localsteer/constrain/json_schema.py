@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from ..errors import ConstraintError
+from ..jsonable import JsonObject
 from .guidance import grammar_error, refused
 from .patterns import exact_pattern, fault
 
@@ -63,7 +64,7 @@ _LEAP = r"(?:\d{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579]
 _DATE = rf"(?:{_YEAR}-{_MONTHS}|{_LEAP}-02-29)"
 _TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,9})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
 # llguidance's own know no leap years, leap seconds at any time, and names of any length and punycode
-FORMATS: dict[str, list[dict[str, Any]]] = {
+FORMATS: dict[str, list[JsonObject]] = {
     "date": [{"pattern": f"^{_DATE}$"}],
     "time": [{"pattern": f"^{_TIME}$"}],
     "date-time": [{"pattern": f"^{_DATE}T{_TIME}$"}],
@@ -92,7 +93,7 @@ def check_depth(schema: Any) -> None:
         if depth > MAX_DEPTH:
             raise ConstraintError(f"the JSON schema is nested more than {MAX_DEPTH} deep: simplify it.")
         inner = at.values() if isinstance(at, dict) else at if isinstance(at, list) else ()
-        left += [(each, depth + 1) for each in inner]
+        left += [(part, depth + 1) for part in inner]
 
 
 def check_multiples(schema: Any) -> None:
@@ -105,7 +106,7 @@ def check_multiples(schema: Any) -> None:
         if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
             found.setdefault(_digits(number), (*path, "multipleOf"))
         inner = at.items() if isinstance(at, dict) else enumerate(at) if isinstance(at, list) else ()
-        left += [(each, (*path, str(key))) for key, each in inner]
+        left += [(part, (*path, str(key))) for key, part in inner]
     most = max(found, default=0)
     # keywords of several places may meet at one number, by allOf or $ref
     if most > MAX_MULTIPLE or math.lcm(*found, 1) > MAX_TOGETHER:
@@ -158,12 +159,12 @@ class _Rewriter:
         if key == "type" and not _names_types(value):
             raise refused((*path, key), f"it is the name of a type, or a list of them, not {value!r:.40}")
         if key in LISTS and isinstance(value, list):
-            return [self.schema(each, (*path, key, str(i))) for i, each in enumerate(value)]
+            return [self.schema(schema, (*path, key, str(i))) for i, schema in enumerate(value)]
         if key in MAPS and isinstance(value, dict):
-            inner = {name: self.schema(each, (*path, key, name)) for name, each in value.items()}
+            inner = {name: self.schema(schema, (*path, key, name)) for name, schema in value.items()}
             if key == "patternProperties":
                 self._patterns(inner, (*path, key))
-                inner = {exact_pattern(name): each for name, each in inner.items()}
+                inner = {exact_pattern(name): schema for name, schema in inner.items()}
             return inner
         if key in ONE and isinstance(value, (dict, bool)):
             return self.schema(value, (*path, key))
@@ -176,7 +177,7 @@ class _Rewriter:
                 raise refused((*path, pattern), why)
 
     @staticmethod
-    def _strings(made: dict[str, Any], path: Path) -> None:
+    def _strings(made: JsonObject, path: Path) -> None:
         names = [*_names(made.get("properties")), *_names(made.get("required"))]
         for key, values in (
             ("const", [made.get("const")]),
@@ -198,7 +199,7 @@ class _Rewriter:
             del made["format"]
 
     @staticmethod
-    def _numbers(made: dict[str, Any], path: Path) -> None:
+    def _numbers(made: JsonObject, path: Path) -> None:
         for key in ("const", "enum", *NUMBERS):
             if key in made and any(abs(integer) >= 2**63 for integer in _integers(made[key])):
                 raise refused((*path, key), "integers of more than 64 bits can't be enforced")
@@ -215,7 +216,7 @@ class _Rewriter:
             _step_in(made, "exclusiveMinimum", "minimum", 1)
             _step_in(made, "exclusiveMaximum", "maximum", -1)
 
-    def _tagged(self, made: dict[str, Any]) -> None:
+    def _tagged(self, made: JsonObject) -> None:
         """`oneOf` is `anyOf` where no document fits two branches."""
         branches = made.get("oneOf")
         if not isinstance(branches, list) or not 1 <= len(branches) <= MAX_TAGGED:
@@ -238,7 +239,7 @@ class _Rewriter:
             for name in {*_names(a.get("required"))} & {*_names(b.get("required"))}
         )
 
-    def _property(self, schema: dict[str, Any], name: str) -> Any:
+    def _property(self, schema: JsonObject, name: str) -> Any:
         properties = schema.get("properties")
         return self._resolved(properties.get(name)) if isinstance(properties, dict) else None
 
@@ -259,7 +260,7 @@ class _Rewriter:
         return schema
 
 
-def _step_in(made: dict[str, Any], key: str, inclusive: str, sign: int) -> None:
+def _step_in(made: JsonObject, key: str, inclusive: str, sign: int) -> None:
     """Between 0, exclusive, and 0.5 llguidance takes 0, as with any integer whose other bound is less than 1
     further from 0: the bound moves by what no reply has digits for."""
     bound = made.get(key)
@@ -268,7 +269,7 @@ def _step_in(made: dict[str, Any], key: str, inclusive: str, sign: int) -> None:
         _both(made, inclusive, bound + sign * max(1e-9, 4 * math.ulp(bound)))
 
 
-def _drop_idle(made: dict[str, Any]) -> None:
+def _drop_idle(made: JsonObject) -> None:
     """Keywords with a value that asks for nothing."""
     if made.get("uniqueItems") is False:
         del made["uniqueItems"]
@@ -281,7 +282,7 @@ def _drop_idle(made: dict[str, Any]) -> None:
             del made[key]
 
 
-def _spell_names(made: dict[str, Any]) -> None:
+def _spell_names(made: JsonObject) -> None:
     """A record: names by a pattern or a list, and one schema for all values."""
     names = made.get("propertyNames")
     if not isinstance(names, dict) or made.get("properties") or made.get("patternProperties"):
@@ -298,7 +299,7 @@ def _spell_names(made: dict[str, Any]) -> None:
     del made["propertyNames"]
 
 
-def _both(made: dict[str, Any], key: str, value: Any) -> None:
+def _both(made: JsonObject, key: str, value: Any) -> None:
     if key in made:
         made["allOf"] = [*made.get("allOf", ()), {key: value}]
     else:
@@ -308,16 +309,16 @@ def _both(made: dict[str, Any], key: str, value: Any) -> None:
 def _names_types(value: Any) -> bool:
     known = (*TYPES, "integer")
     return value in known if isinstance(value, str) else isinstance(value, list) and all(
-        isinstance(each, str) and each in known for each in value
+        isinstance(kind, str) and kind in known for kind in value
     )  # fmt: skip
 
 
-def _types(schema: dict[str, Any]) -> set[str]:
+def _types(schema: JsonObject) -> set[str]:
     named = schema.get("type", TYPES)
     found = (
         {named} if isinstance(named, str) else set(named) if isinstance(named, (list, tuple)) else set(TYPES)
     )
-    found = {"number" if each == "integer" else each for each in found}
+    found = {"number" if kind == "integer" else kind for kind in found}
     values = _values(schema)
     return found if values is None else found & {_type_of(json.loads(value)) for value in values}
 
@@ -334,7 +335,7 @@ def _values(schema: Any) -> set[str] | None:
     if "const" in schema:
         return {_as_key(schema["const"])}
     listed = schema.get("enum")
-    return {_as_key(each) for each in listed} if isinstance(listed, list) else None
+    return {_as_key(value) for value in listed} if isinstance(listed, list) else None
 
 
 def _as_key(value: Any) -> str:
@@ -348,7 +349,7 @@ def _no_common(a: set[str] | None, b: set[str] | None) -> bool:
 
 
 def _names(value: Any) -> list[str]:
-    return [each for each in value if isinstance(each, str)] if isinstance(value, (dict, list)) else []
+    return [name for name in value if isinstance(name, str)] if isinstance(value, (dict, list)) else []
 
 
 def _inside(value: Any) -> Iterator[Any]:
@@ -363,11 +364,11 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    return (each for each in _inside(value) if isinstance(each, str))
+    return (part for part in _inside(value) if isinstance(part, str))
 
 
 def _integers(value: Any) -> Iterator[int]:
-    return (each for each in _inside(value) if isinstance(each, int))
+    return (part for part in _inside(value) if isinstance(part, int))
 
 
 def _is_unwritable(text: str) -> bool:
@@ -467,9 +468,9 @@ def _places(node: Any) -> Iterator[Path]:
     for key in sorted(keys, key=lambda key: key not in ("$defs", "definitions")):
         value = node[key]
         if key in LISTS and isinstance(value, list):
-            yield from ((key, str(i)) for i, each in enumerate(value) if each is not True)
+            yield from ((key, str(i)) for i, schema in enumerate(value) if schema is not True)
         elif key in MAPS and isinstance(value, dict):
-            yield from ((key, name) for name, each in value.items() if each is not True)
+            yield from ((key, name) for name, schema in value.items() if schema is not True)
         elif key in ONE and isinstance(value, dict):
             yield (key,)
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from localsteer.catalog import Instruction, Query, load_catalog
 from localsteer.errors import PromptError, UnsupportedModelError
+from localsteer.jsonable import JsonObject
 from localsteer.prompt_texts import PromptText
 from localsteer.token_choice import TokenChoice
 from localsteer.vector import ControlVector, checked_layers
@@ -352,7 +353,7 @@ def _method(method: str, choice: TokenChoice) -> str:
 
 def origin_of(
     backend: Backend, instruction: Instruction, prompts: Sequence[str | PromptText], *, method: str
-) -> dict[str, Any]:
+) -> JsonObject:
     """The provenance of a vector: of what, from which model, how. prompts: some of those it was made with."""
     from localsteer import __version__
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from localsteer.catalog import Catalog, Instruction, Query
 from localsteer.errors import CatalogError, PlanError, VectorFileError
 from localsteer.extract import METHOD, Backend, Pair, build_pairs, open_backend, render
 from localsteer.extract.states import Progress, stream_states
+from localsteer.jsonable import JsonObject
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Calibration:
     cosines: np.ndarray
     drift: np.ndarray
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One for each block, for tables and JSON; NaN is None."""
         old, new = self.before, self.vector
         columns = {
@@ -236,7 +237,7 @@ def _drift(before: ControlVector, after: ControlVector) -> np.ndarray:
     return np.divide(moved, distance, out=np.full(before.n_layer, np.nan), where=distance > 0)
 
 
-def _note(backend: Backend, n_pairs: int) -> dict[str, Any]:
+def _note(backend: Backend, n_pairs: int) -> JsonObject:
     """No date: the same calibration twice gives the same bytes."""
     return {
         "model_name": backend.model_name,

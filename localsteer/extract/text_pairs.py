@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from localsteer.errors import PromptError
+from localsteer.jsonable import JsonObject
 from localsteer.prompt_texts import PromptText, filled_text, read_lines, text_or_messages
 
 # with, without: our own; repeng's and steering-vectors'; CAA's and Anthropic's evaluations; preference data's
@@ -99,7 +100,7 @@ def _pair(record: Any, raw: bool, where: str) -> TextPair:
     return TextPair(*texts)
 
 
-def _sides(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _sides(record: Mapping[str, Any], where: str) -> JsonObject:
     named = [names for names in KEYS if all(record.get(name) is not None for name in names)]
     if len(named) != 1:
         known = "; ".join(" and ".join(names) for names in KEYS)

@@ -23,6 +23,7 @@ from localsteer.extract import Backend, Pair, prompt_tokens, render
 from localsteer.extract.calibrate import calibrate
 from localsteer.extract.states import Progress, stream_states
 from localsteer.extract.statistics import RunningMeans, unit_rows
+from localsteer.jsonable import JsonObject
 from localsteer.vector import STATISTICS, ControlVector
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _rows(column: np.ndarray | None, rows: Sequence[int]) -> np.ndarray | None:
     return None if column is None else column[list(rows)]
 
 
-def _arrays(vector: ControlVector) -> dict[str, Any]:
+def _arrays(vector: ControlVector) -> JsonObject:
     keys = ("directions", "mean_with", "mean_without", "std_with", "std_without")
     return {key: getattr(vector, key) for key in keys}
 

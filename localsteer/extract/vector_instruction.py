@@ -56,4 +56,4 @@ def _queries_for(catalog: Catalog, verifier: Any, kwargs: Any) -> Mapping[str, t
         for instruction in catalog.instructions.values()
         if instruction.verifier == verifier and dict(instruction.kwargs) == dict(kwargs or {})
     )
-    return next((each.queries for each in same if each.queries), {})
+    return next((instruction.queries for instruction in same if instruction.queries), {})

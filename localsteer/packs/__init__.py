@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localsteer.errors import LocalsteerError, MismatchError, VectorFileError
+from localsteer.jsonable import JsonObject
 
 if TYPE_CHECKING:
     from localsteer.vector import ControlVector
@@ -76,7 +77,7 @@ class Pack:
         """`SmolLM2-135M-Instruct, measured on its Q4_1 file`."""
         return f"{self.model}, measured on its {self.quantization or 'own'} file"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """For JSON."""
         head = {key: getattr(self, key) for key in ("model", "sha256", "quantization", "catalog", "licence")}
         rows = {name: asdict(entry) for name, entry in self.instructions.items()}

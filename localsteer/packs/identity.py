@@ -13,7 +13,9 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from localsteer.jsonable import JsonObject
 
 if TYPE_CHECKING:
     from localsteer.convert.gguf_file import GgufFile
@@ -65,7 +67,7 @@ def read_identity(path: Path) -> Identity:
         )
 
 
-def _tokenizer(values: dict[str, Any]) -> str:
+def _tokenizer(values: JsonObject) -> str:
     digest = hashlib.sha256()
     for key in ("model", "pre", "tokens"):
         digest.update(json.dumps(values.get(f"tokenizer.ggml.{key}"), default=str).encode())

@@ -17,6 +17,7 @@ from localsteer.cache import atomic_path, file_hash
 from localsteer.catalog import Catalog, Instruction
 from localsteer.convert import write_vector
 from localsteer.errors import LocalsteerError, MismatchError, VectorFileError
+from localsteer.jsonable import JsonObject
 from localsteer.vector import STATISTICS, ControlVector
 
 from . import FILE, FORMAT
@@ -37,8 +38,10 @@ def instructions_for_a_pack(catalog: Catalog, ids: Iterable[str] = ()) -> list[I
             raise LocalsteerError(
                 f"{instruction.id} has no verifier, so that a pack could give no figures of it: leave it out."
             )
-    every = (each for each in catalog.instructions.values() if each.verifier)
-    return chosen or [each.fill() for each in every if set(each.open_slots) <= set(each.slots)]
+    every = (instruction for instruction in catalog.instructions.values() if instruction.verifier)
+    return chosen or [
+        instruction.fill() for instruction in every if set(instruction.open_slots) <= set(instruction.slots)
+    ]
 
 
 def compact(vector: ControlVector) -> ControlVector:
@@ -91,7 +94,7 @@ class PackFolder:
     model: str
     licence: str
     catalog: str
-    _document: dict[str, Any]
+    _document: JsonObject
 
     @classmethod
     def open(
@@ -127,7 +130,7 @@ class PackFolder:
         row = self._document["instructions"].get(instruction_id)
         return row is not None and (self.folder / row["file"]).is_file()
 
-    def add(self, vector: ControlVector, instruction: Instruction) -> dict[str, Any]:
+    def add(self, vector: ControlVector, instruction: Instruction) -> JsonObject:
         """Write the vector, then pack.json. Returns the instruction's row in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = f"{re.sub(r'[^a-z0-9_.-]+', '-', instruction.id.lower())}.gguf"
@@ -145,7 +148,7 @@ class PackFolder:
         return self._document["instructions"]
 
 
-def _kept(folder: Path, head: Mapping[str, Any], model_file: Path) -> dict[str, Any]:
+def _kept(folder: Path, head: Mapping[str, Any], model_file: Path) -> JsonObject:
     """The instructions of a pack that is there already."""
     from . import read_pack
 
@@ -160,7 +163,7 @@ def _kept(folder: Path, head: Mapping[str, Any], model_file: Path) -> dict[str, 
     return json.loads((folder / FILE).read_text("utf-8"))["instructions"]
 
 
-def _row(vector: ControlVector) -> dict[str, Any]:
+def _row(vector: ControlVector) -> JsonObject:
     record = vector.provenance["validation"]
     scores = {key: _rounded(record["scores"][key]) for key in ("none", "steered", "instructed", "both")}
     return {

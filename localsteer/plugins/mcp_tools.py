@@ -483,8 +483,10 @@ def vector_rows(model: str) -> VectorRows:
         model=model,
         vectors=[*shipped, *_made_rows(path)],
         instructions=[
-            InstructionRow(id=each.id, text=next(iter(each.phrasings), ""), verifier=each.verifier)
-            for each in catalog.instructions.values()
+            InstructionRow(
+                id=instruction.id, text=next(iter(instruction.phrasings), ""), verifier=instruction.verifier
+            )
+            for instruction in catalog.instructions.values()
         ],
     )
 

@@ -27,6 +27,7 @@ from localsteer.cli.interrupt import handled
 from localsteer.cli.options import parse_blocks
 from localsteer.cli.vector_spec import VectorSpec
 from localsteer.errors import LocalsteerError, PlanError
+from localsteer.jsonable import JsonObject
 from localsteer.tool_calls import Call, CallHold, calls_in
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class SteeringWords:
     positions: str | None = None
     strength: float | None = None
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """As ControlVector.at has them. Raises PlanError for settings of nothing, and for no block."""
         found = {name: getattr(self, name) for name in SETTINGS}
         idle = [name for name, value in found.items() if value is not None]
@@ -114,8 +115,8 @@ class Wanted:
 
     max_tokens: int | None = 512
     stop: tuple[str, ...] = ()
-    sampling: dict[str, Any] = field(default_factory=dict)
-    tools: tuple[dict[str, Any], ...] = ()
+    sampling: JsonObject = field(default_factory=dict)
+    tools: tuple[JsonObject, ...] = ()
     tool_choice: str | None = None
     steer_forms: bool = False
 
@@ -215,7 +216,7 @@ class SteeredModel:
         return always, checked
 
     def _known(
-        self, text: str, settings: dict[str, Any], make: Callable[..., ControlVector], kind: str = "steer"
+        self, text: str, settings: JsonObject, make: Callable[..., ControlVector], kind: str = "steer"
     ) -> ControlVector:
         key = (kind, text, _stamp(text), *settings.values())
         if key not in self._vectors:
@@ -223,9 +224,7 @@ class SteeredModel:
             self._vectors[key] = make(self.model, text, {**settings, **data}, self.loading)
         return self._vectors[key]
 
-    def _vector(
-        self, model: str, text: str, params: dict[str, Any], loading: dict[str, Any]
-    ) -> ControlVector:
+    def _vector(self, model: str, text: str, params: JsonObject, loading: JsonObject) -> ControlVector:
         from localsteer.cli.run import vector_of
 
         if is_own_words(text):
@@ -368,9 +367,9 @@ class SteeredAnswer:
         self.n_prompt, self.n_reply = reply.timings.prompt_tokens, made.n_tokens
         yield reply.text
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """What was done, for JSON; whole after the last text."""
-        made: dict[str, Any] = {
+        made: JsonObject = {
             "steering": [described(vector) for vector in self.applied],
             "seed": self.ask.sampling.seed,
             "finish_reason": self.finish_reason,
@@ -389,7 +388,7 @@ class SteeredAnswer:
             return SteeredAnswer(self._model, replace(self.ask, steer=()), Steering(), self._tools)
 
 
-def described(vector: ControlVector) -> dict[str, Any]:
+def described(vector: ControlVector) -> JsonObject:
     """A vector's name and settings, for JSON."""
     settings = {"layers": list(vector.layers), "mode": vector.mode, "positions": vector.positions}
     return {"name": vector.name, **settings, "strength": vector.strength}

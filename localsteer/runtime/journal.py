@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localsteer.errors import LocalsteerError
+from localsteer.jsonable import JsonObject
 from localsteer.runtime.ask import asks_for
 from localsteer.runtime.generate import generate_batch, new_requests, stream_requests
 from localsteer.runtime.loop import stops_of
@@ -57,7 +58,7 @@ class Journal:
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
         self.path = path
-        self._records: dict[str, dict[str, Any]] = {}
+        self._records: dict[str, JsonObject] = {}
         self._lock = threading.Lock()
         self._file = None
         if path is not None:
@@ -78,7 +79,7 @@ class Journal:
     def __len__(self) -> int:
         return len(self._records)
 
-    def get(self, key: str) -> dict[str, Any] | None:
+    def get(self, key: str) -> JsonObject | None:
         return self._records.get(key)
 
     def put(self, key: str, record: Mapping[str, Any]) -> None:
@@ -162,11 +163,11 @@ class Journal:
                 )
 
 
-def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+def _sealed(record: Mapping[str, Any]) -> JsonObject:
     return {**record, SUM: zlib.crc32(_line(record))}
 
 
-def _is_unchanged(record: dict[str, Any]) -> bool:
+def _is_unchanged(record: JsonObject) -> bool:
     """By its checksum, which is taken out; a record of an earlier version has none."""
     found = record.pop(SUM, None)
     return found is None or found == zlib.crc32(_line(record))
@@ -193,7 +194,7 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
-def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def _parsed(line: bytes, path: Path, number: int) -> JsonObject:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # also UnicodeDecodeError and JSONDecodeError
@@ -288,7 +289,7 @@ def _plan_key(plan: Plan | None) -> str:
     return "" if plan is None else plan.key.hex()
 
 
-def _reply_record(prompt: Prompt, plan: Plan | None, reply: Reply) -> dict[str, Any]:
+def _reply_record(prompt: Prompt, plan: Plan | None, reply: Reply) -> JsonObject:
     keys = ("name", "layer", "mode", "positions", "strength")
     edits = [{key: getattr(edit, key) for key in keys} for edit in (plan.edits if plan else ())]
     return {

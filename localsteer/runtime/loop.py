@@ -154,7 +154,9 @@ def new_sampler(engine: Engine, request: Request) -> Sampler | None:
     sampling = request.sampling
     if sampling.is_argmax:
         return None
-    settings = {one.name: getattr(sampling, one.name) for one in fields(sampling) if one.name != "grammar"}
+    settings = {
+        field.name: getattr(sampling, field.name) for field in fields(sampling) if field.name != "grammar"
+    }
     if sampling.repeat_last_n < 0:
         settings["repeat_last_n"] = engine.n_ctx  # llama.cpp's sampler itself takes -1 for off
     return Sampler(engine.model, **settings, matcher=request.matcher)
@@ -311,7 +313,7 @@ class Loop:
         """Forget idle sequences, those left longest ago first, until `wanted` cells are free for sure."""
         if not self.engine.context.kv_unified:
             return True  # its own cache holds as much as a request may be long
-        promised = sum(each.n_ahead for each in self.live)
+        promised = sum(request.n_ahead for request in self.live)
 
         def fits() -> bool:
             given_up = self.cache.own_cells(slot, n_common if slot == source else 0)

@@ -336,7 +336,7 @@ class Scheduler:
         """Requests that were cancelled, or are past their deadline."""
         now = time.monotonic()
         with self._work:
-            late = [each for each in self._tickets.values() if each.deadline and now >= each.deadline]
+            late = [ticket for ticket in self._tickets.values() if ticket.deadline and now >= ticket.deadline]
             ended = [*self._cancelled.values(), *((ticket, "deadline") for ticket in late)]
             self._cancelled.clear()
             for ticket, reason in ended:

@@ -6,9 +6,10 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from localsteer import __version__
+from localsteer.jsonable import JsonObject
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
@@ -18,7 +19,7 @@ FINGERPRINT = f"localsteer-{__version__}"
 REASONS = {"stop": "stop", "length": "length", "deadline": "length"}
 
 
-def envelope(kind: str, prefix: str, model: str) -> dict[str, Any]:
+def envelope(kind: str, prefix: str, model: str) -> JsonObject:
     """What all documents of one answer share."""
     return {
         "id": f"{prefix}-{secrets.token_hex(12)}",
@@ -52,30 +53,31 @@ def piece(engine: Engine, token: int) -> bytes:
     return engine.model.token_to_piece(token, special=True)
 
 
-def chat_logprobs(engine: Engine, scores: Sequence[tuple[int, TokenScores]]) -> dict[str, Any]:
-    def one(token: int, logprob: float) -> dict[str, Any]:
+def chat_logprobs(engine: Engine, scores: Sequence[tuple[int, TokenScores]]) -> JsonObject:
+    def one(token: int, logprob: float) -> JsonObject:
         raw = piece(engine, token)
         return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
 
     content = [
-        one(token, each.logprob) | {"top_logprobs": [one(*top) for top in each.top]} for token, each in scores
+        one(token, score.logprob) | {"top_logprobs": [one(*top) for top in score.top]}
+        for token, score in scores
     ]
     return {"content": content, "refusal": None}
 
 
 def text_logprobs(
     engine: Engine, scores: Sequence[tuple[int, TokenScores | None]], offset: int = 0
-) -> dict[str, Any]:
+) -> JsonObject:
     """The older shape, of /v1/completions. offset: characters of the text before these tokens. The first
     token of a prompt has no scores."""
-    made: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token, each in scores:
+    made: JsonObject = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token, best in scores:
         text = piece(engine, token).decode("utf-8", "replace")
         made["tokens"].append(text)
-        made["token_logprobs"].append(each and each.logprob)
-        tops = reversed(each.top) if each else ()
+        made["token_logprobs"].append(best and best.logprob)
+        tops = reversed(best.top) if best else ()
         found = {piece(engine, top).decode("utf-8", "replace"): score for top, score in tops}
-        made["top_logprobs"].append(found if each else None)
+        made["top_logprobs"].append(found if best else None)
         made["text_offset"].append(offset)
         offset += len(text)
     return made

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from starlette.types import Message, Scope
+
 from .errors import ApiError
 from .limits import Limits
 from .threads import aside
@@ -68,7 +70,7 @@ class BodyLimit:
         self.app, self.limits = app, limits
         self.held = _Held(limits.max_held)
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         reading = _Arrival(self.held)
@@ -77,7 +79,7 @@ class BodyLimit:
         finally:
             self.held.give_back(reading.taken)
 
-    async def _pass_on(self, reading: _Arrival, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def _pass_on(self, reading: _Arrival, scope: Scope, receive: Any, send: Any) -> None:
         most = self.limits.max_upload if scope["path"] == UPLOADS else self.limits.max_body
         try:
             body = await asyncio.wait_for(reading.whole(scope, receive, most), self.limits.body_seconds)
@@ -93,7 +95,7 @@ class BodyLimit:
         messages = [{"type": "http.request", "body": body, "more_body": False}]
         del body
 
-        async def again() -> dict[str, Any]:
+        async def again() -> Message:
             return messages.pop() if messages else await receive()
 
         await self.app(scope, again, send)
@@ -105,7 +107,7 @@ class _Arrival:
     def __init__(self, held: _Held) -> None:
         self.held, self.taken = held, 0
 
-    async def whole(self, scope: dict[str, Any], receive: Any, most: int) -> bytes:
+    async def whole(self, scope: Scope, receive: Any, most: int) -> bytes:
         for key, value in scope["headers"]:
             if key == b"content-length" and value.isdigit() and int(value[:20]) > most:
                 raise _too_large(value[:20].decode(), most)

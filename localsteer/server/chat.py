@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ..jsonable import JsonObject
 from .answers import chat_logprobs, envelope
 from .parts import Answer, WholeReply
 from .reading import BodyRoute
@@ -28,12 +29,12 @@ class ChatFace:
     stream = CHUNKS
     names: ClassVar[Mapping[str, str]] = {}
 
-    def document(self, answer: Answer, replies: list[WholeReply]) -> dict[str, Any]:
+    def document(self, answer: Answer, replies: list[WholeReply]) -> JsonObject:
         choices = [self._choice(answer, i, reply) for i, reply in enumerate(replies)]
         return _head(answer, "chat.completion") | {"choices": choices, "usage": _usage(answer)} | answer.told
 
-    def _choice(self, answer: Answer, i: int, reply: WholeReply) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
+    def _choice(self, answer: Answer, i: int, reply: WholeReply) -> JsonObject:
+        message: JsonObject = {"role": "assistant", "content": reply.text, "refusal": None}
         if reply.calls:
             calls = [call.document() for call in reply.calls]
             message |= {"content": reply.text or None, "tool_calls": calls}
@@ -44,7 +45,7 @@ class ChatFace:
         body, engine = answer.body, answer.served.engine
         head = _head(answer, "chat.completion.chunk") | ({"usage": None} if body.with_usage else {})
 
-        def made(i: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
+        def made(i: int, delta: JsonObject, reason: str | None = None, logprobs: Any = None) -> bytes:
             choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
             told = answer.told if reason else answer.left_out
             return event(head | {"choices": [choice]} | told)
@@ -56,7 +57,7 @@ class ChatFace:
                 begun.add(i)
                 yield made(i, {"role": "assistant", "content": ""})
             if part.text or part.scores or part.calls:
-                delta: dict[str, Any] = {"content": part.text} if part.text or part.scores else {}
+                delta: JsonObject = {"content": part.text} if part.text or part.scores else {}
                 if part.calls:
                     calls = [{"index": k} | call.document() for k, call in enumerate(part.calls)]
                     delta["tool_calls"] = calls
@@ -67,11 +68,11 @@ class ChatFace:
             yield event(head | {"choices": [], "usage": _usage(answer)})
 
 
-def _head(answer: Answer, kind: str) -> dict[str, Any]:
+def _head(answer: Answer, kind: str) -> JsonObject:
     return envelope(kind, "chatcmpl", answer.body.model or answer.served.name)
 
 
-def _usage(answer: Answer) -> dict[str, Any]:
+def _usage(answer: Answer) -> JsonObject:
     usage = answer.usage
     return {
         "prompt_tokens": usage.prompt,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from localsteer.jsonable import JsonObject
 from localsteer.runtime.ask import Ask
 
 from .answers import REASONS, Whole, envelope, scored, text_logprobs
@@ -87,11 +87,11 @@ def text_order(state: State, body: CompletionRequest) -> Order:
     )
 
 
-def _head(body: CompletionRequest, job: Job) -> dict[str, Any]:
+def _head(body: CompletionRequest, job: Job) -> JsonObject:
     return envelope("text_completion", "cmpl", body.model or job.order.served.name)
 
 
-def _told(job: Job) -> dict[str, Any]:
+def _told(job: Job) -> JsonObject:
     return report(job.order.steer, (), job.plain_tokens)
 
 
@@ -109,7 +109,7 @@ async def _document(body: CompletionRequest, job: Job, heads: Sequence[list[Scor
         choices[i].add(chunk)
     engine, wanted, n = job.order.served.engine, body.logprobs is not None, len(job.order.samplings)
 
-    def one(i: int, choice: Whole) -> dict[str, Any]:
+    def one(i: int, choice: Whole) -> JsonObject:
         scores = [*heads[i // n], *choice.scores]
         return {
             "index": i,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from localsteer.asked import Inquiry
+from localsteer.jsonable import JsonObject
 
 from .errors import api_error
 from .prompts import rendered, template_message, variables_of
@@ -49,14 +50,14 @@ def _inquiry(
     return Inquiry.of(steer.values(), [template_message(message) for message in messages], always)
 
 
-def report(applied: Iterable[str], left_out: Sequence[str], plain_tokens: int = 0) -> dict[str, Any]:
+def report(applied: Iterable[str], left_out: Sequence[str], plain_tokens: int = 0) -> JsonObject:
     """For the answer; nothing where the request is steered by all that it asked for, and everywhere.
 
     plain_tokens: of the reply, in tool calls and forced forms.
     """
     if not left_out and not plain_tokens:
         return {}
-    told: dict[str, Any] = {"applied": list(applied), "left_out": list(left_out)}
+    told: JsonObject = {"applied": list(applied), "left_out": list(left_out)}
     return {"steering": told | ({"plain_tokens": plain_tokens} if plain_tokens else {})}
 
 

@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from starlette.types import Message, Scope
+
 from .errors import ApiError
 from .limits import Limits
 from .streaming import STREAMS, last_words
@@ -22,7 +24,7 @@ class Deadline:
     def __init__(self, app: Callable[..., Any], limits: Limits) -> None:
         self.app, self.limits = app, limits
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         answer = _Answer(send)
@@ -52,7 +54,7 @@ class _Answer:
         self.closed = self.started = self.is_stream = self.ended = False
         self.n_sent = 0
 
-    async def send(self, message: dict[str, Any]) -> None:
+    async def send(self, message: Message) -> None:
         if self.closed:
             return
         if message["type"] == "http.response.start":
@@ -63,7 +65,7 @@ class _Answer:
         self.ended = message["type"] == "http.response.body" and not message.get("more_body")
         await self._send(message)
 
-    async def give_up(self, scope: dict[str, Any], receive: Any, error: ApiError) -> None:
+    async def give_up(self, scope: Scope, receive: Any, error: ApiError) -> None:
         if not self.started:
             await error.response(scope)(scope, receive, self._send)
         elif self.is_stream and not self.ended:
@@ -73,7 +75,7 @@ class _Answer:
             let_go(scope)
 
 
-def let_go(scope: dict[str, Any]) -> None:
+def let_go(scope: Scope) -> None:
     """Drop a connection with what is still to be written: closing would wait for a client to read it."""
     abort = scope.get("state", {}).get("abort")
     if abort:

@@ -80,15 +80,15 @@ def _values(
     embedder = served.embedder()
     engine, found = served.engine, []
     n_tokens = 0
-    for i, given in enumerate(inputs):
+    for i, text_or_tokens in enumerate(inputs):
         if gone.is_set():
             raise ClientGone
         try:
             # as in llama.cpp's own server: special tokens added, and read where the text holds them
             tokens = (
-                engine.model.tokenize(given, add_special=True, parse_special=True)
-                if isinstance(given, str)
-                else given
+                engine.model.tokenize(text_or_tokens, add_special=True, parse_special=True)
+                if isinstance(text_or_tokens, str)
+                else text_or_tokens
             )
             values = embedder.embed(tokens)
         except PromptError as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from localsteer.errors import LocalsteerError
+from localsteer.jsonable import JsonObject
 
 from .answers import REASONS
 from .considered import harmless, report
@@ -65,7 +66,7 @@ class EnsuredAnswer:
         return self.work.result() if self.work.done() else None
 
     @property
-    def told(self) -> dict[str, Any]:
+    def told(self) -> JsonObject:
         return {**self.left_out, **({"ensure": self.found.record()} if self.found else {})}
 
     @property
@@ -91,8 +92,8 @@ def _check(body: ChatRequest, tools: list[Tool]) -> None:
         "enable_thinking": body.enable_thinking,
         "reasoning_effort": body.reasoning_effort,
     }
-    for name, given in excluded.items():
-        if given:
+    for name, is_asked in excluded.items():
+        if is_asked:
             raise ApiError(
                 f"{name}: excludes ensure, which gives one checked text: leave one out.", param=name
             )
@@ -119,7 +120,7 @@ def _tries(
     from localsteer.ensure import ensure
 
     grammar = constraint_of(body, served)
-    settings: dict[str, Any] = {
+    settings: JsonObject = {
         "steer": tuple(steer.values()),
         "sampling": samplings(body, served, grammar)[0],
         "plain_forms": grammar is not None and not body.steer_forms,

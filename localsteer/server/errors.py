@@ -20,6 +20,7 @@ from localsteer.errors import (
     QueueFullError,
     SchedulerClosedError,
 )
+from localsteer.jsonable import JsonObject
 
 from .shapes import refusal
 
@@ -50,9 +51,9 @@ def as_json_in_pieces(document: Any, depth: int = 6) -> bytes:
         )
         return b"{" + b",".join(members) + b"}"
     if depth and isinstance(document, list) and len(document) > SMALL_LIST:
-        return b"[" + b",".join(as_json_in_pieces(each, 0) for each in document) + b"]"
+        return b"[" + b",".join(as_json_in_pieces(part, 0) for part in document) + b"]"
     if depth and isinstance(document, list):
-        return b"[" + b",".join(as_json_in_pieces(each, depth - 1) for each in document) + b"]"
+        return b"[" + b",".join(as_json_in_pieces(part, depth - 1) for part in document) + b"]"
     return as_json(document)
 
 
@@ -172,13 +173,13 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     return ApiError(f"{where}: {message[0].lower() + message[1:]}, not {value}.", param=where)
 
 
-def _most_telling(error: RequestValidationError) -> dict[str, Any]:
+def _most_telling(error: RequestValidationError) -> JsonObject:
     """Of a field that may be one of several types pydantic complains once for each: not the mismatches,
     and the one that got furthest into the value."""
     found = list(error.errors())
-    same = [each for each in found if each["loc"][:2] == found[0]["loc"][:2]]
+    same = [error for error in found if error["loc"][:2] == found[0]["loc"][:2]]
 
-    def rank(each: dict[str, Any]) -> tuple[bool, int]:
+    def rank(each: JsonObject) -> tuple[bool, int]:
         return not each["type"].endswith("_type"), len(_path(each["loc"], error.body, missing=True))
 
     return max(same, key=rank)

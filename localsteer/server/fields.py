@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..jsonable import JsonObject
 from .errors import ApiError, shown
 
 # They change what is kept or how it is computed, or add to the answer beside the reply; not the reply.
@@ -98,11 +99,11 @@ OPENAI = Rules(HARMLESS, NEUTRAL, ALIASES)
 
 
 def accepted(
-    document: dict[str, Any],
+    document: JsonObject,
     known: Collection[str],
     ignored: Collection[str] = (),
     rules: Rules = OPENAI,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The fields that a model of schemas.py reads, under the names that it has. known: these names. ignored:
     what `--ignore-field` names. Raises ApiError for a field that would change the reply, or might."""
     found = {name: value for name, value in document.items() if name in known}

@@ -8,13 +8,14 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from localsteer.catalog import DEFAULT, Catalog, Instruction, load_catalog
 from localsteer.errors import CatalogError
+from localsteer.jsonable import JsonObject
 from localsteer.model_names import is_bundled
 from localsteer.terms import LEARNING_NEEDS
 
@@ -119,7 +120,7 @@ def _job(request: Request, job_id: str) -> VectorJob:
     return job
 
 
-def _document(state: State, job: VectorJob) -> dict[str, Any]:
+def _document(state: State, job: VectorJob) -> JsonObject:
     return job.document() | {"before": state.jobs.place(job)}
 
 

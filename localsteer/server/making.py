@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from localsteer.errors import LocalsteerError
+from localsteer.jsonable import JsonObject
 from localsteer.vector import ControlVector
 
 from . import holding
@@ -219,7 +220,7 @@ class VectorJob:
         self._took, self._began = self.seconds, None
         self.status, self.error = status, error
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """For JSON."""
         names = ("id", "model", "name", "method", "status", "doing", "best", "done", "total", "vector")
         told = {name: getattr(self, name) for name in names}
@@ -360,7 +361,7 @@ def _loaded(data: bytes) -> ControlVector:
         return ControlVector.load(path)
 
 
-def result_of(vector: ControlVector, job: VectorJob) -> dict[str, Any]:
+def result_of(vector: ControlVector, job: VectorJob) -> JsonObject:
     """What the check found, and where nothing helps what learning would do."""
     record = vector.provenance.get("validation") or {}
     kept = (

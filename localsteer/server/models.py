@@ -6,7 +6,9 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from localsteer.jsonable import JsonObject
 
 from .errors import ApiError
 from .limits import Limits
@@ -68,7 +70,7 @@ class State:
         served, names = self.served(text)
         return served, self.vectors.chosen(served.name, names, items)
 
-    def listed(self) -> list[dict[str, Any]]:
+    def listed(self) -> list[JsonObject]:
         """Entries of /v1/models: each model, and each with each vector that is known to fit it."""
         names = []
         for name in self.pool.names:
@@ -76,7 +78,7 @@ class State:
             names += [(f"{name}+{vector}", name, vector) for vector in self.vectors.of_model(name)]
         return [self._entry(*entry) for entry in names]
 
-    def _entry(self, name: str, model: str, vector: str | None) -> dict[str, Any]:
+    def _entry(self, name: str, model: str, vector: str | None) -> JsonObject:
         served = self.models.get(model)
         return {
             "id": name,

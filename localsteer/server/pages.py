@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from localsteer import __version__
+from localsteer.jsonable import JsonObject
 
 from .errors import ApiError, Json
 from .models import State
@@ -81,7 +82,7 @@ async def models(request: Request) -> Response:
     return Json({"object": "list", "data": entries})
 
 
-def _model_info(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _model_info(entry: Mapping[str, Any]) -> JsonObject:
     """As Anthropic's clients read it."""
     created = datetime.fromtimestamp(entry["created"], timezone.utc).isoformat()
     names = {"id": entry["id"], "display_name": entry["id"]}

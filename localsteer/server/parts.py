@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from localsteer.jsonable import JsonObject
+
 from .models import Served
 from .schemas import SamplingFields
 from .streaming import Stream
@@ -73,7 +75,7 @@ class Answer(Protocol):
         ...
 
     @property
-    def told(self) -> dict[str, Any]:
+    def told(self) -> JsonObject:
         """The same at the end, where more is known."""
         ...
 
@@ -92,5 +94,5 @@ class Face(Protocol):
     stream: Stream
     names: Mapping[str, str]
 
-    def document(self, answer: Answer, replies: list[WholeReply]) -> dict[str, Any]: ...
+    def document(self, answer: Answer, replies: list[WholeReply]) -> JsonObject: ...
     def events(self, answer: Answer) -> AsyncIterator[bytes]: ...

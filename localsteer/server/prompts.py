@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from localsteer.errors import LocalsteerError
+from localsteer.jsonable import JsonObject
 from localsteer.tool_calls import loaded
 
 from .errors import ApiError
@@ -39,7 +40,7 @@ def rendered(
         raise ApiError(f"messages: {error}", param="messages") from None
 
 
-def variables_of(body: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
+def variables_of(body: ChatRequest, template: ChatTemplate) -> JsonObject:
     """What a request has for the model's chat template. Raises ApiError for what the template never reads: it
     would change nothing. `false` and `null` ask for nothing, and clients send them to every model."""
     asked = dict(body.chat_template_kwargs or {})
@@ -59,10 +60,10 @@ def variables_of(body: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
     return found
 
 
-def template_message(message: ChatMessage) -> dict[str, Any]:
+def template_message(message: ChatMessage) -> JsonObject:
     """As chat templates read them; an OpenAI client's `developer` is everybody else's `system`."""
     role = "system" if message.role == "developer" else message.role
-    made: dict[str, Any] = {"role": role, "content": message.text}
+    made: JsonObject = {"role": role, "content": message.text}
     if message.tool_calls:
         made["tool_calls"] = [
             {

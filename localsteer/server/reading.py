@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..jsonable import JsonObject
 from . import limits
 from .errors import ApiError
 from .fields import accepted
@@ -98,7 +99,7 @@ def checked(data: bytes, model: type[Read], ignored: Collection[str] = ()) -> Re
         raise _refusal(error, document) from None
 
 
-def _accepted(document: dict[str, Any], model: type[Body], ignored: Collection[str]) -> dict[str, Any]:
+def _accepted(document: JsonObject, model: type[Body], ignored: Collection[str]) -> JsonObject:
     known = {field.alias or name for name, field in model.model_fields.items()}
     document = accepted(document, known, ignored, model.RULES)
     for name, kind in model.NESTED.items():
@@ -157,7 +158,7 @@ def _with_lists(document: Any, model: type[Body]) -> Any:
 def _refusal(error: ValidationError, body: Any, where: tuple[str | int, ...] = ()) -> RequestValidationError:
     errors = error.errors(include_url=False)
     return RequestValidationError(
-        [{**each, "loc": ("body", *where, *each["loc"])} for each in errors], body=body
+        [{**error, "loc": ("body", *where, *error["loc"])} for error in errors], body=body
     )
 
 

@@ -6,10 +6,11 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import Request
 
+from localsteer.jsonable import JsonObject
 from localsteer.runtime.reply import Chunk
 from localsteer.runtime.sampling import Sampling
 
@@ -71,7 +72,7 @@ class Job:
             metrics.tokens.labels(name, "cached").inc(ticket.cached_tokens)
 
     @property
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> JsonObject:
         """A prompt with several replies counts once."""
         n = len(self.order.samplings)
         prompts = [ticket.prompt_tokens for ticket in self.tickets[::n]]
@@ -164,7 +165,7 @@ def _submit(job: Job) -> None:
     order = job.order
     ask = replace(order.ask, steer=tuple(order.steer.values()))
     for prompt in order.prompts:
-        words: dict[str, Any] = {"tokens": prompt}
+        words: JsonObject = {"tokens": prompt}
         if isinstance(prompt, str):
             words = {"prompt": prompt, "raw": True}
         for sampling in order.samplings:

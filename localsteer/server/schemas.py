@@ -88,7 +88,7 @@ Items = Annotated[list[SteeringItem | Name], Field(max_length=limits.MAX_VECTORS
 
 def as_items(given: Sequence[SteeringItem | str]) -> list[SteeringItem]:
     """A bare name stands for the vector as its file has it."""
-    return [SteeringItem(name=each) if isinstance(each, str) else each for each in given]
+    return [SteeringItem(name=item) if isinstance(item, str) else item for item in given]
 
 
 Schema = dict[str, Any] | bool | Annotated[str, Field(max_length=limits.MAX_SCHEMA)]
@@ -229,7 +229,7 @@ class SamplingFields(SteeredBody):
     @classmethod
     def _without_empty(cls, value: Any) -> Any:
         # front ends split a line at its commas: one at the end leaves an empty text
-        return [each for each in value if each != ""] if isinstance(value, list) else value
+        return [text for text in value if text != ""] if isinstance(value, list) else value
 
     @property
     def asked_tokens(self) -> int | None:
@@ -274,7 +274,7 @@ def without(value: Any, names: Sequence[str]) -> Any:
     """A JSON object without what is not read, and without what is empty."""
     if not isinstance(value, dict):
         return value
-    return {key: each for key, each in value.items() if key not in names and each not in (None, [], {})}
+    return {key: member for key, member in value.items() if key not in names and member not in (None, [], {})}
 
 
 class ContentPart(Body):

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.types import Message, Scope
+
 from localsteer.errors import LocalsteerError
 
 from .errors import ApiError, shown
@@ -99,7 +101,7 @@ class Guard:
     def __init__(self, app: Callable[..., Any], access: Access) -> None:
         self.app, self.access = app, access
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
@@ -157,7 +159,7 @@ def _cors(origin: str) -> list[tuple[bytes, bytes]]:
 
 
 def _with_headers(send: Any, more: list[tuple[bytes, bytes]]) -> Any:
-    async def sending(message: dict[str, Any]) -> None:
+    async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
             message = message | {"headers": [*message.get("headers", ()), *more]}
         await send(message)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..jsonable import JsonObject
+
 if TYPE_CHECKING:
     from .errors import ApiError
 
@@ -50,7 +52,7 @@ def speaks_anthropic(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     return any(name == b"anthropic-version" for name, _ in headers)
 
 
-def refusal(error: ApiError, scope: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def refusal(error: ApiError, scope: Mapping[str, Any] | None = None) -> JsonObject:
     """The body of an answer that has the error's status."""
     api = api_of(scope)
     if api == "ollama":

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.cache import atomic_path
 from localsteer.errors import LocalsteerError, PlanError
+from localsteer.jsonable import JsonObject
 from localsteer.vector import ControlVector
 
 from .errors import ApiError, shown
@@ -66,7 +67,7 @@ class VectorFolder:
         """Of the folder, then those that ship; of these several may have one name, each for its own model."""
         return [
             *self.entries.values(),
-            *(entry for found in self.shipped.values() for entry in found.values()),
+            *(entry for entries in self.shipped.values() for entry in entries.values()),
         ]
 
     def named(self, name: str) -> Loaded:
@@ -165,7 +166,7 @@ class VectorFolder:
                 )  # fmt: skip
             with _changing_the_folder():
                 (self.folder / f"{name}{SUFFIX}").unlink(missing_ok=True)
-            self.entries = {key: each for key, each in self.entries.items() if key != name}
+            self.entries = {key: entry for key, entry in self.entries.items() if key != name}
         return entry
 
     def _writable(self, name: str) -> Path:
@@ -218,9 +219,9 @@ class VectorFolder:
         return entry
 
 
-def document(entry: Loaded, models: Sequence[str]) -> dict[str, Any]:
+def document(entry: Loaded, models: Sequence[str]) -> JsonObject:
     """What GET /v1/steering says of one vector: settings, and the figures that tuning left in the file."""
-    made: dict[str, Any] = {"object": "steering.vector", "name": entry.name}
+    made: JsonObject = {"object": "steering.vector", "name": entry.name}
     if entry.vector is None:
         return made | {"models": [], "error": entry.error}
     vector = entry.vector
@@ -253,9 +254,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
+        return [plain(item) for item in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
@@ -276,4 +277,4 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 
 def _odd(name: str) -> str:
-    return next((each for each in name if not re.match(r"[A-Za-z0-9._-]", each)), name[:1])
+    return next((character for character in name if not re.match(r"[A-Za-z0-9._-]", character)), name[:1])

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..jsonable import JsonObject
 from .errors import ApiError, api_error, as_json
 from .replies import ClientGone, unless_gone, until_gone
 from .shapes import api_of, refusal
@@ -28,7 +29,7 @@ LINES = Stream("application/x-ndjson")
 STREAMS = (b"text/event-stream", b"application/x-ndjson")
 
 
-def event(document: dict[str, Any]) -> bytes:
+def event(document: JsonObject) -> bytes:
     return b"data: " + as_json(document) + b"\n\n"
 
 
@@ -37,7 +38,7 @@ def named_event(document: Mapping[str, Any]) -> bytes:
     return f"event: {document['type']}\n".encode("ascii") + event(dict(document))
 
 
-def line(document: dict[str, Any]) -> bytes:
+def line(document: JsonObject) -> bytes:
     return as_json(document) + b"\n"
 
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from localsteer.jsonable import JsonObject
 from localsteer.runtime.ask import Ask
 
 from .answers import REASONS, scored
@@ -56,7 +57,7 @@ class DecodedAnswer:
         return report(self.job.order.steer, self.job.order.left_out)
 
     @property
-    def told(self) -> dict[str, Any]:
+    def told(self) -> JsonObject:
         order = self.job.order
         return report(order.steer, order.left_out, self.job.plain_tokens)
 

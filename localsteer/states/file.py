@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from localsteer.errors import LocalsteerError
+from localsteer.jsonable import JsonObject
 from localsteer.runtime.journal import Journal
 
 try:
@@ -60,7 +61,7 @@ class Layout:
 
     def header(self) -> bytes:
         """Length, JSON, and blanks up to the alignment."""
-        entries: dict[str, Any] = {"__metadata__": dict(self.metadata)}
+        entries: JsonObject = {"__metadata__": dict(self.metadata)}
         entries["states"] = _entry(self.dtype, self.shape, 0, self.states_bytes)
         at = self.states_bytes
         for name, array in self.small.items():
@@ -71,7 +72,7 @@ class Layout:
         return len(text).to_bytes(8, "little") + text
 
 
-def _entry(dtype: str, shape: tuple[int, ...], at: int, n_bytes: int) -> dict[str, Any]:
+def _entry(dtype: str, shape: tuple[int, ...], at: int, n_bytes: int) -> JsonObject:
     return {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + n_bytes]}
 
 

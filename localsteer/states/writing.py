@@ -14,6 +14,7 @@ import numpy as np
 
 from localsteer.cache import file_hash
 from localsteer.errors import LocalsteerError
+from localsteer.jsonable import JsonObject
 from localsteer.token_choice import TokenChoice
 
 from .chosen import Progress, Reading, layers_of, n_rows, readings, states_of
@@ -42,7 +43,7 @@ def write_states(
     raw: bool = False,
     steer: Steer = (),
     on_progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write the states of all prompts to a safetensors file (docs/states.md), in the memory of one decode.
 
     The settings are those of `collect_states`. dtype: "float32" or "float16". Called again with the same
@@ -127,7 +128,7 @@ def _small(
 
 def _about(
     engine: Engine, chosen: Sequence[Reading], layers: Sequence[int], choice: TokenChoice, plan: Plan | None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Of the metadata, and what a run that goes on must have in common with the one before."""
     from localsteer import __version__
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from localsteer.errors import ModelFileError
+from localsteer.jsonable import JsonObject
 
 from . import folders, hub
 
@@ -125,7 +126,7 @@ class _Repository:
                 _fetch(url, found, blob, file, on_progress)
 
 
-def _told(url: str) -> dict[str, Any]:
+def _told(url: str) -> JsonObject:
     """What the API tells of a repository. `HfApi.model_info` would read an answer without an end."""
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -147,7 +148,7 @@ def _told(url: str) -> dict[str, Any]:
     return info
 
 
-def _sizes(info: dict[str, Any]) -> dict[str, int]:
+def _sizes(info: JsonObject) -> dict[str, int]:
     """Bytes of each file. Another server than the hub might try to lead out of the cache."""
     files = {}
     for sibling in info["siblings"]:

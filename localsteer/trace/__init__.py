@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from localsteer.errors import LocalsteerError, PlanError, PromptError
+from localsteer.jsonable import JsonObject
 from localsteer.plan import Plan, PositionClass, active, position_classes
 from localsteer.runtime.ask import Ask
 from localsteer.runtime.forward import passes, wide_size
@@ -88,7 +89,7 @@ class Line:
         low, high = self.scale
         return (values - low) / (high - low)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         vector, arrays = self.vector, ("plain", "before", "after", "target", "weight")
         head = {
             "vector": vector.name,
@@ -151,7 +152,7 @@ class Trace:
         """The lines of one of `vectors`, by block."""
         return [line for line in self.lines if line.vector is vector]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """All of it as plain JSON-able values; None for what is not a number."""
         from .diagnosis import diagnose
 
@@ -169,7 +170,7 @@ class Trace:
             ],
         }
 
-    def _token_dict(self, i: int) -> dict[str, Any]:
+    def _token_dict(self, i: int) -> JsonObject:
         cls = PositionClass(self.classes[i])
         made = {"id": self.tokens[i], "text": self.pieces[i], "class": cls.name.lower()}
         if i < self.n_prompt:
@@ -366,8 +367,8 @@ class _Passes:
     def effect(self, n_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(effect, plain_tokens, steered_tokens): the row at one token is what the next is drawn from."""
         likeliest = [np.full(n_tokens, -1), np.full(n_tokens, -1)]
-        for tokens, found in zip(likeliest, (self.plain_best, self.steered_best), strict=True):
-            tokens[self.n_prompt :] = found[: n_tokens - self.n_prompt]
+        for tokens, best in zip(likeliest, (self.plain_best, self.steered_best), strict=True):
+            tokens[self.n_prompt :] = best[: n_tokens - self.n_prompt]
         return self._drawn(self.divergence, n_tokens), *likeliest
 
     def effect_here(self, i: int, vectors: Sequence[ControlVector], n_tokens: int) -> np.ndarray:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 
 from localsteer.cache import atomic_path, require_folder
 from localsteer.errors import LocalsteerError
+from localsteer.jsonable import JsonObject
 
 from . import Line, Trace, looks
 from .diagnosis import diagnose
@@ -111,13 +111,13 @@ def render(trace: Trace) -> str:
     )
 
 
-def _strip(trace: Trace, line: Line) -> dict[str, Any]:
+def _strip(trace: Trace, line: Line) -> JsonObject:
     names = ["", "plain", "before", "after", "target", "weight", "effect", "instead"]
     tokens = [_token(trace, line, i) for i in range(len(trace.tokens))]
     return {"title": looks.title(line), "names": names, "tokens": tokens}
 
 
-def _token(trace: Trace, line: Line, i: int) -> dict[str, Any]:
+def _token(trace: Trace, line: Line, i: int) -> JsonObject:
     figures = {name: getattr(line, name)[i] for name in ("plain", "before", "after", "target")}
     cells = [{"text": looks.visible(trace.pieces[i]), "style": _style(line.share(line.after[i]))}]
     cells += [{"text": looks.number(value), "style": _style(line.share(value))} for value in figures.values()]
@@ -138,12 +138,12 @@ def _token(trace: Trace, line: Line, i: int) -> dict[str, Any]:
     }
 
 
-def _bar(kind: str, value: float, share: float) -> dict[str, Any]:
+def _bar(kind: str, value: float, share: float) -> JsonObject:
     height = round(100 * min(1.0, max(0.0, float(share)))) if np.isfinite(value) else 0
     return {"kind": kind, "text": looks.number(value), "height": height}
 
 
-def _heat(trace: Trace, heat: looks.Heat) -> dict[str, Any]:
+def _heat(trace: Trace, heat: looks.Heat) -> JsonObject:
     n_read = int(np.isfinite(trace.lines[0].after).sum())
     columns = range(trace.n_prompt, len(trace.tokens)) if heat.is_effect else range(n_read)
     rows = [

@@ -11,8 +11,8 @@ reference. docs/tuning.md says how well it works.
 
 from .check import Check, Trial
 from .exhaustive import tune_exhaustively
-from .setting import POSITIONS, Setting
-from .tuning import DEFAULT_N, MAX_TOKENS, N_SEQ_MAX, Tuned, tune
+from .setting import MAX_TOKENS, POSITIONS, Setting
+from .tuning import DEFAULT_N, N_SEQ_MAX, Tuned, tune
 
 __all__ = [
     "DEFAULT_N",

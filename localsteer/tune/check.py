@@ -118,7 +118,7 @@ class Check:
         replies = [*(plain or ()), *self._generate(asked)]
         # a limit that no reply of the model's own needs leaves ample room: a reply that reaches it is endless
         self._must_end = all(reply.finish_reason != "length" for reply in replies)
-        queries = [*self.queries, *(one.query for one in told)]
+        queries = [*self.queries, *(question.query for question in told)]
         judged = [self._judge(query, reply) for query, reply in zip(queries, replies, strict=True)]
         n = len(self.queries)
         self.plain.replies, self.told.replies = judged[:n], judged[n:]
@@ -142,10 +142,10 @@ class Check:
     def ask_both(self, setting: Setting) -> None:
         """The model told and steered at once."""
         plan = Plan.from_vectors([setting.of(self._vector)])
-        told = [replace(one, plan=plan) for one in self._told()]
+        told = [replace(question, plan=plan) for question in self._told()]
         replies = self._generate(told)
         self.both.replies = self._guarded(
-            [self._judge(one.query, reply) for one, reply in zip(told, replies, strict=True)]
+            [self._judge(question.query, reply) for question, reply in zip(told, replies, strict=True)]
         )
         self.both.allowed = len(self.queries)
 

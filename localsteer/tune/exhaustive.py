@@ -21,9 +21,9 @@ from .check import Check, Trial
 from .record import Choice
 from .replies import Asked
 from .search import usable_blocks
-from .setting import POSITIONS, Setting
+from .setting import POSITIONS, Scope, Setting
 from .targets import Told
-from .tuning import MAX_TOKENS, Report, Tuned
+from .tuning import Report, Tuned
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
@@ -38,15 +38,11 @@ def tune_exhaustively(
     instruction: Instruction,
     queries: Sequence[Query],
     *,
-    blocks: Iterable[int] | None = None,
-    positions: Sequence[str] = POSITIONS,
-    modes: Sequence[str] | None = None,
-    strengths: Sequence[float] | None = None,
-    max_tokens: int = MAX_TOKENS,
     source: Mapping[str, Any] | None = None,
     report: Report | None = None,
+    **settings: Any,
 ) -> Tuned:
-    """As `tune`, with a reply of every setting to every query; all queries are used.
+    """As `tune`, with a reply of every setting to every query; all queries are used. settings: of Scope.
 
     Where `engine` keeps its replies (journal.Remembered), a search that was killed goes on. Raises PlanError
     without queries or settings, CatalogError without a usable verifier, MismatchError.
@@ -57,8 +53,9 @@ def tune_exhaustively(
         raise CatalogError(f"{instruction.id} has no verifier: only the search by likelihood can tune it.")
     check_arguments(instruction.verifier, instruction.kwargs_for(queries[0].text), prompt=queries[0].text)
     engine.plan(vector)
-    settings = grid(vector, blocks, positions, modes or (vector.mode,), strengths)
-    total = (len(settings) + 2 + bool(instruction.phrasings)) * len(queries)
+    scope = Scope(**settings)
+    tried = grid(vector, scope.blocks, scope.positions, scope.modes_of(vector), scope.strengths)
+    total = (len(tried) + 2 + bool(instruction.phrasings)) * len(queries)
 
     def on_reply(done: int) -> None:
         if report:
@@ -69,19 +66,19 @@ def tune_exhaustively(
         vector,
         instruction,
         queries,
-        max_tokens=max_tokens,
-        generate=lambda asked, on_done: _generate(engine, asked, max_tokens, on_done),
+        max_tokens=scope.max_tokens,
+        generate=lambda asked, on_done: _generate(engine, asked, scope.max_tokens, on_done),
         on_reply=on_reply,
     )
     check.ask_model()
-    trials = sorted(check.ask(settings), key=_order)
+    trials = sorted(check.ask(tried), key=_order)
     best = trials[0] if trials[0].score > check.plain.score else None
     if best is not None and instruction.phrasings:
         check.ask_both(best.setting)
     on_reply(total)
     chosen = vector.at(strength=0.0) if best is None else best.setting.of(vector)
     n_followed = sum(bool(reply.followed) for reply in check.told.replies)
-    told_model = Told((), check.told.n, n_followed, check.told.n, max_tokens)
+    told_model = Told((), check.told.n, n_followed, check.told.n, scope.max_tokens)
     choice = Choice(instruction, best, trials, check.plain, check.told, check.both, told_model)
     kept = choice.record() | {"search": "exhaustive", "replies": check.n_replies, **(source or {})}
     vector = replace(chosen, provenance={**chosen.provenance, **choice.origin, "validation": kept})
@@ -115,8 +112,8 @@ def _generate(engine: Engine, asked: Sequence[Asked], max_tokens: int, on_done) 
         part = asked[start : start + CALL_SIZE]
         before = len(replies)
         replies += engine.generate_batch(
-            [one.prompt for one in part],
-            steer=[one.plan for one in part],
+            [question.prompt for question in part],
+            steer=[question.plan for question in part],
             max_tokens=max_tokens,
             sampling=GREEDY,
             on_progress=lambda done, _of, before=before: on_done(before + done),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localsteer.catalog import Instruction
+from localsteer.jsonable import JsonObject
 
 from .check import Trial
 from .targets import Told
@@ -62,13 +63,13 @@ class Choice:
         return self.plain.n
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> JsonObject:
         """For the vector's provenance: a file that named no verifier would be asked for it again."""
         if self.instruction.verifier is None:
             return {}
         return {"verifier": self.instruction.verifier, "kwargs": dict(self.instruction.kwargs)}
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """JSON without infinities."""
         from localsteer import __version__
 
@@ -199,7 +200,7 @@ def _spoilt_share(trial: Trial) -> float | None:
     return trial.n_degenerate / trial.n if trial.replies else None
 
 
-def _row(trial: Trial) -> dict[str, Any]:
+def _row(trial: Trial) -> JsonObject:
     return {name: _rounded(value) for name, value in trial.row().items()}
 
 

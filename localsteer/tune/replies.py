@@ -53,10 +53,10 @@ def replies_to(
 
     Raises PromptError for a prompt that leaves no room for a reply.
     """
-    watches = [_watch(instruction, one.query) for one in asked]
+    watches = [_watch(instruction, question.query) for question in asked]
     asks = [
-        Ask(one.prompt, steer=one.plan, max_tokens=max_tokens, sampling=_seeded(sampling, i))
-        for i, one in enumerate(asked)
+        Ask(question.prompt, steer=question.plan, max_tokens=max_tokens, sampling=_seeded(sampling, i))
+        for i, question in enumerate(asked)
     ]
 
     def watch(index: int, text: str, n: int) -> str:

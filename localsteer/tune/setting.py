@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from localsteer.errors import PlanError
 from localsteer.vector import ControlVector
 
 POSITIONS = ("prompt", "last", "all")
 FEW_BLOCKS = 12  # up to this depth a grid has every block
+MAX_TOKENS = 192  # of a reply
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,28 @@ class Setting:
     def of(self, vector: ControlVector) -> ControlVector:
         """The vector with this setting applied."""
         return vector.at(layer=self.layer, positions=self.positions, strength=self.strength, mode=self.mode)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which settings a search may try, and how long a reply may become.
+
+    blocks: 0-based, all by default. modes: the vector's own by default. strengths: negative ones for less of
+    it; the search's own by default. Raises PlanError for strength 0.
+    """
+
+    blocks: Iterable[int] | None = None
+    positions: Sequence[str] = POSITIONS
+    modes: Sequence[str] | None = None
+    strengths: Sequence[float] | None = None
+    max_tokens: int = MAX_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.strengths is not None and not all(self.strengths):
+            raise PlanError("strength 0 steers nothing: the model alone is asked anyway.")
+
+    def modes_of(self, vector: ControlVector) -> tuple[str, ...]:
+        return tuple(self.modes or (vector.mode,))
 
 
 def grid_blocks(n_layer: int) -> range:

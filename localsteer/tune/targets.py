@@ -139,7 +139,7 @@ class Telling:
             return text
         if len(phrasings) > 1:
             text += " " + phrasings[(i + 1) % len(phrasings)]
-        example = next((one for one in self._passing if isinstance(one.prompt, str)), None)
+        example = next((passed for passed in self._passing if isinstance(passed.prompt, str)), None)
         if example is None:
             return text
         return [
@@ -161,9 +161,9 @@ class Telling:
         )
         self._n_asked += len(asked)
         passing = [
-            _Passing(one.query, one.prompt, reply)
-            for one, reply in zip(asked, replies, strict=True)
-            if judge(self._instruction, one.query, reply).good and reply.tokens
+            _Passing(question.query, question.prompt, reply)
+            for question, reply in zip(asked, replies, strict=True)
+            if judge(self._instruction, question.query, reply).good and reply.tokens
         ]
         self._passing += passing
         return len(asked), len(passing)
@@ -171,7 +171,7 @@ class Telling:
     def _limit(self) -> int:
         """The lowest limit at which replies that follow still do when they are cut there."""
         for limit in LIMITS:
-            if limit < self._max_tokens and all(self._follows_cut(one, limit) for one in self._passing):
+            if limit < self._max_tokens and all(self._follows_cut(passed, limit) for passed in self._passing):
                 return limit
         return self._max_tokens
 
@@ -185,9 +185,9 @@ class Telling:
 
 def measured(likelihood: Likelihood, engine: Engine, passing: Sequence[_Passing]) -> list[Target]:
     """Targets of replies, each cut behind the tokens that hold most of its gap; none of one without a gap."""
-    plain = [tuple(engine.prompt_tokens(one.query.text)) for one in passing]
-    told = [tuple(engine.prompt_tokens(one.prompt)) for one in passing]
-    replies = [_with_end(engine, one.reply)[:MAX_TOKENS] for one in passing]
+    plain = [tuple(engine.prompt_tokens(passed.query.text)) for passed in passing]
+    told = [tuple(engine.prompt_tokens(passed.prompt)) for passed in passing]
+    replies = [_with_end(engine, passed.reply)[:MAX_TOKENS] for passed in passing]
     low = likelihood([Row(prompt, reply) for prompt, reply in zip(plain, replies, strict=True)])
     high = likelihood([Row(prompt, reply) for prompt, reply in zip(told, replies, strict=True)])
     targets = []

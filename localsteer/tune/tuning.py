@@ -7,7 +7,7 @@ tuned.vector.save("json.gguf")
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,13 @@ from .check import Check, Trial
 from .record import Choice
 from .score import Score
 from .search import Search, candidates, usable_blocks
-from .setting import POSITIONS, Setting
+from .setting import Scope, Setting
 from .targets import Telling, Told
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
 
 DEFAULT_N = 8  # queries of the check, as in the paper
-MAX_TOKENS = 192  # of a reply
 WAVE = 3  # settings that are checked at once, each on half of the queries, and the best of them on all
 N_WAVES = 2  # the second only where the first found nothing as good as telling
 N_SEQ_MAX = 32  # of an engine for this: sequences of one decode, most of them short
@@ -69,28 +68,29 @@ class Tuned:
         return tuple(self.record["advice"])
 
 
+@dataclass(frozen=True)
+class TuneScope(Scope):
+    """n: queries of the check. seed: of the sampled targets."""
+
+    n: int = DEFAULT_N
+    seed: int = 0
+
+
 def tune(
     engine: Engine,
     vector: ControlVector,
     instruction: Instruction,
     queries: Sequence[Query],
     *,
-    blocks: Iterable[int] | None = None,
-    positions: Sequence[str] = POSITIONS,
-    modes: Sequence[str] | None = None,
-    strengths: Sequence[float] | None = None,
-    n: int = DEFAULT_N,
-    max_tokens: int = MAX_TOKENS,
-    seed: int = 0,
     source: Mapping[str, Any] | None = None,
     report: Report | None = None,
+    **settings: Any,
 ) -> Tuned:
     """Block, positions, strength and mode for one vector of one model, in about a minute.
 
-    queries: validation ones; `n` of them check, the others bring the targets. blocks: 0-based, all by
-    default. modes: the vector's own by default. strengths: to be tried, negative ones for less of it; by
-    default a line search up to 3. seed: of the sampled targets. source: what else the record should say of
-    the model. report: called with (what is being done, done, of how many).
+    queries: validation ones; `n` of them check, the others bring the targets. settings: of TuneScope; without
+    `strengths` a line search goes up to 3. source: what else the record should say of the model. report:
+    called with (what is being done, done, of how many).
 
     Ctrl-C keeps the best so far once there is one. Raises PlanError without queries or blocks, PromptError
     for an instruction without wording, CatalogError for one whose verifier is unusable, MismatchError for a
@@ -98,8 +98,7 @@ def tune(
     """
     if not queries:
         raise PlanError(f"no validation queries to tune {instruction.id} with.")
-    if strengths is not None and not all(strengths):
-        raise PlanError("strength 0 steers nothing: the model alone is asked anyway.")
+    scope = TuneScope(**settings)
     if instruction.verifier is not None:
         check_arguments(instruction.verifier, instruction.kwargs_for(queries[0].text), prompt=queries[0].text)
     engine.plan(vector)
@@ -107,13 +106,9 @@ def tune(
         engine,
         vector,
         instruction,
-        *split(queries, n),
-        blocks=usable_blocks(vector, blocks),
-        positions=positions,
-        modes=tuple(modes or (vector.mode,)),
-        strengths=strengths,
-        max_tokens=max_tokens,
-        seed=seed,
+        *split(queries, scope.n),
+        scope=scope,
+        blocks=usable_blocks(vector, scope.blocks),
         report=report or (lambda _what, _done, _total: None),
     ).run(source or {})
 
@@ -136,12 +131,8 @@ class _Tuning:
     instruction: Instruction
     asked: Sequence[Query]
     checked: Sequence[Query]
+    scope: TuneScope
     blocks: Sequence[int]
-    positions: Sequence[str]
-    modes: Sequence[str]
-    strengths: Sequence[float] | None
-    max_tokens: int
-    seed: int
     report: Report
     _search: Search | None = None
     _check: Check | None = None
@@ -167,8 +158,8 @@ class _Tuning:
             self.engine,
             self.instruction,
             self.asked,
-            max_tokens=self.max_tokens,
-            seed=self.seed,
+            max_tokens=self.scope.max_tokens,
+            seed=self.scope.seed,
             on_reply=lambda done, n_passed: self.report(f"{what}: {n_passed} replies follow", done, 0),
         )
         self._told = telling.collect(likelihood)
@@ -178,9 +169,9 @@ class _Tuning:
         self._search = Search(
             score,
             self.blocks,
-            self.positions,
-            self.strengths,
-            self.modes,
+            self.scope.positions,
+            self.scope.strengths,
+            self.scope.modes_of(self.vector),
             on_best=lambda setting, gap: self.report(
                 f"scoring settings, best so far {setting} ({gap:.0%} of what telling does)",
                 len(score.settings),

@@ -248,7 +248,7 @@ class _Draft:
             return ["(?:", *pieces, ")"], size
         if operation is sre.BRANCH:
             branches = [self._sequence(branch, flags) for branch in value[1]]
-            pieces = [piece for each, _ in branches for piece in ("|", *each)]
+            pieces = [piece for branch, _ in branches for piece in ("|", *branch)]
             return ["(?:", *pieces[1:], ")"], sum(size for _, size in branches)
         if operation in (sre.MAX_REPEAT, sre.MIN_REPEAT):
             least, most, nodes = value
@@ -324,7 +324,7 @@ class _Folded:
                 }
                 self._any_case = "".join(set(self._all).union(*self._folds.values()))
             found = set(search(self._any_case))
-            taken = {each for each, folds in self._folds.items() if not found.isdisjoint(folds)}
+            taken = {character for character, folds in self._folds.items() if not found.isdisjoint(folds)}
         return set(self._characters) - taken if sort.others else taken
 
 
@@ -336,4 +336,4 @@ def _same_but_for_case() -> Mapping[str, frozenset[str]]:
         if character.lower() != character or character.upper() != character:
             key = "i" if character in "\u0130\u0131" else character.casefold()
             groups.setdefault(key, set()).add(character)
-    return {each: frozenset(group) for group in groups.values() for each in group}
+    return {character: frozenset(group) for group in groups.values() for character in group}

@@ -197,7 +197,7 @@ def _short_one_ends(context: str, label: bool) -> bool:
 
 
 def _any_token_ends(context: str, label: bool) -> bool:
-    tokens = (_first_pass(found[0]) for found in _TOKEN.finditer(context))
+    tokens = (_first_pass(match[0]) for match in _TOKEN.finditer(context))
     return any(_second_pass(token, after, label) for token, after in pairwise(tokens))
 
 

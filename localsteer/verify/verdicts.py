@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from localsteer.errors import CatalogError, LocalsteerError
+from localsteer.jsonable import JsonObject
 from localsteer.verify.verifiers import VERIFIERS, Verifier
 
 INSTRUCTION_IDS: tuple[str, ...] = tuple(VERIFIERS)
@@ -54,7 +55,7 @@ def verify(
 
 def check_arguments(
     instruction_id: str, kwargs: Mapping[str, Any] | None, *, prompt: str | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """The arguments that a verifier will be called with, or a CatalogError that names what is wrong.
 
     None stands for "not given": some copies of IFEval write every name in every row, most of them null.

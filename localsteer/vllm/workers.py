@@ -105,7 +105,7 @@ class Batches:
                 merged.append([first, after])
         if len(merged) == 1:
             return slice(*merged[0])
-        numbers = np.concatenate([np.arange(*each) for each in merged])
+        numbers = np.concatenate([np.arange(*span) for span in merged])
         return torch.as_tensor(numbers, dtype=torch.long, device=self.device)
 
 

@@ -50,7 +50,7 @@ class Batch:
         """How many sequences have each token, and where their numbers lie; kept here until the next batch."""
         counts = np.array([1 + len(others) for others in also], dtype=np.int32)
         numbers = [[first, *others] for first, others in zip(seq_ids, also, strict=True)]
-        flat = np.concatenate([np.array(each, dtype=np.int32) for each in numbers])
+        flat = np.concatenate([np.array(row, dtype=np.int32) for row in numbers])
         starts = np.concatenate(([0], np.cumsum(counts[:-1]))).astype(np.uintp)
         self._shares = (counts, flat, flat.ctypes.data + 4 * starts)
         return counts, self._shares[2]

@@ -25,6 +25,7 @@ from typing import Any
 from ... import errors
 from ...cache import atomic_path, cache_folder, file_sha256, is_intact
 from ...errors import LocalsteerError, ModelFileError
+from ...jsonable import JsonObject
 
 VARIABLE = "LOCALSTEER_MODEL_CHECK"
 FULL, HEADER, OFF = "full", "header", "off"
@@ -192,7 +193,7 @@ def _outcome_path(fingerprint: str) -> Path:
     return cache_folder() / "tried" / f"{fingerprint}.json"
 
 
-def _read_outcome(fingerprint: str, path: Path) -> dict[str, Any] | None:
+def _read_outcome(fingerprint: str, path: Path) -> JsonObject | None:
     """None where nothing is known, or the header is not the one that was tried."""
     try:
         outcome = json.loads(_outcome_path(fingerprint).read_text("utf-8"))
@@ -203,7 +204,7 @@ def _read_outcome(fingerprint: str, path: Path) -> dict[str, Any] | None:
     return outcome if whole and digest == _digest(path, length) else None
 
 
-def _keep_outcome(fingerprint: str, outcome: dict[str, Any]) -> None:
+def _keep_outcome(fingerprint: str, outcome: JsonObject) -> None:
     # a folder that can't be written costs another trial, nothing else
     with contextlib.suppress(OSError, LocalsteerError), atomic_path(_outcome_path(fingerprint)) as temporary:
         temporary.write_text(json.dumps(outcome), "utf-8")

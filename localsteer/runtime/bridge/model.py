@@ -261,7 +261,9 @@ class Model(Handle):
             tokens = [self.token_to_piece(i, special=True) for i in range(self.n_vocab)]
             special = lc.LLAMA_TOKEN_ATTR_CONTROL | lc.LLAMA_TOKEN_ATTR_USER_DEFINED
             attributes = (lc.llama_vocab_get_attr(self.vocab, i) for i in range(self.n_vocab))
-            chosen = [token for token, each in zip(tokens, attributes, strict=True) if each & special]
+            chosen = [
+                token for token, attribute in zip(tokens, attributes, strict=True) if attribute & special
+            ]
             self._spellings = Spellings(tokens, chosen)
         unknown = self._spellings.unknown(raw)
         if unknown:

@@ -10,12 +10,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import llama_cpp.llama_cpp as lc
 import numpy as np
 
 from ...constrain import END, Matcher
 from ...errors import LocalsteerError
+from ..sampling import Sampling
 from .context import Context
 from .library import Handle, log
 from .model import Model
@@ -49,44 +51,30 @@ class Sampler(Handle):
     """Biases, penalties, top-k, top-p, min-p, temperature, then one draw, in llama.cpp's order; temp <= 0 is
     greedy.
 
-    matcher: tokens that it forbids are never drawn, and what is drawn it is told. seed: None draws one.
-    logit_bias: (token id, what is added to its logit). Raises LocalsteerError for an id that is no token's.
+    matcher: tokens that it forbids are never drawn, and what is drawn it is told. settings: of Sampling,
+    whose grammar is the matcher's. Raises LocalsteerError where logit_bias names an id that is no token's.
     """
 
     _what = "sampler"
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        temp: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
-        repeat_last_n: int = 64,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        seed: int | None = None,
-        matcher: Matcher | None = None,
-        logit_bias: Sequence[tuple[int, float]] = (),
-    ) -> None:
+    def __init__(self, model: Model, *, matcher: Matcher | None = None, **settings: Any) -> None:
+        sampling = Sampling(**settings)
         self._candidates = _Candidates(model.n_vocab)
-        penalties = (repeat_last_n, repeat_penalty, frequency_penalty, presence_penalty)
         self._matcher = matcher
-        stages = [_bias_stage(model, logit_bias)] if logit_bias else []
-        if repeat_last_n != 0 and penalties[1:] != (1.0, 0.0, 0.0):
-            stages.append(lc.llama_sampler_init_penalties(model.n_vocab, *penalties))
-        self._is_argmax = temp <= 0 and not stages
-        if temp <= 0:
+        stages = [_bias_stage(model, sampling.logit_bias)] if sampling.logit_bias else []
+        penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+        if sampling.repeat_last_n != 0 and penalties != (1.0, 0.0, 0.0):
+            stages.append(lc.llama_sampler_init_penalties(model.n_vocab, sampling.repeat_last_n, *penalties))
+        self._is_argmax = sampling.temp <= 0 and not stages
+        if sampling.temp <= 0:
             stages.append(lc.llama_sampler_init_greedy())
         else:
-            seed = lc.LLAMA_DEFAULT_SEED if seed is None else seed % 2**32
+            seed = lc.LLAMA_DEFAULT_SEED if sampling.seed is None else sampling.seed % 2**32
             stages += [
-                lc.llama_sampler_init_top_k(top_k),
-                lc.llama_sampler_init_top_p(top_p, 1),
-                lc.llama_sampler_init_min_p(min_p, 1),
-                lc.llama_sampler_init_temp(temp),
+                lc.llama_sampler_init_top_k(sampling.top_k),
+                lc.llama_sampler_init_top_p(sampling.top_p, 1),
+                lc.llama_sampler_init_min_p(sampling.min_p, 1),
+                lc.llama_sampler_init_temp(sampling.temp),
                 lc.llama_sampler_init_dist(seed),
             ]
         self._pointer = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())

@@ -17,6 +17,8 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ...jsonable import JsonObject
+
 N_CTX = 512
 N_SEQ_MAX = 8  # as Engine opens a model, where its kind allows it
 TEMPLATE_SECONDS = 5
@@ -62,7 +64,7 @@ def _limit(file_size: int) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _prepare(job: dict[str, Any]) -> None:
+def _prepare(job: JsonObject) -> None:
     sys.path[:] = job["sys_path"]
     for name, folders in job["stubs"].items():
         package = types.ModuleType(name)

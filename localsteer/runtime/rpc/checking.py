@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 import struct
-from typing import Any
 
 from ...errors import HostError
+from ...jsonable import JsonObject
 from . import protocol
 from .endpoint import Endpoint
 from .greeting import connect, read, reason
@@ -15,9 +15,9 @@ from .protocol import SIZE, Command
 MAX_DEVICES = 64  # of one server; what says more is no server
 
 
-def checked(endpoint: Endpoint) -> dict[str, Any]:
+def checked(endpoint: Endpoint) -> JsonObject:
     """{"host", "version", "devices": [{"free", "total"}, ...] in bytes, "error": None or why not}."""
-    row: dict[str, Any] = {"host": str(endpoint), "version": None, "devices": [], "error": None}
+    row: JsonObject = {"host": str(endpoint), "version": None, "devices": [], "error": None}
     try:
         connection, greeting = connect(endpoint)
     except HostError as error:

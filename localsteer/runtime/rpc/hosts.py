@@ -18,7 +18,7 @@ class Hosts:
     may be silent where it owes an answer. Raises HostError, which names the host."""
 
     def __init__(self, hosts: str | Iterable[str] | tuple[Endpoint, ...], seconds: float = SECONDS) -> None:
-        parsed = isinstance(hosts, tuple) and all(isinstance(each, Endpoint) for each in hosts)
+        parsed = isinstance(hosts, tuple) and all(isinstance(host, Endpoint) for host in hosts)
         self.endpoints: tuple[Endpoint, ...] = hosts if parsed else parse_endpoints(hosts)
         if not 0 < seconds <= 86_400:
             raise HostError(f"an rpc host may be silent for 0 to 86400 s, not {seconds:g}.")

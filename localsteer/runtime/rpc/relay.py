@@ -53,10 +53,10 @@ class Relay:
 
     def close(self) -> None:
         """The host is free for others then."""
-        for each in (self._listener, self._host):
+        for end in (self._listener, self._host):
             with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in it
-            each.close()
+                end.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in it
+            end.close()
 
     def abandon(self) -> None:
         """Stop waiting for it, from any thread: whoever waits has an answer at once, a worthless one."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ...jsonable import JsonObject
 from ..errors import ApiError, Json, as_json
 from ..parts import Answer, WholeReply
 from ..prompts import loaded
@@ -50,7 +51,7 @@ class AnthropicFace:
         self.body = body
         self.id = f"msg_{secrets.token_hex(12)}"
 
-    def document(self, answer: Answer, replies: list[WholeReply]) -> dict[str, Any]:
+    def document(self, answer: Answer, replies: list[WholeReply]) -> JsonObject:
         (reply,) = replies
         blocks = [{"type": "text", "text": reply.text}] if reply.text else []
         blocks += [_tool_use(call) | {"input": _input(call)} for call in reply.calls]
@@ -83,7 +84,7 @@ class AnthropicFace:
             yield named_event(last | answer.told)
         yield named_event({"type": "message_stop"})
 
-    def _message(self, answer: Answer, content: list[dict[str, Any]]) -> dict[str, Any]:
+    def _message(self, answer: Answer, content: list[JsonObject]) -> JsonObject:
         return {
             "id": self.id,
             "type": "message",
@@ -96,13 +97,13 @@ class AnthropicFace:
         }
 
 
-def _stop(reason: str, stop: str | None) -> dict[str, Any]:
+def _stop(reason: str, stop: str | None) -> JsonObject:
     if reason == "stop":
         return {"stop_reason": "end_turn" if stop is None else "stop_sequence", "stop_sequence": stop}
     return {"stop_reason": {"length": "max_tokens", "tool_calls": "tool_use"}[reason], "stop_sequence": None}
 
 
-def _usage(answer: Answer) -> dict[str, Any]:
+def _usage(answer: Answer) -> JsonObject:
     """Here what was found in the cache is no part of the input."""
     usage = answer.usage
     return {
@@ -113,21 +114,21 @@ def _usage(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _tool_use(call: Call) -> dict[str, Any]:
+def _tool_use(call: Call) -> JsonObject:
     return {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": call.name, "input": {}}
 
 
-def _input(call: Call) -> dict[str, Any]:
+def _input(call: Call) -> JsonObject:
     """What a model without a constraint wrote may be no object."""
     arguments = loaded(call.arguments)
     return arguments if isinstance(arguments, dict) else {"input": arguments}
 
 
-def _start(index: int, block: dict[str, Any]) -> bytes:
+def _start(index: int, block: JsonObject) -> bytes:
     return named_event({"type": "content_block_start", "index": index, "content_block": block})
 
 
-def _delta(index: int, delta: dict[str, Any]) -> bytes:
+def _delta(index: int, delta: JsonObject) -> bytes:
     return named_event({"type": "content_block_delta", "index": index, "delta": delta})
 
 

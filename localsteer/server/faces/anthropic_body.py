@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ...jsonable import JsonObject
 from .. import limits
 from ..errors import ApiError
 from ..fields import Rules
@@ -38,7 +39,7 @@ class AnthropicBlock(Body):
     text: Text | None = None
     id: Id | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
-    input: dict[str, Any] | None = None
+    input: JsonObject | None = None
     tool_use_id: Id | None = None
     content: Text | Annotated[list[AnthropicBlock], Field(fail_fast=True, max_length=1000)] | None = None
     thinking: Text | None = None
@@ -127,7 +128,7 @@ class AnthropicTool(ClosedPart):
     type: str | None = None
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: Text | None = None
-    input_schema: dict[str, Any] | None = None
+    input_schema: JsonObject | None = None
 
     @model_validator(mode="after")
     def _own(self) -> AnthropicTool:
@@ -154,7 +155,7 @@ class AnthropicChoice(Body):
 
 class OutputFormat(ClosedPart):
     type: Literal["json_schema"]
-    schema_: dict[str, Any] | bool = Field(alias="schema")
+    schema_: JsonObject | bool = Field(alias="schema")
 
 
 class OutputConfig(Body):
@@ -178,7 +179,7 @@ class CountRequest(SteeredBody):
     tool_choice: AnthropicChoice | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = Field(None, description="The same as output_config.format.")
-    thinking: Annotated[dict[str, Any], Field(max_length=16)] | None = Field(
+    thinking: Annotated[JsonObject, Field(max_length=16)] | None = Field(
         None, description="disabled or adaptive: thoughts are part of the text here."
     )
     max_tokens: Annotated[int, Field(ge=1, le=limits.MAX_TOKENS)] | None = None
@@ -186,7 +187,7 @@ class CountRequest(SteeredBody):
 
     @field_validator("thinking")
     @classmethod
-    def _no_thoughts_apart(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _no_thoughts_apart(cls, value: JsonObject | None) -> JsonObject | None:
         if value and value.get("type") not in WITHOUT_THOUGHTS:
             raise ValueError(
                 "thoughts are not told apart from the text here: send type disabled, or leave it out"
@@ -234,7 +235,7 @@ class CountRequest(SteeredBody):
             }
         )
 
-    def _tools(self) -> list[dict[str, Any]]:
+    def _tools(self) -> list[JsonObject]:
         return [
             {
                 "type": "function",
@@ -253,7 +254,7 @@ class CountRequest(SteeredBody):
             return {"type": "function", "function": {"name": choice.name}}
         return {"any": "required"}.get(choice.type, choice.type)
 
-    def _response_format(self) -> dict[str, Any] | None:
+    def _response_format(self) -> JsonObject | None:
         wanted = (self.output_config and self.output_config.format) or self.output_format
         return wanted and {"type": "json_schema", "json_schema": {"schema": wanted.schema_}}
 

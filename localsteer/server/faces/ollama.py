@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ...jsonable import JsonObject
 from ..answers import chat_logprobs
 from ..completions import text_order
 from ..errors import ApiError, Json
@@ -81,15 +82,15 @@ class OllamaFace:
     def __init__(self, body: OllamaBody) -> None:
         self.body, self.started = body, time.perf_counter()
 
-    def said(self, text: str, calls: Any = ()) -> dict[str, Any]:
+    def said(self, text: str, calls: Any = ()) -> JsonObject:
         """What of a line holds the reply."""
         raise NotImplementedError
 
-    def head(self, model: str) -> dict[str, Any]:
+    def head(self, model: str) -> JsonObject:
         now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
         return {"model": self.body.model or model, "created_at": now}
 
-    def document(self, answer: Answer, replies: list[WholeReply]) -> dict[str, Any]:
+    def document(self, answer: Answer, replies: list[WholeReply]) -> JsonObject:
         (reply,) = replies
         said = self.said(reply.text, reply.calls) | self._scores(answer, reply.scores)
         return self.head(answer.served.name) | said | self._end(answer, reply)
@@ -103,12 +104,12 @@ class OllamaFace:
             if part.reason:
                 yield line(head | self.said("") | self._end(answer, part))
 
-    def _scores(self, answer: Answer, scores: Any) -> dict[str, Any]:
+    def _scores(self, answer: Answer, scores: Any) -> JsonObject:
         if not self.body.wants_scores or not scores:
             return {}
         return {"logprobs": chat_logprobs(answer.served.engine, scores)["content"]}
 
-    def _end(self, answer: Answer, last: Part | WholeReply) -> dict[str, Any]:
+    def _end(self, answer: Answer, last: Part | WholeReply) -> JsonObject:
         """Times in nanoseconds; load_duration: the wait for a place."""
         total = time.perf_counter() - self.started
         prompt = last.timings.prompt_seconds if last.timings else 0.0
@@ -127,15 +128,15 @@ class OllamaFace:
 
 
 class ChatLines(OllamaFace):
-    def said(self, text: str, calls: Any = ()) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": text}
+    def said(self, text: str, calls: Any = ()) -> JsonObject:
+        message: JsonObject = {"role": "assistant", "content": text}
         if calls:
             message["tool_calls"] = [_call(i, call) for i, call in enumerate(calls)]
         return {"message": message}
 
 
 class GenerateLines(OllamaFace):
-    def said(self, text: str, calls: Any = ()) -> dict[str, Any]:
+    def said(self, text: str, calls: Any = ()) -> JsonObject:
         return {"response": text}
 
 
@@ -143,7 +144,7 @@ def _nanoseconds(seconds: float) -> int:
     return int(seconds * 1e9)
 
 
-def _call(index: int, call: Call) -> dict[str, Any]:
+def _call(index: int, call: Call) -> JsonObject:
     """What a model without a constraint wrote may be no object."""
     arguments = loaded(call.arguments)
     if not isinstance(arguments, dict):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ...jsonable import JsonObject
 from .. import limits
 from ..fields import Rules
 from ..schemas import (
@@ -64,7 +65,7 @@ class OllamaOptions(SteeredBody):
 
 class OllamaFunction(Body):
     name: Annotated[str, Field(max_length=256)]
-    arguments: dict[str, Any] | Text | None = None
+    arguments: JsonObject | Text | None = None
 
 
 class OllamaCall(Body):
@@ -126,7 +127,7 @@ class OllamaBody(SteeredBody):
     NESTED: ClassVar = {"options": OllamaOptions}
 
     options: OllamaOptions | None = None
-    format: Literal["json"] | dict[str, Any] | None = None
+    format: Literal["json"] | JsonObject | None = None
     think: bool | Literal["low", "medium", "high"] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
@@ -151,7 +152,7 @@ class OllamaBody(SteeredBody):
     def wants_scores(self) -> bool:
         return bool(self.logprobs or self.top_logprobs)
 
-    def shared(self) -> dict[str, Any]:
+    def shared(self) -> JsonObject:
         """Fields of a ChatRequest or a CompletionRequest."""
         options = self.options or OllamaOptions()
         found = {name: getattr(self, name) for name in SHARED}
@@ -164,14 +165,14 @@ class OllamaBody(SteeredBody):
             "response_format": self._response_format(),
         }
 
-    def _response_format(self) -> dict[str, Any] | None:
+    def _response_format(self) -> JsonObject | None:
         if self.format is None:
             return None
         if self.format == "json":
             return {"type": "json_object"}
         return {"type": "json_schema", "json_schema": {"schema": self.format}}
 
-    def turn(self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None) -> ChatRequest:
+    def turn(self, messages: list[ChatMessage], tools: list[JsonObject] | None = None) -> ChatRequest:
         effort = self.think if isinstance(self.think, str) else None
         return ChatRequest.model_validate(
             self.shared()

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from localsteer import __version__
 from localsteer.errors import LocalsteerError
+from localsteer.jsonable import JsonObject
 from localsteer.model_list import Shape, read_shape
 
 from ..embeddings import embedded
@@ -103,7 +104,7 @@ async def _embedded(
 # -- what is told of a model --------------------------------------------------------------------------------
 
 
-def _entries(state: State) -> list[dict[str, Any]]:
+def _entries(state: State) -> list[JsonObject]:
     """Of each model, also before it is loaded, and each with each vector."""
     entries = []
     for listed in state.listed():
@@ -131,7 +132,7 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
 
 
-def _details(path: Path, served: Served | None) -> dict[str, Any]:
+def _details(path: Path, served: Served | None) -> JsonObject:
     """served: None where it is not loaded, and nobody has counted its parameters."""
     shape = _shape(path)
     architecture = shape.architecture if shape else "unknown"
@@ -157,7 +158,7 @@ def _size(n: int) -> str:
     return f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"
 
 
-def _shown(served: Served, vectors: list[str], verbose: bool) -> dict[str, Any]:
+def _shown(served: Served, vectors: list[str], verbose: bool) -> JsonObject:
     engine = served.engine
     known = {key: _value(text) for key, text in engine.model.metadata.items()}
     info = {key: value for key, value in known.items() if verbose or not key.startswith(LONG_ARRAY)}

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ...jsonable import JsonObject
 from ..answers import chat_logprobs
 from ..errors import ApiError, Json
 from ..parts import Answer, Part, WholeReply
@@ -68,7 +69,7 @@ class ResponsesFace:
         self.body = body
         self.id, self.created = f"resp_{secrets.token_hex(24)}", int(time.time())
 
-    def document(self, answer: Answer, replies: list[WholeReply]) -> dict[str, Any]:
+    def document(self, answer: Answer, replies: list[WholeReply]) -> JsonObject:
         (reply,) = replies
         status, output = _status(reply.reason), []
         if reply.text or not reply.calls:
@@ -83,7 +84,7 @@ class ResponsesFace:
         def made(kind: str, **fields: Any) -> bytes:
             return named_event({"type": f"response.{kind}", "sequence_number": next(numbers), **fields})
 
-        output: list[dict[str, Any]] = []
+        output: list[JsonObject] = []
         said = _Said(made)
         begun = False
         async for part in answer.parts():
@@ -108,10 +109,10 @@ class ResponsesFace:
             kind = "completed" if status == "completed" else "incomplete"
             yield made(kind, response=self._response(answer, status, output) | answer.told)
 
-    def _scores(self, answer: Answer, scores: Any) -> list[dict[str, Any]]:
+    def _scores(self, answer: Answer, scores: Any) -> list[JsonObject]:
         return chat_logprobs(answer.served.engine, scores)["content"] if self.body.wants_scores else []
 
-    def _response(self, answer: Answer, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
+    def _response(self, answer: Answer, status: str, output: list[JsonObject]) -> JsonObject:
         body, ended = self.body, status != "in_progress"
         choice = body.tool_choice or "auto"
         wanted = body.format.model_dump(exclude_none=True, by_alias=True)
@@ -150,10 +151,10 @@ class _Said:
     def __init__(self, made: Callable[..., bytes]) -> None:
         self.made, self.id = made, _new_id("msg")
         self.text, self.scores, self.is_open = "", [], False
-        self.items: list[dict[str, Any]] = []
+        self.items: list[JsonObject] = []
         self.place = {"item_id": self.id, "output_index": 0, "content_index": 0}
 
-    def add(self, part: Part, scores: list[dict[str, Any]]) -> list[bytes]:
+    def add(self, part: Part, scores: list[JsonObject]) -> list[bytes]:
         self.scores += scores
         if not part.text:
             return []
@@ -185,7 +186,7 @@ class _Said:
         ]
 
 
-def _call_events(made: Callable[..., bytes], item: dict[str, Any], index: int) -> list[bytes]:
+def _call_events(made: Callable[..., bytes], item: JsonObject, index: int) -> list[bytes]:
     place = {"item_id": item["id"], "output_index": index}
     begun = item | {"arguments": "", "status": "in_progress"}
     return [
@@ -204,16 +205,16 @@ def _status(reason: str) -> str:
     return "incomplete" if reason == "length" else "completed"
 
 
-def _text(text: str, scores: list[dict[str, Any]]) -> dict[str, Any]:
+def _text(text: str, scores: list[JsonObject]) -> JsonObject:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": scores}
 
 
-def _message(name: str, status: str, text: str, scores: list[dict[str, Any]]) -> dict[str, Any]:
+def _message(name: str, status: str, text: str, scores: list[JsonObject]) -> JsonObject:
     content = [_text(text, scores)]
     return {"type": "message", "id": name, "status": status, "role": "assistant", "content": content}
 
 
-def _call(name: str, call: Call) -> dict[str, Any]:
+def _call(name: str, call: Call) -> JsonObject:
     return {
         "type": "function_call",
         "id": name,
@@ -224,7 +225,7 @@ def _call(name: str, call: Call) -> dict[str, Any]:
     }
 
 
-def _usage(answer: Answer) -> dict[str, Any]:
+def _usage(answer: Answer) -> JsonObject:
     usage = answer.usage
     return {
         "input_tokens": usage.prompt,

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ...jsonable import JsonObject
 from .. import limits
 from ..errors import ApiError, shown
 from ..fields import Rules
@@ -92,7 +93,7 @@ class ResponsesTool(ClosedPart):
     type: str
     name: FunctionName | None = None
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
     @model_validator(mode="after")
@@ -118,7 +119,7 @@ class AllowedTools(ClosedPart):
 class TextFormat(ClosedPart):
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=256)] | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    schema_: JsonObject | bool | None = Field(None, alias="schema")
     strict: bool | None = None
     description: Text | None = None
 
@@ -160,7 +161,7 @@ class ResponsesRequest(SteeredBody):
         None, description="message.output_text.logprobs; the others are of tools that run at OpenAI."
     )
     top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
-    metadata: Annotated[dict[str, Any], Field(max_length=64)] | None = None
+    metadata: Annotated[JsonObject, Field(max_length=64)] | None = None
     stream_options: StreamOptions | None = None
     previous_response_id: Any = None
     conversation: Any = None
@@ -219,7 +220,7 @@ class ResponsesRequest(SteeredBody):
                 found.append(ChatMessage(role=item.role, content=item.text))
         return found
 
-    def _tools(self) -> list[dict[str, Any]] | None:
+    def _tools(self) -> list[JsonObject] | None:
         """Raises ApiError."""
         allowed = None
         if isinstance(self.tool_choice, AllowedTools):
@@ -242,7 +243,7 @@ class ResponsesRequest(SteeredBody):
             return {"type": "function", "function": {"name": self.tool_choice.name}}
         return self.tool_choice
 
-    def _response_format(self) -> dict[str, Any] | None:
+    def _response_format(self) -> JsonObject | None:
         wanted = self.format
         if wanted.type != "json_schema":
             return {"type": wanted.type}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from localsteer.jsonable import JsonObject
 from localsteer.verify.rewriters import case, combination, content, formats, keywords, length, startend
 from localsteer.verify.rewriters.plain import Plain
 from localsteer.verify.rewriters.sentences import trim_to_sentence
@@ -91,7 +92,7 @@ def _says_something(text: str) -> bool:
 
 def _in_own_case(
     arguments: Mapping[str, Any], kwargs: Mapping[str, Any] | None, prompt: str | None
-) -> dict[str, Any]:
+) -> JsonObject:
     """The arguments with the capitals of phrases to write, which a verifier has no use for."""
     given = {"prompt_to_repeat": prompt, **{n: v for n, v in (kwargs or {}).items() if v is not None}}
     return {

@@ -89,9 +89,9 @@ def _new_sentence(found: re.Match[str]) -> str:
 def _first_clauses(plain: Plain, budget: int) -> str | None:
     opening = (plain.sentences or [""])[0]
     kept = start = 0
-    for found in _CLAUSE_END.finditer(opening):
-        budget -= count_words(opening[start : found.start()])
+    for clause_end in _CLAUSE_END.finditer(opening):
+        budget -= count_words(opening[start : clause_end.start()])
         if budget < 0:
             break
-        kept, start = found.start(), found.end()
+        kept, start = clause_end.start(), clause_end.end()
     return finished(opening[:kept]) if start else None

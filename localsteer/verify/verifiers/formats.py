@@ -42,8 +42,8 @@ def number_highlighted_sections(reply: str, *, num_highlights: int) -> bool:
 
 
 def count_highlights(reply: str) -> int:
-    single = sum(1 for found in _HIGHLIGHT.findall(reply) if found.strip("*").strip())
-    double = sum(1 for found in _DOUBLE_HIGHLIGHT.findall(reply) if found[2:-2].strip())
+    single = sum(1 for text in _HIGHLIGHT.findall(reply) if text.strip("*").strip())
+    double = sum(1 for text in _DOUBLE_HIGHLIGHT.findall(reply) if text[2:-2].strip())
     return single + double
 
 
