@@ -277,6 +277,43 @@ def questions() -> Iterator[str]:
         yield _row(arm, [cells[0], gap, *cells[1:]])
 
 
+def architectures() -> Iterator[str]:
+    """Where PyTorch and llama.cpp compute the same model."""
+    heads = ("in llama.cpp", "plain", "states", "steered", "reply", "vector", "learn", "GGUF", "remark")
+    yield _row("Architecture", heads)
+    yield "|---|" + "---|" * len(heads)
+    for name, row in _read(RESULTS / "architectures.json")["rows"].items():
+        if "stopped" in row or row.get("differs"):
+            continue
+        reply, vector, gguf = row["reply"], row["extraction"], row["from_gguf"]
+        cells = [row["architecture"], f"{row['plain']:.0e}", _worst(row["states"]), _worst(row["steered"])]
+        same = min(reply["generate"], reply["greedy"]) if isinstance(reply, dict) else 0
+        cells += [f"{same} of {reply['tokens']}" if isinstance(reply, dict) else "-"]
+        cells += [f"{vector['cosine']:.5f}" if isinstance(vector, dict) else "-", _worst(row["learning"])]
+        cells += [f"{gguf:.0e}" if isinstance(gguf, float) else "no"]
+        yield _row(f"`{name}`", [*cells, ", ".join(row["failed"])])
+
+
+def architectures_other() -> Iterator[str]:
+    """Where they do not, or a step did not work, and why."""
+    yield _row("Architecture", ["what happens"])
+    yield "|---|---|"
+    for name, row in _read(RESULTS / "architectures.json")["rows"].items():
+        if "stopped" in row:
+            yield _row(f"`{name}`", [f"not {row['stopped']}: {row['why'].replace('|', '/')}"])
+        elif row.get("differs"):
+            states = row.get("states", ())
+            first = next((i for i, difference in enumerate(states) if difference > 0.01), None)
+            where = "" if first is None else f", states from block {first} on"
+            yield _row(f"`{name}`", [f"logits differ by {row['plain']:.2g}{where}"])
+
+
+def _worst(differences: list[float] | dict[str, float] | str) -> str:
+    if isinstance(differences, str):  # of what went wrong
+        return "-"
+    return f"{max(differences.values() if isinstance(differences, dict) else differences):.0e}"
+
+
 def _share_between(row: Document, name: str, interval: str) -> str:
     low, high = (round(100 * bound) for bound in row[interval])
     return f"{100 * row[name]:.0f}% ({low} to {high})"
@@ -412,6 +449,8 @@ TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("questions", "harness.md"): questions,
     ("rpc", "scale.md"): rpc,
     ("vllm_follow", "scale.md"): vllm_follow,
+    ("architectures", "architectures.md"): architectures,
+    ("architectures_other", "architectures.md"): architectures_other,
 }
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from engines import open_engine
+from tiny_models import write_checkpoint
 
 torch = pytest.importorskip("torch", reason="the PyTorch side is what is tested")
 transformers = pytest.importorskip("transformers")
 
 from localsteer import ControlVector, Plan  # noqa: E402
-from localsteer.errors import UnsupportedModelError  # noqa: E402
+from localsteer.errors import MismatchError, UnsupportedModelError  # noqa: E402
 from localsteer.extract.torch_backend import (  # noqa: E402
     GGUF_ARCHITECTURES,
     block_output,
@@ -25,7 +27,9 @@ from localsteer.extract.torch_backend import (  # noqa: E402
     decoder_blocks,
 )
 from localsteer.extract.torch_steering import cache_argument, greedy_tokens, reply_cache, steer_hooks  # noqa: E402
+from localsteer.learn import weights as weights_module  # noqa: E402
 from localsteer.learn.weights import Weights  # noqa: E402
+from localsteer.runtime.bridge import Model  # noqa: E402
 
 N_EMBD, N_VOCAB = 32, 64
 IDS = [5, 9, 41, 7, 33, 12, 60, 3, 18, 22, 47, 8]
@@ -61,7 +65,7 @@ def stack(n: int, width: int) -> torch.nn.Module:
     return torch.nn.ModuleDict({"layers": blocks})
 
 
-def tiny(kind: str, sizes: dict):
+def random_model(kind: str, sizes: dict):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -93,7 +97,7 @@ def without_cache(model, steering: Plan, n: int) -> list[int]:
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_a_reply_of_a_recurrent_model_is_that_without_a_cache(kind, positions):
     """Its cache does not count tokens, and what position a token has decides about its steering."""
-    model, steering = tiny(kind, RECURRENT[kind]), plan(positions)
+    model, steering = random_model(kind, RECURRENT[kind]), plan(positions)
     whole = without_cache(model, steering, 8)
     assert greedy_tokens(model, IDS, [steering], max_tokens=8, ends=lambda token: False) == whole
     with torch.no_grad(), steer_hooks(model, steering, len(IDS)):
@@ -102,7 +106,7 @@ def test_a_reply_of_a_recurrent_model_is_that_without_a_cache(kind, positions):
 
 
 def test_a_recurrent_cache_that_has_seen_tokens_before_is_refused():
-    model = tiny("mamba", RECURRENT["mamba"])
+    model = random_model("mamba", RECURRENT["mamba"])
     cache = {cache_argument(model): reply_cache(model)}
     with torch.no_grad():
         model(torch.tensor([IDS]), use_cache=True, **cache)
@@ -112,7 +116,7 @@ def test_a_recurrent_cache_that_has_seen_tokens_before_is_refused():
 
 @pytest.mark.parametrize("kind", SEEN_BY_NUMBER)
 def test_learning_sees_the_logits_and_the_blocks_of_the_whole_model(kind):
-    model = tiny(kind, SEEN_BY_NUMBER[kind])
+    model = random_model(kind, SEEN_BY_NUMBER[kind])
     weights, ids = Weights(model), torch.tensor([IDS])
     attention = torch.ones_like(ids)
     states, last = weights.states(ids, attention, (0, 1, 2))
@@ -125,7 +129,7 @@ def test_learning_sees_the_logits_and_the_blocks_of_the_whole_model(kind):
 
 
 def test_gradients_pass_the_blocks_above_and_the_head():
-    model = tiny("gemma2", SEEN_BY_NUMBER["gemma2"])
+    model = random_model("gemma2", SEEN_BY_NUMBER["gemma2"])
     weights, ids = Weights(model), torch.tensor([IDS])
     states, _ = weights.states(ids, torch.ones_like(ids), (1,))
     hidden = states[1].clone().requires_grad_(True)
@@ -165,7 +169,7 @@ def test_several_residual_streams_are_refused():
         ({"model_type": "sarvam_moe", "architectures": ["SarvamMoEForCausalLM"]}, "bailingmoe2"),
         ({"model_type": "deepseek_v3"}, "deepseek2"),
         ({"model_type": "laguna"}, "laguna"),  # newer than the gguf package
-        ({"model_type": "clip"}, None),
+        ({"model_type": "x"}, None),
     ],
 )
 def test_a_checkpoint_has_the_name_that_the_converter_gives_it(settings, expected):
@@ -190,3 +194,32 @@ def test_every_architecture_that_was_compared_has_the_engines_name():
     assert {kind: compared[kind] for kind in named if kind not in special} == {
         kind: name for kind, name in named.items() if kind not in special
     }
+
+
+def test_a_model_that_hides_its_residual_stream_is_refused():
+    """At its MLP blocks l_out is what is added: a projection would be taken of something else."""
+    for architecture in ("nemotron_h", "nemotron_h_moe"):
+        assert "not the stream" in Model.why_not_steerable(SimpleNamespace(architecture=architecture), 1)
+
+
+@pytest.fixture
+def in_float32(monkeypatch):
+    monkeypatch.setattr(weights_module, "fast_dtype", lambda: torch.float32)
+
+
+def test_another_checkpoint_of_the_same_shape_is_refused(tiny_llama, tmp_path, in_float32):
+    write_checkpoint("llama", tmp_path / "other", seed=1)
+    with open_engine(tiny_llama.gguf_path) as engine:
+        Weights.load(engine, str(tiny_llama.hf_dir), n_tokens=32)
+        with pytest.raises(MismatchError, match="other is another model"):
+            Weights.load(engine, str(tmp_path / "other"), n_tokens=32)
+
+
+def test_a_gguf_that_transformers_reads_as_another_model_is_refused(tiny, in_float32):
+    """It does not read from the file how a Gemma 2 scales its queries."""
+    pytest.importorskip("accelerate", reason="transformers reads a GGUF with it")
+    with (
+        open_engine(tiny("gemma2").gguf_path) as engine,
+        pytest.raises(MismatchError, match="give the model's checkpoint"),
+    ):
+        Weights.load(engine, n_tokens=32)

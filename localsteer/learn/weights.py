@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from localsteer.errors import LocalsteerError, MismatchError, ModelFileError
 from localsteer.extract.torch_backend import (
     caps_attention,
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 # Bytes for each token of a step and each block that gradients pass: hidden states, attention and the wide
 # middle of the MLP in float32, some twenty times n_embd. Measured on two Llamas and a Qwen2; rounded up.
 ACTIVATION_WIDTHS = 24
+LIKENESS_PROMPT = "Tell me about foxes."
+# Correlation of logits, at the least: the same weights, in bfloat16 at the worst; and those that were
+# quantized, to two bits at the worst. Models that have nothing to do with each other have 0.
+LIKE_GGUF, LIKE_CHECKPOINT = 0.98, 0.7
 
 
 class Weights:
@@ -50,7 +56,7 @@ class Weights:
         for the memory that it needs.
 
         Raises LocalsteerError where it does not fit into memory, ModelFileError where transformers can't load
-        it, MismatchError for the checkpoint of another model.
+        it, MismatchError for another model.
         """
         if n_threads is not None:
             torch.set_num_threads(n_threads)
@@ -64,7 +70,29 @@ class Weights:
                 f"{checkpoint} has {weights.n_layer} blocks of width {weights.n_embd}, but the model has "
                 f"{shape[0]} of {shape[1]}: give the checkpoint that the GGUF was made from."
             )
+        weights.check_likeness(engine, checkpoint)
         return weights
+
+    def check_likeness(self, engine: Engine, checkpoint: str | None) -> None:
+        """Raises MismatchError where the logits of a prompt are not those of the engine: transformers leaves
+        out settings of some GGUFs, and another checkpoint can have the same shape."""
+        ids = engine.prompt_tokens(LIKENESS_PROMPT)
+        with torch.inference_mode():
+            ours = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+        theirs = engine.logits(ids)
+        width = min(ours.shape[1], theirs.shape[1])  # rows beyond the vocabulary, in some
+        likeness = np.corrcoef(ours[1:, :width].ravel(), theirs[1:, :width].ravel())[0, 1]
+        if likeness >= (LIKE_CHECKPOINT if checkpoint else LIKE_GGUF):
+            return
+        if checkpoint:
+            raise MismatchError(
+                f"{checkpoint} is another model than {engine.path.name} (their logits correlate by "
+                f"{likeness:.2f}): give the checkpoint that the GGUF was made from."
+            )
+        raise MismatchError(
+            f"transformers reads {engine.path.name} as another model than llama.cpp (their logits correlate "
+            f"by {likeness:.2f}): give the model's checkpoint with --checkpoint FOLDER_OR_NAME."
+        )
 
     def logits(self, hidden: Any) -> Any:
         """(n, n_vocab) float32 from (n, n_embd) states after the final norm, by the model's own head: many

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .context import Context
 
 ALL_LAYERS = 9999  # more than any model has, and so all of them, its last matrix too
+# Architectures whose graph node `l_out` is something else than what a block gives
+NO_RESIDUAL = ("nemotron_h", "nemotron_h_moe")
 
 
 class Model(Handle):
@@ -335,6 +337,8 @@ class Model(Handle):
 
     def why_not_steerable(self, n_seq_max: int) -> str | None:
         """A reason of the whole architecture, before any block is tried."""
+        if self.architecture in NO_RESIDUAL:
+            return "llama.cpp's graph shows what its MLPs add to the residual stream, not the stream"
         if n_seq_max > 1 and lc.llama_model_is_hybrid(self.pointer):
             return "hybrid models mix the rows of several sequences: use one sequence at a time"
         if n_seq_max > 1 and lc.llama_model_is_recurrent(self.pointer):
