@@ -170,6 +170,7 @@ def test_a_forced_reply_stands_behind_the_generation_prompt(tiny_llama):
     ("line", "says"),
     [
         ("{", "line 2 is no pair"),
+        ("{'with': 1}", "'with': 1"),
         ('"a"', "line 2 is no pair"),
         ("[1]", "line 2 is no pair"),
         ("{}", "line 2 must have one of with and without"),
@@ -243,6 +244,7 @@ def test_an_instruction_takes_tokens_and_a_name_too(tiny_llama, folder):
     ("args", "says"),
     [
         (["--pairs-file", "none.jsonl"], "none.jsonl can't be read"),
+        (["--pairs-file", "p.jsonl", "-o", ""], "-o names no file"),
         (["--pairs-file", "p.jsonl", "-i", "json"], "--instruction and --pairs-file exclude"),
         (["--pairs-file", "p.jsonl", "--queries", "q.txt"], "--queries and --pairs-file exclude"),
         (["--pairs-file", "p.jsonl", "--slot", "n=5"], "--slot and --pairs-file exclude"),

@@ -204,6 +204,8 @@ def output_path(output: str | None, instruction: Instruction) -> Path:
 
 def named_path(output: str | None, name: str) -> Path:
     """Where a vector goes. A file that is there and no vector, a model say, is not overwritten."""
+    if output == "":  # a variable of the shell that is not set, say
+        raise VectorFileError("-o names no file: give the path of the vector file, or leave -o out.")
     path = Path(output or f"{re.sub(r'[^a-z0-9._-]+', '-', name.lower())}.gguf")
     check_output(path)
     return path

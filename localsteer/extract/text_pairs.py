@@ -64,7 +64,8 @@ def _records(path: str | Path) -> Iterator[tuple[str, Any]]:
             yield from ((f"{path}, item {number}", item) for number, item in enumerate(items, 1))
             return
     for number, line in lines:
-        yield f"{path}, line {number}", _parsed(line)
+        record = _parsed(line)
+        yield f"{path}, line {number}", line if record is None else record  # for the message
 
 
 def _array(path: str | Path, lines: Sequence[tuple[int, str]]) -> list[Any] | None:

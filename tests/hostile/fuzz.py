@@ -169,6 +169,7 @@ KINDS: dict[str, Callable[[Path, random.Random], str]] = {
     "schemas": fuzz_texts.try_schema,
     "templates": fuzz_texts.try_template,
     "requests": fuzz_texts.try_request,
+    "faces": fuzz_texts.try_face,
 }
 
 

@@ -79,6 +79,38 @@ REQUESTS = (
 )
 
 
+_TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "required": ["a"]}}
+_SAY = [{"role": "user", "content": "Hi."}]
+FACES: dict[str, dict[str, Any]] = {  # whole requests of the other APIs, which are damaged
+    "/v1/responses": {
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+                  {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                  {"type": "function_call_output", "call_id": "c", "output": "5"}, *_SAY],
+        "instructions": "s", "max_output_tokens": 3, "tools": [{"type": "function", "strict": True, **_TOOL}],
+        "tool_choice": "auto", "text": {"format": {"type": "text"}}, "include": [], "top_logprobs": 1,
+        "metadata": {"a": "b"}, "stream": False, "temperature": 0.5,
+    },
+    "/v1/messages": {
+        "messages": [*_SAY, {"role": "assistant", "content": [
+            {"type": "thinking", "thinking": "t"}, {"type": "tool_use", "id": "c", "name": "f", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "5"}]}, *_SAY],
+        "system": [{"type": "text", "text": "s"}], "max_tokens": 3, "stop_sequences": ["x"], "top_k": 5,
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}], "tool_choice": {"type": "auto"},
+        "thinking": {"type": "disabled"}, "output_config": {"effort": "high"}, "stream": False,
+    },
+    "/api/chat": {
+        "messages": [*_SAY, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+                     {"role": "tool", "tool_name": "f", "content": "5"}, *_SAY],
+        "options": {"num_predict": 3, "stop": ["x"], "temperature": 0.5, "seed": 1, "mirostat": 0},
+        "tools": [{"type": "function", "function": _TOOL}], "think": False, "logprobs": True, "stream": False,
+    },
+    "/api/generate": {
+        "prompt": "a", "system": "s", "options": {"num_predict": 3, "top_k": 5}, "raw": False, "images": [],
+        "context": [], "stream": False, "keep_alive": "5m", "steering": [], "format": "",
+    },
+}  # fmt: skip
+
+
 # -- schemas ------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +258,37 @@ def try_request(path: Path, draw: random.Random) -> str:
         raise AssertionError(f"not one line: {answer.text[:300]}")
     if _http().get("/health").status_code != 200:
         raise AssertionError("/health does not answer")
+    return f"{answer.status_code // 100}xx"
+
+
+def try_face(path: Path, draw: random.Random) -> str:
+    """The same of the other APIs, each with errors in its own shape."""
+    where, whole = draw.choice([*FACES.items()])
+    needed = (  # without them nothing else would be looked at
+        "input",
+        "messages",
+        "prompt",
+        "options",
+        "max_tokens",
+        "max_output_tokens",
+    )
+    kept = {key: whole[key] for key in whole if key in needed or draw.random() < 0.5}
+    body = {key: copy.deepcopy(value) for key, value in kept.items()}
+    for _ in range(draw.choice((1, 1, 2))):
+        key = draw.choice([*body])
+        body[key] = changed(body[key], draw)
+    content = json.dumps(body).encode()
+    path.write_bytes(where.encode() + b"\n" + content)
+    started = time.monotonic()
+    answer = _http().post(where, content=content, headers={"Content-Type": "application/json"})
+    if answer.status_code >= 500:
+        raise AssertionError(f"{answer.status_code} {answer.text[:300]}")
+    if answer.status_code >= 400:
+        _check_time(started)
+        error = answer.json()["error"]
+        message = error if where.startswith("/api") else error["message"]
+        if not isinstance(message, str) or "\n" in message:
+            raise AssertionError(f"not one line: {answer.text[:300]}")
     return f"{answer.status_code // 100}xx"
 
 
