@@ -54,6 +54,7 @@ GREETING = "/help lists the commands, Alt-Enter begins a new line, Ctrl-D leaves
 )
 @options.settings
 @options.always_steer
+@options.steer_forms
 @click.option(
     "--ridge",
     type=float,
@@ -93,6 +94,7 @@ def command(
     keep_cache: bool,
     no_history: bool,
     always_steer: bool,
+    steer_forms: bool,
     as_json: bool,
     **params: Any,
 ) -> None:
@@ -112,12 +114,13 @@ def command(
     from localsteer.chat import Chat
     from localsteer.stores import is_stored_name
 
-    from .run import load_vectors, sampling_of, vector_of
+    from .run import load_vectors, sampling_of, stays_plain, tell_of_forms, vector_of
 
     lines = _piped_lines() if not sys.stdin.isatty() else None
     if lines is None:
         _require_prompt_toolkit()
     sampling = sampling_of(own_sampling(model, params))
+    plain_forms = stays_plain(sampling, steer_forms)
     names = [Path(VectorSpec.parse(spec).path).stem for spec in specs]
     vectors = load_vectors(specs, params)
     insisted = with_own_strength(specs, vectors)
@@ -138,12 +141,15 @@ def command(
         keep_cache=keep_cache,
         tries=tries,
         always_steer=always_steer or params["strength"] is not None,
+        plain_forms=plain_forms,
         on_note=note,
     ) as chat:
         set_variables(chat.engine, params["variables"])
         chat.engine.check_template()  # before the first question is typed
         session = Session(chat, shelf, quiet=as_json, piped=lines is not None)
         session.begin(names, vectors, ensured, insisted)
+        if plain_forms:
+            tell_of_forms(vectors)
         if lines is None:
             note(f"{model if is_stored_name(model) else chat.engine.path.name}: {GREETING}")
             lines = _typed_lines(session, None if no_history else _history_file())

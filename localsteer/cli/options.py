@@ -246,6 +246,12 @@ always_steer = click.option(
     "explicit strength does the same.",
 )
 
+steer_forms = click.option(
+    "--steer-forms",
+    is_flag=True,
+    help="Steer what is generated under --json-schema or --grammar as well, which stays plain otherwise.",
+)
+
 instruction_data = all_of(
     click.option(
         "--catalog",

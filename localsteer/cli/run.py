@@ -68,6 +68,7 @@ TRIES = 3
 @click.option("--compare", is_flag=True, help="The plain and the steered reply side by side.")
 @options.settings
 @options.always_steer
+@options.steer_forms
 @click.option(
     "--ridge",
     type=float,
@@ -112,6 +113,7 @@ def command(
     stream: bool,
     compare: bool,
     always_steer: bool,
+    steer_forms: bool,
     ridge: float,
     as_json: bool,
     timings: bool,
@@ -120,8 +122,8 @@ def command(
     """Answer PROMPT and stream the reply.
 
     --layer, --mode, --positions and --strength override what the vectors say; a strength or a block behind
-    the name of a vector file overrides both. The prompt can come from a pipe; where there is an argument
-    too, the piped text comes first.
+    the name of a vector file overrides both. A reply under a schema or a grammar stays plain: only its prompt
+    is steered. The prompt can come from a pipe; where there is an argument too, the piped text comes first.
 
     \b
     Examples:
@@ -145,9 +147,13 @@ def command(
     _refuse_idle(params, "--instruction or --ensure ID", instructions + ensured, INSTRUCTION_DATA)
     _refuse_idle({"tries": tries}, "--ensure", ensured, ("tries",))
     _refuse_idle({"always-steer": always_steer or None}, something, specs + instructions, ("always-steer",))
+    _refuse_idle(
+        {"steer-forms": steer_forms or None}, something, specs + instructions + ensured, ("steer-forms",)
+    )
     if params["raw"] and params["variables"]:
         raise click.UsageError("--chat-template-kwargs needs the chat template: leave --raw out.")
     sampling = sampling_of(own_sampling(model, params))
+    plain_forms = stays_plain(sampling, steer_forms)
     vectors = load_vectors(specs, params)
     insisted = with_own_strength(specs, vectors)
     # a comparison shows what the vectors do, and so does a strength of the user's own
@@ -167,7 +173,10 @@ def command(
             sampling=sampling,
             stop=params["stop"],
             raw=params["raw"],
+            plain_forms=plain_forms,
         )
+        if plain_forms:
+            tell_of_forms([*vectors, *checked])
         request = Question(engine, ask)
         if checked:
             found = ensure_reply(request, vectors, checked, tries or TRIES, ridge)
@@ -224,6 +233,19 @@ def sampling_of(params: dict[str, Any]) -> Sampling:
         seed=random.randrange(2**32 - 1) if params["seed"] in (None, -1) else params["seed"],
         grammar=grammar_of(params),
     )
+
+
+def stays_plain(sampling: Sampling, steer_forms: bool) -> bool:
+    """Whether nothing that is generated is to be steered, since all of it is a form (docs/clients.md)."""
+    if steer_forms and sampling.grammar is None:
+        raise click.UsageError("--steer-forms needs --json-schema or --grammar: any other reply is steered.")
+    return sampling.grammar is not None and not steer_forms
+
+
+def tell_of_forms(vectors: Sequence[ControlVector]) -> None:
+    """For whoever steers under a schema and sees less of it than without."""
+    if any(vector.positions != "prompt" for vector in vectors):
+        note("a reply under a schema or a grammar stays plain, only its prompt is steered (--steer-forms).")
 
 
 def grammar_of(params: dict[str, Any]) -> Constraint | str | None:
