@@ -77,7 +77,7 @@ class Chat:
     vectors: what can be steered by, by name. system: a message before all others. sampling: a seed counts up
     from turn to turn. keep_cache: a changed plan leaves what is in the cache as it was computed. tries: of
     `ensure`. always_steer: also by vectors that do harm where the prompt asks for the same already
-    (asked.py). on_note: told what the user should know, one line each.
+    (asked.py). plain_forms: as Ask has it. on_note: told what the user should know, one line each.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class Chat:
         keep_cache: bool = False,
         tries: int = 3,
         always_steer: bool = False,
+        plain_forms: bool = False,
         on_note: Say = lambda _text: None,
     ) -> None:
         self.scheduler = Scheduler(engine)
@@ -104,7 +105,7 @@ class Chat:
         self.system, self.sampling = system, sampling or Sampling()
         self.max_tokens, self.stop, self.ridge = max_tokens, tuple(stop), ridge
         self.keep_cache, self.tries, self.on_note = keep_cache, tries, on_note
-        self.always_steer = always_steer
+        self.always_steer, self.plain_forms = always_steer, plain_forms
         self._insisted: set[str] = set()  # whose strength the user has chosen
         self._told_left_out: set[str] = set()
         self._asked = 0
@@ -281,7 +282,8 @@ class Chat:
         seed = random.randrange(_SEEDS) if self.sampling.seed is None else self.sampling.seed + self._asked
         self._asked += 1
         sampling = replace(self.sampling, seed=seed % _SEEDS)
-        return Ask(messages, sampling=sampling, max_tokens=self.max_tokens, stop=self.stop)
+        limits = {"max_tokens": self.max_tokens, "stop": self.stop}
+        return Ask(messages, sampling=sampling, plain_forms=self.plain_forms, **limits)
 
     def _considered(self, messages: Sequence[Message]) -> tuple[list[ControlVector], tuple[str, ...]]:
         """What steers this turn, and the names of what is left out of it, each told once."""

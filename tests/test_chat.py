@@ -479,6 +479,17 @@ def test_tables_of_a_conversation(folder):
     assert done.err.endswith("the last reply was not steered: there is nothing to trace.\n")
 
 
+def test_replies_under_a_schema_stay_plain_unless_it_is_asked_for(folder):
+    form = ("-j", '{"type": "string", "maxLength": 20}')
+    steered = (*form, "-s", folder / "json.gguf:6", "--mode", "add", "--positions", "generation")
+    plain, kept, loose = (
+        invoke(*chat_args(folder, *options), input=f"{FOXES}\n")
+        for options in (form, steered, (*steered, "--steer-forms"))
+    )
+    assert kept.out == plain.out != loose.out
+    assert "--steer-forms" in kept.err and "--steer-forms" not in plain.err + loose.err
+
+
 def test_what_the_command_refuses_before_it_begins(folder, tmp_path):
     assert "there is no such folder" in invoke("chat", "--vectors", tmp_path / "none").complaint()
     assert "no vector file" in invoke("chat", "--vectors", tmp_path).complaint()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from cli_runs import invoke, write_vector
+from cli_runs import invoke, program, write_vector
 
 from localsteer.cli import doctor
 from localsteer.errors import LocalsteerError
@@ -150,6 +151,48 @@ def test_without_llama_cpp_it_says_so_in_one_line():
     done = without_llama_cpp("run", "Hi")
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     assert "llama-cpp-python is not installed" in done.stderr
+
+
+def with_broken_llama_cpp(folder, init, *args):
+    """`localsteer ARGS` where llama_cpp is a package that does this."""
+    (folder / "llama_cpp").mkdir()
+    (folder / "llama_cpp" / "__init__.py").write_text(init)
+    return program(*args, env={**os.environ, "PYTHONPATH": str(folder)})
+
+
+def test_a_llama_cpp_of_another_processor_is_one_line(folder):
+    done = with_broken_llama_cpp(folder, "import os; os.kill(os.getpid(), 4)", "doctor")
+    failed = [line for line in done.out.splitlines() if line.startswith("fail")]
+    assert (done.status, done.err, len(failed)) == (1, "", 1)
+    assert "compiled for another processor" in failed[0] and "--force-reinstall" in failed[0]
+
+
+def test_a_llama_cpp_that_ends_the_process_is_one_line(folder):
+    done = with_broken_llama_cpp(folder, "import os; os.kill(os.getpid(), 11)", "doctor")
+    failed = [line for line in done.out.splitlines() if line.startswith("fail")]
+    assert (done.status, len(failed)) == (1, 1) and "signal 11" in failed[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the library is named so on Linux")
+@pytest.mark.parametrize("command", [("doctor",), ("run", "Hi")])
+def test_a_broken_openmp_library_is_one_line_that_says_what_to_install(folder, command):
+    (folder / "libgomp.so.1").touch()
+    done = program(*command, env={**os.environ, "LD_LIBRARY_PATH": str(folder)})
+    lines = [line for line in (done.out + done.err).splitlines() if "llama.cpp can't be loaded" in line]
+    assert done.status and len(lines) == 1 and "Traceback" not in done.err
+    assert "file too short" in lines[0] and "apt install libgomp1" in lines[0]
+
+
+def test_a_model_is_not_blamed_for_a_llama_cpp_of_another_processor(tiny_llama, monkeypatch):
+    from localsteer.runtime.bridge import check_gguf, guard
+
+    class Done:
+        returncode, stdout, stderr = -4, b"load", b""
+
+    monkeypatch.setattr(guard.subprocess, "run", lambda *_args, **_more: Done)
+    with pytest.raises(LocalsteerError, match="compiled for another processor") as caught:
+        check_gguf(tiny_llama.gguf_path, again=True)
+    assert "damaged" not in str(caught.value)
 
 
 def test_another_llama_cpp_is_named_in_one_line(monkeypatch):

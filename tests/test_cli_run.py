@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from cli_runs import invoke, program, write_vector
 
@@ -133,6 +135,31 @@ def test_a_json_schema_binds_the_reply(tiny_llama, folder):
     (folder / "no.json").write_text('{"const": "no"}')
     assert run(tiny_llama, "--json-schema", '{"const": ["a"]}', "Hi").out.replace(" ", "") == '["a"]\n'
     assert run(tiny_llama, "-j", "no.json", "Hi").out == '"no"\n'
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        ("--json-schema", '{"type": "string", "maxLength": 20}'),
+        ("--grammar", "root ::= [a-z]+"),
+    ],
+)
+def test_a_reply_under_a_form_stays_plain_unless_it_is_asked_for(tiny_llama, vector, form):
+    steered = ("-s", vector, "--positions", "generation", *form)
+    plain, kept = run(tiny_llama, *form, "Hi"), run(tiny_llama, *steered, "Hi")
+    loose = run(tiny_llama, *steered, "--steer-forms", "Hi")
+    assert kept.out == plain.out != loose.out
+    assert "--steer-forms" in kept.err and "--steer-forms" not in loose.err + plain.err
+    both = json.loads(run(tiny_llama, *steered, "--compare", "--json", "Hi").out)
+    assert both["reply"] == both["plain"]["reply"]
+
+
+def test_the_prompt_of_a_form_is_steered_all_the_same(tiny_llama, vector):
+    form = ("--grammar", "root ::= [a-z]+")
+    at_all = run(tiny_llama, "-s", vector, "--positions", "all", *form, "Hi")
+    at_prompt = run(tiny_llama, "-s", vector, "--positions", "prompt", *form, "Hi")
+    assert at_all.out == at_prompt.out != run(tiny_llama, *form, "Hi").out
+    assert "--steer-forms" not in at_prompt.err
 
 
 def test_a_stop_text_ends_the_reply_before_it(tiny_llama, replies):

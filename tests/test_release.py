@@ -35,7 +35,12 @@ def test_one_version_everywhere():
 
 def test_one_llama_cpp_python_everywhere():
     (pinned,) = re.findall(r'"llama-cpp-python==([\d.]+)"', text("pyproject.toml"))
-    for name in ("Containerfile", "docs/install.md", "localsteer/runtime/bridge/openmp.py"):
+    for name in (
+        "Containerfile",
+        "docs/install.md",
+        "localsteer/runtime/bridge/openmp.py",
+        "localsteer/runtime/broken.py",
+    ):
         assert set(re.findall(r"llama-cpp-python==([\d.]+\d)", text(name))) == {pinned}, name
 
 

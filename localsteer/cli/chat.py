@@ -57,6 +57,7 @@ GREETING = "/help lists the commands, Alt-Enter begins a new line, Ctrl-D leaves
 @options.settings
 @options.always_steer
 @options.ridge
+@options.steer_forms
 @click.option("--system", "-sys", metavar="TEXT", help="A system message before the conversation.")
 @options.reply_length(512, "a")
 @options.stop("a")
@@ -92,12 +93,13 @@ def command(
     """
     from localsteer.stores import is_stored_name
 
-    from .run import load_vectors, sampling_of, vector_of
+    from .run import load_vectors, sampling_of, stays_plain, tell_of_forms, vector_of
 
     lines = _piped_lines() if not sys.stdin.isatty() else None
     if lines is None:
         _require_prompt_toolkit()
     sampling = sampling_of(own_sampling(model, params))
+    plain_forms = stays_plain(sampling, params["steer_forms"])
     names = [Path(VectorSpec.parse(spec).path).stem for spec in specs]
     vectors = load_vectors(specs, params)
     insisted = with_own_strength(specs, vectors)
@@ -107,11 +109,13 @@ def command(
     vectors += [vector_of(model, text, params, loading) for text in instructions]
     names += [vector.name for vector in vectors[len(names) :]]
     model_file(model)  # a bundled model that must be made first is made here, not in the chat's thread
-    with _opened(model, sampling, params, loading) as chat:
+    with _opened(model, sampling, params, loading, plain_forms) as chat:
         set_variables(chat.engine, params["variables"])
         chat.engine.check_template()  # before the first question is typed
         session = Session(chat, shelf, quiet=as_json, piped=lines is not None)
         session.begin(names, vectors, ensured, insisted)
+        if plain_forms:
+            tell_of_forms(vectors)
         if lines is None:
             note(f"{model if is_stored_name(model) else chat.engine.path.name}: {GREETING}")
             lines = _typed_lines(session, None if params["no_history"] else _history_file())
@@ -120,7 +124,7 @@ def command(
             print_json(chat.document())
 
 
-def _opened(model: str, sampling: Sampling, params: Params, loading: Params) -> Chat:
+def _opened(model: str, sampling: Sampling, params: Params, loading: Params, plain_forms: bool) -> Chat:
     from localsteer.chat import Chat
 
     return Chat(
@@ -128,6 +132,7 @@ def _opened(model: str, sampling: Sampling, params: Params, loading: Params) -> 
         sampling=sampling,
         max_tokens=None if params["predict"] < 0 else params["predict"],
         always_steer=params["always_steer"] or params["strength"] is not None,
+        plain_forms=plain_forms,
         on_note=note,
         **{name: params[name] for name in ("system", "stop", "ridge", "keep_cache", "tries")},
     )

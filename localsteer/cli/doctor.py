@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 # Relative to the length of the state that is moved: the hook computes in double precision and stores float32
 TOLERANCE = 1e-5
 N_TOKENS = 8
+LOADING_SECONDS = 120  # of llama.cpp as a library; one or two on a quiet machine
 FULL_SPEED = (
     "weight repacking is off, since AMX kernels compiled by GCC 12 crash. For full speed build llama.cpp "
     "without them: CMAKE_ARGS=\"-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16' "
@@ -128,6 +131,7 @@ def _versions() -> Iterator[HealthCheck]:
 
 
 def _llama() -> Iterator[HealthCheck]:
+    _load_elsewhere()
     from localsteer.runtime.bridge import check_version, system_info
 
     check_version()
@@ -139,6 +143,27 @@ def _llama() -> Iterator[HealthCheck]:
     yield HealthCheck("llama.cpp", "ok", f"llama-cpp-python {version}, {backends} ({' '.join(features)})")
     if info.get("CPU.AMX_INT8") == "1":
         yield HealthCheck("AMX", "warn", FULL_SPEED.format(version=version))
+
+
+def _load_elsewhere() -> None:
+    """Load llama.cpp in a process of its own, which a library for another processor would end. Raises
+    LocalsteerError. What else is wrong the import in this process says."""
+    from localsteer.runtime.broken import OTHER_CPU, REINSTALL, is_illegal_instruction
+
+    code = "import llama_cpp.llama_cpp as lc; lc.llama_backend_init(); lc.llama_print_system_info()"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True, stdin=subprocess.DEVNULL, timeout=LOADING_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise LocalsteerError(f"llama.cpp is not loaded after {LOADING_SECONDS} s: {REINSTALL}") from None
+    if is_illegal_instruction(done.returncode):
+        raise LocalsteerError(OTHER_CPU)
+    if done.returncode < 0:
+        raise LocalsteerError(
+            f"llama.cpp ends the process when it is loaded (signal {-done.returncode}): {REINSTALL}"
+        )
 
 
 def _native() -> Iterator[HealthCheck]:

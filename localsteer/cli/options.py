@@ -285,6 +285,12 @@ def stop(whose: str = "the") -> Callable[[Command], Command]:
     )
 
 
+steer_forms = click.option(
+    "--steer-forms",
+    is_flag=True,
+    help="Steer what is generated under --json-schema or --grammar as well, which stays plain otherwise.",
+)
+
 instruction_data = all_of(
     click.option(
         "--catalog",

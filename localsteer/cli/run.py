@@ -72,6 +72,7 @@ TRIES = 3
 @options.settings
 @options.always_steer
 @options.ridge
+@options.steer_forms
 @click.option("--system", "-sys", metavar="TEXT", help="A system message before the prompt.")
 @options.raw
 @options.reply_length(512)
@@ -95,8 +96,8 @@ def command(
     """Answer PROMPT and stream the reply.
 
     --layer, --mode, --positions and --strength override what the vectors say; a strength or a block behind
-    the name of a vector file overrides both. The prompt can come from a pipe; where there is an argument
-    too, the piped text comes first.
+    the name of a vector file overrides both. A reply under a schema or a grammar stays plain: only its prompt
+    is steered. The prompt can come from a pipe; where there is an argument too, the piped text comes first.
 
     \b
     Examples:
@@ -111,6 +112,7 @@ def command(
 
     _check_options(specs, instructions, ensured, params)
     sampling = sampling_of(own_sampling(model, params))
+    plain_forms = stays_plain(sampling, params["steer_forms"])
     vectors = load_vectors(specs, params)
     insisted = with_own_strength(specs, vectors)
     # a comparison shows what the vectors do, and so does a strength of the user's own
@@ -130,7 +132,10 @@ def command(
             sampling=sampling,
             stop=params["stop"],
             raw=params["raw"],
+            plain_forms=plain_forms,
         )
+        if plain_forms:
+            tell_of_forms([*vectors, *checked])
         request = Question(engine, ask)
         if as_json:
             print_json(_answer(request, model, vectors, checked, params) | left_out)
@@ -153,11 +158,13 @@ def _check_options(
     if params["compare"] and not (specs or instructions):
         raise click.UsageError("--compare needs something to steer by: give -s VECTOR or --instruction.")
     something = "something to steer by: give -s VECTOR or --instruction"
-    stated = params | {"ridge": params["ridge"] or None, "always-steer": params["always_steer"] or None}
+    stated = params | {"ridge": params["ridge"] or None}
+    stated |= {name: params[name.replace("-", "_")] or None for name in ("always-steer", "steer-forms")}
     _refuse_idle(stated, something, specs + instructions + ensured)
     _refuse_idle(stated, "--instruction or --ensure ID", instructions + ensured, INSTRUCTION_DATA)
     _refuse_idle(stated, "--ensure", ensured, ("tries",))
     _refuse_idle(stated, something, specs + instructions, ("always-steer",))
+    _refuse_idle(stated, something, specs + instructions + ensured, ("steer-forms",))
     if params["raw"] and params["variables"]:
         raise click.UsageError("--chat-template-kwargs needs the chat template: leave --raw out.")
 
@@ -200,6 +207,19 @@ def sampling_of(params: Params) -> Sampling:
         seed=random.randrange(2**32 - 1) if params["seed"] in (None, -1) else params["seed"],
         grammar=grammar_of(params),
     )
+
+
+def stays_plain(sampling: Sampling, steer_forms: bool) -> bool:
+    """Whether nothing that is generated is to be steered, since all of it is a form (docs/clients.md)."""
+    if steer_forms and sampling.grammar is None:
+        raise click.UsageError("--steer-forms needs --json-schema or --grammar: any other reply is steered.")
+    return sampling.grammar is not None and not steer_forms
+
+
+def tell_of_forms(vectors: Sequence[ControlVector]) -> None:
+    """For whoever steers under a schema and sees less of it than without."""
+    if any(vector.positions != "prompt" for vector in vectors):
+        note("a reply under a schema or a grammar stays plain, only its prompt is steered (--steer-forms).")
 
 
 def grammar_of(params: Params) -> Constraint | str | None:

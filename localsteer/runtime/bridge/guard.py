@@ -26,6 +26,7 @@ from ... import errors
 from ...cache import atomic_path, cache_folder, file_sha256, is_intact
 from ...errors import LocalsteerError, ModelFileError
 from ...jsonable import JsonObject
+from ..broken import OTHER_CPU, is_illegal_instruction
 
 VARIABLE = "LOCALSTEER_MODEL_CHECK"
 FULL, HEADER, OFF = "full", "header", "off"
@@ -247,6 +248,8 @@ def _try(path: Path, load: Load) -> str | None:
         return None
     if done.returncode == -getattr(signal, "SIGKILL", 9):
         raise TrialError("the system killed llama.cpp for it (no memory?): use a smaller model.")
+    if is_illegal_instruction(done.returncode):
+        raise TrialError(OTHER_CPU)  # nothing that the file could help
     if done.returncode > 0 and "Traceback" in stderr:
         return f"{_one_line(stderr.splitlines()[-1])}; {_ADVICE}"
     return f"llama.cpp ends the process with {_last_words(stderr, done.returncode)}; {_ADVICE}"

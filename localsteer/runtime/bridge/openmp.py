@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...errors import LocalsteerError
+from ..broken import why_not_loaded
 
 NOT_INSTALLED = (
     "llama-cpp-python is not installed: pip install llama-cpp-python==0.3.36 (docs/install.md: without a "
@@ -71,3 +72,5 @@ with bounded_spinning() as spinning:
         if (error.name or "").partition(".")[0] != "llama_cpp":
             raise
         raise LocalsteerError(NOT_INSTALLED) from None
+    except (OSError, RuntimeError) as error:
+        raise LocalsteerError(why_not_loaded(error)) from None
