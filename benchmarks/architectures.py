@@ -4,8 +4,8 @@
 
 FOLDER is llama.cpp's source, of the version that llama-cpp-python ships: its convert_hf_to_gguf.py writes
 each model's F32 GGUF (tiny_architectures.py). Then transformers, steered by the hooks of
-extract/torch_steering.py, is compared with the exact engine: plain logits; the state after each block; logits
-under vectors that add, project and are gated, at a middle block and at the last; a greedy reply with the
+extract/torch_steering.py, is compared with the exact engine: plain logits; the state after each layer; logits
+under vectors that add, project and are gated, at a middle layer and at the last; a greedy reply with the
 cache; vectors extracted by both; and what `learn` makes of the model. Where the plain logits differ, the two
 are not the same model, and nothing else is judged. Every model is made and run in processes of its own. With
 --keep, what is there already is not made again. Exit status 1 where a comparison fails. The last line is
@@ -211,7 +211,7 @@ class Comparison:
         return relative(self.engine.logits(self.ids), self._logits())
 
     def states(self) -> list[float]:
-        """Of each block, at the last token."""
+        """Of each layer, at the last token."""
         ours = self.backend.last_hidden_states([self.ids])[0]
         theirs = self.engine.last_hidden_states([self.ids])[0]
         differences = [relative(a, b) for a, b in zip(theirs, ours, strict=True)]
@@ -294,7 +294,7 @@ class Comparison:
         return row
 
     def extraction(self) -> dict[str, Any]:
-        """The least cosine of a block's directions, and whether the engine takes the vector for its own."""
+        """The least cosine of a layer's directions, and whether the engine takes the vector for its own."""
         import numpy as np
 
         from localsteer.extract import extract
@@ -302,7 +302,7 @@ class Comparison:
         from_torch = extract(self.backend, "Answer in rhyme.", QUERIES)
         from_engine = extract(self.engine, "Answer in rhyme.", QUERIES)
         a, b = from_torch.directions.astype(float), from_engine.directions.astype(float)
-        # a block that sees three tokens at a time has no direction: prompts of both kinds end alike
+        # a layer that sees three tokens at a time has no direction: prompts of both kinds end alike
         some = np.linalg.norm(b, axis=1) > 1e-5 * np.linalg.norm(b, axis=1).max()
         a, b = a[some], b[some]
         cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
@@ -314,7 +314,7 @@ class Comparison:
         return {"cosine": float(cosines.min()), "architecture": from_torch.provenance.get("architecture")}
 
     def learning(self) -> dict[str, float]:
-        """What learn/ computes: logits of the last states, and the blocks above one by themselves."""
+        """What learn/ computes: logits of the last states, and the layers above one by themselves."""
         from localsteer.learn.weights import Weights
 
         weights, ids = (
@@ -364,7 +364,7 @@ def _line(name: str, row: dict[str, Any]) -> str:
         return f"{name:<18} not {row['stopped']}: {row['why']}"
     if row.get("differs"):
         first = next((i for i, d in enumerate(row.get("states", ())) if not d < TOLERANCE), "-")
-        return f"{name:<18} another model: logits differ by {row['plain']:.2g}, states from block {first} on"
+        return f"{name:<18} another model: logits differ by {row['plain']:.2g}, states from layer {first} on"
     state = "fails: " + ", ".join(row["failed"]) if row["failed"] else "agrees"
     return f"{name:<18} {row['architecture']:<14} {state} (logits {row['plain']:.1e})"
 

@@ -195,15 +195,15 @@ class Regime:
     restrict: Callable[[int], dict[str, Any]]
 
 
-def middle_blocks(n_layer: int) -> range:
-    """The blocks from 25% to 75% of the depth: 2 to 5 of 8."""
+def middle_layers(n_layer: int) -> range:
+    """The layers from 25% to 75% of the depth: 2 to 5 of 8."""
     return range(-(-n_layer // 4), 3 * n_layer // 4)
 
 
 REGIMES = (
     Regime("free", 0.92, lambda _n_layer: {"positions": POSITIONS}),
-    Regime("middle, prompt", 0.85, lambda n: {"blocks": middle_blocks(n), "positions": ("prompt",)}),
-    Regime("middle, all", 0.50, lambda n: {"blocks": middle_blocks(n), "positions": ("all",)}),
+    Regime("middle, prompt", 0.85, lambda n: {"layers": middle_layers(n), "positions": ("prompt",)}),
+    Regime("middle, all", 0.50, lambda n: {"layers": middle_layers(n), "positions": ("all",)}),
 )
 
 
@@ -393,9 +393,9 @@ The instruction stands in the prompt. Subjects were never trained, nor some word
 `unasked`: how often the plain reply follows by chance. `new words`: words never asked for in training."""
 STEERED_TEXT = """\
 Vectors are extracted from the quantized model itself, settings chosen on validation questions, figures from
-test questions; subjects and question wordings are disjoint. `free`: any block, positions prompt, last or all.
-`middle`: the blocks from 25% to 75% of the depth. `random`: random directions of equal norm and distance at
-the last prompt token. `other`: other instructions' vectors at the same block and positions, of those whose
+test questions; subjects and question wordings are disjoint. `free`: any layer, positions prompt, last or all.
+`middle`: the layers from 25% to 75% of the depth. `random`: random directions of equal norm and distance at
+the last prompt token. `other`: other instructions' vectors at the same layer and positions, of those whose
 own replies do not happen to follow this instruction. Intervals: 95%, bootstrap over the questions."""
 
 

@@ -55,7 +55,7 @@ def prompts(n: int, n_vocab: int, length: int = N_PROMPT) -> list[list[int]]:
 
 
 def plans(vector: ControlVector, n: int) -> list[Plan]:
-    """n that differ in block, positions and strength."""
+    """n that differ in layer, positions and strength."""
     where = ("all", "last", "generation")
     return [
         Plan.from_vectors(

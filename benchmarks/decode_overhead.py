@@ -34,7 +34,7 @@ N_LAYER, N_EMBD, N_FF, N_HEAD, N_VOCAB = 24, 1024, 4096, 16, 8192
 
 
 def write_random_model(path: Path) -> None:
-    """llama, 0.4 billion parameters; Q4_0 blocks of one small scale and random nibbles."""
+    """llama, 0.4 billion parameters; Q4_0 layers of one small scale and random nibbles."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(N_LAYER)
@@ -47,9 +47,9 @@ def write_random_model(path: Path) -> None:
     writer.add_tokenizer_model("no_vocab")
 
     def add(name: str, n_out: int, n_in: int) -> None:
-        blocks = rng.integers(0, 256, (n_out, n_in // 32, 18), dtype=np.uint8)
-        blocks[:, :, :2] = np.array([0.2 / n_in**0.5], np.float16).view(np.uint8)
-        writer.add_tensor(name, blocks.reshape(n_out, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+        layers = rng.integers(0, 256, (n_out, n_in // 32, 18), dtype=np.uint8)
+        layers[:, :, :2] = np.array([0.2 / n_in**0.5], np.float16).view(np.uint8)
+        writer.add_tensor(name, layers.reshape(n_out, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
 
     add("token_embd.weight", N_VOCAB, N_EMBD)
     writer.add_tensor("output_norm.weight", np.ones(N_EMBD, np.float32))
@@ -77,7 +77,7 @@ def random_vector(model: Model) -> ControlVector:
 
 
 def set_static_vector(context: Context, directions: np.ndarray) -> None:
-    """llama.cpp's own control vector: a constant added after every block but the first."""
+    """llama.cpp's own control vector: a constant added after every layer but the first."""
     data = np.ascontiguousarray(1e-3 * directions[1:])
     pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     n_layer, n_embd = directions.shape
@@ -122,15 +122,15 @@ def variants(model: Model, n_threads: int) -> dict[str, Variant]:
     set_static_vector(static, vector.directions)
     return {
         "unsteered": Variant(context(steering=False)),
-        "static vector of llama.cpp, all blocks": Variant(static),
+        "static vector of llama.cpp, all layers": Variant(static),
         "hook attached, no plan": Variant(context(steering=True)),
-        "one block": Variant(context(steering=True), Plan.from_vectors([vector])),
-        "one block, added": Variant(
+        "one layer": Variant(context(steering=True), Plan.from_vectors([vector])),
+        "one layer, added": Variant(
             context(steering=True), Plan.from_vectors([vector.at(mode="add", strength=1e-3)])
         ),
-        "one block, gated": Variant(context(steering=True), Plan.from_vectors([vector.at(mode="gate")])),
-        "all blocks": Variant(context(steering=True), Plan.from_vectors([everywhere])),
-        "all blocks, gated": Variant(context(steering=True), Plan.from_vectors([everywhere.at(mode="gate")])),
+        "one layer, gated": Variant(context(steering=True), Plan.from_vectors([vector.at(mode="gate")])),
+        "all layers": Variant(context(steering=True), Plan.from_vectors([everywhere])),
+        "all layers, gated": Variant(context(steering=True), Plan.from_vectors([everywhere.at(mode="gate")])),
     }
 
 
@@ -182,7 +182,7 @@ def main() -> int:
     return 0 if worst >= FLOOR else 1
 
 
-STEERED = ("one block", "one block, added", "one block, gated", "all blocks", "all blocks, gated")
+STEERED = ("one layer", "one layer, added", "one layer, gated", "all layers", "all layers, gated")
 
 
 def processor() -> str:

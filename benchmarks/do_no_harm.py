@@ -169,8 +169,8 @@ def _cell(passed: int, n: int, bounds: Sequence[float]) -> str:
 
 
 def _setting(settings: dict[str, Any]) -> str:
-    blocks = ",".join(map(str, settings["layers"]))
-    return f"{settings['mode']} {blocks} {settings['positions']} {settings['strength']:g}"
+    layers = ",".join(map(str, settings["layers"]))
+    return f"{settings['mode']} {layers} {settings['positions']} {settings['strength']:g}"
 
 
 def parsed() -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
     python benchmarks/improbable.py [--instructions json,lowercase,...] [--quant Q8_0] [-n 8]
 
-Every block and positions at strength 1 is asked; of the replies that pass every other check (verifier,
+Every layer and positions at strength 1 is asked; of the replies that pass every other check (verifier,
 subject, no loop) the most improbable are shown, with how many times as surprising each is as the most
 surprising reply that the model gives by itself. Whether they are sound text is for the reader to say. The
 last line is JSON.

@@ -301,7 +301,7 @@ def _line(row: Mapping[str, Any]) -> str:
     quality = row["quality"]
     low, high = row["learned"]["low"], row["learned"]["high"]
     return (
-        f"{row['id']:<20} {', '.join(shares)} (learned {low:.0%} to {high:.0%}); block {row['layer']}, "
+        f"{row['id']:<20} {', '.join(shares)} (learned {low:.0%} to {high:.0%}); layer {row['layer']}, "
         f"{row['seconds']:.0f} s; length {quality['length']}, ppl {quality['ppl']}, "
         f"subject {quality['subject_learned']} of {quality['subject_plain']}"
     )

@@ -136,7 +136,7 @@ def vector_for(model: Model) -> ControlVector:
     ones = np.ones(model.n_layer, np.float32)
     return ControlVector(
         directions=directions, mean_with=ones, mean_without=0 * ones, std_with=ones, std_without=ones,
-        layers=(model.n_layer // 3,),  # amid the blocks of one host: its graph is sent in two parts
+        layers=(model.n_layer // 3,),  # amid the layers of one host: its graph is sent in two parts
     )  # fmt: skip
 
 
@@ -150,8 +150,8 @@ def steered(model: Model, *, hook: bool = True) -> dict[str, Variant]:
     every = vector.at(layer=range(model.n_layer))
     plans = {
         "plain": None,
-        "one block": Plan.from_vectors([vector]),
-        "all blocks": Plan.from_vectors([every]),
+        "one layer": Plan.from_vectors([vector]),
+        "all layers": Plan.from_vectors([every]),
     }
     return {name: Variant(context(), plan) for name, plan in plans.items()}
 

@@ -4,7 +4,7 @@
 
 For each instruction of the general catalogue that the told model follows at least twice in twelve: seconds
 (with the extraction), tokens computed, the setting, and how many replies to unseen test questions follow it:
-plain, told, steered. --exhaustive adds the search over every block, positions and strength 1, 2 and 3, which
+plain, told, steered. --exhaustive adds the search over every layer, positions and strength 1, 2 and 3, which
 takes an hour or more for each instruction on two cores; -o keeps what is done, so that a run that was stopped
 goes on. Nothing else should run beside it. The last line is JSON.
 """

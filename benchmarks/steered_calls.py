@@ -139,19 +139,19 @@ def effect(scheduler: Scheduler, vector: ControlVector) -> dict[str, float]:
     return {"changed": sum(changed) / len(changed), "followed": sum(passed) / len(passed)}
 
 
-def vector_of(engine: Engine, name: str, block: int, strength: float) -> ControlVector:
+def vector_of(engine: Engine, name: str, layer: int, strength: float) -> ControlVector:
     catalog = load_catalog("general")
     instruction = catalog.get(name)
     queries = catalog.queries_for(instruction, "extraction")
     made = extract(engine, instruction, queries, n_pairs=12, mode="add")
-    return made.at(layer=block, positions="all", strength=strength)
+    return made.at(layer=layer, positions="all", strength=strength)
 
 
 def measure(scheduler: Scheduler, args: argparse.Namespace) -> dict[str, object]:
     plain = {kind: ask(scheduler, None, forced=kind == "forced", plain_forms=False) for kind in KINDS}
-    block = scheduler.engine.model.n_layer // 2 if args.layer is None else args.layer
+    layer = scheduler.engine.model.n_layer // 2 if args.layer is None else args.layer
     with scheduler.paused() as engine:
-        vector = vector_of(engine, args.instruction, block, args.strength)
+        vector = vector_of(engine, args.instruction, layer, args.strength)
     found: dict[str, object] = {kind: vars(counts) for kind, counts in plain.items()}
     for kind, counts in plain.items():
         tell(kind, "plain", counts)
@@ -160,7 +160,7 @@ def measure(scheduler: Scheduler, args: argparse.Namespace) -> dict[str, object]
         shares = effect(scheduler, steered)
         found[positions] = rows = {"effect": shares}
         print(
-            f"{vector.name}, block {block}, strength {args.strength:g}, positions {positions}: "
+            f"{vector.name}, layer {layer}, strength {args.strength:g}, positions {positions}: "
             f"{shares['changed']:.0%} of texts changed, {shares['followed']:.0%} follow"
         )
         for kind in KINDS:

@@ -141,7 +141,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kimi_linear": {**MLA, "num_experts_per_token": 2},
     "laguna": {},
     "lfm2": {
-        "layer_types": ["conv", "full_attention", "conv", "full_attention"], "block_auto_adjust_ff_dim": False
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"], "layer_auto_adjust_ff_dim": False
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 1},
     "llama": {},
@@ -260,7 +260,7 @@ def convert(name: str, folder: Path, path: Path) -> None:
     pre = "qwen2" if json.loads((folder / "tokenizer.json").read_text())["normalizer"] else "gpt-2"
     kind.set_vocab = TextModel._set_vocab_gpt2
     kind.get_vocab_base_pre = lambda self, tokenizer: pre
-    kind.no_mtp = True  # the checkpoint has no blocks for tokens after the next
+    kind.no_mtp = True  # the checkpoint has no layers for tokens after the next
     sys.argv = ["convert", str(folder), "--outfile", str(path), "--outtype", "f32"]
     ModelBase.load_hparams = staticmethod(lambda *_, **__: dict(hparams))
     try:

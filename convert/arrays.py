@@ -19,7 +19,7 @@ from localsteer.jsonable import JsonObject
 from .gguf_file import open_bytes
 
 MAX_HEADER = 100_000_000  # bytes of safetensors header, as the safetensors library itself allows
-MAX_ARRAY_BYTES = 1 << 33  # of one array: 8 GiB hold the states of 4,000 pairs, 64 blocks, 8192 wide
+MAX_ARRAY_BYTES = 1 << 33  # of one array: 8 GiB hold the states of 4,000 pairs, 64 layers, 8192 wide
 MAX_RATIO = 100  # unpacked to packed, from 64 MiB on: activations compress to no less than half, bombs do
 # by the names of numpy's types
 _SAFETENSORS_NAMES = {"float64": "F64", "float32": "F32", "int64": "I64", "uint8": "U8"}

@@ -24,7 +24,7 @@ from localsteer.cache import temporary_beside
 from localsteer.errors import ModelFileError, UnsupportedModelError
 
 from .checkpoint_vocab import read_json, read_vocabulary
-from .keys import MAX_BLOCKS
+from .keys import MAX_LAYERS
 from .write import checked
 
 FTYPES = {
@@ -46,7 +46,7 @@ class Architecture:
     """What differs between the architectures, as llama.cpp hard-codes it."""
 
     arch: gguf.MODEL_ARCH
-    block_tensors: str  # GGUF names that every block must have
+    layer_tensors: str  # GGUF names that every layer must have
     activation: str = "silu"
     tied: bool = False  # tie_word_embeddings where config.json leaves it out
     interleaved_rope: bool = False  # llama.cpp rotates (2i, 2i+1), transformers (i, i + d/2)
@@ -76,8 +76,8 @@ class Checkpoint:
     @property
     def n_layer(self) -> int:
         n_layer = self.integer("num_hidden_layers")
-        if n_layer > MAX_BLOCKS:
-            raise self._bad("num_hidden_layers", n_layer, f"at most {MAX_BLOCKS}")
+        if n_layer > MAX_LAYERS:
+            raise self._bad("num_hidden_layers", n_layer, f"at most {MAX_LAYERS}")
         return n_layer
 
     @property
@@ -201,7 +201,7 @@ def _differences(checkpoint: Checkpoint) -> Iterator[str]:
 def _gemma2_differences(checkpoint: Checkpoint) -> Iterator[str]:
     config = checkpoint.config
     n_layer, head_dim = checkpoint.n_layer, checkpoint.head_dim
-    # llama.cpp takes 46 blocks for the 27B model, the only one scaled by hidden_size / heads
+    # llama.cpp takes 46 layers for the 27B model, the only one scaled by hidden_size / heads
     scale = config.get("hidden_size", 0) // checkpoint.n_head if n_layer == 46 else head_dim
     if config.get("query_pre_attn_scalar", scale) != scale:
         yield f"query_pre_attn_scalar {config['query_pre_attn_scalar']}"
@@ -259,7 +259,7 @@ def _add_hparams(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
 
 
 def _weights(checkpoint: Checkpoint, matrix_type: gguf.GGMLQuantizationType) -> list[Weight]:
-    """Every tensor under its GGUF name, in block order; unknown and missing ones are errors."""
+    """Every tensor under its GGUF name, in layer order; unknown and missing ones are errors."""
     names = gguf.get_tensor_name_map(checkpoint.kind.arch, checkpoint.n_layer)
     weights = []
     for source, tensor in sorted(_stored_tensors(checkpoint.directory).items(), key=_natural):
@@ -275,14 +275,14 @@ def _weights(checkpoint: Checkpoint, matrix_type: gguf.GGMLQuantizationType) -> 
 
 
 def _natural(item: tuple[str, Any]) -> list[Any]:
-    """Sort key that puts block 2 before block 10."""
+    """Sort key that puts layer 2 before layer 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", item[0])]
 
 
 def _check_complete(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> None:
     wanted = ["token_embd.weight", "output_norm.weight"] + ([] if checkpoint.tied else ["output.weight"])
     for il in range(checkpoint.n_layer):
-        wanted += [f"blk.{il}.{tensor}.weight" for tensor in checkpoint.kind.block_tensors.split()]
+        wanted += [f"blk.{il}.{tensor}.weight" for tensor in checkpoint.kind.layer_tensors.split()]
     missing = [name for name in wanted if name not in weights]
     if missing:
         raise ModelFileError(

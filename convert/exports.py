@@ -46,7 +46,7 @@ def export_vector(
 
     to: one of FORMATS, but for "steering-vectors", whose files are PyTorch's
     (localsteer.extract.torch_files.write_torch_vector). layer, strength: in the place of the vector's own.
-    Raises PlanError for a block that the tool can't steer, VectorFileError for a file that can't be written.
+    Raises PlanError for a layer that the tool can't steer, VectorFileError for a file that can't be written.
     """
     if to not in FORMATS or to == "steering-vectors":
         known = ", ".join(name for name in FORMATS if name != "steering-vectors")
@@ -78,20 +78,20 @@ def losses(vector: ControlVector, to: str) -> tuple[str, ...]:
         lost.append("the learned gate, of which the mean effect is left")
     others = len(vector.usable_layers) - len(vector.layers)
     if others > 0:
-        lost.append(f"the directions of {others} other block{'s' * (others != 1)}")
+        lost.append(f"the directions of {others} other layer{'s' * (others != 1)}")
     # a static export is a file of ours, which keeps its provenance
     return (*lost, "where it comes from") if to != "llama.cpp" and vector.provenance else tuple(lost)
 
 
 def _rows_for(vector: ControlVector, to: str) -> dict[int, np.ndarray]:
-    """Directions by block, strength included, in the tool's order."""
+    """Directions by layer, strength included, in the tool's order."""
     rows = constant_rows(vector)
     if to == "easysteer":
         return rows
     if 0 in rows:
-        raise PlanError("repeng's files, as llama.cpp's, have no place for block 0: choose a later block.")
+        raise PlanError("repeng's files, as llama.cpp's, have no place for layer 0: choose a later layer.")
     zeros = np.zeros(vector.n_embd, np.float32)
-    # from the last block down, as repeng writes them; it looks for one at every block that it controls
+    # from the last layer down, as repeng writes them; it looks for one at every layer that it controls
     return {il: rows.get(il, zeros) for il in range(vector.n_layer - 1, 0, -1)}
 
 

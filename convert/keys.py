@@ -5,12 +5,12 @@ from __future__ import annotations
 ARCHITECTURE = "controlvector"  # value of general.architecture, as llama.cpp and repeng write it
 MODEL_HINT = "controlvector.model_hint"
 LAYER_COUNT = "controlvector.layer_count"
-DIRECTION = "direction."  # tensor `direction.N` acts at the output of 0-based block N, N >= 1
+DIRECTION = "direction."  # tensor `direction.N` acts at the output of 0-based layer N, N >= 1
 
 # A reader refuses a newer major version, and ignores key-values that it does not know within its own.
 VERSION_MAJOR = 2
 VERSION_MINOR = 1  # of a file with learned gates; one without is written as 0
-COMPLETE = 1  # major version of a file with a row for every block, which older readers take
+COMPLETE = 1  # major version of a file with a row for every layer, which older readers take
 COMPACT = 2  # of one that leaves rows of zeros out
 
 PREFIX = "localsteer."
@@ -18,11 +18,11 @@ MAJOR = PREFIX + "format.major"
 MINOR = PREFIX + "format.minor"
 N_LAYER = PREFIX + "n_layer"
 N_EMBD = PREFIX + "n_embd"
-# llama.cpp's loader rejects direction.0, so block 0 travels in a key-value
+# llama.cpp's loader rejects direction.0, so layer 0 travels in a key-value
 DIRECTION_0 = PREFIX + "direction.0"
-READER = PREFIX + "reader."  # + block; no tensor, because llama.cpp's loader rejects names it does not know
+READER = PREFIX + "reader."  # + layer; no tensor, because llama.cpp's loader rejects names it does not know
 BIASES = PREFIX + "biases"
-ROW_LAYERS = PREFIX + "blocks"  # in a compact file: the blocks whose rows it holds
+ROW_LAYERS = PREFIX + "blocks"  # in a compact file: the layers whose rows it holds
 LAYERS = PREFIX + "layers"
 MODE = PREFIX + "mode"
 POSITIONS = PREFIX + "positions"
@@ -36,12 +36,12 @@ PROBES_TEXT = PREFIX + "probes.text"
 PROBES_LENGTH = PREFIX + "probes.length"
 PROBES_TOKENS = PREFIX + "probes.tokens"
 
-# What a file may claim. Real models have at most some hundred blocks, 20,000 wide; a file beyond these is
+# What a file may claim. Real models have at most some hundred layers, 20,000 wide; a file beyond these is
 # damaged or hostile. Whatever it claims, nothing is read or allocated beyond the bytes that it has.
-MAX_BLOCKS = 4096
+MAX_LAYERS = 4096
 MAX_WIDTH = 1 << 20
 MAX_KEY_VALUES = 1 << 16
 MAX_TENSORS = 1 << 16
 MAX_ARRAY = 1 << 22  # items of one key-value array; the largest vocabularies have some 300,000
 MAX_NAME = 1 << 10  # bytes of the name of a key or a tensor
-MAX_BYTES = 1 << 30  # of all directions together, where blocks that a file leaves out are filled with zeros
+MAX_BYTES = 1 << 30  # of all directions together, where layers that a file leaves out are filled with zeros

@@ -99,22 +99,22 @@ def _settings(file: GgufFile) -> JsonObject:
 
 def _directions(file: GgufFile) -> np.ndarray:
     """(n_layer, n_embd); allocated only after each row has been found in the file at its full width."""
-    n_layer = _claim(file, keys.N_LAYER, keys.MAX_BLOCKS)
+    n_layer = _claim(file, keys.N_LAYER, keys.MAX_LAYERS)
     n_embd = _claim(file, keys.N_EMBD, keys.MAX_WIDTH)
-    blocks = _blocks(file, n_layer)
-    rows = _rows(file, blocks, n_layer)
+    layers = _layers(file, n_layer)
+    rows = _rows(file, layers, n_layer)
     for layer, row in rows.items():
         if len(row) != n_embd:
             raise file.error(f"is damaged: direction {layer} is {len(row)} wide, not {n_embd}.")
     if 4 * n_layer * n_embd > keys.MAX_BYTES and len(rows) < n_layer:
-        raise file.error(f"is damaged: {len(rows)} rows claim {n_layer} blocks, {n_embd} wide.")
+        raise file.error(f"is damaged: {len(rows)} rows claim {n_layer} layers, {n_embd} wide.")
     directions = np.zeros((n_layer, n_embd), np.float32)
     directions[list(rows)] = list(rows.values())
     return directions
 
 
 def _readers(file: GgufFile, shape: tuple[int, int]) -> np.ndarray | None:
-    """(n_layer, n_embd): of the blocks that have a gate, zeros elsewhere. No larger than the directions."""
+    """(n_layer, n_embd): of the layers that have a gate, zeros elsewhere. No larger than the directions."""
     n_layer, n_embd = shape
     rows = {il: file.get(f"{keys.READER}{il}", _ARRAY, item=_F32) for il in range(n_layer)}
     rows = {il: row for il, row in rows.items() if row is not None}
@@ -128,27 +128,27 @@ def _readers(file: GgufFile, shape: tuple[int, int]) -> np.ndarray | None:
     return readers
 
 
-def _blocks(file: GgufFile, n_layer: int) -> Sequence[int]:
+def _layers(file: GgufFile, n_layer: int) -> Sequence[int]:
     """Those whose rows the file holds: all of them unless it is compact."""
     kept = file.get(keys.ROW_LAYERS, _ARRAY, item=_U32)
     if kept is None:
         return range(n_layer)
-    blocks = kept.tolist()
-    if blocks != sorted({il for il in blocks if il < n_layer}):
-        raise file.error(f"is damaged: {keys.ROW_LAYERS} must name blocks below {n_layer}, in their order.")
-    return blocks
+    layers = kept.tolist()
+    if layers != sorted({il for il in layers if il < n_layer}):
+        raise file.error(f"is damaged: {keys.ROW_LAYERS} must name layers below {n_layer}, in their order.")
+    return layers
 
 
-def _rows(file: GgufFile, blocks: Sequence[int], n_layer: int) -> dict[int, np.ndarray]:
-    names = {layer: f"{keys.DIRECTION}{layer}" for layer in blocks if layer}
+def _rows(file: GgufFile, layers: Sequence[int], n_layer: int) -> dict[int, np.ndarray]:
+    names = {layer: f"{keys.DIRECTION}{layer}" for layer in layers if layer}
     odd = set(names.values()) ^ set(file.tensors)
     if odd:
-        those = f"{n_layer} blocks" if len(blocks) == n_layer else "the blocks that it names"
+        those = f"{n_layer} layers" if len(layers) == n_layer else "the layers that it names"
         raise file.error(
             f"is damaged: it must hold one direction for each of {those}, "
             f"and {len(odd)} are missing or too many ({min(odd)[:40]!r})."
         )
-    first = {0: _require(file, keys.DIRECTION_0, _ARRAY, item=_F32)} if 0 in blocks else {}
+    first = {0: _require(file, keys.DIRECTION_0, _ARRAY, item=_F32)} if 0 in layers else {}
     return first | {layer: file.f32(name) for layer, name in names.items()}
 
 

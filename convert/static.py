@@ -16,14 +16,14 @@ from .write import write_vector
 def static_vector(
     vector: ControlVector, layer: int | Sequence[int] | None = None, strength: float | None = None
 ) -> ControlVector:
-    """The vector's chosen blocks multiplied by the strength, zero elsewhere: mode add, positions all.
+    """The vector's chosen layers multiplied by the strength, zero elsewhere: mode add, positions all.
 
     Stock llama.cpp adds it at every position whatever the vector's own mode and positions were, so a
     projecting vector becomes an adding one, and its strength may want another value. Raises PlanError.
     """
     chosen = vector.at(layer=layer, strength=strength)
     if 0 in chosen.layers:
-        raise PlanError("stock llama.cpp can't steer block 0 (it rejects direction.0): choose a later block.")
+        raise PlanError("stock llama.cpp can't steer layer 0 (it rejects direction.0): choose a later layer.")
     directions = np.zeros((vector.n_layer, vector.n_embd), np.float32)
     for il, row in constant_rows(chosen).items():
         directions[il] = row
@@ -39,7 +39,7 @@ def static_vector(
 
 
 def constant_rows(vector: ControlVector) -> dict[int, np.ndarray]:
-    """The chosen blocks' directions, (n_embd,) float32, times the strength.
+    """The chosen layers' directions, (n_embd,) float32, times the strength.
 
     Raises PlanError for a strength of 0, and for one that overflows.
     """

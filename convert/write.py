@@ -23,17 +23,17 @@ from . import keys
 def write_vector(vector: ControlVector, path: str | os.PathLike[str], *, compact: bool = False) -> None:
     """Replace the file at `path` in one step: a reader sees the old file or the whole new one.
 
-    compact: leave blocks without a direction out, for a vector of one block of many. Raises VectorFileError
+    compact: leave layers without a direction out, for a vector of one layer of many. Raises VectorFileError
     when the folder can't be written, or the provenance holds what JSON can't.
     """
     writer = GGUFWriter(None, keys.ARCHITECTURE)
-    blocks = vector.usable_layers if compact else tuple(range(vector.n_layer))
-    _add_header(writer, vector, blocks, compact)
+    layers = vector.usable_layers if compact else tuple(range(vector.n_layer))
+    _add_header(writer, vector, layers, compact)
     _add_settings(writer, vector)
-    _add_statistics(writer, vector, blocks)
+    _add_statistics(writer, vector, layers)
     _add_gates(writer, vector)
     _add_provenance(writer, vector.provenance)
-    for layer in blocks:
+    for layer in layers:
         if layer:
             writer.add_tensor(f"{keys.DIRECTION}{layer}", checked(vector.directions[layer]))
     try:
@@ -42,17 +42,17 @@ def write_vector(vector: ControlVector, path: str | os.PathLike[str], *, compact
         raise VectorFileError(f"{path} can't be written: {error.strerror or error}.") from None
 
 
-def _add_header(writer: GGUFWriter, vector: ControlVector, blocks: Sequence[int], compact: bool) -> None:
+def _add_header(writer: GGUFWriter, vector: ControlVector, layers: Sequence[int], compact: bool) -> None:
     hint = vector.provenance.get("architecture")
     if isinstance(hint, str):
         writer.add_string(keys.MODEL_HINT, hint)
-    writer.add_uint32(keys.LAYER_COUNT, len(blocks) - (0 in blocks))  # of the tensors, as repeng counts
+    writer.add_uint32(keys.LAYER_COUNT, len(layers) - (0 in layers))  # of the tensors, as repeng counts
     writer.add_uint32(keys.MAJOR, keys.COMPACT if compact else keys.COMPLETE)
     writer.add_uint32(keys.MINOR, keys.VERSION_MINOR if vector.gated else 0)
     writer.add_uint32(keys.N_LAYER, vector.n_layer)
     writer.add_uint32(keys.N_EMBD, vector.n_embd)
     if compact:
-        _add_array(writer, keys.ROW_LAYERS, blocks, GGUFValueType.UINT32)
+        _add_array(writer, keys.ROW_LAYERS, layers, GGUFValueType.UINT32)
 
 
 def _add_settings(writer: GGUFWriter, vector: ControlVector) -> None:
@@ -66,12 +66,12 @@ def _add_settings(writer: GGUFWriter, vector: ControlVector) -> None:
         writer.add_float64(keys.CAP, vector.cap)
 
 
-def _add_statistics(writer: GGUFWriter, vector: ControlVector, blocks: Sequence[int]) -> None:
+def _add_statistics(writer: GGUFWriter, vector: ControlVector, layers: Sequence[int]) -> None:
     for key in STATISTICS:
         column = getattr(vector, key)
         if column is not None:
             _add_array(writer, keys.PREFIX + key, column.tolist(), GGUFValueType.FLOAT32)
-    if 0 in blocks:
+    if 0 in layers:
         _add_array(writer, keys.DIRECTION_0, vector.directions[0].tolist(), GGUFValueType.FLOAT32)
 
 

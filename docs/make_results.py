@@ -91,7 +91,7 @@ def search() -> Iterator[str]:
 def learned() -> Iterator[str]:
     arms = ("none", "learned", "told", "both", "random", "other")
     heads = ("none", "learned", "told", "told and learned", "random", "other")
-    yield f"| | {' | '.join(heads)} | length | perplexity | subject named | distinct | block |"
+    yield f"| | {' | '.join(heads)} | length | perplexity | subject named | distinct | layer |"
     yield "|---|" + "---|" * 11
     for path in sorted(RESULTS.glob("learned-*.json")):
         document = _read(path)
@@ -157,8 +157,8 @@ def _interval(share: Document) -> str:
 def _place(settings: Document | list[Document] | None) -> str:
     if not isinstance(settings, dict):
         return "-"
-    blocks = ", ".join(map(str, settings["layer"]))
-    return f"{settings['mode']} at block {blocks}, {settings['positions']}, {settings['strength']:g}"
+    layers = ", ".join(map(str, settings["layer"]))
+    return f"{settings['mode']} at layer {layers}, {settings['positions']}, {settings['strength']:g}"
 
 
 def evaluations() -> Iterator[str]:
@@ -222,7 +222,7 @@ def packs() -> Iterator[str]:
         for name, row in pack["instructions"].items():
             scores = [row["scores"][key] for key in ("none", "steered", "instructed", "both")]
             cells = ["-" if score is None else percent(score) for score in scores]
-            where = f"{row['mode']} at block {', '.join(map(str, row['layers']))}, {row['positions']}"
+            where = f"{row['mode']} at layer {', '.join(map(str, row['layers']))}, {row['positions']}"
             setting = f"{where}, strength {row['strength']:g}" if row["strength"] else "nothing helps"
             yield _row(f"{pack['model']} {pack['quantization']}", [name, setting, *cells, str(row["n"])])
 
@@ -304,7 +304,7 @@ def architectures_other() -> Iterator[str]:
         elif row.get("differs"):
             states = row.get("states", ())
             first = next((i for i, difference in enumerate(states) if difference > 0.01), None)
-            where = "" if first is None else f", states from block {first} on"
+            where = "" if first is None else f", states from layer {first} on"
             yield _row(f"`{name}`", [f"logits differ by {row['plain']:.2g}{where}"])
 
 
@@ -412,8 +412,8 @@ def _paraphrases(suites: Document) -> str:
 OWN = ("own", "own random", "own other")
 STEERED = {
     "formats and lengths, steered, settings free": _regime("free"),
-    "middle blocks, prompt positions": _regime("middle, prompt"),
-    "middle blocks, all positions (the paper's setting)": _regime("middle, all"),
+    "middle layers, prompt positions": _regime("middle, prompt"),
+    "middle layers, all positions (the paper's setting)": _regime("middle, all"),
 }
 SUITES = {
     "instruction in the prompt": _shares("format", ".*", "instructed", "both"),
@@ -425,7 +425,7 @@ SUITES = {
     "a word excluded that every reply holds": _excluded("[^:]*", *OWN),
     "a word excluded that the prompt asks for": _excluded("[^:]*:asked"),
     "two instructions at once": _shares(
-        "composition", ".*", "none", "same block", "different blocks", "random", "other"
+        "composition", ".*", "none", "same layer", "different layers", "random", "other"
     ),
     "on the base model": _shares("cross-model", ".*", "none", "own", "instruct", "instructed"),
 }

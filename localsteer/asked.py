@@ -51,17 +51,17 @@ def considerate(
     """
     vectors = [vectors] if isinstance(vectors, ControlVector) else list(vectors)
     inquiry = Inquiry.of(vectors, prompt, vectors if raw else always)
-    if not inquiry.blocks:
+    if not inquiry.layers:
         return inquiry.settle({})
     engine: Engine = getattr(source, "engine", source)
     for vector in inquiry.open:
         engine.plan(vector)
     tokens = engine.prompt_tokens(prompt)
     if hasattr(source, "look"):
-        states = source.look(tokens, inquiry.blocks).states()
+        states = source.look(tokens, inquiry.layers).states()
     else:
-        states = engine.last_hidden_states([tokens])[0, inquiry.blocks]
-    return inquiry.settle(dict(zip(inquiry.blocks, states, strict=True)))
+        states = engine.last_hidden_states([tokens])[0, inquiry.layers]
+    return inquiry.settle(dict(zip(inquiry.layers, states, strict=True)))
 
 
 def asks(engine: Engine, vector: ControlVector, prompt: Prompt) -> bool | None:
@@ -69,13 +69,13 @@ def asks(engine: Engine, vector: ControlVector, prompt: Prompt) -> bool | None:
     has no statistics (an import), or they do not separate. On an Engine, a stream that is open is ended."""
     if stands_in(vector, prompt):
         return True
-    block = reading_block(vector)
-    if block is None:
+    layer = reading_layer(vector)
+    if layer is None:
         return None
     if not mentions(vector, prompt):
         return False
-    state = engine.last_hidden_states([engine.prompt_tokens(prompt)])[0, block]
-    return is_beyond(vector, state, block)
+    state = engine.last_hidden_states([engine.prompt_tokens(prompt)])[0, layer]
+    return is_beyond(vector, state, layer)
 
 
 @dataclass(frozen=True)
@@ -97,19 +97,19 @@ class Inquiry:
         unsure = tuple(
             vector
             for vector in harmful
-            if vector not in certain and reading_block(vector) is not None and mentions(vector, prompt)
+            if vector not in certain and reading_layer(vector) is not None and mentions(vector, prompt)
         )
         return cls(vectors, certain, unsure)
 
     @property
-    def blocks(self) -> list[int]:
+    def layers(self) -> list[int]:
         """Where the state is wanted; none where nothing is open."""
-        return sorted({reading_block(vector) for vector in self.open})
+        return sorted({reading_layer(vector) for vector in self.open})
 
     def settle(self, states: Mapping[int, np.ndarray]) -> tuple[list[ControlVector], list[ControlVector]]:
-        """(vectors to apply, vectors to leave out). states: (n_embd,) by block, of the plain model at the
+        """(vectors to apply, vectors to leave out). states: (n_embd,) by layer, of the plain model at the
         last prompt token."""
-        asked = [v for v in self.open if is_beyond(v, states[reading_block(v)], reading_block(v))]
+        asked = [v for v in self.open if is_beyond(v, states[reading_layer(v)], reading_layer(v))]
         left_out = [v for v in self.vectors if v in self.left_out or v in asked]
         return [v for v in self.vectors if v not in left_out], left_out
 
@@ -214,9 +214,9 @@ def _plain(text: str) -> str:
 # --- what the state says -----------------------------------------------------------------------------------
 
 
-def reading_block(vector: ControlVector) -> int | None:
-    """The block where the projections with and without the instruction lie furthest apart, in units of their
-    spread; None where the vector has no statistics, or no block separates the two."""
+def reading_layer(vector: ControlVector) -> int | None:
+    """The layer where the projections with and without the instruction lie furthest apart, in units of their
+    spread; None where the vector has no statistics, or no layer separates the two."""
     separation = _separation(vector)
     if separation is None or not separation.max() > 0:
         return None
@@ -241,17 +241,17 @@ def _is_turned_round(vector: ControlVector) -> bool:
     return str(vector.provenance.get("method", "")).startswith("minus ")
 
 
-def is_beyond(vector: ControlVector, state: np.ndarray, block: int) -> bool:
+def is_beyond(vector: ControlVector, state: np.ndarray, layer: int) -> bool:
     """Whether a state at the last prompt token lies on the side of the prompts with the instruction.
 
-    state: (n_embd,), of the plain model after `block`.
+    state: (n_embd,), of the plain model after `layer`.
     """
-    return float(vector.unit(block).astype(np.float64) @ state) > threshold(vector, block)
+    return float(vector.unit(layer).astype(np.float64) @ state) > threshold(vector, layer)
 
 
-def threshold(vector: ControlVector, block: int) -> float:
+def threshold(vector: ControlVector, layer: int) -> float:
     """Between the two means, in proportion to the spreads: there two normal distributions err equally."""
     mean_with, mean_without, std_with, std_without = (
-        float(getattr(vector, key)[block]) for key in STATISTICS
+        float(getattr(vector, key)[layer]) for key in STATISTICS
     )
     return (mean_with * std_without + mean_without * std_with) / (std_with + std_without)

@@ -77,7 +77,7 @@ def require_folder(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise.
+    """A temporary path beside `path` that takes its place when the layer ends well, and vanishes otherwise.
 
     Two processes that write one file at once both succeed, and a reader sees one whole file or the other. A
     pipe or a device is written as it is. Raises LocalsteerError when the folder can't be written, or `path`
@@ -98,7 +98,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, which is gone when the block ends unless it was renamed.
+    """A new file beside `path`, which is gone when the layer ends unless it was renamed.
 
     This process holds a lock on it. What a killed run has left there has none, and is deleted here: of the
     same target, or in the cache folder of any. Raises OSError.

@@ -122,7 +122,7 @@ def demonstrate(
     """The same table for tuned vectors of any model, by instruction id. n: test queries each.
 
     other: the vector of an instruction that is not alike, at its own settings, since a vector that ships has
-    its one block alone.
+    its one layer alone.
     Replies are cut at REAL_TOKENS, or LEARNED_TOKENS, so that this takes a minute or two on a laptop.
     """
     started = time.perf_counter()

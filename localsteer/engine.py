@@ -36,7 +36,7 @@ class Engine(Opened):
     exact: F32 KV cache and no flash attention, for comparisons. plain_prompts: `Q: ...` / `A:` in place
     of the file's chat template, which a base model has often inherited without ever having read it. In this
     form, which is also that of a file without a template, a reply ends before the next `Q:`.
-    rpc: HOST:PORT of llama.cpp's RPC servers, which hold and compute the model's blocks (docs/scale.md); one
+    rpc: HOST:PORT of llama.cpp's RPC servers, which hold and compute the model's layers (docs/scale.md); one
     that is gone raises HostError, and the next call loads the model anew. rpc_seconds: how long one may be
     silent. n_gpu_layers: None is none, and all of them with rpc.
     on_progress: called with 0.0 to 1.0 on load. Raises ModelFileError, UnsupportedModelError.
@@ -174,9 +174,9 @@ class Engine(Opened):
         steer: Steer = (),
         n_prompt: int | None = None,
     ) -> np.ndarray:
-        """(n_tokens, len(layers), n_embd) float32: the residual stream after each block of `layers`, 0-based.
+        """(n_tokens, len(layers), n_embd) float32: the residual stream after each layer of `layers`, 0-based.
 
-        A steered block is seen after its edit. Raises PlanError for a block out of range.
+        A steered layer is seen after its edit. Raises PlanError for a layer out of range.
         """
         plan, tokens = self.plan(steer), limits.check_tokens(self, token_ids, n_prompt)
         return forward.hidden_states(self, tokens, limits.check_layers(self, layers), plan, n_prompt)
@@ -184,7 +184,7 @@ class Engine(Opened):
     def last_hidden_states(
         self, prompts: Sequence[Sequence[int]], *, on_progress: Callable[[int, int], None] | None = None
     ) -> np.ndarray:
-        """(n_prompts, n_layer, n_embd) float32: every block's state at each last token, unsteered."""
+        """(n_prompts, n_layer, n_embd) float32: every layer's state at each last token, unsteered."""
         return forward.last_hidden_states(
             self, [limits.check_tokens(self, ids) for ids in prompts], on_progress
         )

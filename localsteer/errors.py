@@ -26,7 +26,7 @@ class MismatchError(LocalsteerError):
 
 
 class PlanError(LocalsteerError):
-    """Steering settings that make no sense: unknown mode, block out of range, parallel directions."""
+    """Steering settings that make no sense: unknown mode, layer out of range, parallel directions."""
 
 
 class PromptError(LocalsteerError):

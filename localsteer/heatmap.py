@@ -1,7 +1,7 @@
 """A table of figures as colours: in the terminal (rich) and as a picture (matplotlib, the extra `plot`).
 
-    console.print(terminal_heatmap("score", blocks, positions, values, mark=(2, 0), low=0, high=1))
-    png_heatmap("score.png", "score", blocks, positions, values, mark=(2, 0), low=0, high=1)
+    console.print(terminal_heatmap("score", layers, positions, values, mark=(2, 0), low=0, high=1))
+    png_heatmap("score.png", "score", layers, positions, values, mark=(2, 0), low=0, high=1)
 
 Both imports wait for the first picture: a command that draws none loads neither.
 """

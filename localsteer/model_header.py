@@ -25,7 +25,7 @@ from .convert import keys
 from .convert.gguf_file import GgufFile
 from .errors import ModelFileError
 
-MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 MAX_HEADER = 1 << 28  # bytes; the largest vocabularies have some 20 MB
 MAX_STRINGS = 1 << 23  # in all arrays of a header together
@@ -99,7 +99,7 @@ class ModelHeader(GgufFile):
         return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
     def numbers(self, key: str) -> list[int]:
-        """Of a key that may be one number for all blocks or an array with one for each."""
+        """Of a key that may be one number for all layers or an array with one for each."""
         value = self.of_model(key)
         if isinstance(value, np.ndarray):
             return value.tolist()
@@ -134,8 +134,8 @@ def check_header(path: str | os.PathLike[str]) -> int:
 
 
 def _sizes(header: ModelHeader) -> None:
-    header.require("block_count", 1, MAX_BLOCKS)
-    header.require("nextn_predict_layers", 0, header.number("block_count") or MAX_BLOCKS)
+    header.require("block_count", 1, MAX_LAYERS)
+    header.require("nextn_predict_layers", 0, header.number("block_count") or MAX_LAYERS)
     header.require("context_length", 1, MAX_CONTEXT)
     header.require("embedding_length", 1, MAX_WIDTH)
     header.require("vocab_size", 1, MAX_VOCABULARY)
@@ -148,7 +148,7 @@ def _sizes(header: ModelHeader) -> None:
 
 
 def _heads(header: ModelHeader) -> None:
-    """0 heads are those of a block without attention."""
+    """0 heads are those of a layer without attention."""
     for key in ("attention.head_count", "attention.head_count_kv"):
         wrong = next((n for n in header.numbers(key) if not 0 <= n <= MAX_HEADS), None)
         if wrong is not None:

@@ -31,7 +31,7 @@ from .stores import StoredModel, everything, store_of, title_of
 from .stores.ollama import PREFIX as OLLAMA
 
 REMEMBERED = "shape 1"  # in the cache's index; another number where Shape or the checks change
-# Whose graph has no l_out-N that is the whole residual stream of a block, or that engines refuse for another
+# Whose graph has no l_out-N that is the whole residual stream of a layer, or that engines refuse for another
 # reason: encoders, diffusion models, parts of other models. By src/models/ of the llama.cpp that is pinned
 NOT_STEERED = {
     "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3",

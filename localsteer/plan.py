@@ -1,7 +1,7 @@
-"""What applies to one sequence: which edits, at which block, in which class of positions. numpy only.
+"""What applies to one sequence: which edits, at which layer, in which class of positions. numpy only.
 
 A plan is built from control vectors and never changes. `Plan.program` gives the arrays that one token needs
-at one block; steering.py says what they mean, and native and PyTorch follow it.
+at one layer; steering.py says what they mean, and native and PyTorch follow it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from .errors import MismatchError, PlanError
 from .vector import ControlVector, finite_number
 
-# Above this cosine two directions at one block are refused. To move two projections independently the joint
+# Above this cosine two directions at one layer are refused. To move two projections independently the joint
 # solve stretches the change by up to 1 / sqrt(1 - |cosine|): ten times at 0.99, which leaves the residual
 # stream no longer near anything that the model has seen. float32 would hold out much further.
 PARALLEL_COSINE = 0.99
@@ -58,7 +58,7 @@ def active(positions: str, cls: PositionClass) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One vector at one block: x <- x + clip(reader . n(x) + bias) writer, strength included (steering.py).
+    """One vector at one layer: x <- x + clip(reader . n(x) + bias) writer, strength included (steering.py).
 
     reader, writer: (n_embd,) float32. normalised: n(x) is x / rms(x), else x. cap: bound on the absolute
     weight, in units of the writer. target: what strength 1 sets the projection to, None where there is none;
@@ -93,7 +93,7 @@ class Edit:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What one token gets at one block: k weights, all computed from the same state, times k writers.
+    """What one token gets at one layer: k weights, all computed from the same state, times k writers.
 
     readers, writers: (k, n_embd) float32; a reader of zeros reads nothing, not even a NaN. biases: (k,)
     float64. normalised, one_sided: (k,) bool. caps: (k,) float32, inf = none. n_solved: the first so many are
@@ -113,7 +113,7 @@ class Program:
 class Plan:
     """Edits of strength 0 vanish, so a plan of them is empty and the model runs exactly as without one.
 
-    edits: ordered by block, then by content, so that the order in which vectors were given changes no bit.
+    edits: ordered by layer, then by content, so that the order in which vectors were given changes no bit.
     key: equal plans have equal keys. notices: what the user should be told, one line each.
     """
 
@@ -132,7 +132,7 @@ class Plan:
 
     @classmethod
     def from_vectors(cls, vectors: Sequence[ControlVector], *, ridge: float = 0.0) -> Plan:
-        """Nearly parallel projections at one block in one class are refused unless `ridge` is above 0.
+        """Nearly parallel projections at one layer in one class are refused unless `ridge` is above 0.
 
         ridge: added to the diagonal of the Gram matrix of the unit directions (whose diagonal is 1); with it
         targets are approached, not reached. Raises PlanError, and MismatchError for vectors of two models.
@@ -141,7 +141,7 @@ class Plan:
             if vector.directions.shape != vectors[0].directions.shape:
                 a, b = vectors[0], vector
                 raise MismatchError(
-                    f"{a.label} is {a.n_layer} blocks x {a.n_embd} but {b.label} is {b.n_layer} x "
+                    f"{a.label} is {a.n_layer} layers x {a.n_embd} but {b.label} is {b.n_layer} x "
                     f"{b.n_embd}: they were made for different models."
                 )
         edits = [
@@ -159,15 +159,15 @@ class Plan:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Blocks with an edit in some class, ascending."""
+        """Layers with an edit in some class, ascending."""
         return tuple(sorted({edit.layer for edit in self.edits}))
 
     def program(self, layer: int, cls: PositionClass) -> Program | None:
-        """What a token of this class gets at this block; None when that is nothing."""
+        """What a token of this class gets at this layer; None when that is nothing."""
         return self._programs.get((layer, PositionClass(cls)))
 
     def class_key(self, cls: PositionClass) -> bytes:
-        """Equal for two (plan, class) that treat a token alike at every block; empty when nothing is applied.
+        """Equal for two (plan, class) that treat a token alike at every layer; empty when nothing is applied.
 
         This, with the token, is what a cached position of the KV cache depends on.
         """
@@ -225,11 +225,11 @@ class Plan:
             return
         i, j = np.unravel_index(np.argmax(np.abs(np.triu(gram, 1))), gram.shape)
         first, second = edits[i].name or "a vector", edits[j].name or "another"
-        what = f"{first} and {second} are nearly parallel at block {layer} (cosine {gram[i, j]:.4f})"
+        what = f"{first} and {second} are nearly parallel at layer {layer} (cosine {gram[i, j]:.4f})"
         if len(edits) > 2:
-            what = f"{len(edits)} directions at block {layer} nearly depend on each other; closest: {what}"
+            what = f"{len(edits)} directions at layer {layer} nearly depend on each other; closest: {what}"
         if self.ridge == 0:
-            raise PlanError(f"{what}: leave one out, move one to another block, or set a ridge (try 0.1).")
+            raise PlanError(f"{what}: leave one out, move one to another layer, or set a ridge (try 0.1).")
         notice = f"{what}: regularised with ridge {self.ridge:g}, so targets are approached, not reached."
         self.notices = tuple(dict.fromkeys((*self.notices, notice)))
 

@@ -110,7 +110,7 @@ class Renderer:
 
 
 class _killed_after:
-    """Kill a child if the block takes longer: reading from it then ends, on every system."""
+    """Kill a child if the layer takes longer: reading from it then ends, on every system."""
 
     def __init__(self, seconds: float, child: subprocess.Popen[bytes]) -> None:
         self._timer = threading.Timer(seconds, child.kill)

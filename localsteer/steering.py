@@ -1,6 +1,6 @@
 """The reference arithmetic: what native code and the PyTorch hook must compute. numpy only, float64 inside.
 
-There is one edit. At one block, with x the residual stream of one token:
+There is one edit. At one layer, with x the residual stream of one token:
 
     g_i = w_i . n_i(x) + b_i                    n_i(x) is x, or x / rms(x)
     a one-sided edit stays out (c_i = 0) where g_i <= 0
@@ -65,7 +65,7 @@ def _solved(wanted: np.ndarray, joins: np.ndarray, program: Program) -> np.ndarr
 
 
 def steer(x: np.ndarray, plan: Plan, layer: int, classes: Sequence[PositionClass]) -> np.ndarray:
-    """The residual stream of one sequence after one block, steered. classes: one per row of x."""
+    """The residual stream of one sequence after one layer, steered. classes: one per row of x."""
     result = np.array(x, dtype=np.float32)
     classes = np.asarray(classes)
     for cls in PositionClass:

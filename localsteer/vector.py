@@ -1,4 +1,4 @@
-"""A control vector: one direction per block, and how it is meant to be applied. numpy only."""
+"""A control vector: one direction per layer, and how it is meant to be applied. numpy only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from localsteer.jsonable import JsonObject
 from .errors import MismatchError, PlanError, VectorFileError
 from .terms import MODES, POSITIONS
 
-STATISTICS = ("mean_with", "mean_without", "std_with", "std_without")  # one number for each block
+STATISTICS = ("mean_with", "mean_without", "std_with", "std_without")  # one number for each layer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -24,11 +24,11 @@ class ControlVector:
     """The settings (`layers`, `mode`, ...) travel with the directions; `at` changes them, nothing else does.
 
     directions: (n_layer, n_embd) float32, v_l = mean(h_l(with) - h_l(without)) at the last prompt token,
-        unnormalised, residual-stream units; a row of zeros means that there is no direction at that block.
+        unnormalised, residual-stream units; a row of zeros means that there is no direction at that layer.
     mean_with, mean_without, std_with, std_without: (n_layer,) float32, mean and standard deviation of the
         projection on the unit direction, with and without the instruction. `mean_with` is the target of
         `project`; a vector without it (an import) can only add or ablate.
-    layers: chosen blocks, 0-based: block l is steered at its output, `l_out-l` in llama.cpp.
+    layers: chosen layers, 0-based: layer l is steered at its output, `l_out-l` in llama.cpp.
     strength: the user's multiplier. cap: bound on the absolute dynamic weight, residual-stream units.
     one_sided: only ever raise the projection; of a gate, never weigh below 0.
     readers, biases: (n_layer, n_embd) and (n_layer,) float32, or both None. Mode `gate` gives the direction
@@ -58,9 +58,9 @@ class ControlVector:
     def __post_init__(self) -> None:
         self._put("directions", _directions(self.directions, self.label))
         for key in STATISTICS:
-            self._put(key, _per_block(getattr(self, key), key, self.n_layer, self.label))
+            self._put(key, _per_layer(getattr(self, key), key, self.n_layer, self.label))
         self._put("readers", _readers(self.readers, self.directions.shape, self.label))
-        self._put("biases", _per_block(self.biases, "biases", self.n_layer, self.label))
+        self._put("biases", _per_layer(self.biases, "biases", self.n_layer, self.label))
         if (self.readers is None) != (self.biases is None):
             raise VectorFileError(
                 f"{self.label}: a gate needs readers and biases, and one of them is missing."
@@ -97,16 +97,16 @@ class ControlVector:
             if not self.directions[layer].any():
                 known = _ranges(self.usable_layers)
                 raise PlanError(
-                    f"{self.label} has no direction at block {layer} (it is zero): choose from {known}."
+                    f"{self.label} has no direction at layer {layer} (it is zero): choose from {known}."
                 )
             if self.mode == "gate" and layer not in self.gated:
                 known = _ranges(self.gated)
-                raise PlanError(f"{self.label} has no gate at block {layer}: choose from {known}.")
+                raise PlanError(f"{self.label} has no gate at layer {layer}: choose from {known}.")
 
     def __repr__(self) -> str:
         where = ", ".join(map(str, self.layers))
-        size = f"{self.n_layer} blocks x {self.n_embd}"
-        what = f"{self.mode} at block {where}, strength {self.strength:g}, positions {self.positions}"
+        size = f"{self.n_layer} layers x {self.n_embd}"
+        what = f"{self.mode} at layer {where}, strength {self.strength:g}, positions {self.positions}"
         return f"ControlVector({self.name!r}, {size}, {what})"
 
     @property
@@ -131,18 +131,18 @@ class ControlVector:
 
     @property
     def usable_layers(self) -> tuple[int, ...]:
-        """The blocks that have a direction."""
+        """The layers that have a direction."""
         return tuple(int(il) for il in np.flatnonzero(self.directions.any(axis=1)))
 
     @property
     def gated(self) -> tuple[int, ...]:
-        """The blocks that have a learned gate."""
+        """The layers that have a learned gate."""
         if self.readers is None or self.biases is None:
             return ()
         return tuple(int(il) for il in np.flatnonzero(self.readers.any(axis=1) | (self.biases != 0)))
 
     def unit(self, layer: int) -> np.ndarray:
-        """The direction at one block divided by its length: (n_embd,) float32, normalised in float64.
+        """The direction at one layer divided by its length: (n_embd,) float32, normalised in float64.
 
         Raises PlanError where there is no direction.
         """
@@ -150,7 +150,7 @@ class ControlVector:
         direction = self.directions[layer].astype(np.float64)
         norm = np.linalg.norm(direction)
         if norm == 0:
-            raise PlanError(f"{self.label} has no direction at block {layer}.")
+            raise PlanError(f"{self.label} has no direction at layer {layer}.")
         return (direction / norm).astype(np.float32)
 
     @classmethod
@@ -165,7 +165,7 @@ class ControlVector:
         n_layer: int,
         **settings: Any,
     ) -> ControlVector:
-        """A learned edit of one block, x <- x + g writer with g = reader . x / rms(x) + bias, as a vector.
+        """A learned edit of one layer, x <- x + g writer with g = reader . x / rms(x) + bias, as a vector.
 
         reader, writer: (n_embd,). mean_gate: the mean of g (clipped, if `one_sided`) over the tokens that the
         edit is for; the direction is mean_gate * writer, the gate is divided by it. settings: other fields of
@@ -244,7 +244,7 @@ def check_model(vector: ControlVector, n_layer: int, n_embd: int, architecture: 
     """
     for what, ours, theirs in (
         ("embedding width", vector.n_embd, n_embd),
-        ("number of blocks", vector.n_layer, n_layer),
+        ("number of layers", vector.n_layer, n_layer),
         ("architecture", vector.provenance.get("architecture") or architecture, architecture or None),
     ):
         if theirs is not None and ours != theirs:
@@ -273,7 +273,7 @@ def describe(vector: ControlVector) -> JsonObject:
 
 
 def _gate(vector: ControlVector, il: int) -> dict[str, float]:
-    """Length of the reader and bias of a block that has a gate."""
+    """Length of the reader and bias of a layer that has a gate."""
     if il not in vector.gated:
         return {}
     length = np.linalg.norm(vector.readers[il].astype(np.float64))
@@ -316,28 +316,28 @@ def _readers(array: Any, shape: tuple[int, ...], label: str) -> np.ndarray | Non
     return readers
 
 
-def _per_block(array: Any, what: str, n_layer: int, label: str) -> np.ndarray | None:
+def _per_layer(array: Any, what: str, n_layer: int, label: str) -> np.ndarray | None:
     if array is None:
         return None
     column = _frozen(array, label, what)
     if column.shape != (n_layer,):
         raise VectorFileError(
-            f"{label}: {what} must hold one number per block ({n_layer}), not {column.shape}."
+            f"{label}: {what} must hold one number per layer ({n_layer}), not {column.shape}."
         )
     return column
 
 
 def checked_layers(layers: int | Sequence[int], n_layer: int, label: str) -> tuple[int, ...]:
-    """Sorted, unique, in range. label: what has these blocks, for the message. Raises PlanError."""
+    """Sorted, unique, in range. label: what has these layers, for the message. Raises PlanError."""
     try:
         chosen = sorted({operator.index(il) for il in (layers if np.iterable(layers) else (layers,))})
     except TypeError:
-        raise PlanError(f"layer {layers!r} is not a block number: choose 0 to {n_layer - 1}.") from None
+        raise PlanError(f"layer {layers!r} is not a layer number: choose 0 to {n_layer - 1}.") from None
     if not chosen:
-        raise PlanError(f"no block is chosen: choose 0 to {n_layer - 1}.")
+        raise PlanError(f"no layer is chosen: choose 0 to {n_layer - 1}.")
     for il in chosen:
         if not 0 <= il < n_layer:
-            raise PlanError(f"layer {il} is out of range: {label} has blocks 0 to {n_layer - 1}.")
+            raise PlanError(f"layer {il} is out of range: {label} has layers 0 to {n_layer - 1}.")
     return tuple(chosen)
 
 
@@ -360,10 +360,10 @@ def _cap(value: Any) -> float | None:
     return cap
 
 
-def _ranges(blocks: Sequence[int]) -> str:
+def _ranges(layers: Sequence[int]) -> str:
     """`1-27` or `2, 5-7`, for messages."""
     runs: list[list[int]] = []
-    for il in blocks:
+    for il in layers:
         if runs and runs[-1][1] == il - 1:
             runs[-1][1] = il
         else:

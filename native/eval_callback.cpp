@@ -36,23 +36,23 @@ struct localsteer_ggml {
     void         (*tensor_set)   (ggml_tensor * t, const void * data, size_t offset, size_t size);
 };
 
-// what happened to one block in the current decode
-enum block_status {
-    BLOCK_UNSEEN = 0,
-    BLOCK_DONE   = 1,
-    BLOCK_FAILED = 2,
+// what happened to one layer in the current decode
+enum layer_status {
+    LAYER_UNSEEN = 0,
+    LAYER_DONE   = 1,
+    LAYER_FAILED = 2,
 };
 
-struct block_state {
+struct layer_state {
     bool wanted  = false; // some row of the current batch is to be changed or captured here
     bool capture = false;
 
-    block_status status = BLOCK_UNSEEN;
+    layer_status status = LAYER_UNSEEN;
 
     std::vector<float> captured; // n_captured x n_embd, after steering
 };
 
-// one (plan, position class): a program per block, null where the block is left alone
+// one (plan, position class): a program per layer, null where the layer is left alone
 using route = std::vector<std::unique_ptr<steer_program>>;
 
 struct localsteer_hook {
@@ -62,7 +62,7 @@ struct localsteer_hook {
     int32_t n_embd;
 
     std::vector<route>       routes;
-    std::vector<block_state> blocks;
+    std::vector<layer_state> layers;
 
     // the current batch: set by begin, read by the callback, dropped by end
     bool                 active = false;
@@ -95,9 +95,9 @@ steer_program * localsteer_hook::program(int32_t token, int32_t il) const {
     return ir < 0 ? nullptr : routes[ir][il].get();
 }
 
-// the block of "l_out-<il>", -1 for every other node. Copies and views are named "l_out-3 (view)",
+// the layer of "l_out-<il>", -1 for every other node. Copies and views are named "l_out-3 (view)",
 // "CPU#l_out-3#0" and the like, and are not the residual stream itself
-static int32_t block_of(const char * name) {
+static int32_t layer_of(const char * name) {
     static const char   prefix[] = "l_out-";
     static const size_t n_prefix = sizeof(prefix) - 1;
 
@@ -119,7 +119,7 @@ static int32_t block_of(const char * name) {
     return il;
 }
 
-// the row count says what the rows are: most architectures drop the rows without outputs in the last block,
+// the row count says what the rows are: most architectures drop the rows without outputs in the last layer,
 // some keep them all. Returns false, with the error set, if the rows can't be matched to tokens
 static bool rows_are_tokens(localsteer_hook * hook, const ggml_tensor * t, int32_t il, bool * all_tokens) {
     const auto & ggml = hook->ggml;
@@ -130,28 +130,28 @@ static bool rows_are_tokens(localsteer_hook * hook, const ggml_tensor * t, int32
     // nrows counts all dimensions above the first: a third one (several streams per token) gives too many
     const bool f32 = ggml.is_contiguous(t) && ggml.nbytes(t) == (size_t) n_elements*sizeof(float);
     if (!f32 || n_elements != n_rows*hook->n_embd) {
-        hook->fail("block %d does not give plain rows of %d float values", il, hook->n_embd);
+        hook->fail("layer %d does not give plain rows of %d float values", il, hook->n_embd);
         return false;
     }
 
     const bool last = il == hook->n_layer - 1;
     *all_tokens = n_rows == hook->n_tokens;
     if (!*all_tokens && !(last && n_rows == (int64_t) hook->outputs.size())) {
-        hook->fail("block %d gave %lld rows for %d tokens with %zu outputs", il, (long long) n_rows, hook->n_tokens,
+        hook->fail("layer %d gave %lld rows for %d tokens with %zu outputs", il, (long long) n_rows, hook->n_tokens,
                    hook->outputs.size());
         return false;
     }
     return true;
 }
 
-// steer and capture the rows [ir0, ir1) of block il; token_of maps a row to its token, null: they are equal
+// steer and capture the rows [ir0, ir1) of layer il; token_of maps a row to its token, null: they are equal
 static void process_span(localsteer_hook * hook, ggml_tensor * t, int32_t il, int32_t ir0, int32_t ir1,
                          const int32_t * token_of) {
     const size_t n_embd = hook->n_embd;
     const size_t offset = ir0*n_embd*sizeof(float);
     const size_t size   = (ir1 - ir0)*n_embd*sizeof(float);
 
-    auto & block = hook->blocks[il];
+    auto & layer = hook->layers[il];
 
     if (hook->rows.size() < (ir1 - ir0)*n_embd) {
         hook->rows.resize((ir1 - ir0)*n_embd);
@@ -167,8 +167,8 @@ static void process_span(localsteer_hook * hook, ggml_tensor * t, int32_t il, in
             program->apply(row, 1);
             changed = true;
         }
-        if (block.capture && hook->token_capture[token]) {
-            block.captured.insert(block.captured.end(), row, row + n_embd);
+        if (layer.capture && hook->token_capture[token]) {
+            layer.captured.insert(layer.captured.end(), row, row + n_embd);
         }
     }
 
@@ -177,18 +177,18 @@ static void process_span(localsteer_hook * hook, ggml_tensor * t, int32_t il, in
     }
 }
 
-static void process_block(localsteer_hook * hook, ggml_tensor * t, int32_t il) {
-    auto & block = hook->blocks[il];
+static void process_layer(localsteer_hook * hook, ggml_tensor * t, int32_t il) {
+    auto & layer = hook->layers[il];
 
-    if (block.status != BLOCK_UNSEEN) {
-        block.status = BLOCK_FAILED;
-        hook->fail("block %d was computed more than once: llama.cpp has split the batch", il);
+    if (layer.status != LAYER_UNSEEN) {
+        layer.status = LAYER_FAILED;
+        hook->fail("layer %d was computed more than once: llama.cpp has split the batch", il);
         return;
     }
 
     bool all_tokens = false;
     if (!rows_are_tokens(hook, t, il, &all_tokens)) {
-        block.status = BLOCK_FAILED;
+        layer.status = LAYER_FAILED;
         return;
     }
 
@@ -197,7 +197,7 @@ static void process_block(localsteer_hook * hook, ggml_tensor * t, int32_t il) {
 
     auto touched = [&](int32_t ir) {
         const int32_t token = token_of ? token_of[ir] : ir;
-        return hook->program(token, il) || (block.capture && hook->token_capture[token]);
+        return hook->program(token, il) || (layer.capture && hook->token_capture[token]);
     };
 
     // one transfer per contiguous run of touched rows
@@ -214,7 +214,7 @@ static void process_block(localsteer_hook * hook, ggml_tensor * t, int32_t il) {
         ir0 = ir1;
     }
 
-    block.status = BLOCK_DONE;
+    layer.status = LAYER_DONE;
 }
 
 // always true once asked for: on false llama_decode gives up the graph, returns 0 and leaves garbage logits.
@@ -222,21 +222,21 @@ static void process_block(localsteer_hook * hook, ggml_tensor * t, int32_t il) {
 LOCALSTEER_API bool localsteer_eval_callback(ggml_tensor * t, bool ask, void * user_data) {
     auto * hook = static_cast<localsteer_hook *>(user_data);
 
-    const int32_t il = hook->active ? block_of(hook->ggml.get_name(t)) : -1;
+    const int32_t il = hook->active ? layer_of(hook->ggml.get_name(t)) : -1;
 
-    const bool wanted = il >= 0 && il < hook->n_layer && hook->blocks[il].wanted;
+    const bool wanted = il >= 0 && il < hook->n_layer && hook->layers[il].wanted;
     if (ask) {
         return wanted;
     }
     if (wanted) {
         try {
-            process_block(hook, t, il);
+            process_layer(hook, t, il);
         } catch (const std::exception & e) {
-            hook->blocks[il].status = BLOCK_FAILED;
-            hook->fail("block %d: %s", il, e.what());
+            hook->layers[il].status = LAYER_FAILED;
+            hook->fail("layer %d: %s", il, e.what());
         } catch (...) {
-            hook->blocks[il].status = BLOCK_FAILED;
-            hook->fail("block %d: unknown exception", il);
+            hook->layers[il].status = LAYER_FAILED;
+            hook->fail("layer %d: unknown exception", il);
         }
     }
     return true;
@@ -249,7 +249,7 @@ LOCALSTEER_API localsteer_hook * localsteer_hook_new(const localsteer_ggml * ggm
         hook->ggml    = *ggml;
         hook->n_layer = n_layer;
         hook->n_embd  = n_embd;
-        hook->blocks.resize(n_layer);
+        hook->layers.resize(n_layer);
         return hook.release();
     } catch (...) {
         return nullptr;
@@ -260,7 +260,7 @@ LOCALSTEER_API void localsteer_hook_free(localsteer_hook * hook) {
     delete hook;
 }
 
-// a new route that leaves every block alone; its index, or -1: out of memory
+// a new route that leaves every layer alone; its index, or -1: out of memory
 LOCALSTEER_API int32_t localsteer_route_new(localsteer_hook * hook) {
     try {
         hook->routes.emplace_back(hook->n_layer);
@@ -287,7 +287,7 @@ LOCALSTEER_API int32_t localsteer_route_program(localsteer_hook * hook, int32_t 
             hook->n_embd, k, readers, biases, writers, normalised, one_sided, caps, n_solved, ridge);
         return 0;
     } catch (const std::exception & e) {
-        hook->fail("block %d: %s", il, e.what());
+        hook->fail("layer %d: %s", il, e.what());
         return -1;
     }
 }
@@ -319,11 +319,11 @@ LOCALSTEER_API int32_t localsteer_batch_begin(localsteer_hook * hook, int32_t n_
         }
 
         for (int32_t il = 0; il < hook->n_layer; ++il) {
-            auto & block = hook->blocks[il];
-            block.status  = BLOCK_UNSEEN;
-            block.capture = capture && capture[il];
-            block.wanted  = block.capture;
-            block.captured.clear();
+            auto & layer = hook->layers[il];
+            layer.status  = LAYER_UNSEEN;
+            layer.capture = capture && capture[il];
+            layer.wanted  = layer.capture;
+            layer.captured.clear();
         }
 
         int32_t last = -1; // neighbours mostly share their route
@@ -334,7 +334,7 @@ LOCALSTEER_API int32_t localsteer_batch_begin(localsteer_hook * hook, int32_t n_
             }
             const route & programs = hook->routes.at(ir);
             for (int32_t il = 0; il < hook->n_layer; ++il) {
-                hook->blocks[il].wanted = hook->blocks[il].wanted || programs[il];
+                hook->layers[il].wanted = hook->layers[il].wanted || programs[il];
             }
             last = ir;
         }
@@ -350,9 +350,9 @@ LOCALSTEER_API int32_t localsteer_batch_begin(localsteer_hook * hook, int32_t n_
 LOCALSTEER_API int32_t localsteer_batch_end(localsteer_hook * hook) {
     hook->active = false;
     for (int32_t il = 0; il < hook->n_layer; ++il) {
-        const auto & block = hook->blocks[il];
-        if (block.wanted && block.status == BLOCK_UNSEEN) {
-            hook->fail("block %d gave no residual stream (no graph node l_out-%d)", il, il);
+        const auto & layer = hook->layers[il];
+        if (layer.wanted && layer.status == LAYER_UNSEEN) {
+            hook->fail("layer %d gave no residual stream (no graph node l_out-%d)", il, il);
         }
     }
     return hook->error[0] == '\0' ? 0 : -1;
@@ -363,14 +363,14 @@ LOCALSTEER_API const char * localsteer_error(const localsteer_hook * hook) {
     return hook->error;
 }
 
-// block_status of the last batch
-LOCALSTEER_API int32_t localsteer_block_status(const localsteer_hook * hook, int32_t il) {
-    return hook->blocks[il].status;
+// layer_status of the last batch
+LOCALSTEER_API int32_t localsteer_layer_status(const localsteer_hook * hook, int32_t il) {
+    return hook->layers[il].status;
 }
 
-// what the last batch captured at a block: the number of rows, *data valid until the next batch begins
+// what the last batch captured at a layer: the number of rows, *data valid until the next batch begins
 LOCALSTEER_API int64_t localsteer_captured(const localsteer_hook * hook, int32_t il, const float ** data) {
-    const auto & captured = hook->blocks[il].captured;
+    const auto & captured = hook->layers[il].captured;
     *data = captured.data();
     return (int64_t) captured.size()/hook->n_embd;
 }

@@ -120,7 +120,7 @@ steer_program::steer_program(size_t n_embd, size_t k, const float * readers, con
 
     factor = gram;
     if (!factorise(factor.data(), n_solved)) {
-        throw std::invalid_argument("the directions of one block depend on each other");
+        throw std::invalid_argument("the directions of one layer depend on each other");
     }
 
     joined.reserve(n_solved);

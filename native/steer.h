@@ -11,7 +11,7 @@
 
 namespace localsteer {
 
-// What a token gets at one block, in one position class: k weights, all computed from the same x, times k writers.
+// What a token gets at one layer, in one position class: k weights, all computed from the same x, times k writers.
 //
 //   g_i = w_i . n_i(x) + b_i         n_i(x) is x, or x/rms(x)
 //   a one-sided row stays out (c_i = 0) where g_i <= 0

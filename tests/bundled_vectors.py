@@ -1,4 +1,4 @@
-"""Vectors of the bundled model, extracted at a fixed block: what the tests of ensure and chat steer with."""
+"""Vectors of the bundled model, extracted at a fixed layer: what the tests of ensure and chat steer with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from localsteer.catalog import load_catalog
 from localsteer.extract import extract
 
 GREEDY = Sampling(temp=0.0)
-BLOCK, POSITIONS = 2, "prompt"
+LAYER, POSITIONS = 2, "prompt"
 N_PAIRS = 12
 
 
@@ -28,7 +28,7 @@ def bundled_vectors(engine: Engine, ids: Sequence[str]) -> dict[str, ControlVect
         instruction = catalog.get(name)
         queries = catalog.queries_for(instruction, "extraction")
         vector = extract(engine, instruction, queries, n_pairs=N_PAIRS, mode="project")
-        found[name] = vector.at(layer=BLOCK, positions=POSITIONS)
+        found[name] = vector.at(layer=LAYER, positions=POSITIONS)
     return found
 
 

@@ -21,7 +21,7 @@ N_LAYER, N_EMBD = 4, 8
 
 
 def repeng(path: Path) -> None:
-    """Blocks n-1 down to 1, each under its own number, counted as UINT32."""
+    """Layers n-1 down to 1, each under its own number, counted as UINT32."""
     rows = exact_directions(N_LAYER, N_EMBD)
     writer = gguf.GGUFWriter(path, "controlvector")
     writer.add_string("controlvector.model_hint", "mistral")
@@ -30,7 +30,7 @@ def repeng(path: Path) -> None:
 
 
 def cvector_generator(path: Path) -> None:
-    """Blocks 0 to n-2, each one number too high, counted as INT32."""
+    """Layers 0 to n-2, each one number too high, counted as INT32."""
     rows = exact_directions(N_LAYER, N_EMBD)
     writer = gguf.GGUFWriter(path, "controlvector")
     writer.add_string("controlvector.model_hint", "llama")

@@ -76,7 +76,7 @@ def good() -> RawGguf:
 
 
 def good_gate() -> RawGguf:
-    """`gated_vector(one_sided=True)` in the same way: two of four blocks have a gate."""
+    """`gated_vector(one_sided=True)` in the same way: two of four layers have a gate."""
     rows = exact_directions(N_LAYER, N_EMBD)
     return RawGguf(
         {
@@ -205,20 +205,20 @@ DAMAGE: dict[str, tuple[Callable[[RawGguf], None], str]] = {
     "negative cap": (_key("cap", value(F64, -1.0)), "cap must be above 0"),
     "add with a cap": (_both(_key("cap", value(F64, 1.0)), _key("mode", value(STRING, "add"))), "has none"),
     "no layers": (_key("layers", None), "localsteer.layers is missing"),
-    "empty layers": (_key("layers", array(U32, [])), "no block is chosen"),
+    "empty layers": (_key("layers", array(U32, [])), "no layer is chosen"),
     "layer out of range": (_key("layers", array(U32, [4])), "layer 4 is out of range"),
     "huge layer": (_key("layers", array(U32, [2**32 - 1])), "layer 4294967295 is out of range"),
     "layers are floats": (_key("layers", array(F32, [2.0])), "layers has the wrong type"),
     "depth of zero": (_key("n_layer", value(U32, 0)), "n_layer is 0"),
     "huge depth": (_key("n_layer", value(U32, 2**32 - 1)), "n_layer is 4294967295"),
-    "deeper than its tensors": (_key("n_layer", value(U32, 4096)), "for each of 4096 blocks"),
+    "deeper than its tensors": (_key("n_layer", value(U32, 4096)), "for each of 4096 layers"),
     "shallower than its tensors": (_key("n_layer", value(U32, 3)), "too many ('direction.3')"),
     "no width": (_key("n_embd", value(U32, 0)), "n_embd is 0"),
     "huge width": (_key("n_embd", value(U32, 2**31)), "n_embd is 2147483648"),
     "wider than its tensors": (_key("n_embd", value(U32, 16)), "is 8 wide, not 16"),
     "one row narrower": (_row(1, ROW[:4]), "direction 2 is 4 wide, not 8"),
-    "block 0 narrower": (_key("direction.0", array(F32, ROW[:4])), "direction 0 is 4 wide, not 8"),
-    "no block 0": (_key("direction.0", None), "localsteer.direction.0 is missing"),
+    "layer 0 narrower": (_key("direction.0", array(F32, ROW[:4])), "direction 0 is 4 wide, not 8"),
+    "no layer 0": (_key("direction.0", None), "localsteer.direction.0 is missing"),
     "direction.0 as a tensor": (_add(Tensor.row("direction.0", ROW)), "too many ('direction.0')"),
     "foreign tensor": (_add(Tensor.row("blk.0.attn_q.weight", ROW)), "too many ('blk.0"),
     "missing tensor": (lambda raw: raw.tensors.pop(0), "missing or too many ('direction.1')"),
@@ -227,13 +227,13 @@ DAMAGE: dict[str, tuple[Callable[[RawGguf], None], str]] = {
     "nine dimensions": (_tensor(1, dims=(1,) * 9), "claims 9 dimensions"),
     "a quantized row": (_tensor(1, type=TENSOR_Q8_0), "direction.2 is not one row of F32"),
     "unknown tensor type": (_tensor(1, type=999), "direction.2 is not one row of F32"),
-    "few blocks, one row too many": (_key("blocks", array(U32, [0, 2, 3])), "the blocks that it names"),
+    "few blocks, one row too many": (_key("blocks", array(U32, [0, 2, 3])), "the layers that it names"),
     "few blocks, one row missing": (_both(_key("blocks", array(U32, [0, 1, 2, 3])), _pop), "('direction.1')"),
-    "blocks out of order": (_key("blocks", array(U32, [0, 2, 1, 3])), "must name blocks below 4"),
-    "blocks twice": (_key("blocks", array(U32, [0, 1, 2, 3, 3])), "must name blocks below 4"),
-    "blocks out of range": (_key("blocks", array(U32, [0, 1, 2, 4])), "must name blocks below 4"),
+    "blocks out of order": (_key("blocks", array(U32, [0, 2, 1, 3])), "must name layers below 4"),
+    "blocks twice": (_key("blocks", array(U32, [0, 1, 2, 3, 3])), "must name layers below 4"),
+    "blocks out of range": (_key("blocks", array(U32, [0, 1, 2, 4])), "must name layers below 4"),
     "blocks are floats": (_key("blocks", array(F32, [0, 1, 2, 3])), "blocks has the wrong type"),
-    "few blocks of a huge model": (_few_of_many, "damaged: 1 rows claim 4096 blocks, 1048576 wide"),
+    "few layers of a huge model": (_few_of_many, "damaged: 1 rows claim 4096 layers, 1048576 wide"),
     "huge tensor": (_tensor(1, dims=(HUGE,)), "truncated"),
     "offset beyond the file": (_tensor(2, offset=1 << 20), "truncated"),
     "huge offset": (_tensor(2, offset=2**64 - 32), "truncated"),
@@ -244,10 +244,10 @@ DAMAGE: dict[str, tuple[Callable[[RawGguf], None], str]] = {
     "huge alignment": (_key("general.alignment", value(U32, 1 << 31)), "truncated"),
     "NaN": (_row(0, [*ROW[1:], math.nan]), "NaN or infinite"),
     "infinite": (_row(0, [*ROW[1:], -math.inf]), "NaN or infinite"),
-    "NaN at block 0": (_key("direction.0", array(F32, [*ROW[1:], math.nan])), "NaN or infinite"),
-    "zero direction": (_row(1, [0.0] * N_EMBD), "no direction at block 2"),
+    "NaN at layer 0": (_key("direction.0", array(F32, [*ROW[1:], math.nan])), "NaN or infinite"),
+    "zero direction": (_row(1, [0.0] * N_EMBD), "no direction at layer 2"),
     "NaN projection": (_key("mean_with", array(F32, [1, 2, math.nan, 4])), "mean_with holds NaN"),
-    "projections of other depth": (_key("std_with", array(F32, [1, 2, 3])), "per block (4), not (3,)"),
+    "projections of other depth": (_key("std_with", array(F32, [1, 2, 3])), "per layer (4), not (3,)"),
     "projections in float64": (_key("mean_with", array(F64, [1, 2, 3, 4])), "mean_with has the wrong type"),
     "project without a target": (_key("mean_with", None), "no mean projection"),
     "probes that do not fit": (_key("probes.length", array(U32, [4, 2, 9])), "probe strings"),
@@ -261,7 +261,7 @@ DAMAGE: dict[str, tuple[Callable[[RawGguf], None], str]] = {
 GATE_DAMAGE: dict[str, tuple[Callable[[RawGguf], None], str]] = {
     "gate without readers": (_both(_key("reader.1", None), _key("reader.2", None)), "one of them is missing"),
     "gate without biases": (_key("biases", None), "one of them is missing"),
-    "gate at another block": (_key("layers", array(U32, [3])), "no gate at block 3"),
+    "gate at another layer": (_key("layers", array(U32, [3])), "no gate at layer 3"),
     "gate without anything": (
         _both(_key("reader.1", None), _key("reader.2", None), _key("biases", None)), "has no learned gate",
     ),
@@ -271,8 +271,8 @@ GATE_DAMAGE: dict[str, tuple[Callable[[RawGguf], None], str]] = {
     "reader in float64": (_key("reader.1", array(F64, ROW)), "reader.1 has the wrong type"),
     "NaN reader": (_key("reader.2", array(F32, [*ROW[1:], math.nan])), "readers holds NaN"),
     "infinite bias": (_key("biases", array(F32, [0, math.inf, 1, 0])), "biases holds NaN or infinite"),
-    "biases of other depth": (_key("biases", array(F32, [0, 1])), "per block (4), not (2,)"),
-    "gate without a direction": (_row(1, [0.0] * N_EMBD), "no direction at block 2"),
+    "biases of other depth": (_key("biases", array(F32, [0, 1])), "per layer (4), not (2,)"),
+    "gate without a direction": (_row(1, [0.0] * N_EMBD), "no direction at layer 2"),
 }  # fmt: skip
 
 

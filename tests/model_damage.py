@@ -93,9 +93,9 @@ def _trial(name: str, edit: Edit, **made: Any) -> None:
 
 
 for n in (0, 513, 600, 2**31, 2**32 - 1):
-    _header(f"{n} blocks", put(block_count=value(U32, n)))
-_header("0 blocks behind a decoy", decoy)
-_header("600 blocks behind a large key", large_key_first)
+    _header(f"{n} layers", put(block_count=value(U32, n)))
+_header("0 layers behind a decoy", decoy)
+_header("600 layers behind a large key", large_key_first)
 for n in (0, 2**31, 2**32 - 1):
     _header(f"context of {n}", put(context_length=value(U32, n)))
 for n in (0, 2**21, 2**32 - 1):
@@ -107,7 +107,7 @@ for n in (3, 5, 65537, 2**32 - 1):
     _header(f"{n} heads", put(attention__head_count=value(U32, n)))
 for n in (0, 3, 8, 2**32 - 1):
     _header(f"{n} heads of keys", put(attention__head_count_kv=value(U32, n)))
-_header("heads per block, one absurd", put(attention__head_count=array(U32, [4, 2**31])))
+_header("heads per layer, one absurd", put(attention__head_count=array(U32, [4, 2**31])))
 for n in (0, 2**20):
     _header(f"keys of {n}", put(attention__key_length=value(U32, n)))
     _header(f"values of {n}", put(attention__value_length=value(U32, n)))
@@ -122,7 +122,7 @@ for x in (NAN, INF, -INF):
 _header("an epsilon below 0", put(attention__layer_norm_epsilon=value(F32, -1.0)))
 _header("experts without any used", put(expert_count=value(U32, 8)))
 _header("a used expert without experts", put(expert_used_count=value(U32, 2)))
-_header("used experts by block without experts", put(expert_used_count=array(U32, [0, 3])))
+_header("used experts by layer without experts", put(expert_used_count=array(U32, [0, 3])))
 _header("more used experts than experts", put(expert_used_count=value(U32, 3)), n_expert=2)
 _header("1025 experts", put(expert_count=value(U32, 1025), expert_used_count=value(U32, 2)))
 _header("groups without experts", put(expert_group_count=value(U32, 2)))
@@ -183,7 +183,7 @@ _header("a tensor twice", lambda raw: raw.tensors.append(raw.tensors[-1]))
 for dims in ((0,), (32, 0), (2**63,), (2**40, 2**40), (32, 2**40)):
     _header(f"tensor of {dims}", tensor("blk.1.ffn_gate.weight", dims=dims))
 _header("tensor far beyond the file", tensor("output.weight", offset=1 << 40))
-_header("rows that are no blocks", tensor("blk.0.ffn_up.weight", type=2, dims=(33, 64)))
+_header("rows that are no layers", tensor("blk.0.ffn_up.weight", type=2, dims=(33, 64)))
 _header("alignment of 3", lambda raw: raw.key_values.update({"general.alignment": value(U32, 3)}))
 _header("alignment of 0", lambda raw: raw.key_values.update({"general.alignment": value(U32, 0)}))
 _header(
@@ -202,8 +202,8 @@ _header(
 )
 
 _trial("a vocabulary larger than the embedding", tokens(lambda t, types: (t.append("more"), types.append(1))))
-_trial("blocks that are missing", put(block_count=value(U32, 12)))
-_trial("blocks as text", put(block_count=value(STRING, "2")))
+_trial("layers that are missing", put(block_count=value(U32, 12)))
+_trial("layers as text", put(block_count=value(STRING, "2")))
 _trial("a width that is not that of the tensors", put(embedding_length=value(U32, 64)))
 for empty in (array(U32, []), array(STRING, ["llama"] * 3), value(F32, 0.0)):
     _trial(

@@ -168,8 +168,8 @@ def heat(draw: random.Random, n_rows: int, n_columns: int, low: float = 0.0) -> 
     values[0][0] = None
     if low == 0:
         values = [[None if value is None else {"share": value} for value in row] for row in values]
-    rows, columns = names("block", n_rows), names("strength", n_columns)
-    return plot("heatmap", f"{n_rows} blocks", "strength", "block", rows=rows, columns=columns, values=values)
+    rows, columns = names("layer", n_rows), names("strength", n_columns)
+    return plot("heatmap", f"{n_rows} layers", "strength", "layer", rows=rows, columns=columns, values=values)
 
 
 def names(what: str, n: int) -> list[str]:

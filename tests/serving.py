@@ -44,7 +44,7 @@ def vectors() -> dict[str, localsteer.ControlVector]:
             instruction = catalog.get(name)
             queries = catalog.queries_for(instruction, "extraction")
             vector = extract(engine, instruction, queries, n_pairs=24, mode="project")
-            tried = (vector.at(layer=block, positions=positions) for block, positions in SETTINGS)
+            tried = (vector.at(layer=layer, positions=positions) for layer, positions in SETTINGS)
             found[name] = best_of(engine, tried)
     return found
 

@@ -16,7 +16,7 @@
 
 struct common_control_vector_data {
     int n_embd;
-    std::vector<float> data;  // (n_layer - 1) rows: block 1 first
+    std::vector<float> data;  // (n_layer - 1) rows: layer 1 first
 };
 
 struct common_control_vector_load_info {

@@ -1,4 +1,4 @@
-"""Where models of transformers differ, on tiny random ones: heads, caches, how they tell their blocks apart.
+"""Where models of transformers differ, on tiny random ones: heads, caches, how they tell their layers apart.
 
 benchmarks/architectures.py compares every architecture that llama.cpp shares with the engine; what it showed
 to be wrong has a test here, which needs no file of llama.cpp.
@@ -22,9 +22,9 @@ from localsteer import ControlVector, Plan  # noqa: E402
 from localsteer.errors import MismatchError, UnsupportedModelError  # noqa: E402
 from localsteer.extract.torch_backend import (  # noqa: E402
     GGUF_ARCHITECTURES,
-    block_output,
     config_architecture,
-    decoder_blocks,
+    decoder_layers,
+    layer_output,
 )
 from localsteer.extract.torch_steering import cache_argument, greedy_tokens, reply_cache, steer_hooks  # noqa: E402
 from localsteer.learn import weights as weights_module  # noqa: E402
@@ -61,8 +61,8 @@ SEEN_BY_NUMBER = {
 
 
 def stack(n: int, width: int) -> torch.nn.Module:
-    blocks = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(n))
-    return torch.nn.ModuleDict({"layers": blocks})
+    layers = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(n))
+    return torch.nn.ModuleDict({"layers": layers})
 
 
 def random_model(kind: str, sizes: dict):
@@ -115,7 +115,7 @@ def test_a_recurrent_cache_that_has_seen_tokens_before_is_refused():
 
 
 @pytest.mark.parametrize("kind", SEEN_BY_NUMBER)
-def test_learning_sees_the_logits_and_the_blocks_of_the_whole_model(kind):
+def test_learning_sees_the_logits_and_the_layers_of_the_whole_model(kind):
     model = random_model(kind, SEEN_BY_NUMBER[kind])
     weights, ids = Weights(model), torch.tensor([IDS])
     attention = torch.ones_like(ids)
@@ -128,7 +128,7 @@ def test_learning_sees_the_logits_and_the_blocks_of_the_whole_model(kind):
         assert torch.equal(model(ids, use_cache=False).logits[0], logits)  # all is back in its place
 
 
-def test_gradients_pass_the_blocks_above_and_the_head():
+def test_gradients_pass_the_layers_above_and_the_head():
     model = random_model("gemma2", SEEN_BY_NUMBER["gemma2"])
     weights, ids = Weights(model), torch.tensor([IDS])
     states, _ = weights.states(ids, torch.ones_like(ids), (1,))
@@ -149,14 +149,14 @@ class Seeing(torch.nn.Module):
         return self.text
 
 
-def test_the_blocks_are_those_of_the_decoder():
+def test_the_layers_are_those_of_the_decoder():
     model = Seeing()
-    assert decoder_blocks(model) == list(model.text["layers"])
+    assert decoder_layers(model) == list(model.text["layers"])
 
 
 def test_several_residual_streams_are_refused():
     with pytest.raises(UnsupportedModelError, match="several residual streams"):
-        block_output((torch.zeros(4, 1, 5, 8), None))
+        layer_output((torch.zeros(4, 1, 5, 8), None))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_every_architecture_that_was_compared_has_the_engines_name():
 
 
 def test_a_model_that_hides_its_residual_stream_is_refused():
-    """At its MLP blocks l_out is what is added: a projection would be taken of something else."""
+    """At its MLP layers l_out is what is added: a projection would be taken of something else."""
     for architecture in ("nemotron_h", "nemotron_h_moe"):
         assert "not the stream" in Model.why_not_steerable(SimpleNamespace(architecture=architecture), 1)
 

@@ -240,12 +240,12 @@ def test_a_vector_of_another_model_is_refused_not_read(engine, vectors):
 
 def test_a_scheduler_reads_the_same_states_as_the_engine_beside_steered_replies(engine, vectors):
     prompts = [engine.prompt_tokens(text) for text in (PLAIN, "Where does the hare live?")]
-    blocks = [0, 3, engine.model.n_layer - 1]
-    expected = engine.last_hidden_states(prompts)[:, blocks]
+    layers = [0, 3, engine.model.n_layer - 1]
+    expected = engine.last_hidden_states(prompts)[:, layers]
     alone = engine.generate(PLAIN, steer=vectors["json"], sampling=GREEDY, max_tokens=20).text
     with Scheduler(engine) as scheduler:
         steered = scheduler.submit(PLAIN, steer=vectors["json"], sampling=GREEDY, max_tokens=20)
-        looks = [scheduler.look(tokens, blocks) for tokens in prompts]
+        looks = [scheduler.look(tokens, layers) for tokens in prompts]
         other = scheduler.look(prompts[0], [1])
         states = [look.states() for look in looks]
         assert other.states().shape == (1, engine.model.n_embd)

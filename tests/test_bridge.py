@@ -84,7 +84,7 @@ def context(model: Model) -> Iterator[Context]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layer", [0, 1, -1], ids=["first block", "middle block", "last block"])
+@pytest.mark.parametrize("layer", [0, 1, -1], ids=["first layer", "middle layer", "last layer"])
 def test_steered_rows_are_the_oracles(model: Model, context: Context, mode: str, layer: int) -> None:
     layer %= model.n_layer
     plan = Plan.from_vectors([vector(model, layer, mode=mode, strength=0.8)])
@@ -118,7 +118,7 @@ def test_every_kind_of_position(model: Model, context: Context, positions: str) 
     [{"one_sided": True}, {"cap": 0.5}, {"one_sided": True, "cap": 0.5}],
     ids=["one-sided", "capped", "both"],
 )
-def test_several_vectors_at_one_block(model: Model, context: Context, settings: dict) -> None:
+def test_several_vectors_at_one_layer(model: Model, context: Context, settings: dict) -> None:
     vectors = [
         vector(model, 2, seed=1, **settings),
         vector(model, 2, seed=2, strength=-0.7, **settings),
@@ -133,7 +133,7 @@ def test_several_vectors_at_one_block(model: Model, context: Context, settings: 
     np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-def test_edits_at_all_blocks_at_once(model: Model, context: Context) -> None:
+def test_edits_at_all_layers_at_once(model: Model, context: Context) -> None:
     everywhere = tuple(range(model.n_layer))
     plan = Plan.from_vectors([vector(model).at(layer=everywhere)])
     states = run(context, plan, capture=everywhere).states
@@ -202,7 +202,7 @@ def test_four_interleaved_sequences_with_four_plans_are_four_runs(tiny_model) ->
 # --- capture and outputs ---
 
 
-def test_the_last_block_has_rows_for_outputs_only(model: Model, context: Context) -> None:
+def test_the_last_layer_has_rows_for_outputs_only(model: Model, context: Context) -> None:
     last = model.n_layer - 1
     whole = run(context, capture=[0, last]).states
     some = [i in (3, 9) for i in range(N)]
@@ -212,7 +212,7 @@ def test_the_last_block_has_rows_for_outputs_only(model: Model, context: Context
     np.testing.assert_allclose(rows.states[last], whole[last][[3, 9]], atol=1e-4)
 
 
-def test_plans_in_the_last_block_follow_the_outputs(model: Model, context: Context) -> None:
+def test_plans_in_the_last_layer_follow_the_outputs(model: Model, context: Context) -> None:
     plan = Plan.from_vectors([vector(model, model.n_layer - 1)])
     context.clear()
     some = [i in (3, 9) for i in range(N)]
@@ -284,7 +284,7 @@ def test_with_separate_caches_a_decode_is_one_sequence_or_one_token_each(model: 
 # --- refusals ---
 
 
-def test_every_block_of_the_tiny_models_is_steerable(tiny_model) -> None:
+def test_every_layer_of_the_tiny_models_is_steerable(tiny_model) -> None:
     with Model(tiny_model.gguf_path) as model, Context(model, n_ctx=64, n_threads=1) as context:
         assert context.probe(range(model.n_layer)) == set(range(model.n_layer))
 
@@ -294,9 +294,9 @@ def test_width_and_depth_are_checked(model: Model, context: Context) -> None:
     with pytest.raises(MismatchError, match=r"80 wide .* 64 wide"):
         run(context, wide)
     deep = Plan.from_vectors([_reshaped(vector(model), n_layer=9).at(layer=7)])
-    with pytest.raises(MismatchError, match=r"block 7 does not exist.* 4 blocks"):
+    with pytest.raises(MismatchError, match=r"layer 7 does not exist.* 4 layers"):
         run(context, deep)
-    with pytest.raises(MismatchError, match="block -1"):
+    with pytest.raises(MismatchError, match="layer -1"):
         context.probe([-1])
 
 
@@ -333,13 +333,13 @@ def test_a_context_without_steering_refuses_plans(model: Model) -> None:
             run(context, Plan.from_vectors([vector(model)]))
 
 
-def test_a_block_without_rows_is_refused_at_attach(model: Model, monkeypatch) -> None:
+def test_a_layer_without_rows_is_refused_at_attach(model: Model, monkeypatch) -> None:
     """As in a model without l_out: here the hook is told that nothing is one."""
     monkeypatch.setattr(Accessors, "of_loaded_library", _nameless_accessors)
     with Context(model, n_ctx=64, n_threads=1) as context:
         assert context.probe() == set()
         run(context)
-        with pytest.raises(UnsupportedModelError, match="block 1: block 0 gave no residual stream"):
+        with pytest.raises(UnsupportedModelError, match="layer 1: layer 0 gave no residual stream"):
             run(context, Plan.from_vectors([vector(model)]))
 
 
@@ -360,7 +360,7 @@ def test_models_that_mix_rows_take_one_sequence_at_a_time(model: Model, monkeypa
         run(context, plan)
     with Context(model, n_ctx=64, n_seq_max=2, n_threads=1) as context:
         run(context)
-        with pytest.raises(UnsupportedModelError, match=f"block 1: {kind} models mix the rows"):
+        with pytest.raises(UnsupportedModelError, match=f"layer 1: {kind} models mix the rows"):
             run(context, plan)
 
 
@@ -466,12 +466,12 @@ def test_truncated_files_are_one_line_and_no_abort(tiny_llama, tmp_path: Path, p
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("n_blocks", [513, 2**32 - 1])
-def test_too_many_blocks_are_one_line_and_no_abort(tiny_llama, tmp_path: Path, n_blocks: int) -> None:
+@pytest.mark.parametrize("n_layers", [513, 2**32 - 1])
+def test_too_many_layers_are_one_line_and_no_abort(tiny_llama, tmp_path: Path, n_layers: int) -> None:
     whole, key = tiny_llama.gguf_path.read_bytes(), b".block_count\x04\0\0\0"
     at = whole.index(key) + len(key)
     path = tmp_path / "deep.gguf"
-    path.write_bytes(whole[:at] + n_blocks.to_bytes(4, "little") + whole[at + 4 :])
+    path.write_bytes(whole[:at] + n_layers.to_bytes(4, "little") + whole[at + 4 :])
     with pytest.raises(ModelFileError, match=r"block_count is .* \(1 to 512\)"):
         bridge.check_gguf(path)  # Model does this first; without it llama.cpp would end this very process
     path.write_bytes(whole[:at] + (512).to_bytes(4, "little") + whole[at + 4 :])

@@ -88,7 +88,7 @@ def test_an_import_can_project_afterwards(engine, vector, pairs):
     assert done.rows()[0]["drift"] is None
 
 
-def test_a_block_without_direction_stays_one(engine, vector, pairs):
+def test_a_layer_without_direction_stays_one(engine, vector, pairs):
     directions = vector.directions.copy()
     directions[0] = 0
     done = calibrate(engine, replace(vector, directions=directions, layers=(1,)), pairs)
@@ -180,7 +180,7 @@ def test_output_and_dry_run_leave_the_file_as_it_is(folder, model, vector):
     before = (folder / "v.gguf").read_bytes()
     args = ("calibrate", "-m", model, "v.gguf", "--queries", "queries.txt", "-t", 1)
     document = invoke(*args, "--dry-run", "--json").json
-    assert document["file"] is None and len(document["blocks"]) == vector.n_layer
+    assert document["file"] is None and len(document["layers"]) == vector.n_layer
     assert invoke(*args, "-o", "w.gguf", "--json").json["file"] == "w.gguf"
     assert (folder / "v.gguf").read_bytes() == before
     assert (folder / "w.gguf").is_file()

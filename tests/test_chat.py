@@ -475,7 +475,7 @@ def test_tables_of_a_conversation(folder):
     flat = " ".join(done.out.split())
     assert "title:1@2 project prompt" in flat and "<<All" in flat
     assert "title steers 1 2 prompt project" in flat
-    assert "/steer NAME[:STRENGTH][@BLOCK] ..." in done.out
+    assert "/steer NAME[:STRENGTH][@LAYER] ..." in done.out
     assert done.err.endswith("the last reply was not steered: there is nothing to trace.\n")
 
 

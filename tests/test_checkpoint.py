@@ -40,8 +40,8 @@ def transformers_logits(hf_dir: Path, ids: list[int]) -> np.ndarray:
 
     model = AutoModelForCausalLM.from_pretrained(hf_dir, attn_implementation="eager").float().eval()
     if model.config.model_type == "gemma2":
-        for block in model.model.layers:
-            block.mlp.act_fn = HalfTableGelu()
+        for layer in model.model.layers:
+            layer.mlp.act_fn = HalfTableGelu()
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].float().numpy()
 
@@ -319,12 +319,12 @@ def test_the_same_checkpoint_gives_the_same_bytes(tiny_model, tmp_path):
     assert again.read_bytes() == tiny_model.gguf_path.read_bytes()
 
 
-def test_blocks_stand_in_order(tmp_path):
+def test_layers_stand_in_order(tmp_path):
     write_checkpoint("llama", tmp_path / "model", num_hidden_layers=12)
     names = list(tensors(converted(tmp_path / "model", tmp_path)))
-    blocks = [int(name.split(".")[1]) for name in names if name.startswith("blk.")]
-    assert blocks == sorted(blocks)
-    assert max(blocks) == 11
+    layers = [int(name.split(".")[1]) for name in names if name.startswith("blk.")]
+    assert layers == sorted(layers)
+    assert max(layers) == 11
 
 
 def test_a_real_pair_has_the_same_tensors(real_data):
@@ -439,7 +439,7 @@ def test_a_damaged_list_of_shards_is_one_line(tiny_llama, tmp_path, weight_map):
     assert "expected a weight_map of file names" in refusal(folder, tmp_path, ModelFileError)
 
 
-def test_fewer_blocks_than_stored_is_refused(tiny_llama, tmp_path):
+def test_fewer_layers_than_stored_is_refused(tiny_llama, tmp_path):
     folder = edited(tiny_llama.hf_dir, tmp_path / "model", {"num_hidden_layers": 3})
     assert "no place for model.layers.3" in refusal(folder, tmp_path)
 

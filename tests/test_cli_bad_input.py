@@ -42,9 +42,9 @@ def refused(*args, input=""):
         (["run", "-c", "-1", "Hi"], "-1 is not in the range"),
         (["run", "--mode", "replace", "Hi"], "'replace' is not one of"),
         (["run", "--positions", "first", "Hi"], "'first' is not one of"),
-        (["run", "--layer", "two", "Hi"], "'two' names no block"),
-        (["run", "--layer", "-1", "Hi"], "'-1' names no block"),
-        (["run", "--layer", "0-99999999", "Hi"], "no range of blocks"),
+        (["run", "--layer", "two", "Hi"], "'two' names no layer"),
+        (["run", "--layer", "-1", "Hi"], "'-1' names no layer"),
+        (["run", "--layer", "0-99999999", "Hi"], "no range of layers"),
         (["run", "--slot", "n", "Hi"], "'n' is not NAME=VALUE"),
         (["run", "Tell", "me"], "unexpected extra argument"),
         (["run", "--compare", "Hi"], "--compare needs"),
@@ -247,7 +247,7 @@ def test_a_model_as_a_vector(model):
     assert "llama.gguf" in refused("inspect", model)
 
 
-@pytest.mark.parametrize(("shape", "says"), [((4, 32), "width 32"), ((5, 64), "blocks 5")])
+@pytest.mark.parametrize(("shape", "says"), [((4, 32), "width 32"), ((5, 64), "layers 5")])
 def test_a_vector_of_another_width_or_depth(folder, model, shape, says):
     write_vector(folder / "other.gguf", n_layer=shape[0], n_embd=shape[1])
     assert says in refused("run", "-m", model, "-s", "other.gguf", "Hi")
@@ -262,16 +262,16 @@ def test_a_vector_with_numbers_that_are_none(folder, model, value):
     assert "NaN or infinite" in refused("run", "-m", model, "-s", "bad.gguf", "Hi")
 
 
-def test_a_block_without_a_direction(folder, model):
+def test_a_layer_without_a_direction(folder, model):
     from localsteer import ControlVector
 
     directions = np.zeros((4, 64), np.float32)
     directions[2] = 1
     ControlVector(directions, None, None, None, None, (2,), mode="add").save(folder / "one.gguf")
-    assert "no direction at block 1" in refused("run", "-m", model, "-s", "one.gguf@1", "Hi")
+    assert "no direction at layer 1" in refused("run", "-m", model, "-s", "one.gguf@1", "Hi")
 
 
-def test_a_block_out_of_range(folder, model):
+def test_a_layer_out_of_range(folder, model):
     write_vector(folder / "v.gguf")
     assert "layer 9 is out of range" in refused("run", "-m", model, "-s", "v.gguf@9", "Hi")
     assert "layer 9 is out of range" in refused("run", "-m", model, "-s", "v.gguf", "--layer", "9", "Hi")

@@ -39,7 +39,7 @@ def test_notices_of_the_library_are_lines_on_stderr(capsys):
 def test_a_number_is_never_cut_off(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)
     console._consoles.cache_clear()
-    names = ("block", "cosine", "mean before", "mean now", "length before")
+    names = ("layer", "cosine", "mean before", "mean now", "length before")
     made = console.table(*names, "", numbers=names)
     numbers = ["0", "0.9975", "1002.263", "-99.983", "1354.137"]
     made.add_row(*numbers, "steered")

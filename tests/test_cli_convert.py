@@ -23,13 +23,13 @@ def convert(*args):
     return done
 
 
-def write_foreign(path, *, blocks=(3, 2, 1), n_embd=64):
-    """A control vector as repeng writes it: from the last block down."""
+def write_foreign(path, *, layers=(3, 2, 1), n_embd=64):
+    """A control vector as repeng writes it: from the last layer down."""
     writer = gguf.GGUFWriter(path, "controlvector")
     writer.add_string("controlvector.model_hint", "llama")
-    writer.add_uint32("controlvector.layer_count", len(blocks))
-    for block in blocks:
-        writer.add_tensor(f"direction.{block}", np.full(n_embd, block, np.float32))
+    writer.add_uint32("controlvector.layer_count", len(layers))
+    for layer in layers:
+        writer.add_tensor(f"direction.{layer}", np.full(n_embd, layer, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -80,8 +80,8 @@ def test_a_repeng_file_is_imported(folder):
     assert vector.directions[3, 0] == 3
 
 
-def test_a_cvector_generator_file_is_one_block_late(folder):
-    write_foreign(folder / "happy.gguf", blocks=(1, 2, 3))
+def test_a_cvector_generator_file_is_one_layer_late(folder):
+    write_foreign(folder / "happy.gguf", layers=(1, 2, 3))
     convert("import", "happy.gguf", "--from", "cvector-generator", "-o", "ours.gguf")
     assert ControlVector.load("ours.gguf").directions[2, 0] == 3
 
@@ -89,13 +89,13 @@ def test_a_cvector_generator_file_is_one_block_late(folder):
 def test_arrays_are_imported_with_settings(folder):
     np.savez(folder / "v.npz", directions=np.ones((4, 64), np.float32), mean_with=np.ones(4, np.float32))
     settings = ("--layer", "1", "--positions", "prompt", "--strength", "0.5", "--name", "rhyme")
-    convert("import", "v.npz", "--from", "blocks", *settings, "-o", "ours.gguf")
+    convert("import", "v.npz", "--from", "layers", *settings, "-o", "ours.gguf")
     vector = ControlVector.load("ours.gguf")
     assert (vector.layers, vector.positions, vector.strength, vector.name) == ((1,), "prompt", 0.5, "rhyme")
 
 
 def test_a_file_that_does_not_say_its_convention_asks(folder):
-    write_foreign(folder / "happy.gguf", blocks=(1, 2, 3))
+    write_foreign(folder / "happy.gguf", layers=(1, 2, 3))
     assert "choose convention" in invoke("convert", "import", "happy.gguf", "-o", "ours.gguf").complaint()
 
 
@@ -117,9 +117,9 @@ def test_a_static_export_is_the_direction_times_the_strength(folder):
     np.testing.assert_array_equal(tensor.data, expected)
 
 
-def test_block_zero_can_not_be_exported(folder):
+def test_layer_zero_can_not_be_exported(folder):
     write_vector(folder / "v.gguf", layers=(0,))
-    assert "block 0" in invoke("convert", "export", "v.gguf", "-o", "static.gguf").complaint()
+    assert "layer 0" in invoke("convert", "export", "v.gguf", "-o", "static.gguf").complaint()
 
 
 def test_an_export_does_not_replace_its_source(folder):

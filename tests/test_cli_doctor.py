@@ -42,7 +42,7 @@ def test_a_healthy_model_has_a_line_for_each_check(tiny_model):
         "file",
         "model",
         "template",
-        "blocks",
+        "layers",
         "self-test",
     ]
     assert "all 4 can be steered" in done.out
@@ -66,16 +66,16 @@ def test_a_hook_that_does_not_do_what_it_says_fails(tiny_llama, monkeypatch):
 
 
 def test_numbers_that_are_none_fail(tiny_llama, monkeypatch):
-    monkeypatch.setattr(doctor, "_miss", lambda engine, block: np.nan)
+    monkeypatch.setattr(doctor, "_miss", lambda engine, layer: np.nan)
     assert invoke("doctor", "-m", tiny_llama.gguf_path).status == 1
 
 
-def test_blocks_that_can_not_be_steered_are_named(tiny_llama, monkeypatch):
+def test_layers_that_can_not_be_steered_are_named(tiny_llama, monkeypatch):
     from localsteer.runtime.bridge import Context
 
     monkeypatch.setattr(Context, "probe", lambda self, layers=None: {1, 2})
     done = invoke("doctor", "-m", tiny_llama.gguf_path, "--json")
-    assert statuses(done)["blocks"] == "warn"
+    assert statuses(done)["layers"] == "warn"
     monkeypatch.setattr(Context, "probe", lambda self, layers=None: set())
     assert invoke("doctor", "-m", tiny_llama.gguf_path).status == 1
 

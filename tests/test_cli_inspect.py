@@ -1,4 +1,4 @@
-"""`localsteer inspect`: every block in a row, the same figures as the file's."""
+"""`localsteer inspect`: every layer in a row, the same figures as the file's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def vector(tmp_path):
 def test_it_says_where_the_vector_comes_from_and_how_it_is_applied(vector):
     out = invoke("inspect", vector).out
     assert re.search(r"^instruction +Answer in JSON format\.", out, re.M)
-    assert re.search(r"^settings +project at block 2, positions all, strength 0\.5", out, re.M)
+    assert re.search(r"^settings +project at layer 2, positions all, strength 0\.5", out, re.M)
     assert re.search(r"^pairs +50", out, re.M)
 
 
@@ -35,15 +35,15 @@ def test_a_hash_is_never_cut_off(tmp_path, monkeypatch):
     assert digest in re.sub(r"\s", "", out)
 
 
-def test_every_block_has_a_row_and_the_chosen_one_a_mark(vector):
+def test_every_layer_has_a_row_and_the_chosen_one_a_mark(vector):
     out = invoke("inspect", vector).out
     rows = re.findall(r"^ *(> )?(\d) +(\S+) ", out, re.M)
-    assert [(mark != "", block) for mark, block, _ in rows] == [(i == 2, str(i)) for i in range(4)]
+    assert [(mark != "", layer) for mark, layer, _ in rows] == [(i == 2, str(i)) for i in range(4)]
     norms = np.linalg.norm(ControlVector.load(vector).directions, axis=1)
     assert [float(norm) for *_, norm in rows] == pytest.approx(norms, rel=5e-3)
 
 
-def test_json_holds_the_figures_of_every_block(vector):
+def test_json_holds_the_figures_of_every_layer(vector):
     document = invoke("inspect", vector, "--json").json
     assert document["layers"] == [2] and document["strength"] == 0.5
     assert len(document["by_layer"]) == 4
@@ -51,12 +51,12 @@ def test_json_holds_the_figures_of_every_block(vector):
     assert document["provenance"]["n_pairs"] == 50
 
 
-def test_a_vector_with_a_gate_shows_it_at_its_block(tmp_path):
+def test_a_vector_with_a_gate_shows_it_at_its_layer(tmp_path):
     ControlVector.from_gate(1, [3.0, 4.0], -0.5, [1.0, 0.0], mean_gate=1.0, n_layer=3).save(
         tmp_path / "g.gguf"
     )
     out = invoke("inspect", tmp_path / "g.gguf").out
-    assert re.search(r"^settings +gate at block 1, positions all, strength 1", out, re.M)
+    assert re.search(r"^settings +gate at layer 1, positions all, strength 1", out, re.M)
     assert re.search(r"^ *> 1 +1 .* -0\.5 \+ \|w\| 5 *$", out, re.M)
 
 
@@ -64,16 +64,16 @@ def test_a_vector_without_mean_projections_has_no_columns_for_them(tmp_path):
     directions = np.ones((3, 8), np.float32)
     ControlVector(directions, None, None, None, None, (1,), mode="add").save(tmp_path / "import.gguf")
     out = invoke("inspect", tmp_path / "import.gguf").out
-    assert re.search(r"^block +norm *$", out, re.M)
+    assert re.search(r"^layer +norm *$", out, re.M)
 
 
 def test_the_strip_shows_both_means_and_their_spread():
-    block = {"mean_with": 10.0, "mean_without": 0.0, "std_with": 1.0, "std_without": 1.0}
-    strip = inspect.strip(block)
+    layer = {"mean_with": 10.0, "mean_without": 0.0, "std_with": 1.0, "std_without": 1.0}
+    strip = inspect.strip(layer)
     assert len(strip) == inspect.STRIP_WIDTH
     assert strip.index("o") < strip.index("#")
     assert "=o=" in strip and "=#=" in strip and "·····" in strip
-    assert inspect.strip({**block, "mean_with": 0.0, "std_with": 0.0, "std_without": 0.0}).count("#") == 1
+    assert inspect.strip({**layer, "mean_with": 0.0, "std_with": 0.0, "std_without": 0.0}).count("#") == 1
 
 
 @pytest.mark.parametrize(("part", "drawn"), [(0, ""), (0.5, "███"), (1, "██████"), (2, "██████"), (0.01, "")])
@@ -82,10 +82,10 @@ def test_a_bar_is_as_long_as_its_part(part, drawn):
 
 
 def test_separation_is_in_standard_deviations():
-    block = {"mean_with": 7.0, "mean_without": 1.0, "std_with": 2.0, "std_without": 2.0}
-    assert inspect.separation(block) == 3
-    assert inspect.separation({**block, "std_with": None}) is None
-    assert inspect.separation({**block, "std_with": 0.0, "std_without": 0.0}) is None
+    layer = {"mean_with": 7.0, "mean_without": 1.0, "std_with": 2.0, "std_without": 2.0}
+    assert inspect.separation(layer) == 3
+    assert inspect.separation({**layer, "std_with": None}) is None
+    assert inspect.separation({**layer, "std_with": 0.0, "std_without": 0.0}) is None
 
 
 def test_the_picture_is_drawn(vector, tmp_path):

@@ -60,7 +60,7 @@ def test_a_vector_file_steers_as_the_library_does(tiny_llama, replies, vector):
     assert steered != run(tiny_llama, "Tell me about foxes.").out
 
 
-def test_strength_and_block_behind_the_name_override_the_file(tiny_llama, replies, vector):
+def test_strength_and_layer_behind_the_name_override_the_file(tiny_llama, replies, vector):
     chosen = ControlVector.load(vector).at(strength=0.8, layer=1)
     assert run(tiny_llama, "-s", f"{vector}:0.8@1", "Hi").out == replies("Hi", [chosen]) + "\n"
 
@@ -255,7 +255,7 @@ def test_an_instruction_is_extracted_once_and_kept_for_this_model(tiny_llama, fo
     assert [vector["name"] for vector in listed] == ["answer_in_rhyme"]
 
 
-# a block of one's own: no search, whose replies on the tiny model never end, and take seconds
+# a layer of one's own: no search, whose replies on the tiny model never end, and take seconds
 RHYME = ("-i", "Answer in rhyme.", "--queries", "queries.txt", "--pairs", "2", "--layer", "1", "Hi")
 
 
@@ -304,7 +304,7 @@ def test_settings_are_picked_with_the_verifier_and_kept(tiny_llama, folder):
 
 
 @pytest.mark.parametrize(
-    ("text", "path", "strength", "blocks"),
+    ("text", "path", "strength", "layers"),
     [
         ("json.gguf", "json.gguf", None, None),
         ("json.gguf:0.8", "json.gguf", 0.8, None),
@@ -319,8 +319,8 @@ def test_settings_are_picked_with_the_verifier_and_kept(tiny_llama, folder):
         ("a:b/json.gguf", "a:b/json.gguf", None, None),
     ],
 )
-def test_a_vector_has_a_file_a_strength_and_blocks(text, path, strength, blocks):
-    assert VectorSpec.parse(text) == VectorSpec(path, strength, blocks)
+def test_a_vector_has_a_file_a_strength_and_layers(text, path, strength, layers):
+    assert VectorSpec.parse(text) == VectorSpec(path, strength, layers)
 
 
 @pytest.mark.parametrize("name", ["json:0.8", "json@12", "json.gguf:0.8@12", "10:30"])
@@ -339,9 +339,9 @@ def test_a_strength_that_is_no_number_is_refused(text):
 @pytest.mark.parametrize(
     "text", ["json.gguf@", "json.gguf@-1", "json.gguf@x", "json.gguf@5-3", "json.gguf@1,,2"]
 )
-def test_blocks_that_are_none_are_refused(folder, text):
+def test_layers_that_are_none_are_refused(folder, text):
     (folder / "json.gguf").write_bytes(b"")
-    with pytest.raises(PlanError, match="block"):
+    with pytest.raises(PlanError, match="layer"):
         VectorSpec.parse(text)
 
 
@@ -351,10 +351,10 @@ def test_no_file_is_refused(text):
         VectorSpec.parse(text)
 
 
-def test_a_block_that_is_given_leaves_out_the_search(tiny_llama, folder):
+def test_a_layer_that_is_given_leaves_out_the_search(tiny_llama, folder):
     args = ("-i", "json", "--layer", "1", "--pairs", "2", "--json", "Hi")
     document = run(tiny_llama, *args)
-    assert "trying blocks" not in document.err
+    assert "trying layers" not in document.err
     assert document.json["steering"][0]["layers"] == [1]
 
 

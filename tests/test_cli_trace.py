@@ -68,7 +68,7 @@ def transcript(trace: Trace, **options) -> str:
 
 
 STRIP = """\
-json at block 0: project, positions prompt, strength 1; -10 without the instruction, 10 with it
+json at layer 0: project, positions prompt, strength 1; -10 without the instruction, 10 with it
            <u> ·fox⏎│     { </s>
 before   -5.00 -10.0│  1.00    ·
 after     10.0  10.0│  1.00    ·
@@ -79,17 +79,17 @@ instead      ·     ·│     A    ·
 """
 MAPS = """\
 json, projections, steered: 0 as without the instruction, 1 as with it
-block  <u>  ·fox    {
+layer  <u>  ·fox    {
     1  1.0   0.8   0.6
     0[ 1.0][ 1.0]  0.6
 
 json, steered less plain: what becomes of the change
-block  <u>  ·fox    {
+layer  <u>  ·fox    {
     1  1.0   0.8   0.1
     0[ 0.8][ 1.0]  0.0
 
-json, effect in nats if it steered at this block
-block   {   </s>
+json, effect in nats if it steered at this layer
+layer   {   </s>
     1  0.1   0.0
     0  2.5   0.0
 
@@ -143,7 +143,7 @@ def test_the_picture_holds_strips_and_maps(drawn, folder):
     draw_trace(drawn, folder / "a.svg")
     picture = (folder / "a.svg").read_text("utf-8")  # texts are outlines there, and comments beside them
     for words in (
-        "json at block 0",
+        "json at layer 0",
         "weight",
         "steered less plain",
         "effect in nats if it steered",
@@ -168,9 +168,9 @@ def test_pictures_are_talk_and_the_strip_is_the_answer(tiny_llama, vector):
     done = invoke("trace", "-m", model, "-s", vector, *FEW, "--plot", "a.png", "--html", "a.html", "Foxes")
     assert done.status == 0, done.err
     assert done.err == "localsteer: drew a.png\nlocalsteer: wrote a.html\n"
-    assert done.out.startswith("strong at block 2: project, positions all, strength 1; 0 without")
+    assert done.out.startswith("strong at layer 2: project, positions all, strength 1; 0 without")
     assert Path("a.png").read_bytes().startswith(PNG)
-    assert "strong at block 2" in Path("a.html").read_text("utf-8")
+    assert "strong at layer 2" in Path("a.html").read_text("utf-8")
 
 
 def test_the_document_holds_every_token(tiny_llama, vector):
@@ -178,7 +178,7 @@ def test_the_document_holds_every_token(tiny_llama, vector):
     done = invoke("trace", "-m", model, "-s", f"{vector}:0.5@1", *FEW, "--watch", "0-1", "--json", "Foxes")
     document = done.json
     assert (done.err, document["prompt"], len(document["tokens"])) == ("", "Foxes", document["n_prompt"] + 8)
-    assert [(line["block"], line["steered"], line["strength"]) for line in document["lines"]] == [
+    assert [(line["layer"], line["steered"], line["strength"]) for line in document["lines"]] == [
         (0, False, 0.5), (1, True, 0.5),
     ]  # fmt: skip
     line = document["lines"][1]
@@ -212,7 +212,7 @@ def test_an_instruction_of_the_catalogue_is_traced_at_once():
         (["-s", "none.gguf", "Foxes"], "none.gguf"),
         (["-s", "strong.gguf", ""], "the prompt is empty"),
         (["-s", "strong.gguf", "--raw", ""], "the prompt is empty"),
-        (["-s", "strong.gguf", "--watch", "some", "Foxes"], "'some' names no block"),
+        (["-s", "strong.gguf", "--watch", "some", "Foxes"], "'some' names no layer"),
         (["-s", "strong.gguf", "--watch", "4", "Foxes"], "layer 4 is out of range"),
         (["-s", "strong.gguf@9", "Foxes"], "layer 9 is out of range"),
         (["-s", "strong.gguf", "--plot", "none/a.png", "Foxes"], "there is no folder none"),

@@ -84,7 +84,7 @@ def test_the_winner_goes_into_the_file_with_its_figures(vector):
     assert set(record["scores"]) == {"none", "steered", "instructed", "both"}
     assert len(record["table"]) == 4 and record["search"] == "exhaustive"
     assert len(record["model"]["sha256"]) == 64 and record["tool_version"]
-    assert "no_comma: project at block 3, positions prompt, strength 1:" in done.out
+    assert "no_comma: project at layer 3, positions prompt, strength 1:" in done.out
     assert "told in words" in done.out
     assert f"written to {vector}" in done.err
 
@@ -92,7 +92,7 @@ def test_the_winner_goes_into_the_file_with_its_figures(vector):
 def test_the_table_and_the_heat_map_show_every_setting(vector):
     lines = tune(vector, *SMALL, "--dry-run").out.splitlines()
     assert lines[0] == "no_comma, score on 4 queries"
-    assert lines[1].split() == ["block", "prompt", "generation"]
+    assert lines[1].split() == ["layer", "prompt", "generation"]
     assert [line.split()[0] for line in lines[2:4]] == ["3", "7"]
     assert sum(line.count("[") for line in lines[2:4]) == 1
     assert any(line.split()[:3] == ["3", "prompt", "project"] for line in lines)
@@ -186,7 +186,7 @@ def test_a_good_setting_is_found_and_told_of(tuned):
     assert record["scores"]["none"] == 0 and record["scores"]["steered"] >= 0.75
     assert record["recovered_gap"] > 0.5 and record["targets"]["n"] >= 4
     assert vector.strength != 0
-    assert f"no_comma: project at block {vector.layers[0]}, positions {vector.positions}" in done.out
+    assert f"no_comma: project at layer {vector.layers[0]}, positions {vector.positions}" in done.out
     assert done.out.splitlines()[0] == "no_comma, recovered gap"
 
 
@@ -312,7 +312,7 @@ def test_without_a_cache_folder_it_works_and_says_so(vector, folder, monkeypatch
         (["V", "--modes", "project,replace"], "'replace' is none of project"),
         (["V", "--strengths", "1,x"], "'1,x' is no list of strengths"),
         (["V", "--strengths", "0"], "0 steers nothing"),
-        (["V", "--layer", "two"], "'two' names no block"),
+        (["V", "--layer", "two"], "'two' names no layer"),
         (["V", "--layer", "8"], "layer 8 is out of range"),
         (["V", "-n", "0"], "0 is not in the range"),
         (["V", "--kwargs", "{}"], "--verifier"),

@@ -36,7 +36,7 @@ def test_the_list_has_names_models_and_settings():
     keep("b" * 64, "lowercase", "second")
     out = invoke("vectors").out
     head, first, second = out.splitlines()
-    assert head.split() == ["name", "model", "blocks", "mode", "positions", "strength", "key"]
+    assert head.split() == ["name", "model", "layers", "mode", "positions", "strength", "key"]
     assert first.split() == ["json", "first", "2", "project", "all", "1", f"{'a' * 16}/json-12345678"]
     assert second.split()[:2] == ["lowercase", "second"]
     assert invoke("vectors", "list").out == out

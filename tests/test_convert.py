@@ -166,7 +166,7 @@ def test_a_gated_vector_applied_otherwise_keeps_its_gate_in_the_file(tmp_path):
     assert same(read_vector(tmp_path / "v.gguf").at(mode="gate"), vector.at(mode="gate"))
 
 
-def test_a_compact_file_holds_the_gate_of_its_block_alone(tmp_path):
+def test_a_compact_file_holds_the_gate_of_its_layer_alone(tmp_path):
     rng = np.random.default_rng(0)
     vector = ControlVector.from_gate(
         7, rng.normal(size=64), 0.5, rng.normal(size=64), mean_gate=0.8, n_layer=9, cap=2.0
@@ -343,14 +343,14 @@ def test_a_model_is_refused_by_its_architecture(real_data):
 # --- imports of GGUF
 
 
-def test_repeng_numbers_blocks_as_llama_cpp_applies_them():
+def test_repeng_numbers_layers_as_llama_cpp_applies_them():
     vector = import_vector(DATA / "repeng.gguf")
     assert vector.n_layer == 4 and vector.layers == (1, 2, 3)
     assert vector.directions[1:].tobytes() == ROWS[1:].tobytes() and not vector.directions[0].any()
     assert vector.provenance["convention"] == "repeng" and vector.provenance["model_hint"] == "mistral"
 
 
-def test_cvector_generator_numbers_blocks_one_too_high():
+def test_cvector_generator_numbers_layers_one_too_high():
     vector = import_vector(DATA / "cvector-generator.gguf")
     assert vector.n_layer == 4 and vector.layers == (0, 1, 2)
     assert vector.directions[:3].tobytes() == ROWS[:3].tobytes() and not vector.directions[3].any()
@@ -386,7 +386,7 @@ def test_an_import_adds_with_the_name_of_its_file_and_can_be_saved(tmp_path):
 
 def test_the_depth_of_the_model_may_be_given():
     assert import_vector(DATA / "repeng.gguf", n_layer=6, name="x").n_layer == 6
-    with pytest.raises(VectorFileError, match=r"holds direction\.3, beyond a model of 3 blocks"):
+    with pytest.raises(VectorFileError, match=r"holds direction\.3, beyond a model of 3 layers"):
         import_vector(DATA / "repeng.gguf", n_layer=3)
 
 
@@ -394,8 +394,8 @@ def test_the_depth_of_the_model_may_be_given():
     ("given", "said"),
     [
         ({"convention": "mistral"}, "unknown convention 'mistral'"),
-        ({"convention": "blocks"}, "is a GGUF: its convention is one of repeng, cvector-generator"),
-        ({"n_layer": 0}, "a model of 0 blocks is out of range"),
+        ({"convention": "layers"}, "is a GGUF: its convention is one of repeng, cvector-generator"),
+        ({"n_layer": 0}, "a model of 0 layers is out of range"),
         ({"n_layer": 10**9}, "out of range"),
     ],
 )
@@ -406,7 +406,7 @@ def test_imports_with_settings_that_make_no_sense_are_refused(given, said):
 
 
 def test_a_layer_that_the_import_does_not_have_is_a_plan_error():
-    with pytest.raises(PlanError, match="no direction at block 0"):
+    with pytest.raises(PlanError, match="no direction at layer 0"):
         import_vector(DATA / "repeng.gguf", layer=0)
 
 
@@ -460,7 +460,7 @@ def _npz(path: Path, arrays) -> None:
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_states_of_the_paper_become_directions_and_projections(kind):
-    vector = import_vector(DATA / f"paper.{kind}", convention="blocks")
+    vector = import_vector(DATA / f"paper.{kind}", convention="layers")
     assert vector.directions.tobytes() == ROWS.tobytes()
     states = make_golden.states()
     units = np.stack([vector.unit(il) for il in range(4)]).astype(np.float64)
@@ -500,11 +500,11 @@ def test_a_pre_computed_vector_of_the_paper_gets_its_length_back(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"max_diff_layer_idx": -1}, "no direction for a model of 4 blocks (block -1"),
+        ({"max_diff_layer_idx": -1}, "no direction for a model of 4 layers (layer -1"),
         ({"max_diff_layer_idx": 4}, "no direction"),
         ({"max_diff_layer_idx": 1.5}, "no direction"),
         ({"avg_proj": [1.0, 2.0]}, "instr_dir needs the numbers"),
-        ({"avg_proj": 2.0}, "no direction at block 1"),
+        ({"avg_proj": 2.0}, "no direction at layer 1"),
         ({"instr_dir": ROWS}, "no direction"),
         ({"instr_dir": [np.nan]}, "NaN or infinite"),
     ],
@@ -516,7 +516,7 @@ def test_pre_computed_vectors_without_a_vector_are_refused(tmp_path, changed, sa
 
 
 def test_directions_alone_can_add(tmp_path):
-    vector = import_vector(save(tmp_path / "v.npz", directions=ROWS), convention="blocks")
+    vector = import_vector(save(tmp_path / "v.npz", directions=ROWS), convention="layers")
     assert vector.mode == "add" and vector.directions.tobytes() == ROWS.tobytes()
 
 
@@ -535,9 +535,9 @@ def test_hidden_states_begin_with_the_embedding_and_end_after_the_norm(tmp_path)
 
 def test_rows_are_not_guessed(tmp_path):
     path = save(tmp_path / "v.npz", directions=ROWS)
-    assert "choose convention blocks" in refused(path, import_vector)
-    assert "holds 4 blocks, but the model has 5" in refused(
-        path, lambda p: import_vector(p, convention="blocks", n_layer=5)
+    assert "choose convention layers" in refused(path, import_vector)
+    assert "holds 4 layers, but the model has 5" in refused(
+        path, lambda p: import_vector(p, convention="layers", n_layer=5)
     )
     assert "is an array file" in refused(path, lambda p: import_vector(p, convention="repeng"))
 
@@ -595,29 +595,29 @@ def entry(dtype='"F32"', shape="[4,8]", offsets="[0,128]") -> bytes:
         (raw_safetensors(entry(offsets="[0,128.0]")), "type that can't be read"),
         (raw_safetensors(entry(shape=f"[{'1,' * 99}4,8]")), "a shape that can't be"),
         (raw_safetensors(entry(shape=f"[0,{2**70}]", offsets="[0,0]")), "a shape that can't be"),
-        (raw_safetensors(entry(shape="[32]")), "directions must be (blocks, n_embd)"),
-        (raw_safetensors(entry(shape="[4,8,1]")), "directions must be (blocks, n_embd)"),
+        (raw_safetensors(entry(shape="[32]")), "directions must be (layers, n_embd)"),
+        (raw_safetensors(entry(shape="[4,8,1]")), "directions must be (layers, n_embd)"),
         (raw_safetensors(entry()), "all its directions are zero"),
     ],
 )
 def test_hostile_safetensors(tmp_path, content, said):
     path = tmp_path / "v.safetensors"
     path.write_bytes(content)
-    assert said in refused(path, lambda p: import_vector(p, convention="blocks"))
+    assert said in refused(path, lambda p: import_vector(p, convention="layers"))
 
 
 @pytest.mark.parametrize("shape", ["0, " + "9" * 25, "1, " * 99 + "4, 8"])
 def test_a_shape_that_can_not_be_in_numpy_s_files(tmp_path, shape):
     path = tmp_path / "v.npz"
     path.write_bytes(zipped(npy(head(f"({shape})"), bytes(128))))
-    assert "damaged" in refused(path, lambda p: import_vector(p, convention="blocks"))
+    assert "damaged" in refused(path, lambda p: import_vector(p, convention="layers"))
 
 
 @pytest.mark.filterwarnings("error")
 def test_states_beyond_all_bounds_are_one_line_without_warnings(tmp_path):
     states = np.full((2, 4, 8), 1e308)
     np.savez(tmp_path / "v.npz", hs_instr=states, hs_no_instr=-states)
-    assert "finite" in refused(tmp_path / "v.npz", lambda p: import_vector(p, convention="blocks"))
+    assert "finite" in refused(tmp_path / "v.npz", lambda p: import_vector(p, convention="layers"))
 
 
 def npy(header: str, data: bytes = b"") -> bytes:
@@ -654,7 +654,7 @@ def head(shape: str, descr: str = "<f4") -> str:
 def test_hostile_npz(tmp_path, content, said):
     path = tmp_path / "v.npz"
     path.write_bytes(content)
-    assert said in refused(path, lambda p: import_vector(p, convention="blocks"))
+    assert said in refused(path, lambda p: import_vector(p, convention="layers"))
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
@@ -667,7 +667,7 @@ def test_every_truncation_and_changed_byte_of_an_array_file_is_refused_or_read(t
     for variant in variants:
         path.write_bytes(variant)
         try:
-            import_vector(path, convention="blocks")
+            import_vector(path, convention="layers")
         except LocalsteerError as error:
             assert "\n" not in str(error)
 
@@ -675,7 +675,7 @@ def test_every_truncation_and_changed_byte_of_an_array_file_is_refused_or_read(t
 def test_states_of_different_shapes_are_refused(tmp_path):
     states = make_golden.states()
     path = save(tmp_path / "v.npz", hs_instr=states["hs_instr"], hs_no_instr=states["hs_no_instr"][:, :3])
-    assert "both be (pairs, blocks, n_embd)" in refused(path, lambda p: import_vector(p, n_layer=4))
+    assert "both be (pairs, layers, n_embd)" in refused(path, lambda p: import_vector(p, n_layer=4))
     path = save(tmp_path / "v.npz", directions=ROWS, mean_with=np.ones(3))
     assert "mean_with is (3,), directions are (4, 8)" in refused(path, lambda p: import_vector(p, n_layer=4))
 
@@ -683,14 +683,14 @@ def test_states_of_different_shapes_are_refused(tmp_path):
 # --- static export
 
 
-def test_a_static_export_is_one_block_times_the_strength():
+def test_a_static_export_is_one_layer_times_the_strength():
     static = static_vector(exact_vector(), strength=0.5)
     assert static.directions[2].tolist() == (ROWS[2] * 0.5).tolist()
     assert not np.delete(static.directions, 2, axis=0).any()
     assert (static.mode, static.positions, static.strength, static.layers) == ("add", "all", 1.0, (2,))
 
 
-def test_a_static_export_takes_strength_and_block_from_the_vector():
+def test_a_static_export_takes_strength_and_layer_from_the_vector():
     static = static_vector(exact_vector(strength=-2.0, layers=(1, 3)))
     assert static.directions[[1, 3]].tolist() == (ROWS[[1, 3]] * -2).tolist() and static.layers == (1, 3)
 
@@ -707,7 +707,7 @@ def test_a_static_export_remembers_what_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"layer": 0}, "can't steer block 0"),
+        ({"layer": 0}, "can't steer layer 0"),
         ({"layer": 4}, "out of range"),
         ({"strength": 0}, "nothing to export"),
         ({"strength": float("nan")}, "finite"),
@@ -723,7 +723,7 @@ def test_what_stock_llama_cpp_can_not_do_is_not_exported(tmp_path, given, said):
 
 
 def test_the_conventions_are_named():
-    assert CONVENTIONS == ("repeng", "cvector-generator", "easysteer", "blocks", "hidden_states")
+    assert CONVENTIONS == ("repeng", "cvector-generator", "easysteer", "layers", "hidden_states")
 
 
 def test_reading_a_vector_loads_neither_torch_nor_llama_cpp():
@@ -739,6 +739,6 @@ def test_the_format_document_names_every_key_and_limit():
     text = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
     names = [value for name, value in vars(keys).items() if name.isupper() and isinstance(value, str)]
     assert [name for name in names if f"`{name}" not in text] == []
-    limits = (keys.MAX_BLOCKS, keys.MAX_WIDTH, keys.MAX_KEY_VALUES, keys.MAX_ARRAY, keys.MAX_NAME)
+    limits = (keys.MAX_LAYERS, keys.MAX_WIDTH, keys.MAX_KEY_VALUES, keys.MAX_ARRAY, keys.MAX_NAME)
     assert [limit for limit in limits if f"{limit:,}" not in text] == []
     assert f"version {keys.VERSION_MAJOR}.{keys.VERSION_MINOR}" in text

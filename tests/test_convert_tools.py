@@ -57,7 +57,7 @@ def one_line(error):
         gated_vector(),
         imported_vector(name=""),
     ],
-    ids=["settings", "block 0", "gate", "import"],
+    ids=["settings", "layer 0", "gate", "import"],
 )  # fmt: skip
 def test_a_whole_file_gives_back_the_vector_to_the_last_bit(vector, to):
     assert export_vector(vector, f"v.{to}", to=to) == ()
@@ -85,7 +85,7 @@ def test_a_whole_file_takes_other_settings_but_no_convention(folder):
     assert (import_vector("v.npz").layers, import_vector("v.npz").strength) == ((2,), 3.0)
     assert import_vector("v.npz", layer=1).layers == (1,)
     with pytest.raises(VectorFileError, match="takes no convention"):
-        import_vector("v.npz", convention="blocks")
+        import_vector("v.npz", convention="layers")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_whole_file_takes_other_settings_but_no_convention(folder):
         ({"layers": ["a"]}, "holds no settings"),
         ({"layers": [1.5]}, "holds no settings"),
         ({"layers": [99]}, "out of range"),
-        ({"layers": [10**400]}, "no block is chosen"),
+        ({"layers": [10**400]}, "no layer is chosen"),
         ({"mode": ["add"]}, "unknown mode"),
         ({"positions": {}}, "unknown positions"),
         ({"strength": "much"}, "not a number"),
@@ -141,7 +141,7 @@ def tensors(path):
     return {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
 
 
-def test_a_repeng_file_is_recognised_and_holds_every_block(folder):
+def test_a_repeng_file_is_recognised_and_holds_every_layer(folder):
     vector = exact_vector(layers=(1, 3), strength=0.5)
     lost = export_vector(vector, "v.gguf", to="repeng")
     assert any("mode project" in text for text in lost) and any("mean projections" in text for text in lost)
@@ -152,7 +152,7 @@ def test_a_repeng_file_is_recognised_and_holds_every_block(folder):
         assert np.array_equal(again.directions[il], (0.5 * vector.directions[il]).astype(np.float32))
 
 
-def test_an_easysteer_file_holds_block_0_too(folder):
+def test_an_easysteer_file_holds_layer_0_too(folder):
     vector = exact_vector(layers=(0, 2), mode="add", strength=2.0)
     export_vector(vector, "v.gguf", to="easysteer")
     fields = gguf.GGUFReader("v.gguf").fields
@@ -173,7 +173,7 @@ def test_what_can_not_be_exported_is_refused_and_nothing_is_written(folder, to):
         with pytest.raises(PlanError):
             export_vector(vector, "v", to=to, **{"layer": 1, **settings})
     if to in ("llama.cpp", "repeng"):
-        with pytest.raises(PlanError, match="block 0"):
+        with pytest.raises(PlanError, match="layer 0"):
             export_vector(vector, "v", to=to)
     if to in WHOLE:
         with pytest.raises(VectorFileError, match="provenance"):
@@ -195,7 +195,7 @@ def test_losses_are_those_of_the_vector(folder):
     assert "the learned gate, of which the mean effect is left" in export_vector(gated, "v.gguf", to="repeng")
     rows = np.eye(4, 8, dtype=np.float32)
     plain = ControlVector(rows, *[None] * 4, (1, 2, 3), mode="add")
-    assert export_vector(plain, "v.gguf", to="repeng") == ("the directions of 1 other block",)
+    assert export_vector(plain, "v.gguf", to="repeng") == ("the directions of 1 other layer",)
     rows[0] = 0
     assert export_vector(replace(plain, directions=rows), "v.gguf", to="repeng") == ()
 
@@ -224,7 +224,7 @@ def test_tensors_of_every_type_and_shape_are_read(torch, folder, dtype):
     assert one.layers == (2,) and one.directions[2].tolist() == list(range(1, 9))
     torch.save(torch.stack([row] * 5), "rows.pt")
     assert import_torch_vector("rows.pt", convention="hidden_states").n_layer == 4
-    assert import_torch_vector("rows.pt", convention="blocks", layer=3).layers == (3,)
+    assert import_torch_vector("rows.pt", convention="layers", layer=3).layers == (3,)
     torch.save(collections.OrderedDict({1: torch.nn.Parameter(row)}), "p.pt")
     assert import_torch_vector("p.pt").layers == (1,)
 
@@ -240,13 +240,13 @@ def hostile(torch):
     yield Malicious(), "could run code"
     yield {1: Malicious()}, "could run code"
     yield {1: np.ones(8)}, "could run code"
-    yield {}, "no directions by block"
-    yield {"layer_activations": 7}, "no directions by block"
-    yield {"layer_activations": {1: row}, "layer_type": "mlp"}, "only decoder_block"
-    yield {"a": row}, "in the place of a block's number"
-    yield {-1: row}, "in the place of a block's number"
-    yield {True: row}, "in the place of a block's number"
-    yield {10**9: row}, "in the place|beyond|too large|blocks"
+    yield {}, "no directions by layer"
+    yield {"layer_activations": 7}, "no directions by layer"
+    yield {"layer_activations": {1: row}, "layer_type": "mlp"}, "only decoder_layer"
+    yield {"a": row}, "in the place of a layer's number"
+    yield {-1: row}, "in the place of a layer's number"
+    yield {True: row}, "in the place of a layer's number"
+    yield {10**9: row}, "in the place|beyond|too large|layers"
     yield {1: [1.0, 2.0]}, "in the place of a direction"
     yield {1: torch.ones(8, dtype=torch.int64)}, "in the place of a direction"
     yield {1: torch.ones(8, dtype=torch.complex64)}, "in the place of a direction"
@@ -320,7 +320,7 @@ def checkpoint(tiny_llama, torch):
 
 @pytest.fixture
 def adding(tiny_llama):
-    """A vector that adds at two blocks, some tokens, and the logits that it makes of them."""
+    """A vector that adds at two layers, some tokens, and the logits that it makes of them."""
     with open_engine(tiny_llama.gguf_path) as engine:
         vector = random_vector(engine, mode="add", layers=(1, 2), strength=0.5)
         ids = engine.prompt_tokens("Tell me about the fox.")
@@ -415,7 +415,7 @@ def test_json_says_what_is_lost(folder):
         (["import", "bad.pt", "-o", "o.gguf"], "could run code"),
         (["import", "a.pt", "-o", "o.gguf"], "holds one direction"),
         (["import", "map.pt", "--from", "repeng", "-o", "o.gguf"], "takes no convention"),
-        (["import", "map.pt", "--n-layer", "1", "-o", "o.gguf"], "beyond a model of 1 blocks"),
+        (["import", "map.pt", "--n-layer", "1", "-o", "o.gguf"], "beyond a model of 1 layers"),
         (["import", "map.pt", "--layer", "2", "-o", "o.gguf"], "layer 2 is out of range"),
     ],
 )

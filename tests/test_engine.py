@@ -173,7 +173,7 @@ def test_last_hidden_states_are_the_last_rows_of_each_prompt_alone(engine, token
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("mode", ["project", "add", "ablate"])
 @pytest.mark.parametrize("layer", [0, 2, 3])
-def test_a_steered_block_holds_what_the_oracle_says(engine, tokens, layer, mode, positions):
+def test_a_steered_layer_holds_what_the_oracle_says(engine, tokens, layer, mode, positions):
     vector = random_vector(engine, layers=(layer,), mode=mode, positions=positions)
     plan = Plan.from_vectors([vector])
     n_prompt = len(tokens) - 3
@@ -256,8 +256,8 @@ def test_a_prompt_longer_than_its_tokens_is_refused(engine, n_prompt):
 
 
 @pytest.mark.parametrize("layer", [-1, 4])
-def test_a_block_out_of_range_is_refused(engine, layer):
-    with pytest.raises(PlanError, match="blocks 0 to 3"):
+def test_a_layer_out_of_range_is_refused(engine, layer):
+    with pytest.raises(PlanError, match="layers 0 to 3"):
         engine.hidden_states([5], [layer])
 
 

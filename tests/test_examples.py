@@ -102,8 +102,8 @@ def test_the_openai_example_and_the_models_of_llm_are_served(steered):
 
 def commands_of(path):
     """`localsteer ...` lines of a document, as lists of words without quotes' content."""
-    blocks = re.findall(r"```sh\n(.*?)```", path.read_text("utf-8"), re.S)
-    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
+    layers = re.findall(r"```sh\n(.*?)```", path.read_text("utf-8"), re.S)
+    lines = [line.split("#")[0] for layer in layers for line in layer.splitlines()]
     return [line for line in lines if line.startswith("localsteer ") and "demo" not in line]
 
 

@@ -1,7 +1,7 @@
 """Extraction finds the paper's direction, and both backends find the same one.
 
 Agreement of PyTorch (float32) and llama.cpp (F32 weights, exact settings): direction cosine at least 0.9999
-at every block and mean projection within 0.1% are demanded; measured 1 - 1e-7 and 3e-7 relative (gemma2,
+at every layer and mean projection within 0.1% are demanded; measured 1 - 1e-7 and 3e-7 relative (gemma2,
 whose GELU llama.cpp looks up in a table of half-precision floats: 5e-5).
 """
 
@@ -166,7 +166,7 @@ def test_a_planted_direction_is_recovered():
     assert np.allclose(spread.deviations, 1, atol=0.1)
 
 
-def test_a_block_without_difference_has_no_direction():
+def test_a_layer_without_difference_has_no_direction():
     states, instructed = random_states(10)
     states[:, 1] = 4.0
     means, spread = statistics(states, instructed)
@@ -199,9 +199,9 @@ def test_a_prompt_longer_than_a_batch_comes_alone():
 
 
 def states_one_by_one(hf_dir: Path, prompts: list[list[int]]) -> np.ndarray:
-    """The residual stream after every block, from transformers' own hidden_states.
+    """The residual stream after every layer, from transformers' own hidden_states.
 
-    These end with the state after the final norm: the last block's comes from the norm's input.
+    These end with the state after the final norm: the last layer's comes from the norm's input.
     """
     from transformers import AutoModelForCausalLM
 
@@ -222,7 +222,7 @@ def token_lists(seed: int = 0) -> list[list[int]]:
     return [draw.integers(4, 512, n).tolist() for n in (7, 3, 60, 12, 1, 33)]
 
 
-def test_states_are_those_after_each_block_at_the_last_real_token(tiny_model):
+def test_states_are_those_after_each_layer_at_the_last_real_token(tiny_model):
     prompts = token_lists()
     with open_backend(tiny_model.hf_dir, n_threads=1) as backend:
         batched = backend.last_hidden_states(prompts)
@@ -253,19 +253,19 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_are_found_in_any_decoder(family):
+def test_layers_are_found_in_any_decoder(family):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from localsteer.extract.torch_backend import decoder_blocks, observe_blocks
+    from localsteer.extract.torch_backend import decoder_layers, observe_layers
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 64}
     config = AutoConfig.for_model(family, vocab_size=50, **{**sizes, **ids, **FAMILIES[family]})
     model = AutoModelForCausalLM.from_config(config).eval()
     seen: dict[int, torch.Tensor] = {}
-    with torch.no_grad(), observe_blocks(model, seen.__setitem__):
+    with torch.no_grad(), observe_layers(model, seen.__setitem__):
         hidden = model(torch.tensor([[3, 4, 5]]), output_hidden_states=True).hidden_states
-    assert len(decoder_blocks(model)) == 3
+    assert len(decoder_layers(model)) == 3
     assert sorted(seen) == [0, 1, 2]
     for layer in (0, 1):
         assert torch.equal(seen[layer], hidden[layer + 1])
@@ -275,13 +275,13 @@ def test_an_encoder_decoder_is_refused(tmp_path):
     from transformers import T5Config, T5ForConditionalGeneration
 
     from localsteer.errors import UnsupportedModelError
-    from localsteer.extract.torch_backend import decoder_blocks
+    from localsteer.extract.torch_backend import decoder_layers
 
     model = T5ForConditionalGeneration(
         T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     )
     with pytest.raises(UnsupportedModelError, match="t5 is an encoder-decoder"):
-        decoder_blocks(model)
+        decoder_layers(model)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_architectures_have_the_names_of_llama_cpp(model_type, expected):
         (["attention", "attention"], 0, "granite"),
     ],
 )
-def test_a_granite_without_recurrent_blocks_has_the_plain_name(layers, n_experts, expected):
+def test_a_granite_without_recurrent_layers_has_the_plain_name(layers, n_experts, expected):
     from types import SimpleNamespace
 
     from localsteer.extract.torch_backend import config_architecture
@@ -398,10 +398,10 @@ def test_the_definition_holds_on_a_model_of_others(real_data):
         pytest.skip(f"no {path}")
     vector = extract(path, RHYME, QUERIES, n_pairs=6, **EXACT)
     with open_engine(path) as engine:
-        blocks = list(range(engine.model.n_layer))
+        layers = list(range(engine.model.n_layer))
 
         def last(text: str) -> np.ndarray:
-            return engine.hidden_states(engine.prompt_tokens(text), blocks)[-1].astype(np.float64)
+            return engine.hidden_states(engine.prompt_tokens(text), layers)[-1].astype(np.float64)
 
         pairs = build_pairs(RHYME, QUERIES, 6)
         told = np.stack([last(pair.instructed) for pair in pairs])
@@ -524,7 +524,7 @@ def test_the_source_hash_follows_the_weights(tiny_llama, tmp_path, both):
 # Bad input
 
 
-def test_a_block_out_of_range_is_refused(tiny_llama):
+def test_a_layer_out_of_range_is_refused(tiny_llama):
     with pytest.raises(PlanError, match="layer 4 is out of range"):
         extract(tiny_llama.gguf_path, RHYME, QUERIES, layer=4, **EXACT)
 
@@ -560,7 +560,7 @@ def test_states_that_are_not_finite_are_refused(tiny_llama, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.2.mlp.down_proj.weight"][:] = 3e38
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(LocalsteerError, match="state after block 2 is not finite"):
+    with pytest.raises(LocalsteerError, match="state after layer 2 is not finite"):
         extract(folder, RHYME, QUERIES, n_threads=1)
 
 

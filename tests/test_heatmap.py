@@ -43,9 +43,9 @@ def test_what_does_not_fit_stands_below_and_no_figure_is_cut() -> None:
     values = [[il / 32 + 0.001 for il in range(32)], [1 - il / 32 for il in range(32)]]
     stream = io.StringIO()
     console = Console(file=stream, width=80)
-    console.print(terminal_heatmap("blocks", ["json", "lowercase"], range(32), values))
+    console.print(terminal_heatmap("layers", ["json", "lowercase"], range(32), values))
     text = stream.getvalue()
-    assert max(map(len, text.splitlines())) <= 80 and text.count("blocks") == 1
+    assert max(map(len, text.splitlines())) <= 80 and text.count("layers") == 1
     assert sorted(f"{value:.2f}" for row in values for value in row) == sorted(re.findall(r"\d\.\d\d", text))
     assert [int(each) for each in re.findall(r"(?<![.\d])\d+(?![.\d])", text)] == list(range(32))
 

@@ -25,7 +25,7 @@ from localsteer.learn import training as training_module
 from localsteer.learn import weights as loading
 from localsteer.learn.examples import Example, of_pairs, rewritten, shared
 from localsteer.learn.gate import Gate
-from localsteer.learn.learning import checked_blocks
+from localsteer.learn.learning import checked_layers
 from localsteer.learn.training import Training, prepare
 from localsteer.runtime.reply import Reply
 from localsteer.runtime.sampling import GREEDY
@@ -36,7 +36,7 @@ TITLE = CATALOG.get("title")
 QUERIES = CATALOG.queries_for(TITLE, "extraction")
 VALIDATION = CATALOG.queries_for(TITLE, "validation")
 ALL_FOLLOW = gathering.all_follow
-FEW = Recipe(blocks=(3,), n_steps=20, rate=0.02, seed=1)
+FEW = Recipe(layers=(3,), n_steps=20, rate=0.02, seed=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,7 +126,7 @@ def test_a_constant_is_an_ordinary_control_vector(exact_bundled):
 
 
 def test_torch_and_llama_cpp_apply_the_same_gate(exact_bundled, weights):
-    """The blocks above the edit alone, on states that were computed once, give the engine's logits."""
+    """The layers above the edit alone, on states that were computed once, give the engine's logits."""
     engine, example = exact_bundled, an_example(exact_bundled)
     (one,) = prepare(weights, [example], [3])
     training = Training(weights, 3, [one], [one], Recipe(positions="all", rate=0.1, n_steps=3))
@@ -294,11 +294,11 @@ def test_pairs_that_can_not_be_learned_from_are_named(exact_bundled, tmp_path, l
         of_pairs(exact_bundled, write_pairs(tmp_path, lines))
 
 
-def test_blocks_around_the_middle_race_and_the_last_can_not():
-    assert checked_blocks(None, 30) == [19, 24]
-    assert checked_blocks(None, 2) == [0]
-    with pytest.raises(LocalsteerError, match="block 29 can't be learned at: choose 0 to 28"):
-        checked_blocks([29], 30)
+def test_layers_around_the_middle_race_and_the_last_can_not():
+    assert checked_layers(None, 30) == [19, 24]
+    assert checked_layers(None, 2) == [0]
+    with pytest.raises(LocalsteerError, match="layer 29 can't be learned at: choose 0 to 28"):
+        checked_layers([29], 30)
 
 
 def test_a_style_without_words_is_learned_from_a_few_pairs(exact_bundled, tmp_path):
@@ -330,7 +330,7 @@ def test_what_is_to_be_learned_must_be_said():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-i", "json", "--layer", "7"], "block 7 can't be learned at: choose 0 to 6"),
+        (["-i", "json", "--layer", "7"], "layer 7 can't be learned at: choose 0 to 6"),
         (["-i", "language_de"], "no rule rewrites a plain reply"),
         (["--examples", "none.jsonl"], "none.jsonl can't be read"),
         (["-i", "json", "-o", "no/such/folder/json.gguf"], "no/such/folder"),

@@ -181,7 +181,7 @@ def test_ensure_answers_plain_where_that_will_do(foxy, tiny_llama):
         ({"strength": 0.5}, "needs something to steer by"),
         ({"ensure": "Answer in rhyme."}, "no verifier"),
         ({"seed": -7}, "seed must be"),
-        ({"layer": "x", "steer": "json"}, "names no block"),
+        ({"layer": "x", "steer": "json"}, "names no layer"),
         ({"stop": ""}, "stop string must not be empty"),
         ({"ctx_size": 3}, "the context 3"),
     ],

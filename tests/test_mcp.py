@@ -187,7 +187,7 @@ def test_a_trace_tells_the_effect_of_each_token(tiny_llama, fox):
     assert set(parts) == {"prompt", "last", "generation"}
     effects = [token["effect"] for token in made["tokens"] if token["part"] == "generation"]
     assert max(effects) > 0 and made["diagnosis"]
-    assert made["lines"][0]["block"] == 2
+    assert made["lines"][0]["layer"] == 2
     assert made["lines"][0]["share_after"] > made["lines"][0]["share_before"]
 
 

@@ -72,7 +72,7 @@ class FakeGraph:
 
 
 class OneProgram:
-    """A plan of one program at one block, whatever the class."""
+    """A plan of one program at one layer, whatever the class."""
 
     is_empty = False
 
@@ -127,7 +127,7 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> FakeGraph:
 
 @pytest.fixture
 def hook(graph: FakeGraph):
-    """Three blocks, 48 wide."""
+    """Three layers, 48 wide."""
     hook = Hook(3, 48)
     yield hook
     hook.close()
@@ -231,7 +231,7 @@ def test_rows_go_to_the_plan_of_their_token(graph, hook) -> None:
     assert graph.bytes_read == graph.bytes_written == 3 * 48 * 4, "only touched rows cross the accessors"
 
 
-def test_last_block_with_output_rows_only(graph, hook) -> None:
+def test_last_layer_with_output_rows_only(graph, hook) -> None:
     rng = np.random.default_rng(2)
     a, b = (OneProgram(2, random_program(rng, 1, 48), key) for key in (b"a", b"b"))
     x = rows(rng, 2)
@@ -299,11 +299,11 @@ def test_a_split_batch_raises_the_flag(graph, hook) -> None:
     assert "more than once" in hook.error()
 
 
-def test_a_block_that_never_comes_raises_the_flag(graph, hook) -> None:
+def test_a_layer_that_never_comes_raises_the_flag(graph, hook) -> None:
     begin(hook, 1, [OneProgram(1, random_program(np.random.default_rng(7), 1, 48))])
     graph.compute(hook, "l_out-0", np.zeros((1, 48), np.float32))
     assert not hook.end()
-    assert hook.error() == "block 1 gave no residual stream (no graph node l_out-1)"
+    assert hook.error() == "layer 1 gave no residual stream (no graph node l_out-1)"
 
 
 def test_the_next_batch_starts_clean(graph, hook) -> None:

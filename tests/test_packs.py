@@ -12,7 +12,7 @@ import pytest
 from cli_runs import invoke, write_vector
 
 from localsteer import ControlVector, Engine, Sampling, bundled, packs
-from localsteer.asked import reading_block
+from localsteer.asked import reading_layer
 from localsteer.catalog import load_catalog
 from localsteer.model_names import packaged_file, path_of
 from localsteer.packs.identity import read_identity
@@ -135,7 +135,7 @@ def test_a_folder_with_the_pack_of_another_file_is_left_alone(pack):
     assert "holds a pack for Bundled" in says and "give another -o" in says
 
 
-def test_a_vector_that_harms_prompts_that_ask_keeps_the_block_that_tells(pack):
+def test_a_vector_that_harms_prompts_that_ask_keeps_the_layer_that_tells(pack):
     vector = ControlVector.load(pack / "lowercase.gguf")
     columns = {"mean_with": np.arange(8.0), "mean_without": np.zeros(8)}
     spreads = {"std_with": np.ones(8), "std_without": np.ones(8)}
@@ -150,7 +150,7 @@ def test_a_vector_that_harms_prompts_that_ask_keeps_the_block_that_tells(pack):
         **spreads,
     )
     assert compact(whole).usable_layers == (2, 7)
-    assert reading_block(compact(whole)) == reading_block(whole) == 7
+    assert reading_layer(compact(whole)) == reading_layer(whole) == 7
     harmless = replace(whole, provenance={"validation": {"scores": {"instructed": 0.5, "both": 0.5}}})
     assert compact(harmless).usable_layers == (2,)
 
@@ -189,7 +189,7 @@ def test_a_pack_that_is_named_itself_refuses_another_model(pack, monkeypatch):
     monkeypatch.setenv("LOCALSTEER_PACKS", str(pack))
     assert invoke("run", "-i", "lowercase", *ASK).status == 0
     says = invoke("run", "-m", "bundled-base", "-i", "lowercase", *ASK).complaint()
-    assert "is a pack for Bundled (llama, 8 blocks x 256)" in says and "is another model" in says
+    assert "is a pack for Bundled (llama, 8 layers x 256)" in says and "is another model" in says
 
 
 @pytest.mark.parametrize("way", ["phrasings", "queries", "no pack"])

@@ -115,7 +115,7 @@ def test_vectors_show_their_settings(page):
     assert names == ["json", "lowercase", "uppercase"]
     for name, vector in vectors().items():
         note = page.find_element(BY, f".vector[data-name={name}] .note").text
-        assert note == f"block {vector.layers[0]}, project, positions {vector.positions}"
+        assert note == f"layer {vector.layers[0]}, project, positions {vector.positions}"
 
 
 def test_plain_and_steered_side_by_side_with_the_projection_of_each_token(page):
@@ -174,7 +174,7 @@ def sent(page):
     return page.execute_script("return steering()")
 
 
-def test_blocks_and_positions_of_a_vector_are_set_and_sent(page, server):
+def test_layers_and_positions_of_a_vector_are_set_and_sent(page, server):
     switch(page, "uppercase")
     assert sent(page) == [{"name": "uppercase", "strength": 1}]
     fill(page, ".vector[data-name=uppercase] [type=text]", "5, 3,3")

@@ -37,7 +37,7 @@ def test_unknown_positions_are_refused():
 
 
 @pytest.mark.parametrize("positions", COVERED)
-def test_a_program_exists_for_the_covered_classes_at_the_chosen_block_alone(positions):
+def test_a_program_exists_for_the_covered_classes_at_the_chosen_layer_alone(positions):
     plan = Plan.from_vectors([exact_vector(positions=positions)])
     assert plan.layers == (2,)
     assert {cls for cls in PositionClass if plan.program(2, cls)} == COVERED[positions]
@@ -67,7 +67,7 @@ def test_ablate_aims_at_zero():
     assert Plan.from_vectors([imported_vector(mode="ablate")]).program(2, LAST).biases.tolist() == [0.0]
 
 
-def test_adds_at_one_block_become_one_row_that_reads_nothing():
+def test_adds_at_one_layer_become_one_row_that_reads_nothing():
     vector = imported_vector()
     program = Plan.from_vectors([vector.at(strength=2), vector.at(strength=-0.5)]).program(2, LAST)
     assert not program.readers.any() and program.biases.tolist() == [1.0] and program.n_solved == 0
@@ -99,12 +99,12 @@ def test_a_gate_is_its_reader_bias_and_direction_times_the_strength():
     np.testing.assert_allclose(program.caps, 2.0 / np.linalg.norm(vector.directions[2]), rtol=1e-6)
 
 
-def test_gates_at_one_block_are_not_solved_jointly():
+def test_gates_at_one_layer_are_not_solved_jointly():
     program = Plan.from_vectors([gated_vector(), gated_vector()]).program(2, LAST)
     assert (program.n_solved, len(program.biases)) == (0, 2)
 
 
-def test_a_vector_at_two_blocks_is_two_edits_with_their_own_targets():
+def test_a_vector_at_two_layers_is_two_edits_with_their_own_targets():
     plan = Plan.from_vectors([exact_vector(layers=(1, 3))])
     assert plan.layers == (1, 3)
     assert [edit.target for edit in plan.edits] == [1.125, 1.375]
@@ -205,7 +205,7 @@ def test_a_class_key_tells_what_a_cached_token_depends_on():
 
 
 @pytest.mark.parametrize("cosine", [0.991, -0.991, 1.0, -1.0])
-def test_nearly_parallel_directions_are_refused_by_name_cosine_and_block(cosine):
+def test_nearly_parallel_directions_are_refused_by_name_cosine_and_layer(cosine):
     vectors = [vector_along(d, name=n) for d, n in zip(at_angle(cosine), ("json", "lower"), strict=True)]
     with pytest.raises(PlanError) as error:
         Plan.from_vectors(vectors)
@@ -214,7 +214,7 @@ def test_nearly_parallel_directions_are_refused_by_name_cosine_and_block(cosine)
         "json" in said
         and "lower" in said
         and f"{cosine:.4f}" in said
-        and "block 0" in said
+        and "layer 0" in said
         and "ridge" in said
     )
 
@@ -232,13 +232,13 @@ def test_a_ridge_accepts_parallel_directions_and_says_so_once():
     assert "json" in plan.notices[0] and "lower" in plan.notices[0] and "ridge 0.1" in plan.notices[0]
 
 
-def test_parallel_directions_may_stand_at_different_blocks_or_positions():
+def test_parallel_directions_may_stand_at_different_layers_or_positions():
     Plan.from_vectors([exact_vector(layers=(1,)), exact_vector(layers=(2,))])
     Plan.from_vectors([exact_vector(positions="generation"), exact_vector(positions="prompt")])
 
 
 def test_parallel_directions_that_meet_in_one_class_are_refused():
-    with pytest.raises(PlanError, match="nearly parallel at block 2"):
+    with pytest.raises(PlanError, match="nearly parallel at layer 2"):
         Plan.from_vectors([exact_vector(positions="last"), exact_vector(positions="prompt")])
 
 
@@ -248,7 +248,7 @@ def test_parallel_adds_are_no_problem():
 
 def test_three_directions_in_a_plane_are_refused_though_no_pair_is_parallel():
     thirds = [[math.cos(a), math.sin(a), 0] for a in (0, math.pi / 3, 2 * math.pi / 3)]
-    with pytest.raises(PlanError, match="3 directions at block 0 nearly depend on each other"):
+    with pytest.raises(PlanError, match="3 directions at layer 0 nearly depend on each other"):
         Plan.from_vectors([vector_along(d, name=str(i)) for i, d in enumerate(thirds)])
 
 
@@ -259,11 +259,11 @@ def test_a_ridge_must_be_finite_and_not_negative(ridge):
 
 
 def test_vectors_of_two_models_do_not_go_into_one_plan():
-    with pytest.raises(MismatchError, match="4 blocks x 8 but wide is 4 x 16"):
+    with pytest.raises(MismatchError, match="4 layers x 8 but wide is 4 x 16"):
         Plan.from_vectors([exact_vector(), exact_vector(n_embd=16, name="wide")])
 
 
-def test_a_plan_shows_strength_and_block():
+def test_a_plan_shows_strength_and_layer():
     assert repr(Plan.from_vectors([exact_vector(strength=0.5)])) == "Plan(json:0.5@2)"
     assert repr(Plan.none()) == "Plan(none)"
 

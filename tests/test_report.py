@@ -156,11 +156,11 @@ def test_a_table_s_cell_may_hold_any_of_these(value, shown):
 
 
 def test_settings_are_one_short_line():
-    def at(*blocks):
-        return Applied(layer=list(blocks), positions="prompt", mode="project", strength=1.0)
+    def at(*layers):
+        return Applied(layer=list(layers), positions="prompt", mode="project", strength=1.0)
 
-    assert settings_text(at(2)) == "block 2, prompt, project, x1"
-    assert settings_text([at(2), at(2, 3)]) == f"{settings_text(at(2))} + blocks 2 3, prompt, project, x1"
+    assert settings_text(at(2)) == "layer 2, prompt, project, x1"
+    assert settings_text([at(2), at(2, 3)]) == f"{settings_text(at(2))} + layers 2 3, prompt, project, x1"
     assert settings_text([at(il) for il in range(6)]).endswith("and 3 more")
     assert settings_text(None) == settings_text(Applied()) == ""
 
@@ -290,16 +290,16 @@ def test_a_report_is_the_same_each_time(results, page):
 
 
 def test_the_tables_of_the_markdown_are_whole(results):
-    block: list[int] = []
-    blocks = []
+    layer: list[int] = []
+    layers = []
     for line in [*report.markdown.render(results).splitlines(), ""]:
         if line.startswith("|"):
-            block.append(len(re.findall(r"(?<!\\)\|", line)))
-        elif block:
-            blocks.append(block)
-            block = []
-    assert len(blocks) > 8
-    assert all(len(set(widths)) == 1 and len(widths) >= 2 for widths in blocks)
+            layer.append(len(re.findall(r"(?<!\\)\|", line)))
+        elif layer:
+            layers.append(layer)
+            layer = []
+    assert len(layers) > 8
+    assert all(len(set(widths)) == 1 and len(widths) >= 2 for widths in layers)
 
 
 def test_markdown_shows_hostile_text_as_it_is(results):
@@ -370,10 +370,10 @@ def test_the_terminal_shows_every_instruction_with_its_interval(results):
 def test_the_terminal_shows_heat_maps_that_fit(results):
     lines = terminal(results).splitlines()
     value = results["suites"]["length"]["sections"][1]["plots"][0]["values"][1][2]["share"]
-    assert any(re.match(rf"\s*block 1 .* {value:.0%} ", line) for line in lines)
+    assert any(re.match(rf"\s*layer 1 .* {value:.0%} ", line) for line in lines)
     assert "plots in the report: Mean words; Follows" in lines
     narrow = " ".join(" ".join(terminal(results, 30).split()).split("plots in the report: ")[2:3])
-    assert narrow.startswith("5 blocks; 3 blocks")
+    assert narrow.startswith("5 layers; 3 layers")
 
 
 # --- plots -------------------------------------------------------------------------------------------------

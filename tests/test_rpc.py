@@ -169,11 +169,11 @@ def numbers(engine):
     """Everything that comes out of an engine, plain and steered, for comparison to the bit."""
     plans = [(), [random_vector(engine)], [random_vector(engine, layers=tuple(range(engine.model.n_layer)))]]
     tokens = engine.prompt_tokens(QUESTION)
-    blocks = range(engine.model.n_layer)
+    layers = range(engine.model.n_layer)
     made = []
     for plan in plans:
         made.append(engine.logits(tokens, steer=plan))
-        made.append(engine.hidden_states(tokens, blocks, steer=plan))
+        made.append(engine.hidden_states(tokens, layers, steer=plan))
         made.append(engine.generate(QUESTION, steer=plan, sampling=GREEDY, max_tokens=12).tokens)
     replies = engine.generate_batch([QUESTION, "Hello"] * 3, sampling=GREEDY, max_tokens=8, steer=plans[1])
     return [*made, engine.last_hidden_states([tokens, tokens[:5]]), *(reply.tokens for reply in replies)]

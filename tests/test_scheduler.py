@@ -475,7 +475,7 @@ def test_an_error_that_nobody_foresaw_ends_every_reply_with_one(engine, monkeypa
 
 @pytest.fixture
 def decoding_threads(monkeypatch):
-    """{context: the threads that have decoded in it, trying its blocks included}, by their ids."""
+    """{context: the threads that have decoded in it, trying its layers included}, by their ids."""
     seen: dict[int, set[int]] = {}
     decode = Context._llama_decode
 

@@ -151,7 +151,7 @@ def test_one_runs_and_others_wait_and_a_job_is_cancelled_twice(http):
         ({"instruction": "Answer in rhyme.", "name": "../x"}, "letters, digits"),
         ({"instruction": "Answer in rhyme.", "name": ""}, "name"),
         ({"instruction": "Answer in rhyme.", "model": "nobody"}, "there is no 'nobody'"),
-        ({"instruction": "Answer in rhyme.", "blocks": [1]}, "blocks"),
+        ({"instruction": "Answer in rhyme.", "layers": [1]}, "layers"),
     ],
 )
 def test_what_can_be_no_job_is_refused_in_one_line(http, body, words):

@@ -240,7 +240,7 @@ def test_a_trace_tells_the_projection_at_each_token(server):
         refused = http.post("/v1/steering/trace", json=body | {"steering": []})
     (line,) = found["lines"]
     assert len(line["share"]) == len(found["tokens"])
-    assert line["vector"] == "json" and line["block"] == 1
+    assert line["vector"] == "json" and line["layer"] == 1
     steered = [share for share in line["share"][: found["n_prompt"]] if share is not None]
     assert steered and all(share == pytest.approx(1, abs=0.05) for share in steered)  # project at strength 1
     assert given["reply"] == "Some foxes are red."

@@ -125,12 +125,12 @@ def found():
 
 
 def test_the_bundled_model_s_instructions_are_directions(found):
-    block = found.clearest
-    assert found.within[:, block].min() > 0.5
-    assert found.within[:, block].mean() > found.between[:, block].mean() + 0.3
-    assert found.linear[:, block].min() > 0.9
+    layer = found.clearest
+    assert found.within[:, layer].min() > 0.5
+    assert found.within[:, layer].mean() > found.between[:, layer].mean() + 0.3
+    assert found.linear[:, layer].min() > 0.9
     assert found.matrix.shape == (8, 3, 3)
-    assert [row["block"] for row in found.rows()] == list(range(8))
+    assert [row["layer"] for row in found.rows()] == list(range(8))
 
 
 # --- the command ---
@@ -147,7 +147,7 @@ def test_the_command_prints_both_heat_maps_and_draws_them(model, tmp_path):
     args = ("-m", model, "--catalog", "bundled", "--pairs", 6, "-t", 1)
     done = invoke("similarity", *args, "json", "title", "--plot", "s.png", "--block", 1)
     assert done.status == 0, done.err
-    assert "within" in done.out and "block 1:" in done.out and "linear probe" in done.out
+    assert "within" in done.out and "layer 1:" in done.out and "linear probe" in done.out
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -156,12 +156,12 @@ def test_its_json_is_one_document(model):
         "similarity", "-m", model, "--pairs", 4, "-t", 1, "json", "Answer in rhyme, please.", "--json"
     )
     assert [each["id"] for each in done.json["instructions"]] == ["json", "answer_in_rhyme_please"]
-    assert len(done.json["blocks"]) == 4 and len(done.json["matrix"]["cosines"]) == 2
+    assert len(done.json["layers"]) == 4 and len(done.json["matrix"]["cosines"]) == 2
 
 
 def test_one_instruction_alone_has_nothing_between(model):
     done = invoke("similarity", "-m", model, "--pairs", 4, "-t", 1, "json", "--json")
-    assert done.json["blocks"][0]["between"] is None
+    assert done.json["layers"][0]["between"] is None
 
 
 def test_bad_input_is_one_line(model):
@@ -171,7 +171,7 @@ def test_bad_input_is_one_line(model):
     assert "unknown instruction 'jsonn'" in refused("jsonn")
     assert "at least 4" in refused("json", "--pairs", 2)
     assert "empty.txt holds no query" in refused("json", "--queries", "empty.txt")
-    assert "blocks 0 to 3" in refused("json", "--block", 9, "--pairs", 4)
+    assert "layers 0 to 3" in refused("json", "--block", 9, "--pairs", 4)
     with pytest.raises(CatalogError, match="no instruction"):
         similarity(None, [], [])
 

@@ -321,7 +321,7 @@ def test_too_large_a_file_is_refused_before_the_work(engine, folder, monkeypatch
     ("settings", "error", "says"),
     [
         ({"layer": 4}, PlanError, "layer 4 is out of range"),
-        ({"layer": []}, PlanError, "no block"),
+        ({"layer": []}, PlanError, "no layer"),
         ({"tokens": "first"}, PromptError, "names no tokens"),
         ({"tokens": 99}, PromptError, "prompt 1: it has 9 tokens, and no token 99"),
         ({"tokens": "span:cat"}, PromptError, "prompt 1: it does not hold 'cat'"),
@@ -417,7 +417,7 @@ def prompts(folder):
 def test_the_answer_is_the_file_s_name(tiny_llama, prompts):
     done = states(tiny_llama, "--layer", "1-2", "--dtype", "float16")
     assert (done.status, done.out) == (0, "states.safetensors\n")
-    assert "2 prompts; 2 x 2 blocks x 64, float16" in done.err
+    assert "2 prompts; 2 x 2 layers x 64, float16" in done.err
     assert load()["states"].shape == (2, 2, 64)
 
 
@@ -458,7 +458,7 @@ def test_a_file_of_states_is_replaced_and_nothing_else_is(tiny_llama, prompts, f
         (["--prompts", "binary.txt"], "not UTF-8 text (byte 0)"),
         (["--tokens", "first"], "'first' names no tokens"),
         (["--layer", "9"], "layer 9 is out of range"),
-        (["--layer", "x"], "'x' names no block"),
+        (["--layer", "x"], "'x' names no layer"),
         (["-s", "none.gguf"], "none.gguf"),
         (["--dtype", "float64"], "'float64' is not one of"),
         (["-c", "3"], "line 1: it has"),

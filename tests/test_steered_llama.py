@@ -744,7 +744,7 @@ def test_vectors_of_other_models_are_refused(engine, llama, tmp_path, caplog):
     good, load = random_vector(engine), localsteer.ControlVector.load
     cases = [
         (load(write_vector(tmp_path / "wide.gguf", n_embd=32)), MismatchError, "width 32"),
-        (load(write_vector(tmp_path / "deep.gguf", n_layer=9)), MismatchError, "blocks 9"),
+        (load(write_vector(tmp_path / "deep.gguf", n_layer=9)), MismatchError, "layers 9"),
         (made_with(good, architecture="qwen2"), MismatchError, "architecture"),
         (made_with(good, probes=[["Hi", [1, 2, 3]]]), MismatchError, "another tokenizer"),
         ("json.gguf", PlanError, "not str"),
@@ -770,7 +770,7 @@ def test_a_model_at_which_the_hook_does_not_fire_is_refused(engine, tiny_llama, 
     fired = Hook.fired
     monkeypatch.setattr(Hook, "fired", lambda hook, layer: layer != 1 and fired(hook, layer))
     with closing(open_llama(tiny_llama)) as llama:
-        with pytest.raises(UnsupportedModelError, match="block 1"):
+        with pytest.raises(UnsupportedModelError, match="layer 1"):
             llama.steer(random_vector(engine))
         llama.steer(random_vector(engine, layers=(2,)))
     monkeypatch.undo()

@@ -309,7 +309,7 @@ def test_a_row_of_zeros_gets_the_bias_of_a_gate():
     assert apply_program(x, program([gate([1.0, 0.0], 0.5, [0.0, 2.0])])).tolist() == [[0.0, 1.0]]
 
 
-def test_a_gate_at_another_block_is_another_gate():
+def test_a_gate_at_another_layer_is_another_gate():
     x = np.ones((1, 8), dtype=np.float32)
     first, second = (steer(x, Plan.from_vectors([gated_vector(layers=(il,))]), il, [LAST]) for il in (1, 2))
     assert first.tobytes() != second.tobytes()
@@ -322,7 +322,7 @@ def test_classes_are_steered_by_their_own_programs():
     assert after[:, 0].tolist() == [0, 0, 9, 9]
 
 
-def test_other_blocks_are_left_alone():
+def test_other_layers_are_left_alone():
     x = np.ones((2, 8), dtype=np.float32)
     plan = Plan.from_vectors([exact_vector(layers=(1,))])
     assert steer(x, plan, 2, [LAST, LAST]).tobytes() == x.tobytes()

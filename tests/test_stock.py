@@ -52,7 +52,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
 
 
 def loaded(stock: Stock, path: Path) -> tuple[int, np.ndarray]:
-    """(n_embd, rows): what llama.cpp's loader made of the file; row 0 is for block 1."""
+    """(n_embd, rows): what llama.cpp's loader made of the file; row 0 is for layer 1."""
     done = stock("load", path)
     assert done.returncode == 0, done.stderr.decode()
     numbers = np.frombuffer(done.stdout, dtype="<f4")
@@ -126,7 +126,7 @@ def test_a_static_export_in_stock_llama_cpp_is_our_add(stock, tiny_model, tmp_pa
     assert np.abs(theirs - plain).max() > 0.1
 
 
-def test_a_static_export_of_two_blocks_is_our_add_at_both(stock, tiny_llama, tmp_path):
+def test_a_static_export_of_two_layers_is_our_add_at_both(stock, tiny_llama, tmp_path):
     vector = random_vector(tiny_llama, layers=(1, 3), strength=0.5)
     export_static(vector, tmp_path / "v.gguf")
     theirs = stock_logits(stock, tiny_llama.gguf_path, tmp_path / "v.gguf", tiny_llama.n_vocab)

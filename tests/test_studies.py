@@ -98,8 +98,8 @@ def test_ways_to_put_three_vectors_together():
     own = {**raw, "json": raw["json"].at(strength=0.0)}
     ways = candidates.candidates(three, own, raw, n_spread=5)
     assert len(ways[0].vectors) == 2  # nothing is applied where no setting helped
-    assert {way.kind for way in ways} == {"own settings", "one block", "different blocks"}
-    assert all(len({v.layers for v in way.vectors}) == 3 for way in ways if way.kind == "different blocks")
+    assert {way.kind for way in ways} == {"own settings", "one layer", "different layers"}
+    assert all(len({v.layers for v in way.vectors}) == 3 for way in ways if way.kind == "different layers")
     more = candidates.candidates(three, own, raw, {"no_comma": vector(9)}, n_spread=5)
     assert len(more) == 1 + 3 * (len(ways) - 1)
     assert {way.vectors[2].strength for way in more if "include" in way.label} == {-1.0, -2.0}
@@ -120,7 +120,7 @@ def test_parallel_directions_are_no_way():
     three = [CATALOG.get(name) for name in ("json", "lowercase", "no_comma")]
     raw = {"json": vector(0), "lowercase": vector(0), "no_comma": vector(2)}
     ways = candidates.candidates(three, raw, raw, n_spread=3)
-    assert {way.kind for way in ways} == {"different blocks"}
+    assert {way.kind for way in ways} == {"different layers"}
 
 
 def test_a_control_is_never_of_the_same_kind():

@@ -31,7 +31,7 @@ def test_compound_takes_three_by_name(tmp_path):
     small = job(tmp_path, wanted=("lowercase", "one_sentence", "no_comma"), n=2)
     (found,) = check(run_study("compound", small), tmp_path, "compound")["triples"]
     assert set(found["parts"]["best"]) == {"lowercase", "one_sentence", "no_comma"}
-    assert set(found["best"]) >= {"one block", "different blocks", "best"}
+    assert set(found["best"]) >= {"one layer", "different layers", "best"}
 
 
 def test_layers(tmp_path):

@@ -244,7 +244,7 @@ def test_two_instructions_hold_at_once(bench, monkeypatch):
         name: figure.strict.accuracy for name, figure in report.instructions["json + one_sentence"].items()
     }
     assert both["none"] == both["first alone"] == both["second alone"] == both["random"] == both["other"] == 0
-    assert both["same block"] >= 0.6 and both["different blocks"] >= 0.6
+    assert both["same layer"] >= 0.6 and both["different layers"] >= 0.6
     together, one_after_the_other = report.sections
     rows = {row[1]: row[3:] for row in together.tables[0].rows}
     ((label, others),) = together.tables[1].rows
@@ -287,7 +287,7 @@ def _orthogonal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return rest / np.linalg.norm(rest)
 
 
-def test_nearly_parallel_vectors_are_not_put_at_one_block():
+def test_nearly_parallel_vectors_are_not_put_at_one_layer():
     rng = np.random.default_rng(1)
     directions = rng.standard_normal((4, 8))
     a = ControlVector(directions, np.ones(4), np.zeros(4), None, None, layers=(1,), name="a")

@@ -26,7 +26,7 @@ CHATML = (
 # one template for each thing that chat templates use and plain jinja2 does not have, or does otherwise
 TEMPLATES = {
     "plain": CHAT_TEMPLATE,
-    "chatml, trimmed blocks": CHATML,
+    "chatml, trimmed layers": CHATML,
     "bos and eos": "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{{ eos_token }}{% endfor %}",
     "tojson keeps <>&": "{% for m in messages %}{{ m | tojson }}{% endfor %}",
     "tojson with indent": "{{ messages | tojson(indent=2) }}",

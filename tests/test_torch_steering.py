@@ -19,7 +19,7 @@ from localsteer.terms import MODES
 
 torch = pytest.importorskip("torch", reason="the PyTorch hook is what is tested")
 
-from localsteer.extract.torch_backend import observe_blocks  # noqa: E402
+from localsteer.extract.torch_backend import observe_layers  # noqa: E402
 from localsteer.extract.torch_steering import apply_program, cache_argument, greedy_tokens, steer_hooks  # noqa: E402
 
 PROMPT = PositionClass.PROMPT
@@ -112,12 +112,12 @@ def test_the_hook_edits_the_rows_that_the_oracle_edits(pair, positions):
     model, _ = pair("llama")
     plan = Plan.from_vectors([random_vector(positions=positions)])
     seen: dict[str, dict[int, torch.Tensor]] = {"plain": {}, "steered": {}}
-    with torch.no_grad(), observe_blocks(model, seen["plain"].__setitem__):
+    with torch.no_grad(), observe_layers(model, seen["plain"].__setitem__):
         model(torch.tensor([IDS]))
     with (
         torch.no_grad(),
         steer_hooks(model, plan, N_PROMPT),
-        observe_blocks(model, seen["steered"].__setitem__),
+        observe_layers(model, seen["steered"].__setitem__),
     ):
         model(torch.tensor([IDS]))
     classes = [PositionClass.PROMPT] * (N_PROMPT - 1) + [PositionClass.LAST]
@@ -165,7 +165,7 @@ def test_strength_zero_changes_no_bit(pair):
 
 
 def test_a_reply_of_a_hybrid_model_is_that_without_a_cache():
-    """Its recurrent blocks keep a state of their own, which only the config tells the cache of."""
+    """Its recurrent layers keep a state of their own, which only the config tells the cache of."""
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
     torch.manual_seed(0)
@@ -189,9 +189,9 @@ def test_a_reply_of_a_hybrid_model_is_that_without_a_cache():
 
 CASES = {
     "project": [random_vector()],
-    "first block": [random_vector(layers=(0,))],
-    "last block": [random_vector(layers=(3,))],
-    "every block": [random_vector(layers=(0, 1, 2, 3), strength=0.5)],
+    "first layer": [random_vector(layers=(0,))],
+    "last layer": [random_vector(layers=(3,))],
+    "every layer": [random_vector(layers=(0, 1, 2, 3), strength=0.5)],
     "add": [random_vector(mode="add", strength=0.7)],
     "ablate": [random_vector(mode="ablate")],
     "gate": [random_vector(mode="gate")],
@@ -204,7 +204,7 @@ CASES = {
         random_vector(2, mode="ablate", one_sided=True),
     ],
     "project, add and gate": [random_vector(0), random_vector(1, mode="add"), random_vector(2, mode="gate")],
-    "two blocks, two classes": [
+    "two layers, two classes": [
         random_vector(0, layers=(0,), positions="prompt"),
         random_vector(1, layers=(2,), positions="generation"),
     ],

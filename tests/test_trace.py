@@ -60,7 +60,7 @@ def locked(engine, vectors) -> Trace:
 @pytest.fixture(scope="module")
 def late(engine, vectors) -> Trace:
     late = vectors["one_sentence"].at(layer=6, positions="prompt", mode="add")
-    return trace(engine, PROMPT, late, max_tokens=32, blocks="all")
+    return trace(engine, PROMPT, late, max_tokens=32, layers="all")
 
 
 def kinds(made: Trace) -> list[str]:
@@ -88,31 +88,31 @@ def test_tokens_are_those_of_the_prompt_and_the_greedy_reply(engine, vectors, lo
 
 @pytest.mark.parametrize("steered", [(1, 3), (3, 7), (0, 1)])
 def test_states_and_weights_are_those_of_model_and_oracle(engine, vectors, steered):
-    """Two vectors, two blocks each: the state before an edit holds the edits below it, and only those."""
+    """Two vectors, two layers each: the state before an edit holds the edits below it, and only those."""
     pair = [vectors["json"].at(layer=steered, strength=0.7), vectors["lowercase"].at(layer=steered)]
     tokens = [*engine.prompt_tokens(PROMPT), *reply_tokens(engine, PROMPT, "the fox is a big city.")]
     n_prompt = len(engine.prompt_tokens(PROMPT))
     plan = Plan.from_vectors(pair)
     made = trace_tokens(engine, tokens, n_prompt, pair)
-    for block in steered:
-        below = Plan([edit for edit in plan.edits if edit.layer < block], n_embd=plan.n_embd)
-        before = engine.hidden_states(tokens, [block], steer=below, n_prompt=n_prompt)[:, 0]
-        after = engine.hidden_states(tokens, [block], steer=plan, n_prompt=n_prompt)[:, 0]
-        np.testing.assert_allclose(steer(before, plan, block, made.classes), after, rtol=1e-4, atol=1e-3)
-        lines = [line for line in made.lines if line.block == block]
-        units = np.stack([line.vector.unit(block) for line in lines]).astype(np.float64)
+    for layer in steered:
+        below = Plan([edit for edit in plan.edits if edit.layer < layer], n_embd=plan.n_embd)
+        before = engine.hidden_states(tokens, [layer], steer=below, n_prompt=n_prompt)[:, 0]
+        after = engine.hidden_states(tokens, [layer], steer=plan, n_prompt=n_prompt)[:, 0]
+        np.testing.assert_allclose(steer(before, plan, layer, made.classes), after, rtol=1e-4, atol=1e-3)
+        lines = [line for line in made.lines if line.layer == layer]
+        units = np.stack([line.vector.unit(layer) for line in lines]).astype(np.float64)
         np.testing.assert_allclose([line.before for line in lines], units @ before.T, **CLOSE)
         np.testing.assert_allclose([line.after for line in lines], units @ after.T, **CLOSE)
-        program = plan.program(block, PositionClass.PROMPT)
+        program = plan.program(layer, PositionClass.PROMPT)
         expected = dynamic_weights(before, program)
         for line in lines:
-            (k,) = [k for k, z in enumerate(program.writers) if np.array_equal(z, line.vector.unit(block))]
+            (k,) = [k for k, z in enumerate(program.writers) if np.array_equal(z, line.vector.unit(layer))]
             np.testing.assert_allclose(line.weight, expected[:, k], **CLOSE)
     plain = engine.hidden_states(tokens, [steered[1]])[:, 0]
     np.testing.assert_allclose(made.lines[1].plain, plain @ made.lines[1].vector.unit(steered[1]), **CLOSE)
 
 
-def test_two_vectors_at_one_block_both_reach_their_targets(engine, vectors):
+def test_two_vectors_at_one_layer_both_reach_their_targets(engine, vectors):
     pair = [vectors[name].at(layer=2, positions="prompt") for name in ("json", "lowercase")]
     made = trace(engine, PROMPT, pair, max_tokens=4)
     assert len(made.lines) == 2
@@ -210,7 +210,7 @@ def test_pieces_of_a_long_text_give_the_same(tiny_llama):
     with open_engine(tiny_llama.gguf_path) as whole, open_engine(tiny_llama.gguf_path, n_batch=8) as pieces:
         vector = random_vector(whole, layers=(1, 3))
         tokens = list(range(3, 33))
-        one, many = (trace_tokens(engine, tokens, 11, vector, blocks="all") for engine in (whole, pieces))
+        one, many = (trace_tokens(engine, tokens, 11, vector, layers="all") for engine in (whole, pieces))
     for a, b in zip(one.lines, many.lines, strict=True):
         for name in ("plain", "before", "after", "target", "weight"):
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-4, atol=1e-4)
@@ -238,9 +238,9 @@ def test_a_given_reply_is_traced_as_if_it_had_been_drawn(engine, vectors):
     assert other.reply == plain and other.effect[other.n_prompt] > 1 and other.differs[other.n_prompt]
 
 
-def test_watched_blocks_show_where_the_vector_would_act(late):
-    assert [line.block for line in late.lines] == list(range(8))
-    assert [line.is_steered for line in late.lines] == [block == 6 for block in range(8)]
+def test_watched_layers_show_where_the_vector_would_act(late):
+    assert [line.layer for line in late.lines] == list(range(8))
+    assert [line.is_steered for line in late.lines] == [layer == 6 for layer in range(8)]
     reply = slice(late.n_prompt, None)
     np.testing.assert_allclose(late.effect_here[6], late.effect, rtol=1e-6, atol=1e-9)
     largest = late.effect_here[:, reply].max(axis=1)
@@ -257,7 +257,7 @@ def test_a_reply_locked_at_its_start_is_called_so(locked):
     assert locked.reply.startswith('{"name": "{"name": "')
     finding = diagnose(locked)[0]
     assert finding.kind == "locked"
-    assert "json at block 2" in finding.text and "--positions prompt" in finding.text
+    assert "json at layer 2" in finding.text and "--positions prompt" in finding.text
 
 
 def test_a_given_reply_that_loops_is_not_blamed_on_steering(engine, vectors, locked):
@@ -271,13 +271,13 @@ def test_the_same_vector_at_prompt_positions_is_not(engine, vectors):
     assert kinds(made) == ["acts"]
 
 
-def test_a_late_block_does_nothing_and_a_better_one_is_named(engine, vectors, late):
+def test_a_late_layer_does_nothing_and_a_better_one_is_named(engine, vectors, late):
     (finding,) = diagnose(late)
     assert finding.kind == "no-effect"
-    assert any(f"try --layer {block}." in finding.text for block in range(4)), finding.text
+    assert any(f"try --layer {layer}." in finding.text for layer in range(4)), finding.text
     vector = vectors["one_sentence"].at(layer=6, positions="prompt")
     (finding,) = diagnose(trace(engine, PROMPT, vector, max_tokens=32))
-    assert finding.kind == "no-effect" and finding.text.endswith("Try another block, an earlier one first.")
+    assert finding.kind == "no-effect" and finding.text.endswith("Try another layer, an earlier one first.")
 
 
 def test_a_weak_vector_and_one_at_its_target_are_told_apart(engine, vectors):
@@ -292,7 +292,7 @@ def test_a_weak_vector_and_one_at_its_target_are_told_apart(engine, vectors):
     assert kinds(made) == ["at-target", "no-reply"]
 
 
-def test_blocks_that_hardly_tell_the_instruction_are_called_so(engine, vectors):
+def test_layers_that_hardly_tell_the_instruction_are_called_so(engine, vectors):
     vector = vectors["json"]
     wide = np.full(vector.n_layer, 1e4, np.float32)
     blurred = ControlVector(
@@ -357,7 +357,7 @@ def test_bad_input_is_refused(engine, vectors, tiny_llama):
     with pytest.raises(PlanError, match="give at least one"):
         trace(engine, PROMPT, [])
     with pytest.raises(PlanError, match="layer 8 is out of range"):
-        trace(engine, PROMPT, vector, blocks=[8])
+        trace(engine, PROMPT, vector, layers=[8])
     with pytest.raises(PromptError, match="n_prompt must be 1 to the 3 tokens"):
         trace_tokens(engine, [1, 2, 3], 4, vector)
     with pytest.raises(PromptError, match="tokens and the context"):
@@ -373,9 +373,9 @@ def test_a_model_that_breaks_down_is_an_error_not_a_picture(engine, vectors):
         trace(engine, PROMPT, vectors["json"].at(layer=2, strength=1e38), reply="a fox")
 
 
-def test_steered_blocks_are_always_shown(engine, vectors):
-    made = trace(engine, PROMPT, vectors["json"].at(layer=2), reply="a fox", blocks=[0])
-    assert [line.block for line in made.lines] == [0, 2]
+def test_steered_layers_are_always_shown(engine, vectors):
+    made = trace(engine, PROMPT, vectors["json"].at(layer=2), reply="a fox", layers=[0])
+    assert [line.layer for line in made.lines] == [0, 2]
 
 
 def test_pictures_that_can_not_be_written_are_refused(late, tmp_path):

@@ -21,10 +21,10 @@ from localsteer.extract.transfer import (
     OTHER_MODEL,
     RIDGES,
     adopt,
-    blocks_by_depth,
     carry,
     carry_to_other_model,
     fit_maps,
+    layers_by_depth,
     readable,
     relation,
     send_through,
@@ -123,11 +123,11 @@ def test_another_width_is_refused(llama):
         carry(wide, llama)
 
 
-def test_blocks_go_by_depth():
-    assert blocks_by_depth(4, 4) == [0, 1, 2, 3]
-    assert blocks_by_depth(4, 7) == [0, 0, 1, 2, 2, 2, 3]
-    assert blocks_by_depth(8, 4) == [0, 2, 5, 7]
-    assert blocks_by_depth(5, 1) == [0]
+def test_layers_go_by_depth():
+    assert layers_by_depth(4, 4) == [0, 1, 2, 3]
+    assert layers_by_depth(4, 7) == [0, 0, 1, 2, 2, 2, 3]
+    assert layers_by_depth(8, 4) == [0, 2, 5, 7]
+    assert layers_by_depth(5, 1) == [0]
 
 
 # --- maps ---

@@ -220,7 +220,7 @@ def test_the_search_is_not_far_from_the_exhaustive_one(engine, vectors) -> None:
 
 def test_an_instruction_without_a_verifier_is_judged_by_likelihood(engine, vectors) -> None:
     own = Instruction.from_text("Use small letters only.")
-    tuned = tune(engine, vectors["lowercase"], own, VALIDATION, n=4, blocks=[2, 3], max_tokens=64)
+    tuned = tune(engine, vectors["lowercase"], own, VALIDATION, n=4, layers=[2, 3], max_tokens=64)
     assert tuned.record["judged_by"] == "likelihood"
     assert any("has no verifier" in line for line in tuned.advice)
     assert tuned.vector.provenance["verifier"] == "change_case:english_lowercase"  # the file's own is kept
@@ -254,7 +254,7 @@ def test_what_can_t_be_tuned_is_refused(engine, vectors) -> None:
     with pytest.raises(PlanError, match="strength 0 steers nothing"):
         tune(engine, vector, lowercase, VALIDATION, strengths=[0.0])
     with pytest.raises(PlanError, match="out of range"):
-        tune(engine, vector, lowercase, VALIDATION, blocks=[99])
+        tune(engine, vector, lowercase, VALIDATION, layers=[99])
     with pytest.raises(PromptError, match="without a wording"):
         tune(engine, vector, Instruction("none", (), verifier="punctuation:no_comma"), VALIDATION)
     with pytest.raises(CatalogError, match="has no verifier"):

@@ -19,7 +19,7 @@ from localsteer.vector import ControlVector
 
 CATALOG = load_catalog(bundled.CATALOG)
 VALIDATION = CATALOG.queries["validation"]
-SMALL = {"n": 2, "max_tokens": 96, "blocks": (3, 7), "positions": ("prompt",)}
+SMALL = {"n": 2, "max_tokens": 96, "layers": (3, 7), "positions": ("prompt",)}
 
 
 def imported(n_layer: int = 8, n_embd: int = 256) -> ControlVector:
@@ -47,7 +47,7 @@ def small(exact_bundled, extracted):
 
 
 def test_only_what_was_asked_for_is_tried(small):
-    tuned = small("title", blocks=(2, 7), positions=("last", "prompt"), strengths=(1.5, -1.0))
+    tuned = small("title", layers=(2, 7), positions=("last", "prompt"), strengths=(1.5, -1.0))
     tried = {setting for setting, _ in tuned.ranking}
     assert {(setting.layer, setting.positions, setting.strength) for setting in tried} == {
         (layer, positions, strength)
@@ -212,7 +212,7 @@ def test_the_exhaustive_search_asks_every_setting_every_query(exact_bundled, ext
     seen = []
     tuned = tune_exhaustively(
         exact_bundled, extracted["no_comma"], CATALOG.get("no_comma"), VALIDATION[:3],
-        blocks=(3, 7), positions=("prompt",), strengths=(1.0,), max_tokens=112,
+        layers=(3, 7), positions=("prompt",), strengths=(1.0,), max_tokens=112,
         report=lambda *progress: seen.append(progress[1:]),
     )  # fmt: skip
     assert tuned.setting == Setting(3, "prompt", 1.0)
@@ -223,7 +223,7 @@ def test_the_exhaustive_search_asks_every_setting_every_query(exact_bundled, ext
 
 
 def test_it_needs_no_wording_but_a_verifier(exact_bundled, extracted):
-    few = {"blocks": (3,), "positions": ("prompt",), "strengths": (1.0,), "max_tokens": 112}
+    few = {"layers": (3,), "positions": ("prompt",), "strengths": (1.0,), "max_tokens": 112}
     mute = replace(CATALOG.get("no_comma"), phrasings=())
     tuned = tune_exhaustively(exact_bundled, extracted["no_comma"], mute, VALIDATION[:2], **few)
     assert tuned.helps and (tuned.scores["instructed"], tuned.scores["both"]) == (None, None)
@@ -240,7 +240,7 @@ def test_modes_and_strengths_are_in_the_grid_together(extracted):
     assert [setting.layer for setting in settings] == sorted(setting.layer for setting in settings)
 
 
-@pytest.mark.parametrize("options", [{"blocks": (8,)}, {"strengths": (0.0,)}, {"modes": ("project",)}])
+@pytest.mark.parametrize("options", [{"layers": (8,)}, {"strengths": (0.0,)}, {"modes": ("project",)}])
 def test_a_grid_that_cant_be_is_one_line(options):
     with pytest.raises(PlanError):
         grid(imported(), **{"modes": ("add",), **options})

@@ -13,8 +13,8 @@ from localsteer.errors import PlanError
 from localsteer.runtime.likelihood import Likelihood
 from localsteer.tune import POSITIONS, Setting
 from localsteer.tune.score import DAMAGE, Score
-from localsteer.tune.search import N_COARSE, N_TARGETS, STRENGTHS, Search, candidates, usable_blocks
-from localsteer.tune.setting import grid_blocks
+from localsteer.tune.search import N_COARSE, N_TARGETS, STRENGTHS, Search, candidates, usable_layers
+from localsteer.tune.setting import grid_layers
 from localsteer.tune.targets import Telling
 
 CATALOG = load_catalog(bundled.CATALOG)
@@ -99,7 +99,7 @@ def test_the_best_so_far_is_told_of_at_each_look(searched):
         assert isinstance(gap, float)
 
 
-def test_blocks_and_positions_that_were_not_asked_for_are_never_scored(score):
+def test_layers_and_positions_that_were_not_asked_for_are_never_scored(score):
     ranking = Search(score, [6, 2, 3], ("prompt", "last")).run()
     assert {setting.layer for setting in ranking} == {2, 3, 6}
     assert {setting.positions for setting in ranking} == {"prompt", "last"}
@@ -167,7 +167,7 @@ def test_on_a_smooth_surface_the_best_setting_of_a_deep_model_is_found(best, str
     assert len(surface.settings) <= 3 * (N_COARSE + 2 * n_layer / N_COARSE + 8)
 
 
-def test_a_single_block_is_no_error():
+def test_a_single_layer_is_no_error():
     ranking = Search(Surface(lambda _setting: 0.0), [5]).run()
     assert {setting.layer for setting in ranking} == {5}
 
@@ -192,13 +192,13 @@ def test_modes_are_kinds_of_their_own():
     assert candidates(ranking, 6) == ranking
 
 
-def test_blocks_default_to_those_with_a_direction(extracted):
-    assert usable_blocks(extracted["title"], None) == list(range(8))
-    assert usable_blocks(extracted["title"], (3, 5)) == [3, 5]
+def test_layers_default_to_those_with_a_direction(extracted):
+    assert usable_layers(extracted["title"], None) == list(range(8))
+    assert usable_layers(extracted["title"], (3, 5)) == [3, 5]
     with pytest.raises(PlanError, match="out of range"):
-        usable_blocks(extracted["title"], (8,))
+        usable_layers(extracted["title"], (8,))
 
 
 def test_grids():
-    assert grid_blocks(8) == range(8)
-    assert grid_blocks(28) == range(5, 28, 2)
+    assert grid_layers(8) == range(8)
+    assert grid_layers(28) == range(5, 28, 2)

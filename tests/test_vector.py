@@ -94,10 +94,10 @@ def test_a_vector_without_readers_has_no_gate():
     assert message(error) == "json has no learned gate: use add, or another of its modes."
 
 
-def test_a_block_without_a_gate_is_refused_and_the_others_are_named():
+def test_a_layer_without_a_gate_is_refused_and_the_others_are_named():
     with pytest.raises(PlanError) as error:
         gated_vector().at(layer=3)
-    assert message(error) == "gated has no gate at block 3: choose from 1-2."
+    assert message(error) == "gated has no gate at layer 3: choose from 1-2."
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_block_without_a_gate_is_refused_and_the_others_are_named():
         ({"readers": None}, "one of them is missing"),
         ({"biases": None}, "one of them is missing"),
         ({"readers": np.ones((4, 7))}, "readers must be (4, 8) as the directions are, not (4, 7)"),
-        ({"biases": np.ones(3)}, "biases must hold one number per block (4), not (3,)"),
+        ({"biases": np.ones(3)}, "biases must hold one number per layer (4), not (3,)"),
         ({"readers": np.full((4, 8), np.inf)}, "readers holds NaN or infinite values"),
         ({"biases": np.full(4, np.nan)}, "biases holds NaN or infinite values"),
     ],
@@ -124,9 +124,9 @@ def test_a_gate_without_a_mean_effect_is_refused(settings):
 
 
 def test_a_description_of_a_gate_has_its_reader_and_bias_where_it_acts():
-    blocks = json.loads(json.dumps(describe(gated_vector())))["by_layer"]
-    assert [block.get("gate_bias") for block in blocks] == [None, 0.5, -0.25, None]
-    assert blocks[2]["gate_reader_norm"] == pytest.approx(np.linalg.norm(gated_vector().readers[2]))
+    layers = json.loads(json.dumps(describe(gated_vector())))["by_layer"]
+    assert [layer.get("gate_bias") for layer in layers] == [None, 0.5, -0.25, None]
+    assert layers[2]["gate_reader_norm"] == pytest.approx(np.linalg.norm(gated_vector().readers[2]))
 
 
 def test_numpy_numbers_are_accepted():
@@ -139,11 +139,11 @@ def test_numpy_numbers_are_accepted():
     [
         ({"mode": "push"}, "unknown mode 'push'"),
         ({"positions": "first"}, "unknown positions 'first'"),
-        ({"layers": (4,)}, "layer 4 is out of range: json has blocks 0 to 3"),
+        ({"layers": (4,)}, "layer 4 is out of range: json has layers 0 to 3"),
         ({"layers": (-1,)}, "layer -1 is out of range"),
-        ({"layers": ()}, "no block is chosen"),
-        ({"layers": 1.5}, "layer 1.5 is not a block number"),
-        ({"layers": "12"}, "not a block number"),
+        ({"layers": ()}, "no layer is chosen"),
+        ({"layers": 1.5}, "layer 1.5 is not a layer number"),
+        ({"layers": "12"}, "not a layer number"),
         ({"strength": math.nan}, "strength must be a finite number, not nan"),
         ({"strength": math.inf}, "strength must be a finite number, not inf"),
         ({"strength": "much"}, "strength 'much' is not a number"),
@@ -186,16 +186,16 @@ def test_a_read_only_array_is_checked_as_well():
 
 
 def test_a_statistic_of_another_length_is_refused():
-    with pytest.raises(VectorFileError, match=r"mean_with must hold one number per block \(4\), not \(3,\)"):
+    with pytest.raises(VectorFileError, match=r"mean_with must hold one number per layer \(4\), not \(3,\)"):
         make(mean_with=np.ones(3))
 
 
-def test_a_zero_direction_at_the_chosen_block_is_refused_and_the_others_are_named():
+def test_a_zero_direction_at_the_chosen_layer_is_refused_and_the_others_are_named():
     directions = exact_directions()
     directions[2] = 0
     with pytest.raises(PlanError) as error:
         make(directions)
-    assert "no direction at block 2" in message(error) and "0-1, 3" in message(error)
+    assert "no direction at layer 2" in message(error) and "0-1, 3" in message(error)
     assert make(directions, layers=(1,)).usable_layers == (0, 1, 3)
 
 
@@ -226,7 +226,7 @@ def test_a_unit_survives_extreme_lengths(scale):
 def test_a_unit_where_there_is_no_direction_is_refused():
     directions = exact_directions()
     directions[0] = 0
-    with pytest.raises(PlanError, match="no direction at block 0"):
+    with pytest.raises(PlanError, match="no direction at layer 0"):
         make(directions).unit(0)
     with pytest.raises(PlanError, match="out of range"):
         make().unit(9)
@@ -244,7 +244,7 @@ def test_an_import_knows_no_architecture_and_is_checked_by_size():
     ("model", "numbers"),
     [
         ((4, 16, "llama"), ("embedding width 8", "16")),
-        ((6, 8, "llama"), ("number of blocks 4", "6")),
+        ((6, 8, "llama"), ("number of layers 4", "6")),
         ((4, 8, "qwen2"), ("architecture llama", "qwen2")),
     ],
 )
@@ -256,12 +256,12 @@ def test_a_vector_of_another_model_is_refused_with_both_numbers_and_what_to_do(m
     assert "json" in said and "extract the vector from this model" in said
 
 
-def test_a_description_is_json_with_one_entry_per_block():
+def test_a_description_is_json_with_one_entry_per_layer():
     vector = exact_vector(cap=2.0)
     described = json.loads(json.dumps(describe(vector)))
     assert described["n_layer"] == len(described["by_layer"]) == 4
     assert (
-        [block["layer"] for block in described["by_layer"] if block["chosen"]] == [2] == described["layers"]
+        [layer["layer"] for layer in described["by_layer"] if layer["chosen"]] == [2] == described["layers"]
     )
     third = described["by_layer"][3]
     assert third["norm"] == pytest.approx(np.linalg.norm(vector.directions[3]))
@@ -271,7 +271,7 @@ def test_a_description_is_json_with_one_entry_per_block():
 
 
 def test_a_description_of_an_import_has_no_projections():
-    assert {block["mean_with"] for block in describe(imported_vector())["by_layer"]} == {None}
+    assert {layer["mean_with"] for layer in describe(imported_vector())["by_layer"]} == {None}
 
 
 @pytest.mark.parametrize("kept", [None, 5, "json", {"a": 1}, [], [5]])
@@ -282,7 +282,7 @@ def test_phrasings_are_texts_whatever_a_file_holds(kept):
 
 def test_a_vector_shows_its_settings_not_its_numbers():
     shown = repr(exact_vector(strength=0.75))
-    assert shown == "ControlVector('json', 4 blocks x 8, project at block 2, strength 0.75, positions all)"
+    assert shown == "ControlVector('json', 4 layers x 8, project at layer 2, strength 0.75, positions all)"
 
 
 def test_vector_plan_and_steering_load_numpy_alone():

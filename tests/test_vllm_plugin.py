@@ -96,7 +96,7 @@ def test_a_file_that_is_none_is_named_without_its_folder(shelf):
 def test_a_vector_of_another_model_is_refused(shelf):
     with pytest.raises(MismatchError, match="embedding width 8 but this model has 16"):
         asked.plan_of({"steer": "json"}, shelf, n_layer=N_LAYER, n_embd=16)
-    with pytest.raises(MismatchError, match="number of blocks 4 but this model has 5"):
+    with pytest.raises(MismatchError, match="number of layers 4 but this model has 5"):
         asked.plan_of({"steer": "json"}, shelf, n_layer=5, n_embd=N_EMBD)
 
 
@@ -147,13 +147,13 @@ def test_a_plan_arrives_as_it_was_sent():
 
 def torch_parts():
     pytest.importorskip("torch")
-    from localsteer.vllm import blocks, workers
+    from localsteer.vllm import layers, workers
 
-    return blocks, workers
+    return layers, workers
 
 
 def toy_runner(torch, *, tuples: bool):
-    """A stack of blocks as vLLM has them: of one output, or of two that add up to the stream."""
+    """A stack of layers as vLLM has them: of one output, or of two that add up to the stream."""
 
     class Layer(torch.nn.Module):
         def forward(self, hidden, before=None):
@@ -231,15 +231,15 @@ def test_position_classes_of_a_chunk():
                 assert np.array_equal(found, expected)
 
 
-def test_a_model_without_one_list_of_blocks_is_refused():
-    blocks, _ = torch_parts()
+def test_a_model_without_one_list_of_layers_is_refused():
+    layers, _ = torch_parts()
     import torch
 
     model = toy_runner(torch, tuples=False).model
-    assert list(blocks.decoder_blocks(model, N_LAYER)) == list(range(N_LAYER))
-    with pytest.raises(LocalsteerError, match="finds 0 lists of 9 decoder blocks in Model"):
-        blocks.decoder_blocks(model, 9)
-    hook = blocks.BlockHook(0, N_EMBD, {})
+    assert list(layers.decoder_layers(model, N_LAYER)) == list(range(N_LAYER))
+    with pytest.raises(LocalsteerError, match="finds 0 lists of 9 decoder layers in Model"):
+        layers.decoder_layers(model, 9)
+    hook = layers.LayerHook(0, N_EMBD, {})
     for output in (torch.zeros(1, 2, N_EMBD), torch.zeros(2, 5), (torch.zeros(2, N_EMBD), None), "text"):
         with pytest.raises(LocalsteerError, match="can't steer Model"):
             hook(model, (), output)

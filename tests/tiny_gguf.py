@@ -1,4 +1,4 @@
-"""Tiny models of two blocks, written byte by byte (raw_gguf.py), to be damaged; they load as they are."""
+"""Tiny models of two layers, written byte by byte (raw_gguf.py), to be damaged; they load as they are."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Tiny random models of four architectures, each as a transformers checkpoint and as its F32 GGUF.
 
-The same seed gives the same bytes. Weights are drawn so that every part of a block matters: norms away from
-1, biases away from 0, a residual stream of order 1 (transformers' own initialisation leaves blocks that
+The same seed gives the same bytes. Weights are drawn so that every part of a layer matters: norms away from
+1, biases away from 0, a residual stream of order 1 (transformers' own initialisation leaves layers that
 hardly change their input, and a wrong converter would pass).
 """
 
@@ -37,7 +37,7 @@ CORPUS = (
 
 @dataclass(frozen=True)
 class TinyModel:
-    """`gguf_path` holds the weights of `hf_dir` in F32; 4 blocks, 64 wide, 512 tokens of vocabulary."""
+    """`gguf_path` holds the weights of `hf_dir` in F32; 4 layers, 64 wide, 512 tokens of vocabulary."""
 
     arch: str
     hf_dir: Path

@@ -40,7 +40,7 @@ def imported_vector(**changed) -> ControlVector:
 
 
 def gated_vector(**changed) -> ControlVector:
-    """Gates at blocks 1 and 2 of 4, the second chosen; exact as `exact_vector`."""
+    """Gates at layers 1 and 2 of 4, the second chosen; exact as `exact_vector`."""
     readers = exact_directions(4, 8)[::-1].copy()
     readers[[0, 3]] = 0
     given = {
@@ -51,7 +51,7 @@ def gated_vector(**changed) -> ControlVector:
 
 
 def axis_vectors(n: int) -> list[ControlVector]:
-    """Projecting vectors at block 2, along the first axes."""
+    """Projecting vectors at layer 2, along the first axes."""
     rows = [np.tile(row, (4, 1)) for row in np.eye(8)[:n]]
     return [
         ControlVector(row, np.ones(4), None, None, None, (2,), name=f"axis-{i}") for i, row in enumerate(rows)
@@ -59,7 +59,7 @@ def axis_vectors(n: int) -> list[ControlVector]:
 
 
 def vector_along(direction, target: float = 0.0, **changed) -> ControlVector:
-    """One block that projects on the given direction."""
+    """One layer that projects on the given direction."""
     rows = np.array([direction], dtype=np.float32)
     return ControlVector(rows, np.array([target]), None, None, None, **{"layers": (0,)} | changed)
 
@@ -81,7 +81,7 @@ def floats32(bound: float = 3.0) -> st.SearchStrategy[float]:
 
 @st.composite
 def problems(draw, max_k: int = 4, n_embd: int = 12):
-    """(x, vectors): tokens, and k projecting vectors at block 0 that depend little on each other.
+    """(x, vectors): tokens, and k projecting vectors at layer 0 that depend little on each other.
 
     Directions come from a seeded generator: hypothesis' own floats would all lie on the axes.
     """

@@ -3,8 +3,8 @@
 A small model trained with a plain causal mask follows an instruction by reading its words again at every
 step; nothing of it stays in the residual stream for steering to find. So most samples hide the instruction's
 words from the reply. What the reply needs to know must then pass through the last prompt token (`BOTTLENECK`),
-or along the reply itself (`WINDOW`); and in half of these the lower half of the blocks can't see the last
-prompt token either, so that the state has to cross in the residual stream of the middle blocks. The question
+or along the reply itself (`WINDOW`); and in half of these the lower half of the layers can't see the last
+prompt token either, so that the state has to cross in the residual stream of the middle layers. The question
 stays visible, so that names are copied by attention as in any language model. Inference is plain causal.
 """
 
@@ -40,7 +40,7 @@ class Spans:
 def attention_masks(
     spans: list[Spans], n_tokens: int, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Additive masks (batch, 1, n_tokens, n_tokens) bfloat16 for the lower and the upper half of the blocks."""
+    """Additive masks (batch, 1, n_tokens, n_tokens) bfloat16 for the lower and the upper half of the layers."""
     causal = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()
     distance = torch.arange(n_tokens)[:, None] - torch.arange(n_tokens)[None, :]
     upper = causal.repeat(len(spans), 1, 1)

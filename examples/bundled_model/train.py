@@ -215,7 +215,7 @@ def next_token_loss(model, ids: torch.Tensor, weights: torch.Tensor) -> torch.Te
 
 
 def hook_masks(model) -> dict:
-    """Blocks take their mask from the returned holder: half of them see `lower`, half `upper`."""
+    """Layers take their mask from the returned holder: half of them see `lower`, half `upper`."""
     holder: dict = {"masks": None}
 
     def before(half):

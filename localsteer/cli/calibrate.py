@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from localsteer.extract.calibrate import Calibration
     from localsteer.vector import ControlVector
 
-LOW_COSINE = 0.9  # of a steered block: below it the model's own direction is another one
+LOW_COSINE = 0.9  # of a steered layer: below it the model's own direction is another one
 
 
 @click.command("calibrate", short_help="Re-measure a vector on the quantized model that will run.")
@@ -53,7 +53,7 @@ def command(
     Directions and settings stay as they are. No torch.
 
     The pairs are those that the vector was made from: its own phrasings, with the catalogue's queries or
-    --queries. The table says, for each block, the cosine between the stored direction and the one that this
+    --queries. The table says, for each layer, the cosine between the stored direction and the one that this
     model would give (1: the same), and how far the mean projection has drifted, in units of the distance that
     the instruction moves it (0: not at all).
 
@@ -76,7 +76,7 @@ def command(
         done.vector.save(path)
     if as_json:
         file = None if dry_run else str(path)
-        print_json({"file": file, "n_pairs": len(chosen), "blocks": done.rows()})
+        print_json({"file": file, "n_pairs": len(chosen), "layers": done.rows()})
         return
     answer().print(_table(done))
     note(_summary(done) + ("" if dry_run else f" Written to {path}."))
@@ -115,7 +115,7 @@ def _calibrate(engine: Engine, vector: ControlVector, pairs: list[Pair]) -> Cali
 
 
 def _table(done: Calibration) -> Table:
-    numbers = ("block", "cosine", "drift", "mean before", "mean now", "spread", "length before", "here")
+    numbers = ("layer", "cosine", "drift", "mean before", "mean now", "spread", "length before", "here")
     shown = table(*numbers, "", numbers=numbers)
     keys = ("cosine", "drift", "mean_with_before", "mean_with", "std_with", "norm_before", "norm_here")
     formats = (".4f", "+.3f", ".3f", ".3f", ".3f", ".3f", ".3f")
@@ -123,19 +123,19 @@ def _table(done: Calibration) -> Table:
         cells = [
             "-" if row[key] is None else format(row[key], f) for key, f in zip(keys, formats, strict=True)
         ]
-        shown.add_row(str(row["block"]), *cells, "steered" if row["chosen"] else "")
+        shown.add_row(str(row["layer"]), *cells, "steered" if row["chosen"] else "")
     return shown
 
 
 def _summary(done: Calibration) -> str:
-    """What the figures of the steered blocks mean, in a sentence."""
+    """What the figures of the steered layers mean, in a sentence."""
     rows = [row for row in done.rows() if row["chosen"]]
-    where = ", ".join(str(row["block"]) for row in rows)
+    where = ", ".join(str(row["layer"]) for row in rows)
     cosine = min((row["cosine"] for row in rows if row["cosine"] is not None), default=None)
     drifts = [abs(row["drift"]) for row in rows if row["drift"] is not None]
     if cosine is None:
-        return f"Block {where}: the instruction moves nothing in this model."
-    text = f"Block {where}: cosine {cosine:.3f}"
+        return f"Layer {where}: the instruction moves nothing in this model."
+    text = f"Layer {where}: cosine {cosine:.3f}"
     text += f", mean projection moved by {max(drifts):.1%} of the way." if drifts else "; it can project now."
     if cosine < LOW_COSINE:
         text += " This model's own direction is another one: extract the vector from it instead."

@@ -261,9 +261,9 @@ class Session:
     # -- commands -----------------------------------------------------------------------------------
 
     def do_steer(self, text: str) -> None:
-        """NAME[:STRENGTH][@BLOCK] ...: steer by these too, or change their settings."""
+        """NAME[:STRENGTH][@LAYER] ...: steer by these too, or change their settings."""
         for spec in map(VectorSpec.parse, self._words(text, "/steer NAME, as in /steer json:0.8")):
-            vector = self.chat.steer(self._find(spec.path), strength=spec.strength, layer=spec.blocks)
+            vector = self.chat.steer(self._find(spec.path), strength=spec.strength, layer=spec.layers)
             note(f"steering by {_described(vector)}.")
 
     def do_unsteer(self, text: str) -> None:
@@ -274,12 +274,12 @@ class Session:
     def do_vectors(self, text: str) -> None:
         """List the vectors that are here, and what steers."""
         chat = self.chat
-        made = table("vector", "", "strength", "blocks", "positions", "mode", numbers=("strength",))
+        made = table("vector", "", "strength", "layers", "positions", "mode", numbers=("strength",))
         for name, known in chat.vectors.items():
             vector = chat.active.get(name, known)
             state = "steers" if name in chat.active else "ensured" if name in chat.ensured else ""
-            blocks = ",".join(map(str, vector.layers))
-            made.add_row(name, state, f"{vector.strength:g}", blocks, vector.positions, vector.mode)
+            layers = ",".join(map(str, vector.layers))
+            made.add_row(name, state, f"{vector.strength:g}", layers, vector.positions, vector.mode)
         for name in self.shelf.files:
             if name not in chat.vectors:
                 made.add_row(name, "", "", "", "", "")
@@ -393,8 +393,8 @@ COMMANDS: dict[str, Callable[[Session, str], None]] = {
 
 
 def _described(vector: ControlVector) -> str:
-    blocks = ",".join(map(str, vector.layers))
-    return f"{vector.name}:{vector.strength:g}@{blocks} {vector.mode} {vector.positions}"
+    layers = ",".join(map(str, vector.layers))
+    return f"{vector.name}:{vector.strength:g}@{layers} {vector.mode} {vector.positions}"
 
 
 def _turns(n: int) -> str:

@@ -156,7 +156,7 @@ def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None
 
 @contextmanager
 def heard_by(listener: Callable[[str, int, int], None]) -> Iterator[None]:
-    """Tell the progress of the block to a program as well: (what, done, total), as `progress` is told it.
+    """Tell the progress of the layer to a program as well: (what, done, total), as `progress` is told it.
 
     In this thread alone. What the listener raises ends the work.
     """
@@ -169,7 +169,7 @@ def heard_by(listener: Callable[[str, int, int], None]) -> Iterator[None]:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[..., None]]:
-    """A bar on stderr while the block runs, if that is a terminal: call it with (done, total), total 0 where
+    """A bar on stderr while the layer runs, if that is a terminal: call it with (done, total), total 0 where
     the end is not known, and with what is being done where that changes.
 
     It appears once the work has taken half a second, with the time that is left. One at a time.

@@ -17,8 +17,15 @@ from .extract import check_folder, check_output, refuse_source
 
 FTYPES = ("F32", "F16", "BF16")  # as localsteer.convert.checkpoint has them
 # as localsteer.convert has them
-CONVENTIONS = ("repeng", "cvector-generator", "easysteer", "blocks", "hidden_states")
+CONVENTIONS = ("repeng", "cvector-generator", "easysteer", "layers", "hidden_states")
 FORMATS = ("llama.cpp", "repeng", "easysteer", "steering-vectors", "npz", "safetensors")
+
+
+class Convention(click.Choice[str]):
+    """One of CONVENTIONS; `blocks` is an old name of `layers`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert("layers" if value == "blocks" else value, param, ctx)
 
 
 @click.group("convert", short_help="Convert models and vectors from and to other formats.")
@@ -98,9 +105,9 @@ def _quantized(folder: str, path: Path, ftype: str, quantization: str, name: str
 @click.option(
     "--from",
     "convention",
-    type=click.Choice(CONVENTIONS),
-    help="How the file counts blocks. GGUF: repeng, cvector-generator (llama.cpp's and jukofyork's), or "
-    "easysteer. npz, safetensors and a tensor of PyTorch: blocks (row 0 is block 0), or hidden_states (row 0 "
+    type=Convention(CONVENTIONS),
+    help="How the file counts layers. GGUF: repeng, cvector-generator (llama.cpp's and jukofyork's), or "
+    "easysteer. npz, safetensors and a tensor of PyTorch: layers (row 0 is layer 0), or hidden_states (row 0 "
     "is the embedding).",
 )
 @click.option(
@@ -109,7 +116,7 @@ def _quantized(folder: str, path: Path, ftype: str, quantization: str, name: str
     old=["--blocks"],
     type=click.IntRange(min=1),
     metavar="N",
-    help="Number of blocks of the model.",
+    help="Number of layers of the model.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(), metavar="GGUF", help="The vector file.")
 @options.settings
@@ -133,7 +140,7 @@ def import_command(
     Examples:
       localsteer convert import happy.gguf --from repeng -o happy-localsteer.gguf
       localsteer convert import control_vector.gguf --from cvector-generator -o ours.gguf
-      localsteer convert import vectors.npz --from blocks --layer 12 -o ours.gguf
+      localsteer convert import vectors.npz --from layers --layer 12 -o ours.gguf
       localsteer convert import steering_vector.pt --n-layer 28 -o ours.gguf
     """
     from localsteer.convert import import_vector
@@ -156,11 +163,11 @@ def import_command(
     help="Whose file it will be. npz and safetensors hold a vector whole, the others one that is added.",
 )
 @click.option(
-    "--static", is_flag=True, default=True, help="One constant vector per block: all that llama.cpp reads."
+    "--static", is_flag=True, default=True, help="One constant vector per layer: all that llama.cpp reads."
 )
 @click.option("-o", "--output", required=True, type=click.Path(), metavar="FILE", help="The new file.")
 @click.option(
-    "--layer", type=options.Blocks(), metavar="BLOCKS", help="Blocks to keep. [default: the chosen ones]"
+    "--layer", type=options.Layers(), metavar="LAYERS", help="Layers to keep. [default: the chosen ones]"
 )
 @click.option(
     "--strength", type=options.Finite(), metavar="X", help="Multiply by this. [default: the file's strength]"
@@ -177,7 +184,7 @@ def export_command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write FILE for another tool: its chosen blocks, times the strength, as constant directions. What the
+    """Write FILE for another tool: its chosen layers, times the strength, as constant directions. What the
     format does not hold is said.
 
     llama.cpp (`llama-cli --control-vector`, at scale 1), repeng, EasySteer and steering-vectors can only add

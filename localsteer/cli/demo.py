@@ -87,7 +87,7 @@ def command(
       random    a random direction in its place    other   another instruction's vector
       kept      steered replies that still name what was asked about
       ppl       perplexity of the replies to the unsteered model, plain and steered
-      settings  strength@block and positions
+      settings  strength@layer and positions
 
     \b
     Examples:
@@ -233,7 +233,7 @@ def results(document: Mapping[str, Any]) -> Table:
 
 
 def _settings(row: Mapping[str, Any]) -> str:
-    """`1@4 prompt`: strength and block as `-s FILE:1@4` takes them."""
+    """`1@4 prompt`: strength and layer as `-s FILE:1@4` takes them."""
     return "-" if row["layer"] is None else f"{row['strength']:g}@{row['layer']} {row['positions']}"
 
 

@@ -257,16 +257,16 @@ def _model(model: str) -> Iterator[HealthCheck]:
     with open_engine(model, n_seq_max=1) as engine:
         yield _shape(engine)
         yield _template(engine)
-        blocks = engine.context.probe()
-        yield _blocks(engine, blocks)
-        if blocks:
-            yield _self_test(engine, sorted(blocks))
+        layers = engine.context.probe()
+        yield _layers(engine, layers)
+        if layers:
+            yield _self_test(engine, sorted(layers))
 
 
 def _shape(engine: Engine) -> HealthCheck:
     model = engine.model
     name = model.metadata.get("general.name") or engine.path.stem
-    shape = f"{model.n_layer} blocks x {model.n_embd}, vocabulary {model.n_vocab}"
+    shape = f"{model.n_layer} layers x {model.n_embd}, vocabulary {model.n_vocab}"
     context = f"context {engine.n_ctx} of {model.n_ctx_train}"
     return HealthCheck("model", "ok", f"{name} ({model.architecture}), {shape}, {context}")
 
@@ -285,34 +285,34 @@ def _template(engine: Engine) -> HealthCheck:
     )
 
 
-def _blocks(engine: Engine, blocks: set[int]) -> HealthCheck:
+def _layers(engine: Engine, layers: set[int]) -> HealthCheck:
     n_layer = engine.model.n_layer
-    if len(blocks) == n_layer:
-        return HealthCheck("blocks", "ok", f"all {n_layer} can be steered")
-    missing = sorted(set(range(n_layer)) - blocks)
-    status = "warn" if blocks else "fail"
+    if len(layers) == n_layer:
+        return HealthCheck("layers", "ok", f"all {n_layer} can be steered")
+    missing = sorted(set(range(n_layer)) - layers)
+    status = "warn" if layers else "fail"
     try:
         engine.context.probe(missing)
     except LocalsteerError as error:
-        return HealthCheck("blocks", status, f"{len(blocks)} of {n_layer} can be steered: {error}")
-    return HealthCheck("blocks", status, f"{len(blocks)} of {n_layer} can be steered, not {missing}")
+        return HealthCheck("layers", status, f"{len(layers)} of {n_layer} can be steered: {error}")
+    return HealthCheck("layers", status, f"{len(layers)} of {n_layer} can be steered, not {missing}")
 
 
-def _self_test(engine: Engine, blocks: list[int]) -> HealthCheck:
-    """Project random directions to random targets at the first, the middle and the last block."""
-    tried = sorted({blocks[0], blocks[len(blocks) // 2], blocks[-1]})
-    worst = max(_miss(engine, block) for block in tried)
+def _self_test(engine: Engine, layers: list[int]) -> HealthCheck:
+    """Project random directions to random targets at the first, the middle and the last layer."""
+    tried = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+    worst = max(_miss(engine, layer) for layer in tried)
     where = ", ".join(map(str, tried))
     if not worst <= TOLERANCE:
         return HealthCheck(
-            "self-test", "fail", f"projections miss their targets by {worst:.1e} (blocks {where})"
+            "self-test", "fail", f"projections miss their targets by {worst:.1e} (layers {where})"
         )
     return HealthCheck(
-        "self-test", "ok", f"projections reach their targets (blocks {where}, error {worst:.0e})"
+        "self-test", "ok", f"projections reach their targets (layers {where}, error {worst:.0e})"
     )
 
 
-def _miss(engine: Engine, block: int) -> float:
+def _miss(engine: Engine, layer: int) -> float:
     """How far the projection after `project` is from its target, relative to the length of the state."""
     import numpy as np
 
@@ -320,12 +320,12 @@ def _miss(engine: Engine, block: int) -> float:
 
     model = engine.model
     tokens = [i % model.n_vocab for i in range(1, N_TOKENS + 1)]  # any will do, whatever the tokenizer
-    draw = np.random.default_rng(block)
+    draw = np.random.default_rng(layer)
     directions = np.zeros((model.n_layer, model.n_embd), np.float32)
-    directions[block] = draw.standard_normal(model.n_embd)
-    plain = engine.hidden_states(tokens, [block])[:, 0].astype(np.float64)
+    directions[layer] = draw.standard_normal(model.n_embd)
+    plain = engine.hidden_states(tokens, [layer])[:, 0].astype(np.float64)
     targets = np.full(model.n_layer, np.linalg.norm(plain, axis=1).mean(), np.float32)
-    vector = ControlVector(directions, targets, None, None, None, (block,), name="self-test")
-    steered = engine.hidden_states(tokens, [block], steer=[vector])[:, 0].astype(np.float64)
-    misses = np.abs(steered @ vector.unit(block).astype(np.float64) - targets[block])
+    vector = ControlVector(directions, targets, None, None, None, (layer,), name="self-test")
+    steered = engine.hidden_states(tokens, [layer], steer=[vector])[:, 0].astype(np.float64)
+    misses = np.abs(steered @ vector.unit(layer).astype(np.float64) - targets[layer])
     return float((misses / np.linalg.norm(steered, axis=1)).max())

@@ -121,10 +121,10 @@ def _with_settings(
 
     validation = (instruction.queries or catalog.queries).get("validation", ())
     if not validation:
-        note(f"{catalog.source} has no validation queries to find settings with: block {vector.layers[0]}.")
+        note(f"{catalog.source} has no validation queries to find settings with: layer {vector.layers[0]}.")
         return vector
     note(
-        "finding block, positions and strength; with a large model this takes minutes, and --layer N "
+        "finding layer, positions and strength; with a large model this takes minutes, and --layer N "
         "skips it."
     )
     with progress(f"tuning {instruction.id}") as advance:

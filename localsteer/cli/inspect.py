@@ -35,7 +35,7 @@ PROVENANCE = {
 }
 
 SCORES = {"plain": "none", "steered": "steered", "told": "instructed", "told and steered": "both"}
-NUMBERS = ("block", "strength", "good", "degenerate", "gap", "n")
+NUMBERS = ("layer", "strength", "good", "degenerate", "gap", "n")
 
 
 @click.command("inspect", short_help="Show what a vector file holds.")
@@ -51,11 +51,11 @@ NUMBERS = ("block", "strength", "good", "degenerate", "gap", "n")
 )
 @options.as_json
 def command(file: str, model: str | None, plot: str | None, as_json: bool) -> None:
-    """Show what the vector FILE holds: where it comes from, its settings, and for each block the length of
+    """Show what the vector FILE holds: where it comes from, its settings, and for each layer the length of
     its direction and the mean projection of the model's states with and without the instruction.
 
     In the last column o is the mean without the instruction, # with it, and = the spread around them
-    (one standard deviation): a block where the two lie apart is worth trying. Of a vector with learned gates,
+    (one standard deviation): a layer where the two lie apart is worth trying. Of a vector with learned gates,
     `gate` is the bias of the weight and the length |w| of what it reads.
 
     \b
@@ -90,7 +90,7 @@ def command(file: str, model: str | None, plot: str | None, as_json: bool) -> No
         if tried.row_count:
             answer().print(tried)
         answer().print()
-    answer().print(_blocks(described))
+    answer().print(_layers(described))
 
 
 def _shipped(model: str, instruction: str) -> str:
@@ -115,7 +115,7 @@ def _head(file: str, vector: ControlVector, described: JsonObject) -> Any:
     lines.add_column(no_wrap=True)
     lines.add_column(overflow="fold")  # a hash that is cut off is another hash
     lines.add_row("file", file)
-    lines.add_row("vector", f"{vector.label}, {vector.n_layer} blocks x {vector.n_embd}")
+    lines.add_row("vector", f"{vector.label}, {vector.n_layer} layers x {vector.n_embd}")
     lines.add_row("settings", settings_line(described))
     for key, title in PROVENANCE.items():
         value = described["provenance"].get(key)
@@ -146,7 +146,7 @@ def choice_lines(choice: JsonObject) -> list[str]:
 
 def _tried(choice: JsonObject) -> Any:
     """The settings that were checked, the best first."""
-    rows = table("block", "positions", "strength", "good", "degenerate", "gap", "n", numbers=NUMBERS)
+    rows = table("layer", "positions", "strength", "good", "degenerate", "gap", "n", numbers=NUMBERS)
     trials = choice.get("table")
     for trial in trials if isinstance(trials, (list, tuple)) else ():
         if not isinstance(trial, dict):
@@ -162,61 +162,61 @@ def _share(value: Any) -> str:
 
 
 def settings_line(described: JsonObject) -> str:
-    """`project at block 12, positions all, strength 1`, and what else is set."""
-    blocks = ", ".join(map(str, described["layers"]))
+    """`project at layer 12, positions all, strength 1`, and what else is set."""
+    layers = ", ".join(map(str, described["layers"]))
     plural = "s" if len(described["layers"]) > 1 else ""
-    line = f"{described['mode']} at block{plural} {blocks}, positions {described['positions']}"
+    line = f"{described['mode']} at layer{plural} {layers}, positions {described['positions']}"
     line += f", strength {described['strength']:g}"
     if described["one_sided"]:
         line += ", one-sided"
     return line if described["cap"] is None else f"{line}, cap {described['cap']:g}"
 
 
-def _blocks(described: JsonObject) -> Any:
-    has_means = any(block["mean_with"] is not None for block in described["by_layer"])
-    has_gates = any("gate_bias" in block for block in described["by_layer"])
-    titles = ["block", "norm", "", *(["gate"] if has_gates else [])]
+def _layers(described: JsonObject) -> Any:
+    has_means = any(layer["mean_with"] is not None for layer in described["by_layer"])
+    has_gates = any("gate_bias" in layer for layer in described["by_layer"])
+    titles = ["layer", "norm", "", *(["gate"] if has_gates else [])]
     if has_means:
         titles += ["without", "with", "apart", ""]
-    made = table(*titles, numbers=("block", "norm", "without", "with", "apart"))
-    # of a vector with few blocks, the others are no news
-    has_gaps = sum(block["norm"] == 0 for block in described["by_layer"]) > len(described["by_layer"]) / 2
-    longest = max(block["norm"] for block in described["by_layer"])
-    for block in described["by_layer"]:
-        if block["norm"] == 0 and not block["chosen"] and has_gaps:
+    made = table(*titles, numbers=("layer", "norm", "without", "with", "apart"))
+    # of a vector with few layers, the others are no news
+    has_gaps = sum(layer["norm"] == 0 for layer in described["by_layer"]) > len(described["by_layer"]) / 2
+    longest = max(layer["norm"] for layer in described["by_layer"])
+    for layer in described["by_layer"]:
+        if layer["norm"] == 0 and not layer["chosen"] and has_gaps:
             continue
-        row = [f"{'> ' if block['chosen'] else ''}{block['layer']}", f"{block['norm']:.3g}"]
-        row.append(bar(block["norm"] / longest if longest else 0, BAR_WIDTH))
-        row += [_gate(block)] if has_gates else []
+        row = [f"{'> ' if layer['chosen'] else ''}{layer['layer']}", f"{layer['norm']:.3g}"]
+        row.append(bar(layer["norm"] / longest if longest else 0, BAR_WIDTH))
+        row += [_gate(layer)] if has_gates else []
         made.add_row(
-            *row, *(_projections(block) if has_means else ()), style="bold" if block["chosen"] else None
+            *row, *(_projections(layer) if has_means else ()), style="bold" if layer["chosen"] else None
         )
     return made
 
 
-def _gate(block: JsonObject) -> str:
+def _gate(layer: JsonObject) -> str:
     """The weight of the direction: its bias, and the length of what is read off the normalised state."""
-    return f"{block['gate_bias']:.2g} + |w| {block['gate_reader_norm']:.2g}" if "gate_bias" in block else ""
+    return f"{layer['gate_bias']:.2g} + |w| {layer['gate_reader_norm']:.2g}" if "gate_bias" in layer else ""
 
 
-def _projections(block: JsonObject) -> list[str]:
-    if block["norm"] == 0 or block["mean_with"] is None:
+def _projections(layer: JsonObject) -> list[str]:
+    if layer["norm"] == 0 or layer["mean_with"] is None:
         return ["", "", "", ""]
-    with_, without = (_mean_and_spread(block, side) for side in ("with", "without"))
-    apart = separation(block)
-    return [without, with_, "" if apart is None else f"{apart:.1f}", strip(block)]
+    with_, without = (_mean_and_spread(layer, side) for side in ("with", "without"))
+    apart = separation(layer)
+    return [without, with_, "" if apart is None else f"{apart:.1f}", strip(layer)]
 
 
-def _mean_and_spread(block: JsonObject, side: str) -> str:
-    mean, spread = block[f"mean_{side}"], block[f"std_{side}"]
+def _mean_and_spread(layer: JsonObject, side: str) -> str:
+    mean, spread = layer[f"mean_{side}"], layer[f"std_{side}"]
     if mean is None:
         return ""
     return f"{mean:.3g}" if spread is None else f"{mean:.3g} ± {spread:.2g}"
 
 
-def separation(block: JsonObject) -> float | None:
+def separation(layer: JsonObject) -> float | None:
     """Distance of the two means in standard deviations (Cohen's d with the mean of the two variances)."""
-    figures = [block[key] for key in ("mean_with", "mean_without", "std_with", "std_without")]
+    figures = [layer[key] for key in ("mean_with", "mean_without", "std_with", "std_without")]
     if None in figures:
         return None
     spread = ((figures[2] ** 2 + figures[3] ** 2) / 2) ** 0.5
@@ -229,9 +229,9 @@ def bar(part: float, width: int) -> str:
     return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
 
 
-def strip(block: JsonObject) -> str:
-    """Where the two means lie, each with its spread, on this block's own scale."""
-    sides = [(block[f"mean_{side}"], block[f"std_{side}"] or 0.0) for side in ("without", "with")]
+def strip(layer: JsonObject) -> str:
+    """Where the two means lie, each with its spread, on this layer's own scale."""
+    sides = [(layer[f"mean_{side}"], layer[f"std_{side}"] or 0.0) for side in ("without", "with")]
     if any(mean is None for mean, _ in sides):
         return ""
     low = min(mean - SPREAD * spread for mean, spread in sides)
@@ -250,35 +250,35 @@ def strip(block: JsonObject) -> str:
 
 
 def draw(described: JsonObject, path: str) -> None:
-    """Norms, and projections with their spreads, over the blocks. Raises LocalsteerError."""
+    """Norms, and projections with their spreads, over the layers. Raises LocalsteerError."""
     from localsteer.heatmap import new_figure, save_figure
 
     figure = new_figure(9, 6)
     norms, projections = figure.subplots(2, 1, sharex=True)
-    blocks = described["by_layer"]
-    numbers = [block["layer"] for block in blocks]
-    norms.bar(numbers, [block["norm"] for block in blocks], color="tab:gray")
+    layers = described["by_layer"]
+    numbers = [layer["layer"] for layer in layers]
+    norms.bar(numbers, [layer["norm"] for layer in layers], color="tab:gray")
     norms.set_ylabel("length of the direction")
     norms.set_title(f"{described['name'] or 'vector'}: {settings_line(described)}")
     for side, colour in (("without", "tab:blue"), ("with", "tab:orange")):
-        _draw_side(projections, blocks, side, colour)
+        _draw_side(projections, layers, side, colour)
     projections.set_ylabel("mean projection")
-    projections.set_xlabel("block")
+    projections.set_xlabel("layer")
     for axes in (norms, projections):
-        for block in described["layers"]:
-            axes.axvline(block, color="tab:red", linestyle=":", linewidth=1)
+        for layer in described["layers"]:
+            axes.axvline(layer, color="tab:red", linestyle=":", linewidth=1)
     if projections.lines:
         projections.legend()
     save_figure(figure, path)
 
 
-def _draw_side(axes: Any, blocks: list[JsonObject], side: str, colour: str) -> None:
-    known = [block for block in blocks if block["norm"] > 0 and block[f"mean_{side}"] is not None]
+def _draw_side(axes: Any, layers: list[JsonObject], side: str, colour: str) -> None:
+    known = [layer for layer in layers if layer["norm"] > 0 and layer[f"mean_{side}"] is not None]
     if not known:
         return
-    numbers = [block["layer"] for block in known]
-    means = [block[f"mean_{side}"] for block in known]
-    spreads = [block[f"std_{side}"] or 0.0 for block in known]
+    numbers = [layer["layer"] for layer in known]
+    means = [layer[f"mean_{side}"] for layer in known]
+    spreads = [layer[f"std_{side}"] or 0.0 for layer in known]
     axes.plot(numbers, means, marker="o", markersize=3, color=colour, label=f"{side} the instruction")
     low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
     high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]

@@ -48,7 +48,7 @@ N_SEQ_MAX = 16
     is_flag=True,
     help="Learn a constant: an ordinary control vector, which llama.cpp and others apply as it is.",
 )
-@options.layers_to_try("Blocks that race: 12, 3,4 or 3-5. [default: two in the upper half]")
+@options.layers_to_try("Layers that race: 12, 3,4 or 3-5. [default: two in the upper half]")
 @click.option(
     "--positions",
     type=click.Choice(POSITIONS),
@@ -90,7 +90,7 @@ def command(
     """Learn a vector that makes MODEL's replies follow an instruction which it does not follow when told to.
 
     It learns from replies: the told model's where they follow; else the model's own plain replies, rewritten
-    so that they do; or yours (--examples). An edit at one block is then fitted, step by step, to make these
+    so that they do; or yours (--examples). An edit at one layer is then fitted, step by step, to make these
     likely after the plain prompts, and checked by replies of the quantized model itself. Takes a few minutes
     on a small model. What is learned runs without PyTorch.
 
@@ -187,7 +187,7 @@ def _learn(engine: Engine, job: LearnJob, model: str, params: dict[str, Any]) ->
             queries,
             job.validation,
             Recipe(
-                blocks=params["blocks"],
+                layers=params["layers"],
                 positions=params["positions"],
                 constant=params["static"],
                 n_steps=params["steps"],
@@ -207,7 +207,7 @@ def _kept(job: LearnJob, model: str, params: dict[str, Any]) -> Kept:
     from localsteer.cache import HASH_CHARS, cache_folder, file_hash
     from localsteer.learn import Kept
 
-    names = ("static", "blocks", "positions", "steps", "rate", "checkpoint", "seed")
+    names = ("static", "layers", "positions", "steps", "rate", "checkpoint", "seed")
     pairs = job.pairs and file_hash(job.pairs)
     content = [job.instruction.id, job.instruction.phrasings, [query.text for query in job.queries], pairs]
     digest = hashlib.sha256(json.dumps([content, [params[name] for name in names]]).encode()).hexdigest()
@@ -220,7 +220,7 @@ def _show(job: LearnJob, lesson: Lesson) -> None:
     scores = {name: "-" if share is None else f"{share:.0%}" for name, share in record["scores"].items()}
     answer().print(
         f"{job.instruction.id}: learned from {record['examples']['n']} {record['examples']['source']} "
-        f"replies in {record['seconds']:.0f} s, block {vector.layers[0]}, {vector.positions}, strength "
+        f"replies in {record['seconds']:.0f} s, layer {vector.layers[0]}, {vector.positions}, strength "
         f"{vector.strength:g}.\n"
         f"Of {record['n']} replies to other questions {scores['steered']} follow it; plain {scores['none']}, "
         f"told in words {scores['instructed']}, both {scores['both']}."

@@ -29,7 +29,7 @@ LONG_NAME = 64  # characters: a blob of Ollama's is named by its hash
 __all__ = ["command", "is_bundled", "is_named"]
 
 COLUMNS = (
-    "name", "size", "quantization", "architecture", "blocks x width", "chat template", "steers", "licence",
+    "name", "size", "quantization", "architecture", "layers x width", "chat template", "steers", "licence",
     "pack",
 )  # fmt: skip
 
@@ -90,9 +90,9 @@ def _row(model: NamedModel) -> tuple[str, ...]:
     size = f"{model.size / 1e6:.1f} MB" if model.size else ""
     shape = ("", "", "", "")
     if model.shape is not None:
-        blocks = f"{model.shape.n_layer}x{model.shape.n_embd}"
+        layers = f"{model.shape.n_layer}x{model.shape.n_embd}"
         has_template = "yes" if model.shape.chat_template else "no"
-        shape = (model.shape.quantization or "?", model.shape.architecture, blocks, has_template)
+        shape = (model.shape.quantization or "?", model.shape.architecture, layers, has_template)
     steers = {None: "", True: "yes", False: "no"}[model.steers]
     return (model.name, size, *shape, steers, model.licence, str(model.pack or ""))
 
@@ -224,7 +224,7 @@ def own_sampling(model: str, params: Params) -> dict[str, Any]:
 
 @contextmanager
 def open_engine(model: str, **options: Any) -> Iterator[Engine]:
-    """The same, closed when the block ends."""
+    """The same, closed when the layer ends."""
     with load_engine(model, **options) as engine:
         yield engine
 

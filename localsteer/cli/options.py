@@ -17,13 +17,13 @@ from . import completed
 Command = TypeVar("Command", bound=Callable[..., Any])
 Params = dict[str, Any]  # what click gives a command: values of options, by the name of the parameter
 
-MAX_RANGE = 10_000  # blocks in `A-B`; no model has as many
+MAX_RANGE = 10_000  # layers in `A-B`; no model has as many
 
 
-class Blocks(click.ParamType):
-    """`12`, `3,4` or `3-5`: 0-based blocks, as a tuple."""
+class Layers(click.ParamType):
+    """`12`, `3,4` or `3-5`: 0-based layers, as a tuple."""
 
-    name = "blocks"
+    name = "layers"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -31,25 +31,25 @@ class Blocks(click.ParamType):
         if isinstance(value, tuple):
             return value
         try:
-            return parse_blocks(value)
+            return parse_layers(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
-def parse_blocks(text: str) -> tuple[int, ...]:
+def parse_layers(text: str) -> tuple[int, ...]:
     """Raises ValueError with a sentence for the user."""
-    blocks: set[int] = set()
+    layers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part, re.ASCII)
         if not match:
-            raise ValueError(f"{text!r} names no block: write 12, 3,4 or 3-5 (the first block is 0).")
+            raise ValueError(f"{text!r} names no layer: write 12, 3,4 or 3-5 (the first layer is 0).")
         first, last = int(match[1]), int(match[2] or match[1])
         if not first <= last < first + MAX_RANGE:
             raise ValueError(
-                f"{part.strip()!r} is no range of blocks: write the lower number first, as in 3-5."
+                f"{part.strip()!r} is no range of layers: write the lower number first, as in 3-5."
             )
-        blocks.update(range(first, last + 1))
-    return tuple(sorted(blocks))
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
 
 
 class Slot(click.ParamType):
@@ -132,9 +132,9 @@ class Renamed(click.Option):
 
 
 def layers_to_try(help: str) -> Callable[[Command], Command]:
-    """`--layer` of commands that choose between layers, as `blocks`."""
+    """`--layer` of commands that choose between layers, as `layers`."""
     return click.option(
-        "--layer", "blocks", cls=Renamed, old=["--blocks"], type=Blocks(), metavar="BLOCKS", help=help
+        "--layer", "layers", cls=Renamed, old=["--blocks"], type=Layers(), metavar="LAYERS", help=help
     )
 
 
@@ -156,7 +156,7 @@ engine = all_of(
         "--n-gpu-layers",
         type=int,
         metavar="N",
-        help="Blocks to keep on a GPU, or on the hosts of --rpc. [default: 0; all with --rpc]",
+        help="Layers to keep on a GPU, or on the hosts of --rpc. [default: 0; all with --rpc]",
     ),
 )
 
@@ -165,7 +165,7 @@ rpc = all_of(
         "--rpc",
         multiple=True,
         metavar="HOST:PORT,...",
-        help="Hosts that hold and compute the model's blocks: llama.cpp's ggml-rpc-server (docs/scale.md).",
+        help="Hosts that hold and compute the model's layers: llama.cpp's ggml-rpc-server (docs/scale.md).",
     ),
     click.option(
         "--rpc-timeout",
@@ -222,7 +222,7 @@ vectors = all_of(
         multiple=True,
         metavar="VECTOR",
         shell_complete=completed.files,
-        help="A vector file: FILE[:STRENGTH][@BLOCK[,BLOCK]]; repeat for several.",
+        help="A vector file: FILE[:STRENGTH][@LAYER[,LAYER]]; repeat for several.",
     ),
     click.option(
         "-i",
@@ -236,7 +236,7 @@ vectors = all_of(
 )
 
 settings = all_of(
-    click.option("--layer", type=Blocks(), metavar="BLOCKS", help="Blocks to steer: 12, 3,4 or 3-5."),
+    click.option("--layer", type=Layers(), metavar="LAYERS", help="Layers to steer: 12, 3,4 or 3-5."),
     click.option("--mode", type=click.Choice(MODES), help="What is done to the residual stream."),
     click.option("--positions", type=click.Choice(POSITIONS), help="Which tokens are steered."),
     click.option("--strength", type=Finite(), metavar="X", help="1 is the full effect, 0 none."),
@@ -254,7 +254,7 @@ ridge = click.option(
     type=float,
     default=0.0,
     metavar="X",
-    help="Allow nearly parallel vectors at one block; try 0.1. [default: 0]",
+    help="Allow nearly parallel vectors at one layer; try 0.1. [default: 0]",
 )
 
 raw = click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")

@@ -55,7 +55,7 @@ N_SEQ_MAX = 32  # sequences in one decode while settings are tried
 @options.engine
 @options.as_json
 def command(vectors: tuple[str, ...], model: str, output: str, as_json: bool, **params: Any) -> None:
-    """Extract and tune the catalogue's instructions on a model, and keep of each vector the chosen block
+    """Extract and tune the catalogue's instructions on a model, and keep of each vector the chosen layer
     alone, with its settings and figures, in the folder DIR. What is there already is left as it is, so that
     the command goes on where it was stopped. With VECTOR files, which `localsteer tune` wrote, the pack is
     made of these.

@@ -95,7 +95,7 @@ def command(
 ) -> None:
     """Answer PROMPT and stream the reply.
 
-    --layer, --mode, --positions and --strength override what the vectors say; a strength or a block behind
+    --layer, --mode, --positions and --strength override what the vectors say; a strength or a layer behind
     the name of a vector file overrides both. A reply under a schema or a grammar stays plain: only its prompt
     is steered. The prompt can come from a pipe; where there is an argument too, the piped text comes first.
 
@@ -277,8 +277,8 @@ def vector_to_ensure(model: str, text: str, params: Params, loading: Params) -> 
             f"{spec.path!r} has no verifier, so nothing tells whether a reply follows it: steer by it with "
             "--instruction."
         )
-    if spec.blocks is not None:  # as --layer: no block is looked for
-        params = {**params, "layer": spec.blocks}
+    if spec.layers is not None:  # as --layer: no layer is looked for
+        params = {**params, "layer": spec.layers}
     return vector_of(model, spec.path, params, loading).at(strength=spec.strength)
 
 
@@ -388,8 +388,8 @@ def show_both(request: Question, vectors: Sequence[ControlVector], timings: bool
 
 
 def _title(vector: ControlVector) -> str:
-    blocks = ",".join(map(str, vector.layers))
-    return f"{vector.label}:{vector.strength:g}@{blocks} {vector.mode} {vector.positions}"
+    layers = ",".join(map(str, vector.layers))
+    return f"{vector.label}:{vector.strength:g}@{layers} {vector.mode} {vector.positions}"
 
 
 def document(request: Question, model: str, vectors: Sequence[ControlVector], reply: Reply) -> JsonObject:

@@ -69,8 +69,8 @@ def shares_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def setting_of(row: Mapping[str, Any]) -> str:
-    """`project at block 12, prompt, strength 2`, as a search writes it."""
+    """`project at layer 12, prompt, strength 2`, as a search writes it."""
     if not row["strength"]:
         return "nothing helps"
-    blocks = ", ".join(map(str, row["layers"]))
-    return f"{row['mode']} at block {blocks}, {row['positions']}, strength {row['strength']:g}"
+    layers = ", ".join(map(str, row["layers"]))
+    return f"{row['mode']} at layer {layers}, {row['positions']}, strength {row['strength']:g}"

@@ -26,11 +26,11 @@ GROUPS = ("format", "length")
 @options.model
 @click.option(
     "--layer",
-    "block",
+    "layer",
     cls=options.Renamed,
     old=["--block"],
     type=click.IntRange(min=0),
-    metavar="BLOCK",
+    metavar="LAYER",
     help="Of the second heat map. [default: the clearest]",
 )
 @click.option(
@@ -53,7 +53,7 @@ GROUPS = ("format", "length")
 def command(
     instructions: tuple[str, ...],
     model: str,
-    block: int | None,
+    layer: int | None,
     plot: str | None,
     catalog: str | None,
     queries: str | None,
@@ -63,7 +63,7 @@ def command(
 ) -> None:
     """Compare what instructions do to the model's state at the last prompt token, pair by pair: the cosine
     between pair differences of one instruction (high where it is one direction) and of different instructions
-    (low where they are told apart), block by block.
+    (low where they are told apart), layer by layer.
 
     Beside it how often a probe tells a state with the instruction from one without, on queries and wordings
     that it has not seen: `linear` a ridge classifier, `gaussian` a kernel that can draw any boundary. Without
@@ -90,21 +90,21 @@ def command(
         for instruction in chosen
     ]
     with open_engine(model, threads=threads) as engine, open_backend(engine) as backend:
-        block = _checked(block, backend.n_layer)
+        layer = _checked(layer, backend.n_layer)
         with progress("reading states") as on_progress:
             states = States(backend, on_progress)
             states.of([text for group in made for pair in group for text in (pair.plain, pair.instructed)])
         with progress("comparing"):
             done = similarity(states, chosen, made)
         name = backend.model_name
-    block = done.clearest if block is None else block
+    layer = done.clearest if layer is None else layer
     if plot is not None:
-        _draw(done, block, plot, name)
+        _draw(done, layer, plot, name)
         note(f"drew {plot}")
     if as_json:
-        print_json(_document(done, block, name))
+        print_json(_document(done, layer, name))
     else:
-        _print(done, block, name)
+        _print(done, layer, name)
 
 
 def _chosen(catalog: Catalog, names: tuple[str, ...]) -> list[Instruction]:
@@ -116,17 +116,17 @@ def _chosen(catalog: Catalog, names: tuple[str, ...]) -> list[Instruction]:
     ][:N_INSTRUCTIONS]
 
 
-def _checked(block: int | None, n_layer: int) -> int | None:
-    if block is not None and block >= n_layer:
-        raise click.UsageError(f"--layer {block} is out of range: the model has blocks 0 to {n_layer - 1}.")
-    return block
+def _checked(layer: int | None, n_layer: int) -> int | None:
+    if layer is not None and layer >= n_layer:
+        raise click.UsageError(f"--layer {layer} is out of range: the model has layers 0 to {n_layer - 1}.")
+    return layer
 
 
-def _document(done: Similarity, block: int, name: str) -> JsonObject:
+def _document(done: Similarity, layer: int, name: str) -> JsonObject:
     return {
         "model": name,
         "n_pairs": done.n_pairs,
-        "blocks": done.rows(),
+        "layers": done.rows(),
         "instructions": [
             {
                 "id": name,
@@ -137,33 +137,33 @@ def _document(done: Similarity, block: int, name: str) -> JsonObject:
             }
             for k, name in enumerate(done.instructions)
         ],
-        "matrix": {"block": block, "cosines": done.matrix[block].tolist()},
+        "matrix": {"layer": layer, "cosines": done.matrix[layer].tolist()},
     }
 
 
-def _print(done: Similarity, block: int, name: str) -> None:
+def _print(done: Similarity, layer: int, name: str) -> None:
     from localsteer.heatmap import terminal_heatmap
 
     console = answer()
-    title = f"{name}: cosine between pair differences within an instruction, by block"
-    blocks = range(done.n_layer)
-    console.print(terminal_heatmap(title, done.instructions, blocks, done.within.tolist(), low=0, high=1))
+    title = f"{name}: cosine between pair differences within an instruction, by layer"
+    layers = range(done.n_layer)
+    console.print(terminal_heatmap(title, done.instructions, layers, done.within.tolist(), low=0, high=1))
     console.print()
-    title = f"block {block}: within (diagonal) and between instructions, in the same order"
+    title = f"layer {layer}: within (diagonal) and between instructions, in the same order"
     columns = [instruction[:6] for instruction in done.instructions]
-    values = done.matrix[block].tolist()
+    values = done.matrix[layer].tolist()
     console.print(terminal_heatmap(title, done.instructions, columns, values, low=0, high=1))
     console.print()
-    numbers = ("block", "within", "between", "linear probe", "gaussian probe")
+    numbers = ("layer", "within", "between", "linear probe", "gaussian probe")
     made = table(*numbers, numbers=numbers)
     for row in done.rows():
         between = "-" if row["between"] is None else f"{row['between']:.2f}"
         probes = (f"{row[key]:.0%}" for key in ("linear", "gaussian"))
-        made.add_row(str(row["block"]), f"{row['within']:.2f}", between, *probes)
+        made.add_row(str(row["layer"]), f"{row['within']:.2f}", between, *probes)
     console.print(made)
 
 
-def _draw(done: Similarity, block: int, path: str, name: str) -> None:
+def _draw(done: Similarity, layer: int, path: str, name: str) -> None:
     from localsteer.heatmap import draw_heatmap, new_figure, save_figure
 
     k = len(done.instructions)
@@ -172,19 +172,19 @@ def _draw(done: Similarity, block: int, path: str, name: str) -> None:
     within, matrix, lines = figure.subplots(
         1, 3, width_ratios=[done.n_layer * 0.6 + 1, max(k, 4) * 0.7 + 1, 5]
     )
-    blocks = list(range(done.n_layer))
-    draw_heatmap(within, done.instructions, blocks, done.within.tolist(), low=0, high=1)
-    within.set(title=f"{name}: within an instruction", xlabel="block")
-    values = done.matrix[block].tolist()
+    layers = list(range(done.n_layer))
+    draw_heatmap(within, done.instructions, layers, done.within.tolist(), low=0, high=1)
+    within.set(title=f"{name}: within an instruction", xlabel="layer")
+    values = done.matrix[layer].tolist()
     draw_heatmap(matrix, done.instructions, done.instructions, values, low=0, high=1)
-    matrix.set_title(f"within and between, block {block}")
+    matrix.set_title(f"within and between, layer {layer}")
     rows = done.rows()
     for key in ("within", "between", "linear", "gaussian"):
         label = f"{key} probe" if key in ("linear", "gaussian") else f"cosine {key}"
         # the probes often lie on one another
         style = "--" if key == "gaussian" else "-"
         values = [row[key] if row[key] is not None else float("nan") for row in rows]
-        lines.plot(blocks, values, style, label=label)
-    lines.set(title="means over instructions", xlabel="block", ylim=(-0.1, 1.05))
+        lines.plot(layers, values, style, label=label)
+    lines.set(title="means over instructions", xlabel="layer", ylim=(-0.1, 1.05))
     lines.legend()
     save_figure(figure, path)

@@ -35,7 +35,7 @@ DTYPES = ("float32", "float16")  # as localsteer.states.file has them
     help="[default: states.safetensors]",
 )  # fmt: skip
 @click.option(
-    "--layer", type=options.Blocks(), metavar="BLOCKS", help="Blocks: 12, 3,4 or 3-5. [default: all]"
+    "--layer", type=options.Layers(), metavar="LAYERS", help="Layers: 12, 3,4 or 3-5. [default: all]"
 )
 @click.option(
     "--tokens", default="last", metavar="WHICH", help=f"{FORMS[0].upper()}{FORMS[1:]}. [default: last]"
@@ -50,7 +50,7 @@ DTYPES = ("float32", "float16")  # as localsteer.states.file has them
     "specs",
     multiple=True,
     metavar="VECTOR",
-    help="See what steering does: FILE[:STRENGTH][@BLOCK[,BLOCK]]; repeat for several.",
+    help="See what steering does: FILE[:STRENGTH][@LAYER[,LAYER]]; repeat for several.",
 )
 @options.template_variables
 @click.option("--exact", is_flag=True, help="F32 cache, no flash attention; slower.")
@@ -66,9 +66,9 @@ def command(
     as_json: bool,
     **params: Any,
 ) -> None:
-    """Write the residual stream of MODEL after the chosen blocks, at the chosen tokens of every prompt.
+    """Write the residual stream of MODEL after the chosen layers, at the chosen tokens of every prompt.
 
-    A state is that after the block, as hidden_states[block + 1] of transformers. The file has its full length
+    A state is that after the layer, as hidden_states[layer + 1] of transformers. The file has its full length
     from the start and takes little memory however long it is; it loads with safetensors.torch or .numpy, and
     as a memory map. A run that was stopped goes on with the same command. docs/states.md says what is in it.
 
@@ -123,7 +123,7 @@ def _going_on(path: Path) -> Iterator[None]:
 
 
 def _summary(done: JsonObject) -> str:
-    shape = f"{done['rows']} x {len(done['layers'])} blocks x {done['n_embd']}, {done['dtype']}"
+    shape = f"{done['rows']} x {len(done['layers'])} layers x {done['n_embd']}, {done['dtype']}"
     prompts = f"{done['prompts']} prompt{'s' * (done['prompts'] != 1)}"
     kept = f" ({done['kept']} of them from an earlier run)" if done["kept"] else ""
     return f"{prompts}{kept}; {shape}, {done['bytes'] / 1000:,.0f} kB."

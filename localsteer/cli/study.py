@@ -55,8 +55,8 @@ def command(
       quantization  what each quantization does to directions, projections and steering
       pairs         how many prompt pairs a vector needs, and in how many wordings
       compound      three instructions at once
-      linear        a linear probe beside a non-linear one, and steering, block by block
-      layers        which blocks can be steered, by PyTorch and by the engine (needs torch)
+      linear        a linear probe beside a non-linear one, and steering, layer by layer
+      layers        which layers can be steered, by PyTorch and by the engine (needs torch)
 
     Killed, it is started again with the same command and goes on where it was. With the bundled model each
     takes some minutes on two cores.

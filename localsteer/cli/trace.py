@@ -16,8 +16,8 @@ from .options import Params
 from .prompt_input import read_prompt
 
 
-class Watched(options.Blocks):
-    """Blocks, or `all`."""
+class Watched(options.Layers):
+    """Layers, or `all`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if value == "all" else super().convert(value, param, ctx)
@@ -30,12 +30,12 @@ class Watched(options.Blocks):
 @options.settings
 @click.option(
     "--watch",
-    "blocks",
+    "layers",
     cls=options.Renamed,
     old=["--blocks"],
     type=Watched(),
-    metavar="BLOCKS",
-    help="Look at these blocks too, steered or not, and what steering there would do: 3, 2-5 or `all`.",
+    metavar="LAYERS",
+    help="Look at these layers too, steered or not, and what steering there would do: 3, 2-5 or `all`.",
 )
 @click.option(
     "--reply", metavar="TEXT", help="Trace this reply to the prompt instead of one by the steered model."
@@ -65,7 +65,7 @@ def command(
     direction before and after the edit, its target and the dynamic weight.
 
     Below it stands the effect: how far steering moves what the model says there, in nats, and the token that
-    the plain model would rather say. The last lines say what it means: a block that is wrong, a reply that is
+    the plain model would rather say. The last lines say what it means: a layer that is wrong, a reply that is
     locked at its start, a vector that does nothing.
 
     \b
@@ -97,7 +97,7 @@ def command(
             max_tokens=None if params["predict"] < 0 else params["predict"],
             sampling=sampling,
             reply=params["reply"],
-            blocks=params["blocks"],
+            layers=params["layers"],
             ridge=params["ridge"],
             raw=params["raw"],
             on_progress=on_progress,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from localsteer.engine import Engine
     from localsteer.evaluate.transfer import Examined
     from localsteer.extract import Backend, Pair
-    from localsteer.extract.transfer import BlockMap
+    from localsteer.extract.transfer import LayerMap
     from localsteer.vector import ControlVector
 
 N_SEQ_MAX = 8
@@ -66,10 +66,10 @@ def command(
     """Use VECTOR in MODEL, another one than it was made from, and say plainly whether it does anything there.
 
     Another quantization, or the base model of an instruct model: as it is. Another model of the same width:
-    as it is, blocks by depth, mean projections measured again, with a warning. Another width: with --map, a
+    as it is, layers by depth, mean projections measured again, with a warning. Another width: with --map, a
     ridge map from the states of --from to those of MODEL, fitted on prompts that hold other instructions.
 
-    The test picks block and positions on validation questions and compares on test questions: MODEL alone,
+    The test picks layer and positions on validation questions and compares on test questions: MODEL alone,
     the transferred vector, MODEL's own vector, a random direction, and for a map also the numbers unmapped
     and a map fitted on shuffled prompts.
 
@@ -191,7 +191,7 @@ class _Sent:
         self,
         way: str,
         vector: ControlVector,
-        maps: list[BlockMap] | None = None,
+        maps: list[LayerMap] | None = None,
         shuffled: ControlVector | None = None,
     ) -> None:
         self.way, self.vector, self.maps, self.shuffled = way, vector, maps or [], shuffled
@@ -238,7 +238,7 @@ def _document(
         "file": output,
         "model": job.model,
         "way": sent.way,
-        "map": [{"block": t, **_fit(block_map)} for t, block_map in enumerate(sent.maps)],
+        "map": [{"layer": t, **_fit(layer_map)} for t, layer_map in enumerate(sent.maps)],
         "layer": list(vector.layers),
         "positions": vector.positions,
         "helped_in_validation": None if examined is None else examined.helped,
@@ -250,16 +250,16 @@ def _document(
     }
 
 
-def _fit(each: BlockMap) -> JsonObject:
+def _fit(each: LayerMap) -> JsonObject:
     return {"source": each.source, "ridge": each.ridge, "r2": each.r2}
 
 
 def _print(sent: _Sent, examined: Examined | None) -> None:
     console = answer()
     if sent.maps:
-        made = table("block", "from block", "R2 held out", "ridge", numbers=("block", "from block", "ridge"))
-        for t, block_map in enumerate(sent.maps):
-            made.add_row(str(t), str(block_map.source), f"{block_map.r2:.3f}", f"{block_map.ridge:g}")
+        made = table("layer", "from layer", "R2 held out", "ridge", numbers=("layer", "from layer", "ridge"))
+        for t, layer_map in enumerate(sent.maps):
+            made.add_row(str(t), str(layer_map.source), f"{layer_map.r2:.3f}", f"{layer_map.ridge:g}")
         console.print(made)
         console.print()
     if examined is None:
@@ -267,8 +267,8 @@ def _print(sent: _Sent, examined: Examined | None) -> None:
         return
     numbers = ("follow", "95%", "kept", "degenerate")
     vector = examined.vector
-    blocks = ", ".join(map(str, vector.layers))
-    title = f"{vector.label}, {sent.way}: block {blocks}, positions {vector.positions}"
+    layers = ", ".join(map(str, vector.layers))
+    title = f"{vector.label}, {sent.way}: layer {layers}, positions {vector.positions}"
     made = table("condition", *numbers, numbers=numbers, title=title)
     for row in examined.rows():
         # a bootstrap of equal replies is a point, which would look like certainty

@@ -1,4 +1,4 @@
-"""`localsteer tune`: choose block, positions, mode and strength of a vector, and write them into its file."""
+"""`localsteer tune`: choose layer, positions, mode and strength of a vector, and write them into its file."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Numbers(click.ParamType):
 @click.option(
     "-n", "n", default=8, show_default=True, type=click.IntRange(min=1), help="Queries that check a setting."
 )
-@options.layers_to_try("Blocks to try: 12, 3,4 or 3-5. [default: all]")
+@options.layers_to_try("Layers to try: 12, 3,4 or 3-5. [default: all]")
 @click.option(
     "--positions",
     type=Names(POSITIONS),
@@ -129,7 +129,7 @@ class Numbers(click.ParamType):
 @options.engine
 @options.as_json
 def command(vectors: tuple[str, ...], model: str, as_json: bool, **params: Any) -> None:
-    """Find block, positions, mode and strength for each VECTOR, and write them INTO its file, with figures.
+    """Find layer, positions, mode and strength for each VECTOR, and write them INTO its file, with figures.
 
     The model is told to follow the instruction; the search looks for settings that make the replies which do
     so likely without telling. The best few then answer other queries, beside the plain and the told model,
@@ -247,7 +247,7 @@ def _checked(job: TuneJob, catalog: Catalog, params: Params) -> TuneJob:
 
 
 def _grid_options(vector: ControlVector, params: Params) -> JsonObject:
-    found = {name: params[name] for name in ("blocks", "positions", "modes", "strengths")}
+    found = {name: params[name] for name in ("layers", "positions", "modes", "strengths")}
     return found | {"modes": params["modes"] or (vector.mode,)}
 
 

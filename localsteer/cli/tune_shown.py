@@ -33,9 +33,9 @@ def show(label: str, tuned: Tuned) -> None:
 
 def _best(tuned: Tuned) -> Any:
     """The best settings, and the model alone."""
-    titles = ("block", "positions", "mode", "strength", "score", "followed", "degenerate", "kept", "gap", "n")
+    titles = ("layer", "positions", "mode", "strength", "score", "followed", "degenerate", "kept", "gap", "n")
     rows = table(
-        *titles, numbers=("block", "strength", "score", "followed", "degenerate", "kept", "gap", "n")
+        *titles, numbers=("layer", "strength", "score", "followed", "degenerate", "kept", "gap", "n")
     )
     shown = list(tuned.trials[:SHOWN])
     shown.insert(0 if tuned.setting is None else len(shown), tuned.plain)
@@ -56,7 +56,7 @@ def _summary(label: str, tuned: Tuned) -> Iterator[str]:
     setting = tuned.setting
     if setting is not None and scores["steered"] is not None and tuned.record["judged_by"] == "verifier":
         yield (
-            f"{label}: {setting.mode} at block {setting.layer}, positions {setting.positions}, strength "
+            f"{label}: {setting.mode} at layer {setting.layer}, positions {setting.positions}, strength "
             f"{setting.strength:g}: {_percent(scores['steered'])} of {n} validation queries, the model alone "
             f"{_percent(scores['none'])}, told in words {_percent(scores['instructed'])}, told and steered "
             f"{_percent(scores['both'])}."
@@ -73,7 +73,7 @@ def _percent(share: object) -> str:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Scores by block and by whatever else was tried."""
+    """Scores by layer and by whatever else was tried."""
 
     title: str
     rows: tuple[int, ...]
@@ -85,7 +85,7 @@ class HeatMap:
         from localsteer.heatmap import terminal_heatmap
 
         content = (self.title, self.rows, self.columns, self.values, self.mark)
-        return terminal_heatmap(*content, corner="block", **SHARES)
+        return terminal_heatmap(*content, corner="layer", **SHARES)
 
     def draw(self, axes: Any) -> None:
         from localsteer.heatmap import draw_heatmap
@@ -93,11 +93,11 @@ class HeatMap:
         draw_heatmap(axes, self.rows, self.columns, self.values, self.mark, **SHARES)
         # a title wider than the picture would be cut off at both ends
         axes.set_title(fill(self.title, int(TITLE_CHARACTERS * axes.figure.get_figwidth())))
-        axes.set_ylabel("block")
+        axes.set_ylabel("layer")
 
 
 def heatmaps(label: str, tuned: Tuned) -> list[HeatMap]:
-    """Block x positions, one map for each mode: the scores of an exhaustive search, the recovered gaps of one
+    """Layer x positions, one map for each mode: the scores of an exhaustive search, the recovered gaps of one
     by likelihood; of several strengths the best."""
     if tuned.ranking:
         figures, what = list(tuned.ranking), "recovered gap"

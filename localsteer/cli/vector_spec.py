@@ -1,4 +1,4 @@
-"""`json.gguf:0.8@12`: a vector file on the command line, with its strength and blocks."""
+"""`json.gguf:0.8@12`: a vector file on the command line, with its strength and layers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.errors import PlanError, VectorFileError
 
-from .options import parse_blocks
+from .options import parse_layers
 
 if TYPE_CHECKING:
     from localsteer.vector import ControlVector
 
-SYNTAX = "write FILE[:STRENGTH][@BLOCK[,BLOCK]], as in json.gguf:0.8@12"
+SYNTAX = "write FILE[:STRENGTH][@LAYER[,LAYER]], as in json.gguf:0.8@12"
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,21 @@ class VectorSpec:
 
     path: str
     strength: float | None = None
-    blocks: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | None = None
 
     @classmethod
     def parse(cls, text: str) -> VectorSpec:
         """A file of exactly this name wins, whatever colons and at signs are in it.
 
-        Raises PlanError for a strength or blocks that can't be read, VectorFileError for no file name.
+        Raises PlanError for a strength or layers that can't be read, VectorFileError for no file name.
         """
         if os.path.isfile(text):
             return cls(text)
-        path, blocks = _split_blocks(text)
+        path, layers = _split_layers(text)
         path, strength = (path, None) if os.path.isfile(path) else _split_strength(path, text)
         if not path:
             raise VectorFileError(f"{text!r} names no vector file: {SYNTAX}.")
-        return cls(path, strength, blocks)
+        return cls(path, strength, layers)
 
     def load(self, **settings: Any) -> ControlVector:
         """The vector with the command's settings, and over them those of this text.
@@ -53,7 +53,7 @@ class VectorSpec:
                 f"there is no file {self.path}: give a vector file, or --instruction {self.path} for one "
                 "that is made on first use."
             )
-        own = {"strength": self.strength, "layer": self.blocks}
+        own = {"strength": self.strength, "layer": self.layers}
         own = {key: value for key, value in own.items() if value is not None}
         return ControlVector.load(self.path).at(**{**settings, **own})
 
@@ -64,12 +64,12 @@ def with_own_strength(specs: Sequence[str], vectors: Sequence[ControlVector]) ->
     return [vector for spec, vector in pairs if VectorSpec.parse(spec).strength is not None]
 
 
-def _split_blocks(text: str) -> tuple[str, tuple[int, ...] | None]:
+def _split_layers(text: str) -> tuple[str, tuple[int, ...] | None]:
     path, at, tail = text.rpartition("@")
     if not at:
         return text, None
     try:
-        return path, parse_blocks(tail)
+        return path, parse_layers(tail)
     except ValueError as error:
         # an at sign in a folder's name is none of ours
         if os.path.isfile(_before_colon(path)) or not _looks_like_path(tail):

@@ -137,15 +137,15 @@ def _list(as_json: bool) -> None:
     if not found:
         note(f"no vectors yet in {cache_folder()}: `localsteer run --instruction ID` makes them.")
         return
-    made = table("name", "model", "blocks", "mode", "positions", "strength", "key", numbers=("strength",))
+    made = table("name", "model", "layers", "mode", "positions", "strength", "key", numbers=("strength",))
     made.columns[-1].no_wrap = True  # to be copied
     for cached in found:
         values = cached.settings or {}
-        blocks = ",".join(map(str, values.get("layers", ())))
+        layers = ",".join(map(str, values.get("layers", ())))
         strength = f"{values['strength']:g}" if values else ""
         mode = values.get("mode", "unreadable")
         made.add_row(
-            cached.name, cached.model, blocks, mode, values.get("positions", ""), strength, cached.key
+            cached.name, cached.model, layers, mode, values.get("positions", ""), strength, cached.key
         )
     answer().print(made)
 

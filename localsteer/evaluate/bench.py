@@ -88,7 +88,7 @@ def open_bench(
     base: Path | None = None,
     **options: Any,
 ) -> Iterator[Bench]:
-    """A Bench on a GGUF, closed when the block ends. base: its base model, for cross-model: a bench of its
+    """A Bench on a GGUF, closed when the layer ends. base: its base model, for cross-model: a bench of its
     own in out/base. options: of Bench.
 
     Raises LocalsteerError when `out` holds another model's run.
@@ -347,7 +347,7 @@ class Bench:
 
     def _candidates(self) -> tuple[Instruction, ...]:
         """Not of words: which suites ran before should not matter, and a word changes little of a reply. Not
-        an import that can't be applied as any vector is, at any block and in mode project."""
+        an import that can't be applied as any vector is, at any layer and in mode project."""
         known = (self._instructions[each] for each in self._told)
         usable = (each for each in known if each.verifier and each.group != "word")
         return tuple(each for each in usable if _is_whole(self._raw[each.id]))

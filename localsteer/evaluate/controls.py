@@ -5,7 +5,7 @@
     random      a random direction in its place     other       another instruction's vector in its place
 
 The first, second, fourth and fifth are the paper's (section 3); the controls show that it is this direction
-that counts, not that something is changed at this block.
+that counts, not that something is changed at this layer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def controls_of(
     vectors: Sequence[ControlVector], others: Sequence[ControlVector], plain_mean: np.ndarray, seed: int
 ) -> dict[str, tuple[ControlVector, ...]]:
     """What stands in the place of vectors that are applied together: `random`, random directions of equal
-    norm; `other`, the vectors `others`; same blocks, positions and strengths. No `other` where there are too
+    norm; `other`, the vectors `others`; same layers, positions and strengths. No `other` where there are too
     few, or what a plan refuses (parallel directions)."""
     controls = {"random": tuple(random_control(each, plain_mean, seed + k) for k, each in enumerate(vectors))}
     if len(others) == len(vectors):
@@ -42,7 +42,7 @@ def controls_of(
 
 
 def is_possible(vectors: Sequence[ControlVector]) -> bool:
-    """Whether these can be applied together: nearly parallel directions at one block can't."""
+    """Whether these can be applied together: nearly parallel directions at one layer can't."""
     try:
         Plan.from_vectors(vectors)
     except PlanError:
@@ -51,7 +51,7 @@ def is_possible(vectors: Sequence[ControlVector]) -> bool:
 
 
 def random_control(vector: ControlVector, plain_mean: np.ndarray, seed: int) -> ControlVector:
-    """A random direction in the vector's place: same blocks, mode, positions, strength and length.
+    """A random direction in the vector's place: same layers, mode, positions, strength and length.
 
     For `project` the target is the mean projection of plain prompts on the random direction plus
     |zbar_with - zbar_without| of the real one, so that at the last prompt token both move the state equally

@@ -1,4 +1,4 @@
-"""Can a block's state tell whether an instruction stood in the prompt? A linear and a non-linear probe.
+"""Can a layer's state tell whether an instruction stood in the prompt? A linear and a non-linear probe.
 
 Both are least-squares classifiers in kernel form (kernel ridge, targets -1 and 1), so that some dozens of
 states in thousands of dimensions cost a matrix of their own number: the linear kernel x.y, and the Gaussian

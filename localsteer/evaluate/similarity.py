@@ -53,15 +53,15 @@ class Similarity:
 
     @property
     def clearest(self) -> int:
-        """The block where `within` is furthest above `between`, on average."""
+        """The layer where `within` is furthest above `between`, on average."""
         apart = self.within - np.nan_to_num(self.between)
         return int(apart.mean(axis=0).argmax())
 
     def rows(self) -> list[dict[str, Any]]:
-        """One for each block: means over the instructions."""
+        """One for each layer: means over the instructions."""
         return [
             {
-                "block": il,
+                "layer": il,
                 "within": float(self.within[:, il].mean()),
                 "between": None if len(self.instructions) < 2 else float(self.between[:, il].mean()),
                 "linear": float(self.linear[:, il].mean()),
@@ -107,7 +107,7 @@ def cosines(units: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def probe_pairs(instructed: np.ndarray, plain: np.ndarray, groups: Sequence[str], probe: str) -> list[float]:
-    """Accuracy at each block, of telling states with the instruction from those without."""
+    """Accuracy at each layer, of telling states with the instruction from those without."""
     labels = np.repeat([True, False], len(instructed))
     both = np.concatenate([instructed, plain])
     return [accuracy(both[:, il], labels, [*groups, *groups], probe) for il in range(both.shape[1])]

@@ -15,7 +15,7 @@ from localsteer.extract import Backend, batches, build_pairs, extract, open_back
 from localsteer.tune import DEFAULT_N as TUNE_QUERIES
 from localsteer.tune import MAX_TOKENS as TUNE_TOKENS
 from localsteer.tune import Tuned, tune, tune_exhaustively
-from localsteer.tune.setting import grid_blocks
+from localsteer.tune.setting import grid_layers
 from localsteer.vector import ControlVector
 from localsteer.workers import Workers
 
@@ -42,8 +42,8 @@ def find_setting(
     }
     if not by_generation:
         return tune(engine, vector, instruction, queries, seed=seed, **options)
-    few, blocks = spread(queries, min(len(queries), TUNE_QUERIES)), grid_blocks(vector.n_layer)
-    return tune_exhaustively(engine, vector, instruction, few, blocks=blocks, **options)
+    few, layers = spread(queries, min(len(queries), TUNE_QUERIES)), grid_layers(vector.n_layer)
+    return tune_exhaustively(engine, vector, instruction, few, layers=layers, **options)
 
 
 def spread(queries: Sequence[Query], n: int) -> list[Query]:

@@ -3,7 +3,7 @@
     from localsteer.extract import extract
     vector = extract("model.gguf", "Answer in rhyme.")
 
-The state that counts is the residual stream after each block at the LAST PROMPT TOKEN, the prompt rendered by
+The state that counts is the residual stream after each layer at the LAST PROMPT TOKEN, the prompt rendered by
 the model's own chat template with the generation prompt added (Stolfo et al., arXiv 2410.12877, section 3).
 Other tokens can be chosen (`tokens`), and pairs of texts be read as they stand (`extract_from_texts`).
 """
@@ -105,7 +105,7 @@ def extract(
     source: a GGUF file, a transformers folder or hub name, an Engine, or an open backend (`open_backend`,
     which also says what `options` may hold). instruction: of a catalog, or the user's own words. queries:
     base queries; None takes the instruction's own, or the general ones. tokens: as TokenChoice has them; of
-    several, their mean. layer: the blocks that the vector starts with, the middle one by default; tuning
+    several, their mean. layer: the layers that the vector starts with, the middle one by default; tuning
     chooses better. mode: "add" for lengths and words, else "project". on_progress is called with prompts done
     and prompts in all.
 
@@ -320,7 +320,7 @@ def _check_finite(states: np.ndarray) -> None:
     broken = ~np.isfinite(states).all(axis=(0, 2))
     if broken.any():
         raise UnsupportedModelError(
-            f"the model's state after block {int(broken.argmax())} is not finite: use dtype float32, "
+            f"the model's state after layer {int(broken.argmax())} is not finite: use dtype float32, "
             "or a file that is not damaged"
         )
 

@@ -46,7 +46,7 @@ class Calibration:
     drift: np.ndarray
 
     def rows(self) -> list[JsonObject]:
-        """One for each block, for tables and JSON; NaN is None."""
+        """One for each layer, for tables and JSON; NaN is None."""
         old, new = self.before, self.vector
         columns = {
             "cosine": self.cosines,
@@ -59,7 +59,7 @@ class Calibration:
             "norm_here": np.linalg.norm(self.fresh.directions, axis=1),
         }
         return [
-            {"block": il, "chosen": il in old.layers}
+            {"layer": il, "chosen": il in old.layers}
             | {key: _number(column, il) for key, column in columns.items()}
             for il in range(old.n_layer)
         ]

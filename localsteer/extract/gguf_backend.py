@@ -36,7 +36,7 @@ class GgufBackend:
         return self.engine.rendered_tokens(text)
 
     def last_hidden_states(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """(n_prompts, n_layer, n_embd) float32: the residual stream after each block at each last token."""
+        """(n_prompts, n_layer, n_embd) float32: the residual stream after each layer at each last token."""
         return self.engine.last_hidden_states(prompts)
 
     def find_part(self, text: str, tokens: Sequence[int], part: str) -> range | None:

@@ -16,7 +16,7 @@ def stream_states(
     backend: Backend, questions: Sequence[str], on_progress: Progress | None = None
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """(indices, states) batch by batch, shortest prompts first: states are (n, n_layer, n_embd) float32, the
-    residual stream after each block at the last prompt token. Memory does not grow with the questions.
+    residual stream after each layer at the last prompt token. Memory does not grow with the questions.
 
     Raises UnsupportedModelError for states that are not finite.
     """

@@ -5,7 +5,7 @@
 
 Means need sums alone, so memory does not grow with the number of pairs. A spread needs the unit direction
 before the first state is seen; second moments would give it afterwards, but cost n_embd x n_embd numbers per
-block and side (8 GB for a 7B model). So states pass by a second time: from memory when they are few (up to
+layer and side (8 GB for a 7B model). So states pass by a second time: from memory when they are few (up to
 KEPT_STATES, a fixed bound), and otherwise from the model again.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-KEPT_STATES = 128  # 64 pairs: 64 MiB for 32 blocks of 4,096
+KEPT_STATES = 128  # 64 pairs: 64 MiB for 32 layers of 4,096
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:

@@ -99,7 +99,7 @@ class TorchBackend:
         return self.tokenizer(text, add_special_tokens=self.template.adds_special(text)).input_ids
 
     def last_hidden_states(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """(n_prompts, n_layer, n_embd) float32: the residual stream after each block at each last token."""
+        """(n_prompts, n_layer, n_embd) float32: the residual stream after each layer at each last token."""
         return self._states(prompts, lambda hidden, rows, last: hidden[rows, last].float())
 
     def mean_hidden_states(self, prompts: Sequence[Sequence[int]], positions: Sequence[range]) -> np.ndarray:
@@ -127,7 +127,7 @@ class TorchBackend:
         return tokens_over([tuple(span) for span in spans], at, at + len(part))
 
     def _states(self, prompts: Sequence[Sequence[int]], take: Callable[[Any, Any, Any], Any]) -> np.ndarray:
-        """take: (n_prompts, n_embd) of a block's output, the prompts' rows and their last tokens."""
+        """take: (n_prompts, n_embd) of a layer's output, the prompts' rows and their last tokens."""
         lengths = torch.tensor([len(ids) for ids in prompts])
         self._check_lengths(lengths)
         # Padded on the right, after the last token: with causal attention nothing before it can change, and
@@ -142,7 +142,7 @@ class TorchBackend:
         def keep(layer: int, hidden: Any) -> None:
             states[:, layer] = take(hidden, rows, last).cpu().numpy()
 
-        with torch.inference_mode(), observe_blocks(self.model, keep):
+        with torch.inference_mode(), observe_layers(self.model, keep):
             # the inner model: logits of every token would be computed for nothing
             self.model.base_model(
                 input_ids=tokens.to(self.device), attention_mask=mask.to(self.device), use_cache=False
@@ -167,8 +167,8 @@ class TorchBackend:
         self.close()
 
 
-def decoder_blocks(model: Any) -> list[Any]:
-    """The decoder blocks in order, found by their number: a list of modules as long as the model is deep.
+def decoder_layers(model: Any) -> list[Any]:
+    """The decoder layers in order, found by their number: a list of modules as long as the model is deep.
 
     Raises UnsupportedModelError where there is none, or where the model is not a decoder.
     """
@@ -182,9 +182,9 @@ def decoder_blocks(model: Any) -> list[Any]:
     parts = [getattr(model, "get_decoder", lambda: None)(), model]
     lists = next(filter(None, (_lists(part, n_layer) for part in parts if part is not None)), None)
     if not lists:
-        raise UnsupportedModelError(f"{config.model_type}: no list of {n_layer} decoder blocks in the model")
-    # A mixture of as many experts as there are blocks has such lists inside its blocks: the whole is larger
-    return list(max(lists, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters())))
+        raise UnsupportedModelError(f"{config.model_type}: no list of {n_layer} decoder layers in the model")
+    # A mixture of as many experts as there are layers has such lists inside its layers: the whole is larger
+    return list(max(lists, key=lambda layers: sum(weight.numel() for weight in layers.parameters())))
 
 
 def _lists(part: Any, n: int) -> list[Any]:
@@ -194,31 +194,31 @@ def _lists(part: Any, n: int) -> list[Any]:
     ]
 
 
-def block_output(output: Any) -> Any:
-    """The hidden state (batch, n_tokens, n_embd) in what a decoder block returns.
+def layer_output(output: Any) -> Any:
+    """The hidden state (batch, n_tokens, n_embd) in what a decoder layer returns.
 
     Raises UnsupportedModelError for a model that keeps several of them side by side.
     """
     hidden = output[0] if isinstance(output, tuple) else output
     if hidden.ndim != 3:
         raise UnsupportedModelError(
-            "the blocks of this model give several residual streams for each token: it can't be read or "
+            "the layers of this model give several residual streams for each token: it can't be read or "
             "steered here."
         )
     return hidden
 
 
 @contextmanager
-def observe_blocks(model: Any, see: Callable[[int, Any], None]) -> Iterator[None]:
-    """Call `see(layer, hidden)` with the output of each decoder block: the residual stream after it.
+def observe_layers(model: Any, see: Callable[[int, Any], None]) -> Iterator[None]:
+    """Call `see(layer, hidden)` with the output of each decoder layer: the residual stream after it.
 
-    transformers' own hidden_states end with the state after the final norm, which is not the last block's.
+    transformers' own hidden_states end with the state after the final norm, which is not the last layer's.
     """
     handles = [
         module.register_forward_hook(
-            lambda _module, _inputs, output, layer=layer: see(layer, block_output(output))
+            lambda _module, _inputs, output, layer=layer: see(layer, layer_output(output))
         )
-        for layer, module in enumerate(decoder_blocks(model))
+        for layer, module in enumerate(decoder_layers(model))
     ]
     try:
         yield
@@ -229,7 +229,7 @@ def observe_blocks(model: Any, see: Callable[[int, Any], None]) -> Iterator[None
 
 def config_architecture(config: Any) -> str | None:
     """llama.cpp's name of the architecture of a checkpoint. Its converter writes a hybrid Granite that has no
-    recurrent block as a plain one, and has two names for Nemotron-H."""
+    recurrent layer as a plain one, and has two names for Nemotron-H."""
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     if config.model_type == "granitemoehybrid" and kinds and kinds <= {"attention", "full_attention"}:
         return "granitemoe" if getattr(config, "num_experts_per_tok", None) else "granite"
@@ -274,7 +274,7 @@ def _load_model(source: str, dtype: Any) -> Any:
     if caps_attention(config):
         options["attn_implementation"] = "eager"
     model = _load(transformers.AutoModelForCausalLM, source, **options)
-    decoder_blocks(model)
+    decoder_layers(model)
     return model
 
 

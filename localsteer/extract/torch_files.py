@@ -1,4 +1,4 @@
-"""Vectors in files of torch.save: those of steering-vectors, one tensor, or a dictionary of them by block.
+"""Vectors in files of torch.save: those of steering-vectors, one tensor, or a dictionary of them by layer.
 
 A pickle can run code. These are read with weights_only=True, which knows tensors, plain containers and, here,
 a stand-in for the one class of steering-vectors; anything else in a file refuses it.
@@ -54,8 +54,8 @@ def import_torch_vector(
 ) -> ControlVector:
     """The vector in a file of torch.save, as `localsteer.convert.import_vector` reads others; it can add.
 
-    A SteeringVector, or {"layer_activations": {block: tensor}}, or {block: tensor}; one tensor (n_embd,), for
-    the blocks of `layer`; one tensor (rows, n_embd), which takes a convention. Raises VectorFileError,
+    A SteeringVector, or {"layer_activations": {layer: tensor}}, or {layer: tensor}; one tensor (n_embd,), for
+    the layers of `layer`; one tensor (rows, n_embd), which takes a convention. Raises VectorFileError,
     PlanError.
     """
     path = os.fspath(path)
@@ -69,12 +69,12 @@ def import_torch_vector(
     array = _array(path, content)
     if array.ndim == 1:
         _refuse_convention(path, convention)
-        blocks = [layer] if isinstance(layer, int) else list(layer or ())
-        if not blocks or n_layer is None:
+        layers = [layer] if isinstance(layer, int) else list(layer or ())
+        if not layers or n_layer is None:
             raise VectorFileError(
-                f"{path} holds one direction: give its block and the model's number of blocks."
+                f"{path} holds one direction: give its layer and the model's number of layers."
             )
-        return vector_of_rows(path, dict.fromkeys(blocks, array), n_layer, name, "torch")
+        return vector_of_rows(path, dict.fromkeys(layers, array), n_layer, name, "torch")
     vector = vector_of_directions(path, {"directions": array}, convention, n_layer, name)
     return vector if layer is None else vector.at(layer=layer)
 
@@ -86,7 +86,7 @@ def write_torch_vector(
     layer: int | Sequence[int] | None = None,
     strength: float | None = None,
 ) -> tuple[str, ...]:
-    """Write {"layer_activations": {block: tensor}, "layer_type": ...}, the fields of a SteeringVector, and
+    """Write {"layer_activations": {layer: tensor}, "layer_type": ...}, the fields of a SteeringVector, and
     return what it does not hold. `SteeringVector(**torch.load(path, weights_only=True))` is the vector.
 
     Raises PlanError, VectorFileError.
@@ -143,7 +143,7 @@ def _check_archive(path: str) -> None:
 
 
 def _rows(path: str, content: Any) -> dict[int, np.ndarray] | None:
-    """Directions by block, of something that has blocks."""
+    """Directions by layer, of something that has layers."""
     kind = RESIDUAL
     if isinstance(content, PickledSteeringVector):
         content, kind = content.layer_activations, content.layer_type
@@ -156,15 +156,15 @@ def _rows(path: str, content: Any) -> dict[int, np.ndarray] | None:
             f"{path} is of {kind!r:.40}: only {RESIDUAL}, the residual stream, can be steered."
         )
     if not isinstance(content, Mapping) or not content:
-        raise VectorFileError(f"{path} holds no directions by block.")
-    return {_block(path, key): _array(path, row) for key, row in content.items()}
+        raise VectorFileError(f"{path} holds no directions by layer.")
+    return {_layer(path, key): _array(path, row) for key, row in content.items()}
 
 
-def _block(path: str, key: Any) -> int:
+def _layer(path: str, key: Any) -> int:
     if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 6:
         key = int(key)
     if not isinstance(key, int) or isinstance(key, bool) or key < 0:
-        raise VectorFileError(f"{path} holds {key!r:.40} in the place of a block's number.")
+        raise VectorFileError(f"{path} holds {key!r:.40} in the place of a layer's number.")
     return key
 
 
@@ -181,10 +181,10 @@ def _array(path: str, tensor: Any) -> np.ndarray:
     array = tensor.detach().to(torch.float64).numpy()
     array = array.reshape(-1) if array.ndim > 1 and array.size == array.shape[-1] else array  # (1, 1, n_embd)
     if array.ndim not in (1, 2) or 0 in array.shape:
-        raise VectorFileError(f"{path}: directions must be (n_embd,) or (blocks, n_embd), not {array.shape}.")
+        raise VectorFileError(f"{path}: directions must be (n_embd,) or (layers, n_embd), not {array.shape}.")
     return array
 
 
 def _refuse_convention(path: str, convention: str | None) -> None:
     if convention is not None:
-        raise VectorFileError(f"{path} names its blocks itself: it takes no convention.")
+        raise VectorFileError(f"{path} names its layers itself: it takes no convention.")

@@ -11,7 +11,7 @@ from localsteer.errors import UnsupportedModelError
 from localsteer.plan import Plan, PositionClass
 
 # isort: split
-from .torch_backend import block_output, decoder_blocks, torch, transformers
+from .torch_backend import decoder_layers, layer_output, torch, transformers
 
 # isort: split
 from localsteer.torch_arithmetic import apply_program  # after torch_backend, which says what is missing
@@ -21,16 +21,16 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # the last of re
 
 @contextmanager
 def steer_hooks(model: Any, plan: Plan, n_prompt: int | None = None) -> Iterator[None]:
-    """Inside the block, forward passes and `generate` of a transformers model are steered by `plan`.
+    """Inside the layer, forward passes and `generate` of a transformers model are steered by `plan`.
 
     Rows of a batch must not be padded on the left: a token's class follows from its position, and the first
     `n_prompt` tokens are the prompt (None: all of them).
     """
     position = _Position()
-    blocks = decoder_blocks(model)
+    layers = decoder_layers(model)
     handles = [model.base_model.register_forward_pre_hook(position.update, with_kwargs=True)]
     for layer in plan.layers:
-        handles.append(blocks[layer].register_forward_hook(_Hook(plan, layer, position, n_prompt)))
+        handles.append(layers[layer].register_forward_hook(_Hook(plan, layer, position, n_prompt)))
     try:
         yield
     finally:
@@ -41,7 +41,7 @@ def steer_hooks(model: Any, plan: Plan, n_prompt: int | None = None) -> Iterator
 def greedy_tokens(
     model: Any, ids: Sequence[int], plans: Sequence[Plan], *, max_tokens: int, ends: Callable[[int], bool]
 ) -> list[int]:
-    """A greedy reply, each plan applied to what the ones before it left: one after the other at one block,
+    """A greedy reply, each plan applied to what the ones before it left: one after the other at one layer,
     which no single Plan does (it solves jointly). ends: whether a token ends the reply, as no part of it.
     """
     reply: list[int] = []
@@ -101,7 +101,7 @@ class _Position:
     def _length(self, cache: Any) -> int:
         try:
             return int(cache.get_seq_length())
-        except (AttributeError, ValueError) as error:  # recurrent blocks alone: their states have no length
+        except (AttributeError, ValueError) as error:  # recurrent layers alone: their states have no length
             if cache is self._cache:
                 return self._n_seen
             if _is_used(cache):
@@ -123,7 +123,7 @@ class _Hook:
         self._plan, self._layer, self._position, self._n_prompt = plan, layer, position, n_prompt
 
     def __call__(self, _module: Any, _inputs: Any, output: Any) -> Any:
-        hidden = block_output(output).clone()
+        hidden = layer_output(output).clone()
         classes = self._classes(hidden.shape[1])
         for cls in PositionClass:
             chosen = [i for i, own in enumerate(classes) if own == cls]

@@ -1,6 +1,6 @@
 """A vector of one model, used in another: as it is, or through a map between their states.
 
-    same tokens, blocks and width (another quantization, the base model)   as it is
+    same tokens, layers and width (another quantization, the base model)   as it is
     same width, another model                                              as it is, by depth, recalibrated
     another width                                                          a ridge map, fitted on prompts
 
@@ -53,14 +53,14 @@ def relation(vector: ControlVector, target: Backend) -> str:
 
 
 def carry(vector: ControlVector, target: Backend) -> ControlVector:
-    """The same directions as a vector of `target`; where the depths differ, each block takes the one at the
+    """The same directions as a vector of `target`; where the depths differ, each layer takes the one at the
     same share of the depth. Gates come along. Raises MismatchError for another width."""
     if vector.n_embd != target.n_embd:
         raise MismatchError(
             f"{vector.label} is {vector.n_embd} wide but {target.model_name} is {target.n_embd}: "
             "use --map with --from, the model that it was made from."
         )
-    rows = blocks_by_depth(vector.n_layer, target.n_layer)
+    rows = layers_by_depth(vector.n_layer, target.n_layer)
     columns = (*STATISTICS, "readers", "biases")
     taken = {key: _rows(getattr(vector, key), rows) for key in columns}
     return adopt(vector, target, AS_IS, directions=vector.directions[rows], **taken)
@@ -104,8 +104,8 @@ def adopt(vector: ControlVector, target: Backend, way: str, **arrays: Any) -> Co
     return replace(vector, **arrays, layers=tuple(usable), provenance=provenance)
 
 
-def blocks_by_depth(n_from: int, n_to: int) -> list[int]:
-    """For each block of the target, the source's at the same share of the depth."""
+def layers_by_depth(n_from: int, n_to: int) -> list[int]:
+    """For each layer of the target, the source's at the same share of the depth."""
     return [round(il * _scale(n_to, n_from)) for il in range(n_to)]
 
 
@@ -133,11 +133,11 @@ def _probes(vector: ControlVector, target: Backend) -> list[list[Any]]:
 
 
 @dataclass(frozen=True)
-class BlockMap:
+class LayerMap:
     """h_to = (h_from - centre_from) X^T A + centre_to, X the n centred states that it was fitted on: weights
     of n x (width + width) numbers, where the whole matrix would have width x width.
 
-    source: the block of the source model. ridge: times the mean eigenvalue. r2: on prompts that had no part
+    source: the layer of the source model. ridge: times the mean eigenvalue. r2: on prompts that had no part
     in the fit; 0 is no better than the target's mean state.
     """
 
@@ -156,8 +156,8 @@ class BlockMap:
 
 def fit_maps(
     source: np.ndarray, target: np.ndarray, groups: Sequence[str], *, shuffle: bool = False, seed: int = 0
-) -> list[BlockMap]:
-    """A map for each of the target's blocks. source, target: (n, n_layer, n_embd) of each model, states of
+) -> list[LayerMap]:
+    """A map for each of the target's layers. source, target: (n, n_layer, n_embd) of each model, states of
     the same prompts. groups: the prompts' queries; some are held out whole. shuffle: give each prompt the
     target's state of another one, a control that knows nothing but the models' means; the ridges are those
     of the true map.
@@ -169,7 +169,7 @@ def fit_maps(
             f"{len(source)} shared prompts are too few to fit a map: use {MIN_PROMPTS} or more"
         )
     held_out = _held_out(groups, seed)
-    rows = blocks_by_depth(source.shape[1], target.shape[1])
+    rows = layers_by_depth(source.shape[1], target.shape[1])
     maps = [_fit(source[:, s], target[:, t], held_out, s) for t, s in enumerate(rows)]
     if not shuffle:
         return maps
@@ -185,7 +185,7 @@ def _held_out(groups: Sequence[str], seed: int) -> np.ndarray:
     return np.array([group in chosen for group in groups])
 
 
-def _fit(source: np.ndarray, target: np.ndarray, held_out: np.ndarray, block: int) -> BlockMap:
+def _fit(source: np.ndarray, target: np.ndarray, held_out: np.ndarray, layer: int) -> LayerMap:
     x, y = source.astype(np.float64), target.astype(np.float64)
     kept = ~held_out
     solve = _Ridge(x[kept], y[kept])
@@ -194,10 +194,10 @@ def _fit(source: np.ndarray, target: np.ndarray, held_out: np.ndarray, block: in
     best = min(errors, key=errors.__getitem__)
     r2 = 1.0 - errors[best] / spread if spread > 0 else 0.0
     whole = _Ridge(x, y)
-    return BlockMap(block, whole.x, whole.weights(best), whole.x_mean, whole.y_mean, best, float(r2))
+    return LayerMap(layer, whole.x, whole.weights(best), whole.x_mean, whole.y_mean, best, float(r2))
 
 
-def _refit(fitted: BlockMap, source: np.ndarray, target: np.ndarray) -> BlockMap:
+def _refit(fitted: LayerMap, source: np.ndarray, target: np.ndarray) -> LayerMap:
     """The same ridge on other states; r2 is NaN: nothing was held out."""
     ridge = _Ridge(source.astype(np.float64), target.astype(np.float64))
     weights = ridge.weights(fitted.ridge)
@@ -270,7 +270,7 @@ def all_states(backend: Backend, prompts: Sequence[str], on_progress: Progress |
 
 
 def send_through(
-    vector: ControlVector, target: Backend, maps: Sequence[BlockMap], means: np.ndarray
+    vector: ControlVector, target: Backend, maps: Sequence[LayerMap], means: np.ndarray
 ) -> ControlVector:
     """The vector of `target` whose mean states are the source's (`means`, of `mean_states`), mapped."""
     mapped = np.stack([each(means[:, each.source]) for each in maps], axis=1)
@@ -291,7 +291,7 @@ def send_through(
 
 def unmapped(vector: ControlVector, mapped: ControlVector, plain_mean: np.ndarray) -> ControlVector:
     """The source's own numbers in the target, cut off or filled with zeros, at the lengths of `mapped`."""
-    rows = blocks_by_depth(vector.n_layer, mapped.n_layer)
+    rows = layers_by_depth(vector.n_layer, mapped.n_layer)
     width = min(vector.n_embd, mapped.n_embd)
     directions = np.zeros(mapped.directions.shape, np.float64)
     directions[:, :width] = vector.directions[rows, :width]

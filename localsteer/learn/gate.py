@@ -1,4 +1,4 @@
-"""The edit that is learned: x <- x + (w.n(x) + b) z at one block, n(x) = x / rms(x). torch.
+"""The edit that is learned: x <- x + (w.n(x) + b) z at one layer, n(x) = x / rms(x). torch.
 
 A rank-1 edit with a weight that is read from the state, as LoReFT's (Wu et al., arXiv 2404.03592) with its
 two sides apart; `constant` leaves w at 0, which makes it an ordinary control vector.
@@ -29,7 +29,7 @@ class Learned:
 
 
 class Gate(torch.nn.Module):
-    """scale: length that a change of size 1 has, a tenth of a typical state at this block: learning rates
+    """scale: length that a change of size 1 has, a tenth of a typical state at this layer: learning rates
     then mean the same in every model."""
 
     def __init__(self, n_embd: int, scale: float, *, constant: bool, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""The whole of it: examples, a short race of blocks, the steps, and a check by generation in the engine."""
+"""The whole of it: examples, a short race of layers, the steps, and a check by generation in the engine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ N_HELD_OUT = 8
 N_CHECKED = 12  # validation queries of the check
 # Of a reply in the check: a form that must be closed (JSON) needs room.
 MAX_TOKENS = gathering.MAX_TOKENS + 64
-DEPTHS = (0.65, 0.82)  # of the blocks that race
+DEPTHS = (0.65, 0.82)  # of the layers that race
 RACE_STEPS = 8
 EVERY = 5  # steps between two looks at the held-out loss
 PATIENCE = 4  # looks without a better one, after which the steps end
@@ -60,7 +60,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Lesson:
-    """vector: with its settings, and the record as provenance["validation"]. curve: of the steps on the block
+    """vector: with its settings, and the record as provenance["validation"]. curve: of the steps on the layer
     that won. helps: whether the check found it better than the model alone."""
 
     vector: ControlVector
@@ -95,7 +95,7 @@ def learn(
     report = report or (lambda _what, _done, _total: None)
     started = time.perf_counter()
     kept = kept or Kept(None, "")
-    layers = checked_blocks(recipe.blocks, engine.model.n_layer)
+    layers = checked_layers(recipe.layers, engine.model.n_layer)
     # before the replies, which take a while; prompts and replies together are seldom longer
     check_memory(engine, fast_dtype(), MICRO_BATCH * MAX_TOKENS)
     if examples is None:
@@ -133,7 +133,7 @@ def learn(
         "examples": {"n": len(examples), "source": examples[0].source},
         "steps": learning.n_steps,
         "loss": round(training.best, 4),
-        "blocks_raced": list(layers),
+        "layers_raced": list(layers),
         "seconds": round(time.perf_counter() - started, 1),
         "stopped": stopped,
         "seed": recipe.seed,
@@ -146,7 +146,7 @@ def learn(
 class _Learning:
     """The steps of a run: on the examples, then on what the model says under what it has learned by then.
 
-    training: of the steps that were taken last. curve: of all of them, on the block that won.
+    training: of the steps that were taken last. curve: of all of them, on the layer that won.
     """
 
     def __init__(
@@ -175,13 +175,13 @@ class _Learning:
         return sum(training.step for training in (self._first, self.training) if training is not None)
 
     def race(self, layers: Sequence[int], recipe: Recipe) -> None:
-        """Goes on with the block that has the lowest held-out loss after a few steps."""
+        """Goes on with the layer that has the lowest held-out loss after a few steps."""
         layers = [self._state["layer"]] if self._state else layers
         self._own = self._prepared(self._examples, layers)
         self._held = self._prepared(self._held_out, layers)
         if not all(is_exact(self._weights, layer, self._own[0]) for layer in layers):
             raise LocalsteerError(
-                "blocks of this model take more than the output of those below (keys and values, for one), "
+                "layers of this model take more than the output of those below (keys and values, for one), "
                 "so they can't be run from the middle on: give a model of another architecture."
             )
         runners = [Training(self._weights, layer, self._own, self._held, recipe) for layer in layers]
@@ -189,7 +189,7 @@ class _Learning:
             runners[0].restore(self._state["first"] or self._state["training"])
         elif len(runners) > 1:
             for done, runner in enumerate(runners):
-                self._report(f"racing block {runner.layer}", done, len(runners))
+                self._report(f"racing layer {runner.layer}", done, len(runners))
                 runner.run(RACE_STEPS)
                 runner.look()
         self.training = min(runners, key=lambda runner: runner.best)
@@ -203,7 +203,7 @@ class _Learning:
             self.curve.append(Look(before + training.step, training.loss, training.held))
             what = "its own replies" if self._first else "the examples"
             self._report(
-                f"learning at block {training.layer} from {what}, loss {training.loss:.2f}, held out "
+                f"learning at layer {training.layer} from {what}, loss {training.loss:.2f}, held out "
                 f"{training.held:.2f}",
                 training.step,
                 n_steps,
@@ -269,14 +269,14 @@ class _Learning:
         )
 
 
-def checked_blocks(blocks: Sequence[int] | None, n_layer: int) -> list[int]:
+def checked_layers(layers: Sequence[int] | None, n_layer: int) -> list[int]:
     """Those that race: the last one can't, since nothing is computed above it."""
-    if blocks is None:
+    if layers is None:
         return sorted({min(n_layer - 2, max(0, round(depth * (n_layer - 1)))) for depth in DEPTHS})
-    chosen = sorted(set(blocks))
+    chosen = sorted(set(layers))
     for layer in chosen:
         if not 0 <= layer < n_layer - 1:
-            raise LocalsteerError(f"block {layer} can't be learned at: choose 0 to {n_layer - 2}.")
+            raise LocalsteerError(f"layer {layer} can't be learned at: choose 0 to {n_layer - 2}.")
     return chosen
 
 

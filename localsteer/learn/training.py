@@ -1,9 +1,9 @@
-"""A vector learned by likelihood: gradient steps on one block's edit, the model itself frozen. torch.
+"""A vector learned by likelihood: gradient steps on one layer's edit, the model itself frozen. torch.
 
 The loss is the cross-entropy of each example's reply after its plain prompt, half of it that of the tokens
 which the rewriting changed, however few they are (JSON's braces), and, on tokens that the plain reply has as
-well, the distance (KL) from the plain model. What the blocks below the edit compute never changes, so it is
-computed once, and each step runs the blocks above it alone.
+well, the distance (KL) from the plain model. What the layers below the edit compute never changes, so it is
+computed once, and each step runs the layers above it alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_NORM = 1.0  # of the gradient
 # back and forth between batches.
 READER_RATE = 0.3
 CHANGED = 0.5  # share of the loss that is of changed tokens alone
-N_KEPT = 24  # other tokens of an example that a step or a look takes: logits cost as much as ten blocks
+N_KEPT = 24  # other tokens of an example that a step or a look takes: logits cost as much as ten layers
 KEEP = 0.1  # weight of the distance from the plain model, beside the loss
 N_TOP = 32  # of the plain model's probabilities that are kept for each token; the rest is one lump
 PLAIN_STATE = ("step", "stale", "loss", "held", "best", "_rate", "_order")  # of a Training
@@ -43,13 +43,13 @@ WORSE = 1.3  # times the best held-out loss: beyond, the steps were too long
 class Recipe:
     """How a vector is learned.
 
-    blocks: those that race; None takes two in the upper half. positions: where the edit acts, in learning and
+    layers: those that race; None takes two in the upper half. positions: where the edit acts, in learning and
     later. constant: an ordinary control vector, without a gate. n_steps: on the examples, at most; half as
     many follow on replies that it brings by then. rate: the learning rate. seed: of everything random, and of
     the form of rewritten replies.
     """
 
-    blocks: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | None = None
     positions: str = "all"
     constant: bool = False
     n_steps: int = 50
@@ -59,7 +59,7 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """One example and what the plain model makes of it. states: (n_tokens, n_embd) by block.
+    """One example and what the plain model makes of it. states: (n_tokens, n_embd) by layer.
 
     top: (n_kept, N_TOP) token ids, and log_top their log-probabilities, at the kept tokens of the reply.
     """
@@ -92,13 +92,13 @@ def prepare(
 
 
 def typical_length(prepared: Sequence[Prepared], layer: int) -> float:
-    """The median length of a state at a block; the first token's can be a thousand times as long."""
+    """The median length of a state at a layer; the first token's can be a thousand times as long."""
     lengths = [one.states[layer][1:].float().norm(dim=-1) for one in prepared]
     return float(torch.cat(lengths).median())
 
 
 class Training:
-    """Steps on one block. gate: what they begin with, a new one by default.
+    """Steps on one layer. gate: what they begin with, a new one by default.
 
     loss: of the last step. held: the held-out loss where it was last taken, best: the lowest so far. stale:
     looks since then.
@@ -298,7 +298,7 @@ def _alike(batch: Sequence[Prepared]) -> list[Sequence[Prepared]]:
 
 
 def is_exact(weights: Weights, layer: int, one: Prepared, tolerance: float = 0.05) -> bool:
-    """Whether running the blocks above alone gives what the whole model gives: not where they take more from
+    """Whether running the layers above alone gives what the whole model gives: not where they take more from
     those below than their output."""
     ids = torch.tensor([one.example.tokens])
     attention = torch.ones_like(ids)

@@ -12,8 +12,8 @@ import numpy as np
 from localsteer.errors import LocalsteerError, MismatchError, ModelFileError
 from localsteer.extract.torch_backend import (
     caps_attention,
-    decoder_blocks,
-    observe_blocks,
+    decoder_layers,
+    observe_layers,
     torch,
     transformers,
 )
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from localsteer.engine import Engine
 
-# Bytes for each token of a step and each block that gradients pass: hidden states, attention and the wide
+# Bytes for each token of a step and each layer that gradients pass: hidden states, attention and the wide
 # middle of the MLP in float32, some twenty times n_embd. Measured on two Llamas and a Qwen2; rounded up.
 ACTIVATION_WIDTHS = 24
 LIKENESS_PROMPT = "Tell me about foxes."
@@ -43,7 +43,7 @@ class Weights:
         self.model = model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        self.blocks = decoder_blocks(model)
+        self.layers = decoder_layers(model)
         config = model.config.get_text_config(decoder=True)
         self.n_layer, self.n_embd = config.num_hidden_layers, config.hidden_size
         self._n_outputs: list[int | None] | None = None
@@ -67,7 +67,7 @@ class Weights:
         shape = (engine.model.n_layer, engine.model.n_embd)
         if (weights.n_layer, weights.n_embd) != shape:
             raise MismatchError(
-                f"{checkpoint} has {weights.n_layer} blocks of width {weights.n_embd}, but the model has "
+                f"{checkpoint} has {weights.n_layer} layers of width {weights.n_embd}, but the model has "
                 f"{shape[0]} of {shape[1]}: give the checkpoint that the GGUF was made from."
             )
         weights.check_likeness(engine, checkpoint)
@@ -106,47 +106,47 @@ class Weights:
             del base.forward
 
     def states(self, ids: Any, attention: Any, layers: Sequence[int]) -> tuple[dict[int, Any], Any]:
-        """What blocks give for a padded batch, and the last hidden state. No gradients."""
+        """What layers give for a padded batch, and the last hidden state. No gradients."""
         seen: dict[int, Any] = {}
 
         def keep(layer: int, hidden: Any) -> None:
             if layer in layers:
                 seen[layer] = hidden
 
-        with torch.inference_mode(), observe_blocks(self.model, keep):
+        with torch.inference_mode(), observe_layers(self.model, keep):
             output = self.model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
         return seen, output.last_hidden_state
 
     def after(self, layer: int, hidden: Any, ids: Any, attention: Any) -> Any:
-        """The last hidden state, from what block `layer` gives: the blocks above it alone are computed.
+        """The last hidden state, from what layer `layer` gives: the layers above it alone are computed.
 
-        ids: those of `hidden`. Some models look at them again in every block.
+        ids: those of `hidden`. Some models look at them again in every layer.
         """
-        with self._without_blocks_up_to(layer, hidden):
+        with self._without_layers_up_to(layer, hidden):
             output = self.model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
         return output.last_hidden_state
 
     @contextmanager
-    def _without_blocks_up_to(self, layer: int, hidden: Any) -> Iterator[None]:
-        """They stay where they are: models tell by a block's number what kind of attention it has."""
-        skipped = self.blocks[: layer + 1]
-        for block, n in zip(skipped, self._outputs_of_blocks(), strict=False):
-            block.forward = _gives(hidden, n)
+    def _without_layers_up_to(self, layer: int, hidden: Any) -> Iterator[None]:
+        """They stay where they are: models tell by a layer's number what kind of attention it has."""
+        skipped = self.layers[: layer + 1]
+        for layer, n in zip(skipped, self._outputs_of_layers(), strict=False):
+            layer.forward = _gives(hidden, n)
         try:
             yield
         finally:
-            for block in skipped:
-                del block.forward
+            for layer in skipped:
+                del layer.forward
 
-    def _outputs_of_blocks(self) -> list[int | None]:
-        """How many things each block returns, the hidden state first; None for a hidden state by itself."""
+    def _outputs_of_layers(self) -> list[int | None]:
+        """How many things each layer returns, the hidden state first; None for a hidden state by itself."""
         if self._n_outputs is None:
             n_outputs = []
 
-            def see(_block: Any, _inputs: Any, output: Any) -> None:
+            def see(_layer: Any, _inputs: Any, output: Any) -> None:
                 n_outputs.append(len(output) if isinstance(output, tuple) else None)
 
-            handles = [block.register_forward_hook(see) for block in self.blocks]
+            handles = [layer.register_forward_hook(see) for layer in self.layers]
             try:
                 with torch.inference_mode():
                     self.model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
@@ -185,7 +185,7 @@ def _from_checkpoint(checkpoint: str, dtype: Any) -> Any:
 
 def _from_gguf(path: Path, dtype: Any) -> Any:
     options: dict[str, Any] = {"gguf_file": path.name}
-    if hasattr(transformers, "GgufConfig"):  # newer versions keep the blocks packed unless told otherwise
+    if hasattr(transformers, "GgufConfig"):  # newer versions keep the layers packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return _load(str(path.parent), path.name, dtype, **options)
 

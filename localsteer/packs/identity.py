@@ -36,7 +36,7 @@ class Identity:
 
     @property
     def shown(self) -> str:
-        return f"{self.architecture}, {self.n_layer} blocks x {self.n_embd}"
+        return f"{self.architecture}, {self.n_layer} layers x {self.n_embd}"
 
 
 def identity_of(path: str | os.PathLike[str]) -> Identity:

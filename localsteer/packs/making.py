@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from localsteer.asked import does_harm, reading_block
+from localsteer.asked import does_harm, reading_layer
 from localsteer.cache import atomic_path, file_hash
 from localsteer.catalog import Catalog, Instruction
 from localsteer.convert import write_vector
@@ -45,10 +45,10 @@ def instructions_for_a_pack(catalog: Catalog, ids: Iterable[str] = ()) -> list[I
 
 
 def compact(vector: ControlVector) -> ControlVector:
-    """With the directions of its own blocks alone, and of the block that tells whether a prompt asks for the
+    """With the directions of its own layers alone, and of the layer that tells whether a prompt asks for the
     same where the vector is to be left out then (asked.py)."""
     kept = set(vector.layers)
-    reading = reading_block(vector) if does_harm(vector) else None
+    reading = reading_layer(vector) if does_harm(vector) else None
     kept |= set() if reading is None else {reading}
     mask = np.isin(np.arange(vector.n_layer), sorted(kept))
     columns = {key: getattr(vector, key) for key in STATISTICS}

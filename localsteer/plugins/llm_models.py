@@ -103,7 +103,7 @@ class SteeringOptions(llm.Options):
     strength: float | None = Field(
         None, allow_inf_nan=False, description="1 is the full effect, 0 none; json:0.8 sets it for one."
     )
-    layer: int | str | None = Field(None, description="Blocks to steer: 12, 3,4 or 3-5.")
+    layer: int | str | None = Field(None, description="Layers to steer: 12, 3,4 or 3-5.")
     mode: Mode | None = Field(None, description="What is done to the residual stream.")
     positions: Positions | None = Field(None, description="Which tokens are steered.")
     always_steer: bool | None = Field(
@@ -137,7 +137,7 @@ class SteeringOptions(llm.Options):
         None, ge=0, description="Tokens of prompt and reply. Default: what the model allows, at most 4096."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads.")
-    gpu_layers: int | None = Field(None, description="Blocks to keep on a GPU. Default: 0.")
+    gpu_layers: int | None = Field(None, description="Layers to keep on a GPU. Default: 0.")
 
 
 SAMPLING = {

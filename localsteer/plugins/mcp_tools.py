@@ -43,7 +43,7 @@ ModelName = Annotated[
 Steer = Annotated[
     list[str],
     Field(
-        description="What to steer by: ids of list_vectors, vector files (FILE.gguf:STRENGTH@BLOCK), or an "
+        description="What to steer by: ids of list_vectors, vector files (FILE.gguf:STRENGTH@LAYER), or an "
         "instruction in words. A vector that is not there is made, which takes a minute or more."
     ),
 ]
@@ -130,7 +130,7 @@ class TracedToken(BaseModel):
 
 class TracedLine(BaseModel):
     vector: str
-    block: int
+    layer: int
     share_before: float | None = Field(description="mean projection: 0 as without the instruction, 1 as with")
     share_after: float | None
 
@@ -274,7 +274,7 @@ class SteeringTools:
         model: ModelName = None,
         system: System = None,
         strength: Strength = None,
-        layer: Annotated[str | None, Field(description="Blocks to steer: 12, 3,4 or 3-5.")] = None,
+        layer: Annotated[str | None, Field(description="Layers to steer: 12, 3,4 or 3-5.")] = None,
         mode: Mode | None = None,
         positions: Positions | None = None,
         ensure: Annotated[
@@ -446,7 +446,7 @@ def trace_of(model: str, made: Any) -> TracedReply:
     lines = [
         TracedLine(
             vector=line.vector.label,
-            block=line.block,
+            layer=line.layer,
             share_before=_mean(line.share(line.before)),
             share_after=_mean(line.share(line.after)),
         )

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localsteer.cli.interrupt import handled
-from localsteer.cli.options import parse_blocks
+from localsteer.cli.options import parse_layers
 from localsteer.cli.vector_spec import VectorSpec
 from localsteer.errors import LocalsteerError, PlanError
 from localsteer.jsonable import JsonObject
@@ -92,14 +92,14 @@ class SteeringWords:
     strength: float | None = None
 
     def settings(self) -> JsonObject:
-        """As ControlVector.at has them. Raises PlanError for settings of nothing, and for no block."""
+        """As ControlVector.at has them. Raises PlanError for settings of nothing, and for no layer."""
         found = {name: getattr(self, name) for name in SETTINGS}
         idle = [name for name, value in found.items() if value is not None]
         if idle and not (self.steer or self.ensure):
             raise PlanError(f"{idle[0]} needs something to steer by: name an instruction or a vector file.")
         if self.layer is not None:
             try:
-                found["layer"] = parse_blocks(str(self.layer))
+                found["layer"] = parse_layers(str(self.layer))
             except ValueError as error:
                 raise PlanError(f"layer: {error}") from None
         return found
@@ -232,8 +232,8 @@ class SteeredModel:
         spec = VectorSpec.parse(text)
         if os.path.exists(spec.path) or Path(spec.path).suffix == ".gguf":
             return spec.load(**{name: params[name] for name in SETTINGS})
-        if spec.blocks is not None:  # as `layer`: no block is looked for
-            params = {**params, "layer": spec.blocks}
+        if spec.layers is not None:  # as `layer`: no layer is looked for
+            params = {**params, "layer": spec.layers}
         return vector_of(model, spec.path, params, loading).at(strength=spec.strength)
 
     def ask(

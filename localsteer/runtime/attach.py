@@ -1,4 +1,4 @@
-"""What may steer a model: a vector's shape, tokenizer and blocks against those of the model in front of it.
+"""What may steer a model: a vector's shape, tokenizer and layers against those of the model in front of it.
 
 Engine and SteeredLlama attach vectors through this, so that both refuse the same ones in the same words.
 """
@@ -34,7 +34,7 @@ class Notices:
 class Attaching:
     """Turns what a caller gives into a plan that is proven to work on one model.
 
-    tokenize: ids of a text that the model's template rendered. probe: raises for blocks it can't steer.
+    tokenize: ids of a text that the model's template rendered. probe: raises for layers it can't steer.
     Neither may hold the owner of this object: a model is freed when its last user drops it.
     """
 

@@ -46,8 +46,8 @@ def logits(engine: Engine, tokens: np.ndarray, plan: Plan | None, n_prompt: int 
 def hidden_states(
     engine: Engine, tokens: np.ndarray, layers: Sequence[int], plan: Plan | None, n_prompt: int | None
 ) -> np.ndarray:
-    """(n_tokens, len(layers), n_embd) float32, after each block of `layers`."""
-    # the last block keeps only the rows of outputs
+    """(n_tokens, len(layers), n_embd) float32, after each layer of `layers`."""
+    # the last layer keeps only the rows of outputs
     every = engine.model.n_layer - 1 in layers
     result = np.empty((len(tokens), len(layers), engine.model.n_embd), np.float32)
     for piece, rows, taken, _ in passes(
@@ -67,7 +67,7 @@ def hidden_states(
 def last_hidden_states(
     engine: Engine, sequences: Sequence[np.ndarray], on_progress: Progress = None
 ) -> np.ndarray:
-    """(n_sequences, n_layer, n_embd) float32: every block's state at each last token, unsteered."""
+    """(n_sequences, n_layer, n_embd) float32: every layer's state at each last token, unsteered."""
     size = min(engine.context.n_batch, engine.n_cells)
     fits = all(len(tokens) <= size for tokens in sequences)
     if engine.n_seq_max > 1 and engine.context.kv_unified and fits:
@@ -109,13 +109,13 @@ def rows_at(
 
 
 def states_at(engine: Engine, sequences: Sequence[TokenSequence], layers: Sequence[int]) -> Iterator[Seen]:
-    """The states of each sequence's outputs after each block of `layers`, in pieces of one decode.
+    """The states of each sequence's outputs after each layer of `layers`, in pieces of one decode.
 
     Sequences come in any order, the pieces of one in theirs. What stands behind a sequence's last output is
     not computed. Memory is that of one decode, whatever the sequences hold.
     """
     engine.context.probe(layers)
-    logits = engine.model.n_layer - 1 in layers  # the last block keeps only the rows of outputs
+    logits = engine.model.n_layer - 1 in layers  # the last layer keeps only the rows of outputs
     size = min(engine.context.n_batch, engine.n_cells)
     n_outputs = min(size, wide_size(engine)) if logits else size
     cut = [_cut(sequence) for sequence in sequences]

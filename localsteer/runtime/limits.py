@@ -87,12 +87,12 @@ def check_positions(positions: Sequence[int], n_tokens: int) -> list[int]:
 
 
 def check_layers(engine: Engine, layers: Sequence[int]) -> list[int]:
-    """Raises PlanError for a block that the model doesn't have."""
+    """Raises PlanError for a layer that the model doesn't have."""
     n_layer = engine.model.n_layer
     for layer in layers:
         if not 0 <= layer < n_layer:
             raise PlanError(
-                f"layer {layer} is out of range: {engine.path.name} has blocks 0 to {n_layer - 1}."
+                f"layer {layer} is out of range: {engine.path.name} has layers 0 to {n_layer - 1}."
             )
     return [int(layer) for layer in layers]
 

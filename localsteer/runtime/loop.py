@@ -46,7 +46,7 @@ class Request:
     """One prompt on its way to a reply. pending: tokens that are not decoded yet, prompt or last drawn.
 
     n_cached: tokens of the prompt that were taken from the cache. n_top, keep_cache: as in Ask. end: the
-    end-of-generation token that was drawn. capture: blocks whose `states` at the last prompt token,
+    end-of-generation token that was drawn. capture: layers whose `states` at the last prompt token,
     (len(capture), n_embd), are wanted, and no reply. form: watches for forms that are to stay plain; in_form:
     positions of the tokens in them.
     """

@@ -71,8 +71,8 @@ class PrefixTree:
         self._last = cells
 
     def decode(self, context: Context, capture: Sequence[int] = (), *, logits: bool = True) -> Rows:
-        """Decode into an empty cache. capture: blocks to record at the outputs. logits: of the outputs,
-        without which the last block can't be recorded."""
+        """Decode into an empty cache. capture: layers to record at the outputs. logits: of the outputs,
+        without which the last layer can't be recorded."""
         wanted = np.zeros(len(self.nodes), bool)
         wanted[sorted(self.outputs)] = True
         return context.decode(

@@ -206,7 +206,7 @@ class Scheduler:
 
     def look(self, tokens: Sequence[int], layers: Sequence[int]) -> Ticket:
         """A request for states in the place of a reply: the plain model's at a prompt's last token, after
-        each block of `layers`, 0-based. `Ticket.states` or `astates` waits for them.
+        each layer of `layers`, 0-based. `Ticket.states` or `astates` waits for them.
 
         What it reads of the prompt stays in the cache for the request that follows. Raises as `submit` does.
         """

@@ -35,10 +35,10 @@ async def harmless(
         return {}, []
     inquiry = await off_loop(_inquiry, messages, steer, always)
     states: dict[int, np.ndarray] = {}
-    if inquiry.blocks:
+    if inquiry.layers:
         variables = variables_of(body, served.engine.template)
         text = await off_loop(rendered, served, messages, tools, variables=variables)
-        states = await _states(served, text, inquiry.blocks)
+        states = await _states(served, text, inquiry.layers)
     _, left_out = inquiry.settle(states)
     applied = {name: vector for name, vector in steer.items() if vector not in left_out}
     return applied, [name for name in steer if name not in applied]
@@ -61,21 +61,21 @@ def report(applied: Iterable[str], left_out: Sequence[str], plain_tokens: int = 
     return {"steering": told | ({"plain_tokens": plain_tokens} if plain_tokens else {})}
 
 
-async def _states(served: Served, text: str, blocks: Sequence[int]) -> dict[int, np.ndarray]:
-    """By block, at the end of a text. The scheduler reads it beside all other requests, and what it reads
+async def _states(served: Served, text: str, layers: Sequence[int]) -> dict[int, np.ndarray]:
+    """By layer, at the end of a text. The scheduler reads it beside all other requests, and what it reads
     stays in the cache for the reply."""
     gone = threading.Event()
     ticket = None
 
     def look() -> Ticket:
-        made = served.scheduler.look(served.engine.rendered_tokens(text), blocks)
+        made = served.scheduler.look(served.engine.rendered_tokens(text), layers)
         if gone.is_set():  # nobody waits for this thread any more
             made.cancel()
         return made
 
     try:
         ticket = await off_loop(look)
-        return dict(zip(blocks, await ticket.astates(), strict=True))
+        return dict(zip(layers, await ticket.astates(), strict=True))
     except Exception as error:
         raise api_error(error) from None
     finally:

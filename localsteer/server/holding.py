@@ -55,7 +55,7 @@ def current() -> Holder | None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """What is taken inside is held until the block, and every thread that works for it, has ended."""
+    """What is taken inside is held until the layer, and every thread that works for it, has ended."""
     holder = Holder()
     token = _holder.set(holder)
     try:

@@ -45,7 +45,7 @@ class Limits:
     """
 
     max_body: int = 4 << 20
-    max_upload: int = 16 << 20  # 126 blocks of 16,384, the largest model there is, are 8 MiB
+    max_upload: int = 16 << 20  # 126 layers of 16,384, the largest model there is, are 8 MiB
     max_held: int = 64 << 20
     max_connections: int = 512
     max_files: int = 1000

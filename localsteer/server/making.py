@@ -387,7 +387,7 @@ def what_learning_does(instruction: Instruction) -> str:
     if instruction.verifier is not None and can_rewrite(instruction.verifier):
         return (
             "Learning does not depend on the model doing what it is told: it takes the model's own plain "
-            "replies, rewrites them so that they follow, and fits an edit of one block to them, in some "
+            "replies, rewrites them so that they follow, and fits an edit of one layer to them, in some "
             "minutes. It needs PyTorch (the extra `torch`)."
         )
     return (

@@ -20,7 +20,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=limits.MAX_TEXT)]
 StopText = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_TEXT)]
 Name = Annotated[str, Field(min_length=1, max_length=limits.MAX_NAME)]
-Block = Annotated[int, Field(ge=0, le=100_000)]
+Layer = Annotated[int, Field(ge=0, le=100_000)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Bias = Annotated[StrictInt | StrictFloat, Field(ge=-100, le=100, allow_inf_nan=False)]
@@ -68,7 +68,7 @@ class SteeringItem(BaseModel):
 
     name: Name
     strength: Annotated[Finite, Field(ge=-limits.MAX_STRENGTH, le=limits.MAX_STRENGTH)] | None = None
-    layer: Block | Annotated[list[Block], Field(fail_fast=True, min_length=1, max_length=1000)] | None = None
+    layer: Layer | Annotated[list[Layer], Field(fail_fast=True, min_length=1, max_length=1000)] | None = None
     positions: Positions | None = None
     mode: Mode | None = None
     one_sided: bool | None = None

@@ -4,7 +4,7 @@
     with Engine("model.gguf") as engine:
         write_states(engine, prompts, "states.safetensors", layer=[10, 20], tokens="last")
 
-A state is the residual stream after a block, as `hidden_states[block + 1]` of transformers (whose last entry,
+A state is the residual stream after a layer, as `hidden_states[layer + 1]` of transformers (whose last entry,
 after the final norm, is another thing). docs/states.md says what the file holds.
 """
 

@@ -122,8 +122,8 @@ def collect_states(
     """(n_chosen, n_layers, n_embd) float32 of each prompt, in memory. n_chosen is 1 for `last`, a mean and an
     index.
 
-    layer: 0-based blocks, all by default. tokens: as TokenChoice has them. steer: see what steering does; a
-    steered block is seen after its edit. Raises PromptError, PlanError, MismatchError, UnsupportedModelError.
+    layer: 0-based layers, all by default. tokens: as TokenChoice has them. steer: see what steering does; a
+    steered layer is seen after its edit. Raises PromptError, PlanError, MismatchError, UnsupportedModelError.
     """
     choice = TokenChoice.parse(tokens)
     layers = layers_of(engine, layer)
@@ -136,7 +136,7 @@ def collect_states(
 
 
 def layers_of(engine: Engine, layer: int | Sequence[int] | None) -> tuple[int, ...]:
-    """Sorted blocks; all of them for None. Raises PlanError."""
+    """Sorted layers; all of them for None. Raises PlanError."""
     n_layer = engine.model.n_layer
     return checked_layers(range(n_layer) if layer is None else layer, n_layer, engine.path.name)
 
@@ -149,7 +149,7 @@ def n_rows(reading: Reading, choice: TokenChoice) -> int:
 def _check_finite(states: np.ndarray, layers: Sequence[int], label: str) -> None:
     broken = ~np.isfinite(states).all(axis=(0, 2))
     if broken.any():
-        block = layers[int(broken.argmax())]
+        layer = layers[int(broken.argmax())]
         raise UnsupportedModelError(
-            f"{label}: the state after block {block} is not finite: is the model's file damaged?"
+            f"{label}: the state after layer {layer} is not finite: is the model's file damaged?"
         )

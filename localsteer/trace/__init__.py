@@ -1,14 +1,14 @@
 """What steering does, token by token: projections before and after, target, dynamic weight, and the effect.
 
     trace = localsteer.trace.trace(engine, "Tell me about foxes.", vector)
-    trace.lines[0].after          # (n_tokens,): the projection at the vector's block, steered
+    trace.lines[0].after          # (n_tokens,): the projection at the vector's layer, steered
     trace.effect                  # (n_tokens,): how far steering moved what the model says there
 
 Pictures of it: terminal.py, plot.py (PNG), html.py. What it means in words: diagnosis.py.
 
-The state before an edit is not read back from the state after it, which has lost it. A block's state at one
-token depends on the blocks below alone, at this token and the earlier ones, never on the edits at the block
-itself. So one more pass over the same tokens, without the edits at this block and above it, gives it exactly.
+The state before an edit is not read back from the state after it, which has lost it. A layer's state at one
+token depends on the layers below alone, at this token and the earlier ones, never on the edits at the layer
+itself. So one more pass over the same tokens, without the edits at this layer and above it, gives it exactly.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ if TYPE_CHECKING:
     from localsteer.runtime.sampling import Sampling
 
 Vectors = ControlVector | Sequence[ControlVector]
-Blocks = Sequence[int] | Literal["all"] | None
+Layers = Sequence[int] | Literal["all"] | None
 DEFAULT_MAX_TOKENS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One vector at one block. Arrays: (n_tokens,) float64, residual-stream units, NaN where there is none.
+    """One vector at one layer. Arrays: (n_tokens,) float64, residual-stream units, NaN where there is none.
 
-    plain: the projection in the run without any steering. before: in the steered run, as this block computed
-    it. after: what the next block reads. target: where the projection should be, strength included; only at
+    plain: the projection in the run without any steering. before: in the steered run, as this layer computed
+    it. after: what the next layer reads. target: where the projection should be, strength included; only at
     steered tokens, and not for `add` and `gate`. weight: how much of the unit direction was added, 0 where
     none was.
     """
 
     vector: ControlVector
-    block: int
+    layer: int
     plain: np.ndarray
     before: np.ndarray
     after: np.ndarray
@@ -64,8 +64,8 @@ class Line:
 
     @property
     def is_steered(self) -> bool:
-        """Whether the vector edits this block at all, or is only watched there."""
-        return self.vector.strength != 0 and self.block in self.vector.layers
+        """Whether the vector edits this layer at all, or is only watched there."""
+        return self.vector.strength != 0 and self.layer in self.vector.layers
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -82,7 +82,7 @@ class Line:
     def mean(self, side: str) -> float | None:
         """The mean projection `with` or `without` the instruction, as the extraction saw it."""
         means = getattr(self.vector, f"mean_{side}")
-        return None if means is None else float(means[self.block])
+        return None if means is None else float(means[self.layer])
 
     def share(self, values: np.ndarray) -> np.ndarray:
         """Projections from 0, as without the instruction, to 1, as with it; beyond both where they are."""
@@ -93,7 +93,7 @@ class Line:
         vector, arrays = self.vector, ("plain", "before", "after", "target", "weight")
         head = {
             "vector": vector.name,
-            "block": self.block,
+            "layer": self.layer,
             "steered": self.is_steered,
             "mode": vector.mode,
             "positions": vector.positions,
@@ -109,11 +109,11 @@ class Trace:
     """A prompt and its steered reply, and for each token what steering did.
 
     pieces: the text of each token, special tokens written out. classes: (n_tokens,) int8, PositionClass.
-    lines: by vector, then by block.
+    lines: by vector, then by layer.
     effect: (n_tokens,) float64, nats: the Kullback-Leibler divergence of the steered from the plain
         distribution that this token was drawn from, after the same tokens; NaN for the prompt.
     effect_here: (n_lines, n_tokens), the effect on the same tokens if that line's vector steered at that
-        line's block alone; NaN unless blocks were asked for.
+        line's layer alone; NaN unless layers were asked for.
     plain_tokens, steered_tokens: what each of the two holds likeliest there, -1 for the prompt.
     plain_pieces: the texts of the former, empty for the prompt.
     finish_reason: `stop` (the last token ends the reply, and was never read by the model; or a stop string of
@@ -149,7 +149,7 @@ class Trace:
         return np.isin(self.classes, wanted) & np.isfinite(line.after)
 
     def of_vector(self, vector: ControlVector) -> list[Line]:
-        """The lines of one of `vectors`, by block."""
+        """The lines of one of `vectors`, by layer."""
         return [line for line in self.lines if line.vector is vector]
 
     def to_dict(self) -> JsonObject:
@@ -187,7 +187,7 @@ def trace(
     max_tokens: int | None = DEFAULT_MAX_TOKENS,
     sampling: Sampling = GREEDY,
     reply: str | None = None,
-    blocks: Blocks = None,
+    layers: Layers = None,
     ridge: float = 0.0,
     raw: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -195,8 +195,8 @@ def trace(
 ) -> Trace:
     """Let the model answer, steered, and look at every token of prompt and reply.
 
-    reply: a text in the place of the model's own answer. blocks: where to look: None = where each vector
-    steers, `all` = wherever it has a direction; each block costs one more pass over the tokens.
+    reply: a text in the place of the model's own answer. layers: where to look: None = where each vector
+    steers, `all` = wherever it has a direction; each layer costs one more pass over the tokens.
     ridge: see Plan.from_vectors. on_token: called at each token drawn; what it raises ends the trace.
     Raises PromptError, MismatchError, PlanError.
     """
@@ -212,7 +212,7 @@ def trace(
         [*tokens, *answer],
         len(tokens),
         steer,
-        blocks=blocks,
+        layers=layers,
         ridge=ridge,
         finish_reason=reason,
         on_progress=on_progress,
@@ -225,7 +225,7 @@ def trace_tokens(
     n_prompt: int,
     steer: Vectors,
     *,
-    blocks: Blocks = None,
+    layers: Layers = None,
     ridge: float = 0.0,
     finish_reason: str = "given",
     on_progress: Callable[[int, int], None] | None = None,
@@ -237,11 +237,11 @@ def trace_tokens(
         raise PromptError(f"n_prompt must be 1 to the {len(tokens)} tokens given, not {n_prompt}.")
     ended = len(tokens) > n_prompt and engine.ends(tokens[-1])
     read = check_tokens(engine, tokens[:-1] if ended else tokens)
-    places = [(vector, block) for vector in vectors for block in _watched(engine, vector, blocks)]
+    places = [(vector, layer) for vector in vectors for layer in _watched(engine, vector, layers)]
     run = _Passes(engine, read, n_prompt, plan, places)
     effect, plain_tokens, steered_tokens = run.effect(len(tokens))
     here = np.full((len(places), len(tokens)), np.nan)
-    if blocks is not None:
+    if layers is not None:
         for i in range(len(places)):
             here[i] = run.effect_here(i, vectors, len(tokens))
             if on_progress:
@@ -294,15 +294,15 @@ def _plan(engine: Engine, vectors: Sequence[ControlVector], ridge: float) -> Pla
     return plan
 
 
-def _watched(engine: Engine, vector: ControlVector, blocks: Blocks) -> tuple[int, ...]:
-    """The blocks that were asked for, and those that the vector steers."""
-    if blocks is None:
+def _watched(engine: Engine, vector: ControlVector, layers: Layers) -> tuple[int, ...]:
+    """The layers that were asked for, and those that the vector steers."""
+    if layers is None:
         return vector.layers
-    if blocks == "all":
+    if layers == "all":
         return vector.usable_layers
-    chosen = check_layers(engine, sorted(set(blocks)))
-    for block in chosen:
-        vector.unit(block)  # raises where there is no direction
+    chosen = check_layers(engine, sorted(set(layers)))
+    for layer in chosen:
+        vector.unit(layer)  # raises where there is no direction
     return tuple(sorted({*chosen, *vector.layers}))
 
 
@@ -331,7 +331,7 @@ def _before_stop(engine: Engine, drawn: Sequence[int], stops: Sequence[str]) -> 
 
 
 class _Passes:
-    """The passes over the tokens: plain, one up to each steered block but the first, and the steered one.
+    """The passes over the tokens: plain, one up to each steered layer but the first, and the steered one.
 
     All of them decode the same pieces, so that what no edit reaches is equal to the last bit.
     """
@@ -346,9 +346,9 @@ class _Passes:
     ) -> None:
         self.engine, self.tokens, self.n_prompt, self.plan = engine, tokens, n_prompt, plan
         self.places = places
-        self.blocks = sorted({block for _, block in places})
+        self.layers = sorted({layer for _, layer in places})
         self.classes = position_classes(np.arange(len(tokens)), n_prompt)
-        self.units = [vector.unit(block).astype(np.float64) for vector, block in places]
+        self.units = [vector.unit(layer).astype(np.float64) for vector, layer in places]
         shape = (len(places), len(tokens))
         self.plain, self.before, self.after = (np.full(shape, np.nan) for _ in range(3))
         self.target, self.weight = np.full(shape, np.nan), np.zeros(shape)
@@ -360,9 +360,9 @@ class _Passes:
         self._run_steered()
 
     def line(self, i: int, n_tokens: int) -> Line:
-        vector, block = self.places[i]
+        vector, layer = self.places[i]
         arrays = (self.plain, self.before, self.after, self.target, self.weight)
-        return Line(vector, block, *(_padded(array[i], n_tokens) for array in arrays))
+        return Line(vector, layer, *(_padded(array[i], n_tokens) for array in arrays))
 
     def effect(self, n_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(effect, plain_tokens, steered_tokens): the row at one token is what the next is drawn from."""
@@ -372,9 +372,9 @@ class _Passes:
         return self._drawn(self.divergence, n_tokens), *likeliest
 
     def effect_here(self, i: int, vectors: Sequence[ControlVector], n_tokens: int) -> np.ndarray:
-        """(n_tokens,): the effect if the vector of line i steered at its block alone; the others stay."""
-        vector, block = self.places[i]
-        moved = [other.at(layer=block) if other is vector else other for other in vectors]
+        """(n_tokens,): the effect if the vector of line i steered at its layer alone; the others stay."""
+        vector, layer = self.places[i]
+        moved = [other.at(layer=layer) if other is vector else other for other in vectors]
         try:
             plan = Plan.from_vectors(moved, ridge=self.plan.ridge)
         except PlanError:  # nearly parallel to another vector there
@@ -391,7 +391,7 @@ class _Passes:
 
     def _run_plain(self) -> None:
         lowest = min(self.plan.layers, default=self.engine.model.n_layer)
-        for positions, states, logits in self._pass(None, self.blocks):
+        for positions, states, logits in self._pass(None, self.layers):
             self._project(self.plain, positions, states)
             self.plain_best += logits.argmax(axis=1).tolist()
             self.log_probs += list(_log_softmax(logits))
@@ -399,38 +399,38 @@ class _Passes:
                 self._meet(positions, {lowest: states[lowest]})
 
     def _run_steered(self) -> None:
-        for block in self.plan.layers[1:]:
-            if block in self.blocks:
-                for positions, states, _ in self._pass(self._below(block), [block]):
+        for layer in self.plan.layers[1:]:
+            if layer in self.layers:
+                for positions, states, _ in self._pass(self._below(layer), [layer]):
                     self._meet(positions, states)
-        for positions, states, logits in self._pass(self.plan, self.blocks):
+        for positions, states, logits in self._pass(self.plan, self.layers):
             self.steered_best += logits.argmax(axis=1).tolist()
             self._project(self.after, positions, states)
             self._diverge(self.divergence, logits)
-        unedited = [i for i, (_, block) in enumerate(self.places) if block not in self.plan.layers]
+        unedited = [i for i, (_, layer) in enumerate(self.places) if layer not in self.plan.layers]
         self.before[unedited] = self.after[unedited]
 
-    def _below(self, block: int) -> Plan:
-        edits = [edit for edit in self.plan.edits if edit.layer < block]
+    def _below(self, layer: int) -> Plan:
+        edits = [edit for edit in self.plan.edits if edit.layer < layer]
         return Plan(edits, ridge=self.plan.ridge, n_embd=self.plan.n_embd)
 
     def _pass(
-        self, plan: Plan | None, blocks: Sequence[int]
+        self, plan: Plan | None, layers: Sequence[int]
     ) -> Iterator[tuple[slice, Mapping[int, np.ndarray], np.ndarray]]:
         """Positions of a piece, its states, and the logits of those from the last prompt token on."""
         last = self.n_prompt - 1
-        first = 0 if self.engine.model.n_layer - 1 in self.blocks else last  # it keeps rows of outputs alone
+        first = 0 if self.engine.model.n_layer - 1 in self.layers else last  # it keeps rows of outputs alone
         for piece, rows, taken, outputs in passes(
             self.engine,
             [self.tokens],
             [first],
             plan=plan if plan is not None and not plan.is_empty else None,
             n_prompt=self.n_prompt,
-            capture=blocks,
+            capture=layers,
             size=wide_size(self.engine),
         ):
             wanted = max(0, last - max(first, piece.start))
-            states = {block: rows.states[block][taken] for block in blocks}
+            states = {layer: rows.states[layer][taken] for layer in layers}
             yield slice(piece.start, piece.stop), states, rows.logits[outputs][wanted:]
 
     def _diverge(self, divergence: list[float], logits: np.ndarray) -> None:
@@ -443,25 +443,25 @@ class _Passes:
             divergence.append(max(0.0, float(np.exp(row[said]) @ (row[said] - plain[said]))))
 
     def _project(self, into: np.ndarray, positions: slice, states: Mapping[int, np.ndarray]) -> None:
-        for i, (_, block) in enumerate(self.places):
-            if block in states:
-                into[i, positions] = states[block].astype(np.float64) @ self.units[i]
+        for i, (_, layer) in enumerate(self.places):
+            if layer in states:
+                into[i, positions] = states[layer].astype(np.float64) @ self.units[i]
 
     def _meet(self, positions: slice, states: Mapping[int, np.ndarray]) -> None:
-        """What the edits of these blocks find, and what they do about it."""
+        """What the edits of these layers find, and what they do about it."""
         self._project(self.before, positions, states)
-        for block, rows in states.items():
+        for layer, rows in states.items():
             for cls in PositionClass:
-                program = self.plan.program(block, cls)
+                program = self.plan.program(layer, cls)
                 here = np.flatnonzero(self.classes[positions] == cls)
                 if program is not None and len(here):
-                    self._weigh(block, cls, positions.start + here, dynamic_weights(rows[here], program))
+                    self._weigh(layer, cls, positions.start + here, dynamic_weights(rows[here], program))
 
-    def _weigh(self, block: int, cls: PositionClass, at: np.ndarray, weights: np.ndarray) -> None:
-        rows = [edit.digest for edit in self.plan.rows(block, cls)]
+    def _weigh(self, layer: int, cls: PositionClass, at: np.ndarray, weights: np.ndarray) -> None:
+        rows = [edit.digest for edit in self.plan.rows(layer, cls)]
         for i, (vector, place) in enumerate(self.places):
-            own = Plan.from_vectors([vector.at(layer=block)]).edits if place == block else ()
-            if not own or block not in vector.layers or not active(vector.positions, cls):
+            own = Plan.from_vectors([vector.at(layer=layer)]).edits if place == layer else ()
+            if not own or layer not in vector.layers or not active(vector.positions, cls):
                 continue
             (edit,) = own
             weight = edit.bias if edit.is_constant else weights[:, rows.index(edit.digest)]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NO_EFFECT = (
     0.25  # nats, at every token: below it a greedy reply changes where two words were near a tie anyway
 )
-AUDIBLE = 1.0  # nats: an effect that makes another block worth a try
+AUDIBLE = 1.0  # nats: an effect that makes another layer worth a try
 CLOSE = 0.1  # of the distance between the means: a projection that is moved by less was there already
 SEPARATE = 1.0  # standard deviations that the means should be apart
 LOOP_TOKENS, LOOP_SHARE, NGRAM = 16, 0.5, 4  # a reply this long, this much of whose runs of four stood before
@@ -61,8 +61,8 @@ def _why_idle(trace: Trace) -> str:
 
 
 def _of_line(trace: Trace, line: Line) -> Finding | None:
-    """What is odd about one vector at one block, whatever the model makes of it."""
-    where = f"{line.vector.label} at block {line.block}"
+    """What is odd about one vector at one layer, whatever the model makes of it."""
+    where = f"{line.vector.label} at layer {line.layer}"
     low, high = line.scale
     here = trace.covers(line)
     if np.abs(line.after - line.before)[here].max() < CLOSE * abs(high - low):
@@ -72,7 +72,7 @@ def _of_line(trace: Trace, line: Line) -> Finding | None:
         return Finding(
             "overlap",
             f"{where} hardly tells the instruction: with and without it the projections are "
-            f"{apart:.1f} standard deviations apart. Choose another block.",
+            f"{apart:.1f} standard deviations apart. Choose another layer.",
         )
     return None
 
@@ -98,36 +98,36 @@ def separation(line: Line) -> float | None:
     columns = (vector.mean_with, vector.mean_without, vector.std_with, vector.std_without)
     if any(column is None for column in columns):
         return None
-    high, low, *spreads = (float(column[line.block]) for column in columns)
+    high, low, *spreads = (float(column[line.layer]) for column in columns)
     spread = float(np.sqrt(np.mean(np.square(spreads))))
     return abs(high - low) / spread if spread else None
 
 
 def _no_effect(trace: Trace, steered: list[Line]) -> str:
     moved = max(float(np.abs(line.after - line.before)[trace.covers(line)].max()) for line in steered)
-    blocks = ", ".join(str(block) for block in sorted({line.block for line in steered}))
+    layers = ", ".join(str(layer) for layer in sorted({line.layer for line in steered}))
     effect = trace.effect[trace.n_prompt :]
     n_same = len(effect) - int(trace.differs.sum())
     return (
-        f"steering does nothing: it moves the projection by up to {moved:.3g} at block {blocks}, but what "
+        f"steering does nothing: it moves the projection by up to {moved:.3g} at layer {layers}, but what "
         f"the model says by at most {effect.max():.2g} nats ({n_same} of {len(effect)} tokens are those of "
         f"the plain model). {_where_better(trace)}"
     )
 
 
 def _where_better(trace: Trace) -> str:
-    """The block of the largest effect, where others were tried."""
+    """The layer of the largest effect, where others were tried."""
     best = [
-        (float(row[trace.n_prompt :].max()), line.block, line.vector.label)
+        (float(row[trace.n_prompt :].max()), line.layer, line.vector.label)
         for line, row in zip(trace.lines, trace.effect_here, strict=True)
         if np.isfinite(row[trace.n_prompt :]).all()
     ]
     if not best:
-        return "Try another block, an earlier one first."
+        return "Try another layer, an earlier one first."
     if max(best)[0] < AUDIBLE:
-        return "Nor would it do much at another block shown: try other positions, or a larger strength."
-    effect, block, label = max(best)
-    return f"At block {block} {label} would move it by up to {effect:.3g} nats: try --layer {block}."
+        return "Nor would it do much at another layer shown: try other positions, or a larger strength."
+    effect, layer, label = max(best)
+    return f"At layer {layer} {label} would move it by up to {effect:.3g} nats: try --layer {layer}."
 
 
 def _loop(trace: Trace) -> Finding | None:
@@ -139,7 +139,7 @@ def _loop(trace: Trace) -> Finding | None:
         return None  # not what steering made of it
     why = is_degenerate(trace.reply)
     if why == EMPTY:
-        return Finding("broken", "the reply is empty: lower the strength, or choose another block.")
+        return Finding("broken", "the reply is empty: lower the strength, or choose another layer.")
     loops = why is not None and len(tokens) >= MIN_TOKENS
     if not loops and (len(tokens) < LOOP_TOKENS or repeated(tokens) < LOOP_SHARE):
         return None
@@ -147,11 +147,11 @@ def _loop(trace: Trace) -> Finding | None:
         held = trace.covers(line) & (trace.classes == PositionClass.GENERATION)
         if held.sum() > 1:
             return Finding("locked", _locked(line, held))
-    return Finding("broken", "the reply goes round in circles: lower the strength, or choose another block.")
+    return Finding("broken", "the reply goes round in circles: lower the strength, or choose another layer.")
 
 
 def _locked(line: Line, held: np.ndarray) -> str:
-    what = f"the reply is locked: it goes round in circles while {line.vector.label} at block {line.block} "
+    what = f"the reply is locked: it goes round in circles while {line.vector.label} at layer {line.layer} "
     if line.vector.mode == "add":
         return f"{what}pushes each of its tokens by {line.weight[held][0]:.3g}. Try --positions prompt."
     kept, free = line.after[held], line.before[held]

@@ -74,7 +74,7 @@ what the steered and the plain model say there. Instead: what the plain model wo
 <h2>{{ heat.title }}</h2>
 <div class="scroll"><table>
 <thead><tr><td></td>{% for name in heat.names %}<th>{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in heat.rows %}<tr><th>block {{ row.block }}</th>{% for cell in row.cells -%}
+<tbody>{% for row in heat.rows %}<tr><th>layer {{ row.layer }}</th>{% for cell in row.cells -%}
 <td{{ ' class="on"'|safe if cell.on }} style="{{ cell.style }}">{{ cell.text }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% endfor %}
@@ -148,7 +148,7 @@ def _heat(trace: Trace, heat: looks.Heat) -> JsonObject:
     columns = range(trace.n_prompt, len(trace.tokens)) if heat.is_effect else range(n_read)
     rows = [
         {
-            "block": block,
+            "layer": layer,
             "cells": [
                 {
                     "text": f"{round(float(values[j]), 1) + 0.0:.1f}" if np.isfinite(values[j]) else "·",
@@ -158,7 +158,7 @@ def _heat(trace: Trace, heat: looks.Heat) -> JsonObject:
                 for j in columns
             ],
         }
-        for block, values, marked in zip(heat.blocks, heat.values, heat.marked, strict=True)
+        for layer, values, marked in zip(heat.layers, heat.values, heat.marked, strict=True)
     ]
     return {"title": heat.title, "names": [looks.visible(trace.pieces[j]) for j in columns], "rows": rows}
 

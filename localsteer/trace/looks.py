@@ -36,12 +36,12 @@ def number(value: float) -> str:
 
 
 def title(line: Line) -> str:
-    """`json at block 2: project, positions all, strength 1; -81 without the instruction, 110 with it`."""
+    """`json at layer 2: project, positions all, strength 1; -81 without the instruction, 110 with it`."""
     vector = line.vector
     how = settings(vector) if line.is_steered else "not steered here"
     low, high = line.mean("without"), line.mean("with")
     means = "" if low is None or high is None else f"; {low:.3g} without the instruction, {high:.3g} with it"
-    return f"{vector.label} at block {line.block}: {how}{means}"
+    return f"{vector.label} at layer {line.layer}: {how}{means}"
 
 
 def settings(vector: ControlVector) -> str:
@@ -51,7 +51,7 @@ def settings(vector: ControlVector) -> str:
 
 
 def strips(trace: Trace, vector: ControlVector) -> list[Line]:
-    """The lines that get a strip of their own: the steered blocks, or the first where none is."""
+    """The lines that get a strip of their own: the steered layers, or the first where none is."""
     lines = trace.of_vector(vector)
     return [line for line in lines if line.is_steered] or lines[:1]
 
@@ -68,21 +68,21 @@ def effect_share(effect: np.ndarray) -> np.ndarray:
 
 
 class Heat(NamedTuple):
-    """values: (n_blocks, n_tokens), 0 to 1 and beyond on the colours. marked: the same shape, bool."""
+    """values: (n_layers, n_tokens), 0 to 1 and beyond on the colours. marked: the same shape, bool."""
 
     title: str
-    blocks: list[int]
+    layers: list[int]
     values: np.ndarray
     marked: np.ndarray
     is_effect: bool = False
 
 
 def heats(trace: Trace, vector: ControlVector) -> list[Heat]:
-    """The maps of one vector over the blocks, the highest block first; none for a single block."""
+    """The maps of one vector over the layers, the highest layer first; none for a single layer."""
     lines = trace.of_vector(vector)[::-1]
     if len(lines) < 2:
         return []
-    blocks = [line.block for line in lines]
+    layers = [line.layer for line in lines]
     marked = np.stack([trace.covers(line) for line in lines])
     after = np.stack([line.share(line.after) for line in lines])
     plain = np.stack([line.share(line.plain) for line in lines])
@@ -92,14 +92,14 @@ def heats(trace: Trace, vector: ControlVector) -> list[Heat]:
     name = vector.label
     maps = [
         Heat(
-            f"{name}, projections, steered: 0 as without the instruction, 1 as with it", blocks, after, marked
+            f"{name}, projections, steered: 0 as without the instruction, 1 as with it", layers, after, marked
         ),
-        Heat(f"{name}, steered less plain: what becomes of the change", blocks, after - plain, marked),
+        Heat(f"{name}, steered less plain: what becomes of the change", layers, after - plain, marked),
     ]
     if np.isfinite(effect).any():
         effect, nothing = effect[::-1], np.zeros_like(marked)
         maps.append(
-            Heat(f"{name}, effect in nats if it steered at this block", blocks, effect, nothing, True)
+            Heat(f"{name}, effect in nats if it steered at this layer", layers, effect, nothing, True)
         )
     return maps
 

@@ -15,7 +15,7 @@ from .diagnosis import diagnose
 
 TOKEN_WIDTH = 0.24  # inches
 MIN_WIDTH, MAX_WIDTH = 9.0, 40.0
-STRIP_HEIGHT, BAR_HEIGHT, BLOCK_HEIGHT = 2.2, 1.1, 0.22
+STRIP_HEIGHT, BAR_HEIGHT, LAYER_HEIGHT = 2.2, 1.1, 0.22
 PLAIN, BEFORE, AFTER = "#8a8a8a", "#2c5c86", "#d1602a"
 
 
@@ -24,7 +24,7 @@ def draw_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
     lines = [line for vector in trace.vectors for line in looks.strips(trace, vector)]
     maps = [heat for vector in trace.vectors for heat in looks.heats(trace, vector)]
     heights = [part for _ in lines for part in (STRIP_HEIGHT, BAR_HEIGHT)] + [BAR_HEIGHT]
-    heights += [0.5 + BLOCK_HEIGHT * len(heat.blocks) for heat in maps]
+    heights += [0.5 + LAYER_HEIGHT * len(heat.layers) for heat in maps]
     width = min(MAX_WIDTH, max(MIN_WIDTH, 1.5 + TOKEN_WIDTH * len(trace.tokens)))
     figure = new_figure(width, 1.6 + sum(heights))
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
@@ -82,14 +82,14 @@ def _draw_effect(axes: Any, trace: Trace) -> None:
 
 def _draw_heat(axes: Any, heat: looks.Heat) -> None:
     columns = [""] * heat.values.shape[1]
-    draw_heatmap(axes, heat.blocks, columns, heat.values.tolist(), low=0, high=1, form="{:.1f}")
+    draw_heatmap(axes, heat.layers, columns, heat.values.tolist(), low=0, high=1, form="{:.1f}")
     for text in list(axes.texts):
-        text.remove()  # as many numbers as tokens times blocks can't be read
+        text.remove()  # as many numbers as tokens times layers can't be read
     rows, columns = np.nonzero(heat.marked)
     axes.scatter(columns, rows, s=5, color="#d22", marker="s", linewidths=0)
     title = heat.title if heat.is_effect else f"{heat.title} (dots: edited here)"
     axes.set_title(title.replace("$", r"\$"), fontsize=9, loc="left")
-    axes.set_ylabel("block")
+    axes.set_ylabel("layer")
 
 
 def _label_tokens(axes: Any, trace: Trace) -> None:

@@ -1,4 +1,4 @@
-"""A trace in the terminal, with rich: a strip of tokens for each vector, and a heat map over the blocks."""
+"""A trace in the terminal, with rich: a strip of tokens for each vector, and a heat map over the layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LABEL_WIDTH = 8
 HEAT_CELL = 6
-HEAT_MARGIN = 7  # the numbers of the blocks
+HEAT_MARGIN = 7  # the numbers of the layers
 MIN_WIDTH = 40
 
 
@@ -63,7 +63,7 @@ def _rows(trace: Trace, line: Line) -> list[TokenRow]:
     same = np.array_equal(line.plain, line.before, equal_nan=True)
     rows = [
         TokenRow("", [looks.visible(piece) for piece in trace.pieces], after, "bold"),
-        # below the first steered block nothing has changed yet
+        # below the first steered layer nothing has changed yet
         *([] if same else [_projections("plain", line, line.plain, "dim")]),
         _projections("before", line, line.before),
         _projections("after", line, line.after),
@@ -142,7 +142,7 @@ def _print_heat(trace: Trace, heat: looks.Heat, console: Console) -> None:
         names = labels[here.start : here.stop]
         console.print(
             terminal_heatmap(
-                "", heat.blocks, names, values, marked, low=0, high=1, form="{:4.1f}", corner="block"
+                "", heat.layers, names, values, marked, low=0, high=1, form="{:4.1f}", corner="layer"
             )
         )
     console.print()

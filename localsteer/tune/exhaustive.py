@@ -20,7 +20,7 @@ from localsteer.verify.verdicts import check_arguments
 from .check import Check, Trial
 from .record import Choice
 from .replies import Asked
-from .search import usable_blocks
+from .search import usable_layers
 from .setting import POSITIONS, Scope, Setting
 from .targets import Told
 from .tuning import Report, Tuned
@@ -54,7 +54,7 @@ def tune_exhaustively(
     check_arguments(instruction.verifier, instruction.kwargs_for(queries[0].text), prompt=queries[0].text)
     engine.plan(vector)
     scope = Scope(**settings)
-    tried = grid(vector, scope.blocks, scope.positions, scope.modes_of(vector), scope.strengths)
+    tried = grid(vector, scope.layers, scope.positions, scope.modes_of(vector), scope.strengths)
     total = (len(tried) + 2 + bool(instruction.phrasings)) * len(queries)
 
     def on_reply(done: int) -> None:
@@ -87,15 +87,15 @@ def tune_exhaustively(
 
 def grid(
     vector: ControlVector,
-    blocks: Iterable[int] | None = None,
+    layers: Iterable[int] | None = None,
     positions: Sequence[str] = POSITIONS,
     modes: Sequence[str] = ("project",),
     strengths: Sequence[float] | None = None,
 ) -> list[Setting]:
-    """Every setting to try, in order of blocks. Raises PlanError for none, and for one that can't be."""
+    """Every setting to try, in order of layers. Raises PlanError for none, and for one that can't be."""
     if strengths is not None and not all(strengths):
         raise PlanError("strength 0 steers nothing: the model alone is tried anyway.")
-    usable = usable_blocks(vector, blocks)
+    usable = usable_layers(vector, layers)
     settings = [
         Setting(layer, where, strength, mode)
         for layer, where, strength, mode in product(usable, positions, strengths or STRENGTHS, modes)
@@ -122,5 +122,5 @@ def _generate(engine: Engine, asked: Sequence[Asked], max_tokens: int, on_done) 
 
 
 def _order(trial: Trial) -> tuple[float, ...]:
-    """Sort key: score, then fewer degenerate replies, then the lower block."""
+    """Sort key: score, then fewer degenerate replies, then the lower layer."""
     return (-trial.score, trial.n_degenerate, trial.setting.layer)

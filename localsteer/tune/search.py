@@ -1,6 +1,6 @@
-"""Which settings are worth a check: blocks from coarse to fine, strengths along a line, targets by halving.
+"""Which settings are worth a check: layers from coarse to fine, strengths along a line, targets by halving.
 
-What counts is the recovered gap (score.py). It varies smoothly with block and strength, so a coarse look
+What counts is the recovered gap (score.py). It varies smoothly with layer and strength, so a coarse look
 finds the region and a finer one its best place; what is tried on one target first is tried on more only if it
 is good.
 """
@@ -17,8 +17,8 @@ from localsteer.vector import ControlVector
 from .score import Score
 from .setting import POSITIONS, Setting
 
-N_COARSE = 8  # blocks of the first look
-FIRST_STRENGTH = 1.5  # between 1, which suits the early blocks, and 2, which suits the late ones
+N_COARSE = 8  # layers of the first look
+FIRST_STRENGTH = 1.5  # between 1, which suits the early layers, and 2, which suits the late ones
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)  # where the line search may go
 # Settings of each kind whose neighbours are tried, whose strengths are, and that come into the last look. Of
 # each kind, because likelihood does not tell which positions a model can bear.
@@ -27,7 +27,7 @@ N_TARGETS = (2, 4)  # targets of the first looks, and of the last
 
 
 class Search:
-    """blocks: 0-based, those to try. strengths: the ones to try, all of them; None searches along STRENGTHS.
+    """layers: 0-based, those to try. strengths: the ones to try, all of them; None searches along STRENGTHS.
 
     on_best: called with the best setting so far and its recovered gap, whenever there is news.
     """
@@ -35,14 +35,14 @@ class Search:
     def __init__(
         self,
         score: Score,
-        blocks: Sequence[int],
+        layers: Sequence[int],
         positions: Sequence[str] = POSITIONS,
         strengths: Sequence[float] | None = None,
         modes: Sequence[str] = ("project",),
         on_best: Callable[[Setting, float], None] | None = None,
     ) -> None:
         self.score = score
-        self._blocks, self._positions, self._modes = sorted(set(blocks)), tuple(positions), tuple(modes)
+        self._layers, self._positions, self._modes = sorted(set(layers)), tuple(positions), tuple(modes)
         self._strengths = None if strengths is None else tuple(dict.fromkeys(strengths))
         self._on_best = on_best
 
@@ -75,10 +75,10 @@ class Search:
                 self._on_best(best, self.score.gap(best))
 
     def _coarse(self) -> list[Setting]:
-        """Blocks at equal distances, the first and the last among them, at every position."""
-        n = len(self._blocks)
+        """Layers at equal distances, the first and the last among them, at every position."""
+        n = len(self._layers)
         few = min(n, N_COARSE)
-        chosen = sorted({self._blocks[round(i * (n - 1) / max(1, few - 1))] for i in range(few)})
+        chosen = sorted({self._layers[round(i * (n - 1) / max(1, few - 1))] for i in range(few)})
         strengths = self._strengths or (FIRST_STRENGTH,)
         return [
             Setting(layer, positions, strength, mode)
@@ -101,11 +101,11 @@ class Search:
         return [setting for kind in kinds.values() for setting in kind[:n]]
 
     def _between(self, settings: Sequence[Setting]) -> Iterable[Setting]:
-        """The blocks around good ones that the coarse look left out."""
+        """The layers around good ones that the coarse look left out."""
         scored = {setting.layer for setting in self.score.settings}
         for setting in settings:
-            for layer in self._blocks:
-                gap = sorted(scored | {self._blocks[0], self._blocks[-1]})
+            for layer in self._layers:
+                gap = sorted(scored | {self._layers[0], self._layers[-1]})
                 below = max((tried for tried in gap if tried < setting.layer), default=setting.layer)
                 above = min((tried for tried in gap if tried > setting.layer), default=setting.layer)
                 if below < layer < above and layer not in scored:
@@ -122,19 +122,19 @@ class Search:
                     yield replace(setting, strength=STRENGTHS[i])
 
 
-def usable_blocks(vector: ControlVector, blocks: Iterable[int] | None) -> list[int]:
-    """The blocks to try: all that have a direction, or those that were asked for.
+def usable_layers(vector: ControlVector, layers: Iterable[int] | None) -> list[int]:
+    """The layers to try: all that have a direction, or those that were asked for.
 
     Raises PlanError for one that is out of range or has no direction, and for none.
     """
-    usable = list(vector.usable_layers if blocks is None else vector.at(layer=tuple(blocks)).layers)
+    usable = list(vector.usable_layers if layers is None else vector.at(layer=tuple(layers)).layers)
     if not usable:
-        raise PlanError(f"{vector.label} has no direction at any of the blocks to choose from.")
+        raise PlanError(f"{vector.label} has no direction at any of the layers to choose from.")
     return usable
 
 
 def candidates(settings: Sequence[Setting], n: int) -> list[Setting]:
-    """The first n that are not neighbours (at most one block apart), kinds of positions and mode in turn.
+    """The first n that are not neighbours (at most one layer apart), kinds of positions and mode in turn.
 
     In turn, because likelihood does not see what only a reply shows: that a setting which keeps steering the
     reply does not get away from its beginning.

@@ -1,4 +1,4 @@
-"""What a vector is applied with: block, positions, strength and mode."""
+"""What a vector is applied with: layer, positions, strength and mode."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from localsteer.errors import PlanError
 from localsteer.vector import ControlVector
 
 POSITIONS = ("prompt", "last", "all")
-FEW_BLOCKS = 12  # up to this depth a grid has every block
+FEW_LAYERS = 12  # up to this depth a grid has every layer
 MAX_TOKENS = 192  # of a reply
 
 
 @dataclass(frozen=True)
 class Setting:
-    """layer: 0-based block."""
+    """layer: 0-based layer."""
 
     layer: int
     positions: str
@@ -23,7 +23,7 @@ class Setting:
     mode: str = "project"
 
     def __str__(self) -> str:
-        return f"{self.mode} at block {self.layer}, {self.positions}, strength {self.strength:g}"
+        return f"{self.mode} at layer {self.layer}, {self.positions}, strength {self.strength:g}"
 
     def of(self, vector: ControlVector) -> ControlVector:
         """The vector with this setting applied."""
@@ -34,11 +34,11 @@ class Setting:
 class Scope:
     """Which settings a search may try, and how long a reply may become.
 
-    blocks: 0-based, all by default. modes: the vector's own by default. strengths: negative ones for less of
+    layers: 0-based, all by default. modes: the vector's own by default. strengths: negative ones for less of
     it; the search's own by default. Raises PlanError for strength 0.
     """
 
-    blocks: Iterable[int] | None = None
+    layers: Iterable[int] | None = None
     positions: Sequence[str] = POSITIONS
     modes: Sequence[str] | None = None
     strengths: Sequence[float] | None = None
@@ -52,6 +52,6 @@ class Scope:
         return tuple(self.modes or (vector.mode,))
 
 
-def grid_blocks(n_layer: int) -> range:
-    """All blocks of a shallow model; of a deep one the paper's grid (section 3.1)."""
-    return range(n_layer) if n_layer <= FEW_BLOCKS else range(n_layer // 5, n_layer, 2)
+def grid_layers(n_layer: int) -> range:
+    """All layers of a shallow model; of a deep one the paper's grid (section 3.1)."""
+    return range(n_layer) if n_layer <= FEW_LAYERS else range(n_layer // 5, n_layer, 2)

@@ -20,7 +20,7 @@ from localsteer.verify.verdicts import check_arguments
 from .check import Check, Trial
 from .record import Choice
 from .score import Score
-from .search import Search, candidates, usable_blocks
+from .search import Search, candidates, usable_layers
 from .setting import Scope, Setting
 from .targets import Telling, Told
 
@@ -86,13 +86,13 @@ def tune(
     report: Report | None = None,
     **settings: Any,
 ) -> Tuned:
-    """Block, positions, strength and mode for one vector of one model, in about a minute.
+    """Layer, positions, strength and mode for one vector of one model, in about a minute.
 
     queries: validation ones; `n` of them check, the others bring the targets. settings: of TuneScope; without
     `strengths` a line search goes up to 3. source: what else the record should say of the model. report:
     called with (what is being done, done, of how many).
 
-    Ctrl-C keeps the best so far once there is one. Raises PlanError without queries or blocks, PromptError
+    Ctrl-C keeps the best so far once there is one. Raises PlanError without queries or layers, PromptError
     for an instruction without wording, CatalogError for one whose verifier is unusable, MismatchError for a
     vector of another model.
     """
@@ -108,7 +108,7 @@ def tune(
         instruction,
         *split(queries, scope.n),
         scope=scope,
-        blocks=usable_blocks(vector, scope.blocks),
+        layers=usable_layers(vector, scope.layers),
         report=report or (lambda _what, _done, _total: None),
     ).run(source or {})
 
@@ -132,7 +132,7 @@ class _Tuning:
     asked: Sequence[Query]
     checked: Sequence[Query]
     scope: TuneScope
-    blocks: Sequence[int]
+    layers: Sequence[int]
     report: Report
     _search: Search | None = None
     _check: Check | None = None
@@ -168,7 +168,7 @@ class _Tuning:
         score = Score(likelihood, self.vector, self._told.targets)
         self._search = Search(
             score,
-            self.blocks,
+            self.layers,
             self.scope.positions,
             self.scope.strengths,
             self.scope.modes_of(self.vector),

@@ -8,7 +8,7 @@ does nothing. Nothing in here imports llama.cpp, and only this folder imports vL
 
     asked    what a request says, as a plan      shelf    the folder of vectors
     front    where requests come in              carried  a plan on its way to the workers
-    blocks   hooks on the decoder blocks         workers  which rows of a batch get which plan
+    layers   hooks on the decoder layers         workers  which rows of a batch get which plan
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from .shelf import VectorShelf
 STEER = "steer"
 SETTINGS = ("strength", "positions", "layer", "mode")
 MOST_VECTORS = 16  # of one request
-# Far beyond any use. States that overflow leave NaN in blocks of the cache, which other requests get next.
+# Far beyond any use. States that overflow leave NaN in layers of the cache, which other requests get next.
 MOST_STRENGTH = 1000.0
 
 
@@ -50,7 +50,7 @@ def plan_of(extra: Mapping[str, Any], shelf: VectorShelf, *, n_layer: int, n_emb
 
 
 def _own(key: str, value: Any, i: int, n: int) -> Any:
-    """The i-th vector's setting: a list has one for each, but for `layer`, whose list is of blocks."""
+    """The i-th vector's setting: a list has one for each, but for `layer`, whose list is of layers."""
     if key != "layer" and isinstance(value, (list, tuple)):
         if len(value) != n:
             raise PlanError(f"{key}: {len(value)} values for {n} vectors: give one, or one each.")
@@ -62,7 +62,7 @@ def _own(key: str, value: Any, i: int, n: int) -> Any:
     if key in ("positions", "mode") and not isinstance(value, str):
         raise PlanError(f"{key}: {value!r:.80} is not a text.")
     if key == "layer":
-        blocks = value if isinstance(value, (list, tuple)) else [value]
-        if not all(isinstance(block, int) and not isinstance(block, bool) for block in blocks):
-            raise PlanError(f"layer: {value!r:.80} is no block's number, nor a list of them.")
+        layers = value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+            raise PlanError(f"layer: {value!r:.80} is no layer's number, nor a list of them.")
     return value

@@ -71,7 +71,7 @@ def _add(request: Any, plan: Plan) -> None:
 
 
 def salt_of(plan: Plan, n_prompt: int) -> str:
-    """What a cached block's key needs beside its tokens: the edits; and where they depend on what is prompt
+    """What a cached layer's key needs beside its tokens: the edits; and where they depend on what is prompt
     and what is reply, the prompt's length too: a reply that is prompt in the next turn is read again."""
     everywhere = all(edit.positions == "all" for edit in plan.edits)
     return f"|localsteer:{plan.key.hex()}" + ("" if everywhere else f":{n_prompt}")

@@ -15,7 +15,7 @@ from localsteer.plan import Plan, PositionClass, Program
 from localsteer.torch_arithmetic import TorchProgram
 
 from . import carried
-from .blocks import BlockHook, decoder_blocks
+from .layers import LayerHook, decoder_layers
 
 logger = logging.getLogger("localsteer")
 _MARK = "_localsteer"
@@ -48,8 +48,8 @@ class Batches:
         self.edits: dict[int, list[tuple[slice | torch.Tensor, TorchProgram]]] = {}
         self._plans: dict[str, tuple[Plan, int]] = {}  # and the length of the prompt
         self._programs: dict[tuple[bytes, int, int], TorchProgram] = {}
-        for layer, module in decoder_blocks(runner.model, n_layer).items():
-            module.register_forward_hook(BlockHook(layer, n_embd, self.edits))
+        for layer, module in decoder_layers(runner.model, n_layer).items():
+            module.register_forward_hook(LayerHook(layer, n_embd, self.edits))
 
     def take(self, output: Any) -> None:
         """Requests that begin and end with a SchedulerOutput."""

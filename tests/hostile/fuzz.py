@@ -145,7 +145,7 @@ def try_vector(path: Path, draw: random.Random) -> str:
     source = draw.choice(sources)
     path = path.with_suffix(source.suffix)
     path.write_bytes(damaged_bytes(source.read_bytes(), draw))
-    convention = draw.choice((None, "repeng", "cvector-generator", "blocks", "hidden_states"))
+    convention = draw.choice((None, "repeng", "cvector-generator", "layers", "hidden_states"))
     for read in (
         read_vector,
         lambda p: import_vector(p, convention=convention, n_layer=draw.choice((None, 4, 32))),

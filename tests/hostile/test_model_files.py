@@ -192,12 +192,12 @@ def test_the_variable_switches_the_trial_and_the_header_off(tmp_path, monkeypatc
     no_trial(monkeypatch)
     monkeypatch.setenv(guard.VARIABLE, "header")
     check_gguf(hostile(tmp_path, ENDS))
-    refusal(hostile(tmp_path, "0 blocks"))
+    refusal(hostile(tmp_path, "0 layers"))
     monkeypatch.setenv(guard.VARIABLE, "off")
-    check_gguf(hostile(tmp_path, "0 blocks"))
+    check_gguf(hostile(tmp_path, "0 layers"))
     monkeypatch.setenv(guard.VARIABLE, "maybe")
     with pytest.raises(LocalsteerError, match="LOCALSTEER_MODEL_CHECK=maybe is not known: choose full"):
-        check_gguf(hostile(tmp_path, "0 blocks"))
+        check_gguf(hostile(tmp_path, "0 layers"))
 
 
 def test_the_bundled_model_is_not_tried(monkeypatch):

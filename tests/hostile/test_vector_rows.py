@@ -1,4 +1,4 @@
-"""Directions of control-vector files in half precision, and blocks that have none."""
+"""Directions of control-vector files in half precision, and layers that have none."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ def foreign(rows: dict[int, np.ndarray], kind: str, count: int = U32) -> bytes:
     return RawGguf(keys, tensors).to_bytes()
 
 
-def some_rows(*blocks: int) -> dict[int, np.ndarray]:
+def some_rows(*layers: int) -> dict[int, np.ndarray]:
     draw = np.random.default_rng(7)
-    return {block: draw.normal(size=N_EMBD) for block in blocks}
+    return {layer: draw.normal(size=N_EMBD) for layer in layers}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("convention", "count", "shift"), [("repeng", U32, 0), ("cvector-generator", I32, 1)]
 )
-@pytest.mark.parametrize("blocks", [(9, 5, 2), (11, 10, 9), (1,), (11, 1)])
-def test_rows_of_any_precision_stay_at_their_blocks(tmp_path, kind, convention, count, shift, blocks):
-    rows = some_rows(*blocks)
+@pytest.mark.parametrize("layers", [(9, 5, 2), (11, 10, 9), (1,), (11, 1)])
+def test_rows_of_any_precision_stay_at_their_layers(tmp_path, kind, convention, count, shift, layers):
+    rows = some_rows(*layers)
     path = tmp_path / "v.gguf"
     path.write_bytes(foreign(rows, kind, count))
     vector = import_vector(path, convention=convention, n_layer=12)
     assert vector.directions.dtype == np.float32 and vector.n_layer == 12
-    for block, row in rows.items():
-        assert np.array_equal(vector.directions[block - shift], rounded(row, kind))
-    filled = {block - shift for block in blocks}
+    for layer, row in rows.items():
+        assert np.array_equal(vector.directions[layer - shift], rounded(row, kind))
+    filled = {layer - shift for layer in layers}
     assert vector.layers == tuple(sorted(filled))
     gaps = sorted(set(range(12)) - filled)
     assert not vector.directions[gaps].any()
-    with pytest.raises(PlanError, match=f"no direction at block {gaps[0]}"):
+    with pytest.raises(PlanError, match=f"no direction at layer {gaps[0]}"):
         vector.at(layer=gaps[0])
     vector.save(tmp_path / "ours.gguf")
     again = ControlVector.load(tmp_path / "ours.gguf")
@@ -75,17 +75,17 @@ def test_a_file_of_ours_in_half_precision_is_read(tmp_path, kind):
     raw = (tmp_path / "v.gguf").read_bytes()
     at = raw.index(plain.directions[1].astype("<f4").tobytes())
     header = bytearray(raw[:at])
-    for block in (1, 2, 3):  # the types and offsets of the tensors, whose shape stays
-        name = f"direction.{block}".encode()
+    for layer in (1, 2, 3):  # the types and offsets of the tensors, whose shape stays
+        name = f"direction.{layer}".encode()
         start = header.index(name, header.rindex(b"general.architecture")) + len(name) + 4 + 8
         header[start : start + 4] = KINDS[kind].to_bytes(4, "little")
-        header[start + 4 : start + 12] = (32 * (block - 1)).to_bytes(8, "little")
-    rows = [packed(plain.directions[block], kind).ljust(32, b"\0") for block in (1, 2, 3)]
+        header[start + 4 : start + 12] = (32 * (layer - 1)).to_bytes(8, "little")
+    rows = [packed(plain.directions[layer], kind).ljust(32, b"\0") for layer in (1, 2, 3)]
     (tmp_path / "half.gguf").write_bytes(bytes(header) + b"".join(rows))
     half = read_vector(tmp_path / "half.gguf")
     assert np.array_equal(half.directions[0], plain.directions[0])
-    for block in (1, 2, 3):
-        assert np.array_equal(half.directions[block], rounded(plain.directions[block], kind))
+    for layer in (1, 2, 3):
+        assert np.array_equal(half.directions[layer], rounded(plain.directions[layer], kind))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ from localsteer.vllm.shelf import VectorShelf  # noqa: E402
 CLOSE = 1e-4  # of log probabilities: float32 sums in another order
 N_LAYER, N_EMBD = 30, 576
 N_TOKENS = 8
-BLOCK = 128  # tokens of a cache block on a CPU: a shorter prompt is never found in the prefix cache
+LAYER = 128  # tokens of a cache layer on a CPU: a shorter prompt is never found in the prefix cache
 MODEL_LENGTH, CHUNK = 1024, 64
 QUESTION = "Tell me about foxes."
 LONG = " ".join(["The fox is a small animal that lives in the woods and hunts at night."] * 14) + " Why?"
@@ -178,18 +178,18 @@ def check_a_prompt_in_chunks() -> None:
 
 
 def check_a_cached_prompt_is_that_of_its_steering() -> None:
-    """Blocks of a steered prompt must not serve a plain request, nor another steering or other positions."""
+    """Layers of a steered prompt must not serve a plain request, nor another steering or other positions."""
     prompt = prompt_ids(LONG + " How?")
-    assert len(prompt) > BLOCK + 16
+    assert len(prompt) > LAYER + 16
     for steering in (*STEERINGS, *STEERINGS):
         output = agree([(prompt, steering)])[0]
-    assert output.num_cached_tokens >= BLOCK  # the second time they were cached
+    assert output.num_cached_tokens >= LAYER  # the second time they were cached
 
 
 def check_a_reply_that_is_prompt_in_the_next_turn() -> None:
     """Under `prompt` its tokens were plain when they were generated, and are steered now."""
     for steering in (STEERINGS[4], STEERINGS[5], STEERINGS[6]):
-        prompt = prompt_ids(LONG + " Say more.")[: 2 * BLOCK - 4]
+        prompt = prompt_ids(LONG + " Say more.")[: 2 * LAYER - 4]
         reply = ask([(prompt, steering)])[0].outputs[0].token_ids
         agree([([*prompt, *reply, *prompt_ids(QUESTION)], steering)])
 
@@ -245,7 +245,7 @@ REFUSED = [
     ({"steer": "wide", "mode": "push"}, "unknown mode 'push'"),
     ({"steer": "wide", "mode": "gate"}, "no learned gate"),
     ({"steer": "wide", "layer": 30}, "out of range"),
-    ({"steer": "wide", "layer": [1.5]}, "no block's number"),
+    ({"steer": "wide", "layer": [1.5]}, "no layer's number"),
     ({"strength": 0.5}, "strength needs steer"),
     ({"localsteer_plan": "x"}, "not for requests"),
 ]

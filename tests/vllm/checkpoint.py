@@ -18,7 +18,7 @@ def write_checkpoint(folder: Path) -> Path:
     path = path_of("smol")
     source, options = str(path.parent), {"gguf_file": path.name}
     plain = {"dtype": torch.float32}
-    if hasattr(transformers, "GgufConfig"):  # newer versions keep the blocks packed unless told otherwise
+    if hasattr(transformers, "GgufConfig"):  # newer versions keep the layers packed unless told otherwise
         plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, **plain, **options)
     if hasattr(model.config, "quantization_config"):

@@ -320,15 +320,15 @@ def _instruction(
 
 
 def settings_text(settings: Applied | Sequence[Applied] | None) -> str:
-    """`block 2, prompt, project, x1`, with a plus sign between those of several vectors."""
+    """`layer 2, prompt, project, x1`, with a plus sign between those of several vectors."""
     if settings is None:
         return ""
     if not isinstance(settings, Applied):
         texts = list(dict.fromkeys(map(settings_text, settings)))
         more = f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else ""
         return " + ".join(texts[:MAX_NAMED]) + more
-    blocks = [settings.layer] if isinstance(settings.layer, int) else settings.layer or []
-    where = f"block{'s' if len(blocks) > 1 else ''} {' '.join(map(str, blocks))}" if blocks else None
+    layers = [settings.layer] if isinstance(settings.layer, int) else settings.layer or []
+    where = f"layer{'s' if len(layers) > 1 else ''} {' '.join(map(str, layers))}" if layers else None
     strength = None if settings.strength is None else f"x{settings.strength:g}"
     return ", ".join(filter(None, (where, settings.positions, settings.mode, strength)))
 

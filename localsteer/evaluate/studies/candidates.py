@@ -1,4 +1,4 @@
-"""Ways to put the vectors of several instructions together: each at its own settings, all at one block, each
+"""Ways to put the vectors of several instructions together: each at its own settings, all at one layer, each
 at another one; and a word excluded by minus the vector of including it."""
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from localsteer.evaluate.cells import applied
 from localsteer.evaluate.controls import is_possible
 from localsteer.vector import ControlVector
 
-N_SPREAD = 16  # ways to put the three at different blocks that are tried
+N_SPREAD = 16  # ways to put the three at different layers that are tried
 POSITIONS = ("prompt", "all")
-KINDS = ("own settings", "one block", "different blocks")
+KINDS = ("own settings", "one layer", "different layers")
 MINUS = (1.0, 2.0)  # strengths with which a word's include vector is taken away
 
 
@@ -38,25 +38,25 @@ def candidates(
     n_spread: int = N_SPREAD,
     seed: int = 0,
 ) -> list[Candidate]:
-    """Ways to put the vectors together; those whose directions are nearly parallel at a block are left out.
+    """Ways to put the vectors together; those whose directions are nearly parallel at a layer are left out.
 
-    Blocks of the lower two thirds: above them little is left to steer. minus: for an instruction to exclude a
+    Layers of the lower two thirds: above them little is left to steer. minus: for an instruction to exclude a
     word, the vector that includes it; the paper excludes by adding it with a negative strength.
     """
     own = [vectors[instruction.id] for instruction in instructions]
     alone = Candidate(KINDS[0], KINDS[0], tuple(vector for each in own for vector in applied(each)))
-    blocks = range(max(3, 2 * own[0].n_layer // 3))
+    layers = range(max(3, 2 * own[0].n_layer // 3))
     bare = [raw[each.id].at(mode="project", strength=1.0) for each in instructions]
     ways = [
-        Candidate(KINDS[1], f"block {il}, {where}", tuple(v.at(layer=il, positions=where) for v in bare))
+        Candidate(KINDS[1], f"layer {il}, {where}", tuple(v.at(layer=il, positions=where) for v in bare))
         for where in POSITIONS
-        for il in blocks
+        for il in layers
     ]
-    orders = list(permutations(blocks, len(bare)))
+    orders = list(permutations(layers, len(bare)))
     drawn = np.random.default_rng(seed).permutation(len(orders))[:n_spread]
     for order in (orders[i] for i in sorted(drawn)):
         apart = tuple(v.at(layer=il, positions=POSITIONS[0]) for v, il in zip(bare, order, strict=True))
-        ways.append(Candidate(KINDS[2], f"blocks {', '.join(map(str, order))}, {POSITIONS[0]}", apart))
+        ways.append(Candidate(KINDS[2], f"layers {', '.join(map(str, order))}, {POSITIONS[0]}", apart))
     more = [other for way in ways for other in _excluding(way, instructions, minus or {})]
     return [way for way in (alone, *ways, *more) if is_possible(way.vectors)]
 

@@ -148,10 +148,10 @@ def working(
 # --- figures -----------------------------------------------------------------------------------------------
 
 
-def by_block(
+def by_layer(
     bench: Bench, pairs: Sequence[tuple[Instruction, ControlVector]], positions: Sequence[str], n: int
 ) -> list[Experiment]:
-    """Each instruction on n validation queries, with an arm for each of the positions and each block:
+    """Each instruction on n validation queries, with an arm for each of the positions and each layer:
     projected with strength 1."""
     return [
         bench.experiment(
@@ -185,8 +185,8 @@ def correlate(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
-def block_map(title: str, rows: Sequence[str], values: Iterable[Iterable[float]], **labels: str) -> Heatmap:
-    """A column for each block. values: a row of numbers for each of `rows`."""
+def layer_map(title: str, rows: Sequence[str], values: Iterable[Iterable[float]], **labels: str) -> Heatmap:
+    """A column for each layer. values: a row of numbers for each of `rows`."""
     rounded = [[round(float(value), 3) for value in row] for row in values]
     columns = list(map(str, range(len(rounded[0]))))
-    return Heatmap(title=title, x_label="block", rows=list(rows), columns=columns, values=rounded, **labels)
+    return Heatmap(title=title, x_label="layer", rows=list(rows), columns=columns, values=rounded, **labels)

@@ -1,7 +1,7 @@
 """Three instructions at once, the seed's own case among them: about 100 words, JSON, without a given word.
 
 How three vectors are put together is chosen on validation queries, from: each at its own settings, all at one
-block (solved jointly), each at another block. Shown on test queries, beside the words themselves.
+layer (solved jointly), each at another layer. Shown on test queries, beside the words themselves.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ CONDITIONS = (
     "none",
     "told",
     "own settings",
-    "one block",
-    "different blocks",
+    "one layer",
+    "different layers",
     "best",
     "best and told",
     "random",

@@ -1,7 +1,7 @@
-"""Do PyTorch and the quantized engine agree on which blocks can be steered?
+"""Do PyTorch and the quantized engine agree on which layers can be steered?
 
 Each extracts and steers by itself: PyTorch on the float32 checkpoint with the reference hooks, the engine on
-the quantized file. The profile is the share of replies that follow, block by block, at fixed positions.
+the quantized file. The profile is the share of replies that follow, layer by layer, at fixed positions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from localsteer.evaluate.bench import Bench
 from localsteer.evaluate.cells import Cell
 from localsteer.evaluate.outcomes import Outcomes, judged
 from localsteer.evaluate.page import Lines, Section, StudyReport, Table
-from localsteer.evaluate.studies.common import StudyJob, block_map, by_block, correlate, profile, shares
+from localsteer.evaluate.studies.common import StudyJob, by_layer, correlate, layer_map, profile, shares
 from localsteer.extract import extract, open_backend
 from localsteer.plan import Plan
 from localsteer.runtime.journal import Journal
@@ -52,8 +52,8 @@ def run(job: StudyJob) -> StudyReport:
         n = min(n, len(bench.validation))
         names = [f"{instruction.id}, {where}" for instruction in instructions for where in positions]
         raw = bench.raw(instructions)
-        asked = by_block(bench, [(each, raw[each.id]) for each in instructions], positions, n)
-        ours = profile(bench, asked, "the engine, block by block")
+        asked = by_layer(bench, [(each, raw[each.id]) for each in instructions], positions, n)
+        ours = profile(bench, asked, "the engine, layer by layer")
         theirs = _torch_profile(bench, instructions, positions, n, job)
         engine, torch = np.array([ours, theirs], dtype=float).reshape(2, len(names), -1)
         model = bench.model
@@ -77,7 +77,7 @@ def _torch_profile(
 ) -> list[float]:
     """Shares, as the engine's. Replies are kept in OUT/torch.jsonl."""
     with ExitStack() as stack:
-        advance = stack.enter_context(bench.stage("PyTorch, block by block"))
+        advance = stack.enter_context(bench.stage("PyTorch, layer by layer"))
         backend = stack.enter_context(open_backend(job.checkpoint, dtype="float32", n_threads=job.n_threads))
         journal = stack.enter_context(Journal(job.out / "torch.jsonl", {"model": backend.source_hash}))
         followed: list[float] = []
@@ -86,7 +86,7 @@ def _torch_profile(
             vector = extract(
                 backend, instruction, bench.catalog.queries_for(instruction, "extraction"), mode="project"
             )
-            (asked,) = by_block(bench, [(instruction, vector)], positions, n)
+            (asked,) = by_layer(bench, [(instruction, vector)], positions, n)
             for arm in asked.arms:
                 cells = replace(asked, arms=[arm]).cells(bench.max_tokens)
                 followed.append(_share(bench, backend, journal, cells))
@@ -117,23 +117,23 @@ def _share(bench: Bench, backend: TorchBackend, journal: Journal, cells: Sequenc
 def _agreement(
     names: Sequence[str], engine: np.ndarray, torch: np.ndarray, n: int, quantized: str
 ) -> Section:
-    blocks = list(range(engine.shape[1]))
+    layers = list(range(engine.shape[1]))
     ours, theirs = f"engine, {quantized}", "PyTorch, float32"
     rows = []
     for name, *both in zip(names, engine, torch, strict=True):
         rows += [[name, ours, *shares(both[0])], ["", theirs, *shares(both[1])]]
     text = (
-        f"Over {engine.size} settings of block, positions and instruction the two shares correlate at "
+        f"Over {engine.size} settings of layer, positions and instruction the two shares correlate at "
         f"{correlate(engine, torch):.3f}; they are {np.abs(engine - torch).mean():.1%} apart on average, and "
         f"{np.abs(engine - torch).max():.0%} at most. Each setting is tried on {n} validation queries with "
         "strength 1."
     )
     means = Lines(
         title="Replies that follow, mean of all settings",
-        x_label="block",
+        x_label="layer",
         y_label="share of replies",
-        x=blocks,
+        x=layers,
         series={ours: shares(engine.mean(axis=0)), theirs: shares(torch.mean(axis=0))},
     )
-    gaps = block_map("Engine minus PyTorch", names, engine - torch)
-    return Section("Agreement", text, [Table(["setting", "by", *map(str, blocks)], rows)], [means, gaps])
+    gaps = layer_map("Engine minus PyTorch", names, engine - torch)
+    return Section("Agreement", text, [Table(["setting", "by", *map(str, layers)], rows)], [means, gaps])

@@ -1,4 +1,4 @@
-"""Is an instruction a direction? A linear probe beside a non-linear one, and steering, block by block.
+"""Is an instruction a direction? A linear probe beside a non-linear one, and steering, layer by layer.
 
 Two things are read from the state at the last prompt token: `present`, was the instruction in the prompt at
 all, and `which`, was it this one or another. Where only the non-linear probe reads it, the instruction is no
@@ -17,7 +17,7 @@ from localsteer.evaluate.bench import Bench
 from localsteer.evaluate.page import Lines, Section, StudyReport, Table
 from localsteer.evaluate.probe import GAUSSIAN, LINEAR, PROBES, accuracy
 from localsteer.evaluate.similarity import MIN_PAIRS, probe_groups
-from localsteer.evaluate.studies.common import StudyJob, block_map, by_block, correlate, profile, shares
+from localsteer.evaluate.studies.common import StudyJob, by_layer, correlate, layer_map, profile, shares
 from localsteer.extract import build_pairs, open_backend
 from localsteer.extract.states import States
 
@@ -47,8 +47,8 @@ def run(job: StudyJob) -> StudyReport:
         raw = bench.raw(instructions)
         probes = probe_all(bench, instructions, QUICK_PAIRS if job.quick else N_PAIRS)
         n_queries = min(QUICK_QUERIES if job.quick else N_QUERIES, len(bench.validation))
-        asked = by_block(bench, [(each, raw[each.id]) for each in instructions], POSITIONS, n_queries)
-        followed = np.array(profile(bench, asked, "steering at each block"), dtype=float)
+        asked = by_layer(bench, [(each, raw[each.id]) for each in instructions], POSITIONS, n_queries)
+        followed = np.array(profile(bench, asked, "steering at each layer"), dtype=float)
         # at the better positions
         steered = followed.reshape(len(instructions), len(POSITIONS), -1).max(axis=1)
         model = bench.model
@@ -92,11 +92,11 @@ def probe_all(bench: Bench, instructions: Sequence[Instruction], n_pairs: int) -
         task, probe, k = job
         if task == "present":
             states, labels = np.concatenate(read_states[k]), np.repeat([True, False], n_pairs)
-            return _by_block(states, labels, [*groups[k], *groups[k]], probe)
+            return _by_layer(states, labels, [*groups[k], *groups[k]], probe)
         others = [j for j in range(len(pairs)) if j != k]
         states = np.concatenate([read_states[j][0] for j in (k, *others)])
         labels = np.arange(len(states)) < n_pairs
-        return _by_block(states, labels, [name for j in (k, *others) for name in queries[j]], probe)
+        return _by_layer(states, labels, [name for j in (k, *others) for name in queries[j]], probe)
 
     with bench.stage("probing") as advance:
         rows = bench.workers.map(probe_one, jobs, advance)
@@ -106,7 +106,7 @@ def probe_all(bench: Bench, instructions: Sequence[Instruction], n_pairs: int) -
     return {key: np.array(rows) for key, rows in tables.items()}
 
 
-def _by_block(states: np.ndarray, labels: np.ndarray, groups: Sequence[str], probe: str) -> list[float]:
+def _by_layer(states: np.ndarray, labels: np.ndarray, groups: Sequence[str], probe: str) -> list[float]:
     return [accuracy(states[:, il], labels, groups, probe) for il in range(states.shape[1])]
 
 
@@ -129,7 +129,7 @@ def _part(task: str, probes: Probes, steered: np.ndarray) -> str:
     apart = gap >= APART
     text = f"{task.capitalize()}: along the difference of means {means.mean():.1%}, linear "
     text += (
-        f"{linear.mean():.1%}, non-linear {gaussian.mean():.1%}, on average over blocks and instructions. "
+        f"{linear.mean():.1%}, non-linear {gaussian.mean():.1%}, on average over layers and instructions. "
     )
     if min(linear.min(), gaussian.min()) >= CEILING:
         return text + "Both probes are at the ceiling everywhere: nothing here speaks against one direction."
@@ -150,10 +150,10 @@ def _number(value: float) -> str:
 
 
 def _sections(ids: Sequence[str], probes: Probes, steered: np.ndarray, advice: str) -> list[Section]:
-    blocks = list(range(steered.shape[1]))
+    layers = list(range(steered.shape[1]))
     series = {f"{task}, {probe}": shares(table.mean(axis=0)) for (task, probe), table in probes.items()}
     series["steered replies that follow"] = shares(steered.mean(axis=0))
-    rows = [[il, *(means[il] for means in series.values())] for il in blocks]
+    rows = [[il, *(means[il] for means in series.values())] for il in layers]
     maps = {}
     for task in dict.fromkeys(task for task, _ in probes):
         maps[f"{task}: linear probe"] = probes[task, LINEAR]
@@ -162,17 +162,17 @@ def _sections(ids: Sequence[str], probes: Probes, steered: np.ndarray, advice: s
     return [
         Section("Where they part", advice),
         Section(
-            "By block",
+            "By layer",
             "Present: was the instruction in the prompt? Which: was it this one or another? Balanced "
             "accuracy (50% is chance) on queries that the probe has not seen, for `present` also in wordings "
             "that it has not seen; means: along the difference of means, linear: ridge classifier, gaussian: "
-            "kernel ridge classifier. Steered: strength 1 at this block, the better of positions prompt and "
+            "kernel ridge classifier. Steered: strength 1 at this layer, the better of positions prompt and "
             "all, on validation queries. Means over the instructions.",
-            [Table(["block", *series], rows)],
-            [Lines(title="Probes and steering", x_label="block", y_label="share", x=blocks, series=series)],
+            [Table(["layer", *series], rows)],
+            [Lines(title="Probes and steering", x_label="layer", y_label="share", x=layers, series=series)],
         ),
         Section(
-            "By instruction and block",
-            plots=[block_map(title, ids, values) for title, values in maps.items()],
+            "By instruction and layer",
+            plots=[layer_map(title, ids, values) for title, values in maps.items()],
         ),
     ]

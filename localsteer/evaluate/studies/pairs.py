@@ -97,7 +97,7 @@ def run(job: StudyJob) -> StudyReport:
     control = [[name, parts[name].share] for name in ("none", "random", "instructed")]
     said = (
         f"{', '.join(instruction.id for instruction in instructions)}; {n_draws} random draws of each size, "
-        "intervals over queries. Cosine: with the mean direction of the largest draws, at the steered block. "
+        "intervals over queries. Cosine: with the mean direction of the largest draws, at the steered layer. "
         f"{left_out}"
     )
     tables = [_table(sizes), Table(["beside it", "follow"], control)]
@@ -200,7 +200,7 @@ def _size(
 
 
 def _cosine(drawn: Drawn, draw: Draw, largest: Sequence[Draw]) -> float:
-    """With the mean direction of the other draws of the largest size, at the steered block; mean over
+    """With the mean direction of the other draws of the largest size, at the steered layer; mean over
     instructions."""
     cosines = []
     for vectors in drawn:

@@ -21,7 +21,7 @@ from localsteer.evaluate.controls import controls_of
 from localsteer.evaluate.outcomes import Outcomes
 from localsteer.evaluate.page import Lines, Section, Share, StudyReport, Table, Value
 from localsteer.evaluate.report.figures import rough_percent
-from localsteer.evaluate.studies.common import StudyJob, block_map, other_vector, working
+from localsteer.evaluate.studies.common import StudyJob, layer_map, other_vector, working
 from localsteer.extract import build_pairs
 from localsteer.extract.calibrate import Calibration, calibrate
 from localsteer.vector import ControlVector
@@ -42,7 +42,7 @@ SURE = 0.02  # a smaller difference is of no use, even where it is certain
 
 @dataclass(frozen=True)
 class Measured:
-    """One file. calibrations: by instruction id, whose steered blocks are `layers`."""
+    """One file. calibrations: by instruction id, whose steered layers are `layers`."""
 
     label: str
     size: int
@@ -51,7 +51,7 @@ class Measured:
     rows: Outcomes
 
     def column(self, what: str) -> list[float]:
-        """`cosines` or `drift` at each instruction's steered block."""
+        """`cosines` or `drift` at each instruction's steered layer."""
         return [float(getattr(done, what)[self.layers[name]]) for name, done in self.calibrations.items()]
 
     def over_instructions(self, what: str, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -92,7 +92,7 @@ def run(job: StudyJob) -> StudyReport:
             measured.append(_measure(bench, label, path.stat().st_size, instructions, vectors))
     advice = what_to_do(measured)
     named = ", ".join(
-        f"{instruction.id} (block {vectors[instruction.id].layers[0]}, {vectors[instruction.id].positions})"
+        f"{instruction.id} (layer {vectors[instruction.id].layers[0]}, {vectors[instruction.id].positions})"
         for instruction in instructions
     )
     return StudyReport(
@@ -103,7 +103,7 @@ def run(job: StudyJob) -> StudyReport:
             _steering(measured, named, left_out),
             _differences(measured),
             _by_instruction(measured, [each.id for each in instructions]),
-            _by_block(measured),
+            _by_layer(measured),
         ],
     )
 
@@ -186,7 +186,7 @@ def _figures(file: Measured) -> dict[str, Any]:
         "drift": {name: done.drift.tolist() for name, done in file.calibrations.items()},
         "followed": {name: file.share(name) for name in CONDITIONS},
         "instructions": {f"{a} {b}": rows.followed for (a, b), rows in parts.items()},
-        "steered_block": file.layers,
+        "steered_layer": file.layers,
     }
 
 
@@ -207,7 +207,7 @@ def _steering(measured: Sequence[Measured], named: str, left_out: str) -> Sectio
     return Section(
         "Steering on each file",
         f"Reference: the vector extracted on {measured[0].label}. Settings picked there on validation "
-        f"queries: {named}. Cosine: between the reference direction and the file's own at the steered block, "
+        f"queries: {named}. Cosine: between the reference direction and the file's own at the steered layer, "
         "mean and lowest over the instructions. Drift: how far the mean projection with the instruction has "
         "moved, in units of the distance that the instruction moves it (mean of absolute values). "
         f"{left_out}",
@@ -243,7 +243,7 @@ def _by_instruction(measured: Sequence[Measured], names: Sequence[str]) -> Secti
     )
 
 
-def _by_block(measured: Sequence[Measured]) -> Section:
+def _by_layer(measured: Sequence[Measured]) -> Section:
     maps = {
         "Angle to the reference direction, degrees": [
             file.over_instructions("cosines", angle) for file in measured
@@ -251,8 +251,8 @@ def _by_block(measured: Sequence[Measured]) -> Section:
         "Drift of the mean projection": [file.over_instructions("drift", np.abs) for file in measured],
     }
     labels = [file.label for file in measured]
-    plots = [block_map(title, labels, values, y_label="file") for title, values in maps.items()]
-    return Section("Directions and projections by block", "Means over the instructions.", [], plots)
+    plots = [layer_map(title, labels, values, y_label="file") for title, values in maps.items()]
+    return Section("Directions and projections by layer", "Means over the instructions.", [], plots)
 
 
 def angle(cosines: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Two instructions that are steered together: which two, and the blocks that their vectors are put at."""
+"""Two instructions that are steered together: which two, and the layers that their vectors are put at."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from localsteer.evaluate.controls import is_possible
 from localsteer.evaluate.outcomes import Outcome
 from localsteer.evaluate.suites.word_choice import contexts, words_to_exclude, words_used
 from localsteer.evaluate.suites.word_vectors import excluding
-from localsteer.tune.setting import FEW_BLOCKS
+from localsteer.tune.setting import FEW_LAYERS
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ N_TRIED = 6  # validation queries for each arrangement
 
 @dataclass(frozen=True)
 class Composed:
-    """Two instructions, and their vectors as each was picked alone. blocks: the arrangements chosen."""
+    """Two instructions, and their vectors as each was picked alone. layers: the arrangements chosen."""
 
     instructions: tuple[Instruction, Instruction]
     alone: tuple[ControlVector, ControlVector]
@@ -113,7 +113,7 @@ def choose(bench: Bench, pairs: Sequence[Composed]) -> list[Composed]:
     queries = {pair.label: pair.queries(bench, "validation")[:N_TRIED] for pair in pairs}
     tried = [(pair, steer) for pair in pairs for steer in arrangements(*pair.alone)]
     asked = [pair.experiment(bench, [Arm("tried", steer)], queries[pair.label]) for pair, steer in tried]
-    rows = iter(bench.run(asked, what="choosing blocks", score=False))
+    rows = iter(bench.run(asked, what="choosing layers", score=False))
     scores = [sum(_is_good(next(rows)) for _ in queries[pair.label]) for pair, _ in tried]
     return [
         replace(pair, same=_best(pair, True, tried, scores), different=_best(pair, False, tried, scores))
@@ -122,8 +122,8 @@ def choose(bench: Bench, pairs: Sequence[Composed]) -> list[Composed]:
 
 
 def arrangements(a: ControlVector, b: ControlVector) -> list[tuple[ControlVector, ControlVector]]:
-    """The blocks around those that each was tuned to, in all combinations, at the same positions; without
-    what a plan refuses (nearly parallel directions at one block). At their own strengths and at 1: one that
+    """The layers around those that each was tuned to, in all combinations, at the same positions; without
+    what a plan refuses (nearly parallel directions at one layer). At their own strengths and at 1: one that
     suits a vector alone may be too much beside another."""
     strengths = dict.fromkeys([(a.strength, b.strength), (1.0, 1.0)])
     pairs = [
@@ -146,7 +146,7 @@ def arrangements(a: ControlVector, b: ControlVector) -> list[tuple[ControlVector
 
 
 def _around(vector: ControlVector) -> list[int]:
-    step = 1 if vector.n_layer <= FEW_BLOCKS else 2
+    step = 1 if vector.n_layer <= FEW_LAYERS else 2
     return [il for il in (vector.layers[0] + k * step for k in (-1, 0, 1)) if il in vector.usable_layers]
 
 

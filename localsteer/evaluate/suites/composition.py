@@ -1,8 +1,8 @@
-"""Two instructions at once: at one block, where their projections are solved jointly, or at two.
+"""Two instructions at once: at one layer, where their projections are solved jointly, or at two.
 
 The paper's section 6. A format with a length, and a case with a word to avoid; each vector as it was picked
-alone, then the pair's blocks chosen on validation queries by how often both hold. Beside it what happens when
-the two projections at one block are done one after the other, as code without a joint solve does.
+alone, then the pair's layers chosen on validation queries by how often both hold. Beside it what happens when
+the two projections at one layer are done one after the other, as code without a joint solve does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 NAME = "composition"
 TITLE = "Two instructions at once"
-SAME, DIFFERENT = "same block", "different blocks"
+SAME, DIFFERENT = "same layer", "different layers"
 CONDITIONS = ("none", "first alone", "second alone", SAME, DIFFERENT, "random", "other", "instructed")
 
 
@@ -73,8 +73,8 @@ def _vectors(pair: Composed) -> dict[str, tuple[ControlVector, ...]]:
 def together(bench: Bench, pairs: Sequence[Composed], rows: Outcomes) -> Section:
     text = (
         "Shares of replies that follow the first instruction, the second, and both. `first alone` and "
-        "`second alone` are the vectors as each was picked by itself; `same block` solves both jointly, "
-        "`different blocks` has one at each; blocks and positions of the pair were chosen on validation "
+        "`second alone` are the vectors as each was picked by itself; `same layer` solves both jointly, "
+        "`different layers` has one at each; layers and positions of the pair were chosen on validation "
         "queries. A vector in mode add (a word to avoid) is added after the solve. `random` has random "
         "directions in both places, `other` vectors of two other instructions (the last table)."
     )
@@ -98,7 +98,7 @@ def together(bench: Bench, pairs: Sequence[Composed], rows: Outcomes) -> Section
             for name in ("none", SAME, DIFFERENT, "random", "other")
         },
     )
-    columns = ["pair", "condition", "blocks, positions", "first", "second", "both"]
+    columns = ["pair", "condition", "layers, positions", "first", "second", "both"]
     tables = [Table(columns, table), Table(["pair", "whose vectors `other` has"], others)]
     return Section("Both at once", text, tables, [plot])
 
@@ -106,8 +106,8 @@ def together(bench: Bench, pairs: Sequence[Composed], rows: Outcomes) -> Section
 def _where(pair: Composed, condition: str) -> str:
     as_both = pair.same or pair.different
     vectors = ({"random": as_both, "other": as_both} | _vectors(pair)).get(condition, ())
-    blocks = " and ".join(str(vector.layers[0]) for vector in vectors)
-    return f"{blocks}, {vectors[0].positions}" if vectors else ""
+    layers = " and ".join(str(vector.layers[0]) for vector in vectors)
+    return f"{layers}, {vectors[0].positions}" if vectors else ""
 
 
 def _shares(bench: Bench, pair: Composed, rows: Outcomes) -> list[Share]:

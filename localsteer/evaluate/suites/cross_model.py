@@ -136,13 +136,13 @@ def _alike(
     text = (
         "A vector can only use what a model does by itself. `instructed`: the base model with the "
         "instruction in its prompt. Cosine: between its own direction and the instruct model's, largest and "
-        "mean over blocks; near zero, the two models do not keep the instruction in the same place."
+        "mean over layers; near zero, the two models do not keep the instruction in the same place."
     )
     if told.followed is not None:
         text += f" Told in words, the base model follows in {told.followed:.0%} of replies."
     plot = Heatmap(
         title="Cosine of the base model's direction and the instruct model's",
-        x_label="block",
+        x_label="layer",
         rows=names,
         columns=list(map(str, range(len(cosines[names[0]])))),
         values=list(cosines.values()),

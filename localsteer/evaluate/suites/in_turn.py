@@ -1,4 +1,4 @@
-"""The joint solve of two projections at one block, beside the two done one after the other: what code without
+"""The joint solve of two projections at one layer, beside the two done one after the other: what code without
 a joint solve does."""
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ N_REPLIES = 20  # test queries answered by PyTorch, one after the other
 
 
 def in_turn(bench: Bench, pairs: Sequence[Composed], checkpoint: Path | None) -> list[Section]:
-    """The joint solve beside two projections done in turn at the same block. A plan refuses that by design,
+    """The joint solve beside two projections done in turn at the same layer. A plan refuses that by design,
     so the states of plain prompts are edited here in numpy, and replies are PyTorch's where the model's
     checkpoint is known."""
     able = [pair for pair in pairs if pair.same and all(vector.mode == "project" for vector in pair.same)]
     if not able:
         return []
     text = (
-        "At one block, two projections done in turn: the second moves the first off its target by its own "
+        "At one layer, two projections done in turn: the second moves the first off its target by its own "
         "change times the cosine of the two directions. Target missed: mean distance from its target after "
         "the edits, in units of the distance between the mean projections with and without the instruction, "
         f"over all tokens of {N_STATES} plain prompts; the target of the projection done last is always met. "
     )
-    columns = ["pair", "block", "cosine", "joint misses", "first missed", "second missed"]
+    columns = ["pair", "layer", "cosine", "joint misses", "first missed", "second missed"]
     tables = [Table(columns, [_miss_row(bench, pair) for pair in able])]
     replies = _reply_rows(bench, able, checkpoint)
     if replies:
         tables.append(Table(["pair", "joint", "first, then second", "second, then first"], replies))
         text += (
             "The second table is what that does to replies: both hold, in PyTorch on the float32 checkpoint "
-            "that the GGUF was made of, at the same block and positions. " + _answer(replies)
+            "that the GGUF was made of, at the same layer and positions. " + _answer(replies)
         )
     else:
         text += "No replies were made this way: that takes PyTorch and the model's own checkpoint."

@@ -1,6 +1,6 @@
 """How long replies are: conciseness and verbosity added with growing weight, and the five levels.
 
-The paper's section 4: x <- x + c u at one block, a sweep of c, mean words of the replies. Block and positions
+The paper's section 4: x <- x + c u at one layer, a sweep of c, mean words of the replies. Layer and positions
 are chosen on validation queries; no verifier says how long a concise reply may be, so words are counted.
 """
 
@@ -35,7 +35,7 @@ MIN_MONOTONE = 3  # strengths in a row that make a trend
 
 @dataclass(frozen=True)
 class Sweep:
-    """One direction at its chosen block and positions, and the rows at each strength, 0 first. controls:
+    """One direction at its chosen layer and positions, and the rows at each strength, 0 first. controls:
     the same for `random` and `other`, where there is one."""
 
     name: str
@@ -165,7 +165,7 @@ _COLUMNS = [
 _EXPLAINED = (
     "`c` is the paper's weight, strength times |v|. The subject is kept when the reply names what was asked "
     "about. `words, random` is a random direction of the same length, `words, other` another instruction's "
-    "vector, both at the same block, positions and strength."
+    "vector, both at the same layer, positions and strength."
 )
 
 
@@ -180,7 +180,7 @@ def verdict(sweep: Sweep) -> str:
         how = f"mean words do NOT {way} monotonically with the weight"
     return (
         f"{sweep.name.capitalize()}: {how}; {sweep.words[0]:.1f} unsteered, {steered[-1]:.1f} at strength "
-        f"{STRENGTHS[-1]:g} (block {sweep.vector.layers[0]}, positions {sweep.vector.positions}); at most "
+        f"{STRENGTHS[-1]:g} (layer {sweep.vector.layers[0]}, positions {sweep.vector.positions}); at most "
         f"{sweep.worst_degenerate:.0%} of replies degenerate."
     )
 
@@ -214,7 +214,7 @@ def compared(rows: Outcomes, levels: Sequence[str]) -> Section:
     return Section(
         "Levels of length",
         "Mean words when each level is said in the prompt, and when its own vector is added with "
-        "strength 1 at the block and positions of its direction.",
+        "strength 1 at the layer and positions of its direction.",
         [Table(["level", *words], table)],
         [
             Bars(
@@ -231,7 +231,7 @@ def compared(rows: Outcomes, levels: Sequence[str]) -> Section:
 def cosines(vectors: Mapping[str, ControlVector], layer: int) -> Section:
     units = np.stack([vector.unit(layer).astype(np.float64) for vector in vectors.values()])
     plot = Heatmap(
-        title=f"Cosine of the levels' directions at block {layer}",
+        title=f"Cosine of the levels' directions at layer {layer}",
         rows=list(vectors),
         columns=list(vectors),
         values=(units @ units.T).tolist(),

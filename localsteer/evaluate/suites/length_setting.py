@@ -1,4 +1,4 @@
-"""Block and positions of a direction of length, chosen by the words of replies: no verifier says how long a
+"""Layer and positions of a direction of length, chosen by the words of replies: no verifier says how long a
 concise reply may be."""
 
 from __future__ import annotations
@@ -13,45 +13,45 @@ from localsteer.evaluate.cells import Arm
 from localsteer.evaluate.outcomes import Outcome
 from localsteer.extract.levels import DIRECTIONS
 from localsteer.extract.recipes import Extracted
-from localsteer.tune.setting import grid_blocks
+from localsteer.tune.setting import grid_layers
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
     from localsteer.evaluate.bench import Bench
 
 SIGNS = {"conciseness": -1, "verbosity": 1}
-TRIED = (0.5, 0.75, 1.0)  # strengths that block and positions are chosen with
+TRIED = (0.5, 0.75, 1.0)  # strengths that layer and positions are chosen with
 POSITIONS = ("prompt", "all")
 N_TRIED = 4  # validation queries for each setting
 MAX_DEGENERATE = 0.05
 
 
 def with_setting(bench: Bench, recipe: Extracted, vector: ControlVector) -> ControlVector:
-    """The given file as it is, or the block and positions that move the length of replies furthest."""
+    """The given file as it is, or the layer and positions that move the length of replies furthest."""
     if recipe.target.id in bench.given:
         return vector
     return bench.use(recipe.target, choose(bench, recipe.target, vector))
 
 
 def choose(bench: Bench, target: Instruction, vector: ControlVector) -> ControlVector:
-    """On validation queries: the block and positions where replies that are still good get shorter (longer)
-    by the largest factor, on average over TRIED strengths. Among equals the lowest block.
+    """On validation queries: the layer and positions where replies that are still good get shorter (longer)
+    by the largest factor, on average over TRIED strengths. Among equals the lowest layer.
 
     A setting with more than 5% degenerate replies is out; a degenerate reply, or one that has lost its
     subject, counts as no change. Raises PlanError when every setting is out.
     """
     queries = bench.validation[:N_TRIED]
     plain = bench.run(
-        [bench.experiment(target, [Arm("none")], queries)], what="choosing a block", score=False
+        [bench.experiment(target, [Arm("none")], queries)], what="choosing a layer", score=False
     )
     settings = [
         vector.at(layer=layer, positions=positions, mode="add")
-        for layer in grid_blocks(vector.n_layer)
+        for layer in grid_layers(vector.n_layer)
         for positions in POSITIONS
         if layer in vector.usable_layers
     ]
     arms = [Arm("tried", (setting.at(strength=strength),)) for setting in settings for strength in TRIED]
-    rows = bench.run([bench.experiment(target, arms, queries)], what="choosing a block", score=False)
+    rows = bench.run([bench.experiment(target, arms, queries)], what="choosing a layer", score=False)
     size = len(TRIED) * len(queries)
     scores = [
         change(rows[k * size : (k + 1) * size], list(plain) * len(TRIED), SIGNS[target.id])
@@ -59,7 +59,7 @@ def choose(bench: Bench, target: Instruction, vector: ControlVector) -> ControlV
     ]
     best = max(range(len(scores)), key=lambda k: (scores[k], -k), default=None)
     if best is None or scores[best] == -math.inf:
-        raise PlanError(f"no block can be steered by {target.id}: every setting gives degenerate replies.")
+        raise PlanError(f"no layer can be steered by {target.id}: every setting gives degenerate replies.")
     return settings[best].at(strength=1.0)
 
 

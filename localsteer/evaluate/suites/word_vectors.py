@@ -37,7 +37,7 @@ class Task:
 
 
 def tasks_of(bench: Bench, kind: str, words: Sequence[str]) -> list[Task]:
-    """A vector for each word: from 20 examples, block, positions and strength picked on validation."""
+    """A vector for each word: from 20 examples, layer, positions and strength picked on validation."""
     recipes = [RECIPES[kind](bench, word) for word in words]
     told = [Extracted(_own(recipe.target)) for recipe in recipes if kind in (CONTEXT, EXCLUDE)]
     raw = bench.extract([*recipes, *told])

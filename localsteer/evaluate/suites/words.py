@@ -39,7 +39,7 @@ CONDITIONS = (
     "instructed",
     "both",
 )
-SWEEP = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the picked strength's block and positions
+SWEEP = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the picked strength's layer and positions
 
 
 def missing(bench: Bench, **_options: Any) -> str:
@@ -125,7 +125,7 @@ TEXTS = {
     INCLUDE: (
         "Inclusion",
         f"Share of replies that hold the word. A vector of each word from {WORD_PAIRS} examples, added at "
-        "the block, positions and strength that did best on validation queries. `other` is another word's "
+        "the layer, positions and strength that did best on validation queries. `other` is another word's "
         "vector in its place: where it does as well, steering asks for some word and not for this one.",
     ),
     CONTEXT: (
@@ -171,7 +171,7 @@ def section(kind: str, tasks: Sequence[Task], rows: Outcomes, sweep: Outcomes) -
         x=[0.0, *SWEEP],
         series=series,
     )
-    columns = ["word", "block, positions, strength", *conditions]
+    columns = ["word", "layer, positions, strength", *conditions]
     return Section(title, text, [Table(columns, table)], [plot] if series else [])
 
 
@@ -192,20 +192,20 @@ def curve(task: Task, rows: Outcomes, sweep: Outcomes) -> list[float | None]:
 
 
 def cosines(tasks: Sequence[Task]) -> list[Section]:
-    """Whether the vectors of two words differ at all: mean cosine between words, by block. Of two or more."""
+    """Whether the vectors of two words differ at all: mean cosine between words, by layer. Of two or more."""
     raw = [task.raw for task in tasks]
     if len(raw) < 2:
         return []
-    blocks = [il for il in range(raw[0].n_layer) if all(il in vector.usable_layers for vector in raw)]
+    layers = [il for il in range(raw[0].n_layer) if all(il in vector.usable_layers for vector in raw)]
     means = []
-    for il in blocks:
+    for il in layers:
         units = np.stack([vector.unit(il).astype(np.float64) for vector in raw])
         means.append(float((units @ units.T)[np.triu_indices(len(raw), 1)].mean()))
     plot = Lines(
         title="Mean cosine between the vectors of two words",
-        x_label="block",
+        x_label="layer",
         y_label="cosine",
-        x=blocks,
+        x=layers,
         series={"words": means},
     )
     text = (

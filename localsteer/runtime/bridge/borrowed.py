@@ -79,7 +79,7 @@ class BorrowedModel(Model):
 class BorrowedContext(Context):
     """close() ends its use here and frees nothing. hook: installed in the context's parameters.
 
-    Trying the blocks empties the cache: borrow a context before anything is decoded in it.
+    Trying the layers empties the cache: borrow a context before anything is decoded in it.
     """
 
     def __init__(self, model: BorrowedModel, pointer: object, hook: Hook, *, swa_full: bool) -> None:
@@ -91,11 +91,11 @@ class BorrowedContext(Context):
         self._swa_full = swa_full
         self._take(pointer, _leave_alone)
 
-    def _try_blocks(self) -> tuple[frozenset[int], str]:
+    def _try_layers(self) -> tuple[frozenset[int], str]:
         why = self._why_never()
         if why:
             return frozenset(), why
-        found = super()._try_blocks()
+        found = super()._try_layers()
         lc.llama_perf_context_reset(self.pointer)
         return found
 

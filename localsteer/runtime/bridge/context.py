@@ -61,9 +61,9 @@ def _pointer_to(array: np.ndarray, ctype: type) -> object:
 
 
 class Rows:
-    """What one decode gave. states: {block: (n_tokens, n_embd) float32}, taken after steering.
+    """What one decode gave. states: {layer: (n_tokens, n_embd) float32}, taken after steering.
 
-    In the last block only tokens with outputs have rows.
+    In the last layer only tokens with outputs have rows.
     """
 
     def __init__(self, context: Context, n_outputs: int, states: dict[int, np.ndarray]) -> None:
@@ -88,8 +88,8 @@ class Rows:
 class Context(Handle):
     """A llama_context whose graph can be steered and read, token by token.
 
-    A decode never exceeds one micro-batch: then the k-th row of every block is the k-th token of the batch
-    (in the last block: the k-th output), which the hook relies on and checks.
+    A decode never exceeds one micro-batch: then the k-th row of every layer is the k-th token of the batch
+    (in the last layer: the k-th output), which the hook relies on and checks.
     n_ctx: cells of all sequences together. kv_unified: they share one cache, and prefixes in it. Otherwise
     each has its own of n_ctx / n_seq_max cells: attention then steps over no other's, and a common prefix is
     copied. llama.cpp sorts the rows of such a decode by sequence, so it must hold tokens of one sequence, or
@@ -168,7 +168,7 @@ class Context(Handle):
         self._batch = Batch(self.n_batch)
         self._steerable, self._why_not = frozenset(), "steering is off"
         if self._hook:
-            self._steerable, self._why_not = self._try_blocks()
+            self._steerable, self._why_not = self._try_layers()
 
     def _params(self, exact: bool, hook: Hook | None) -> lc.llama_context_params:
         params = lc.llama_context_default_params()
@@ -190,8 +190,8 @@ class Context(Handle):
 
     # -- steering --
 
-    def _try_blocks(self) -> tuple[frozenset[int], str]:
-        """Decode three tokens with all blocks wanted, and see at which of them the hook finds its rows."""
+    def _try_layers(self) -> tuple[frozenset[int], str]:
+        """Decode three tokens with all layers wanted, and see at which of them the hook finds its rows."""
         why = self.model.why_not_steerable(self.n_seq_max)
         if why:
             return frozenset(), why
@@ -203,28 +203,28 @@ class Context(Handle):
         finally:
             self._hook.end()
             self.clear()
-        blocks = frozenset(il for il in range(self.model.n_layer) if self._hook.fired(il))
-        return blocks, self._hook.error()
+        layers = frozenset(il for il in range(self.model.n_layer) if self._hook.fired(il))
+        return layers, self._hook.error()
 
     def probe(self, layers: Sequence[int] | None = None) -> set[int]:
-        """The blocks where the hook is proven to find its rows; raises if one of `layers` is not among them.
+        """The layers where the hook is proven to find its rows; raises if one of `layers` is not among them.
 
-        Raises UnsupportedModelError with the reason, MismatchError for a block that the model lacks.
+        Raises UnsupportedModelError with the reason, MismatchError for a layer that the model lacks.
         """
-        self._check_blocks(layers or ())
+        self._check_layers(layers or ())
         return set(self._steerable)
 
-    def _check_blocks(self, layers: Sequence[int]) -> None:
+    def _check_layers(self, layers: Sequence[int]) -> None:
         for layer in layers:
             if layer in self._steerable:
                 continue
             if not 0 <= layer < self.model.n_layer:
                 raise MismatchError(
-                    f"block {layer} does not exist: {self.model.path.name} has {self.model.n_layer} blocks, "
+                    f"layer {layer} does not exist: {self.model.path.name} has {self.model.n_layer} layers, "
                     f"0 to {self.model.n_layer - 1}."
                 )
             raise UnsupportedModelError(
-                f"{self.model.path.name} ({self.model.architecture}) can't be steered at block {layer}: "
+                f"{self.model.path.name} ({self.model.architecture}) can't be steered at layer {layer}: "
                 f"{self._why_not}."
             )
 
@@ -236,7 +236,7 @@ class Context(Handle):
                 f"the vector is {plan.n_embd} wide but {self.model.path.name} is {self.model.n_embd} wide: "
                 "extract the vector from this model."
             )
-        self._check_blocks(plan.layers)
+        self._check_layers(plan.layers)
 
     # -- decoding --
 
@@ -255,8 +255,8 @@ class Context(Handle):
         """Run one batch; after an error in here the cache holds rows that can't be trusted: clear them.
 
         All arguments but `capture` have one entry per token. plans: what steers each token, None = nothing.
-        classes: its PositionClass, needed with plans. capture: blocks to record, for the tokens of
-        capture_tokens (all by default); in the last block, those of them with outputs. also: further
+        classes: its PositionClass, needed with plans. capture: layers to record, for the tokens of
+        capture_tokens (all by default); in the last layer, those of them with outputs. also: further
         sequences that have each token, so that a common beginning is computed once; in a unified cache only,
         and into sequences that are empty.
         Raises PromptError (context full, token out of range), MismatchError, UnsupportedModelError.
@@ -274,7 +274,7 @@ class Context(Handle):
         mask = (
             np.ones(len(outputs), dtype=bool) if capture_tokens is None else np.asarray(capture_tokens, bool)
         )
-        self._check_blocks(capture)
+        self._check_layers(capture)
         routes = None if plans is None else self._routes(plans, classes, len(outputs))
         try:
             # in here, so that Ctrl-C leaves no hook behind that is still at work in the next decode

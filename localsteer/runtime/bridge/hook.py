@@ -63,7 +63,7 @@ _NATIVE_FUNCTIONS = {
     "localsteer_batch_begin": (_I32, [_PTR, _I32, _PTR, _PTR, _PTR, _PTR]),
     "localsteer_batch_end": (_I32, [_PTR]),
     "localsteer_error": (ctypes.c_char_p, [_PTR]),
-    "localsteer_block_status": (_I32, [_PTR, _I32]),
+    "localsteer_layer_status": (_I32, [_PTR, _I32]),
     "localsteer_captured": (ctypes.c_int64, [_PTR, _I32, ctypes.POINTER(_PTR)]),
 }
 
@@ -96,7 +96,7 @@ def _address(array: np.ndarray | None) -> int | None:
 class Hook:
     """Owner of one native hook: compiled plans, what each token of the batch gets, what was captured."""
 
-    DONE = 1  # block_status in native/eval_callback.cpp
+    DONE = 1  # layer_status in native/eval_callback.cpp
 
     def __init__(self, n_layer: int, n_embd: int) -> None:
         self.n_layer, self.n_embd = n_layer, n_embd
@@ -181,10 +181,10 @@ class Hook:
         return self._lib.localsteer_batch_end(self._pointer) == 0
 
     def fired(self, layer: int) -> bool:
-        return self._lib.localsteer_block_status(self._pointer, layer) == self.DONE
+        return self._lib.localsteer_layer_status(self._pointer, layer) == self.DONE
 
     def captured(self, layer: int) -> np.ndarray:
-        """A copy of the rows recorded at a block: (n_rows, n_embd) float32."""
+        """A copy of the rows recorded at a layer: (n_rows, n_embd) float32."""
         data = ctypes.c_void_p()
         n_rows = self._lib.localsteer_captured(self._pointer, layer, ctypes.byref(data))
         if n_rows == 0:

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from .context import Context
 
 ALL_LAYERS = 9999  # more than any model has, and so all of them, its last matrix too
-# Architectures whose graph node `l_out` is something else than what a block gives
+# Architectures whose graph node `l_out` is something else than what a layer gives
 NO_RESIDUAL = ("nemotron_h", "nemotron_h_moe")
 
 
 class Model(Handle):
-    """A GGUF model. hosts: where its blocks lie and are computed, with what the model's file holds sent
+    """A GGUF model. hosts: where its layers lie and are computed, with what the model's file holds sent
     there; they are closed with it. n_gpu_layers: None is none, and all of them with hosts.
 
     Raises ModelFileError for a file that is missing, truncated, or no model, and HostError.
@@ -62,7 +62,7 @@ class Model(Handle):
         self.path = Path(path)
         self.n_gpu_layers = (ALL_LAYERS if hosts else 0) if n_gpu_layers is None else n_gpu_layers
         if hosts and self.n_gpu_layers == 0:
-            raise LocalsteerError("0 blocks on the hosts of --rpc leave nothing to them: leave -ngl out.")
+            raise LocalsteerError("0 layers on the hosts of --rpc leave nothing to them: leave -ngl out.")
         load = check_gguf(
             self.path,
             n_gpu_layers=0 if hosts else self.n_gpu_layers,
@@ -331,12 +331,12 @@ class Model(Handle):
             raise PromptError(f"token {token} is outside the vocabulary of {self.n_vocab} tokens.")
 
     def cache_bytes(self, element_bytes: int) -> int:
-        """What the keys and values of one token take, by the heads of the first block; 0 if it has none."""
+        """What the keys and values of one token take, by the heads of the first layer; 0 if it has none."""
         n_head, n_head_kv = lc.llama_model_n_head(self.pointer), lc.llama_model_n_head_kv(self.pointer)
         return 2 * element_bytes * self.n_layer * n_head_kv * self.n_embd // max(n_head, 1)
 
     def why_not_steerable(self, n_seq_max: int) -> str | None:
-        """A reason of the whole architecture, before any block is tried."""
+        """A reason of the whole architecture, before any layer is tried."""
         if self.architecture in NO_RESIDUAL:
             return "llama.cpp's graph shows what its MLPs add to the residual stream, not the stream"
         if n_seq_max > 1 and lc.llama_model_is_hybrid(self.pointer):

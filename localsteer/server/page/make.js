@@ -180,7 +180,7 @@ function outcomeOf(job) {
     return { title: `No vector of ${what}`, lines: result.learning ? [...lines, result.learning] : lines };
   }
   const { layer, positions, strength } = result.setting;
-  const place = `It steers block${layer.length > 1 ? "s" : ""} ${layer.join(", ")} at strength ${strength}, positions `
+  const place = `It steers layer${layer.length > 1 ? "s" : ""} ${layer.join(", ")} at strength ${strength}, positions `
     + `${positions}; ${job.method === "learn" ? "learned" : "found"} in ${Math.round(job.seconds)} s.`;
   return { title: `${job.vector} is there`, lines: [...effectOf(result), place, ...advice.map(sentence)] };
 }

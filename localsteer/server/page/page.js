@@ -80,19 +80,19 @@ function showVectors(kept, anew) {
 
 const POSITIONS = ["all", "prompt", "last", "generation"];
 
-// Other blocks and positions than the file's own.
+// Other layers and positions than the file's own.
 function where(vector, kept) {
   const row = element("div", undefined, "where");
-  const blocks = element("input");
-  Object.assign(blocks, { type: "text", inputMode: "numeric", pattern: "[0-9]+(\\s*,\\s*[0-9]+)*" });
-  blocks.value = (kept && kept.layer ? kept.layer : vector.settings.layer).join(", ");
-  blocks.title = `One or several of 0 to ${vector.n_layer - 1}, with commas`;
-  blocks.setAttribute("aria-label", `blocks of ${vector.name}`);
+  const layers = element("input");
+  Object.assign(layers, { type: "text", inputMode: "numeric", pattern: "[0-9]+(\\s*,\\s*[0-9]+)*" });
+  layers.value = (kept && kept.layer ? kept.layer : vector.settings.layer).join(", ");
+  layers.title = `One or several of 0 to ${vector.n_layer - 1}, with commas`;
+  layers.setAttribute("aria-label", `layers of ${vector.name}`);
   const positions = element("select");
   positions.append(...POSITIONS.map((each) => new Option(each, each)));
   positions.value = (kept && kept.positions) || vector.settings.positions;
   positions.setAttribute("aria-label", `positions of ${vector.name}`);
-  const labels = [["block", blocks], ["at", positions]].map(([words, field]) => {
+  const labels = [["layer", layers], ["at", positions]].map(([words, field]) => {
     const label = element("label", words);
     label.append(field);
     return label;
@@ -126,8 +126,8 @@ function vectorBox(vector, kept) {
   const row = element("div", undefined, "strength");
   row.append(slider, shown);
   const { layer, mode, positions } = vector.settings;
-  const blocks = `block${layer.length > 1 ? "s" : ""} ${layer.join(", ")}`;
-  box.append(label, row, element("p", `${blocks}, ${mode}, positions ${positions}`, "note"));
+  const layers = `layer${layer.length > 1 ? "s" : ""} ${layer.join(", ")}`;
+  box.append(label, row, element("p", `${layers}, ${mode}, positions ${positions}`, "note"));
   box.append(where(vector, kept));
   const figures = figuresOf(vector.validation);
   if (figures) box.append(element("p", figures, "figures"));
@@ -146,14 +146,14 @@ function figuresOf(validation) {
   return `followed by ${percent(scores.steered)} of validation replies${plain}`;
 }
 
-// What is switched on, as the field `steering` of a request: blocks and positions where they are not the file's.
+// What is switched on, as the field `steering` of a request: layers and positions where they are not the file's.
 function steering() {
   return [...document.querySelectorAll(".vector")]
     .filter((box) => box.querySelector("[role=switch]").checked)
     .map((box) => {
       const { settings } = vectors.find((each) => each.name === box.dataset.name);
       const item = { name: box.dataset.name, strength: Number(box.querySelector("[type=range]").value) };
-      const layer = blocksIn(box.querySelector("[type=text]"));
+      const layer = layersIn(box.querySelector("[type=text]"));
       if (layer.join() !== settings.layer.join()) item.layer = layer;
       const positions = box.querySelector("select").value;
       if (positions !== settings.positions) item.positions = positions;
@@ -161,7 +161,7 @@ function steering() {
     });
 }
 
-function blocksIn(field) {
+function layersIn(field) {
   if (!field.value.trim() || !field.checkValidity()) {
     throw new Error(`${field.getAttribute("aria-label")}: write numbers with commas, as in 12 or 3, 4.`);
   }
@@ -286,8 +286,8 @@ function elsewhere() {
     return;
   }
   const specs = applied.map((each) => {
-    const blocks = each.layer ? `@${each.layer.join(",")}` : "";
-    return ` -s ${quoted(`${each.name}.gguf:${each.strength}${blocks}`)}`;
+    const layers = each.layer ? `@${each.layer.join(",")}` : "";
+    return ` -s ${quoted(`${each.name}.gguf:${each.strength}${layers}`)}`;
   });
   const positions = new Set(applied.map((each) => each.positions));
   const [same] = positions.size === 1 ? positions : [];
@@ -344,7 +344,7 @@ async function reply(kind, question, applied, place) {
 function projection(trace) {
   const box = element("div", undefined, "projection");
   for (const line of trace.lines) {
-    box.append(element("p", `${line.vector}, block ${line.block}: projection of each token`));
+    box.append(element("p", `${line.vector}, layer ${line.layer}: projection of each token`));
     const tokens = element("div", undefined, "tokens");
     trace.tokens.forEach((token, i) => {
       const share = line.share[i];

@@ -1,7 +1,7 @@
-"""The decoder blocks of a model in vLLM, and the hooks that edit the residual stream behind them.
+"""The decoder layers of a model in vLLM, and the hooks that edit the residual stream behind them.
 
-A block gives either the stream itself, or (its own output, the stream before it), to be added by the next
-block's norm. With tensor parallelism both are whole and equal on every rank, since a block ends with an
+A layer gives either the stream itself, or (its own output, the stream before it), to be added by the next
+layer's norm. With tensor parallelism both are whole and equal on every rank, since a layer ends with an
 all-reduce: each rank makes the same edit.
 """
 
@@ -19,10 +19,10 @@ LISTS = ("layers", "h", "blocks")  # what models call the list of their blocks
 ELSEWHERE = ("vision", "visual", "audio", "encoder", "mtp", "draft")  # part of the path to lists of others
 
 Rows = slice | torch.Tensor  # of a batch: a range, or their numbers
-Edits = Mapping[int, Sequence[tuple[Rows, TorchProgram]]]  # by block
+Edits = Mapping[int, Sequence[tuple[Rows, TorchProgram]]]  # by layer
 
 
-def decoder_blocks(model: torch.nn.Module, n_layer: int) -> dict[int, torch.nn.Module]:
+def decoder_layers(model: torch.nn.Module, n_layer: int) -> dict[int, torch.nn.Module]:
     """By 0-based number; with pipeline parallelism those of this rank alone. Raises UnsupportedModelError."""
     lists = [
         module
@@ -34,16 +34,16 @@ def decoder_blocks(model: torch.nn.Module, n_layer: int) -> dict[int, torch.nn.M
     ]
     if len(lists) != 1:
         raise UnsupportedModelError(
-            f"localsteer finds {len(lists)} lists of {n_layer} decoder blocks in {type(model).__name__} and "
+            f"localsteer finds {len(lists)} lists of {n_layer} decoder layers in {type(model).__name__} and "
             "needs one: unset LOCALSTEER_VECTORS to run it unsteered."
         )
-    missing = "PPMissingLayer"  # vLLM's, in the place of a block of another rank
+    missing = "PPMissingLayer"  # vLLM's, in the place of a layer of another rank
     return {il: module for il, module in enumerate(lists[0]) if type(module).__name__ != missing}
 
 
-class BlockHook:
+class LayerHook:
     """edits: what there is to do in the running forward pass, changed by its owner. The first pass, which
-    vLLM makes to measure memory, before any request, proves the form of the block's output."""
+    vLLM makes to measure memory, before any request, proves the form of the layer's output."""
 
     def __init__(self, layer: int, n_embd: int, edits: dict) -> None:
         self.layer, self.n_embd, self.edits = layer, n_embd, edits
