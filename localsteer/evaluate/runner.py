@@ -86,7 +86,7 @@ class Runner:
                 for cell in piece
             ]
 
-        pieces = self._pieces(cells, lambda cell: cell.condition)
+        pieces = self._pieces(cells, lambda cell: (cell.instruction, cell.condition))
         found = self.workers.map(judge, pieces)
         rows = {id(row.cell): row for piece in found for row in piece}
         return Outcomes(rows[id(cell)] for cell in cells)
