@@ -17,8 +17,6 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ...jsonable import JsonObject
-
 N_CTX = 512
 N_SEQ_MAX = 8  # as Engine opens a model, where its kind allows it
 TEMPLATE_SECONDS = 5
@@ -64,7 +62,7 @@ def _limit(file_size: int) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _prepare(job: JsonObject) -> None:
+def _prepare(job: dict[str, Any]) -> None:
     sys.path[:] = job["sys_path"]
     for name, folders in job["stubs"].items():
         package = types.ModuleType(name)
