@@ -72,9 +72,9 @@ class Face:
         made = create(model=model, messages=FOXES, max_tokens=n, stream=stream, extra_body=extra)
         if stream:
             return (
-                e.delta.text for e in made if e.type == "content_layer_delta" and e.delta.type == "text_delta"
+                e.delta.text for e in made if e.type == "content_block_delta" and e.delta.type == "text_delta"
             )
-        return "".join(layer.text for layer in made.content)
+        return "".join(block.text for block in made.content)
 
     # -- Ollama ---------------------------------------------------------------------------------------------
 

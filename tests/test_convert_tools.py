@@ -242,7 +242,7 @@ def hostile(torch):
     yield {1: np.ones(8)}, "could run code"
     yield {}, "no directions by layer"
     yield {"layer_activations": 7}, "no directions by layer"
-    yield {"layer_activations": {1: row}, "layer_type": "mlp"}, "only decoder_layer"
+    yield {"layer_activations": {1: row}, "layer_type": "mlp"}, "only decoder_block"
     yield {"a": row}, "in the place of a layer's number"
     yield {-1: row}, "in the place of a layer's number"
     yield {True: row}, "in the place of a layer's number"

@@ -151,7 +151,7 @@ def test_torch_and_llama_cpp_apply_the_same_gate(exact_bundled, weights):
 def test_only_the_tokens_of_the_positions_are_changed(exact_bundled, weights, positions):
     (one,) = prepare(weights, [an_example(exact_bundled)], [3])
     training = Training(weights, 3, [one], [one], Recipe(positions=positions, rate=0.1, n_steps=9))
-    _, _, where = training._padded([one])
+    *_, where = training._padded([one])
     n_prompt, n = len(one.example.prompt), len(one.example.tokens)
     expected = {"prompt": range(n_prompt), "last": range(n_prompt - 1, n), "generation": range(n_prompt, n)}
     assert where[0].nonzero()[:, 0].tolist() == list(expected[positions])

@@ -188,8 +188,12 @@ def test_a_client_that_leaves_is_nothing_to_its_job(server, http):
     head = f"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     with server.raw() as connection:
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-    job = wait(lambda: http.get("/v1/jobs").json()["data"][-1])
-    assert job["instruction"] == "answer_like_a_pirate_would"
+
+    def begun():
+        jobs = http.get("/v1/jobs").json()["data"]
+        return next((job for job in jobs if job["instruction"] == "answer_like_a_pirate_would"), None)
+
+    job = wait(begun)
     wait(lambda: job_of(http, job)["status"] == "running")
 
 
