@@ -188,6 +188,7 @@ def test_a_client_that_leaves_is_nothing_to_its_job(server, http):
     head = f"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     with server.raw() as connection:
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        assert connection.recv(12) == b"HTTP/1.1 202"  # it stays for no more of the answer
 
     def begun():
         jobs = http.get("/v1/jobs").json()["data"]

@@ -47,6 +47,9 @@ class Weights:
         config = model.config.get_text_config(decoder=True)
         self.n_layer, self.n_embd = config.num_hidden_layers, config.hidden_size
         self._n_outputs: list[int | None] | None = None
+        # without the head; Llama 4's names its prefix wrong, and is then its own base
+        base = model.base_model
+        self._decoder = model.get_decoder() if base is model else base
 
     @classmethod
     def load(
@@ -97,7 +100,7 @@ class Weights:
     def logits(self, hidden: Any) -> Any:
         """(n, n_vocab) float32 from (n, n_embd) states after the final norm, by the model's own head: many
         scale logits, or cap them."""
-        base = self.model.base_model
+        base = self._decoder
         base.forward = lambda *_args, **_options: _Ready(last_hidden_state=hidden[None])
         try:
             ids = torch.zeros(1, len(hidden), dtype=torch.long)
@@ -114,7 +117,7 @@ class Weights:
                 seen[layer] = hidden
 
         with torch.inference_mode(), observe_layers(self.model, keep):
-            output = self.model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
+            output = self._decoder(input_ids=ids, attention_mask=attention, use_cache=False)
         return seen, output.last_hidden_state
 
     def after(self, layer: int, hidden: Any, ids: Any, attention: Any) -> Any:
@@ -123,7 +126,7 @@ class Weights:
         ids: those of `hidden`. Some models look at them again in every layer.
         """
         with self._without_layers_up_to(layer, hidden):
-            output = self.model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
+            output = self._decoder(input_ids=ids, attention_mask=attention, use_cache=False)
         return output.last_hidden_state
 
     @contextmanager
@@ -149,7 +152,7 @@ class Weights:
             handles = [layer.register_forward_hook(see) for layer in self.layers]
             try:
                 with torch.inference_mode():
-                    self.model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+                    self._decoder(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
             finally:
                 for handle in handles:
                     handle.remove()
