@@ -205,7 +205,8 @@ def steered(peer: Peer) -> Peer:
     return Peer(peer.url, models=single)
 
 
-def measure(peers: dict[str, Peer], clients: Sequence[int], rounds: int, facts: int) -> None:
+def measure(peers: dict[str, Peer], clients: Sequence[int], rounds: int, facts: int) -> Iterator[int]:
+    """The number of each round that is done, so that what is known by then can be kept."""
     for peer in peers.values():  # the first calls touch the pages of the model
         asyncio.run(together(peer, 2, 0))
         peer.speeds.clear(), peer.firsts.clear()
@@ -220,6 +221,7 @@ def measure(peers: dict[str, Peer], clients: Sequence[int], rounds: int, facts: 
             asyncio.run(shared_prefix(peers[name], number, facts))
             number += 1
         turn.reverse()
+        yield done + 1
 
 
 def facts_of(peer: Peer) -> int:
@@ -326,36 +328,40 @@ def main() -> int:
         peers = {name: stack.enter_context(serving(*how)) for name, how in commands(arguments).items()}
         peers[STEERED] = steered(peers[OURS])
         peers |= {name: Peer(url, names(url)[:1]) for name, url in others.items()}
-        measure(peers, clients, arguments.rounds, facts_of(peers[PEER]))
-        document = figures(peers)
+        for done in measure(peers, clients, arguments.rounds, facts_of(peers[PEER])):
+            document = figures(peers)
+            keep(arguments, document, done)
     print_table(document)
     if arguments.pytorch:
         speed = pytorch(arguments.model, arguments.threads, arguments.rounds)
         alone = document[OURS]["clients"].get("1", {}).get("tokens_per_second")
         document["pytorch"] = {"tokens_per_second": round(speed, 1)}
         print(f"{'pytorch':<14}  1 client: {speed:.1f} tokens/s, float32, with a hook; localsteer {alone}")
-    result = {
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
-        "machine": f"{platform.machine()} {platform.system()}",
-        "bounds": BOUNDS,
-        "contenders": document,
-    }
-    if arguments.output:
-        keep(arguments.output, arguments.model.name, result)
+    result = keep(arguments, document, arguments.rounds)
     print(json.dumps(result))
     return 0 if all(_meets(document[name], bound) for name, bound in BOUNDS.items()) else 1
 
 
-def keep(path: Path, model: str, result: dict[str, Any]) -> None:
-    """In a file by model; what an earlier piece measured with other numbers of clients stays."""
+def keep(arguments: argparse.Namespace, document: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Merged into the file by model; what an earlier piece measured with other numbers of clients stays."""
+    result = {
+        "threads": arguments.threads,
+        "rounds": rounds,
+        "machine": f"{platform.machine()} {platform.system()}",
+        "bounds": BOUNDS,
+        "contenders": document,
+    }
+    if arguments.output is None:
+        return result
+    path, model = arguments.output, arguments.model.name
     kept = json.loads(path.read_text()) if path.exists() else {}
-    earlier = kept.get(model, {}).get("contenders", {})
-    for name, row in result["contenders"].items():
-        row["clients"] = earlier.get(name, {}).get("clients", {}) | row.get("clients", {})
-    result["contenders"] = earlier | result["contenders"]
+    merged = kept.get(model, {}).get("contenders", {})
+    for name, row in document.items():
+        clients = merged.get(name, {}).get("clients", {}) | row.get("clients", {})
+        merged = merged | {name: row | {"clients": clients}}
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(kept | {model: result}, indent=1) + "\n")
+        temporary.write_text(json.dumps(kept | {model: result | {"contenders": merged}}, indent=1) + "\n")
+    return result
 
 
 def _meets(row: dict[str, Any], bound: float) -> bool:
