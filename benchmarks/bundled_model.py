@@ -29,9 +29,9 @@ from localsteer.catalog import Instruction as Steered
 from localsteer.catalog import load_catalog
 from localsteer.demo import GROUPS
 from localsteer.engine import Engine
-from localsteer.evaluate.bench import BUNDLED_LIMITS, N_TOLD, Bench
+from localsteer.evaluate.bench import BUNDLED_LIMITS, Bench
 from localsteer.evaluate.cells import Experiment, arms_of
-from localsteer.evaluate.controls import choose_others, controls_of
+from localsteer.evaluate.controls import N_TOLD, choose_others
 from localsteer.evaluate.intervals import interval
 from localsteer.evaluate.outcomes import Outcome, Outcomes
 from localsteer.evaluate.runner import Advance, by_instruction
@@ -230,9 +230,9 @@ def steer_all(bench: Bench, ready: Sequence[Steered], regime: Regime) -> list[St
     """Words have no bar: one table of them, where settings are free, is enough."""
     free = regime.name == "free"
     wanted = [each for each in ready if free or each.group in GROUPS]
-    raw = bench.raw(wanted)
+    raw = bench.vectors.raw(wanted)
     restricted = regime.restrict(bench.model["n_layer"])
-    picks = bench.tune([(each, raw[each.id]) for each in wanted], **restricted)
+    picks = bench.vectors.tune([(each, raw[each.id]) for each in wanted], **restricted)
     compared = [_conditions(bench, ready, *pair, free=free) for pair in zip(wanted, picks, strict=True)]
     rows = bench.run(compared, what="comparing conditions", score=("none", "steered")).by("instruction")
     return [
@@ -248,9 +248,9 @@ def _conditions(
     if free:
         steers |= {"instructed": (), "both": (tuned.vector,)}
     if tuned.setting is not None:
-        others = choose_others([instruction], ready, bench.told(ready), bench.validation[:N_TOLD])
-        raw = list(bench.raw(others).values())
-        steers |= controls_of([tuned.vector], raw, bench.plain_mean(), bench.seed)
+        others = choose_others([instruction], ready, bench.vectors.told, bench.validation[:N_TOLD])
+        raw = list(bench.vectors.raw(others).values())
+        steers |= bench.controls.like([tuned.vector], raw)
     return bench.experiment(instruction, arms_of(steers, list(steers)), bench.test)
 
 
@@ -495,7 +495,7 @@ def steer(workers: Workers, quant: str, size: Size) -> dict[str, Any]:
     ready = [each for each in catalog.instructions.values() if each.verifier and not each.open_slots]
     options = {"n": size.test, "limits": BUNDLED_LIMITS, "stage": told_by_note}
     bench = Bench(workers, catalog, None, batch=by_instruction, **options)
-    bench.prepare(ready)
+    bench.vectors.prepare(ready)
     regimes = {}
     for regime in REGIMES:
         note(f"steered, {quant}, {regime.name}")

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from localsteer import ControlVector, Engine, __version__, bundled
-from localsteer.catalog import Catalog, load_catalog
+from localsteer.catalog import Catalog, load_catalog, spread
 from localsteer.ensure import Requirement, ensure
-from localsteer.evaluate.vectors import spread
 from localsteer.extract import extract
 from localsteer.runtime.reply import Reply
 from localsteer.runtime.sampling import GREEDY

@@ -17,9 +17,8 @@ from dataclasses import replace
 from typing import Any
 
 from localsteer import __version__, bundled
-from localsteer.catalog import Catalog, Instruction, load_catalog
+from localsteer.catalog import Catalog, Instruction, load_catalog, spread
 from localsteer.engine import Engine
-from localsteer.evaluate.vectors import spread
 from localsteer.extract import extract
 from localsteer.perplexity import log_perplexities
 from localsteer.runtime.bridge import default_threads

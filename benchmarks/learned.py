@@ -33,13 +33,12 @@ import numpy as np
 
 from localsteer import ControlVector, Engine, __version__
 from localsteer.cache import atomic_path, file_hash
-from localsteer.catalog import Catalog, Instruction, Query, alike, load_catalog
+from localsteer.catalog import Catalog, Instruction, Query, alike, load_catalog, spread
 from localsteer.errors import LocalsteerError
 from localsteer.evaluate.controls import mean_state, random_control
 from localsteer.evaluate.intervals import wilson
 from localsteer.evaluate.outcomes import Outcomes
 from localsteer.evaluate.runner import MAX_TOKENS, run_conditions
-from localsteer.evaluate.vectors import spread
 from localsteer.extract import extract
 from localsteer.learn import Kept, PlainReplies, Recipe, learn
 from localsteer.learn.examples import rewritten

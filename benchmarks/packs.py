@@ -19,11 +19,10 @@ from typing import Any
 
 from localsteer import Engine
 from localsteer.cache import atomic_path
-from localsteer.catalog import load_catalog
+from localsteer.catalog import load_catalog, spread
 from localsteer.evaluate.intervals import wilson
 from localsteer.evaluate.outcomes import Outcomes
 from localsteer.evaluate.runner import run_conditions
-from localsteer.evaluate.vectors import spread
 from localsteer.model_names import path_of
 from localsteer.packs import Pack, pack_for
 

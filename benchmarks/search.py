@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from localsteer import ControlVector, Engine, __version__
-from localsteer.catalog import Catalog, Instruction, load_catalog
+from localsteer.catalog import Catalog, Instruction, load_catalog, spread
 from localsteer.evaluate.runner import run_conditions, told_replies
-from localsteer.evaluate.vectors import spread
 from localsteer.extract import extract
 from localsteer.model_names import path_of
 from localsteer.tune import N_SEQ_MAX, Tuned, tune, tune_exhaustively

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from localsteer import ControlVector, Engine, __version__
-from localsteer.catalog import Instruction, Query, load_catalog
+from localsteer.catalog import Instruction, Query, load_catalog, spread
 from localsteer.evaluate.intervals import wilson
-from localsteer.evaluate.vectors import spread
 from localsteer.learn import Recipe, learn
 from localsteer.learn.examples import of_pairs
 from localsteer.model_names import path_of

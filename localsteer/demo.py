@@ -18,15 +18,15 @@ from typing import Any
 
 from . import bundled
 from .cache import cache_folder
-from .catalog import Catalog, Instruction, alike, load_catalog
+from .catalog import Catalog, Instruction, alike, load_catalog, spread
 from .engine import Engine
 from .errors import LocalsteerError
-from .evaluate.bench import BUNDLED_LIMITS, Bench, quantization
+from .evaluate.bench import BUNDLED_LIMITS, Bench
 from .evaluate.cells import CONDITIONS, Experiment, arms_of
 from .evaluate.controls import mean_state, random_control
+from .evaluate.model_info import quantization
 from .evaluate.outcomes import Outcomes
 from .evaluate.runner import Stage, by_instruction, plain_replies, run_conditions, silent
-from .evaluate.vectors import spread
 from .jsonable import JsonObject
 from .runtime.bridge import default_threads
 from .runtime.sampling import GREEDY
@@ -80,13 +80,13 @@ def run_demo(
     sizes = {"n_ctx": BUNDLED_LIMITS.n_ctx, "n_seq_max": BUNDLED_LIMITS.n_seq_max}
     with Workers(path, n_threads or default_threads(), **sizes) as workers:
         bench = Bench(workers, catalog, None, batch=by_instruction, **options)
-        bench.prepare(_with_partners(catalog, chosen))
-        raw = bench.raw(chosen)
-        tuned = bench.tune([(each, raw[each.id]) for each in chosen])
+        bench.vectors.prepare(_with_partners(catalog, chosen))
+        raw = bench.vectors.raw(chosen)
+        tuned = bench.vectors.tune([(each, raw[each.id]) for each in chosen])
         picks = dict(zip(ids, tuned, strict=True))
         compared = [_conditions(bench, each, picks[each.id].vector) for each in chosen]
         found = bench.run(compared, what="comparing conditions", score=SHOWN).by("instruction")
-        others = {each.id: bench.others(each) for each in chosen}
+        others = {each.id: bench.controls.others(each) for each in chosen}
     files = _save(folder, picks)
     by_condition = {name: found[name].by("condition") for name in ids}
     rows = [
@@ -106,7 +106,7 @@ def run_demo(
 
 def _conditions(bench: Bench, instruction: Instruction, vector: ControlVector) -> Experiment:
     steers = {"none": (), "steered": (vector,), "instructed": (), "both": (vector,)}
-    steers |= bench.controls([instruction], [vector])
+    steers |= bench.controls.of([instruction], [vector])
     return bench.experiment(instruction, arms_of(steers, CONDITIONS), bench.test)
 
 

@@ -18,13 +18,13 @@ from cli_runs import environment, invoke
 
 from localsteer import bundled
 from localsteer.bundled import checkpoint_hash, gguf_path
-from localsteer.catalog import load_catalog
+from localsteer.catalog import load_catalog, spread
 from localsteer.demo import GROUPS, _chosen, answers, demonstrate, mean, run_demo
 from localsteer.engine import Engine
 from localsteer.errors import CatalogError, LocalsteerError, ModelFileError
 from localsteer.evaluate.cells import CONDITIONS
+from localsteer.evaluate.extraction import extract_all
 from localsteer.evaluate.runner import Advance, silent
-from localsteer.evaluate.vectors import extract_all, spread
 from localsteer.extract import extract
 from localsteer.runtime.bridge import Context
 from localsteer.vector import ControlVector

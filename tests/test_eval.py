@@ -19,11 +19,11 @@ from localsteer.evaluate.bench import (
     EvalLimits,
     open_bench,
     open_judge,
-    quantization,
 )
 from localsteer.evaluate.cells import Arm, Cell, Experiment, Rule, applied, checks_of
 from localsteer.evaluate.diff import compare, differences
 from localsteer.evaluate.intervals import N_BOOTSTRAP, certain, clustered, interval, wilson
+from localsteer.evaluate.model_info import quantization
 from localsteer.evaluate.model_judge import kappa
 from localsteer.evaluate.outcomes import Outcome, Outcomes, judged, report
 from localsteer.evaluate.page import Accuracy, Figures, Results, Share, SuiteReport, loaded, plain
@@ -351,9 +351,9 @@ def test_steering_works_and_its_controls_do_not(run):
         assert row["none"].measure("perplexity_ratio") == 1.0
         assert 0.5 < row["steered"].measure("perplexity_ratio") < 5
         assert all(figure.n == 10 for figure in row.values())
-        assert row["steered"].settings.layer == list(bench.vectors([name])[name].layers)
+        assert row["steered"].settings.layer == list(bench.vectors.tuned([name])[name].layers)
         assert row["none"].settings is row["none"].vector_sha256 is None
-        assert row["steered"].vector_sha256 == bench.vector_records()[name].sha256
+        assert row["steered"].vector_sha256 == bench.vectors.records()[name].sha256
     assert report.all["steered"].n == 20
     whole = Results(format=1, suites={"format": report})
     assert loaded(plain(whole)) == whole
@@ -375,7 +375,7 @@ def test_the_suite_in_the_developers_document_runs(run):
 
 def test_vectors_are_kept_with_their_settings(run):
     bench, _ = run
-    for name, vector in bench.vectors(IDS).items():
+    for name, vector in bench.vectors.tuned(IDS).items():
         kept = ControlVector.load(bench.out / "vectors" / f"{name}.gguf")
         assert (kept.layers, kept.positions, kept.strength) == (
             vector.layers,
@@ -383,24 +383,24 @@ def test_vectors_are_kept_with_their_settings(run):
             vector.strength,
         )
         assert kept.provenance["validation"]["scores"]["steered"] >= 0.7
-        assert bench.vector_records()[name].source_sha256 == bench.model["sha256"]
+        assert bench.vectors.records()[name].source_sha256 == bench.model["sha256"]
 
 
 def test_a_run_that_goes_on_takes_the_settings_that_it_had_chosen(model, tmp_path):
     options = {"limits": BUNDLED_LIMITS, "n": 2, "n_threads": 1}
     path = tmp_path / "vectors" / "title.gguf"
     with open_bench(model, CATALOG, tmp_path, **options) as bench:
-        bench.raw(["title"])
+        bench.vectors.raw(["title"])
         raw = ControlVector.load(path)
         # as if the search had ended with a setting that it would not choose again
         chosen = raw.at(layer=1, positions="last", strength=0.25)
         replace(chosen, provenance={**raw.provenance, "validation": {"n": 8}}).save(path)
     with open_bench(model, CATALOG, tmp_path, **options) as bench:
-        vector = bench.vectors(["title"])["title"]
+        vector = bench.vectors.tuned(["title"])["title"]
         assert (vector.layers, vector.positions, vector.strength) == ((1,), "last", 0.25)
-        assert bench.raw(["title"])["title"].strength == 1.0
+        assert bench.vectors.raw(["title"])["title"].strength == 1.0
     with open_bench(model, CATALOG, tmp_path, seed=1, **options) as bench:
-        vector = bench.vectors(["title"])["title"]
+        vector = bench.vectors.tuned(["title"])["title"]
         assert vector.layers != (1,) and vector.provenance["validation"]["search"] == "likelihood"
 
 
@@ -414,7 +414,7 @@ def test_replies_are_kept_as_lines(run):
 
 def test_equal_requests_are_asked_once_and_a_second_time_not_at_all(run):
     bench, _ = run
-    asked = [bench.conditions(JSON, bench.vectors(["json"])["json"], ("none", "steered"))]
+    asked = [bench.conditions(JSON, bench.vectors.tuned(["json"])["json"], ("none", "steered"))]
     before = (bench.out / "replies.jsonl").read_bytes()
     rows = bench.run([*asked, *asked])
     texts, n = [row.reply.text for row in rows], len(rows) // 2
@@ -427,7 +427,7 @@ def test_paraphrases_come_from_validation_and_are_asked_on_test_queries(run, mon
     wordings = ["Answer in JSON format.", "Squeeze it between curly things."]
     monkeypatch.setattr("localsteer.evaluate.suites.paraphrases.paraphrases_of", lambda _: wordings)
     bench.results.clear()
-    section = badly_followed(bench, [JSON], bench.vectors(["json"]))
+    section = badly_followed(bench, [JSON], bench.vectors.tuned(["json"]))
     asked = {each.cell.query.text for each in bench.results if each.cell.condition in ("instructed", "both")}
     assert asked == {query.text for query in bench.test}
     tried = {each.cell.query.text for each in bench.results if each.cell.condition in wordings}
@@ -444,7 +444,7 @@ def test_what_steering_does_not_help_is_left_alone_and_said(run):
     bench, _ = run
     from localsteer.evaluate.suites.format import without_effect
 
-    vector = bench.vectors(["json"])["json"]
+    vector = bench.vectors.tuned(["json"])["json"]
     assert without_effect({"json": vector}) == []
     (section,) = without_effect({"json": vector.at(strength=0.0)})
     assert "json" in section.text
@@ -454,7 +454,7 @@ def test_what_steering_does_not_help_is_left_alone_and_said(run):
 
 def test_a_judge_is_compared_with_the_verifier(run, model):
     bench, _ = run
-    vector = bench.vectors(["json"])["json"]
+    vector = bench.vectors.tuned(["json"])["json"]
     results = bench.run([bench.conditions(JSON, vector, ("none", "steered"))])
     with open_judge(model, bench, n_threads=1) as judge:
         section = judge.section(results)
@@ -468,7 +468,7 @@ def test_a_judge_is_compared_with_the_verifier(run, model):
 
 def test_replies_that_a_judge_has_no_room_for_are_counted(run, model):
     bench, _ = run
-    results = bench.run([bench.conditions(JSON, bench.vectors(["json"])["json"], ("none",))])
+    results = bench.run([bench.conditions(JSON, bench.vectors.tuned(["json"])["json"], ("none",))])
     endless = replace(results[0], reply=Reply("fox " * 2000, [1], "stop"))
     with open_judge(model, bench, n_threads=1) as judge:
         some = judge.section([*results, endless]).text
@@ -497,9 +497,9 @@ def test_a_judge_that_can_not_read_the_question_is_refused_before_anything_is_as
 
 def test_the_control_other_is_of_instructions_that_the_model_can_read(run, real_data, tmp_path):
     bench, _ = run
-    other, second = bench.others(JSON, LOWERCASE, n=2)
+    other, second = bench.controls.others(JSON, LOWERCASE, n=2)
     assert {other.id, second.id}.isdisjoint(IDS)
-    assert bench.others(JSON, LOWERCASE, n=2) == [other, second]
+    assert bench.controls.others(JSON, LOWERCASE, n=2) == [other, second]
     # this vocabulary has no < and >, which the wordings of `title` hold; a catalogue's further formats do
     path = real_data / "craftgpt-chat-5m-f16.gguf"
     catalog = load_catalog("general")
@@ -508,8 +508,8 @@ def test_the_control_other_is_of_instructions_that_the_model_can_read(run, real_
     options = {"n": 2, "n_threads": 1, "limits": EvalLimits(max_tokens=16)}
     with open_bench(path, few, tmp_path, **options) as small:
         no_comma, lowercase = few.get("no_comma"), few.get("lowercase")
-        assert "title" not in [each.id for each in small._partners([no_comma], 99)]
-        assert len(small.others(no_comma)) == len(small.others(lowercase)) == 1
+        assert "title" not in [each.id for each in small.controls.partners([no_comma], 99)]
+        assert len(small.controls.others(no_comma)) == len(small.controls.others(lowercase)) == 1
 
 
 def test_kappa_is_agreement_beyond_chance():
@@ -558,20 +558,20 @@ def test_lines_of_a_file_are_steered_by_the_vectors_of_their_ids(run, tmp_path):
 def test_given_vectors_are_used_as_they_are(run, model, tmp_path):
     first, _ = run
     path = tmp_path / "mine.gguf"
-    first.vectors(["json"])["json"].at(strength=0.7).save(path)
+    first.vectors.tuned(["json"])["json"].at(strength=0.7).save(path)
     given = [(path, ControlVector.load(path))]
     options = {"limits": BUNDLED_LIMITS, "n": 2, "n_threads": 1}
     with open_bench(model, CATALOG, tmp_path / "run", given=given, **options) as bench:
         assert [each.id for each in bench.instructions(("format",))] == ["json"]
-        assert bench.vectors(["json"])["json"].strength == 0.7
-        assert bench.vector_records()["json"].given is True
+        assert bench.vectors.tuned(["json"])["json"].strength == 0.7
+        assert bench.vectors.records()["json"].given is True
         assert not (tmp_path / "run" / "vectors" / "json.gguf").exists()
     # an import knows no mean projections, so it can't stand in for a vector that is projected
     bare = replace(given[0][1], name="title", mode="add", mean_with=None, mean_without=None, std_with=None,
                    std_without=None, provenance={"instruction_id": "title"})  # fmt: skip
     two = [*given, (path, bare)]
     with open_bench(model, CATALOG, tmp_path / "import", given=two, **options) as bench:
-        controls = bench.controls([bench.instruction("json")], [given[0][1]])
+        controls = bench.controls.of([bench.instruction("json")], [given[0][1]])
         assert {name: len(each) for name, each in controls.items()} == {"random": 1, "other": 1}
         assert controls["other"][0].name != "title"
     with (

@@ -16,7 +16,7 @@ from localsteer.evaluate.cells import Cell, checks_of
 from localsteer.evaluate.outcomes import Outcomes, judged
 from localsteer.evaluate.page import Share
 from localsteer.evaluate.probe import GAUSSIAN, LINEAR, MEANS
-from localsteer.evaluate.studies import NAMES, candidates, compound, linear, pairs, quantization
+from localsteer.evaluate.studies import NAMES, candidates, draws, linear, pairs, quantization, triples
 from localsteer.evaluate.studies.common import correlate, other_vector, run_study, working
 from localsteer.runtime.reply import Reply
 
@@ -36,23 +36,23 @@ def vector(seed=0, **settings) -> ControlVector:
 
 def test_draws_are_random_but_the_same_each_time():
     instruction = CATALOG.get("json")
-    first, second = (pairs.draw_pairs(instruction, QUERIES, pairs.Draw(20, 3, k)) for k in (0, 1))
-    assert first == pairs.draw_pairs(instruction, QUERIES, pairs.Draw(20, 3, 0)) != second
+    first, second = (draws.draw_pairs(instruction, QUERIES, draws.Draw(20, 3, k)) for k in (0, 1))
+    assert first == draws.draw_pairs(instruction, QUERIES, draws.Draw(20, 3, 0)) != second
     assert len({pair.plain for pair in first}) == 20
     assert len({pair.instructed.removeprefix(pair.plain) for pair in first}) == 3
 
 
 def test_more_pairs_than_queries_repeat_a_query_in_other_words():
     instruction = Instruction("x", ("One.", "Two.", "Three."))
-    made = pairs.draw_pairs(instruction, QUERIES[:4], pairs.Draw(10, 0, 0))
+    made = draws.draw_pairs(instruction, QUERIES[:4], draws.Draw(10, 0, 0))
     assert len(made) == len({pair.instructed for pair in made}) == 10
-    assert len(pairs.draw_pairs(instruction, QUERIES[:4], pairs.Draw(100, 1, 0))) == 4
+    assert len(draws.draw_pairs(instruction, QUERIES[:4], draws.Draw(100, 1, 0))) == 4
 
 
 def test_the_vector_of_a_draw_is_the_difference_of_its_means():
     rng = np.random.default_rng(1)
     instructed, plain = rng.standard_normal((2, 5, N_LAYER, N_EMBD)).astype(np.float32)
-    made = pairs.vector_of(vector(layers=(3,), strength=0.5), instructed, plain)
+    made = draws.vector_of(vector(layers=(3,), strength=0.5), instructed, plain)
     np.testing.assert_allclose(made.directions, (instructed - plain).mean(axis=0), atol=1e-6)
     assert made.mean_with[1] == pytest.approx((instructed[:, 1] @ made.unit(1)).mean(), abs=1e-5)
     assert (made.layers, made.strength) == ((3,), 0.5)
@@ -112,8 +112,8 @@ def test_a_reply_without_an_end_follows_none_of_the_three():
     cell = Cell("three", "best", query, query.text, (), checks)
     reply = Reply("the fox runs over the bridge and the", [1], "length")
     endless, whole = Outcomes([judged(cell, reply, must_end=True)]), Outcomes([judged(cell, reply)])
-    assert compound.held(endless, three) == [0.0] < compound.held(whole, three)
-    assert set(compound.Triple(tuple(three), {}, {}, endless).parts("best").values()) == {0.0}
+    assert triples.held(endless, three) == [0.0] < triples.held(whole, three)
+    assert set(triples.Triple(tuple(three), {}, {}, endless).parts("best").values()) == {0.0}
 
 
 def test_parallel_directions_are_no_way():

@@ -22,6 +22,7 @@ from localsteer.evaluate.suites import (
     in_turn,
     length,
     length_setting,
+    length_sweep,
     word_choice,
     word_vectors,
     words,
@@ -89,18 +90,18 @@ def test_length_sweeps_both_directions(bench, monkeypatch):
     # nothing judges a direction, so its replies are in no sum
     assert set(report.all) == {"none", "steered", "instructed"}
     assert report.all["steered"].n == 4 * N_TEST
-    assert len(swept.tables[0].rows) == 2 * (1 + len(length.STRENGTHS))
+    assert len(swept.tables[0].rows) == 2 * (1 + len(length_sweep.STRENGTHS))
     assert [row[0] for row in levels.tables[0].rows] == list(length.LEVELS)
     assert len(cosines.plots[0].values) == len(length.LEVELS)
-    records = bench.vector_records()
+    records = bench.vectors.records()
     assert records["verbosity"].mode == "add" and records["verbosity"].positions == "prompt"
 
 
 def test_c_is_strength_times_the_direction_s_length(bench):
-    vector = bench.extract([length.length(bench.catalog, "verbosity")])["verbosity"].at(layer=2)
+    vector = bench.vectors.extract([length.length(bench.catalog, "verbosity")])["verbosity"].at(layer=2)
     plain = rows_of([20] * 4)
-    sweep = length.Sweep("verbosity", vector, {0.0: plain, 0.5: plain}, {"other": {0.5: rows_of([9])}})
-    row = length._sweep_row(sweep, 0.5)
+    sweep = length_sweep.Sweep("verbosity", vector, {0.0: plain, 0.5: plain}, {"other": {0.5: rows_of([9])}})
+    row = sweep.row(0.5)
     assert row[-2:] == [None, 9.0]  # no random direction
     assert row[2] == pytest.approx(0.5 * np.linalg.norm(vector.directions[2].astype(float)))
 
@@ -116,12 +117,12 @@ def test_c_is_strength_times_the_direction_s_length(bench):
     ],
 )
 def test_monotone_is_from_each_strength_to_the_next(mean, n_monotone, said):
-    steered = dict(zip((0.0, *length.STRENGTHS), (rows_of([n]) for n in mean), strict=True))
+    steered = dict(zip((0.0, *length_sweep.STRENGTHS), (rows_of([n]) for n in mean), strict=True))
     vector = ControlVector(np.ones((1, 2)), None, None, None, None, layers=(0,), mode="add")
-    sweep = length.Sweep("verbosity", vector, steered, {})
+    sweep = length_sweep.Sweep("verbosity", vector, steered, {})
     assert sweep.n_monotone == n_monotone
-    assert said in length.verdict(sweep)
-    assert "do NOT fall monotonically" in length.verdict(length.Sweep("conciseness", vector, steered, {}))
+    assert said in sweep.verdict
+    assert "do NOT fall monotonically" in length_sweep.Sweep("conciseness", vector, steered, {}).verdict
 
 
 def test_degenerate_replies_count_against_a_setting():
@@ -162,8 +163,8 @@ def test_words_are_included_and_excluded_beside_their_controls(bench, monkeypatc
         assert rows[name]["random"].strict.accuracy <= 0.25
         assert rows[name]["steered"].strict.accuracy >= 0.75
     titles = [section.title for section in report.sections]
-    assert titles == [*(title for title, _ in words.TEXTS.values()), "How much of a vector is about its word"]
-    assert bench.vector_records()[f"exclude_word:{used}"].mode == "add"
+    assert [title.split()[0] for title in titles] == ["Inclusion", *["Exclusion"] * 3, "How"]
+    assert bench.vectors.records()[f"exclude_word:{used}"].mode == "add"
 
 
 def test_prompts_that_ask_for_the_word_are_its_queries(bench):

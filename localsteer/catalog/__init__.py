@@ -165,6 +165,12 @@ def load_catalog(path_or_name: str | Path = DEFAULT) -> Catalog:
     return Catalog(str(path_or_name), _instructions(content.get("instruction"), str(path)), queries)
 
 
+def spread(queries: Sequence[Query], n: int) -> list[Query]:
+    """n of the queries at equal distances, so that few of them still hold every kind; all where there are
+    fewer."""
+    return [queries[i * len(queries) // n] for i in range(n)] if n < len(queries) else list(queries)
+
+
 def load_queries(path: str | Path) -> tuple[Query, ...]:
     """The lines of a text file, empty ones left out. Raises CatalogError when none is left."""
     lines = [line.strip() for line in _read_text(Path(path)).splitlines()]

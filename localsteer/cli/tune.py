@@ -284,8 +284,7 @@ def _rule(verifier: str | None, kwargs: str | None) -> JsonObject:
 
 def _validation(catalog: Catalog, instruction: Instruction, params: Params) -> tuple[Query, ...]:
     """All of them; for the exhaustive search `n` at equal distances, so that few still hold every kind."""
-    from localsteer.catalog import load_queries
-    from localsteer.evaluate.vectors import spread
+    from localsteer.catalog import load_queries, spread
 
     if params["queries"] is None:
         queries = catalog.queries_for(instruction, "validation")
@@ -355,7 +354,7 @@ def _with_vector(engine: Engine, job: TuneJob) -> TuneJob:
 
 
 def _tune(engine: Engine, job: TuneJob, params: Params) -> tuple[Tuned, JsonObject]:
-    from localsteer.evaluate.bench import model_info
+    from localsteer.evaluate.model_info import model_info
     from localsteer.tune import tune
 
     model = {key: model_info(engine)[key] for key in ("name", "sha256", "quantization")}

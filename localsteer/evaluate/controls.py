@@ -1,5 +1,7 @@
 """The conditions that every steered figure is shown with, and the controls that give it meaning.
 
+    bench.controls.of([json], [vector])    {"random": (...,), "other": (...,)}
+
     none        the model alone                     instructed  the instruction in the prompt, in words
     steered     the vector, no word of it           both        in words and steered
     random      a random direction in its place     other       another instruction's vector in its place
@@ -18,14 +20,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localsteer.catalog import Instruction, Query, alike
-from localsteer.errors import PlanError
+from localsteer.errors import PlanError, PromptError
+from localsteer.evaluate.runner import plain_replies
+from localsteer.evaluate.scope import lacks_slots
+from localsteer.evaluate.vectors import N_TOLD, BenchVectors
+from localsteer.perplexity import log_scores
 from localsteer.plan import Plan
 from localsteer.vector import ControlVector
 from localsteer.verify.verdicts import verify
+from localsteer.workers import Workers
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
     from localsteer.runtime.reply import Reply
+
+PARTNERS = ("json", "lowercase", "title")  # a control needs other instructions, also where few are wanted
+N_CANDIDATES = 2  # of other instructions that the control `other` is drawn from, at least
 
 
 def controls_of(
@@ -113,9 +123,7 @@ def choose_others(
     (`told`, to `queries`) do not pass their verifiers by themselves, as a postscript makes four sentences of
     three. Where too few are fair, the ones that pass least often come next.
     """
-    others = [
-        candidate for candidate in candidates if not any(alike(mine, candidate) for mine in instructions)
-    ]
+    others = _unlike(candidates, instructions)
     passes = {
         other.id: sum(_passes(mine, told[other.id], queries) for mine in instructions) for other in others
     }
@@ -136,6 +144,88 @@ def _passes(instruction: Instruction, replies: Sequence[Reply], queries: Sequenc
     )
 
 
-def told_prompts(queries: Sequence[Query], phrasings: Sequence[str]) -> list[str]:
-    """Each query, with one of the phrasings after it, in turn."""
-    return [f"{query.text} {phrasings[i % len(phrasings)]}" for i, query in enumerate(queries)]
+class BenchControls:
+    """The controls of a bench: the same ones whenever they are asked for again."""
+
+    def __init__(self, vectors: BenchVectors) -> None:
+        self.vectors, self.scope, self.workers = vectors, vectors.scope, vectors.workers
+        self._others: dict[tuple[str, ...], list[Instruction]] = {}
+        self._mean: np.ndarray | None = None
+
+    def of(
+        self, instructions: Sequence[Instruction], vectors: Sequence[ControlVector]
+    ) -> dict[str, tuple[ControlVector, ...]]:
+        """As `controls_of`, with the vectors of other instructions."""
+        others = self.others(*instructions, n=len(vectors))
+        return self.like(vectors, list(self.vectors.raw(others).values()))
+
+    def like(
+        self, vectors: Sequence[ControlVector], others: Sequence[ControlVector] = ()
+    ) -> dict[str, tuple[ControlVector, ...]]:
+        """As `controls_of`, with the bench's own mean state and seed."""
+        return controls_of(vectors, others, self.plain_mean(), self.scope.seed)
+
+    def others(self, *instructions: Instruction, n: int = 1) -> list[Instruction]:
+        """Whose vectors the control `other` is drawn from: evaluated ones and, where few are, PARTNERS."""
+        key = (str(n), *(instruction.id for instruction in instructions))
+        if key not in self._others:
+            self.vectors.prepare(instructions)
+            missing = max(n, N_CANDIDATES) - len(_unlike(self._candidates(), instructions))
+            if missing > 0:
+                self.vectors.prepare(self.partners(instructions, missing))
+            told, queries = self.vectors.told, self.scope.validation[:N_TOLD]
+            self._others[key] = choose_others(
+                instructions, self._candidates(), told, queries, n=n, seed=self.scope.seed
+            )
+        return self._others[key]
+
+    def partners(self, instructions: Sequence[Instruction], n: int) -> list[Instruction]:
+        """At most n of PARTNERS, or else of the catalogue's formats, that are not known yet, alike to none of
+        these, and that the model's vocabulary can spell."""
+        known = self.scope.catalog.instructions
+        formats = [one.id for one in known.values() if one.group == "format" and one.verifier]
+        names = [name for name in dict.fromkeys([*PARTNERS, *formats]) if name in known]
+        usable = [known[name].fill() for name in names if not lacks_slots(known[name])]
+        candidates = [one for one in _unlike(usable, instructions) if one.id not in self.vectors.told]
+        return [one for one in candidates if readable(self.workers, one.phrasings) == [*one.phrasings]][:n]
+
+    def plain_mean(self) -> np.ndarray:
+        """(n_layer, n_embd) float64: mean state of plain validation prompts at their last token."""
+        max_tokens, test = self.vectors.max_tokens, self.scope.test
+
+        def work(engine: Engine, _: None) -> np.ndarray:
+            # its own replies first, and scored by themselves: what else is asked should change none of them
+            plain = plain_replies(engine, test, max_tokens=max_tokens)
+            log_scores(engine, [(query.text, reply.tokens) for query, reply in zip(test, plain, strict=True)])
+            return mean_state(engine, self.scope.validation)
+
+        if self._mean is None:
+            (self._mean,) = self.workers.map(work, [None])
+        return self._mean
+
+    def _candidates(self) -> list[Instruction]:
+        """Not of words: which suites ran before should not matter, and a word changes little of a reply. Not
+        an import that can't be applied as any vector is, at any layer and in mode project."""
+        known = [self.scope.known[name] for name in self.vectors.told]
+        usable = [one for one in known if one.verifier and one.group != "word"]
+        return [one for one in usable if _is_whole(self.vectors.all_raw[one.id])]
+
+
+def readable(workers: Workers, texts: Sequence[str]) -> list[str]:
+    """Those that the model's vocabulary can spell."""
+
+    def can_spell(engine: Engine, text: str) -> bool:
+        try:
+            return bool(engine.prompt_tokens(text))
+        except PromptError:
+            return False
+
+    return [text for text, can in zip(texts, workers.map(can_spell, texts), strict=True) if can]
+
+
+def _unlike(candidates: Sequence[Instruction], instructions: Sequence[Instruction]) -> list[Instruction]:
+    return [candidate for candidate in candidates if not any(alike(mine, candidate) for mine in instructions)]
+
+
+def _is_whole(vector: ControlVector) -> bool:
+    return vector.mean_with is not None and len(vector.usable_layers) == vector.n_layer

@@ -139,6 +139,11 @@ class Outcomes(tuple[Outcome, ...]):
         """The same with its interval."""
         return self.accuracy("strict").share
 
+    def shares(self, conditions: Sequence[str]) -> list[Share | None]:
+        """A cell for each condition; None for one that is not here."""
+        parts = self.by("condition")
+        return [parts[name].share if name in parts else None for name in conditions]
+
     def accuracy(self, rule: str) -> Accuracy:
         """By the rule strict or loose."""
         by_query: dict[str, list[bool]] = {}

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from copy import deepcopy
 from itertools import chain
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypedDict
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -24,6 +24,17 @@ from localsteer.errors import LocalsteerError
 FORMAT = 1
 Number: TypeAlias = int | float | None
 Facts: TypeAlias = dict[str, Any]  # settings, a model's header, hashes: shown by name, whatever they are
+
+
+class ModelFacts(TypedDict, total=False):
+    """Which model: its name and its file's sha256, what its header says."""
+
+    name: str
+    sha256: str
+    architecture: str
+    quantization: str | None
+    n_layer: int
+    n_embd: int
 
 
 class Share(Struct, frozen=True, omit_defaults=True):

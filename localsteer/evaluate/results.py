@@ -36,7 +36,7 @@ def document(
         base=bench.base.model if bench.base else None,
         settings=settings,
         files={name: file_hash(path) for name, path in files.items()},
-        vectors=bench.vector_records(),
+        vectors=bench.vectors.records(),
         suites=dict(suites),
     )
 

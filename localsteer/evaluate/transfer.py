@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localsteer.catalog import Catalog, Instruction
+from localsteer.catalog import Catalog, Instruction, spread
 from localsteer.evaluate.controls import applied_like, mean_state, random_control
 from localsteer.evaluate.intervals import interval
 from localsteer.evaluate.outcomes import Outcomes
 from localsteer.evaluate.report.figures import rough_percent
 from localsteer.evaluate.runner import run_conditions
-from localsteer.evaluate.vectors import spread
 from localsteer.extract import extract
 from localsteer.extract.states import Progress
 from localsteer.extract.transfer import UNMAPPED

@@ -1,105 +1,129 @@
-"""Vectors of a catalogue's instructions on one model: extracted, and their settings picked."""
+"""The vectors of a bench: given, or extracted from its model, with settings picked on validation queries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from localsteer.catalog import Catalog, Instruction, Query
-from localsteer.engine import Engine
-from localsteer.evaluate.runner import Advance
-from localsteer.extract import Backend, batches, build_pairs, extract, open_backend, prompt_tokens
-from localsteer.tune import DEFAULT_N as TUNE_QUERIES
-from localsteer.tune import MAX_TOKENS as TUNE_TOKENS
-from localsteer.tune import Tuned, tune, tune_exhaustively
-from localsteer.tune.setting import grid_layers
+from localsteer.catalog import Instruction
+from localsteer.evaluate.extraction import extract_all, find_setting
+from localsteer.evaluate.kept_vectors import KeptVectors
+from localsteer.evaluate.outcomes import setting_of
+from localsteer.evaluate.page import VectorRecord
+from localsteer.evaluate.runner import Stage, told_replies
+from localsteer.evaluate.scope import BenchScope
 from localsteer.vector import ControlVector
 from localsteer.workers import Workers
 
+if TYPE_CHECKING:
+    from localsteer.engine import Engine
+    from localsteer.extract.recipes import Extracted
+    from localsteer.runtime.reply import Reply
+    from localsteer.tune import Tuned
 
-def find_setting(
-    engine: Engine,
-    vector: ControlVector,
-    instruction: Instruction,
-    queries: Sequence[Query],
-    *,
-    seed: int,
-    max_tokens: int,
-    check: Callable[[], None] = lambda: None,
-    by_generation: bool = False,
-    **options: Any,
-) -> Tuned:
-    """check: called now and then, may raise to end the search. by_generation: every setting of the paper's
-    grid generates replies, where the likelihood of what the told model says tells little. options: of
-    tune.tune."""
-    options |= {
-        "max_tokens": min(max_tokens, TUNE_TOKENS),
-        "source": {"seconds": None},  # a run that goes on ends with the same files as an unbroken one
-        "report": lambda _what, _done, _total: check(),
-    }
-    if not by_generation:
-        return tune(engine, vector, instruction, queries, seed=seed, **options)
-    few, layers = spread(queries, min(len(queries), TUNE_QUERIES)), grid_layers(vector.n_layer)
-    return tune_exhaustively(engine, vector, instruction, few, layers=layers, **options)
+N_TOLD = 6  # validation queries that show which instructions make a fair control
 
 
-def spread(queries: Sequence[Query], n: int) -> list[Query]:
-    """`n` of the queries at equal distances, so that few of them still hold every kind."""
-    return [queries[i * len(queries) // n] for i in range(n)]
+class BenchVectors:
+    """source: what vectors are extracted from, the workers' own model or a checkpoint. all_raw, used: as
+    extracted, and with settings, by instruction id. told: what the model says when told to follow them, to
+    the first validation queries."""
 
+    def __init__(
+        self, scope: BenchScope, workers: Workers, folder: KeptVectors, checkpoint: Path | None, stage: Stage
+    ) -> None:
+        self.scope, self.workers, self.folder, self.stage = scope, workers, folder, stage
+        self.source = checkpoint or workers
+        self.max_tokens = folder.max_tokens
+        self.all_raw, self.used = dict(scope.given), dict(scope.given)
+        self.told: dict[str, list[Reply]] = {}
 
-def extract_all(
-    source: Workers | Path, instructions: Sequence[Instruction], catalog: Catalog, advance: Advance
-) -> dict[str, ControlVector]:
-    """A vector for each instruction, from the same queries: plain prompts go through the model once."""
-    states: dict[tuple[int, ...], np.ndarray] = {}
-    queries = {each.id: catalog.queries_for(each, "extraction") for each in instructions}
+    def tuned(self, instructions: Sequence[str | Instruction]) -> dict[str, ControlVector]:
+        """With settings applied, by id: the user's files, or extracted, tuned and kept.
 
-    def remember_plain(model: Engine | Backend) -> None:
-        pairs = [build_pairs(instruction, queries[instruction.id]) for instruction in instructions]
-        with open_backend(model) as backend:
-            for texts in dict.fromkeys(tuple(pair.plain for pair in each) for each in pairs):
-                tokens = [tuple(prompt_tokens(backend, text)) for text in dict.fromkeys(texts)]
-                for batch in batches([len(each) for each in tokens]):
-                    chosen = [tokens[i] for i in batch]
-                    states.update(zip(chosen, backend.last_hidden_states(chosen), strict=True))
+        Strength 0 where no setting did better than the model alone.
+        """
+        chosen = self.prepare(instructions)
+        new = [instruction for instruction in chosen if instruction.id not in self.used]
+        kept = {instruction.id: self.folder.tuned(instruction) for instruction in new}
+        self.used |= {name: vector for name, vector in kept.items() if vector is not None}
+        untuned = [instruction for instruction in new if kept[instruction.id] is None]
+        results = self.tune([(instruction, self.all_raw[instruction.id]) for instruction in untuned])
+        for instruction, result in zip(untuned, results, strict=True):
+            self.used[instruction.id] = self.folder.save(instruction, result.vector)
+        return {instruction.id: self.used[instruction.id] for instruction in chosen}
 
-    def extract_one(model: Engine | Backend, instruction: Instruction) -> ControlVector:
-        with open_backend(model) as backend:
-            remembering = _Remembering(backend, states)
-            return extract(remembering, instruction, queries[instruction.id], mode="project")
+    def tune(self, pairs: Sequence[tuple[Instruction, ControlVector]], **options: Any) -> list[Tuned]:
+        """Settings for this model of any vectors of these instructions, found on validation queries.
+        options: of find_setting."""
+        self.prepare([instruction for instruction, _ in pairs])
+        options |= {"seed": self.scope.seed, "max_tokens": self.max_tokens, "check": self.workers.check}
 
-    # plain prompts first and by themselves: a batch's states depend a little on what else is in it, and the
-    # vectors should not on how many instructions and workers there are
-    if isinstance(source, Workers):
-        source.map(lambda engine, _: remember_plain(engine), [None])
-        vectors = source.map(extract_one, instructions, advance)
-    else:
-        # float32: the bundled checkpoint is small, and its states are then exact
-        with open_backend(source, dtype="float32") as backend:
-            remember_plain(backend)
-            vectors = [extract_one(backend, each) for each in instructions]
-    return {each.id: vector for each, vector in zip(instructions, vectors, strict=True)}
+        def work(engine: Engine, pair: tuple[Instruction, ControlVector]) -> Tuned:
+            instruction, vector = pair
+            queries = self.scope.queries(instruction, "validation")
+            return find_setting(engine, vector, instruction, queries, **options)
 
+        with self.stage("finding settings") as advance:
+            return self.workers.map(work, pairs, advance) if pairs else []
 
-class _Remembering:
-    """A backend that computes the states of each prompt once. For few prompts: it forgets none."""
+    def raw(self, instructions: Sequence[str | Instruction]) -> dict[str, ControlVector]:
+        """As extracted, no setting chosen. A given file comes with its own settings."""
+        chosen = [self.scope.instruction(instruction) for instruction in instructions]
+        missing = [instruction for instruction in chosen if instruction.id not in self.all_raw]
+        vectors = {instruction.id: self.folder.raw(instruction) for instruction in missing}
+        new = [instruction for instruction in missing if vectors[instruction.id] is None]
+        with self.stage("extracting vectors") as advance:
+            extracted = extract_all(self.source, new, self.scope.catalog, advance) if new else {}
+        vectors |= {one.id: self.folder.save(one, extracted[one.id]) for one in new}
+        self.all_raw |= vectors
+        return {instruction.id: self.all_raw[instruction.id] for instruction in chosen}
 
-    def __init__(self, backend: Backend, states: dict[tuple[int, ...], np.ndarray]) -> None:
-        # the attributes of the protocol: delegating with __getattr__ would hide them from isinstance
-        self.n_layer, self.n_embd = backend.n_layer, backend.n_embd
-        self.model_name, self.architecture = backend.model_name, backend.architecture
-        self.source_hash, self.description = backend.source_hash, backend.description
-        self.template = backend.template
-        self.tokenize, self.close = backend.tokenize, backend.close
-        self._states_of, self._states = backend.last_hidden_states, states
+    def extract(self, recipes: Sequence[Extracted]) -> dict[str, ControlVector]:
+        """As `raw`, of lengths and words, by the id of what a vector makes the model do."""
+        new = [recipe for recipe in recipes if recipe.target.id not in self.all_raw]
 
-    def last_hidden_states(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        keys = [tuple(tokens) for tokens in prompts]
-        new = [key for key in dict.fromkeys(keys) if key not in self._states]
-        if new:
-            self._states.update(zip(new, self._states_of(new), strict=True))
-        return np.stack([self._states[key] for key in keys])
+        def work(engine: Engine, recipe: Extracted) -> ControlVector:
+            return recipe.extract(engine, self.scope.catalog.queries_for(recipe.instruction, "extraction"))
+
+        with self.stage("extracting vectors") as advance:
+            vectors = self.workers.map(work, new, advance) if new else []
+        for recipe, vector in zip(new, vectors, strict=True):
+            self.scope.known[recipe.target.id], self.all_raw[recipe.target.id] = recipe.target, vector
+        return {recipe.target.id: self.all_raw[recipe.target.id] for recipe in recipes}
+
+    def use(self, instruction: Instruction, vector: ControlVector) -> ControlVector:
+        """Keep a vector with settings that a suite chose by itself; it is in `records` from now on."""
+        self.scope.known[instruction.id] = instruction
+        # its pairs may be another number than `raw` takes, so no later run may mistake it for its own
+        self.used[instruction.id] = self.folder.save(instruction, vector, resumable=False)
+        return self.used[instruction.id]
+
+    def prepare(self, instructions: Sequence[str | Instruction]) -> list[Instruction]:
+        """Raw vectors of these, and what the model says when told to follow them."""
+        chosen = [self.scope.instruction(instruction) for instruction in instructions]
+        self.scope.known |= {instruction.id: instruction for instruction in chosen}
+        self.raw(chosen)
+        new = [instruction for instruction in chosen if instruction.id not in self.told]
+
+        def work(engine: Engine, instruction: Instruction) -> list[Reply]:
+            queries = self.scope.validation[:N_TOLD]
+            return told_replies(engine, [instruction], queries, max_tokens=self.max_tokens)[instruction.id]
+
+        with self.stage("asking in words") as advance:
+            told = self.workers.map(work, new, advance) if new else []
+        self.told |= {instruction.id: replies for instruction, replies in zip(new, told, strict=True)}
+        return chosen
+
+    def records(self) -> dict[str, VectorRecord]:
+        """For results.json: file hash and settings of every vector that was used, by instruction id."""
+        return {
+            name: VectorRecord(
+                **setting_of(vector),
+                sha256=self.folder.hash_of(name),
+                source_sha256=vector.provenance.get("source_hash"),
+                given=name in self.scope.given,
+            )
+            for name, vector in self.used.items()
+        }

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from localsteer.catalog import Catalog, Instruction, Query
+from localsteer.catalog import Catalog, Instruction, Query, spread
 from localsteer.catalog.languages import find_language
 from localsteer.errors import CatalogError
 from localsteer.vector import ControlVector
@@ -42,7 +42,7 @@ class Extracted:
         """options and source: of localsteer.extract.extract. n_pairs: in place of the recipe's own."""
         from localsteer.extract import extract
 
-        queries = _some(queries, self.n_queries)
+        queries = spread(queries, self.n_queries or len(queries))
         if n_pairs is None:
             n_pairs = min(self.n_pairs, len(queries) * len(self.instruction.fill().phrasings))
         vector = extract(source, self.instruction, queries, n_pairs=n_pairs, **options)
@@ -99,9 +99,3 @@ def _of_word(catalog: Catalog, instruction_id: str, word: str) -> Instruction:
     if not word or len(word.split()) > 1:
         raise CatalogError(f"{word!r} is not a word: give one, without blanks")
     return catalog.get(instruction_id, word=word)
-
-
-def _some(queries: Sequence[Query], n: int | None) -> Sequence[Query]:
-    if n is None or len(queries) <= n:
-        return queries
-    return [queries[i * len(queries) // n] for i in range(n)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localsteer.catalog import Instruction, Query
+from localsteer.catalog import Instruction, Query, spread
 from localsteer.errors import LocalsteerError
 from localsteer.extract import origin_of
 from localsteer.extract.gguf_backend import GgufBackend
@@ -127,7 +127,7 @@ def learn(
         stopped = True
     training = learning.training
     vector = as_vector(engine, instruction, queries, training.layer, training.learned(), recipe)
-    vector, record = _checked(engine, vector, instruction, _some(validation), kept, report)
+    vector, record = _checked(engine, vector, instruction, spread(validation, N_CHECKED), kept, report)
     record |= {
         "search": "learned",
         "examples": {"n": len(examples), "source": examples[0].source},
@@ -303,11 +303,6 @@ def as_vector(
     directions = np.zeros((engine.model.n_layer, engine.model.n_embd), np.float32)
     directions[layer] = learned.mean * learned.writer
     return ControlVector(directions, None, None, None, None, (layer,), mode="add", **settings)
-
-
-def _some(validation: Sequence[Query]) -> list[Query]:
-    n = min(N_CHECKED, len(validation))
-    return [validation[i * len(validation) // n] for i in range(n)]
 
 
 def _checked(

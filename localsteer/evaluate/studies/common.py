@@ -13,13 +13,14 @@ import numpy as np
 from localsteer.catalog import Catalog, Instruction, alike
 from localsteer.errors import CatalogError
 from localsteer.evaluate.bench import Bench, EvalLimits, open_bench
-from localsteer.evaluate.cells import Arm, Experiment
+from localsteer.evaluate.cells import Experiment
 from localsteer.evaluate.controls import applied_like
 from localsteer.evaluate.page import Heatmap, Results, Share, StudyReport, loaded, plain
 from localsteer.evaluate.report import markdown, plots
 from localsteer.evaluate.report.document import document
 from localsteer.evaluate.results import refuse_others, unwritable, versions, write, write_text
 from localsteer.evaluate.runner import Stage, silent
+from localsteer.evaluate.scope import verifiable
 from localsteer.evaluate.studies import study
 from localsteer.jsonable import finite
 from localsteer.vector import ControlVector
@@ -49,11 +50,9 @@ class StudyJob:
     @contextmanager
     def bench(self, path: Path | None = None, folder: str = "") -> Iterator[Bench]:
         """On the study's model, or on another one with a folder of its own inside OUT."""
-        options = {"n": self.n, "seed": self.seed, "stage": self.stage}
-        limits, n_threads = self.limits, self.n_threads
-        with open_bench(
-            path or self.model, self.catalog, self.out / folder, limits=limits, n_threads=n_threads, **options
-        ) as bench:
+        options = {"n": self.n, "seed": self.seed, "stage": self.stage, "limits": self.limits}
+        path, out = path or self.model, self.out / folder
+        with open_bench(path, self.catalog, out, n_threads=self.n_threads, **options) as bench:
             yield bench
 
     def instructions(self, usual: Sequence[str]) -> list[Instruction]:
@@ -62,12 +61,7 @@ class StudyJob:
         Raises CatalogError for an unknown one, or one without a verifier."""
         ids = self.wanted or [name for name in usual if name in self.catalog.instructions]
         ids = ids[:2] if self.quick and self.wanted is None else ids
-        instructions = [self.catalog.get(name) for name in dict.fromkeys(ids)]
-        for instruction in instructions:
-            if instruction.verifier is None:
-                raise CatalogError(
-                    f"{instruction.id!r} has no verifier: nothing tells whether a reply follows it"
-                )
+        instructions = [verifiable(self.catalog.get(name)) for name in dict.fromkeys(ids)]
         if not instructions:
             raise CatalogError(f"{self.catalog.source} has none of {', '.join(usual)}: name --instructions")
         return instructions
@@ -153,18 +147,16 @@ def by_layer(
 ) -> list[Experiment]:
     """Each instruction on n validation queries, with an arm for each of the positions and each layer:
     projected with strength 1."""
-    return [
-        bench.experiment(
-            instruction,
-            [
-                Arm(f"{where} {il}", (vector.at(layer=il, positions=where, mode="project", strength=1.0),))
-                for where in positions
-                for il in range(vector.n_layer)
-            ],
-            bench.queries(instruction, "validation")[:n],
-        )
-        for instruction, vector in pairs
-    ]
+    asked = []
+    for instruction, vector in pairs:
+        steers = {
+            f"{where} {il}": (vector.at(layer=il, positions=where, mode="project", strength=1.0),)
+            for where in positions
+            for il in range(vector.n_layer)
+        }
+        queries = bench.queries(instruction, "validation")[:n]
+        asked.append(bench.compare(instruction, steers, queries=queries))
+    return asked
 
 
 def profile(bench: Bench, asked: Sequence[Experiment], what: str) -> list[float | None]:

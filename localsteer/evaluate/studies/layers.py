@@ -21,6 +21,7 @@ from localsteer.evaluate.cells import Cell
 from localsteer.evaluate.outcomes import Outcomes, judged
 from localsteer.evaluate.page import Lines, Section, StudyReport, Table
 from localsteer.evaluate.studies.common import StudyJob, by_layer, correlate, layer_map, profile, shares
+from localsteer.evaluate.texts import section
 from localsteer.extract import extract, open_backend
 from localsteer.plan import Plan
 from localsteer.runtime.journal import Journal
@@ -51,7 +52,7 @@ def run(job: StudyJob) -> StudyReport:
         instructions = job.instructions(INSTRUCTIONS)
         n = min(n, len(bench.validation))
         names = [f"{instruction.id}, {where}" for instruction in instructions for where in positions]
-        raw = bench.raw(instructions)
+        raw = bench.vectors.raw(instructions)
         asked = by_layer(bench, [(each, raw[each.id]) for each in instructions], positions, n)
         ours = profile(bench, asked, "the engine, layer by layer")
         theirs = _torch_profile(bench, instructions, positions, n, job)
@@ -122,18 +123,19 @@ def _agreement(
     rows = []
     for name, *both in zip(names, engine, torch, strict=True):
         rows += [[name, ours, *shares(both[0])], ["", theirs, *shares(both[1])]]
-    text = (
-        f"Over {engine.size} settings of layer, positions and instruction the two shares correlate at "
-        f"{correlate(engine, torch):.3f}; they are {np.abs(engine - torch).mean():.1%} apart on average, and "
-        f"{np.abs(engine - torch).max():.0%} at most. Each setting is tried on {n} validation queries with "
-        "strength 1."
-    )
-    means = Lines(
-        title="Replies that follow, mean of all settings",
-        x_label="layer",
-        y_label="share of replies",
-        x=layers,
-        series={ours: shares(engine.mean(axis=0)), theirs: shares(torch.mean(axis=0))},
-    )
+    gap = np.abs(engine - torch)
+    series = {ours: shares(engine.mean(axis=0)), theirs: shares(torch.mean(axis=0))}
+    title = "Replies that follow, mean of all settings"
+    means = Lines(title, "layer", "share of replies", x=layers, series=series)
     gaps = layer_map("Engine minus PyTorch", names, engine - torch)
-    return Section("Agreement", text, [Table(["setting", "by", *map(str, layers)], rows)], [means, gaps])
+    return section(
+        "layers.agreement",
+        Table(["setting", "by", *map(str, layers)], rows),
+        means,
+        gaps,
+        settings=engine.size,
+        correlation=correlate(engine, torch),
+        mean=gap.mean(),
+        most=gap.max(),
+        n=n,
+    )

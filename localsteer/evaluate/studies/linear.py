@@ -14,18 +14,18 @@ import numpy as np
 
 from localsteer.catalog import Instruction
 from localsteer.evaluate.bench import Bench
-from localsteer.evaluate.page import Lines, Section, StudyReport, Table
+from localsteer.evaluate.page import Lines, Section, StudyReport, Table, Value
 from localsteer.evaluate.probe import GAUSSIAN, LINEAR, PROBES, accuracy
 from localsteer.evaluate.similarity import MIN_PAIRS, probe_groups
 from localsteer.evaluate.studies.common import StudyJob, by_layer, correlate, layer_map, profile, shares
+from localsteer.evaluate.texts import said, section
 from localsteer.extract import build_pairs, open_backend
 from localsteer.extract.states import States
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
 
-NAME = "linear"
-TITLE = "Linear or not"
+NAME, TITLE = "linear", "Linear or not"
 INSTRUCTIONS = (
     "json", "lowercase", "uppercase", "bullets", "title", "no_comma", "one_sentence", "two_sentences",
     "four_sentences", "five_sentences", "concise", "verbose",
@@ -44,18 +44,17 @@ WORKS = 0.5  # share of replies above which steering is said to work
 def run(job: StudyJob) -> StudyReport:
     with job.bench() as bench:
         instructions = job.instructions(INSTRUCTIONS)
-        raw = bench.raw(instructions)
+        raw = bench.vectors.raw(instructions)
         probes = probe_all(bench, instructions, QUICK_PAIRS if job.quick else N_PAIRS)
         n_queries = min(QUICK_QUERIES if job.quick else N_QUERIES, len(bench.validation))
         asked = by_layer(bench, [(each, raw[each.id]) for each in instructions], POSITIONS, n_queries)
         followed = np.array(profile(bench, asked, "steering at each layer"), dtype=float)
-        # at the better positions
-        steered = followed.reshape(len(instructions), len(POSITIONS), -1).max(axis=1)
-        model = bench.model
+    # at the better positions
+    steered = followed.reshape(len(instructions), len(POSITIONS), -1).max(axis=1)
     ids = [instruction.id for instruction in instructions]
     advice = where_they_part(probes, steered)
     return StudyReport(
-        model=model,
+        model=bench.model,
         settings={"n": None, "n_validation": n_queries},
         figures={
             "instructions": ids,
@@ -63,7 +62,7 @@ def run(job: StudyJob) -> StudyReport:
             "steered": steered.tolist(),
             "advice": advice,
         },
-        sections=_sections(ids, probes, steered, advice),
+        sections=[section("linear.advice", advice=advice), *_sections(ids, probes, steered)],
     )
 
 
@@ -112,67 +111,48 @@ def _by_layer(states: np.ndarray, labels: np.ndarray, groups: Sequence[str], pro
 
 def where_they_part(probes: Probes, steered: np.ndarray) -> str:
     """In words, from the figures: how often the non-linear probe leads, and whether steering fails there."""
-    sentences = [_part(task, probes, steered) for task in dict.fromkeys(task for task, _ in probes)]
+    texts = [_part(task, probes, steered) for task in dict.fromkeys(task for task, _ in probes)]
     readable = probes["present", LINEAR] >= READS
     idle = readable & (steered < WORKS)
-    sentences.append(
-        f"A linear probe reads whether the instruction was present in {readable.sum()} of {readable.size} "
-        f"cases, and in {idle.sum()} of those steering does not work: that a direction can be read does not "
-        "mean that the model still uses it."
-    )
-    return " ".join(sentences)
+    texts.append(said("linear.idle", readable=readable.sum(), of=readable.size, idle=idle.sum()))
+    return " ".join(texts)
 
 
 def _part(task: str, probes: Probes, steered: np.ndarray) -> str:
     means, linear, gaussian = (probes[task, probe] for probe in PROBES)
     gap = gaussian - linear
     apart = gap >= APART
-    text = f"{task.capitalize()}: along the difference of means {means.mean():.1%}, linear "
-    text += (
-        f"{linear.mean():.1%}, non-linear {gaussian.mean():.1%}, on average over layers and instructions. "
-    )
+    shares = {"means": means.mean(), "linear": linear.mean(), "gaussian": gaussian.mean()}
+    texts = [said("linear.accuracies", task=task.capitalize(), **shares)]
     if min(linear.min(), gaussian.min()) >= CEILING:
-        return text + "Both probes are at the ceiling everywhere: nothing here speaks against one direction."
-    text += f"The non-linear one leads by {APART:.0%} or more in {apart.sum()} of {gap.size} cases. "
+        return " ".join([*texts, said("linear.ceiling")])
+    texts.append(said("linear.leads", by=APART, n=apart.sum(), of=gap.size))
     if apart.any() and not apart.all():
-        text += f"There steering works ({WORKS:.0%} of replies or more) in "
-        text += (
-            f"{np.mean(steered[apart] >= WORKS):.0%}, elsewhere in {np.mean(steered[~apart] >= WORKS):.0%}. "
-        )
-    return text + (
-        f"Over all cases the share of replies that follow correlates with the linear accuracy at "
-        f"{_number(correlate(linear, steered))}, with the lead at {_number(correlate(gap, steered))}."
+        there, elsewhere = (np.mean(steered[where] >= WORKS) for where in (apart, ~apart))
+        texts.append(said("linear.works", share=WORKS, there=there, elsewhere=elsewhere))
+    correlations = {"linear": correlate(linear, steered), "lead": correlate(gap, steered)}
+    texts.append(
+        said("linear.correlations", **{name: _number(value) for name, value in correlations.items()})
     )
+    return " ".join(texts)
 
 
 def _number(value: float) -> str:
     return "nothing (one of them does not vary)" if np.isnan(value) else f"{value:+.2f}"
 
 
-def _sections(ids: Sequence[str], probes: Probes, steered: np.ndarray, advice: str) -> list[Section]:
+def _sections(ids: Sequence[str], probes: Probes, steered: np.ndarray) -> list[Section]:
     layers = list(range(steered.shape[1]))
     series = {f"{task}, {probe}": shares(table.mean(axis=0)) for (task, probe), table in probes.items()}
     series["steered replies that follow"] = shares(steered.mean(axis=0))
-    rows = [[il, *(means[il] for means in series.values())] for il in layers]
+    rows: list[list[Value]] = [[il, *(means[il] for means in series.values())] for il in layers]
     maps = {}
     for task in dict.fromkeys(task for task, _ in probes):
         maps[f"{task}: linear probe"] = probes[task, LINEAR]
         maps[f"{task}: lead of the non-linear probe"] = probes[task, GAUSSIAN] - probes[task, LINEAR]
     maps["Steered replies that follow"] = steered
+    plot = Lines("Probes and steering", "layer", "share", x=layers, series=series)
     return [
-        Section("Where they part", advice),
-        Section(
-            "By layer",
-            "Present: was the instruction in the prompt? Which: was it this one or another? Balanced "
-            "accuracy (50% is chance) on queries that the probe has not seen, for `present` also in wordings "
-            "that it has not seen; means: along the difference of means, linear: ridge classifier, gaussian: "
-            "kernel ridge classifier. Steered: strength 1 at this layer, the better of positions prompt and "
-            "all, on validation queries. Means over the instructions.",
-            [Table(["layer", *series], rows)],
-            [Lines(title="Probes and steering", x_label="layer", y_label="share", x=layers, series=series)],
-        ),
-        Section(
-            "By instruction and layer",
-            plots=[layer_map(title, ids, values) for title, values in maps.items()],
-        ),
+        section("linear.by_layer", Table(["layer", *series], rows), plot),
+        section("linear.by_instruction", *(layer_map(title, ids, values) for title, values in maps.items())),
     ]

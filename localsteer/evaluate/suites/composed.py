@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from localsteer.catalog import Instruction, Query
 from localsteer.evaluate.cells import Arm, Experiment, label_of
 from localsteer.evaluate.controls import is_possible
-from localsteer.evaluate.outcomes import Outcome
+from localsteer.evaluate.outcomes import Outcome, Outcomes
 from localsteer.evaluate.suites.word_choice import contexts, words_to_exclude, words_used
 from localsteer.evaluate.suites.word_vectors import excluding
 from localsteer.tune.setting import FEW_LAYERS
@@ -26,6 +26,7 @@ PAIRS = (
 CASE = "lowercase"  # goes with the word to avoid
 POSITIONS = ("prompt", "all")
 N_TRIED = 6  # validation queries for each arrangement
+Way = tuple[ControlVector, ControlVector]  # two vectors, each where it is applied
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Composed:
 def pairs_of(bench: Bench) -> list[Composed]:
     """`named_pairs`, and a case with a word to exclude."""
     named = named_pairs(bench)
-    vectors = bench.vectors(list(dict.fromkeys(name for pair in named for name in pair)))
+    vectors = bench.vectors.tuned(list(dict.fromkeys(name for pair in named for name in pair)))
     pairs = [
         Composed((bench.instruction(a), bench.instruction(b)), (_on(vectors[a]), _on(vectors[b])))
         for a, b in named
@@ -90,7 +91,7 @@ def _case_and_word(bench: Bench) -> Iterator[Composed]:
     if words == []:
         return
     case = bench.instruction(CASE)
-    cased = _on(bench.vectors([case])[CASE])
+    cased = _on(bench.vectors.tuned([case])[CASE])
     if words is None:
         steered = dict(words_used(bench, cased))
         plain = sorted(words_used(bench), key=lambda item: -min(item[1], steered.get(item[0], 0.0)))
@@ -110,37 +111,50 @@ def _on(vector: ControlVector) -> ControlVector:
 
 def choose(bench: Bench, pairs: Sequence[Composed]) -> list[Composed]:
     """Each pair with the arrangements of both kinds whose replies to validation queries are best."""
-    queries = {pair.label: pair.queries(bench, "validation")[:N_TRIED] for pair in pairs}
-    tried = [(pair, steer) for pair in pairs for steer in arrangements(*pair.alone)]
-    asked = [pair.experiment(bench, [Arm("tried", steer)], queries[pair.label]) for pair, steer in tried]
-    rows = iter(bench.run(asked, what="choosing layers", score=False))
-    scores = [sum(_is_good(next(rows)) for _ in queries[pair.label]) for pair, _ in tried]
-    return [
-        replace(pair, same=_best(pair, True, tried, scores), different=_best(pair, False, tried, scores))
+    ways = {pair.label: arrangements(*pair.alone) for pair in pairs}
+    asked = [
+        pair.experiment(
+            bench,
+            [Arm("tried", way) for way in ways[pair.label]],
+            pair.queries(bench, "validation")[:N_TRIED],
+        )
         for pair in pairs
+    ]
+    rows = bench.run(asked, what="choosing layers", score=False)
+    best = {
+        label: [_best(own, rows.of(None, label), same) for same in (True, False)]
+        for label, own in ways.items()
+    }
+    return [
+        replace(pair, same=same, different=different)
+        for pair in pairs
+        for same, different in [best[pair.label]]
     ]
 
 
-def arrangements(a: ControlVector, b: ControlVector) -> list[tuple[ControlVector, ControlVector]]:
+def _best(ways: Sequence[Way], rows: Outcomes, same: bool) -> Way | tuple[()]:
+    """Of those at one layer (same) or at two; rows: of each way, equally many."""
+    size = len(rows) // max(len(ways), 1)
+    scores = {
+        way: sum(map(_is_good, rows[k * size : (k + 1) * size]))
+        for k, way in enumerate(ways)
+        if (way[0].layers == way[1].layers) == same
+    }
+    return max(scores, key=scores.__getitem__, default=())
+
+
+def arrangements(a: ControlVector, b: ControlVector) -> list[Way]:
     """The layers around those that each was tuned to, in all combinations, at the same positions; without
     what a plan refuses (nearly parallel directions at one layer). At their own strengths and at 1: one that
     suits a vector alone may be too much beside another."""
-    strengths = dict.fromkeys([(a.strength, b.strength), (1.0, 1.0)])
+    usable = set(a.usable_layers) & set(b.usable_layers)
+    layers = [(il, il) for il in sorted({*_around(a), *_around(b)}) if il in usable]
+    layers += [(i, j) for i, j in product(_around(a), _around(b)) if i != j]
     pairs = [
-        (
-            a.at(layer=i, positions=positions, strength=s),
-            b.at(layer=j, positions=positions, strength=t),
-        )
-        for s, t in strengths
+        (a.at(layer=i, positions=positions, strength=s), b.at(layer=j, positions=positions, strength=t))
+        for s, t in dict.fromkeys([(a.strength, b.strength), (1.0, 1.0)])
         for positions in POSITIONS
-        for i, j in [
-            *(
-                (il, il)
-                for il in sorted({*_around(a), *_around(b)})
-                if il in a.usable_layers and il in b.usable_layers
-            ),
-            *((i, j) for i, j in product(_around(a), _around(b)) if i != j),
-        ]
+        for i, j in layers
     ]
     return [pair for pair in pairs if is_possible(pair)]
 
@@ -152,14 +166,3 @@ def _around(vector: ControlVector) -> list[int]:
 
 def _is_good(row: Outcome) -> bool:
     return bool(row.strict) and row.subject_kept is not False
-
-
-def _best(
-    pair: Composed, same: bool, tried: Sequence[Any], scores: Sequence[int]
-) -> tuple[ControlVector, ...]:
-    rows = [
-        k
-        for k, (each, (a, b)) in enumerate(tried)
-        if each.label == pair.label and (a.layers == b.layers) == same
-    ]
-    return tried[max(rows, key=lambda k: (scores[k], -k))][1] if rows else ()

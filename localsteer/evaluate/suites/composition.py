@@ -24,13 +24,13 @@ from localsteer.evaluate.suites.composed import (
     pairs_of,
 )
 from localsteer.evaluate.suites.in_turn import in_turn, own_checkpoint
+from localsteer.evaluate.texts import section
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
     from localsteer.evaluate.bench import Bench
 
-NAME = "composition"
-TITLE = "Two instructions at once"
+NAME, TITLE = "composition", "Two instructions at once"
 SAME, DIFFERENT = "same layer", "different layers"
 CONDITIONS = ("none", "first alone", "second alone", SAME, DIFFERENT, "random", "other", "instructed")
 
@@ -51,12 +51,9 @@ def run(bench: Bench, *, checkpoint: Path | None = None, **_options: Any) -> Sui
     return bench.report(TITLE, rows, CONDITIONS, sections)
 
 
-# --- experiments ------------------------------------------------------------------------------------------
-
-
 def conditions_of(bench: Bench, pair: Composed) -> Experiment:
     steers = {"none": (), **_vectors(pair), "instructed": ()}
-    steers |= bench.controls(pair.instructions, pair.same or pair.different)
+    steers |= bench.controls.of(pair.instructions, pair.same or pair.different)
     kept = {name: steer for name, steer in steers.items() if steer or name in ("none", "instructed")}
     return pair.experiment(bench, arms_of(kept, CONDITIONS), pair.queries(bench, "test"))
 
@@ -67,40 +64,25 @@ def _vectors(pair: Composed) -> dict[str, tuple[ControlVector, ...]]:
     return {"first alone": (a,), "second alone": (b,), SAME: pair.same, DIFFERENT: pair.different}
 
 
-# --- sections ----------------------------------------------------------------------------------------------
-
-
 def together(bench: Bench, pairs: Sequence[Composed], rows: Outcomes) -> Section:
-    text = (
-        "Shares of replies that follow the first instruction, the second, and both. `first alone` and "
-        "`second alone` are the vectors as each was picked by itself; `same layer` solves both jointly, "
-        "`different layers` has one at each; layers and positions of the pair were chosen on validation "
-        "queries. A vector in mode add (a word to avoid) is added after the solve. `random` has random "
-        "directions in both places, `other` vectors of two other instructions (the last table)."
-    )
     table = [
         [pair.label, name, _where(pair, name), *_shares(bench, pair, part)]
         for pair in pairs
         for name in CONDITIONS
         if (part := rows.of(name, pair.label))
     ]
-    named = {pair.label: bench.others(*pair.instructions, n=2) for pair in pairs}
+    named = {pair.label: bench.controls.others(*pair.instructions, n=2) for pair in pairs}
     others: list[list[Value]] = [
         [label, " and ".join(other.id for other in drawn)] for label, drawn in named.items()
     ]
-    plot = Bars(
-        title="Both instructions hold",
-        x_label="pair",
-        y_label="share of replies",
-        x=list(named),
-        series={
-            name: [rows.of(name, label).followed for label in named]
-            for name in ("none", SAME, DIFFERENT, "random", "other")
-        },
+    shown = ("none", SAME, DIFFERENT, "random", "other")
+    series = {name: [rows.of(name, label).followed for label in named] for name in shown}
+    return section(
+        "composition.together",
+        Table(["pair", "condition", "layers, positions", "first", "second", "both"], table),
+        Table(["pair", "whose vectors `other` has"], others),
+        Bars("Both instructions hold", "pair", "share of replies", x=list(named), series=series),
     )
-    columns = ["pair", "condition", "layers, positions", "first", "second", "both"]
-    tables = [Table(columns, table), Table(["pair", "whose vectors `other` has"], others)]
-    return Section("Both at once", text, tables, [plot])
 
 
 def _where(pair: Composed, condition: str) -> str:

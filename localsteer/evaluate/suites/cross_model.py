@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localsteer.catalog import Instruction
-from localsteer.evaluate.cells import Experiment, applied, arms_of
-from localsteer.evaluate.controls import controls_of
+from localsteer.evaluate.cells import Experiment, applied
 from localsteer.evaluate.outcomes import Outcomes
 from localsteer.evaluate.page import Heatmap, Section, Share, SuiteReport, Table, Value
 from localsteer.evaluate.suites.format import GROUPS
+from localsteer.evaluate.texts import said, section
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
@@ -40,16 +40,16 @@ def missing(bench: Bench, **_options: Any) -> str:
 def run(bench: Bench, **_options: Any) -> SuiteReport:
     base = bench.base
     instructions = bench.instructions(GROUPS)
-    carried = carry_all(base, bench.raw(instructions))
-    picks = base.tune([(each, carried[each.id]) for each in instructions])
+    carried = carry_all(base, bench.vectors.raw(instructions))
+    picks = base.vectors.tune([(each, carried[each.id]) for each in instructions])
     theirs = {each.id: tuned.vector for each, tuned in zip(instructions, picks, strict=True)}
-    own = base.vectors(instructions)
+    own = base.vectors.tuned(instructions)
     # where nothing is applied there is nothing to control for
     others = {
-        instruction.id: bench.others(instruction) if applied(theirs[instruction.id]) else []
+        instruction.id: bench.controls.others(instruction) if applied(theirs[instruction.id]) else []
         for instruction in instructions
     }
-    carried |= carry_all(base, bench.raw([other for drawn in others.values() for other in drawn]))
+    carried |= carry_all(base, bench.vectors.raw([other for drawn in others.values() for other in drawn]))
     compared = [
         _conditions(
             base, each, own[each.id], theirs[each.id], [carried[other.id] for other in others[each.id]]
@@ -58,7 +58,7 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
     ]
     rows = base.run(compared, what="base model: comparing vectors")
     idle = [sum(not applied(vector) for vector in vectors.values()) for vectors in (own, theirs)]
-    sections = [_compared(rows, *idle), _alike(instructions, base.raw(instructions), carried, rows)]
+    sections = [_compared(rows, *idle), _alike(instructions, base.vectors.raw(instructions), carried, rows)]
     return base.report(TITLE, rows, CONDITIONS, sections)
 
 
@@ -82,42 +82,30 @@ def _conditions(
     others: Sequence[ControlVector],
 ) -> Experiment:
     steers = {"none": (), "own": applied(own), "instruct": applied(theirs), "instructed": ()}
-    if applied(theirs):
-        steers |= controls_of([theirs], others, base.plain_mean(), base.seed)
-    return base.experiment(instruction, arms_of(steers, CONDITIONS))
+    controls = base.controls.like([theirs], others) if applied(theirs) else {}
+    return base.compare(instruction, steers | controls, CONDITIONS)
 
 
 def _compared(rows: Outcomes, own_idle: int, instruct_idle: int) -> Section:
-    """Whether the instruct model's vectors lift the base more than its own do, in numbers and in words.
+    """How much further the instruct model's vectors lift the base model than its own.
 
     own_idle, instruct_idle: for how many instructions no setting was any better than the model alone.
     """
     by_name = rows.by("instruction")
     table = [[name, *_lift(part)] for name, part in (by_name | {"all": rows}).items()]
     gain: Share = table[-1][-1]
-    text = (
-        f"The instruct model's vectors follow {100 * (gain.share or 0.0):.1f} points more often than the "
-        f"base model's own (95%: {100 * (gain.low or 0.0):.1f} to {100 * (gain.high or 0.0):.1f}), "
-    )
-    text += (
-        f"at least the {100 * BAR:.0f} points that were looked for."
-        if gain.share is not None and gain.share >= BAR
-        else f"less than the {100 * BAR:.0f} points that were looked for; the next section shows what is "
-        "there to be steered."
-    )
+    points = {key: 100 * (getattr(gain, key) or 0.0) for key in ("share", "low", "high")}
+    enough = gain.share is not None and gain.share >= BAR
+    more = [said("cross_model.enough" if enough else "cross_model.too_little", bar=100 * BAR)]
     if own_idle or instruct_idle:
-        text += (
-            f" Of {len(by_name)} instructions, no setting did better than the base model alone for "
-            f"{own_idle} of its own vectors and for {instruct_idle} of the instruct model's: there nothing "
-            "is applied, and there is no control."
-        )
+        counts = {"n": len(by_name), "own": own_idle, "instruct": instruct_idle}
+        more.append(said("cross_model.idle", **counts))
     columns = ["instruction", "none", "own", "instruct", "instruct - own"]
-    return Section("Whose vectors lift the base model", text, [Table(columns, table)])
+    return section("cross_model.compared", Table(columns, table), **points, more=" ".join(more))
 
 
 def _lift(rows: Outcomes) -> list[Share]:
-    none, own, instruct = map(rows.of, ("none", "own", "instruct"))
-    return [none.share, own.share, instruct.share, instruct.minus(own)]
+    return [*rows.shares(("none", "own", "instruct")), rows.of("instruct").minus(rows.of("own"))]
 
 
 def _alike(
@@ -133,22 +121,16 @@ def _alike(
     table: list[list[Value]] = [
         [name, told.of(None, name).share, max(cosines[name]), float(np.mean(cosines[name]))] for name in names
     ]
-    text = (
-        "A vector can only use what a model does by itself. `instructed`: the base model with the "
-        "instruction in its prompt. Cosine: between its own direction and the instruct model's, largest and "
-        "mean over layers; near zero, the two models do not keep the instruction in the same place."
-    )
-    if told.followed is not None:
-        text += f" Told in words, the base model follows in {told.followed:.0%} of replies."
     plot = Heatmap(
-        title="Cosine of the base model's direction and the instruct model's",
-        x_label="layer",
+        "Cosine of the base model's direction and the instruct model's",
+        "layer",
         rows=names,
         columns=list(map(str, range(len(cosines[names[0]])))),
         values=list(cosines.values()),
     )
     columns = ["instruction", "instructed", "largest cosine", "mean cosine"]
-    return Section("What the two models share", text, [Table(columns, table)], [plot])
+    more = "" if told.followed is None else said("cross_model.told", share=told.followed)
+    return section("cross_model.alike", Table(columns, table), plot, more=more)
 
 
 def _cosines(a: ControlVector, b: ControlVector) -> list[float]:

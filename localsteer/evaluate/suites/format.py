@@ -5,7 +5,7 @@ The paper's experiment on any model: none, steered, instructed, both, with two c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from localsteer.catalog import Instruction
@@ -13,13 +13,13 @@ from localsteer.evaluate.cells import CONDITIONS
 from localsteer.evaluate.outcomes import Outcomes
 from localsteer.evaluate.page import Section, SuiteReport, Table, Value
 from localsteer.evaluate.suites.paraphrases import added, badly_followed
+from localsteer.evaluate.texts import section
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
     from localsteer.evaluate.bench import Bench
 
-NAME = "format"
-TITLE = "Instructions, one at a time"
+NAME, TITLE = "format", "Instructions, one at a time"
 GROUPS = ("format", "fixed", "length")  # those with a verifier
 
 
@@ -30,7 +30,7 @@ def missing(bench: Bench, **_options: Any) -> str:
 
 def run(bench: Bench, *, paraphrases: bool = True, **_options: Any) -> SuiteReport:
     instructions = bench.instructions(GROUPS)
-    vectors = bench.vectors(instructions)
+    vectors = bench.vectors.tuned(instructions)
     compared = [bench.conditions(each, vectors[each.id]) for each in instructions]
     rows = bench.run(compared, what="comparing conditions")
     sections = [present(rows), *controls_named(bench, instructions, vectors), *without_effect(vectors)]
@@ -39,44 +39,24 @@ def run(bench: Bench, *, paraphrases: bool = True, **_options: Any) -> SuiteRepo
     return bench.report(TITLE, rows, CONDITIONS, sections)
 
 
-# --- sections ----------------------------------------------------------------------------------------------
-
-
 def present(rows: Outcomes) -> Section:
     """What the vector adds where the instruction stands in the prompt."""
     table = [[name, *added(part)] for name, part in (rows.by("instruction") | {"all": rows}).items()]
-    return Section(
-        "With the instruction in the prompt",
-        "What steering adds to an instruction that the prompt holds already: `both` minus "
-        "`instructed`, 95% by bootstrap over the queries. Where it is below zero, don't steer prompts that "
-        "say it themselves.",
-        [Table(["instruction", "instructed", "both", "difference"], table)],
-    )
+    return section("format.present", Table(["instruction", "instructed", "both", "difference"], table))
 
 
 def controls_named(
     bench: Bench, instructions: Sequence[Instruction], vectors: Mapping[str, ControlVector]
-) -> Iterator[Section]:
+) -> list[Section]:
     others: list[list[Value]] = [
-        [instruction.id, ", ".join(other.id for other in bench.others(instruction))]
+        [instruction.id, ", ".join(other.id for other in bench.controls.others(instruction))]
         for instruction in instructions
         if vectors[instruction.id].strength
     ]
-    text = (
-        "Whose vector stands in the place of the right one in condition `other`: drawn from those whose own "
-        "replies, when the model is told to follow them, do not happen to follow this instruction."
-    )
-    if others:
-        yield Section("The control `other`", text, [Table(["instruction", "other"], others)])
+    return [section("format.other", Table(["instruction", "other"], others))] if others else []
 
 
 def without_effect(vectors: Mapping[str, ControlVector]) -> list[Section]:
     """Says which instructions steering does not help on this model."""
     idle = [name for name, vector in vectors.items() if not vector.strength]
-    if not idle:
-        return []
-    text = (
-        f"No setting made the model follow {', '.join(idle)} more often than it does unsteered, on "
-        "validation queries: nothing was applied, and `steered` is the model alone."
-    )
-    return [Section("Where steering does not help", text)]
+    return [section("format.idle", names=", ".join(idle))] if idle else []

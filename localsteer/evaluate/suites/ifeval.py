@@ -19,16 +19,16 @@ from localsteer.catalog import Instruction, Query
 from localsteer.errors import CatalogError, LocalsteerError
 from localsteer.evaluate.cells import Cell, Rule, applied
 from localsteer.evaluate.controls import applied_like, is_possible
-from localsteer.evaluate.page import Section, SuiteReport, Table
+from localsteer.evaluate.page import SuiteReport, Table
 from localsteer.evaluate.suites.ifeval_items import Item, read_items
+from localsteer.evaluate.texts import said, section
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
     from localsteer.evaluate.bench import Bench
 
-NAME = "ifeval"
-TITLE = "IFEval-form prompts"
+NAME, TITLE = "ifeval", "IFEval-form prompts"
 CONDITIONS = ("none", "steered", "random", "other", "instructed", "both")
 CASELESS = ("section_spliter",)  # arguments that a vector need not have in the same case
 
@@ -65,9 +65,15 @@ def run(bench: Bench, *, ifeval: Path, **_options: Any) -> SuiteReport:
             matches, alone = matches[:1], alone + 1
         cells += _cells(bench, item, matches, tuple(vectors[match.id] for match in matches))
     rows = bench.run(cells, what="IFEval-form prompts")
-    text = _coverage(items, fitting, usable, alone)
-    section = Section("What was asked", text, [_used(plan, usable)])
-    return bench.report(TITLE, rows, CONDITIONS, [section])
+    left_out = {
+        "too_long": len(items) - len(fitting),
+        "no_vector": len(fitting) - len(usable),
+        "parallel": alone,
+        "no_base": sum(item.base is None for item in usable),
+    }
+    more = " ".join(said(f"ifeval.{why}", n=n) for why, n in left_out.items() if n)
+    asked = section("ifeval.asked", _used(plan, usable), n=len(usable), of=len(items), more=more)
+    return bench.report(TITLE, rows, CONDITIONS, [asked])
 
 
 def _cells(
@@ -77,7 +83,7 @@ def _cells(
     asked = {"none": (item.base, ()), "steered": (item.base, steer)}
     if steer and item.base is not None:
         kinds = [bench.instruction(_kind(bench, match)) for match in matches]
-        asked |= {name: (item.base, control) for name, control in bench.controls(kinds, steer).items()}
+        asked |= {name: (item.base, control) for name, control in bench.controls.of(kinds, steer).items()}
     asked |= {"instructed": (item.prompt, ()), "both": (item.prompt, steer)}
     return [
         Cell(item.label, name, query, prompt, vectors, item.checks, bench.max_tokens, wording=item.prompt)
@@ -146,10 +152,10 @@ def _vectors(bench: Bench, matches: Sequence[Instruction]) -> dict[str, ControlV
     """By id. One whose slots were filled by a line takes the settings picked for the catalogue's defaults:
     picking for each phrase would take longer than all the rest."""
     whole = [match for match in matches if _kind(bench, match) == match.id]
-    picked = bench.vectors(list({each.id: each for each in whole}.values()))
+    picked = bench.vectors.tuned(list({each.id: each for each in whole}.values()))
     varied = {each.id: each for each in matches if each.id not in picked}
-    kinds = bench.vectors(sorted({_kind(bench, each) for each in varied.values()}))
-    raw = bench.raw(list(varied.values()))
+    kinds = bench.vectors.tuned(sorted({_kind(bench, each) for each in varied.values()}))
+    raw = bench.vectors.raw(list(varied.values()))
     return picked | {
         name: applied_like(raw[name], kinds[_kind(bench, each)]) for name, each in varied.items()
     }
@@ -158,23 +164,6 @@ def _vectors(bench: Bench, matches: Sequence[Instruction]) -> dict[str, ControlV
 def _kind(bench: Bench, match: Instruction) -> str:
     """Whose settings and whose control it has: a phrase of one line should change neither."""
     return match.id if match.id in bench.given else match.id.partition(":")[0]
-
-
-# --- what is said ------------------------------------------------------------------------------------------
-
-
-def _coverage(items: Sequence[Item], fitting: Sequence[Item], usable: Sequence[Item], alone: int) -> str:
-    text = f"{len(usable)} of {len(items)} lines are asked."
-    if len(fitting) < len(items):
-        text += f" {len(items) - len(fitting)} are too long for the context."
-    if len(usable) < len(fitting):
-        text += f" {len(fitting) - len(usable)} have no instruction that there is a vector for."
-    if alone:
-        text += f" {alone} are steered by one vector alone, because their directions are nearly parallel."
-    if any(each.base is None for each in usable):
-        n = sum(each.base is None for each in usable)
-        text += f" {n} have no prompt without the instruction: they are asked `instructed` and `both` alone."
-    return text
 
 
 def _used(plan: Mapping[int, Sequence[Instruction]], usable: Sequence[Item]) -> Table:

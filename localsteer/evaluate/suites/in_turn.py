@@ -15,6 +15,7 @@ from localsteer.evaluate.cells import Arm
 from localsteer.evaluate.outcomes import Outcomes, judged
 from localsteer.evaluate.page import Section, Share, Table, Value
 from localsteer.evaluate.suites.composed import Composed
+from localsteer.evaluate.texts import said, section
 from localsteer.plan import Plan, PositionClass
 from localsteer.runtime.reply import Reply
 from localsteer.steering import apply_program
@@ -35,34 +36,20 @@ def in_turn(bench: Bench, pairs: Sequence[Composed], checkpoint: Path | None) ->
     able = [pair for pair in pairs if pair.same and all(vector.mode == "project" for vector in pair.same)]
     if not able:
         return []
-    text = (
-        "At one layer, two projections done in turn: the second moves the first off its target by its own "
-        "change times the cosine of the two directions. Target missed: mean distance from its target after "
-        "the edits, in units of the distance between the mean projections with and without the instruction, "
-        f"over all tokens of {N_STATES} plain prompts; the target of the projection done last is always met. "
-    )
     columns = ["pair", "layer", "cosine", "joint misses", "first missed", "second missed"]
     tables = [Table(columns, [_miss_row(bench, pair) for pair in able])]
     replies = _reply_rows(bench, able, checkpoint)
     if replies:
         tables.append(Table(["pair", "joint", "first, then second", "second, then first"], replies))
-        text += (
-            "The second table is what that does to replies: both hold, in PyTorch on the float32 checkpoint "
-            "that the GGUF was made of, at the same layer and positions. " + _answer(replies)
-        )
-    else:
-        text += "No replies were made this way: that takes PyTorch and the model's own checkpoint."
-    return [Section("Solved jointly, or one after the other", text, tables)]
+    more = _answer(replies) if replies else said("in_turn.no_replies")
+    return [section("in_turn", *tables, states=N_STATES, more=more)]
 
 
 def _answer(rows: Sequence[Sequence[Any]]) -> str:
     joint, *turns = (sum(row[k].share for row in rows) / len(rows) for k in (1, 2, 3))
     best = max(turns)
     how = "beats" if joint > best + 0.005 else "equals" if joint > best - 0.005 else "does NOT beat"
-    return (
-        f"On average the joint solve ({joint:.0%}) {how} the better order of one after the other "
-        f"({best:.0%}); the worse order has {min(turns):.0%}."
-    )
+    return said("in_turn.replies", joint=joint, how=how, best=best, worst=min(turns))
 
 
 def _miss_row(bench: Bench, pair: Composed) -> list[Value]:

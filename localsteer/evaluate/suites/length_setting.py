@@ -30,7 +30,7 @@ def with_setting(bench: Bench, recipe: Extracted, vector: ControlVector) -> Cont
     """The given file as it is, or the layer and positions that move the length of replies furthest."""
     if recipe.target.id in bench.given:
         return vector
-    return bench.use(recipe.target, choose(bench, recipe.target, vector))
+    return bench.vectors.use(recipe.target, choose(bench, recipe.target, vector))
 
 
 def choose(bench: Bench, target: Instruction, vector: ControlVector) -> ControlVector:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localsteer.catalog import Instruction
 from localsteer.evaluate.cells import Arm
+from localsteer.evaluate.controls import readable
 from localsteer.evaluate.outcomes import Outcomes
-from localsteer.evaluate.page import Section, Share, Table
+from localsteer.evaluate.page import Section, Share, Table, Value
+from localsteer.evaluate.texts import read_toml, section
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def badly_followed(
 ) -> Section:
     """Paraphrases that the model follows badly on validation queries, and what steering does for them on
     test queries."""
-    candidates = {instruction.id: bench.readable(paraphrases_of(instruction)) for instruction in instructions}
+    candidates = {each.id: readable(bench.workers, paraphrases_of(each)) for each in instructions}
     bad = _tried(bench, instructions, candidates)
     asked = [
         bench.conditions(each, vectors[each.id], ("instructed", "both"), phrasings=list(bad[each.id]))
@@ -52,18 +53,15 @@ def badly_followed(
     ]
     table.append(["all", f"{n_bad} of {n_all}", *added(rows)])
     quoted = sorted((share, name, text) for name, texts in bad.items() for text, share in texts.items())
-    return Section(
-        "Paraphrases that the model follows badly",
-        f"{n_all} wordings that no vector was made with were tried on {N_TRIED} validation queries each; the "
-        f"{n_bad} that were followed less than {FOLLOWED_BADLY:.0%} of the time are asked again here on test "
-        "queries, without and with the vector (settings as everywhere, not chosen for this).",
-        [
-            Table(["instruction", "wordings", "instructed", "both", "difference"], table),
-            Table(
-                ["followed (validation)", "instruction", "wording"],
-                [[Share(share), name, wording] for share, name, wording in quoted[:N_SHOWN]],
-            ),
-        ],
+    shown: list[list[Value]] = [[Share(share), name, text] for share, name, text in quoted[:N_SHOWN]]
+    return section(
+        "format.paraphrases",
+        Table(["instruction", "wordings", "instructed", "both", "difference"], table),
+        Table(["followed (validation)", "instruction", "wording"], shown),
+        n_all=n_all,
+        n_bad=n_bad,
+        tried=N_TRIED,
+        badly=FOLLOWED_BADLY,
     )
 
 
@@ -100,8 +98,4 @@ def paraphrases_of(instruction: Instruction) -> list[str]:
 
 
 def _written() -> dict[str, list[str]]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(Path(__file__).with_name("paraphrases.toml").read_text("utf-8"))
+    return read_toml(Path(__file__).with_name("paraphrases.toml"))

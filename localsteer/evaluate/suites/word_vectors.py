@@ -40,7 +40,7 @@ def tasks_of(bench: Bench, kind: str, words: Sequence[str]) -> list[Task]:
     """A vector for each word: from 20 examples, layer, positions and strength picked on validation."""
     recipes = [RECIPES[kind](bench, word) for word in words]
     told = [Extracted(_own(recipe.target)) for recipe in recipes if kind in (CONTEXT, EXCLUDE)]
-    raw = bench.extract([*recipes, *told])
+    raw = bench.vectors.extract([*recipes, *told])
     picked = _pick(bench, [recipe.target for recipe in (*recipes, *told)], raw)
     tasks = []
     for word, recipe in zip(words, recipes, strict=True):
@@ -111,7 +111,7 @@ RECIPES: dict[str, Callable[[Bench, str], Extracted]] = {
 def excluding(bench: Bench, word: str) -> tuple[Instruction, ControlVector]:
     """The instruction to avoid one word and minus the vector of including it, picked as the suite does."""
     recipe = (in_context if word in contexts(bench) else in_replies)(bench, word)
-    picked = _pick(bench, [recipe.target], bench.extract([recipe]))
+    picked = _pick(bench, [recipe.target], bench.vectors.extract([recipe]))
     return recipe.target, picked[recipe.target.id]
 
 
@@ -126,6 +126,6 @@ def _pick(
     new = [instruction for instruction in instructions if instruction.id not in bench.given]
     # nearly any reply avoids a word, so the likelihood of one that does tells little: hence by_generation
     modes = {"modes": ("add",), "positions": POSITIONS, "strengths": STRENGTHS}
-    picks = bench.tune([(each, raw[each.id]) for each in new], by_generation=True, **modes)
-    used = {each.id: bench.use(each, tuned.vector) for each, tuned in zip(new, picks, strict=True)}
+    picks = bench.vectors.tune([(each, raw[each.id]) for each in new], by_generation=True, **modes)
+    used = {each.id: bench.vectors.use(each, tuned.vector) for each, tuned in zip(new, picks, strict=True)}
     return {name: vector for name, vector in raw.items() if name in bench.given} | used
