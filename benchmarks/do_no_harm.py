@@ -35,8 +35,8 @@ from localsteer.asked import asks, considerate, told_and_both
 from localsteer.cache import file_hash
 from localsteer.engine import Engine
 from localsteer.evaluate.intervals import interval, wilson
-from localsteer.evaluate.suites.ifeval import CASELESS
 from localsteer.evaluate.suites.ifeval_items import Item, read_items
+from localsteer.evaluate.suites.ifeval_match import CASELESS
 from localsteer.runtime.journal import Journal, Remembered
 from localsteer.runtime.reply import Reply
 from localsteer.runtime.sampling import GREEDY

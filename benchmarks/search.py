@@ -57,7 +57,7 @@ def measure(
 ) -> dict[str, Any]:
     validation = catalog.queries_for(instruction, "validation")
     asked = list(validation[:N_TOLD])
-    told = told_replies(engine, [instruction], asked, max_tokens=MAX_TOKENS)[instruction.id]
+    told = told_replies(engine, instruction, asked, max_tokens=MAX_TOKENS)
     n_told = sum(
         bool(judge(instruction, query, reply).followed) for query, reply in zip(asked, told, strict=True)
     )

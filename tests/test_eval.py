@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from string import Formatter
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from localsteer import bundled
 from localsteer.catalog import Instruction, Query, load_catalog
 from localsteer.errors import CatalogError, LocalsteerError, MismatchError, PromptError
+from localsteer.evaluate import texts
 from localsteer.evaluate.bench import (
     BUNDLED_LIMITS,
     Bench,
@@ -195,6 +198,21 @@ def test_suites_have_names_and_titles():
         assert suite(name).TITLE
     with pytest.raises(LocalsteerError, match="unknown suite 'rhymes'"):
         suite("rhymes")
+
+
+def test_every_passage_that_a_report_asks_for_is_written_and_gets_the_figures_it_names():
+    """Of those whose names stand in the code: a field without a value, or a figure too many, is a mistake."""
+    asked = {}
+    for path in Path(texts.__file__).parent.rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+        for call in calls:
+            by_name = call.args and isinstance(call.args[0], ast.Constant)
+            if by_name and getattr(call.func, "id", "") in ("said", "section"):
+                asked[call.args[0].value] = {keyword.arg for keyword in call.keywords} - {"more"}
+    assert len(asked) > 30
+    for name, given in asked.items():
+        fields = {field for _, field, _, _ in Formatter().parse(texts.written(name)) if field}
+        assert None in given or fields == given, name
 
 
 # --- which instruction a vector is of ----------------------------------------------------------------------

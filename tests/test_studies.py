@@ -60,7 +60,7 @@ def test_the_vector_of_a_draw_is_the_difference_of_its_means():
 
 def test_where_it_stops_paying():
     def row(n, wordings, share):
-        return pairs.Size(n_pairs=n, wordings=wordings, followed=Share(share))
+        return draws.Size(n_pairs=n, wordings=wordings, followed=Share(share))
 
     rows = [
         row(2, 0, 0.5),

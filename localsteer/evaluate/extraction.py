@@ -1,49 +1,18 @@
-"""Vectors of a catalogue's instructions on one model: extracted, and their settings picked."""
+"""Vectors of a catalogue's instructions, extracted from one model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from localsteer.catalog import Catalog, Instruction, Query, spread
+from localsteer.catalog import Catalog, Instruction
 from localsteer.engine import Engine
 from localsteer.evaluate.runner import Advance
 from localsteer.extract import Backend, batches, build_pairs, extract, open_backend, prompt_tokens
-from localsteer.tune import DEFAULT_N as TUNE_QUERIES
-from localsteer.tune import MAX_TOKENS as TUNE_TOKENS
-from localsteer.tune import Tuned, tune, tune_exhaustively
-from localsteer.tune.setting import grid_layers
 from localsteer.vector import ControlVector
 from localsteer.workers import Workers
-
-
-def find_setting(
-    engine: Engine,
-    vector: ControlVector,
-    instruction: Instruction,
-    queries: Sequence[Query],
-    *,
-    seed: int,
-    max_tokens: int,
-    check: Callable[[], None] = lambda: None,
-    by_generation: bool = False,
-    **options: Any,
-) -> Tuned:
-    """check: called now and then, may raise to end the search. by_generation: every setting of the paper's
-    grid generates replies, where the likelihood of what the told model says tells little. options: of
-    tune.tune."""
-    options |= {
-        "max_tokens": min(max_tokens, TUNE_TOKENS),
-        "source": {"seconds": None},  # a run that goes on ends with the same files as an unbroken one
-        "report": lambda _what, _done, _total: check(),
-    }
-    if not by_generation:
-        return tune(engine, vector, instruction, queries, seed=seed, **options)
-    few, layers = spread(queries, TUNE_QUERIES), grid_layers(vector.n_layer)
-    return tune_exhaustively(engine, vector, instruction, few, layers=layers, **options)
 
 
 def extract_all(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from msgspec import structs
 
@@ -90,6 +90,15 @@ def _passes(cell: Cell, text: str, *, loose: bool) -> bool:
         verify(check.verifier, text, check.kwargs, prompt=cell.query.text, loose=loose)
         for check in cell.checks
     )
+
+
+class OutcomesRecord(TypedDict):
+    n: int
+    followed: float | None
+    subject_kept: float | None
+    degenerate: float | None
+    perplexity: float | None
+    repetition: float | None
 
 
 class Outcomes(tuple[Outcome, ...]):
@@ -222,10 +231,16 @@ class Outcomes(tuple[Outcome, ...]):
             settings=_settings(self),
         )
 
-    def record(self) -> Facts:
+    def record(self) -> OutcomesRecord:
         """For JSON."""
-        keys = ("n", "followed", "subject_kept", "degenerate", "perplexity", "repetition")
-        return {key: getattr(self, key) for key in keys}
+        return {
+            "n": self.n,
+            "followed": self.followed,
+            "subject_kept": self.subject_kept,
+            "degenerate": self.degenerate,
+            "perplexity": self.perplexity,
+            "repetition": self.repetition,
+        }
 
 
 def mean(values: Iterable[Number]) -> float | None:

@@ -220,18 +220,8 @@ def plain_replies(engine: Engine, queries: Sequence[Query], *, max_tokens: int =
 
 
 def told_replies(
-    engine: Engine,
-    instructions: Sequence[Instruction],
-    queries: Sequence[Query],
-    *,
-    max_tokens: int = MAX_TOKENS,
-) -> dict[str, list[Reply]]:
-    """Replies of the model alone when each instruction stands in the prompt, by instruction id."""
-    told = [Arm("told", told=True)]
-    cells = [
-        cell
-        for instruction in instructions
-        for cell in Experiment([instruction], told, queries).cells(max_tokens)
-    ]
-    replies, n = answered(engine, cells), len(queries)
-    return {each.id: replies[i * n : (i + 1) * n] for i, each in enumerate(instructions)}
+    engine: Engine, instruction: Instruction, queries: Sequence[Query], *, max_tokens: int = MAX_TOKENS
+) -> list[Reply]:
+    """The model alone, with the instruction in the prompt."""
+    arms = [Arm("told", told=True)]
+    return answered(engine, Experiment([instruction], arms, queries).cells(max_tokens))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -21,6 +21,16 @@ from localsteer.extract.states import States
 from localsteer.extract.statistics import unit_rows
 
 MIN_PAIRS = 4  # fewer leave a fold of the probe without one
+
+
+class LayerSimilarity(TypedDict):
+    """Means over the instructions: cosines, and probe accuracies."""
+
+    layer: int
+    within: float
+    between: float | None
+    linear: float
+    gaussian: float
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Similarity:
         apart = self.within - np.nan_to_num(self.between)
         return int(apart.mean(axis=0).argmax())
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[LayerSimilarity]:
         """One for each layer: means over the instructions."""
         return [
             {

@@ -13,7 +13,7 @@ from typing import Any
 from localsteer.evaluate.page import AnyPlot, Section, Table
 
 
-def section(name: str, *shown: Table | AnyPlot, more: str = "", **values: Any) -> Section:
+def section(name: str, /, *shown: Table | AnyPlot, more: str = "", **values: Any) -> Section:
     """A section with the title and text of this name. more: put after the text. shown: its tables, plots."""
     tables = [one for one in shown if isinstance(one, Table)]
     plots = [one for one in shown if not isinstance(one, Table)]
@@ -21,10 +21,15 @@ def section(name: str, *shown: Table | AnyPlot, more: str = "", **values: Any) -
     return Section(_entry(name)["title"], text, tables, plots)
 
 
-def said(name: str, **values: Any) -> str:
+def said(name: str, /, **values: Any) -> str:
     """A text by its name, `suite.part`."""
+    return written(name).format(**values)
+
+
+def written(name: str) -> str:
+    """The same with its {fields}."""
     entry = _entry(name)
-    return (entry if isinstance(entry, str) else entry.get("text", "")).format(**values)
+    return entry if isinstance(entry, str) else entry.get("text", "")
 
 
 def _entry(name: str) -> Any:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from localsteer.catalog import Catalog, Instruction, spread
 from localsteer.evaluate.controls import applied_like, mean_state, random_control
 from localsteer.evaluate.intervals import interval
-from localsteer.evaluate.outcomes import Outcomes
+from localsteer.evaluate.outcomes import Outcomes, OutcomesRecord
 from localsteer.evaluate.report.figures import rough_percent
 from localsteer.evaluate.runner import run_conditions
 from localsteer.extract import extract
@@ -22,6 +22,14 @@ from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
+
+
+class ConditionRow(OutcomesRecord):
+    """low, high: the interval of `followed`."""
+
+    condition: str
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,11 @@ class Examined:
         shares = {name: rows.followed for name, rows in self.conditions.items()}
         return verdict(shares, self.lifts)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[ConditionRow]:
         table = []
         for name, rows in self.conditions.items():
             low, high = interval([[bool(row.strict) for row in rows]])
-            table.append({"condition": name, "low": low, "high": high} | rows.record())
+            table.append({"condition": name, "low": low, "high": high, **rows.record()})
         return table
 
 

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localsteer.catalog import Instruction
-from localsteer.evaluate.extraction import extract_all, find_setting
+from localsteer.catalog import Instruction, spread
+from localsteer.evaluate.extraction import extract_all
 from localsteer.evaluate.kept_vectors import KeptVectors
 from localsteer.evaluate.outcomes import setting_of
 from localsteer.evaluate.page import VectorRecord
 from localsteer.evaluate.runner import Stage, told_replies
 from localsteer.evaluate.scope import BenchScope
+from localsteer.tune import DEFAULT_N as TUNE_QUERIES
+from localsteer.tune import MAX_TOKENS as TUNE_TOKENS
+from localsteer.tune import Tuned, tune, tune_exhaustively
+from localsteer.tune.setting import grid_layers
 from localsteer.vector import ControlVector
 from localsteer.workers import Workers
 
@@ -20,7 +24,6 @@ if TYPE_CHECKING:
     from localsteer.engine import Engine
     from localsteer.extract.recipes import Extracted
     from localsteer.runtime.reply import Reply
-    from localsteer.tune import Tuned
 
 N_TOLD = 6  # validation queries that show which instructions make a fair control
 
@@ -54,16 +57,30 @@ class BenchVectors:
             self.used[instruction.id] = self.folder.save(instruction, result.vector)
         return {instruction.id: self.used[instruction.id] for instruction in chosen}
 
-    def tune(self, pairs: Sequence[tuple[Instruction, ControlVector]], **options: Any) -> list[Tuned]:
+    def tune(
+        self,
+        pairs: Sequence[tuple[Instruction, ControlVector]],
+        *,
+        by_generation: bool = False,
+        **options: Any,
+    ) -> list[Tuned]:
         """Settings for this model of any vectors of these instructions, found on validation queries.
-        options: of find_setting."""
+        options: of `localsteer.tune.tune`. by_generation: every setting of the paper's grid generates
+        replies, where the likelihood of what the told model says tells little."""
         self.prepare([instruction for instruction, _ in pairs])
-        options |= {"seed": self.scope.seed, "max_tokens": self.max_tokens, "check": self.workers.check}
+        options |= {
+            "max_tokens": min(self.max_tokens, TUNE_TOKENS),
+            "source": {"seconds": None},  # a run that goes on ends with the same files as an unbroken one
+            "report": lambda _what, _done, _total: self.workers.check(),  # raises where the run is ended
+        }
 
         def work(engine: Engine, pair: tuple[Instruction, ControlVector]) -> Tuned:
             instruction, vector = pair
             queries = self.scope.queries(instruction, "validation")
-            return find_setting(engine, vector, instruction, queries, **options)
+            if not by_generation:
+                return tune(engine, vector, instruction, queries, seed=self.scope.seed, **options)
+            few, layers = spread(queries, TUNE_QUERIES), grid_layers(vector.n_layer)
+            return tune_exhaustively(engine, vector, instruction, few, layers=layers, **options)
 
         with self.stage("finding settings") as advance:
             return self.workers.map(work, pairs, advance) if pairs else []
@@ -109,7 +126,7 @@ class BenchVectors:
 
         def work(engine: Engine, instruction: Instruction) -> list[Reply]:
             queries = self.scope.validation[:N_TOLD]
-            return told_replies(engine, [instruction], queries, max_tokens=self.max_tokens)[instruction.id]
+            return told_replies(engine, instruction, queries, max_tokens=self.max_tokens)
 
         with self.stage("asking in words") as advance:
             told = self.workers.map(work, new, advance) if new else []

@@ -38,7 +38,7 @@ def run(job: StudyJob) -> StudyReport:
     return StudyReport(
         model=bench.model,
         figures={"triples": [triple.figures() for triple in triples], "advice": advice},
-        sections=[section("compound.advice", about=about, advice=advice), *_sections(triples)],
+        sections=[section("compound.advice", more=f"{about} {advice}"), *_sections(triples)],
     )
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from localsteer.catalog import Instruction, Query
+from localsteer.evaluate.outcomes import Outcomes, mean
+from localsteer.evaluate.page import Share
 from localsteer.extract import Pair, open_backend
 from localsteer.extract.states import States
 from localsteer.extract.statistics import unit_rows
@@ -37,6 +40,17 @@ class Draw:
 
 
 Drawn = Mapping[Draw, ControlVector]  # of one instruction
+
+
+class Size(Struct, frozen=True, kw_only=True):
+    """What all draws of one size did. cosine: of their directions with those of the largest size."""
+
+    n_pairs: int
+    wordings: int
+    followed: Share
+    worst_draw: float | None = None
+    best_draw: float | None = None
+    cosine: float | None = None
 
 
 def draw_vectors(
@@ -88,3 +102,22 @@ def cosine(drawn: Sequence[Drawn], draw: Draw, largest: Sequence[Draw]) -> float
         reference = np.mean([vectors[other].unit(layer) for other in largest if other != draw], axis=0)
         cosines.append(float(vectors[draw].unit(layer) @ reference / np.linalg.norm(reference)))
     return float(np.mean(cosines))
+
+
+def sizes_of(rows: Outcomes, draws: Sequence[Sequence[Draw]], drawn: Sequence[Drawn]) -> list[Size]:
+    parts = rows.by("condition")
+    largest = max((members for members in draws if not members[0].wordings), key=lambda own: own[0].n_pairs)
+    sizes = []
+    for members in draws:
+        followed = [parts[draw.label].followed for draw in members]
+        sizes.append(
+            Size(
+                n_pairs=members[0].n_pairs,
+                wordings=members[0].wordings,
+                followed=Outcomes(row for draw in members for row in parts[draw.label]).share,
+                worst_draw=min(followed),
+                best_draw=max(followed),
+                cosine=mean([cosine(drawn, draw, largest) for draw in members]),
+            )
+        )
+    return sizes

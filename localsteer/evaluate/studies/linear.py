@@ -12,18 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from localsteer.catalog import Instruction
-from localsteer.evaluate.bench import Bench
 from localsteer.evaluate.page import Lines, Section, StudyReport, Table, Value
-from localsteer.evaluate.probe import GAUSSIAN, LINEAR, PROBES, accuracy
-from localsteer.evaluate.similarity import MIN_PAIRS, probe_groups
+from localsteer.evaluate.probe import GAUSSIAN, LINEAR, PROBES
 from localsteer.evaluate.studies.common import StudyJob, by_layer, correlate, layer_map, profile, shares
+from localsteer.evaluate.studies.probing import Probes, probe_all
 from localsteer.evaluate.texts import said, section
-from localsteer.extract import build_pairs, open_backend
-from localsteer.extract.states import States
 
 if TYPE_CHECKING:
-    from localsteer.engine import Engine
+    pass
 
 NAME, TITLE = "linear", "Linear or not"
 INSTRUCTIONS = (
@@ -33,11 +29,9 @@ INSTRUCTIONS = (
 N_PAIRS, QUICK_PAIRS = 50, 12
 N_QUERIES, QUICK_QUERIES = 10, 2
 POSITIONS = ("prompt", "all")
-TASKS = ("present", "which")
 APART = 0.05  # balanced accuracy by which the non-linear probe must lead
 CEILING = 0.98  # above it two probes can't be told apart
 READS = 0.95
-Probes = dict[tuple[str, str], np.ndarray]  # (k, n_layer) accuracies, by task and probe
 WORKS = 0.5  # share of replies above which steering is said to work
 
 
@@ -62,51 +56,8 @@ def run(job: StudyJob) -> StudyReport:
             "steered": steered.tolist(),
             "advice": advice,
         },
-        sections=[section("linear.advice", advice=advice), *_sections(ids, probes, steered)],
+        sections=[section("linear.advice", more=advice), *_sections(ids, probes, steered)],
     )
-
-
-def probe_all(bench: Bench, instructions: Sequence[Instruction], n_pairs: int) -> Probes:
-    """`which` needs two instructions or more."""
-    assert n_pairs >= MIN_PAIRS
-    pairs = [
-        build_pairs(instruction, bench.catalog.queries_for(instruction, "extraction"), n_pairs)
-        for instruction in instructions
-    ]
-
-    def read(engine: Engine, _: None) -> list[tuple[np.ndarray, np.ndarray]]:
-        with open_backend(engine) as backend:
-            states = States(backend)
-            states.of([text for each in pairs for pair in each for text in (pair.plain, pair.instructed)])
-            return [states.of_pairs(each) for each in pairs]
-
-    with bench.stage("reading states"):
-        (read_states,) = bench.workers.map(read, [None])
-    groups = [probe_groups(each) for each in pairs]
-    queries = [[pair.plain for pair in each] for each in pairs]
-    tasks = TASKS if len(instructions) > 1 else TASKS[:1]
-    jobs = [(task, probe, k) for task in tasks for probe in PROBES for k in range(len(pairs))]
-
-    def probe_one(_engine: Engine, job: tuple[str, str, int]) -> list[float]:
-        task, probe, k = job
-        if task == "present":
-            states, labels = np.concatenate(read_states[k]), np.repeat([True, False], n_pairs)
-            return _by_layer(states, labels, [*groups[k], *groups[k]], probe)
-        others = [j for j in range(len(pairs)) if j != k]
-        states = np.concatenate([read_states[j][0] for j in (k, *others)])
-        labels = np.arange(len(states)) < n_pairs
-        return _by_layer(states, labels, [name for j in (k, *others) for name in queries[j]], probe)
-
-    with bench.stage("probing") as advance:
-        rows = bench.workers.map(probe_one, jobs, advance)
-    tables: dict[tuple[str, str], list[list[float]]] = {}
-    for (task, probe, _), row in zip(jobs, rows, strict=True):
-        tables.setdefault((task, probe), []).append(row)
-    return {key: np.array(rows) for key, rows in tables.items()}
-
-
-def _by_layer(states: np.ndarray, labels: np.ndarray, groups: Sequence[str], probe: str) -> list[float]:
-    return [accuracy(states[:, il], labels, groups, probe) for il in range(states.shape[1])]
 
 
 def where_they_part(probes: Probes, steered: np.ndarray) -> str:

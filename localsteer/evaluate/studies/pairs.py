@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
 from localsteer.catalog import Instruction
 from localsteer.evaluate.outcomes import Outcomes, mean
 from localsteer.evaluate.page import Lines, Share, StudyReport, Table, Value
 from localsteer.evaluate.report.figures import rough_percent
 from localsteer.evaluate.studies.common import StudyJob, working
-from localsteer.evaluate.studies.draws import Draw, Drawn, cosine, draw_vectors
+from localsteer.evaluate.studies.draws import Draw, Drawn, Size, draw_vectors, sizes_of
 from localsteer.evaluate.texts import said, section
 
 if TYPE_CHECKING:
@@ -29,17 +27,6 @@ N_PAIRS = 50  # where wordings are varied
 N_DRAWS, QUICK_DRAWS = 5, 2
 ENOUGH = 0.02  # so close to the best is as good
 INSTRUCTIONS = ("json", "lowercase", "bullets", "title", "no_comma", "one_sentence")
-
-
-class Size(Struct, frozen=True, kw_only=True):
-    """What all draws of one size did. cosine: of their directions with those of the largest size."""
-
-    n_pairs: int
-    wordings: int
-    followed: Share
-    worst_draw: float | None = None
-    best_draw: float | None = None
-    cosine: float | None = None
 
 
 def run(job: StudyJob) -> StudyReport:
@@ -77,7 +64,7 @@ def run(job: StudyJob) -> StudyReport:
         model=bench.model,
         figures={"sizes": sizes, "advice": advice, "instructions": by_instruction},
         sections=[
-            section("pairs.advice", advice=advice),
+            section("pairs.advice", more=advice),
             section(
                 "pairs.follow", _table(sizes), control, _plot(sizes, by_instruction),
                 ids=ids, n=len(draws[0]), more=left_out,
@@ -90,25 +77,6 @@ def draws_of(counts: Sequence[int], wordings: Sequence[int], n_draws: int) -> li
     """By size: of any wordings, then N_PAIRS of few."""
     kinds = [(n, 0) for n in counts] + [(N_PAIRS, few) for few in wordings]
     return [[Draw(*kind, number) for number in range(n_draws)] for kind in kinds]
-
-
-def sizes_of(rows: Outcomes, draws: Sequence[Sequence[Draw]], drawn: Sequence[Drawn]) -> list[Size]:
-    parts = rows.by("condition")
-    largest = max((members for members in draws if not members[0].wordings), key=lambda own: own[0].n_pairs)
-    sizes = []
-    for members in draws:
-        followed = [parts[draw.label].followed for draw in members]
-        sizes.append(
-            Size(
-                n_pairs=members[0].n_pairs,
-                wordings=members[0].wordings,
-                followed=Outcomes(row for draw in members for row in parts[draw.label]).share,
-                worst_draw=min(followed),
-                best_draw=max(followed),
-                cosine=mean([cosine(drawn, draw, largest) for draw in members]),
-            )
-        )
-    return sizes
 
 
 def _mean_share(rows: Outcomes, members: Sequence[Draw]) -> float | None:

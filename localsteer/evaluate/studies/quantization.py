@@ -15,8 +15,8 @@ from localsteer.errors import LocalsteerError
 from localsteer.evaluate.page import Lines, Section, StudyReport, Table, Value
 from localsteer.evaluate.report.figures import rough_percent
 from localsteer.evaluate.studies.common import StudyJob, layer_map, working
-from localsteer.evaluate.studies.quantized import CONDITIONS, SURE, Measured, measure
-from localsteer.evaluate.texts import said, section
+from localsteer.evaluate.studies.quantized import CONDITIONS, Measured, measure, what_to_do
+from localsteer.evaluate.texts import section
 
 NAME, TITLE = "quantization", "What quantization does to steering"
 QUANTS = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
@@ -50,40 +50,13 @@ def run(job: StudyJob) -> StudyReport:
         model=model,
         figures={"files": [file.figures() for file in measured], "advice": advice},
         sections=[
-            section("quantization.advice", advice=advice),
+            section("quantization.advice", more=advice),
             _steering(measured, named, left_out),
             _differences(measured),
             _by_instruction(measured, ids),
             _by_layer(measured),
         ],
     )
-
-
-def what_to_do(measured: Sequence[Measured]) -> str:
-    """For a user, from the figures alone: the coarsest file that the exact vector still works on, whether
-    calibrating or extracting anew is worth the time, and where the model itself gives up."""
-    first, anew = measured[0], ("recalibrated", "re-extracted")
-    changes = {file.label: file.against(first, "reference") for file in measured[1:]}
-    lost = {name: change for name, change in changes.items() if change.high < 0 or change.share < -0.1}
-    gains = {file.label: [name for name in anew if file.gains(name)] for file in measured[1:]}
-    held = [name for name in changes if name not in lost]
-    texts = [said("quantization.held", first=first.label, held=", ".join(held))] if held else []
-    for name, change in lost.items():
-        mended = said("quantization.mended", kinds=" and ".join(gains[name])) if gains[name] else ""
-        texts.append(
-            said(
-                "quantization.lost",
-                name=name,
-                share=-change.share,
-                mended=mended or "no other vector does better",
-            )
-        )
-    worth = [f"{kind} on {name}" for name in held for kind in gains[name]]
-    texts.append(said("quantization.worth" if worth else "quantization.no_gain", kinds=", ".join(worth)))
-    told = [file.label for file in measured if file.against(first, "instructed").high < -SURE]
-    if told:
-        texts.append(said("quantization.told", names=", ".join(told)))
-    return " ".join(texts)
 
 
 def _steering(measured: Sequence[Measured], named: str, left_out: str) -> Section:

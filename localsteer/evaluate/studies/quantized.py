@@ -13,6 +13,7 @@ from localsteer.evaluate.bench import Bench
 from localsteer.evaluate.outcomes import Outcomes
 from localsteer.evaluate.page import Share
 from localsteer.evaluate.studies.common import other_vector
+from localsteer.evaluate.texts import said
 from localsteer.extract import build_pairs
 from localsteer.extract.calibrate import Calibration, calibrate
 from localsteer.vector import ControlVector
@@ -110,3 +111,30 @@ def measure(
     calibrations = {one.id: calibration for one, calibration in zip(instructions, done, strict=True)}
     layers = {one.id: vectors[one.id].layers[0] for one in instructions}
     return Measured(label, size, calibrations, layers, rows)
+
+
+def what_to_do(measured: Sequence[Measured]) -> str:
+    """For a user, from the figures alone: the coarsest file that the exact vector still works on, whether
+    calibrating or extracting anew is worth the time, and where the model itself gives up."""
+    first, anew = measured[0], ("recalibrated", "re-extracted")
+    changes = {file.label: file.against(first, "reference") for file in measured[1:]}
+    lost = {name: change for name, change in changes.items() if change.high < 0 or change.share < -0.1}
+    gains = {file.label: [name for name in anew if file.gains(name)] for file in measured[1:]}
+    held = [name for name in changes if name not in lost]
+    texts = [said("quantization.held", first=first.label, held=", ".join(held))] if held else []
+    for name, change in lost.items():
+        mended = said("quantization.mended", kinds=" and ".join(gains[name])) if gains[name] else ""
+        texts.append(
+            said(
+                "quantization.lost",
+                name=name,
+                share=-change.share,
+                mended=mended or "no other vector does better",
+            )
+        )
+    worth = [f"{kind} on {name}" for name in held for kind in gains[name]]
+    texts.append(said("quantization.worth" if worth else "quantization.no_gain", kinds=", ".join(worth)))
+    told = [file.label for file in measured if file.against(first, "instructed").high < -SURE]
+    if told:
+        texts.append(said("quantization.told", names=", ".join(told)))
+    return " ".join(texts)

@@ -50,12 +50,12 @@ class Sweep:
         """The answer in a sentence. Steps are those between strengths: the weakest may do nothing yet."""
         steered, n = self.words[1:], self.n_monotone
         first, last = (f"{STRENGTHS[k]:g} ({steered[k]:.1f})" for k in (0, n - 1))
+        way = "fall" if SIGNS[self.name] < 0 else "rise"
+        how = "length.monotone" if n >= MIN_MONOTONE else "length.not_monotone"
         return said(
-            "length.monotone" if n >= MIN_MONOTONE else "length.not_monotone",
+            "length.verdict",
             direction=self.name.capitalize(),
-            way="fall" if SIGNS[self.name] < 0 else "rise",
-            first=first,
-            last=last,
+            how=said(how, way=way, first=first, last=last),
             plain=self.words[0],
             steered=steered[-1],
             strength=STRENGTHS[-1],

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from localsteer.catalog import Instruction, Query
 from localsteer.evaluate.cells import Arm
 from localsteer.evaluate.suites.word_choice import FORBIDDEN, contexts
@@ -47,6 +49,17 @@ def tasks_of(bench: Bench, kind: str, words: Sequence[str]) -> list[Task]:
         name, own = recipe.target.id, picked.get(_own(recipe.target).id)
         tasks.append(Task(kind, word, recipe.target, raw[name], picked[name], own))
     return tasks
+
+
+def mean_cosines(tasks: Sequence[Task]) -> dict[int, float]:
+    """Whether the vectors of two words differ at all: mean cosine between words, by layer. Of two or more."""
+    raw = [task.raw for task in tasks]
+    layers = [il for il in range(raw[0].n_layer) if all(il in vector.usable_layers for vector in raw)]
+    means = {}
+    for il in layers:
+        units = np.stack([vector.unit(il).astype(np.float64) for vector in raw])
+        means[il] = float((units @ units.T)[np.triu_indices(len(raw), 1)].mean())
+    return means
 
 
 def in_replies(bench: Bench, word: str) -> Extracted:

@@ -11,14 +11,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from localsteer.errors import CatalogError
 from localsteer.evaluate.cells import Experiment, applied
 from localsteer.evaluate.outcomes import Outcomes
 from localsteer.evaluate.page import Lines, Section, SuiteReport, Table, Value
 from localsteer.evaluate.suites.word_choice import INCLUDED, contexts, words_to_exclude, words_to_include
-from localsteer.evaluate.suites.word_vectors import ASKED, CONTEXT, EXCLUDE, INCLUDE, Task, tasks_of
+from localsteer.evaluate.suites.word_vectors import (
+    ASKED,
+    CONTEXT,
+    EXCLUDE,
+    INCLUDE,
+    Task,
+    mean_cosines,
+    tasks_of,
+)
 from localsteer.evaluate.texts import said, section
 from localsteer.extract.recipes import WORD_PAIRS, exclude_word
 
@@ -32,12 +38,7 @@ CONDITIONS = (
 )  # fmt: skip
 SWEEP = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the picked strength's layer and positions
 # the sections, each with its passage in texts.toml
-SECTIONS = {
-    INCLUDE: "words.include",
-    CONTEXT: "words.context",
-    EXCLUDE: "words.exclude",
-    ASKED: "words.asked",
-}
+SECTIONS = {INCLUDE: "include", CONTEXT: "context", EXCLUDE: "exclude", ASKED: "asked"}
 
 
 def missing(bench: Bench, **_options: Any) -> str:
@@ -116,7 +117,7 @@ def of_kind(kind: str, tasks: Sequence[Task], rows: Outcomes, sweep: Outcomes) -
     series = {task.word: curve(task, own, sweep) for task in tasks if task.vector.strength}
     idle = ", ".join(task.word for task in tasks if not task.vector.strength)
     made = section(
-        SECTIONS[kind],
+        f"words.{SECTIONS[kind]}",
         Table(["word", "layer, positions, strength", *conditions], table),
         pairs=WORD_PAIRS,
         conditions=said("words.conditions", pairs=WORD_PAIRS),
@@ -140,14 +141,8 @@ def curve(task: Task, rows: Outcomes, sweep: Outcomes) -> list[float | None]:
 
 
 def cosines(tasks: Sequence[Task]) -> list[Section]:
-    """Whether the vectors of two words differ at all: mean cosine between words, by layer. Of two or more."""
-    raw = [task.raw for task in tasks]
-    if len(raw) < 2:
+    if len(tasks) < 2:
         return []
-    layers = [il for il in range(raw[0].n_layer) if all(il in vector.usable_layers for vector in raw)]
-    means = []
-    for il in layers:
-        units = np.stack([vector.unit(il).astype(np.float64) for vector in raw])
-        means.append(float((units @ units.T)[np.triu_indices(len(raw), 1)].mean()))
-    title = "Mean cosine between the vectors of two words"
-    return [section("words.cosines", Lines(title, "layer", "cosine", x=layers, series={"words": means}))]
+    means, title = mean_cosines(tasks), "Mean cosine between the vectors of two words"
+    plot = Lines(title, "layer", "cosine", x=list(means), series={"words": list(means.values())})
+    return [section("words.cosines", plot)]
