@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from .catalog import Instruction
 from .errors import LocalsteerError, PlanError
-from .jsonable import JsonObject
 from .plan import Plan
 from .runtime.ask import Ask
 from .runtime.reply import Chunk, Reply, Timings
@@ -40,6 +39,24 @@ BOUNDS = (0.5, 1.5)  # of a vector's own strength, where its tuning tried no oth
 RARER = 4096  # characters; a reply twice as long is looked at after every second character more, and so on
 STOPPED = "stopped"  # finish_reason of a try that could not pass any more
 ENDED = ("cancelled", "deadline")  # finish reasons after which nothing is tried again
+
+
+class TryRecord(TypedDict):
+    strengths: list[float]
+    failed: list[str]
+    degenerate: str | None
+    finish_reason: str
+    n_tokens: int
+
+
+class EnsuredRecord(TypedDict):
+    """For JSON, without the reply."""
+
+    passed: bool
+    steered_strength: float
+    notice: str
+    n_tokens: int
+    tries: list[TryRecord]
 
 
 @dataclass(frozen=True)
@@ -62,11 +79,14 @@ class Try:
     def stopped(self) -> bool:
         return self.reply.finish_reason == STOPPED
 
-    def record(self) -> JsonObject:
-        """For JSON."""
-        head = {"strengths": list(self.strengths), "failed": list(self.failed), "degenerate": self.degenerate}
-        reply = self.reply
-        return head | {"finish_reason": reply.finish_reason, "n_tokens": len(reply.tokens)}
+    def record(self) -> TryRecord:
+        return {
+            "strengths": list(self.strengths),
+            "failed": list(self.failed),
+            "degenerate": self.degenerate,
+            "finish_reason": self.reply.finish_reason,
+            "n_tokens": len(self.reply.tokens),
+        }
 
 
 @dataclass(frozen=True)
@@ -88,10 +108,14 @@ class Ensured:
         """Generated in all tries together."""
         return sum(len(attempt.reply.tokens) for attempt in self.tries)
 
-    def record(self) -> JsonObject:
-        """For JSON, without the reply."""
-        head = {"passed": self.passed, "steered_strength": self.steered_strength, "notice": self.notice}
-        return head | {"n_tokens": self.n_tokens, "tries": [attempt.record() for attempt in self.tries]}
+    def record(self) -> EnsuredRecord:
+        return {
+            "passed": self.passed,
+            "steered_strength": self.steered_strength,
+            "notice": self.notice,
+            "n_tokens": self.n_tokens,
+            "tries": [attempt.record() for attempt in self.tries],
+        }
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from .cache import remembered
 from .convert import keys
 from .convert.gguf_file import GgufFile, open_gguf
 from .errors import LocalsteerError, ModelFileError
-from .jsonable import JsonObject
 from .model_names import BUNDLED, NAMES, PACKAGED, not_installed, packaged_file
 from .packs import Pack, all_packs, is_off, match_quietly
 from .packs.identity import identity_of
@@ -79,17 +78,20 @@ class NamedModel:
             return False
         return True if architecture in gguf.MODEL_ARCH_NAMES.values() else None
 
-    def to_dict(self) -> JsonObject:
-        """For JSON."""
-        shape = asdict(self.shape) if self.shape else dict.fromkeys(Shape.__dataclass_fields__)
-        head = {"name": self.name, "from": self.source, "path": str(self.path) if self.path else None}
-        return (
-            head
-            | {"size": self.size}
-            | shape
-            | {"steers": self.steers, "licence": self.licence, "pack": self.pack}
-            | {"note": self.note or None, "remark": self.remark or None}
-        )
+    def to_dict(self) -> dict[str, str | int | bool | None]:
+        """For JSON: the fields, those of `shape` among them."""
+        return {
+            "name": self.name,
+            "from": self.source,
+            "path": str(self.path) if self.path else None,
+            "size": self.size,
+            **(asdict(self.shape) if self.shape else dict.fromkeys(Shape.__dataclass_fields__)),
+            "steers": self.steers,
+            "licence": self.licence,
+            "pack": self.pack,
+            "note": self.note or None,
+            "remark": self.remark or None,
+        }
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -253,22 +253,33 @@ def _edit(vector: ControlVector, layer: int) -> Edit:
     )
 
 
-def _project(vector: ControlVector, layer: int, target: float | None = None) -> dict[str, Any]:
+class _EditValues(TypedDict, total=False):
+    """Fields of an Edit that depend on its mode; without the last three, as Edit has them by default."""
+
+    reader: np.ndarray
+    bias: float
+    writer: np.ndarray
+    target: float
+    normalised: bool
+    cap: float | None
+
+
+def _project(vector: ControlVector, layer: int, target: float | None = None) -> _EditValues:
     unit, target = vector.unit(layer), float(vector.mean_with[layer]) if target is None else target
     bias = vector.strength * target
     return {"reader": -vector.strength * _wide(unit), "bias": bias, "writer": unit, "target": target}
 
 
-def _ablate(vector: ControlVector, layer: int) -> dict[str, Any]:
+def _ablate(vector: ControlVector, layer: int) -> _EditValues:
     return _project(vector, layer, target=0.0)
 
 
-def _add(vector: ControlVector, layer: int) -> dict[str, Any]:
+def _add(vector: ControlVector, layer: int) -> _EditValues:
     direction = vector.directions[layer]
     return {"reader": np.zeros_like(direction), "bias": vector.strength, "writer": direction}
 
 
-def _gate(vector: ControlVector, layer: int) -> dict[str, Any]:
+def _gate(vector: ControlVector, layer: int) -> _EditValues:
     """A negative strength turns the writer round: it takes away what a positive one adds, clipped or not."""
     size, direction, reader = abs(vector.strength), _wide(vector.directions[layer]), vector.readers[layer]
     return {
@@ -280,7 +291,7 @@ def _gate(vector: ControlVector, layer: int) -> dict[str, Any]:
     }
 
 
-_VALUES: dict[str, Callable[[ControlVector, int], dict[str, Any]]] = {
+_VALUES: dict[str, Callable[[ControlVector, int], _EditValues]] = {
     "project": _project, "ablate": _ablate, "add": _add, "gate": _gate,
 }  # fmt: skip
 

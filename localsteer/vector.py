@@ -7,11 +7,9 @@ import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
-
-from localsteer.jsonable import JsonObject
 
 from .errors import MismatchError, PlanError, VectorFileError
 from .terms import MODES, POSITIONS
@@ -254,8 +252,58 @@ def check_model(vector: ControlVector, n_layer: int, n_embd: int, architecture: 
             )
 
 
-def describe(vector: ControlVector) -> JsonObject:
-    """What a vector holds, as plain JSON-able values; `by_layer` has one entry per layer, in order."""
+class VectorSettings(TypedDict):
+    """Which vector steers, where and how: what every transcript and report says of it."""
+
+    name: str
+    layers: list[int]
+    mode: str
+    positions: str
+    strength: float
+
+
+def settings_of(vector: ControlVector) -> VectorSettings:
+    return {
+        "name": vector.name,
+        "layers": list(vector.layers),
+        "mode": vector.mode,
+        "positions": vector.positions,
+        "strength": vector.strength,
+    }
+
+
+class _Gate(TypedDict, total=False):
+    """Of a layer that has one: length of its reader, and its bias."""
+
+    gate_reader_norm: float
+    gate_bias: float
+
+
+class LayerFacts(_Gate):
+    """One layer: length of the direction, mean and spread of the projections, where they are known."""
+
+    layer: int
+    chosen: bool
+    norm: float
+    mean_with: float | None
+    mean_without: float | None
+    std_with: float | None
+    std_without: float | None
+
+
+class VectorFacts(VectorSettings):
+    """by_layer: an entry for each layer, in order. provenance: as the vector has it, whatever made it."""
+
+    n_layer: int
+    n_embd: int
+    one_sided: bool
+    cap: float | None
+    by_layer: list[LayerFacts]
+    provenance: dict[str, Any]
+
+
+def describe(vector: ControlVector) -> VectorFacts:
+    """What a vector holds, as plain JSON-able values."""
     columns = {key: getattr(vector, key) for key in STATISTICS}
     norms = np.linalg.norm(vector.directions.astype(np.float64), axis=1)
     by_layer = []
@@ -263,17 +311,18 @@ def describe(vector: ControlVector) -> JsonObject:
         entry = {"layer": il, "chosen": il in vector.layers, "norm": float(norms[il])}
         entry |= {key: None if c is None else float(c[il]) for key, c in columns.items()}
         by_layer.append(entry | _gate(vector, il))
-    settings = ("name", "n_layer", "n_embd", "mode", "positions", "strength", "one_sided", "cap")
-    described: JsonObject = {key: getattr(vector, key) for key in settings}
-    return described | {
-        "layers": list(vector.layers),
+    return {
+        **settings_of(vector),
+        "n_layer": vector.n_layer,
+        "n_embd": vector.n_embd,
+        "one_sided": vector.one_sided,
+        "cap": vector.cap,
         "by_layer": by_layer,
         "provenance": dict(vector.provenance),
     }
 
 
-def _gate(vector: ControlVector, il: int) -> dict[str, float]:
-    """Length of the reader and bias of a layer that has a gate."""
+def _gate(vector: ControlVector, il: int) -> _Gate:
     if il not in vector.gated:
         return {}
     length = np.linalg.norm(vector.readers[il].astype(np.float64))

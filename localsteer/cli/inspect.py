@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from localsteer.errors import VectorFileError
-from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import answer, note, print_json, table
 
 if TYPE_CHECKING:
-    from localsteer.vector import ControlVector
+    from localsteer.vector import ControlVector, LayerFacts, VectorFacts
 
 BAR_WIDTH = 6
 STRIP_WIDTH = 21
@@ -108,7 +108,7 @@ def _shipped(model: str, instruction: str) -> str:
     return str(match.pack.path(instruction))
 
 
-def _head(file: str, vector: ControlVector, described: JsonObject) -> Any:
+def _head(file: str, vector: ControlVector, described: VectorFacts) -> Any:
     from rich.table import Table
 
     lines = Table.grid(padding=(0, 2))
@@ -124,7 +124,7 @@ def _head(file: str, vector: ControlVector, described: JsonObject) -> Any:
     return lines
 
 
-def choice_lines(choice: JsonObject) -> list[str]:
+def choice_lines(choice: Mapping[str, Any]) -> list[str]:
     """Why these settings: what the search that found them kept. A file may be anybody's, so nothing in it is
     taken for granted."""
     scores = choice.get("scores")
@@ -144,7 +144,7 @@ def choice_lines(choice: JsonObject) -> list[str]:
     return lines + [str(line) for line in advice if line] if isinstance(advice, (list, tuple)) else lines
 
 
-def _tried(choice: JsonObject) -> Any:
+def _tried(choice: Mapping[str, Any]) -> Any:
     """The settings that were checked, the best first."""
     rows = table("layer", "positions", "strength", "good", "degenerate", "gap", "n", numbers=NUMBERS)
     trials = choice.get("table")
@@ -161,7 +161,7 @@ def _share(value: Any) -> str:
     return f"{value:.0%}" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
 
 
-def settings_line(described: JsonObject) -> str:
+def settings_line(described: VectorFacts) -> str:
     """`project at layer 12, positions all, strength 1`, and what else is set."""
     layers = ", ".join(map(str, described["layers"]))
     plural = "s" if len(described["layers"]) > 1 else ""
@@ -172,7 +172,7 @@ def settings_line(described: JsonObject) -> str:
     return line if described["cap"] is None else f"{line}, cap {described['cap']:g}"
 
 
-def _layers(described: JsonObject) -> Any:
+def _layers(described: VectorFacts) -> Any:
     has_means = any(layer["mean_with"] is not None for layer in described["by_layer"])
     has_gates = any("gate_bias" in layer for layer in described["by_layer"])
     titles = ["layer", "norm", "", *(["gate"] if has_gates else [])]
@@ -194,12 +194,12 @@ def _layers(described: JsonObject) -> Any:
     return made
 
 
-def _gate(layer: JsonObject) -> str:
+def _gate(layer: LayerFacts) -> str:
     """The weight of the direction: its bias, and the length of what is read off the normalised state."""
     return f"{layer['gate_bias']:.2g} + |w| {layer['gate_reader_norm']:.2g}" if "gate_bias" in layer else ""
 
 
-def _projections(layer: JsonObject) -> list[str]:
+def _projections(layer: LayerFacts) -> list[str]:
     if layer["norm"] == 0 or layer["mean_with"] is None:
         return ["", "", "", ""]
     with_, without = (_mean_and_spread(layer, side) for side in ("with", "without"))
@@ -207,14 +207,14 @@ def _projections(layer: JsonObject) -> list[str]:
     return [without, with_, "" if apart is None else f"{apart:.1f}", strip(layer)]
 
 
-def _mean_and_spread(layer: JsonObject, side: str) -> str:
+def _mean_and_spread(layer: LayerFacts, side: str) -> str:
     mean, spread = layer[f"mean_{side}"], layer[f"std_{side}"]
     if mean is None:
         return ""
     return f"{mean:.3g}" if spread is None else f"{mean:.3g} ± {spread:.2g}"
 
 
-def separation(layer: JsonObject) -> float | None:
+def separation(layer: LayerFacts) -> float | None:
     """Distance of the two means in standard deviations (Cohen's d with the mean of the two variances)."""
     figures = [layer[key] for key in ("mean_with", "mean_without", "std_with", "std_without")]
     if None in figures:
@@ -229,7 +229,7 @@ def bar(part: float, width: int) -> str:
     return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
 
 
-def strip(layer: JsonObject) -> str:
+def strip(layer: LayerFacts) -> str:
     """Where the two means lie, each with its spread, on this layer's own scale."""
     sides = [(layer[f"mean_{side}"], layer[f"std_{side}"] or 0.0) for side in ("without", "with")]
     if any(mean is None for mean, _ in sides):
@@ -249,7 +249,7 @@ def strip(layer: JsonObject) -> str:
     return "".join(cells)
 
 
-def draw(described: JsonObject, path: str) -> None:
+def draw(described: VectorFacts, path: str) -> None:
     """Norms, and projections with their spreads, over the layers. Raises LocalsteerError."""
     from localsteer.heatmap import new_figure, save_figure
 
@@ -272,7 +272,7 @@ def draw(described: JsonObject, path: str) -> None:
     save_figure(figure, path)
 
 
-def _draw_side(axes: Any, layers: list[JsonObject], side: str, colour: str) -> None:
+def _draw_side(axes: Any, layers: list[LayerFacts], side: str, colour: str) -> None:
     known = [layer for layer in layers if layer["norm"] > 0 and layer[f"mean_{side}"] is not None]
     if not known:
         return

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import click
-
-from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import answer, note, print_json, progress, table
@@ -14,7 +12,7 @@ from .models import catalog_of, extraction_queries, find_instruction, open_engin
 
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction
-    from localsteer.evaluate.similarity import Similarity
+    from localsteer.evaluate.similarity import LayerSimilarity, Similarity
 
 N_PAIRS = 20
 N_INSTRUCTIONS = 12  # when none are named
@@ -122,7 +120,30 @@ def _checked(layer: int | None, n_layer: int) -> int | None:
     return layer
 
 
-def _document(done: Similarity, layer: int, name: str) -> JsonObject:
+class InstructionSimilarity(TypedDict):
+    """A figure for each layer."""
+
+    id: str
+    within: list[float]
+    between: list[float]
+    linear: list[float]
+    gaussian: list[float]
+
+
+class CosineMatrix(TypedDict):
+    layer: int
+    cosines: list[list[float]]
+
+
+class SimilarityDocument(TypedDict):
+    model: str
+    n_pairs: int
+    layers: list[LayerSimilarity]
+    instructions: list[InstructionSimilarity]
+    matrix: CosineMatrix
+
+
+def _document(done: Similarity, layer: int, name: str) -> SimilarityDocument:
     return {
         "model": name,
         "n_pairs": done.n_pairs,

@@ -7,12 +7,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import click
 
 from localsteer.errors import CatalogError, LocalsteerError
-from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import answer, note, print_json, progress, table
@@ -295,10 +294,27 @@ def _judged(row: VerdictRow) -> Verdicts:
     return Verdicts(row, strict, loose)
 
 
-def _document(verdicts: Sequence[Verdicts]) -> JsonObject:
-    """Accuracy `prompt`: the share of replies that follow all of their instructions; `instruction`: of all
-    instructions, each counted alike."""
-    rows = [
+class VerifiedLine(TypedDict):
+    """A line of the file: whether each of its instructions is followed, by both rules."""
+
+    line: int
+    instruction_id_list: list[str]
+    strict: list[bool]
+    loose: list[bool]
+
+
+class VerifyDocument(TypedDict):
+    """accuracy: by rule, `prompt`: the share of replies that follow all of their instructions; `instruction`:
+    of all instructions, each counted alike. by_instruction: n, and a share for each rule."""
+
+    n: dict[str, int]
+    accuracy: dict[str, dict[str, float]]
+    by_instruction: dict[str, dict[str, float]]
+    lines: list[VerifiedLine]
+
+
+def _document(verdicts: Sequence[Verdicts]) -> VerifyDocument:
+    rows: list[VerifiedLine] = [
         {
             "line": verdict.row.number,
             "instruction_id_list": [name for name, _ in verdict.row.instructions],
@@ -318,7 +334,7 @@ def _document(verdicts: Sequence[Verdicts]) -> JsonObject:
     return {"n": n, "accuracy": accuracy, "by_instruction": _by_instruction(rows), "lines": rows}
 
 
-def _by_instruction(rows: Sequence[Mapping[str, Any]]) -> dict[str, JsonObject]:
+def _by_instruction(rows: Sequence[VerifiedLine]) -> dict[str, dict[str, float]]:
     found: dict[str, list[tuple[bool, bool]]] = {}
     for row in rows:
         for name, *passed in zip(row["instruction_id_list"], row["strict"], row["loose"], strict=True):
@@ -333,7 +349,7 @@ def _share(passed: Sequence[bool]) -> float:
     return sum(passed) / len(passed)
 
 
-def _print_many(document: Mapping[str, Any]) -> None:
+def _print_many(document: VerifyDocument) -> None:
     lines = table("line", *RULES, "instructions", numbers=("line",))
     for row in document["lines"]:
         lines.add_row(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -20,13 +20,36 @@ from localsteer.catalog import Catalog, Instruction, Query
 from localsteer.errors import CatalogError, PlanError, VectorFileError
 from localsteer.extract import METHOD, Backend, Pair, build_pairs, open_backend, render
 from localsteer.extract.states import Progress, stream_states
-from localsteer.jsonable import JsonObject
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
 
 CALIBRATION = "calibration"  # of the provenance
+
+
+class CalibratedLayer(TypedDict):
+    """before: as the file has it; here, and without a suffix: as this model gives it."""
+
+    layer: int
+    chosen: bool
+    cosine: float | None
+    drift: float | None
+    mean_with_before: float | None
+    mean_with: float | None
+    mean_without: float | None
+    std_with: float | None
+    norm_before: float | None
+    norm_here: float | None
+
+
+class CalibrationNote(TypedDict):
+    """Of a calibrated vector's provenance: where its mean projections come from."""
+
+    model_name: str
+    source_hash: str
+    backend: str
+    n_pairs: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +68,7 @@ class Calibration:
     cosines: np.ndarray
     drift: np.ndarray
 
-    def rows(self) -> list[JsonObject]:
+    def rows(self) -> list[CalibratedLayer]:
         """One for each layer, for tables and JSON; NaN is None."""
         old, new = self.before, self.vector
         columns = {
@@ -237,7 +260,7 @@ def _drift(before: ControlVector, after: ControlVector) -> np.ndarray:
     return np.divide(moved, distance, out=np.full(before.n_layer, np.nan), where=distance > 0)
 
 
-def _note(backend: Backend, n_pairs: int) -> JsonObject:
+def _note(backend: Backend, n_pairs: int) -> CalibrationNote:
     """No date: the same calibration twice gives the same bytes."""
     return {
         "model_name": backend.model_name,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from localsteer.cache import atomic_path, file_hash
 from localsteer.catalog import Catalog, Instruction
 from localsteer.convert import write_vector
 from localsteer.errors import LocalsteerError, MismatchError, VectorFileError
-from localsteer.jsonable import JsonObject
 from localsteer.vector import STATISTICS, ControlVector
 
 from . import FILE, FORMAT
@@ -83,6 +82,41 @@ def check_measured(vector: ControlVector, path: Path, catalog: Catalog, model: P
     return known.fill()
 
 
+class _Measured(TypedDict):
+    """Settings of a vector, and the figures that it was chosen by: its TuningRecord, shortened."""
+
+    layers: list[int]
+    mode: str
+    positions: str
+    strength: float
+    scores: dict[str, float | None]
+    n: int
+    recovered_gap: float | None
+    seconds: float | None
+    advice: list[str]
+
+
+class PackRow(_Measured):
+    file: str
+    sha256: str
+
+
+class PackDocument(TypedDict):
+    """pack.json. shape: architecture, n_layer, n_embd. tokenizer, weights: fingerprints (identity.py)."""
+
+    format: int
+    model: str
+    licence: str
+    quantization: str | None
+    sha256: str
+    shape: dict[str, str | int]
+    tokenizer: str
+    weights: str
+    catalog: str
+    tool_version: str
+    instructions: dict[str, PackRow]
+
+
 @dataclass
 class PackFolder:
     """A pack that is being made, or added to: each vector is there for good once `add` returns.
@@ -94,7 +128,7 @@ class PackFolder:
     model: str
     licence: str
     catalog: str
-    _document: JsonObject
+    _document: PackDocument
 
     @classmethod
     def open(
@@ -130,7 +164,7 @@ class PackFolder:
         row = self._document["instructions"].get(instruction_id)
         return row is not None and (self.folder / row["file"]).is_file()
 
-    def add(self, vector: ControlVector, instruction: Instruction) -> JsonObject:
+    def add(self, vector: ControlVector, instruction: Instruction) -> PackRow:
         """Write the vector, then pack.json. Returns the instruction's row in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = f"{re.sub(r'[^a-z0-9_.-]+', '-', instruction.id.lower())}.gguf"
@@ -144,11 +178,11 @@ class PackFolder:
         return row
 
     @property
-    def rows(self) -> Mapping[str, Mapping[str, Any]]:
+    def rows(self) -> Mapping[str, PackRow]:
         return self._document["instructions"]
 
 
-def _kept(folder: Path, head: Mapping[str, Any], model_file: Path) -> JsonObject:
+def _kept(folder: Path, head: Mapping[str, Any], model_file: Path) -> dict[str, PackRow]:
     """The instructions of a pack that is there already."""
     from . import read_pack
 
@@ -163,7 +197,7 @@ def _kept(folder: Path, head: Mapping[str, Any], model_file: Path) -> JsonObject
     return json.loads((folder / FILE).read_text("utf-8"))["instructions"]
 
 
-def _row(vector: ControlVector) -> JsonObject:
+def _row(vector: ControlVector) -> _Measured:
     record = vector.provenance["validation"]
     scores = {key: _rounded(record["scores"][key]) for key in ("none", "steered", "instructed", "both")}
     return {

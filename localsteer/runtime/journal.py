@@ -18,7 +18,7 @@ import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from localsteer.errors import LocalsteerError
 from localsteer.jsonable import JsonObject
@@ -37,6 +37,27 @@ if TYPE_CHECKING:
 FORMAT = 1
 SUM = "crc32"  # of a record's line without it
 logger = logging.getLogger("localsteer")
+
+
+class _Edit(TypedDict):
+    name: str
+    layer: int
+    mode: str
+    positions: str
+    strength: float
+
+
+class ReplyRecord(TypedDict):
+    """A reply, and what was asked. steer: the edits of its plan."""
+
+    kind: str
+    prompt: str | list[int]
+    steer: list[_Edit]
+    text: str
+    tokens: list[int]
+    finish_reason: str
+
+
 # What a record of each kind must hold to be of use; one that lacks it is made again.
 _TYPES = {
     "reply": {"text": str, "tokens": list, "finish_reason": str},
@@ -289,7 +310,7 @@ def _plan_key(plan: Plan | None) -> str:
     return "" if plan is None else plan.key.hex()
 
 
-def _reply_record(prompt: Prompt, plan: Plan | None, reply: Reply) -> JsonObject:
+def _reply_record(prompt: Prompt, plan: Plan | None, reply: Reply) -> ReplyRecord:
     keys = ("name", "layer", "mode", "positions", "strength")
     edits = [{key: getattr(edit, key) for key in keys} for edit in (plan.edits if plan else ())]
     return {
@@ -302,5 +323,5 @@ def _reply_record(prompt: Prompt, plan: Plan | None, reply: Reply) -> JsonObject
     }
 
 
-def _reply(record: Mapping[str, Any]) -> Reply:
+def _reply(record: ReplyRecord) -> Reply:
     return Reply(record["text"], list(record["tokens"]), record["finish_reason"])

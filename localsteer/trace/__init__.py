@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 
 from localsteer.errors import LocalsteerError, PlanError, PromptError
-from localsteer.jsonable import JsonObject
 from localsteer.plan import Plan, PositionClass, active, position_classes
 from localsteer.runtime.ask import Ask
 from localsteer.runtime.forward import passes, wide_size
@@ -42,6 +41,52 @@ if TYPE_CHECKING:
 Vectors = ControlVector | Sequence[ControlVector]
 Layers = Sequence[int] | Literal["all"] | None
 DEFAULT_MAX_TOKENS = 64
+Numbers = list["float | None"]  # None for what is not a number
+
+
+class FindingDocument(TypedDict):
+    kind: str
+    text: str
+
+
+# plain_id, plain_text, steered_id: of the reply's tokens
+TokenDocument = TypedDict(
+    "TokenDocument",
+    {"id": int, "text": str, "class": str, "plain_id": int, "plain_text": str, "steered_id": int},
+    total=False,
+)
+
+
+class LineDocument(TypedDict, total=False):
+    """A Line as JSON has it."""
+
+    vector: str
+    layer: int
+    steered: bool
+    mode: str
+    positions: str
+    strength: float
+    mean_with: float | None
+    mean_without: float | None
+    plain: Numbers
+    before: Numbers
+    after: Numbers
+    target: Numbers
+    weight: Numbers
+    effect_here: Numbers
+
+
+class TraceDocument(TypedDict):
+    """A Trace as JSON has it."""
+
+    model: str
+    reply: str
+    finish_reason: str
+    n_prompt: int
+    diagnosis: list[FindingDocument]
+    tokens: list[TokenDocument]
+    effect: Numbers
+    lines: list[LineDocument]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +134,9 @@ class Line:
         low, high = self.scale
         return (values - low) / (high - low)
 
-    def to_dict(self) -> JsonObject:
-        vector, arrays = self.vector, ("plain", "before", "after", "target", "weight")
-        head = {
+    def to_dict(self) -> LineDocument:
+        vector = self.vector
+        return {
             "vector": vector.name,
             "layer": self.layer,
             "steered": self.is_steered,
@@ -100,8 +145,12 @@ class Line:
             "strength": vector.strength,
             "mean_with": self.mean("with"),
             "mean_without": self.mean("without"),
+            "plain": _numbers(self.plain),
+            "before": _numbers(self.before),
+            "after": _numbers(self.after),
+            "target": _numbers(self.target),
+            "weight": _numbers(self.weight),
         }
-        return head | {name: _numbers(getattr(self, name)) for name in arrays}
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +201,7 @@ class Trace:
         """The lines of one of `vectors`, by layer."""
         return [line for line in self.lines if line.vector is vector]
 
-    def to_dict(self) -> JsonObject:
+    def to_dict(self) -> TraceDocument:
         """All of it as plain JSON-able values; None for what is not a number."""
         from .diagnosis import diagnose
 
@@ -170,13 +219,13 @@ class Trace:
             ],
         }
 
-    def _token_dict(self, i: int) -> JsonObject:
+    def _token_dict(self, i: int) -> TokenDocument:
         cls = PositionClass(self.classes[i])
-        made = {"id": self.tokens[i], "text": self.pieces[i], "class": cls.name.lower()}
-        if i < self.n_prompt:
-            return made
-        plain, steered = int(self.plain_tokens[i]), int(self.steered_tokens[i])
-        return made | {"plain_id": plain, "plain_text": self.plain_pieces[i], "steered_id": steered}
+        made: TokenDocument = {"id": self.tokens[i], "text": self.pieces[i], "class": cls.name.lower()}
+        if i >= self.n_prompt:
+            made["plain_id"], made["plain_text"] = int(self.plain_tokens[i]), self.plain_pieces[i]
+            made["steered_id"] = int(self.steered_tokens[i])
+        return made
 
 
 def trace(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import TypedDict
 
 import numpy as np
 
 from localsteer.cache import atomic_path, require_folder
 from localsteer.errors import LocalsteerError
-from localsteer.jsonable import JsonObject
 
 from . import Line, Trace, looks
 from .diagnosis import diagnose
@@ -111,13 +111,55 @@ def render(trace: Trace) -> str:
     )
 
 
-def _strip(trace: Trace, line: Line) -> JsonObject:
+class _StripBar(TypedDict):
+    kind: str
+    text: str
+    height: int
+
+
+class _StripCell(TypedDict):
+    text: str
+    style: str
+
+
+class _StripToken(TypedDict):
+    """first: of the reply. instead: what the plain model would rather have said."""
+
+    first: bool
+    title: str
+    cells: list[_StripCell]
+    bars: list[_StripBar]
+    instead: str
+
+
+class _Strip(TypedDict):
+    title: str
+    names: list[str]
+    tokens: list[_StripToken]
+
+
+class _HeatCell(_StripCell):
+    on: bool
+
+
+class _HeatRow(TypedDict):
+    layer: int
+    cells: list[_HeatCell]
+
+
+class _HeatTable(TypedDict):
+    title: str
+    names: list[str]
+    rows: list[_HeatRow]
+
+
+def _strip(trace: Trace, line: Line) -> _Strip:
     names = ["", "plain", "before", "after", "target", "weight", "effect", "instead"]
     tokens = [_token(trace, line, i) for i in range(len(trace.tokens))]
     return {"title": looks.title(line), "names": names, "tokens": tokens}
 
 
-def _token(trace: Trace, line: Line, i: int) -> JsonObject:
+def _token(trace: Trace, line: Line, i: int) -> _StripToken:
     figures = {name: getattr(line, name)[i] for name in ("plain", "before", "after", "target")}
     cells = [{"text": looks.visible(trace.pieces[i]), "style": _style(line.share(line.after[i]))}]
     cells += [{"text": looks.number(value), "style": _style(line.share(value))} for value in figures.values()]
@@ -138,12 +180,12 @@ def _token(trace: Trace, line: Line, i: int) -> JsonObject:
     }
 
 
-def _bar(kind: str, value: float, share: float) -> JsonObject:
+def _bar(kind: str, value: float, share: float) -> _StripBar:
     height = round(100 * min(1.0, max(0.0, float(share)))) if np.isfinite(value) else 0
     return {"kind": kind, "text": looks.number(value), "height": height}
 
 
-def _heat(trace: Trace, heat: looks.Heat) -> JsonObject:
+def _heat(trace: Trace, heat: looks.Heat) -> _HeatTable:
     n_read = int(np.isfinite(trace.lines[0].after).sum())
     columns = range(trace.n_prompt, len(trace.tokens)) if heat.is_effect else range(n_read)
     rows = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from localsteer.catalog import Instruction, Query
 from localsteer.perplexity import log_perplexities
@@ -31,6 +31,21 @@ IMPROBABLE = "improbable"  # beside the reasons of quality.py and judge.py
 # bundled model sound replies stay below 1.7, and broken ones that pass every other check lie at 1.3 to 13
 # (benchmarks/improbable.py).
 IMPROBABLE_RATIO = 3.0
+
+
+class TrialRow(TypedDict):
+    """layer to mode: None for the model alone. score to subject_kept: shares of the replies."""
+
+    layer: int | None
+    positions: str | None
+    strength: float | None
+    mode: str | None
+    n: int
+    score: float
+    followed: float | None
+    degenerate: float | None
+    subject_kept: float | None
+    recovered_gap: float | None
 
 
 @dataclass
@@ -67,11 +82,13 @@ class Trial:
         """The share of good replies; 0 where too many are degenerate."""
         return self.n_good / self.n if self.replies and self.is_sound else 0.0
 
-    def row(self) -> dict[str, object]:
-        """For JSON: the setting's fields are None for the model alone."""
+    def row(self) -> TrialRow:
         setting = self.setting
-        where = {name: getattr(setting, name, None) for name in ("layer", "positions", "strength", "mode")}
-        return where | {
+        return {
+            "layer": getattr(setting, "layer", None),
+            "positions": getattr(setting, "positions", None),
+            "strength": getattr(setting, "strength", None),
+            "mode": getattr(setting, "mode", None),
             "n": self.n,
             "score": self.score,
             "followed": share([reply.followed for reply in self.replies]),

@@ -5,16 +5,64 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from localsteer.catalog import Instruction
-from localsteer.jsonable import JsonObject
 
-from .check import Trial
+from .check import Trial, TrialRow
 from .targets import Told
 
 WORSE, SAME, BETTER = "worse", "same", "better"
 N_KEPT = 8  # settings of the table in the file
+
+
+Shares = dict[str, float | None]  # for none, steered, instructed, both
+
+
+class Origin(TypedDict, total=False):
+    verifier: str
+    kwargs: dict[str, Any]
+
+
+class TargetCounts(TypedDict):
+    """What the told model said: n, of `asked`, became targets; of the `first`, so many followed."""
+
+    n: int
+    asked: int
+    first: int
+    first_followed: int
+
+
+class _OfASearch(TypedDict, total=False):
+    """replies: of an exhaustive search. examples to seed: of a learned vector. model: it was tuned on."""
+
+    model: str
+    replies: int
+    examples: dict[str, int | str]
+    steps: int
+    loss: float
+    layers_raced: list[int]
+    seed: int
+
+
+class TuningRecord(_OfASearch):
+    """`validation` of a vector's provenance. degenerate, scores: shares of replies."""
+
+    search: str
+    instruction: str
+    n: int
+    scores: Shares
+    degenerate: Shares
+    judged_by: str
+    recovered_gap: float | None
+    with_instruction: str | None
+    targets: TargetCounts
+    max_tokens: int
+    seconds: float | None
+    stopped: bool
+    advice: list[str]
+    table: list[TrialRow]
+    tool_version: str
 
 
 @dataclass(frozen=True)
@@ -38,7 +86,7 @@ class Choice:
     stopped: bool = False
 
     @property
-    def scores(self) -> dict[str, float | None]:
+    def scores(self) -> Shares:
         """Shares of good replies; None where nothing was asked."""
         return {
             "none": _score(self.plain),
@@ -48,7 +96,7 @@ class Choice:
         }
 
     @property
-    def degenerate(self) -> dict[str, float | None]:
+    def degenerate(self) -> Shares:
         """Shares of degenerate replies, by the same names."""
         return {
             "none": _spoilt_share(self.plain),
@@ -63,13 +111,13 @@ class Choice:
         return self.plain.n
 
     @property
-    def origin(self) -> JsonObject:
+    def origin(self) -> Origin:
         """For the vector's provenance: a file that named no verifier would be asked for it again."""
         if self.instruction.verifier is None:
             return {}
         return {"verifier": self.instruction.verifier, "kwargs": dict(self.instruction.kwargs)}
 
-    def record(self) -> JsonObject:
+    def record(self) -> TuningRecord:
         """JSON without infinities."""
         from localsteer import __version__
 
@@ -200,7 +248,7 @@ def _spoilt_share(trial: Trial) -> float | None:
     return trial.n_degenerate / trial.n if trial.replies else None
 
 
-def _row(trial: Trial) -> JsonObject:
+def _row(trial: Trial) -> TrialRow:
     return {name: _rounded(value) for name, value in trial.row().items()}
 
 

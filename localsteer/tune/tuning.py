@@ -18,7 +18,7 @@ from localsteer.vector import ControlVector
 from localsteer.verify.verdicts import check_arguments
 
 from .check import Check, Trial
-from .record import Choice
+from .record import Choice, TuningRecord
 from .score import Score
 from .search import Search, candidates, usable_layers
 from .setting import Scope, Setting
@@ -52,7 +52,7 @@ class Tuned:
     told: Trial
     both: Trial
     ranking: tuple[tuple[Setting, float], ...]
-    record: Mapping[str, Any]
+    record: TuningRecord
     stopped: bool = False
 
     @property
