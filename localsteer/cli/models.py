@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +150,7 @@ def downloading() -> Iterator[Callable[[str, int, int], None]]:
         yield on_progress
 
 
-def set_variables(engine: Engine, variables: dict[str, Any] | None) -> None:
+def set_variables(engine: Engine, variables: Mapping[str, Any] | None) -> None:
     """For every prompt of this engine. Raises PromptError for one that its chat template never reads."""
     engine.template.check_variables(variables or {})
     engine.template.variables = dict(variables or {})

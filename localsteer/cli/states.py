@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,9 @@ from .console import note, print_json, progress, shown
 from .extract import check_folder
 from .models import load_engine, set_variables
 from .vector_spec import VectorSpec
+
+if TYPE_CHECKING:
+    from localsteer.states.writing import WrittenStates
 
 DTYPES = ("float32", "float16")  # as localsteer.states.file has them
 
@@ -122,7 +125,7 @@ def _going_on(path: Path) -> Iterator[None]:
         raise
 
 
-def _summary(done: JsonObject) -> str:
+def _summary(done: WrittenStates) -> str:
     shape = f"{done['rows']} x {len(done['layers'])} layers x {done['n_embd']}, {done['dtype']}"
     prompts = f"{done['prompts']} prompt{'s' * (done['prompts'] != 1)}"
     kept = f" ({done['kept']} of them from an earlier run)" if done["kept"] else ""

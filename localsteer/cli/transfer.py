@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 
 from localsteer.errors import MismatchError
-from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import answer, note, print_json, progress, table
@@ -18,7 +17,7 @@ from .models import catalog_of, is_bundled, open_engine
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction
     from localsteer.engine import Engine
-    from localsteer.evaluate.transfer import Examined
+    from localsteer.evaluate.transfer import ConditionRow, Examined
     from localsteer.extract import Backend, Pair
     from localsteer.extract.transfer import LayerMap
     from localsteer.vector import ControlVector
@@ -209,7 +208,7 @@ def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
     if job.instruction.verifier is None:
         note(f"{job.vector.label} has no verifier, so nothing tells whether a reply follows it: not tested.")
         return None
-    limits: JsonObject = {}
+    limits = {}
     if is_bundled(job.model):
         limits = {"max_tokens": BUNDLED_LIMITS.max_tokens, "must_end": BUNDLED_LIMITS.must_end}
 
@@ -231,14 +230,39 @@ def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
         )
 
 
+class MappedLayer(TypedDict):
+    layer: int
+    source: int
+    ridge: float
+    r2: float
+
+
+class TransferDocument(TypedDict):
+    """lifts: over each control, with its interval. None, or empty: it was not tested."""
+
+    file: str | None
+    model: str
+    way: str
+    map: list[MappedLayer]
+    layer: list[int]
+    positions: str
+    helped_in_validation: bool | None
+    conditions: list[ConditionRow]
+    lifts: dict[str, list[float]]
+    verdict: str | None
+
+
 def _document(
     job: _Job, sent: _Sent, examined: Examined | None, vector: ControlVector, output: str | None
-) -> JsonObject:
+) -> TransferDocument:
     return {
         "file": output,
         "model": job.model,
         "way": sent.way,
-        "map": [{"layer": t, **_fit(layer_map)} for t, layer_map in enumerate(sent.maps)],
+        "map": [
+            {"layer": t, "source": one.source, "ridge": one.ridge, "r2": one.r2}
+            for t, one in enumerate(sent.maps)
+        ],
         "layer": list(vector.layers),
         "positions": vector.positions,
         "helped_in_validation": None if examined is None else examined.helped,
@@ -248,10 +272,6 @@ def _document(
         else {name: list(interval) for name, interval in examined.lifts.items()},
         "verdict": None if examined is None else examined.verdict,
     }
-
-
-def _fit(each: LayerMap) -> JsonObject:
-    return {"source": each.source, "ridge": each.ridge, "r2": each.r2}
 
 
 def _print(sent: _Sent, examined: Examined | None) -> None:

@@ -15,12 +15,11 @@ from starlette.responses import Response
 
 from localsteer.catalog import DEFAULT, Catalog, Instruction, load_catalog
 from localsteer.errors import CatalogError
-from localsteer.jsonable import JsonObject
 from localsteer.model_names import is_bundled
 from localsteer.terms import LEARNING_NEEDS
 
 from .errors import ApiError, Json, shown
-from .making import VectorJob
+from .making import JobDocument, VectorJob
 from .models import State
 from .reading import BodyRoute
 from .schemas import JobRequest
@@ -120,8 +119,8 @@ def _job(request: Request, job_id: str) -> VectorJob:
     return job
 
 
-def _document(state: State, job: VectorJob) -> JsonObject:
-    return job.document() | {"before": state.jobs.place(job)}
+def _document(state: State, job: VectorJob) -> JobDocument:
+    return {**job.document(), "before": state.jobs.place(job)}
 
 
 # -- what is asked for --------------------------------------------------------------------------------------

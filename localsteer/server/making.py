@@ -18,15 +18,14 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from localsteer.errors import LocalsteerError
-from localsteer.jsonable import JsonObject
 from localsteer.vector import ControlVector
 
 from . import holding
@@ -140,6 +139,59 @@ def _started(words: Sequence[str]) -> subprocess.Popen[bytes]:
     return process
 
 
+class JobResult(TypedDict):
+    """What the check found (a TuningRecord, shortened), and where nothing helps what learning would do."""
+
+    helps: bool
+    setting: JobSetting | None
+    n: int | None
+    scores: dict[str, float | None] | None
+    degenerate: dict[str, float | None] | None
+    judged_by: str | None
+    recovered_gap: float | None
+    with_instruction: str | None
+    advice: list[str] | None
+    stopped: bool | None
+    seconds: float | None
+    learning: str | None
+
+
+class JobSetting(TypedDict):
+    layer: list[int]
+    positions: str
+    mode: str
+    strength: float
+
+
+class _JobPlace(TypedDict, total=False):
+    """How many jobs come before it."""
+
+    before: int | None
+
+
+class JobDocument(_JobPlace):
+    """A VectorJob as the API and the page have it."""
+
+    object: str
+    created: int
+    id: str
+    model: str
+    name: str
+    method: str
+    status: str
+    doing: str
+    best: str
+    done: int
+    total: int
+    vector: str | None
+    instruction: str
+    text: str | None
+    seconds: float
+    stopped_by: str | None
+    error: str | None
+    result: JobResult | None
+
+
 @dataclass(eq=False)
 class VectorJob:
     """One vector on its way. words: of the command, without its output. vector: the name that it is offered
@@ -161,7 +213,7 @@ class VectorJob:
     vector: str | None = None
     stopped_by: str | None = None
     error: str | None = None
-    result: Mapping[str, Any] | None = None
+    result: JobResult | None = None
     _began: float | None = None
     _took: float = 0.0
 
@@ -220,14 +272,22 @@ class VectorJob:
         self._took, self._began = self.seconds, None
         self.status, self.error = status, error
 
-    def document(self) -> JsonObject:
-        """For JSON."""
-        names = ("id", "model", "name", "method", "status", "doing", "best", "done", "total", "vector")
-        told = {name: getattr(self, name) for name in names}
-        text = next(iter(self.instruction.phrasings), None)
-        return {"object": "steering.job", "created": self.created, **told} | {
+    def document(self) -> JobDocument:
+        return {
+            "object": "steering.job",
+            "created": self.created,
+            "id": self.id,
+            "model": self.model,
+            "name": self.name,
+            "method": self.method,
+            "status": self.status,
+            "doing": self.doing,
+            "best": self.best,
+            "done": self.done,
+            "total": self.total,
+            "vector": self.vector,
             "instruction": self.instruction.id,
-            "text": text,
+            "text": next(iter(self.instruction.phrasings), None),
             "seconds": round(self.seconds, 1),
             "stopped_by": self.stopped_by,
             "error": self.error,
@@ -361,8 +421,7 @@ def _loaded(data: bytes) -> ControlVector:
         return ControlVector.load(path)
 
 
-def result_of(vector: ControlVector, job: VectorJob) -> JsonObject:
-    """What the check found, and where nothing helps what learning would do."""
+def result_of(vector: ControlVector, job: VectorJob) -> JobResult:
     record = vector.provenance.get("validation") or {}
     kept = (
         "n", "scores", "degenerate", "judged_by", "recovered_gap", "with_instruction", "advice", "stopped",

@@ -14,11 +14,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from localsteer.cache import atomic_path
 from localsteer.errors import LocalsteerError, PlanError
-from localsteer.jsonable import JsonObject
 from localsteer.vector import ControlVector
 
 from .errors import ApiError, shown
@@ -28,6 +27,7 @@ from .shipped import shipped_vectors
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
+    from localsteer.tune.record import TuningRecord
 
     from .pool import Pool
     from .schemas import SteeringItem
@@ -219,14 +219,45 @@ class VectorFolder:
         return entry
 
 
-def document(entry: Loaded, models: Sequence[str]) -> JsonObject:
+class SteeringSettings(TypedDict):
+    layer: list[int]
+    mode: str
+    positions: str
+    strength: float
+    one_sided: bool
+    cap: float | None
+
+
+class SteeringDocument(TypedDict, total=False):
+    """A vector that can be steered by, or `error`: why it can't be read. misfits: why it does not fit, by
+    model. text, instruction: what it was made of. validation: the TuningRecord of its file."""
+
+    object: str
+    name: str
+    models: list[str]
+    error: str | None
+    misfits: dict[str, str]
+    settings: SteeringSettings
+    instruction: str | None
+    text: str | None
+    ships_for: str | None
+    can_ensure: bool
+    validation: TuningRecord | None
+    n_layer: int
+    n_embd: int
+    sha256: str
+    bytes: int
+
+
+def document(entry: Loaded, models: Sequence[str]) -> SteeringDocument:
     """What GET /v1/steering says of one vector: settings, and the figures that tuning left in the file."""
-    made: JsonObject = {"object": "steering.vector", "name": entry.name}
     if entry.vector is None:
-        return made | {"models": [], "error": entry.error}
+        return {"object": "steering.vector", "name": entry.name, "models": [], "error": entry.error}
     vector = entry.vector
     provenance = vector.provenance
-    return made | {
+    return {
+        "object": "steering.vector",
+        "name": entry.name,
         "models": [model for model in models if entry.fits(model)],
         "misfits": dict(entry.misfits),
         "settings": {

@@ -15,12 +15,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from localsteer.errors import LocalsteerError
-from localsteer.jsonable import JsonObject
 from localsteer.runtime.journal import Journal
 
 try:
@@ -61,7 +60,7 @@ class Layout:
 
     def header(self) -> bytes:
         """Length, JSON, and blanks up to the alignment."""
-        entries: JsonObject = {"__metadata__": dict(self.metadata)}
+        entries: dict[str, dict[str, str] | _Tensor] = {"__metadata__": dict(self.metadata)}
         entries["states"] = _entry(self.dtype, self.shape, 0, self.states_bytes)
         at = self.states_bytes
         for name, array in self.small.items():
@@ -72,7 +71,15 @@ class Layout:
         return len(text).to_bytes(8, "little") + text
 
 
-def _entry(dtype: str, shape: tuple[int, ...], at: int, n_bytes: int) -> JsonObject:
+class _Tensor(TypedDict):
+    """Of a safetensors header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+def _entry(dtype: str, shape: tuple[int, ...], at: int, n_bytes: int) -> _Tensor:
     return {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + n_bytes]}
 
 

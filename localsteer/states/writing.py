@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -32,6 +32,18 @@ CHUNK_PROMPTS = 64
 CHUNK_BYTES = 64 << 20
 
 
+class WrittenStates(TypedDict):
+    """kept: how many prompts an earlier run had done."""
+
+    prompts: int
+    rows: int
+    layers: list[int]
+    n_embd: int
+    dtype: str
+    bytes: int
+    kept: int
+
+
 def write_states(
     engine: Engine,
     prompts: Sequence[Prompt | PromptText],
@@ -43,7 +55,7 @@ def write_states(
     raw: bool = False,
     steer: Steer = (),
     on_progress: Progress | None = None,
-) -> JsonObject:
+) -> WrittenStates:
     """Write the states of all prompts to a safetensors file (docs/states.md), in the memory of one decode.
 
     The settings are those of `collect_states`. dtype: "float32" or "float16". Called again with the same

@@ -21,18 +21,15 @@ if TYPE_CHECKING:
     from localsteer.engine import Engine
 
 NAME, TITLE = "pairs", "How many pairs, and how diverse"
-COUNTS, QUICK_COUNTS = (2, 5, 10, 20, 50, 100), (2, 20)
-WORDINGS, QUICK_WORDINGS = (1, 3), (1,)  # beside all of them
+# numbers of pairs; of wordings, beside all of them; draws of each size
+USUAL, QUICK = ((2, 5, 10, 20, 50, 100), (1, 3), 5), ((2, 20), (1,), 2)
 N_PAIRS = 50  # where wordings are varied
-N_DRAWS, QUICK_DRAWS = 5, 2
 ENOUGH = 0.02  # so close to the best is as good
 INSTRUCTIONS = ("json", "lowercase", "bullets", "title", "no_comma", "one_sentence")
 
 
 def run(job: StudyJob) -> StudyReport:
-    draws = draws_of(
-        *((QUICK_COUNTS, QUICK_WORDINGS, QUICK_DRAWS) if job.quick else (COUNTS, WORDINGS, N_DRAWS))
-    )
+    draws = draws_of(*(QUICK if job.quick else USUAL))
     every = [draw for members in draws for draw in members]
     with job.bench() as bench:
         instructions = job.instructions(INSTRUCTIONS)
@@ -57,9 +54,8 @@ def run(job: StudyJob) -> StudyReport:
     }
     advice = where_it_stops(sizes)
     ids = ", ".join(instruction.id for instruction in instructions)
-    control = Table(
-        ["beside it", "follow"], [[name, rows.of(name).share] for name in ("none", "random", "instructed")]
-    )
+    beside = [[name, rows.of(name).share] for name in ("none", "random", "instructed")]
+    control = Table(["beside it", "follow"], beside)
     return StudyReport(
         model=bench.model,
         figures={"sizes": sizes, "advice": advice, "instructions": by_instruction},
