@@ -16,19 +16,18 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from . import __version__
 from .asked import considerate, why_left_out
 from .cache import atomic_path
 from .errors import LocalsteerError, PlanError, PromptError
-from .jsonable import JsonObject
 from .plan import Plan
 from .runtime.ask import MAX_TOKENS, Ask
 from .runtime.reply import Reply
 from .runtime.sampling import Sampling
 from .runtime.scheduler import Scheduler
-from .vector import ControlVector
+from .vector import ControlVector, VectorSettings, settings_of
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -44,6 +43,31 @@ _SEEDS = 2**32 - 1
 Say = Callable[[str], None]
 
 
+class _TurnRecord(TypedDict, total=False):
+    left_out: list[str]
+
+
+class TurnRecord(_TurnRecord):
+    question: str
+    reply: str
+    finish_reason: str
+    n_tokens: int
+    steering: list[VectorSettings]
+    ensure: list[str]
+
+
+class ChatDocument(TypedDict):
+    """A saved conversation. steering, ensure: what steers now."""
+
+    format: int
+    localsteer: str
+    model: str
+    system: str | None
+    turns: list[TurnRecord]
+    steering: list[VectorSettings]
+    ensure: list[str]
+
+
 @dataclass(frozen=True)
 class Turn:
     """A question and its reply. vectors: what the reply was steered by; steering: the same as plain values,
@@ -56,18 +80,24 @@ class Turn:
     question: str
     reply: str
     finish_reason: str
-    steering: tuple[Mapping[str, Any], ...] = ()
+    steering: tuple[VectorSettings, ...] = ()
     ensured: tuple[str, ...] = ()
     n_tokens: int = 0
     vectors: tuple[ControlVector, ...] = field(default=(), compare=False)
     left_out: tuple[str, ...] = ()
 
-    def record(self) -> JsonObject:
-        """For JSON."""
-        values = {"question": self.question, "reply": self.reply, "finish_reason": self.finish_reason}
-        steering = [dict(settings) for settings in self.steering]
-        values |= {"n_tokens": self.n_tokens, "steering": steering, "ensure": list(self.ensured)}
-        return values | ({"left_out": list(self.left_out)} if self.left_out else {})
+    def record(self) -> TurnRecord:
+        record: TurnRecord = {
+            "question": self.question,
+            "reply": self.reply,
+            "finish_reason": self.finish_reason,
+            "n_tokens": self.n_tokens,
+            "steering": [{**settings} for settings in self.steering],
+            "ensure": list(self.ensured),
+        }
+        if self.left_out:
+            record["left_out"] = list(self.left_out)
+        return record
 
 
 class Chat:
@@ -386,7 +416,7 @@ class Chat:
 
     # -- files --------------------------------------------------------------------------------------
 
-    def document(self) -> JsonObject:
+    def document(self) -> ChatDocument:
         """The whole conversation as JSON-able values: every turn with its steering, and what steers now."""
         return {
             "format": FORMAT,
@@ -457,22 +487,16 @@ class Chat:
             vectors=vectors,
         )
 
-    def _vector_at(self, settings: Mapping[str, Any]) -> ControlVector:
+    def _vector_at(self, settings: VectorSettings) -> ControlVector:
         values = {key: settings[key] for key in SAVED_SETTINGS if key in settings}
         return self.vectors[settings["name"]].at(layer=settings.get("layers"), **values)
-
-
-def settings_of(vector: ControlVector) -> JsonObject:
-    """What a transcript says of a vector."""
-    settings = {key: getattr(vector, key) for key in SAVED_SETTINGS}
-    return {"name": vector.name, "layers": list(vector.layers), **settings}
 
 
 def _names(value: Any) -> list[str]:
     return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
-def _settings_list(rows: Any, path: str | os.PathLike[str]) -> list[JsonObject]:
+def _settings_list(rows: Any, path: str | os.PathLike[str]) -> list[VectorSettings]:
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows
     ):
@@ -480,7 +504,7 @@ def _settings_list(rows: Any, path: str | os.PathLike[str]) -> list[JsonObject]:
     return rows
 
 
-def _read(path: str | os.PathLike[str]) -> JsonObject:
+def _read(path: str | os.PathLike[str]) -> ChatDocument:
     """The document of a file. Raises LocalsteerError."""
     try:
         if Path(path).stat().st_size > MAX_FILE_BYTES:

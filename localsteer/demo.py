@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from . import bundled
 from .cache import cache_folder
@@ -27,10 +27,9 @@ from .evaluate.controls import mean_state, random_control
 from .evaluate.model_info import quantization
 from .evaluate.outcomes import Outcomes
 from .evaluate.runner import Stage, by_instruction, plain_replies, run_conditions, silent
-from .jsonable import JsonObject
 from .runtime.bridge import default_threads
 from .runtime.sampling import GREEDY
-from .tune import Tuned
+from .tune import Setting, Tuned
 from .vector import ControlVector
 from .workers import Workers
 
@@ -45,6 +44,53 @@ SHOWN = ("none", "steered")
 MEANS = (*CONDITIONS, "quality_none", "quality_steered", "subject_kept", "degenerate")
 
 
+class DemoRow(TypedDict, total=False):
+    """One instruction. none to other: shares that follow, None without a control. quality_none,
+    quality_steered: perplexity of the replies under the unsteered model after the plain query. layer,
+    positions: None where the model is left alone. other_id: whose vector the control is. file: of the vector.
+    """
+
+    id: str
+    none: float | None
+    steered: float | None
+    instructed: float | None
+    both: float | None
+    random: float | None
+    other: float | None
+    quality_none: float | None
+    quality_steered: float | None
+    layer: int | None
+    positions: str | None
+    strength: float
+    n: int
+    group: str
+    mode: str
+    subject_kept: float | None
+    degenerate: float | None
+    repetition: float | None
+    other_id: str | None
+    file: str
+
+
+class DemoExample(TypedDict):
+    id: str
+    query: str
+    none: str
+    steered: str
+
+
+class DemoDocument(TypedDict, total=False):
+    """mean: of every figure over the instructions that have it."""
+
+    model: str
+    quant: str
+    instructions: list[DemoRow]
+    mean: dict[str, float | None]
+    seconds: float
+    backend: str
+    examples: list[DemoExample]
+
+
 def run_demo(
     *,
     quant: str = bundled.DEFAULT_QUANT,
@@ -56,7 +102,7 @@ def run_demo(
     n_threads: int | None = None,
     seed: int = 0,
     stage: Stage = silent,
-) -> JsonObject:
+) -> DemoDocument:
     """Everything that `localsteer demo` shows, as one JSON-able document.
 
     backend: where vectors come from: "gguf", the quantized model itself, or "torch", its checkpoint in
@@ -118,7 +164,7 @@ def demonstrate(
     n: int = N_REAL,
     seed: int = 0,
     stage: Stage = silent,
-) -> JsonObject:
+) -> DemoDocument:
     """The same table for tuned vectors of any model, by instruction id. n: test queries each.
 
     other: the vector of an instruction that is not alike, at its own settings, since a vector that ships has
@@ -152,7 +198,11 @@ def demonstrate(
                 scored=("none", "steered"),
                 max_tokens=limits[name],
             )
-    rows = [_real_row(catalog.get(name), vectors[name], conditions) for name, conditions in found.items()]
+    rows = []
+    for name, conditions in found.items():
+        vector = vectors[name]
+        setting = Setting(vector.layers[0], vector.positions, vector.strength, vector.mode)
+        rows.append(_row(catalog.get(name), vector, conditions, setting))
     return {
         "model": engine.model.metadata.get("general.name") or engine.path.stem,
         "quant": quantization(engine.model.metadata) or "",
@@ -165,7 +215,7 @@ def demonstrate(
 
 def answers(
     engine: Engine, catalog: Catalog, vectors: Mapping[str, ControlVector], question: str
-) -> list[dict[str, str]]:
+) -> list[DemoExample]:
     """One question, plain and under each vector, as `examples` of the document."""
     steers = [(), *((vector,) for vector in vectors.values())]
     replies = engine.generate_batch(
@@ -185,28 +235,22 @@ def _limit(vector: ControlVector) -> int:
     return LEARNED_TOKENS if vector.mode == "gate" else REAL_TOKENS
 
 
-def _real_row(
-    instruction: Instruction, vector: ControlVector, conditions: Mapping[str, Outcomes]
-) -> JsonObject:
-    settings = {"layer": vector.layers[0], "positions": vector.positions, "strength": vector.strength}
-    return _figures(instruction, vector, conditions, settings)
-
-
-def _figures(
+def _row(
     instruction: Instruction,
     vector: ControlVector,
     conditions: Mapping[str, Outcomes],
-    settings: JsonObject,
-) -> JsonObject:
-    """quality_none, quality_steered: perplexity of the replies under the unsteered model after the plain
-    query."""
+    setting: Setting | None,
+) -> DemoRow:
+    """setting: None where picking chose to leave the model alone."""
     steered = conditions["steered"]
     return {
         "id": instruction.id,
         **{name: conditions[name].followed if name in conditions else None for name in CONDITIONS},
         "quality_none": conditions["none"].perplexity,
         "quality_steered": steered.perplexity,
-        **settings,
+        "layer": setting.layer if setting else None,
+        "positions": setting.positions if setting else None,
+        "strength": setting.strength if setting else 0.0,
         "n": steered.n,
         "group": instruction.group,
         "mode": vector.mode,
@@ -246,19 +290,13 @@ def _with_partners(catalog: Catalog, instructions: Sequence[Instruction]) -> lis
 
 def row(
     instruction: Instruction, picked: Tuned, conditions: Mapping[str, Outcomes], others: Sequence[Instruction]
-) -> JsonObject:
-    """One line of the table. layer and positions are None where picking chose to leave the model alone."""
-    setting = picked.setting
-    settings = {
-        "layer": setting.layer if setting else None,
-        "positions": setting.positions if setting else None,
-        "strength": setting.strength if setting else 0.0,
-    }
-    other = {"other_id": others[0].id if others else None}
-    return _figures(instruction, picked.vector, conditions, settings) | other
+) -> DemoRow:
+    """One line of the table."""
+    made = _row(instruction, picked.vector, conditions, picked.setting)
+    return {**made, "other_id": others[0].id if others else None}
 
 
-def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def mean(rows: Sequence[DemoRow]) -> dict[str, float | None]:
     """Of every figure over the instructions that have it."""
     means: dict[str, float | None] = {}
     for key in MEANS:
@@ -267,7 +305,7 @@ def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return means
 
 
-def _example(name: str, conditions: Mapping[str, Outcomes]) -> dict[str, str]:
+def _example(name: str, conditions: Mapping[str, Outcomes]) -> DemoExample:
     """The first test query that the vector steers well, or the first of all."""
     steered = conditions["steered"]
     k = next((k for k, row in enumerate(steered) if row.good), 0)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from localsteer.jsonable import JsonObject
-
 from .console import note
 
 if TYPE_CHECKING:
@@ -22,7 +20,7 @@ def harmless(
     *,
     always: Sequence[ControlVector],
     raw: bool,
-) -> tuple[list[ControlVector], JsonObject]:
+) -> tuple[list[ControlVector], dict[str, list[str]]]:
     """The vectors that are applied, and what `--json` says of the others, which are told on stderr."""
     from localsteer.asked import considerate, why_left_out
 

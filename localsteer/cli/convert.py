@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from localsteer.errors import ModelFileError
-from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import note, print_json, shown
@@ -235,7 +235,7 @@ def _save(vector: Any, output: str, as_json: bool) -> None:
     _report(path, as_json, {"layers": list(vector.layers), "mode": vector.mode, "strength": vector.strength})
 
 
-def _report(path: Path, as_json: bool, more: JsonObject) -> None:
+def _report(path: Path, as_json: bool, more: Mapping[str, Any]) -> None:
     if as_json:
         print_json({"file": str(path), **more, "bytes": path.stat().st_size})
     else:

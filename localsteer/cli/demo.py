@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localsteer.errors import LocalsteerError
-from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import answer, note, print_json, progress, shown, table
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from localsteer.catalog import Catalog
+    from localsteer.demo import DemoDocument
     from localsteer.packs import Entry
     from localsteer.vector import ControlVector
 
@@ -134,7 +134,7 @@ class Demonstration:
     bundled: Params
 
 
-def _bundled_demo(asked: Demonstration) -> JsonObject:
+def _bundled_demo(asked: Demonstration) -> DemoDocument:
     from localsteer.demo import DEFAULT_N, run_demo
 
     if asked.question is not None:
@@ -154,7 +154,7 @@ def _bundled_demo(asked: Demonstration) -> JsonObject:
     )
 
 
-def _real_demo(asked: Demonstration) -> JsonObject:
+def _real_demo(asked: Demonstration) -> DemoDocument:
     from localsteer.demo import N_REAL, answers, demonstrate
 
     for name, value in asked.bundled.items():
@@ -218,7 +218,7 @@ def _vectors(
     return vectors
 
 
-def results(document: Mapping[str, Any]) -> Table:
+def results(document: DemoDocument) -> Table:
     """A line for each instruction, and their mean."""
     numbers = ("none", "steered", "random", "other", "told", "both", "kept", "ppl")
     title = f"{document['model']} {document['quant']}, {document['seconds']:.0f} s"
@@ -257,7 +257,7 @@ def examples(found: Sequence[Mapping[str, str]], everything: bool = False) -> Ta
     return made
 
 
-def what_next(document: Mapping[str, Any], model: str) -> str:
+def what_next(document: DemoDocument, model: str) -> str:
     """What to type after the demo."""
     first = document["examples"][0]["id"]
     lines = [f'localsteer run -m {model} --instruction {first} --compare "Tell me about foxes."']

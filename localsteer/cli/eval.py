@@ -5,15 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 
 from localsteer.errors import LocalsteerError
-from localsteer.jsonable import JsonObject
 
 from . import options
 from .console import answer, note, print_json, progress
@@ -245,7 +244,7 @@ def _ready(
     return ready
 
 
-def _bench_options(params: Params) -> JsonObject:
+def _bench_options(params: Params) -> Mapping[str, Any]:
     """What the options say of a bench."""
     return {
         "n_threads": params["threads"],
@@ -341,7 +340,19 @@ def _files(model: str, params: Params) -> dict[str, Path]:
     return found | ({"judge": model_file(params["judge"])} if params["judge"] else {})
 
 
-def _settings(names: Sequence[str], model: str, params: Params) -> JsonObject:
+class EvalSettings(TypedDict):
+    """Of an evaluation's results.json. n: test queries, None where each line of a file is one."""
+
+    suites: list[str]
+    n: int | None
+    seed: int
+    max_tokens: int
+    n_ctx: int | None
+    instructions: list[str] | None
+    paraphrases: bool
+
+
+def _settings(names: Sequence[str], model: str, params: Params) -> EvalSettings:
     limits = _limits(is_bundled(model), params)
     return {
         "suites": list(names),

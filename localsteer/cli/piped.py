@@ -15,7 +15,6 @@ import threading
 import time
 from contextlib import suppress
 
-from ..jsonable import JsonObject
 from . import interrupt
 from .console import heard_by
 from .main import main
@@ -79,7 +78,7 @@ class _Teller:
         if what == self._what and now - self._told < EVERY_SECONDS:
             return
         self._what, self._told = what, now
-        event: JsonObject = {"what": what, "done": done, "total": total}
+        event = {"what": what, "done": done, "total": total}
         with suppress(OSError, ValueError):
             sys.stderr.write(f"{BEGINNING}{json.dumps(event)}\n")
             sys.stderr.flush()

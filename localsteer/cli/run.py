@@ -8,11 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
-
-from localsteer.jsonable import JsonObject
 
 from . import options
 from .considered import harmless
@@ -33,12 +31,12 @@ from .vector_spec import VectorSpec, with_own_strength
 if TYPE_CHECKING:
     from localsteer.constrain import Constraint
     from localsteer.engine import Engine
-    from localsteer.ensure import Ensured
+    from localsteer.ensure import Ensured, EnsuredRecord
     from localsteer.plan import Plan
     from localsteer.runtime.ask import Ask, Prompt
     from localsteer.runtime.reply import Chunk, Reply
     from localsteer.runtime.sampling import Sampling
-    from localsteer.vector import ControlVector
+    from localsteer.vector import ControlVector, VectorSettings
 
 SETTINGS = ("layer", "mode", "positions", "strength")
 INSTRUCTION_DATA = ("catalog", "slots", "queries", "pairs")
@@ -392,25 +390,35 @@ def _title(vector: ControlVector) -> str:
     return f"{vector.label}:{vector.strength:g}@{layers} {vector.mode} {vector.positions}"
 
 
-def document(request: Question, model: str, vectors: Sequence[ControlVector], reply: Reply) -> JsonObject:
+class ReplyDocument(TypedDict):
+    reply: str
+    finish_reason: str
+    n_tokens: int
+    timings: dict[str, float]
+
+
+class RunDocument(ReplyDocument, total=False):
+    """ensure: what was tried, with --ensure. plain: the reply without steering, with --compare."""
+
+    model: str
+    prompt: str
+    steering: list[VectorSettings]
+    seed: int | None
+    ensure: EnsuredRecord
+    plain: ReplyDocument
+
+
+def document(request: Question, model: str, vectors: Sequence[ControlVector], reply: Reply) -> RunDocument:
     """Of one reply."""
-    steering = [
-        {
-            "name": vector.name,
-            "layers": list(vector.layers),
-            "mode": vector.mode,
-            "positions": vector.positions,
-            "strength": vector.strength,
-        }
-        for vector in vectors
-    ]
-    made = {
+    from localsteer.vector import settings_of
+
+    return {
         "model": model,
         "prompt": request.ask.prompt,
-        "steering": steering,
+        "steering": [settings_of(vector) for vector in vectors],
         "seed": request.ask.sampling.seed,
+        **_reply_document(reply),
     }
-    return made | _reply_document(reply)
 
 
 def _answer(
@@ -419,7 +427,7 @@ def _answer(
     vectors: Sequence[ControlVector],
     checked: Sequence[ControlVector],
     params: Params,
-) -> JsonObject:
+) -> RunDocument:
     """What `--json` prints, whatever was asked for."""
     if checked:
         ensured = ensure_reply(request, vectors, checked, params)
@@ -431,7 +439,7 @@ def _answer(
     return steered | {"plain": _reply_document(request.reply(steered=False))}
 
 
-def _reply_document(reply: Reply) -> JsonObject:
+def _reply_document(reply: Reply) -> ReplyDocument:
     return {
         "reply": reply.text,
         "finish_reason": reply.finish_reason,
