@@ -18,6 +18,7 @@ from . import interrupt, options
 from .console import answer, note, print_json, progress
 from .extract import output_path
 from .models import catalog_of, extraction_queries, find_instruction, model_file, open_engine
+from .options import Params
 
 if TYPE_CHECKING:
     from localsteer.catalog import Catalog, Instruction, Query
@@ -147,9 +148,7 @@ class LearnJob:
     catalog: Catalog
 
 
-def _job(
-    model: str, text: str | None, examples: str | None, output: str | None, params: dict[str, Any]
-) -> LearnJob:
+def _job(model: str, text: str | None, examples: str | None, output: str | None, params: Params) -> LearnJob:
     """Everything that can be refused without the model is refused here."""
     from localsteer.catalog import Instruction
 
@@ -175,7 +174,7 @@ def _job(
     )
 
 
-def _learn(engine: Engine, job: LearnJob, model: str, params: dict[str, Any]) -> Lesson:
+def _learn(engine: Engine, job: LearnJob, model: str, params: Params) -> Lesson:
     from localsteer.learn import Recipe, learn
     from localsteer.learn.examples import of_pairs
 
@@ -202,7 +201,7 @@ def _learn(engine: Engine, job: LearnJob, model: str, params: dict[str, Any]) ->
         )
 
 
-def _kept(job: LearnJob, model: str, params: dict[str, Any]) -> Kept:
+def _kept(job: LearnJob, model: str, params: Params) -> Kept:
     """Where this run's steps are kept: by all that decides what they are."""
     from localsteer.cache import HASH_CHARS, cache_folder, file_hash
     from localsteer.learn import Kept

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from localsteer.engine import Engine
     from localsteer.runtime.journal import Journal
     from localsteer.tune import Tuned
+    from localsteer.tune.check import TrialRow
+    from localsteer.tune.record import TargetCounts
     from localsteer.vector import ControlVector
 
 N_SEQ_MAX = 32  # sequences in one decode; those that are scored are short
@@ -421,7 +423,31 @@ def journal_path(vector: ControlVector, model_hash: str) -> Path:
     return cache_folder() / "tune" / model_hash[:HASH_CHARS] / name
 
 
-def _document(job: TuneJob, tuned: Tuned) -> JsonObject:
+class TuneDocument(TypedDict):
+    """table: the settings that were checked, the model alone last. scored: those ranked by likelihood.
+    Between them, what the vector's file keeps."""
+
+    file: str | None
+    instruction: str
+    verifier: str | None
+    helps: bool
+    stopped: bool
+    setting: dict[str, int | str | float] | None
+    search: str
+    n: int
+    scores: dict[str, float | None]
+    judged_by: str
+    recovered_gap: float | None
+    with_instruction: str | None
+    targets: TargetCounts
+    seconds: float | None
+    advice: list[str]
+    table: list[TrialRow]
+    scored: list[dict[str, int | str | float | None]]
+    model: str
+
+
+def _document(job: TuneJob, tuned: Tuned) -> TuneDocument:
     kept = ("search", "n", "scores", "judged_by", "recovered_gap", "with_instruction", "targets", "seconds")
     return {
         "file": None if job.path is None else str(job.path),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from .examples import Example
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
+
+    from .training import TrainingState
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Kept:
         text = json.dumps({"digest": self._digest, "examples": rows})
         self._write(_file(own), lambda path: path.write_text(text, "utf-8"))
 
-    def state(self) -> dict[str, Any] | None:
+    def state(self) -> TrainingState | None:
         if self._folder is None or not is_intact(self._folder / "steps.pt"):
             return None
         try:
@@ -83,7 +85,7 @@ class Kept:
             return None
         return state if isinstance(state, dict) and state.get("digest") == self._digest else None
 
-    def keep_state(self, state: Mapping[str, Any]) -> None:
+    def keep_state(self, state: TrainingState) -> None:
         self._write("steps.pt", lambda path: torch.save({"digest": self._digest, **state}, path))
 
     def forget(self) -> None:

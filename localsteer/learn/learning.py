@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from localsteer.errors import LocalsteerError
 from localsteer.extract import origin_of
 from localsteer.extract.gguf_backend import GgufBackend
 from localsteer.tune.check import Check, Trial
-from localsteer.tune.record import Choice
+from localsteer.tune.record import Choice, TuningRecord
 from localsteer.tune.setting import Setting
 from localsteer.tune.targets import Told
 from localsteer.vector import ControlVector
@@ -65,7 +65,7 @@ class Lesson:
 
     vector: ControlVector
     curve: tuple[Look, ...]
-    record: dict[str, Any]
+    record: TuningRecord
 
     @property
     def helps(self) -> bool:
@@ -109,18 +109,12 @@ def learn(
         )
         kept.keep_examples(examples)
     learning = _Learning(engine, list(examples), checkpoint, n_threads, kept, report)
-    stopped = False
     # nothing judges replies of the user's own, and how they would have to be rewritten is not known
     judged = examples[0].source != "given" and instruction.verifier is not None
     try:
+        stopped = False
         learning.race(layers, recipe)
-        for until in sorted({-(-recipe.n_steps // 2), recipe.n_steps}):
-            learning.steps(recipe.n_steps, until)
-            done = judged and learning.does(instruction, queries[:N_EXAMPLES], recipe)
-            if done:
-                break
-        if judged and not done and can_rewrite(instruction.verifier):
-            learning.own_steps(instruction, queries[:N_EXAMPLES], recipe)
+        _take_steps(learning, instruction, queries[:N_EXAMPLES], recipe, judged)
     except KeyboardInterrupt:
         if learning.training is None or not math.isfinite(learning.training.best):
             raise
@@ -141,6 +135,18 @@ def learn(
     vector = replace(vector, provenance={**vector.provenance, "validation": record})
     kept.forget()
     return Lesson(vector, tuple(learning.curve), record)
+
+
+def _take_steps(
+    learning: _Learning, instruction: Instruction, queries: Sequence[Query], recipe: Recipe, judged: bool
+) -> None:
+    """Half of them, then all, then on the model's own replies: until it does what the instruction says."""
+    for until in sorted({-(-recipe.n_steps // 2), recipe.n_steps}):
+        learning.steps(recipe.n_steps, until)
+        if judged and learning.does(instruction, queries, recipe):
+            return
+    if judged and can_rewrite(instruction.verifier):
+        learning.own_steps(instruction, queries, recipe)
 
 
 class _Learning:
@@ -312,7 +318,7 @@ def _checked(
     queries: Sequence[Query],
     kept: Kept,
     report: Report,
-) -> tuple[ControlVector, dict[str, Any]]:
+) -> tuple[ControlVector, TuningRecord]:
     """At the strength whose replies are best, or 0 where none are better than the model's own."""
     check = Check(
         engine,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,10 @@ def typical_length(prepared: Sequence[Prepared], layer: int) -> float:
     return float(torch.cat(lengths).median())
 
 
+# what a training goes on from: PLAIN_STATE, and the states of gate, optimizer and random generator
+TrainingState = Mapping[str, Any]
+
+
 class Training:
     """Steps on one layer. gate: what they begin with, a new one by default.
 
@@ -172,7 +176,7 @@ class Training:
             means = [float(gate.weights(one.states[self.layer][1:]).mean()) for one in self._examples]
         return gate.learned(float(np.mean(means)))
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> TrainingState:
         """All that `restore` needs to go on as if nothing had stopped it."""
         return {name: getattr(self, name) for name in PLAIN_STATE} | {
             "gate": self.gate.state_dict(),
@@ -182,7 +186,7 @@ class Training:
             "random": self._random.bit_generator.state,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: TrainingState) -> None:
         for name in PLAIN_STATE:
             setattr(self, name, state[name])
         self.gate.load_state_dict(state["gate"])

@@ -28,7 +28,7 @@ from localsteer.cli.console import heard_by
 from localsteer.errors import LocalsteerError, UnsupportedModelError
 from localsteer.terms import Mode, Positions
 
-from .steered import TRIES, SteeredAnswer, SteeredModel, SteeringWords, Wanted, described, listed_names
+from .steered import TRIES, SteeredAnswer, SteeredModel, SteeringWords, Wanted, listed_names
 
 Result = TypeVar("Result")
 
@@ -436,6 +436,8 @@ def reply_of(model: str, answer: SteeredAnswer, text: str, plain: str | None) ->
 
 def trace_of(model: str, made: Any) -> TracedReply:
     """made: a Trace."""
+    from localsteer.vector import settings_of
+
     document = made.to_dict()
     tokens = [
         TracedToken(
@@ -456,7 +458,7 @@ def trace_of(model: str, made: Any) -> TracedReply:
         model=model,
         reply=document["reply"],
         finish_reason=document["finish_reason"],
-        steering=[AppliedVector(**described(vector)) for vector in made.vectors],
+        steering=[AppliedVector(**settings_of(vector)) for vector in made.vectors],
         diagnosis=[finding["text"] for finding in document["diagnosis"]],
         tokens=tokens,
         lines=lines,
@@ -500,14 +502,14 @@ def _shipped_row(entry: Any) -> VectorRow:
 
 def _made_rows(path: Path) -> list[VectorRow]:
     from localsteer.cache import cached_vectors, file_hash
-    from localsteer.vector import ControlVector
+    from localsteer.vector import ControlVector, settings_of
 
     rows = []
     for file in cached_vectors(file_hash(path)):
         with suppress(LocalsteerError):  # one that can't be read is made again when it is asked for
             vector = ControlVector.load(file)
             helps = vector.strength != 0
-            rows.append(VectorRow(**described(vector), source="made", helps=helps, shares=None))
+            rows.append(VectorRow(**settings_of(vector), source="made", helps=helps, shares=None))
     return rows
 
 

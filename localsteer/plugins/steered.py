@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 
@@ -33,13 +33,13 @@ from localsteer.tool_calls import Call, CallHold, calls_in
 if TYPE_CHECKING:
     from localsteer.constrain import Constraint
     from localsteer.engine import Engine
-    from localsteer.ensure import Ensured
+    from localsteer.ensure import Ensured, EnsuredRecord
     from localsteer.runtime.ask import Ask
     from localsteer.runtime.reply import Timings
     from localsteer.runtime.sampling import Sampling
     from localsteer.runtime.scheduler import Scheduler, Ticket
     from localsteer.templates import Message
-    from localsteer.vector import ControlVector
+    from localsteer.vector import ControlVector, VectorSettings
 
 JOIN = "+"  # between names, as in a model's name of the server
 SETTINGS = ("layer", "mode", "positions", "strength")
@@ -103,6 +103,18 @@ class SteeringWords:
             except ValueError as error:
                 raise PlanError(f"layer: {error}") from None
         return found
+
+
+class AnswerRecord(TypedDict, total=False):
+    """What was done. plain_tokens: how many were left plain, in a forced form. left_out: names of vectors
+    that would have done harm. ensure: what was tried."""
+
+    steering: list[VectorSettings]
+    seed: int
+    finish_reason: str
+    plain_tokens: int
+    left_out: list[str]
+    ensure: EnsuredRecord
 
 
 @dataclass(frozen=True)
@@ -367,10 +379,12 @@ class SteeredAnswer:
         self.n_prompt, self.n_reply = reply.timings.prompt_tokens, made.n_tokens
         yield reply.text
 
-    def record(self) -> JsonObject:
+    def record(self) -> AnswerRecord:
         """What was done, for JSON; whole after the last text."""
-        made: JsonObject = {
-            "steering": [described(vector) for vector in self.applied],
+        from localsteer.vector import settings_of
+
+        made: AnswerRecord = {
+            "steering": [settings_of(vector) for vector in self.applied],
             "seed": self.ask.sampling.seed,
             "finish_reason": self.finish_reason,
         }
@@ -386,12 +400,6 @@ class SteeredAnswer:
         """The plain reply to the same question, with the same seed."""
         with one_kind_of_error():
             return SteeredAnswer(self._model, replace(self.ask, steer=()), Steering(), self._tools)
-
-
-def described(vector: ControlVector) -> JsonObject:
-    """A vector's name and settings, for JSON."""
-    settings = {"layers": list(vector.layers), "mode": vector.mode, "positions": vector.positions}
-    return {"name": vector.name, **settings, "strength": vector.strength}
 
 
 @contextmanager

@@ -20,12 +20,11 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ... import errors
 from ...cache import atomic_path, cache_folder, file_sha256, is_intact
 from ...errors import LocalsteerError, ModelFileError
-from ...jsonable import JsonObject
 from ..broken import OTHER_CPU, is_illegal_instruction
 
 VARIABLE = "LOCALSTEER_MODEL_CHECK"
@@ -194,7 +193,16 @@ def _outcome_path(fingerprint: str) -> Path:
     return cache_folder() / "tried" / f"{fingerprint}.json"
 
 
-def _read_outcome(fingerprint: str, path: Path) -> JsonObject | None:
+class _Outcome(TypedDict):
+    """How a trial went. header, digest: how many bytes of the file were looked at, and their hash. refused:
+    why it can't be used, or None."""
+
+    header: int
+    digest: str
+    refused: str | None
+
+
+def _read_outcome(fingerprint: str, path: Path) -> _Outcome | None:
     """None where nothing is known, or the header is not the one that was tried."""
     try:
         outcome = json.loads(_outcome_path(fingerprint).read_text("utf-8"))
@@ -205,7 +213,7 @@ def _read_outcome(fingerprint: str, path: Path) -> JsonObject | None:
     return outcome if whole and digest == _digest(path, length) else None
 
 
-def _keep_outcome(fingerprint: str, outcome: JsonObject) -> None:
+def _keep_outcome(fingerprint: str, outcome: _Outcome) -> None:
     # a folder that can't be written costs another trial, nothing else
     with contextlib.suppress(OSError, LocalsteerError), atomic_path(_outcome_path(fingerprint)) as temporary:
         temporary.write_text(json.dumps(outcome), "utf-8")

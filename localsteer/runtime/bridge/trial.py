@@ -15,7 +15,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 N_CTX = 512
 N_SEQ_MAX = 8  # as Engine opens a model, where its kind allows it
@@ -62,7 +62,15 @@ def _limit(file_size: int) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _prepare(job: dict[str, Any]) -> None:
+class _TrialJob(TypedDict):
+    """What the parent asks for, by this part of it: its sys.path, and folders of packages that are not to be
+    imported whole."""
+
+    sys_path: list[str]
+    stubs: dict[str, list[str]]
+
+
+def _prepare(job: _TrialJob) -> None:
     sys.path[:] = job["sys_path"]
     for name, folders in job["stubs"].items():
         package = types.ModuleType(name)

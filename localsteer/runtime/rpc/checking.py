@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 import struct
+from typing import TypedDict
 
 from ...errors import HostError
-from ...jsonable import JsonObject
 from . import protocol
 from .endpoint import Endpoint
 from .greeting import connect, read, reason
@@ -15,20 +15,36 @@ from .protocol import SIZE, Command
 MAX_DEVICES = 64  # of one server; what says more is no server
 
 
-def checked(endpoint: Endpoint) -> JsonObject:
-    """{"host", "version", "devices": [{"free", "total"}, ...] in bytes, "error": None or why not}."""
-    row: JsonObject = {"host": str(endpoint), "version": None, "devices": [], "error": None}
+class Device(TypedDict):
+    """Memory in bytes."""
+
+    free: int
+    total: int
+
+
+class CheckedHost(TypedDict):
+    """error: None, or why it can't be used."""
+
+    host: str
+    version: str | None
+    devices: list[Device]
+    error: str | None
+
+
+def checked(endpoint: Endpoint) -> CheckedHost:
+    row: CheckedHost = {"host": str(endpoint), "version": None, "devices": [], "error": None}
     try:
         connection, greeting = connect(endpoint)
     except HostError as error:
-        return row | {"error": str(error)}
+        return {**row, "error": str(error)}
     row["version"] = ".".join(map(str, greeting[:3]))
     with connection:
         try:
             count = struct.unpack("<I", _asked(connection, Command.DEVICE_COUNT, b""))[0]
             for i in range(min(count, MAX_DEVICES)):
                 answer = _asked(connection, Command.GET_DEVICE_MEMORY, struct.pack("<I", i))
-                row["devices"].append(dict(zip(("free", "total"), struct.unpack("<QQ", answer), strict=True)))
+                free, total = struct.unpack("<QQ", answer)
+                row["devices"].append({"free": free, "total": total})
         except (OSError, EOFError, ValueError) as error:
             row["error"] = f"{endpoint} ends in the middle: {reason(error, connection.gettimeout() or 0)}."
     return row
