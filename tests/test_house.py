@@ -35,6 +35,24 @@ FLOORS = {
 }  # fmt: skip
 
 
+LONGEST, MOST_PARAMETERS = 60, 6  # lines without the docstring; without self, *args and **kwargs
+# What a user calls with many settings by name, a command's options, and what llama.cpp's own calls take.
+WIDE = {
+    "localsteer.chat.Chat.__init__", "localsteer.cli.convert.export_command",
+    "localsteer.cli.convert.model_command", "localsteer.cli.similarity.command",
+    "localsteer.cli.states.command", "localsteer.demo.run_demo", "localsteer.engine.Engine.__init__",
+    "localsteer.ensure.ensure",
+    "localsteer.evaluate.runner.run_conditions", "localsteer.evaluate.transfer.examine",
+    "localsteer.extract.extract", "localsteer.extract.extract_from_texts", "localsteer.heatmap.png_heatmap",
+    "localsteer.learn.examples.of_instruction", "localsteer.learn.examples.of_steered",
+    "localsteer.learn.learning.learn", "localsteer.llama.SteeredLlama.__init__",
+    "localsteer.plugins.mcp_tools.SteeringTools.complete", "localsteer.plugins.mcp_tools.SteeringTools.trace",
+    "localsteer.runtime.bridge.context.Context.__init__", "localsteer.runtime.bridge.context.Context.decode",
+    "localsteer.runtime.forward.passes", "localsteer.states.writing.write_states",
+    "localsteer.trace.trace", "localsteer.trace.trace_tokens", "localsteer.tune.check.Check.__init__",
+}  # fmt: skip
+
+
 def modules() -> dict[str, Path]:
     found = {}
     for folder, package in ((ROOT, ["localsteer"]), (CONVERT, ["localsteer", "convert"])):
@@ -133,6 +151,37 @@ def test_no_class_name_is_used_twice():
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(name)
     assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """With their names from the module on; those inside others too."""
+
+    def within(node: ast.AST, name: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+        for child in ast.iter_child_nodes(node):
+            inner = f"{name}.{child.name}" if hasattr(child, "name") else name
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield inner, child
+            yield from within(child, inner)
+
+    for name, path in MODULES.items():
+        yield from within(ast.parse(path.read_text("utf-8")), name)
+
+
+def test_functions_are_short():
+    def n_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+        docstring = node.body[0] if ast.get_docstring(node) else None
+        without = docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+        return node.end_lineno - node.lineno + 1 - without
+
+    assert not {name for name, node in functions() if n_lines(node) > LONGEST}
+
+
+def test_functions_take_few_parameters():
+    def n_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+        given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        return sum(argument.arg not in ("self", "cls") for argument in given)
+
+    assert {name for name, node in functions() if n_parameters(node) > MOST_PARAMETERS} == WIDE
 
 
 def test_torch_is_imported_in_few_rooms_alone():
