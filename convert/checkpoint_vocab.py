@@ -73,7 +73,7 @@ def read_vocabulary(directory: Path, n_vocab: int) -> Vocabulary:
         tokens, types = _tokens(tokenizer, n_vocab, directory)
         special = gguf.SpecialVocab(directory, True, SPECIAL_TOKENS, n_vocab)
         if not all(isinstance(merge, str) for merge in special.merges):
-            raise TypeError("a merge is no text")
+            raise TypeError("a merge is not text")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{path} is not a readable tokenizer file: {error!r}") from error
     return Vocabulary(
@@ -148,7 +148,7 @@ def _tokens(tokenizer: Mapping[str, Any], n_vocab: int, directory: Path) -> tupl
         kind = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
         by_id[token["id"]] = (token["content"], kind)
     if not all(isinstance(text, str) for text, _ in by_id.values()):
-        raise TypeError("the text of an added token is no string")
+        raise TypeError("the text of an added token is not a string")
     if not by_id or max(by_id) >= n_vocab:
         last = max(by_id, default=None)
         raise ModelFileError(f"{directory}: tokenizer.json goes up to token {last}, the model has {n_vocab}")

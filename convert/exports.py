@@ -140,4 +140,4 @@ def _arrays(vector: ControlVector) -> dict[str, np.ndarray]:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{type(value).__name__} is no JSON value")
+    raise TypeError(f"{type(value).__name__} is not a JSON value")

@@ -105,7 +105,7 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     """
     _sweep(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
-    # not by mkstemp, whose files only their owner can read: a model or vector is no secret
+    # not by mkstemp, whose files only their owner can read: a model or vector is not a secret
     with temporary.open("xb") as file:
         if fcntl is None:
             file.close()  # Windows renames no open file

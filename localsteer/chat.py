@@ -406,7 +406,7 @@ class Chat:
                 _read(path)
             except LocalsteerError:
                 raise LocalsteerError(
-                    f"{path} is there already and is no saved conversation: choose another name."
+                    f"{path} is there already and is not a saved conversation: choose another name."
                 ) from None
         with atomic_path(path) as temporary:
             try:
@@ -429,7 +429,7 @@ class Chat:
         names = _names(document.get("ensure"))
         system = document.get("system")
         if not (system is None or isinstance(system, str)):
-            raise LocalsteerError(f"{path} is no saved conversation: its system message is no text.")
+            raise LocalsteerError(f"{path} is not a saved conversation: its system message is not text.")
         self._put(active)
         self.ensured = {name: self.vectors[name] for name in names if name in self.vectors}
         self.turns, self.system, self._seen = turns, system, []
@@ -442,7 +442,9 @@ class Chat:
     def _read_turn(self, row: Any, path: str | os.PathLike[str]) -> Turn:
         texts = [row.get(key) if isinstance(row, dict) else None for key in ("question", "reply")]
         if not all(isinstance(text, str) for text in texts) or not texts[0]:
-            raise LocalsteerError(f"{path} is no saved conversation: a turn lacks its question or its reply.")
+            raise LocalsteerError(
+                f"{path} is not a saved conversation: a turn lacks its question or its reply."
+            )
         steering = _settings_list(row.get("steering", []), path)
         here = all(settings["name"] in self.vectors for settings in steering)
         vectors = tuple(self._vector_at(settings) for settings in steering) if here else ()
@@ -476,7 +478,7 @@ def _settings_list(rows: Any, path: str | os.PathLike[str]) -> list[JsonObject]:
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows
     ):
-        raise LocalsteerError(f"{path} is no saved conversation: its steering is no list of vectors.")
+        raise LocalsteerError(f"{path} is not a saved conversation: its steering is not a list of vectors.")
     return rows
 
 
@@ -491,9 +493,9 @@ def _read(path: str | os.PathLike[str]) -> JsonObject:
     except OSError as error:
         raise LocalsteerError(f"can't read {path} ({error.strerror or error}).") from None
     except (ValueError, RecursionError):
-        raise LocalsteerError(f"{path} is no saved conversation: it is no JSON.") from None
+        raise LocalsteerError(f"{path} is not a saved conversation: it is not JSON.") from None
     if not isinstance(document, dict) or not isinstance(document.get("turns"), list):
-        raise LocalsteerError(f"{path} is no saved conversation: it has no turns.")
+        raise LocalsteerError(f"{path} is not a saved conversation: it has no turns.")
     if document.get("format") != FORMAT:
         raise LocalsteerError(
             f"{path} has format {document.get('format')!r}, and this version reads {FORMAT}: "

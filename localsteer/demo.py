@@ -128,7 +128,7 @@ def demonstrate(
     started = time.perf_counter()
     queries = spread(catalog.queries["test"], n)
     limits = {name: _limit(vector) for name, vector in vectors.items()}
-    with stage("asking the model alone") as advance:
+    with stage("asking the plain model") as advance:
         advance(0, 0)
         plain = {limit: plain_replies(engine, queries, max_tokens=limit) for limit in set(limits.values())}
         plain_mean = mean_state(engine, queries)

@@ -107,7 +107,7 @@ class SteeredLlama(llama_cpp.Llama):
     steer: as `steer` takes it, from the start. use_extra_bufts: None: weight repacking as Engine chooses it.
     A decode must be one micro-batch, so n_batch is lowered to n_ubatch (with `embedding`, n_ubatch raised to
     n_batch); both are 512 by default. Everything else: llama_cpp.Llama.
-    Raises ModelFileError for a file that is no model, MismatchError, PlanError, UnsupportedModelError.
+    Raises ModelFileError for a file that is not a model, MismatchError, PlanError, UnsupportedModelError.
     """
 
     def __init__(

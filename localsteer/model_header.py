@@ -213,7 +213,7 @@ def _vocabulary(header: ModelHeader) -> None:
         if values is not None and len(values) != len(tokens):
             raise header.damaged(f"its vocabulary has {len(tokens)} tokens and {len(values)} {name}")
     if scores is not None and np.isnan(scores).any():
-        raise header.damaged("a score of its vocabulary is no number")
+        raise header.damaged("a score of its vocabulary is not a number")
     _no_token_twice(header, tokens)
     _bytes_of(header, tokens, types)
     _special_tokens(header, len(tokens))

@@ -141,7 +141,7 @@ def trained_context(path: Path) -> int | None:
 
 
 def read_shape(path: Path) -> Shape:
-    """Raises VectorFileError for a file that is no GGUF or is cut short inside its header."""
+    """Raises VectorFileError for a file that is not a GGUF or is cut short inside its header."""
     with open_gguf(path) as file:
         return _shape(file)
 

@@ -97,7 +97,7 @@ def records(path: str | Path, lines: Sequence[tuple[int, str]]) -> Iterator[tupl
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
-            raise PromptError(f'{where} is no JSON object like {{"prompt": "..."}}: {line.strip()!r:.60}.')
+            raise PromptError(f'{where} is not a JSON object like {{"prompt": "..."}}: {line.strip()!r:.60}.')
         yield where, record
 
 
@@ -131,7 +131,7 @@ def text_or_messages(value: Any, where: str) -> str | list[Message]:
 
 
 def filled_text(value: Any, what: str, where: str) -> str:
-    """Raises PromptError for something that is no text, or an empty one."""
+    """Raises PromptError for something that is not text, or an empty one."""
     if not isinstance(value, str):
         raise PromptError(f"{where}: {what} must be a text, not {value!r:.60}.")
     if not value.strip():

@@ -567,7 +567,7 @@ def test_tokens_and_text(model: Model) -> None:
     assert not model.is_eog(tokens[0])
     assert model.token_to_piece(model.eos) == b""
     assert model.token_to_piece(model.eos, special=True) != b""
-    with pytest.raises(PromptError, match="no Unicode"):
+    with pytest.raises(PromptError, match="not a Unicode"):
         model.tokenize("\ud800", add_special=False, parse_special=False)
     with pytest.raises(PromptError, match="vocabulary"):
         model.token_to_piece(512)

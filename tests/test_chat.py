@@ -318,7 +318,7 @@ def test_saving_replaces_conversations_alone(chat, vectors, tmp_path):
     path = tmp_path / "json.gguf"
     vectors["json"].save(path)
     before = path.read_bytes()
-    with pytest.raises(LocalsteerError, match="no saved conversation: choose another name"):
+    with pytest.raises(LocalsteerError, match="not a saved conversation: choose another name"):
         chat.save(path)
     assert path.read_bytes() == before
     chat.save(tmp_path / "chat.json")
@@ -344,14 +344,14 @@ def test_vectors_that_are_not_here_are_left_out_aloud(engine, chat, vectors, tmp
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "it is no JSON"),
-        ("[" * 100_000, "it is no JSON"),
+        ("", "it is not JSON"),
+        ("[" * 100_000, "it is not JSON"),
         ("[]", "it has no turns"),
         ('{"turns": []}', "format None"),
         ('{"format": 2, "turns": []}', "format 2"),
         ('{"format": 1, "turns": [{"question": "Hi"}]}', "lacks its question or its reply"),
         ('{"format": 1, "turns": [3]}', "lacks its question or its reply"),
-        ('{"format": 1, "turns": [], "steering": 3}', "no list of vectors"),
+        ('{"format": 1, "turns": [], "steering": 3}', "not a list of vectors"),
         ('{"format": 1, "turns": [], "steering": [{"name": "json", "strength": "x"}]}', "not a number"),
         ('{"format": 1, "turns": [], "system": 3}', "system message"),
     ],
@@ -432,7 +432,7 @@ def test_a_piped_conversation(folder, conversation, tmp_path):
         "catalogue.",
         "strength 'x' is not a number.",
         "unknown positions 'sideways': choose one of all, prompt, last, generation.",
-        f"took back {HARES!r}; 1 turn left.",
+        f"removed {HARES!r}; 1 turn left.",
         "no longer steering by json.",
         f"wrote {saved}: 1 turn.",
         "forgot 1 turn.",
@@ -585,7 +585,7 @@ def test_a_transcript_in_a_terminal(terminal, conversation):
         "> /nonsense",
         "localsteer: unknown command /nonsense: /help lists them; // begins a question with /.",
         "> /undo",
-        "localsteer: took back 'Where does the hare live?'; 1 turn left.",
+        "localsteer: removed 'Where does the hare live?'; 1 turn left.",
         ">",
     ]
 

@@ -410,7 +410,7 @@ def test_json_says_what_is_lost(folder):
     [
         (["export", "v.gguf", "--to", "onnx", "-o", "o"], "'onnx' is not one of"),
         (["export", "v.gguf", "--to", "npz", "-o", "none/o.npz"], "none/o.npz"),
-        (["export", "v.gguf", "--to", "npz", "-o", "."], "is no vector file"),
+        (["export", "v.gguf", "--to", "npz", "-o", "."], "is not a vector file"),
         (["export", "v.gguf", "--to", "steering-vectors", "--strength", "0", "-o", "o.pt"], "strength 0"),
         (["import", "bad.pt", "-o", "o.gguf"], "could run code"),
         (["import", "a.pt", "-o", "o.gguf"], "holds one direction"),

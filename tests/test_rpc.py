@@ -58,8 +58,11 @@ def test_hosts_are_written_with_commas_or_one_by_one():
     ("text", "says"),
     [
         ("", "no host and port"), ("a", "no host and port"), (":1", "no host and port"), ("a b:1", "no host"),
-        ("a:1,", "no host and port"), ("a:", "no port"), ("a:0", "no port"), ("a:65536", "no port"),
-        ("a:-1", "no port"), ("a:1x", "no port"), ("a:٣", "no port"), ("a:000000000001", "no port"),
+        ("a:1,", "no host and "
+                 "port"), ("a:", "is not a port"), ("a:0", "is not a port"), ("a:65536", "is not a port"),
+        ("a:-1", "is not a "
+                 "port"), ("a:1x", "is not a "
+                                   "port"), ("a:٣", "is not a port"), ("a:000000000001", "is not a port"),
         ("::1:50052", "brackets"), ("a:1,a:1", "twice"), ("http://a:1", "brackets"), ("a\n:1", "no host"),
         (",".join(f"a:{i}" for i in range(1, 17)), "16 hosts"), ("a" * 300 + ":1", "no host and port"),
     ],

@@ -268,7 +268,7 @@ def test_a_name_that_ollama_lacks_is_told_with_the_nearest(ollama, gguf):
 )
 def test_what_can_be_no_name_is_refused_before_anything_is_looked_at(prefix, rest):
     said = refused(prefix + rest)
-    assert "is no name of a model: write it like" in said and len(said) < 400
+    assert "is not the name of a model: write it like" in said and len(said) < 400
 
 
 @pytest.mark.parametrize(

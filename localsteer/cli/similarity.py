@@ -1,4 +1,4 @@
-"""`localsteer similarity`: does an instruction move the state the same way whatever the query?"""
+"""`localsteer similarity`: does an instruction move the state in the same way whatever the query?"""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from localsteer.evaluate.similarity import Similarity
 
 N_PAIRS = 20
-N_INSTRUCTIONS = 12  # when none are named
+N_INSTRUCTIONS = 12  # if none are named
 GROUPS = ("format", "length")
 
 
-@click.command("similarity", short_help="Check that an instruction is one direction, with probes.")
+@click.command("similarity", short_help="Check with cosines and probes that an instruction is one direction.")
 @click.argument("instructions", nargs=-1, metavar="[INSTRUCTION]...")
 @options.model
 @click.option(
@@ -31,7 +31,7 @@ GROUPS = ("format", "length")
     old=["--block"],
     type=click.IntRange(min=0),
     metavar="LAYER",
-    help="Of the second heat map. [default: the clearest]",
+    help="Layer of the second heat map. [default: the clearest]",
 )
 @click.option(
     "--plot", type=click.Path(), metavar="PNG", help="Draw both heat maps and the probes into a picture."
@@ -61,13 +61,13 @@ def command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Compare what instructions do to the model's state at the last prompt token, pair by pair: the cosine
-    between pair differences of one instruction (high where it is one direction) and of different instructions
-    (low where they are told apart), layer by layer.
+    """Compare what instructions do to the model's state at the last prompt token, pair by pair and layer by
+    layer: the cosine between pair differences of one instruction (high if it is one direction) and of
+    different instructions (low if they can be told apart).
 
-    Beside it how often a probe tells a state with the instruction from one without, on queries and wordings
-    that it has not seen: `linear` a ridge classifier, `gaussian` a kernel that can draw any boundary. Without
-    names: the first formats and lengths of the catalogue.
+    The table also shows how often a probe tells a state with the instruction from one without, on queries and
+    wordings that it has not seen: `linear` is a ridge classifier, `gaussian` a kernel that can draw any
+    boundary. Without names, the first formats and lengths of the catalogue are compared.
 
     \b
     Examples:
@@ -181,7 +181,7 @@ def _draw(done: Similarity, layer: int, path: str, name: str) -> None:
     rows = done.rows()
     for key in ("within", "between", "linear", "gaussian"):
         label = f"{key} probe" if key in ("linear", "gaussian") else f"cosine {key}"
-        # the probes often lie on one another
+        # the probes' lines often coincide
         style = "--" if key == "gaussian" else "-"
         values = [row[key] if row[key] is not None else float("nan") for row in rows]
         lines.plot(layers, values, style, label=label)

@@ -38,20 +38,20 @@ class Constraint:
     def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Constraint:
         """The reply is one JSON document that the schema accepts, its properties in the schema's order.
 
-        schema: a document, or its text. Raises ConstraintError for text that is no JSON; what can't be
+        schema: a document, or its text. Raises ConstraintError for text that is not JSON; what can't be
         enforced is found when it is compiled (`TokenBytes.matcher`).
         """
         if isinstance(schema, str):
             try:
                 schema = json.loads(schema)
             except (ValueError, RecursionError) as error:
-                raise ConstraintError(f"the JSON schema is no JSON: {_short(error)}.") from None
+                raise ConstraintError(f"the JSON schema is not JSON: {_short(error)}.") from None
         if not isinstance(schema, (Mapping, bool)):
             raise ConstraintError(f"a JSON schema is an object, or true or false, not {schema!r:.60}.")
         try:
             return cls("json_schema", json.dumps(schema))
         except (TypeError, ValueError, RecursionError) as error:
-            raise ConstraintError(f"the JSON schema is no JSON: {_short(error)}.") from None
+            raise ConstraintError(f"the JSON schema is not JSON: {_short(error)}.") from None
 
     @classmethod
     def json_object(cls) -> Constraint:
@@ -189,7 +189,7 @@ def quoted(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ConstraintError(
-            f"the text holds {text[error.start]!r}, which is no Unicode character."
+            f"the text holds {text[error.start]!r}, which is not a Unicode character."
         ) from None
     return json.dumps(text, ensure_ascii=False)
 

@@ -94,7 +94,7 @@ def _pair(record: Any, raw: bool, where: str) -> TextPair:
     elif isinstance(record, dict):
         sides, prompt = _sides(record, where), _prompt(record, where)
     else:
-        raise PromptError(f'{where} is no pair like {{"with": "...", "without": "..."}}: {record!r:.60}.')
+        raise PromptError(f'{where} is not a pair like {{"with": "...", "without": "..."}}: {record!r:.60}.')
     texts = [_side(value, name, prompt, raw, where) for name, value in sides.items()]
     if _content(texts[0]) == _content(texts[1]):
         raise PromptError(f"{where}: its two sides are the same.")

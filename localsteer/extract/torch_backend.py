@@ -287,7 +287,7 @@ def _load(kind: Any, source: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(source, **options)
     except Exception as error:  # a folder from anywhere: transformers raises nearly every type
-        folder = "" if Path(source).is_dir() else ", which is no folder here"
+        folder = "" if Path(source).is_dir() else ", which is not a folder here"
         raise ModelFileError(f"transformers can't load {source}{folder}: {one_line(error)}") from error
 
 

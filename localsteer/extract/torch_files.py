@@ -137,7 +137,7 @@ def _check_archive(path: str) -> None:
             packed = any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist())
             size = sum(info.file_size for info in archive.infolist())
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        raise VectorFileError(f"{path} is no file of torch.save.") from None
+        raise VectorFileError(f"{path} is not a file of torch.save.") from None
     if packed or size > os.path.getsize(path):
         raise VectorFileError(f"{path} is damaged: torch.save packs nothing, and this archive is packed.")
 

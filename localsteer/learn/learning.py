@@ -61,7 +61,7 @@ class Look:
 @dataclass(frozen=True)
 class Lesson:
     """vector: with its settings, and the record as provenance["validation"]. curve: of the steps on the layer
-    that won. helps: whether the check found it better than the model alone."""
+    that won. helps: whether the check found it better than the plain model."""
 
     vector: ControlVector
     curve: tuple[Look, ...]

@@ -40,7 +40,7 @@ _ADVICE = f"install localsteer again, or set {VARIABLE}={OFF}"
 @dataclass(frozen=True)
 class Entry:
     """One instruction of a pack. settings: layers, mode, positions and strength; strength 0 where nothing was
-    found that helps. scores: shares of good replies, of the model alone (none), steered, instructed, and
+    found that helps. scores: shares of good replies, of the plain model (none), steered, instructed, and
     both; None where it was not asked. n: replies each. advice: what the user should know. sha256: of the
     file; None in a pack of an earlier version."""
 

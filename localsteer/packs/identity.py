@@ -42,7 +42,7 @@ class Identity:
 def identity_of(path: str | os.PathLike[str]) -> Identity:
     """Of a model file; read once, then remembered like its hash. No engine, a second at most.
 
-    Raises VectorFileError for a file that is no GGUF, ModelFileError for one that can't be read.
+    Raises VectorFileError for a file that is not a GGUF, ModelFileError for one that can't be read.
     """
     from localsteer.cache import remembered
 

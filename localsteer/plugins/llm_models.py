@@ -285,7 +285,7 @@ def tell(response: Any, answer: SteeredAnswer) -> None:
 
 
 def messages_of(prompt: llm.Prompt) -> list[dict[str, Any]]:
-    """The whole conversation, as chat templates read it. Raises LocalsteerError for what is no text."""
+    """The whole conversation, as chat templates read it. Raises LocalsteerError for what is not text."""
     if not hasattr(prompt, "messages"):
         raise LocalsteerError(f"llm {LLM_WANTED} or newer is wanted: pip install -U llm")
     return [made for message in prompt.messages for made in _template_messages(message)]
@@ -405,12 +405,12 @@ def added_models() -> dict[str, str]:
         raise LocalsteerError(f"{models_file()} can't be read ({why}): repair or remove it.") from None
     is_table = isinstance(found, dict) and all(isinstance(model, str) for model in found.values())
     if not is_table:
-        raise LocalsteerError(f"{models_file()} is no table of names and models: repair or remove it.")
+        raise LocalsteerError(f"{models_file()} is not a table of names and models: repair or remove it.")
     return found
 
 
 def add_model(model: str, name: str | None = None) -> str:
-    """The id. Raises LocalsteerError for a file that is no model, and for an id that is another's."""
+    """The id. Raises LocalsteerError for a file that is not a model, and for an id that is another's."""
     from localsteer.model_list import read_shape
     from localsteer.model_names import is_named, path_of
 

@@ -66,7 +66,7 @@ def _listed(text: str, what: str) -> list[Any]:
             return json.loads(text)
         except (ValueError, RecursionError):
             raise PlanError(
-                f'{what}: {text!r:.80} is no JSON list: write ["json", "Use rhyme."], or json+lowercase.'
+                f'{what}: {text!r:.80} is not a JSON list: write ["json", "Use rhyme."], or json+lowercase.'
             ) from None
     return [text] if os.path.isfile(text) or is_own_words(text) else text.split(JOIN)
 

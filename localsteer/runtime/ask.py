@@ -70,7 +70,7 @@ def asks_for(
     for all, where prompt i gets seed + i, or one each. Raises PromptError, LocalsteerError.
     """
     if isinstance(prompts, str):
-        raise PromptError("one text is no list of prompts: put it into a list, or call `generate`.")
+        raise PromptError("one text is not a list of prompts: put it into a list, or call `generate`.")
     steers = _steer_of_each(steer, len(prompts))
     samplings = _sampling_of_each(sampling, len(prompts))
     return [

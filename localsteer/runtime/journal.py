@@ -134,7 +134,7 @@ class Journal:
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if not whole and not _line(header).startswith(content):
-            raise LocalsteerError(f"{path} is no journal of a run: choose another folder, or delete it.")
+            raise LocalsteerError(f"{path} is not a journal of a run: choose another folder, or delete it.")
         lines = content[:whole].splitlines()
         damaged = set()
         for number, line in enumerate(lines, 1):
@@ -200,7 +200,7 @@ def _parsed(line: bytes, path: Path, number: int) -> JsonObject:
     except (ValueError, RecursionError):  # also UnicodeDecodeError and JSONDecodeError
         record = None
     if not isinstance(record, dict) or not (number == 1 or isinstance(record.get("key"), str)):
-        raise LocalsteerError(f"{path}, line {number}: this is no record of a run; remove the line.")
+        raise LocalsteerError(f"{path}, line {number}: this is not a record of a run; remove the line.")
     return record
 
 

@@ -65,7 +65,7 @@ class TokenScores:
 class Chunk:
     """One token of a reply. `text` holds whole characters only, so it may be empty, or finish earlier tokens.
 
-    token: None for the end-of-generation token, which is no part of the reply. finish_reason: set in the
+    token: None for the end-of-generation token, which is not part of the reply. finish_reason: set in the
     last chunk alone, "stop" (the model ended, or a stop string came) or "length"; timings likewise.
     scores: where the request asked for them, at every token of the reply. stopped_by: the stop string that
     came.

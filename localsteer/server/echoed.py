@@ -58,7 +58,7 @@ def _scores_of(
             for row, token in zip(rows.logits[outputs], following, strict=False)
         ]
     found = list(zip(tokens, scores, strict=True))
-    # the model's own first token is no part of a text
+    # the model's own first token is not part of a text
     return found[1:] if isinstance(prompt, str) and tokens[0] == engine.model.bos else found
 
 

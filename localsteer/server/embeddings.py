@@ -57,7 +57,7 @@ async def embedded(
     state: State = request.app.state.localsteer
     served, names = state.served(model)
     if names:
-        raise ApiError("model: embeddings are not steered: name the model alone.", param="model")
+        raise ApiError("model: embeddings are not steered: name only the model.", param="model")
     gone = threading.Event()
 
     def work() -> Response:

@@ -433,7 +433,7 @@ def load_error(name: str, error: Exception) -> ApiError:
 
 
 def without_folders(text: str) -> str:
-    """Where things lie on the server is nobody's business; `hf:ORG/REPO` is no path."""
+    """Where things lie on the server is nobody's business; `hf:ORG/REPO` is not a path."""
     return re.sub(r"(?<![\w.:*-])(?:/[^/\s]+)+/(?=[^/\s])", "", text)
 
 

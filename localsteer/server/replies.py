@@ -207,7 +207,7 @@ def _logit_bias(request: SamplingFields, served: Served) -> tuple[tuple[int, flo
         tokens = [int(key)] if is_id else model.tokenize(key, add_special=False, parse_special=True)
         if is_id and tokens[0] >= model.n_vocab:
             raise ApiError(
-                f"logit_bias: {tokens[0]} is no token of {served.name} (0 to {model.n_vocab - 1}).",
+                f"logit_bias: {tokens[0]} is not a token of {served.name} (0 to {model.n_vocab - 1}).",
                 param="logit_bias",
             )
         biases |= dict.fromkeys(tokens, -math.inf if bias is False else float(bias))

@@ -80,7 +80,7 @@ def host_name(header: str) -> str | None:
     """The name or address in a Host header, in lower case; None for what is none."""
     try:
         parts = urlsplit(f"//{header}")
-        parts.port  # noqa: B018 - raises for what is no port
+        parts.port  # noqa: B018 - raises for what is not a port
     except ValueError:
         return None
     if parts.path or parts.query or parts.fragment or parts.username is not None or not parts.hostname:

@@ -41,7 +41,7 @@ def readings(
     raw: bool = False,
     on_progress: Progress | None = None,
 ) -> list[Reading]:
-    """Every prompt rendered and tokenised. raw: of those that are no PromptText, which says itself.
+    """Every prompt rendered and tokenised. raw: of those that are not PromptText, which says itself.
 
     Raises PromptError, which names the prompt, for one that can't be read, is longer than the context, or has
     no such token.

@@ -66,7 +66,9 @@ def find(name: str, *, download: bool = False, on_progress: Progress | None = No
     """
     prefix = store_of(name)
     if prefix is None:
-        raise ModelFileError(f"{name!r:.80} is no name of a store: they begin with {', '.join(PREFIXES)}.")
+        raise ModelFileError(
+            f"{name!r:.80} is not the name of a store: they begin with {', '.join(PREFIXES)}."
+        )
     rest = name[len(prefix) :]
     if prefix == hub.PREFIX:
         model = find_or_fetch(rest, allowed=download, on_progress=on_progress)
@@ -89,7 +91,7 @@ def everything() -> list[StoredModel]:
 
 def within(seconds: float) -> tuple[list[StoredModel], bool]:
     """(what is seen of `everything` in about this time, whether that is all of it). The hub's cache comes
-    last: it may hold much that is no GGUF."""
+    last: it may hold much that is not a GGUF."""
     until = time.monotonic() + seconds
     small = (ollama.one_by_one(), lmstudio.one_by_one(), llama_cpp.one_by_one())
     seen = []

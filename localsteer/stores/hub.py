@@ -135,7 +135,7 @@ def parsed(rest: str) -> tuple[str, str]:
         org, name, wanted = repo.split("/", 2)
         repo = f"{org}/{name}"
     if not _REPO.fullmatch(repo) or "--" in repo or ".." in repo or text.endswith(":"):
-        raise ModelFileError(f"{PREFIX + rest!r:.120} is no repository: write {EXAMPLE}.")
+        raise ModelFileError(f"{PREFIX + rest!r:.120} is not a repository: write {EXAMPLE}.")
     return repo, wanted
 
 

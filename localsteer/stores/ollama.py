@@ -113,7 +113,7 @@ def _parse(text: str) -> tuple[str, ...]:
     parts = [*above, model, tag if colon else TAG]
     host_may_have_port = [part.partition(":")[0] if i == 0 else part for i, part in enumerate(parts)]
     if len(above) > 2 or not all(_PART.fullmatch(part) for part in host_may_have_port):
-        raise ModelFileError(f"{PREFIX + text!r:.120} is no name of a model: write it like {EXAMPLE}.")
+        raise ModelFileError(f"{PREFIX + text!r:.120} is not the name of a model: write it like {EXAMPLE}.")
     filled = [*[HOST, NAMESPACE][: 2 - len(above)], *above]
     return tuple(part.casefold() for part in (*filled, model, parts[-1]))
 
@@ -257,7 +257,7 @@ def _json(path: Path, what: str) -> Any:
 
 
 def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 # -- how it is to be asked ----------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def _asked(tag: _Tag, layers: Mapping[str, Mapping[str, Any]]) -> AskedFor:
         value = params.get(theirs)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if not abs(value) <= MAX_NUMBER:  # 1e999 is infinite to Python's reader
-                raise _Fault(f"its parameter {theirs} is no number that can be used: pull it again")
+                raise _Fault(f"its parameter {theirs} is not a number that can be used: pull it again")
             sampling[ours] = int(value) if ours in ("top_k", "repeat_last_n") else float(value)
     n_ctx = params.get("num_ctx")
     return AskedFor(

@@ -35,7 +35,7 @@ IMPROBABLE_RATIO = 3.0
 
 @dataclass
 class Trial:
-    """A setting, or none (the model alone), and its replies. gap: its recovered gap, None where none was
+    """A setting, or none (the plain model), and its replies. gap: its recovered gap, None where none was
     taken.
 
     allowed: degenerate replies that are not held against it, since the model gives as many by itself.
@@ -68,7 +68,7 @@ class Trial:
         return self.n_good / self.n if self.replies and self.is_sound else 0.0
 
     def row(self) -> dict[str, object]:
-        """For JSON: the setting's fields are None for the model alone."""
+        """For JSON: the setting's fields are None for the plain model."""
         setting = self.setting
         where = {name: getattr(setting, name, None) for name in ("layer", "positions", "strength", "mode")}
         return where | {

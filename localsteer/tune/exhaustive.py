@@ -94,7 +94,7 @@ def grid(
 ) -> list[Setting]:
     """Every setting to try, in order of layers. Raises PlanError for none, and for one that can't be."""
     if strengths is not None and not all(strengths):
-        raise PlanError("strength 0 steers nothing: the model alone is tried anyway.")
+        raise PlanError("strength 0 steers nothing: the plain model is tried anyway.")
     usable = usable_layers(vector, layers)
     settings = [
         Setting(layer, where, strength, mode)

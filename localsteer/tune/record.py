@@ -21,8 +21,8 @@ N_KEPT = 8  # settings of the table in the file
 class Choice:
     """What one choice of a setting found.
 
-    best: the setting that won, None where the model alone did. trials: what was checked, the best first.
-    plain, told, both: the model alone, told in words, told and steered. told_model: where the targets came
+    best: the setting that won, None where the plain model did. trials: what was checked, the best first.
+    plain, told, both: the plain model, told in words, told and steered. told_model: where the targets came
     from. seconds: None where a search goes on after a break, so that it ends with the same file as one that
     had none. stopped: Ctrl-C ended it.
     """
@@ -114,7 +114,7 @@ class Choice:
             ]
         if none == 1:
             return [
-                f"these queries can't tell whether steering helps {name} on this model: the model alone "
+                f"these queries can't tell whether steering helps {name} on this model: the plain model "
                 "follows it in every reply. Tune with --queries whose replies don't."
             ]
         words = "" if told is None else f"; told {told:.0%}"

@@ -46,7 +46,7 @@ class Scope:
 
     def __post_init__(self) -> None:
         if self.strengths is not None and not all(self.strengths):
-            raise PlanError("strength 0 steers nothing: the model alone is asked anyway.")
+            raise PlanError("strength 0 steers nothing: the plain model is asked anyway.")
 
     def modes_of(self, vector: ControlVector) -> tuple[str, ...]:
         return tuple(self.modes or (vector.mode,))

@@ -38,9 +38,9 @@ Report = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Tuned:
     """vector: with the settings that won, and `record` as provenance["validation"]; strength 0 when `setting`
-    is None, that is, when nothing was better than the model alone.
+    is None, that is, when nothing was better than the plain model.
 
-    trials: the settings that were checked, the best first. plain, told, both: the model alone, told in words,
+    trials: the settings that were checked, the best first. plain, told, both: the plain model, told in words,
     and told and steered; `both` without replies where nothing won. ranking: (setting, recovered gap), the
     likeliest first. advice: what the user should know, a sentence each. stopped: Ctrl-C ended the search.
     """
@@ -226,7 +226,7 @@ class _Tuning:
         return (trial.score, -trial.n_degenerate, trial.gap, trial.n)
 
     def _best(self) -> Trial | None:
-        """The setting that wins, or None where the model alone does."""
+        """The setting that wins, or None where the plain model does."""
         if self._search is None or not self._search.score.settings:
             return None
         trials = self._ordered()

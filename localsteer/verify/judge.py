@@ -19,7 +19,7 @@ class Judged:
     """A reply with its verdicts; None where there is nothing to judge by.
 
     followed: the verifier passes AND the reply is not degenerate, in every condition alike: a loop of quotes
-    that a lenient verifier accepts is no success. verified: the verifier alone.
+    that a lenient verifier accepts is not success. verified: the verifier alone.
     """
 
     query: str

@@ -36,7 +36,7 @@ def plan_of(extra: Mapping[str, Any], shelf: VectorShelf, *, n_layer: int, n_emb
         return None
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise PlanError(f"steer: {names!r:.80} is no name of a vector, nor a list of names.")
+        raise PlanError(f"steer: {names!r:.80} is not the name of a vector, nor a list of names.")
     if not 1 <= len(names) <= MOST_VECTORS or len(set(names)) < len(names):
         raise PlanError(f"steer: give 1 to {MOST_VECTORS} names, each once.")
     vectors = []
@@ -64,5 +64,5 @@ def _own(key: str, value: Any, i: int, n: int) -> Any:
     if key == "layer":
         layers = value if isinstance(value, (list, tuple)) else [value]
         if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
-            raise PlanError(f"layer: {value!r:.80} is no layer's number, nor a list of them.")
+            raise PlanError(f"layer: {value!r:.80} is not a layer's number, nor a list of them.")
     return value

@@ -36,7 +36,9 @@ class VectorShelf:
     def vector(self, name: str) -> ControlVector:
         """Raises PlanError for a name that is none, or unknown, and VectorFileError."""
         if not NAME.fullmatch(name):
-            raise PlanError(f"steer: {name!r:.80} is no name of a vector: letters, digits, dots and dashes.")
+            raise PlanError(
+                f"steer: {name!r:.80} is not the name of a vector: letters, digits, dots and dashes."
+            )
         path = self.folder / f"{name}{SUFFIX}"
         try:
             stat = path.stat()

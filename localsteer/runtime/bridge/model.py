@@ -206,7 +206,7 @@ class Model(Handle):
             raw = text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise PromptError(
-                f"the text holds {text[error.start]!r}, which is no Unicode character."
+                f"the text holds {text[error.start]!r}, which is not a Unicode character."
             ) from None
         self._check_characters(text)
         self._check_bytes(raw)

@@ -52,7 +52,7 @@ class Sampler(Handle):
     greedy.
 
     matcher: tokens that it forbids are never drawn, and what is drawn it is told. settings: of Sampling,
-    whose grammar is the matcher's. Raises LocalsteerError where logit_bias names an id that is no token's.
+    whose grammar is the matcher's. Raises LocalsteerError where logit_bias names an id that is not a token's.
     """
 
     _what = "sampler"
@@ -125,7 +125,7 @@ def _bias_stage(model: Model, logit_bias: Sequence[tuple[int, float]]) -> object
     for token, _ in logit_bias:
         if not 0 <= token < model.n_vocab:
             raise LocalsteerError(
-                f"logit_bias: {token} is no token of this model (0 to {model.n_vocab - 1})."
+                f"logit_bias: {token} is not a token of this model (0 to {model.n_vocab - 1})."
             )
     pairs = (lc.llama_logit_bias * len(logit_bias))(*logit_bias)  # copied by llama.cpp
     return lc.llama_sampler_init_logit_bias(model.n_vocab, len(logit_bias), pairs)

@@ -47,5 +47,5 @@ def _parsed(text: str) -> Endpoint:
     if not colon or not host or not host.isprintable() or " " in host or len(host) > MAX_NAME:
         raise HostError(f"--rpc {text!r:.80} names no host and port: {_FORM}.")
     if not (port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= 65535 and len(port) < 6):
-        raise HostError(f"--rpc {text!r:.80}: {port!r:.20} is no port, which is a number from 1 to 65535.")
+        raise HostError(f"--rpc {text!r:.80}: {port!r:.20} is not a port, which is a number from 1 to 65535.")
     return Endpoint(host, int(port))

@@ -106,11 +106,11 @@ def _greeted(endpoint: Endpoint, connection: socket.socket) -> bytes:
     except TimeoutError:
         raise HostError(
             f"the rpc host {endpoint} takes connections and does not answer: another client has it (it "
-            "serves one at a time), or it is no ggml-rpc-server."
+            "serves one at a time), or it is not a ggml-rpc-server."
         ) from None
     except (OSError, EOFError):
         raise HostError(
-            f"the rpc host {endpoint} closes the connection at the greeting: it is no ggml-rpc-server, or "
+            f"the rpc host {endpoint} closes the connection at the greeting: it is not a ggml-rpc-server, or "
             "one of another version of llama.cpp."
         ) from None
     if not greeting:

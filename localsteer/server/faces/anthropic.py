@@ -104,7 +104,7 @@ def _stop(reason: str, stop: str | None) -> JsonObject:
 
 
 def _usage(answer: Answer) -> JsonObject:
-    """Here what was found in the cache is no part of the input."""
+    """Here what was found in the cache is not part of the input."""
     usage = answer.usage
     return {
         "input_tokens": usage.prompt - usage.cached,
