@@ -132,7 +132,7 @@ def text_or_messages(value: Any, where: str) -> str | list[Message]:
 
 
 def filled_text(value: Any, what: str, where: str) -> str:
-    """Raise PromptError for a value that is not a text, or is empty."""
+    """The text. Raises PromptError for a value that is not a text, or is empty."""
     if not isinstance(value, str):
         raise PromptError(f"{where}: {what} must be a text, not {value!r:.60}.")
     if not value.strip():

@@ -224,7 +224,7 @@ def test_half_a_character_is_no_stop_string_and_reaches_no_terminal(ollama, gguf
     engines = [{"runner": "\x1b[31m\ud800\n"}]
     ollama.put("registry.ollama.ai/library/odd/1b", {"mediaType": OLLAMA_LIST, "manifests": engines})
     assert faults()["ollama:odd:1b"].isprintable()
-    with Engine(plain_file) as engine, pytest.raises(LocalsteerError, match="half of a character"):
+    with Engine(plain_file) as engine, pytest.raises(LocalsteerError, match="half a character"):
         engine.generate("Hi", stop=["\ud800"])
 
 

@@ -148,7 +148,7 @@ class Shelf:
         self.files: dict[str, Path] = {}
 
     def add_folder(self, folder: str | None) -> None:
-        """The vector files of a folder, by name without the suffix."""
+        """Add the vector files of a folder, by name without the suffix."""
         if folder is None:
             return
         if not Path(folder).is_dir():

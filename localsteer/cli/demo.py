@@ -252,7 +252,7 @@ def _percent(share: float | None) -> str:
 
 
 def examples(found: Sequence[Mapping[str, str]], everything: bool = False) -> Table:
-    """Print replies, plain and steered side by side: a few, or all."""
+    """A table of replies, plain and steered side by side: a few, or all."""
     order = sorted(found, key=lambda each: each["id"] not in SHOWN_FIRST)
     made = table("question", "plain", "steered")
     for example in order if everything else order[:N_EXAMPLES]:

@@ -114,7 +114,7 @@ def _checks(model: str) -> Iterator[HealthCheck]:
 
 
 def _guarded(name: str, check: Callable[[], Iterator[HealthCheck]]) -> Iterator[HealthCheck]:
-    """Run a check. A broken library can raise anything, and this command is there to report it."""
+    """Yields checks. A broken library can raise anything, and this command is there to report it."""
     try:
         yield from check()
     except LocalsteerError as error:

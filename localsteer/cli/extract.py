@@ -172,7 +172,7 @@ def _refuse_idle(params: Mapping[str, Any], is_gguf: bool) -> None:
 def recipe_of(
     catalog: Catalog, wanted: Mapping[str, str | None], slots: tuple[tuple[str, Any], ...]
 ) -> Extracted:
-    """The one option used. wanted: values by option, None if not given. Raises click.UsageError unless
+    """What to extract. wanted: values by option, None if not given. Raises click.UsageError unless
     exactly one was given."""
     named = {option: text for option, text in wanted.items() if text is not None}
     if len(named) != 1:
@@ -194,7 +194,8 @@ def recipe_of(
 
 
 def _gguf_file(gguf: str) -> Path:
-    """Raise ModelFileError for a missing file, which would be taken for the name of a checkpoint."""
+    """The path of a GGUF. Raises ModelFileError if it is missing, as it would be taken for a checkpoint's
+    name."""
     from localsteer.runtime.bridge import check_gguf
 
     path = model_file(gguf)
@@ -289,7 +290,7 @@ def _from_instruction(
 
 
 def _settings(params: Mapping[str, Any]) -> JsonObject:
-    """Shows the progress of an extraction from any source."""
+    """The settings of an extraction, from any source."""
     from localsteer.token_choice import TokenChoice
 
     settings = {"tokens": TokenChoice.parse(params["tokens"])}

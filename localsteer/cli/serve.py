@@ -250,7 +250,7 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def _opened(models: Sequence[str], params: Params) -> Iterator[Pool]:
-    """Load the models of -m as far as there is room for them."""
+    """A pool in which the models of -m are loaded as far as there is room for them."""
     from localsteer.server.pool import Pool
 
     names = model_names(models)

@@ -278,7 +278,7 @@ def _no_verifier(what: str) -> CatalogError:
 
 
 def _rule(verifier: str | None, kwargs: str | None) -> JsonObject:
-    """The instruction with --verifier and --kwargs instead of the file's."""
+    """The verifier and arguments from --verifier and --kwargs, which replace the file's."""
     if verifier is None:
         if kwargs is not None:
             raise click.UsageError("--kwargs are the arguments of --verifier: give both options.")

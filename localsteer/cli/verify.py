@@ -222,7 +222,8 @@ def _decoded(raw: bytes, name: str) -> str:
 
 
 def _verify_many(file: str, loose: bool, as_json: bool) -> bool:
-    """All lines, checked before the first verdict, so that a mistake in line 900 shows at once."""
+    """Show the verdicts of all lines, and return whether all pass. Every line is checked before the first
+    verdict, so that a mistake in line 900 shows at once."""
     name = "standard input" if file == "-" else file
     text = _standard_input() if file == "-" else _read(file)
     rows = list(_rows(text, name))

@@ -80,7 +80,8 @@ def check_tokens(engine: Engine, token_ids: Sequence[int], n_prompt: int | None 
 
 
 def check_positions(positions: Sequence[int], n_tokens: int) -> list[int]:
-    """Raise PromptError unless these are positions among `n_tokens` tokens, ascending, at least one."""
+    """The positions. Raises PromptError unless they are ascending, within `n_tokens` tokens, and at least
+    one."""
     chosen = [int(position) for position in positions]
     if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < n_tokens:
         raise PromptError(

@@ -1,4 +1,4 @@
-"""What one host says of itself."""
+"""What a host reports about itself."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from .endpoint import Endpoint
 from .greeting import connect, read, reason
 from .protocol import SIZE, Command
 
-MAX_DEVICES = 64  # of one server; what says more is no server
+MAX_DEVICES = 64  # devices of one server; anything that claims more is not a server
 
 
 def checked(endpoint: Endpoint) -> JsonObject:
-    """{"host", "version", "devices": [{"free", "total"}, ...] in bytes, "error": None or why not}."""
+    """A document: {"host", "version", "devices": [{"free", "total"}, ...] in bytes, "error": None or why
+    not}."""
     row: JsonObject = {"host": str(endpoint), "version": None, "devices": [], "error": None}
     try:
         connection, greeting = connect(endpoint)
@@ -30,7 +31,9 @@ def checked(endpoint: Endpoint) -> JsonObject:
                 answer = _asked(connection, Command.GET_DEVICE_MEMORY, struct.pack("<I", i))
                 row["devices"].append(dict(zip(("free", "total"), struct.unpack("<QQ", answer), strict=True)))
         except (OSError, EOFError, ValueError) as error:
-            row["error"] = f"{endpoint} ends in the middle: {reason(error, connection.gettimeout() or 0)}."
+            row["error"] = (
+                f"{endpoint} breaks off in the middle: {reason(error, connection.gettimeout() or 0)}."
+            )
     return row
 
 
@@ -38,5 +41,5 @@ def _asked(connection: socket.socket, command: Command, body: bytes) -> bytes:
     connection.sendall(protocol.request(command, body))
     size = SIZE.unpack(read(connection, SIZE.size))[0]
     if size != protocol.ANSWERS[command]:
-        raise ValueError("it gives an answer of the wrong size")
+        raise ValueError("its answer has the wrong size")
     return read(connection, size)
