@@ -220,6 +220,6 @@ def test_a_gguf_that_transformers_reads_as_another_model_is_refused(tiny, in_flo
     pytest.importorskip("accelerate", reason="transformers reads a GGUF with it")
     with (
         open_engine(tiny("gemma2").gguf_path) as engine,
-        pytest.raises(MismatchError, match="give the model's checkpoint"),
+        pytest.raises(MismatchError, match="name the model's checkpoint"),
     ):
         Weights.load(engine, n_tokens=32)

@@ -482,7 +482,7 @@ def test_too_many_layers_are_one_line_and_no_abort(tiny_llama, tmp_path: Path, n
 def test_a_control_vector_is_no_model(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "vector.gguf"
     vector(model).save(path)
-    with pytest.raises(ModelFileError, match="is a control vector: give a model"):
+    with pytest.raises(ModelFileError, match="is a control vector: name a model"):
         Model(path)
 
 

@@ -331,7 +331,7 @@ def test_what_is_to_be_learned_must_be_said():
     ("arguments", "message"),
     [
         (["-i", "json", "--layer", "7"], "layer 7 can't be learned at: choose 0 to 6"),
-        (["-i", "language_de"], "no rule rewrites a plain reply"),
+        (["-i", "language_de"], "no rule can rewrite a plain reply"),
         (["--examples", "none.jsonl"], "none.jsonl can't be read"),
         (["-i", "json", "-o", "no/such/folder/json.gguf"], "no/such/folder"),
         (["-i", "json", "--checkpoint", "no-such-folder"], "transformers can't load no-such-folder"),

@@ -77,7 +77,7 @@ def test_options_that_would_do_nothing_are_refused(path, tmp_path):
     assert "--rpc is for llama.cpp" in invoke(*words).complaint()
     with impostor(greet) as name:
         words = ("run", "-m", path, "-ngl", 0, "--rpc", name, "--rpc-timeout", 0.3, "Hi")
-        assert "leave -ngl out" in invoke(*words).complaint()
+        assert "leave it out" in invoke(*words).complaint()
 
 
 # --- hosts that are none -----------------------------------------------------------------------------------
@@ -99,9 +99,9 @@ def refusal(name: str, path: Path) -> str:
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (lambda connection: None, "takes connections and does not answer: another client has it"),
+        (lambda connection: None, "accepts connections but does not answer: another client uses it"),
         (lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "does not answer as"),
-        (lambda connection: connection.sendall(b"\x1c\0\0"), "does not answer: another client has it"),
+        (lambda connection: connection.sendall(b"\x1c\0\0"), "does not answer: another client uses it"),
         (lambda connection: connection.close(), "closes the connection at the greeting"),
         (lambda connection: greet(connection, (6, 0)), "speaks version 6.0 of the protocol"),
         (lambda connection: greet(connection, (7, 1)), "speaks version 7.1"),
@@ -330,7 +330,7 @@ def test_a_busy_host_is_named(path, two):
     """For another process: it would wait in the server's queue for ever."""
     with remote(path, two):
         words = ("run", "-m", path, "--rpc", two[0].name, "--rpc-timeout", 0.5, "Hi")
-        assert f"{two[0].name} takes connections and does not answer" in program(*words).complaint()
+        assert f"{two[0].name} accepts connections but does not answer" in program(*words).complaint()
     checked = program("rpc", "check", two[0].name, two[1].name, "--json")
     assert checked.status == 0, checked.err
     assert [row["version"] for row in checked.json["hosts"]] == ["7.0.0"] * 2

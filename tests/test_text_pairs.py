@@ -199,7 +199,7 @@ def test_a_bad_pair_is_named_by_its_line(line, says):
     [
         ("", "holds no pairs"),
         ("[]", "holds no pairs"),
-        ('[{"with": "a"}', "begins like a JSON array and is none"),
+        ('[{"with": "a"}', "begins like a JSON array but is not one"),
         ('[{"with": "a", "without": "b"},\n{"with": "a"}]', "item 2 must have"),
         ("[[[[", "is none"),
     ],
