@@ -15,17 +15,17 @@ from .errors import ApiError, shown
 
 # These change what is stored or how the reply is computed, or add to the answer, but never change the reply.
 HARMLESS: Mapping[str, tuple[str, ...]] = {
-    "who asks, and what is kept of it: nothing is kept here": (
+    "they say who asks and what to store, and nothing is stored here": (
         "user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key",
         "prompt_cache_retention", "request_id", "session_id", "chat_id", "message_id", "id",
     ),
-    "how it is computed, which the server decides": (
+    "they say how to compute the reply, which the server decides": (
         "prediction", "cache_prompt", "id_slot", "n_cache_reuse", "n_keep", "n_discard", "priority",
         "cache_salt", "kv_transfer_params", "backend_sampling", "guided_decoding_backend",
         "num_ctx", "num_keep", "num_batch", "num_thread", "num_gpu", "main_gpu", "low_vram", "numa",
         "use_mmap", "use_mlock", "keep_alive",
     ),
-    "more beside the reply, which this server does not give": (
+    "they ask for extras beside the reply, which this server does not return": (
         "timings_per_token", "return_progress", "verbose", "sse_ping_interval",
     ),
     "settings of something that is off here": (
