@@ -82,7 +82,7 @@ def gguf_path(
         return path
     if path.is_file() and is_sealed(path):
         say = on_making or logger.warning
-        say(f"the kept {path.name} is damaged: it is made again from the bundled checkpoint")
+        say(f"the cached {path.name} is damaged: making it again from the bundled checkpoint")
     elif on_making:
         on_making(f"making {path.name} from the bundled checkpoint")
     _make(checkpoint, path, quant, f"localsteer-{name}")

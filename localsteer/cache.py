@@ -77,11 +77,11 @@ def require_folder(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the layer ends well, and vanishes otherwise.
+    """A temporary path beside `path` that replaces it if the `with` block succeeds, and is deleted otherwise.
 
-    Two processes that write one file at once both succeed, and a reader sees one whole file or the other. A
-    pipe or a device is written as it is. Raises LocalsteerError when the folder can't be written, or `path`
-    is one.
+    Two processes that write one file at once both succeed, and a reader sees one complete file or the other.
+    A pipe or a device is written directly. Raises LocalsteerError if the folder can't be written, or `path`
+    is a folder.
     """
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -98,10 +98,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, which is gone when the layer ends unless it was renamed.
+    """A new file beside `path`, which is deleted when the `with` block ends unless it was renamed.
 
-    This process holds a lock on it. What a killed run has left there has none, and is deleted here: of the
-    same target, or in the cache folder of any. Raises OSError.
+    This process holds a lock on it. What a killed run left has no lock, and is deleted here: files for the
+    same target, or in the cache folder for any target. Raises OSError.
     """
     _sweep(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"

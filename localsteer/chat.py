@@ -1,11 +1,11 @@
-"""A conversation with one model, each turn steered its own way. No terminal in here: that is cli/chat.py.
+"""A conversation with one model, with steering for each turn. The terminal is in cli/chat.py.
 
     with Chat(engine, vectors={"json": json}) as chat:
         chat.steer("json", strength=0.8)
         turn = chat.ask("Tell me about foxes.", on_text=print)
 
-A change of steering counts for the whole conversation: earlier turns are prompt by then, and are read again
-under the new plan (kv.py), unless `keep_cache` leaves them as they were computed.
+New steering applies to the whole conversation: earlier turns are now prompt, and are read again under the new
+plan (kv.py), unless `keep_cache` leaves them as they were computed.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Turn:
     """A question and its reply. vectors: what the reply was steered by; steering: the same as plain values,
-    which is all that is known of a turn of a loaded file whose vectors are not here.
+    the only record if a loaded conversation's vectors are missing.
 
-    finish_reason: "stop", "length", or "cancelled": the reply is as far as it had come. left_out: names of
+    finish_reason: "stop", "length", or "cancelled", with the reply as far as it had come. left_out: names of
     vectors that would have done harm, because the question asks for the same (asked.py).
     """
 
@@ -157,7 +157,7 @@ class Chat:
         """Settings of one vector that steers, or of all of them. Returns their names. Raises PlanError."""
         names = (name,) if name else tuple(self.active)
         if not names:
-            raise PlanError("nothing is steered: /steer NAME comes first.")
+            raise PlanError("there is no steering yet: use /steer NAME first.")
         changed = {vector: self._steering(vector).at(**settings) for vector in names}
         self._put({**self.active, **changed})
         self._insist(names, settings)
@@ -174,7 +174,7 @@ class Chat:
         self.ensured = found
 
     def _insist(self, names: Iterable[str], settings: Mapping[str, Any]) -> None:
-        """A strength of the user's own is applied whatever the prompt asks for."""
+        """Whether the user chose the strength: such a vector is applied whatever the prompt asks for."""
         if settings.get("strength") is not None:
             self._insisted.update(names)
 
@@ -233,10 +233,10 @@ class Chat:
     def compare(self) -> tuple[Reply, Reply]:
         """The last question once more: the plain reply, and the one under what steers now. Kept nowhere."""
         if not self.turns:
-            raise LocalsteerError("there is no question to compare replies to yet: ask one.")
+            raise LocalsteerError("there is no question yet whose replies could be compared: ask one.")
         if not self.active:
             raise LocalsteerError(
-                "nothing is steered, so there is nothing to compare: /steer NAME comes first."
+                "there is no steering, so there is nothing to compare: use /steer NAME first."
             )
         *before, last = self.turns
         messages = self.messages(last.question, turns=before)
@@ -268,7 +268,7 @@ class Chat:
     def undo(self) -> Turn:
         """Take the last turn back. Raises LocalsteerError when there is none."""
         if not self.turns:
-            raise LocalsteerError("there is nothing to take back.")
+            raise LocalsteerError("there is nothing to undo.")
         return self.turns.pop()
 
     def clear(self) -> int:
@@ -300,13 +300,14 @@ class Chat:
         n = len(self.engine.prompt_tokens(messages))
         if n >= self.engine.n_ctx and not self.turns:
             raise PromptError(
-                f"the question takes {n} tokens and the context holds {self.engine.n_ctx}, reply included: "
+                f"the question takes {n} tokens, and the context of {self.engine.n_ctx} must also "
+                "hold the reply: "
                 "ask a shorter one, or start with a larger context (-c)."
             )
         if n >= self.engine.n_ctx:
             raise PromptError(
-                f"the conversation would take {n} tokens and the context holds {self.engine.n_ctx}: "
-                "/undo takes turns back, /clear forgets them all; by itself nothing is dropped."
+                f"the conversation would take {n} tokens, but the context holds {self.engine.n_ctx}: "
+                "/undo removes the last turn, /clear forgets all; nothing is dropped automatically."
             )
 
     def _say_if_full(self, messages: Sequence[Message], turn: Turn) -> None:
@@ -315,10 +316,10 @@ class Chat:
         if len(self.engine.prompt_tokens(messages)) + turn.n_tokens >= self.engine.n_ctx:
             self.on_note(
                 f"the context of {self.engine.n_ctx} tokens is full, and the reply was cut: "
-                "/undo takes turns back, /clear forgets them all."
+                "/undo removes the last turn, /clear forgets all."
             )
         else:
-            self.on_note(f"the reply was cut after {turn.n_tokens} tokens: -n allows more.")
+            self.on_note(f"the reply was cut after {turn.n_tokens} tokens: raise -n for more.")
 
     def _streamed(self, ask: Ask, steer: Sequence[ControlVector], on_text: Say) -> Turn:
         plan = Plan.from_vectors(steer, ridge=self.ridge)
@@ -406,7 +407,7 @@ class Chat:
                 _read(path)
             except LocalsteerError:
                 raise LocalsteerError(
-                    f"{path} is there already and is not a saved conversation: choose another name."
+                    f"{path} already exists and is not a saved conversation: choose another name."
                 ) from None
         with atomic_path(path) as temporary:
             try:
@@ -435,7 +436,7 @@ class Chat:
         self.turns, self.system, self._seen = turns, system, []
         missing = {settings["name"] for settings in wanted} | set(names)
         for name in sorted(missing - set(self.vectors)):
-            self.on_note(f"there is no vector {name!r} here: the conversation goes on without it.")
+            self.on_note(f"there is no vector {name!r} here: the conversation continues without it.")
         if document.get("model") != self.engine.path.name:
             self.on_note(f"this conversation was held with {document.get('model')}.")
 

@@ -226,7 +226,7 @@ def _chosen(catalog: Catalog, ids: Sequence[str] | None) -> list[Instruction]:
         ]
     found = [catalog.get(name) for name in dict.fromkeys(ids)]
     if not found:
-        raise LocalsteerError("no instruction is named: leave --instructions out for all of them.")
+        raise LocalsteerError("--instructions is empty: leave it out for all instructions.")
     return found
 
 
@@ -283,7 +283,7 @@ def _make_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise LocalsteerError(
-            f"{folder} can't be written ({error.strerror or error}): give another --out."
+            f"{folder} can't be written ({error.strerror or error}): choose another --out."
         ) from error
 
 

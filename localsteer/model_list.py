@@ -194,7 +194,7 @@ def _header_text(path: Path) -> str:
 def _check_whole(file: GgufFile, size: int) -> None:
     """Raises ModelFileError for a control vector, and for a file that ends before its tensors do."""
     if _text(file, "general.architecture") == keys.ARCHITECTURE:
-        raise ModelFileError("is a control vector, no model.")
+        raise ModelFileError("is a control vector, not a model.")
     for name, info in file.tensors.items():
         group, n_bytes = gguf.GGML_QUANT_SIZES.get(info.type, (1, 0))
         end = info.offset + math.prod(info.shape) // group * n_bytes

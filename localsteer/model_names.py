@@ -82,7 +82,7 @@ def path_of(
     no name at all. A path need not exist: whoever opens it says what is wrong with it.
     """
     if not model:
-        raise ModelFileError(f"no model is named: give a GGUF file, or a name ({', '.join(NAMES)}).")
+        raise ModelFileError(f"no model is named: write a GGUF file, or a name ({', '.join(NAMES)}).")
     if is_named(model):
         if is_stored_name(model):
             return find(model, download=download, on_progress=on_progress).path
@@ -93,7 +93,7 @@ def path_of(
     path = Path(model)
     if os.path.isdir(model):  # Path.is_dir raises for a name that is too long
         raise ModelFileError(
-            f"{path} is a folder: give a GGUF file (`localsteer convert model {path} ...` makes one)."
+            f"{path} is a folder: name a GGUF file (`localsteer convert model {path} ...` makes one)."
         )
     return path
 
@@ -146,11 +146,11 @@ def _packaged(name: str, quant: str | None) -> Path:
     packaged = PACKAGED[name]
     if quant is not None and quant.upper() != packaged.quantization:
         raise ModelFileError(
-            f"{name} comes as {packaged.quantization} alone, not as {quant}: leave :{quant} out."
+            f"{name} comes only as {packaged.quantization}, not as {quant}: leave :{quant} out."
         )
     path = packaged_file(name)
     if path is None:
-        raise ModelFileError(f"{not_installed(name)}, or give a GGUF file.")
+        raise ModelFileError(f"{not_installed(name)}, or name a GGUF file.")
     return path
 
 

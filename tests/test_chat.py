@@ -169,7 +169,7 @@ def test_compare_is_the_last_question_plain_and_steered_and_changes_nothing(engi
     with pytest.raises(LocalsteerError, match="no question"):
         chat.compare()
     chat.ask(FOXES)
-    with pytest.raises(LocalsteerError, match="nothing is steered"):
+    with pytest.raises(LocalsteerError, match="there is no steering"):
         chat.compare()
     chat.ask(HARES)
     turns = list(chat.turns)

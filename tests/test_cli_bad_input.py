@@ -112,7 +112,7 @@ def test_a_truncated_model(folder, tiny_llama):
 
 
 def test_a_folder_as_a_model(tiny_llama):
-    assert "is a folder: give a GGUF file" in refused("run", "-m", tiny_llama.hf_dir, "Hi")
+    assert "is a folder: name a GGUF file" in refused("run", "-m", tiny_llama.hf_dir, "Hi")
     assert "no model is named" in refused("run", "-m", "", "Hi")
 
 

@@ -175,7 +175,7 @@ def test_ensure_answers_plain_where_that_will_do(foxy, tiny_llama):
         ({"steer": "none.gguf"}, "none.gguf does not exist"),
         ({"steer": " "}, "empty"),
         ({"steer": "json+"}, "empty"),
-        ({"steer": "[1]"}, "no text"),
+        ({"steer": "[1]"}, "not a text"),
         ({"steer": '["json"'}, "not a JSON list"),
         ({"steer": "json:abc"}, "'abc' is not a strength"),
         ({"strength": 0.5}, "needs something to steer by"),

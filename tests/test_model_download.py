@@ -118,7 +118,7 @@ def test_what_was_fetched_stays_when_the_program_is_stopped(server, gguf, kill):
     assert running.returncode == (130 if kill == signal.SIGINT else -kill) and b"Traceback" not in said
     assert blobs() == {part.name: 2000}
     fault = next(row for row in invoke("models", "--json").json["models"] if row["name"] == NAME)["note"]
-    assert "a download was never finished (0.0 MB of it are there)" in fault
+    assert "a download was never finished (0.0 MB are present)" in fault
     server.hold, server.cut_after = None, None
     server.asked.clear()
     done = invoke("models", "pull", f"{NAME}:Q8_0")
@@ -157,13 +157,13 @@ def test_a_part_of_another_file_is_fetched_anew(server, gguf):
 def test_a_file_that_comes_damaged_is_not_kept(server):
     server.damaged = True
     told = refused(f"{NAME}:Q8_0")
-    assert told == "Fox-Q8_0.gguf can't be fetched: it came damaged, its sha256 is another one: try again."
+    assert told == "Fox-Q8_0.gguf can't be fetched: it arrived damaged: its sha256 does not match: try again."
     assert blobs() == {}
 
 
 def test_a_server_that_sends_too_much_or_nothing_is_refused(server, gguf, monkeypatch):
     monkeypatch.setattr(download, "RETRY_SECONDS", 0.0)
-    for changed, said in ((gguf + bytes(99), "came with more than its"), (b"", "the server sends nothing")):
+    for changed, said in ((gguf + bytes(99), "has more than its"), (b"", "the server sends nothing")):
         server.sent = changed
         assert said in refused(f"{NAME}:Q8_0")
         assert blobs() == {}

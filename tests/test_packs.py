@@ -132,7 +132,7 @@ def test_a_vector_without_figures_or_of_another_file_is_refused(pack, tmp_path):
 
 def test_a_folder_with_the_pack_of_another_file_is_left_alone(pack):
     says = invoke("pack", "-m", "bundled:Q4_K_M", "-o", pack, "-i", "lowercase").complaint()
-    assert "holds a pack for Bundled" in says and "give another -o" in says
+    assert "holds a pack for Bundled" in says and "choose another -o" in says
 
 
 def test_a_vector_that_harms_prompts_that_ask_keeps_the_layer_that_tells(pack):
@@ -189,7 +189,7 @@ def test_a_pack_that_is_named_itself_refuses_another_model(pack, monkeypatch):
     monkeypatch.setenv("LOCALSTEER_PACKS", str(pack))
     assert invoke("run", "-i", "lowercase", *ASK).status == 0
     says = invoke("run", "-m", "bundled-base", "-i", "lowercase", *ASK).complaint()
-    assert "is a pack for Bundled (llama, 8 layers x 256)" in says and "is another model" in says
+    assert "is a pack for Bundled (llama, 8 layers x 256)" in says and "is a different model" in says
 
 
 @pytest.mark.parametrize("way", ["phrasings", "queries", "no pack"])

@@ -266,7 +266,7 @@ def test_a_state_beyond_float16_is_no_infinity(engine, folder):
 
 def test_what_is_not_ours_is_neither_written_nor_deleted(engine, folder):
     (folder / "states.safetensors.part").write_text("precious")
-    with pytest.raises(LocalsteerError, match="belongs to no run of this"):
+    with pytest.raises(LocalsteerError, match="does not belong to this run"):
         write_states(engine, PROMPTS, "states.safetensors")
     assert [path.name for path in folder.iterdir()] == ["states.safetensors.part"]
     assert (folder / "states.safetensors.part").read_text() == "precious"

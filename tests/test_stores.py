@@ -233,7 +233,7 @@ def test_a_pull_that_is_not_done_is_listed(ollama):
     blobs.mkdir(parents=True)
     for name in ("-partial", "-partial-0", "-partial-12"):
         (blobs / f"sha256-{'ab' * 32}{name}").write_bytes(b"{}")
-    assert list(faults().values()) == ["a download that was never finished: `ollama pull` goes on with it"]
+    assert list(faults().values()) == ["a download that was never finished: `ollama pull` continues it"]
 
 
 def test_a_name_that_ollama_lacks_is_told_with_the_nearest(ollama, gguf):
@@ -418,7 +418,7 @@ def test_llama_cpp_models_go_by_the_names_of_its_manifests(home, gguf, monkeypat
     assert path_of("llama.cpp:ORG/Fox-GGUF:Q4_K_M") == fox == path_of("llama.cpp:org/fox-gguf:q4_k_m")
     assert path_of("llama.cpp:by-hand") == cache / "by-hand.gguf"
     assert "its manifest can't be read" in faults()["llama.cpp:ORG/Fox-GGUF:latest"]
-    assert "llama-cli -hf goes on with it" in faults()["llama.cpp:half.gguf"]
+    assert "llama-cli -hf continues it" in faults()["llama.cpp:half.gguf"]
     elsewhere = home / "elsewhere"
     monkeypatch.setenv("LLAMA_CACHE", str(elsewhere))
     assert names() == set()

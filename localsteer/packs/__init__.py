@@ -121,7 +121,7 @@ def pack_for(path: str | os.PathLike[str]) -> Match | None:
         ours = read_pack(named)
         raise MismatchError(
             f"{VARIABLE}={named} is a pack for {ours.model} ({ours.identity.shown}), and "
-            f"{Path(path).name} is another model: name a folder of packs, or {VARIABLE}={OFF}."
+            f"{Path(path).name} is a different model: name a folder of packs, or {VARIABLE}={OFF}."
         )
     return found
 

@@ -116,7 +116,7 @@ class PartialFile:
             self._begin()
         else:
             raise LocalsteerError(
-                f"{self._part} is there already and belongs to no run of this: delete it, or choose another "
+                f"{self._part} already exists and does not belong to this run: delete it, or choose another "
                 "name."
             )
 
@@ -233,7 +233,7 @@ def check_target(path: Path) -> None:
     if not path.parent.is_dir():
         raise LocalsteerError(f"{path} can't be written: there is no folder {path.parent}.")
     if path.exists() and not is_states(path):
-        raise LocalsteerError(f"{path} is there already and holds no states: choose another name.")
+        raise LocalsteerError(f"{path} already exists and holds no states: choose another name.")
 
 
 def is_states(path: Path) -> bool:

@@ -58,7 +58,7 @@ def write_states(
     if dtype not in DTYPES:
         raise LocalsteerError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
     if not prompts:
-        raise LocalsteerError("there are no prompts: give at least one.")
+        raise LocalsteerError("there are no prompts: at least one is needed.")
     check_target(path)
     layers, plan = layers_of(engine, layer), engine.plan(steer)
     chosen = readings(engine, prompts, choice, raw=raw)

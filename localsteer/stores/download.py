@@ -116,7 +116,9 @@ class _Repository:
         url = hf_hub_url(self.name, file, endpoint=self.endpoint)
         found = get_hf_file_metadata(url, token=self.api.token, timeout=SECONDS, endpoint=self.endpoint)
         if not found.etag or not _ETAG.fullmatch(found.etag) or not found.size:
-            raise ModelFileError(f"{hub.PREFIX}{self.name}: the server tells no size or hash of {file}.")
+            raise ModelFileError(
+                f"{hub.PREFIX}{self.name}: the server does not state size and hash of {file}."
+            )
         blob = self.folder / "blobs" / found.etag
         lock = self.folder.parent / ".locks" / self.folder.name / f"{found.etag}.lock"
         for path in (blob, lock):
@@ -223,7 +225,7 @@ def _append(url: str, found: Any, file: BinaryIO, on_bytes: Callable[[int], obje
             file.write(data)
             file.flush()  # so that a kill loses nothing
             if file.tell() > found.size:  # not to fill the disk with whatever comes
-                raise _Mismatch(f"it came with more than its {found.size} bytes")
+                raise _Mismatch(f"it has more than its {found.size} bytes")
             on_bytes(file.tell())
 
 
@@ -235,7 +237,7 @@ def _is_of_the_network(error: Exception) -> bool:
 def _check(part: Path, found: Any) -> None:
     size = part.stat().st_size
     if size != found.size:
-        raise _Mismatch(f"it came with {size} of {found.size} bytes")
+        raise _Mismatch(f"only {size} of {found.size} bytes arrived")
     if not _SHA256.fullmatch(found.etag):
         return  # small files have git's own hash; no model is one
     digest = hashlib.sha256()
@@ -243,7 +245,7 @@ def _check(part: Path, found: Any) -> None:
         while piece := opened.read(READ_BYTES):
             digest.update(piece)
     if digest.hexdigest() != found.etag:
-        raise _Mismatch("it came damaged, its sha256 is another one")
+        raise _Mismatch("it arrived damaged: its sha256 does not match")
 
 
 def _check_room(part: Path, needed: int) -> None:
@@ -285,9 +287,9 @@ def _refuse(repo: str, error: Exception) -> NoReturn:
     elif status == 404:
         why = "the hub has no such file or version"
     elif status == 429:
-        why = f"the hub takes no more requests for now, {kept}: try again later"
+        why = f"the hub accepts no more requests for now, {kept}: try again later"
     elif status is not None:
-        why = f"the hub answers with status {status}, {kept}: try again later"
+        why = f"the hub answered with status {status}, {kept}: try again later"
     elif isinstance(error, OSError) and error.errno and error.filename:
         why = f"{error.filename} can't be written ({error.strerror}): set HF_HOME to another folder"
     elif kind in ("LocalEntryNotFoundError", "UnsupportedProtocol") or _is_of_the_network(error):

@@ -79,9 +79,9 @@ def models_in(folder: Path, prefix: str, until: float = math.inf) -> Iterator[St
         yield from (_model(prefix, repo, file, here, firsts) for file in firsts)
         n_bytes = _unfinished(repo_folder)
         if n_bytes is not None:  # of which file nothing tells
-            what = f"a download was never finished ({n_bytes / 1e6:.1f} MB of it are there)"
+            what = f"a download was never finished ({n_bytes / 1e6:.1f} MB are present)"
             name = f"{prefix}{repo}{':?' if firsts else ''}"
-            fault = f"{what}: `localsteer models pull {PREFIX}{repo}` goes on with it"
+            fault = f"{what}: `localsteer models pull {PREFIX}{repo}` continues it"
             yield StoredModel(name, fault=fault)
 
 

@@ -70,7 +70,7 @@ def _models_in(folder: Path) -> Iterator[StoredModel]:
             continue  # told with the first part
         name = PREFIX + file.relative_to(folder).as_posix()
         if unfinished(file.name):
-            yield StoredModel(name, fault="its download was never finished: go on with it in LM Studio")
+            yield StoredModel(name, fault="its download was never finished: continue it in LM Studio")
             continue
         files = tuple(file.with_name(part) for part in folders.parts(file.name))
         size, fault = folders.measured(files)

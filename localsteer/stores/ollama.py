@@ -163,7 +163,7 @@ def _unfinished() -> Iterator[StoredModel]:
             if partial and _DIGEST.fullmatch(blob):
                 begun.setdefault(blob, f"{PREFIX}{blob[:19]}...")
     for name in begun.values():
-        yield StoredModel(name, fault="a download that was never finished: `ollama pull` goes on with it")
+        yield StoredModel(name, fault="a download that was never finished: `ollama pull` continues it")
 
 
 # -- manifests ----------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def _model(tag: _Tag) -> StoredModel:
             raise _Fault("it has an adapter (LoRA), which is not applied here: merge it, or take its base")
         remarks = []
         if LAYER + "projector" in layers:
-            remarks.append("its projector is left out: text alone")
+            remarks.append("its projector is left out: text only")
         if LAYER + "messages" in layers:
             remarks.append("its example messages are left out")
         return StoredModel(tag.name, (file,), size, remark="; ".join(remarks), asked=_asked(tag, layers))

@@ -156,7 +156,7 @@ def _locked(line: Line, held: np.ndarray) -> str:
         return f"{what}pushes each of its tokens by {line.weight[held][0]:.3g}. Try --positions prompt."
     kept, free = line.after[held], line.before[held]
     return (
-        f"{what}holds each of its tokens at {kept.mean():.3g} ± {kept.std():.1f} (left alone they would be "
+        f"{what}holds each of its tokens at {kept.mean():.3g} ± {kept.std():.1f} (unsteered they would be "
         f"at {free.mean():.3g} ± {free.std():.1f}). Try --positions prompt."
     )
 
