@@ -64,7 +64,7 @@ def export_vector(
 
 
 def losses(vector: ControlVector, to: str) -> tuple[str, ...]:
-    """What a format does not hold of this vector, in words."""
+    """The parts of this vector that a format can't hold, in words."""
     if to in WHOLE:
         return ()
     lost = []

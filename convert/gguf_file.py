@@ -1,7 +1,7 @@
-"""A GGUF reader that trusts no count: every length is checked against the bytes that are there.
+"""A GGUF reader that trusts no count: every length is checked against the bytes in the file.
 
-`gguf.GGUFReader` believes the counts of a file: an array that claims 2**60 items keeps it busy until memory
-ends. A control vector comes from anywhere, so it is read here; tests hold the two readers equal.
+`gguf.GGUFReader` trusts the counts in a file: an array that claims 2**60 items keeps it busy until memory
+runs out. A control vector may come from anywhere, so it is read here; tests compare the two readers.
 """
 
 from __future__ import annotations

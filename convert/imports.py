@@ -1,4 +1,4 @@
-"""Control vectors that other tools wrote. Each tool counts layers its own way: that is the convention.
+"""Control vectors written by other tools. Each tool counts layers in its own way, which is its convention.
 
 GGUF:    repeng             `direction.N` is the output of 0-based layer N, as llama.cpp applies it.
          cvector-generator  (llama.cpp's tool; jukofyork's too) `direction.N` is the output of layer N - 1:
@@ -59,11 +59,11 @@ def import_vector(
     layer: int | Sequence[int] | None = None,
     name: str | None = None,
 ) -> ControlVector:
-    """Read a foreign vector. Without a `convention` it is taken from the file where that is certain.
+    """Read another tool's vector. Without a `convention`, it is taken from the file if that is certain.
 
-    n_layer: depth of the model; without it, what the file suggests. layer: chosen layers; without it, all
-    that have a direction for a GGUF, the middle one for arrays. A file that localsteer wrote is read as it
-    is. Raises VectorFileError, and PlanError for a layer that is not there.
+    n_layer: depth of the model; without it, what the file suggests. layer: chosen layers; without it, for a
+    GGUF all that have a direction, for arrays the middle one. A file written by localsteer is read as it is.
+    Raises VectorFileError, and PlanError for a layer that does not exist.
     """
     convention = _OLD_NAMES.get(convention or "", convention)
     if convention is not None and convention not in CONVENTIONS:

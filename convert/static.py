@@ -1,4 +1,4 @@
-"""Static export: what stock llama.cpp can do with a vector, which is to add it everywhere."""
+"""Static export: what stock llama.cpp can do with a vector, namely add it everywhere."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class TorchProgram:
         return weights.clamp(-self.caps, self.caps)
 
     def _solved(self, wanted: torch.Tensor, joins: torch.Tensor) -> torch.Tensor:
-        """One least-norm solve for each set of edits that join."""
+        """One least-norm solve for each set of edits that act."""
         weights = torch.zeros_like(wanted)
         for pattern in torch.unique(joins, dim=0):
             chosen = (joins == pattern).all(dim=1)

@@ -1,7 +1,7 @@
-"""Instructions and base queries as data: TOML files, the ones of this folder and the user's own.
+"""Instructions and base queries as data: TOML files, those in this folder and the user's.
 
-A file of the user needs one `[[instruction]]` with `id` and `phrasings`; without `[queries]` it takes the
-general ones. localsteer/catalog/general.toml shows everything else.
+A user's file needs one `[[instruction]]` with `id` and `phrasings`; without `[queries]` it uses the general
+ones. localsteer/catalog/general.toml shows everything else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SLOT = re.compile(r"\{([a-z_]+)\}")
 
 @dataclass(frozen=True)
 class Query:
-    """A base query, without any instruction. subject: a word that a reply to it is expected to name."""
+    """A base query, without any instruction. subject: a word that a reply to it should name."""
 
     text: str
     subject: str | None = None
@@ -36,7 +36,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction in several wordings, and the IFEval verifier that tells whether a reply follows it.
+    """One instruction in several wordings, and the IFEval verifier that judges whether a reply follows it.
 
     A `{slot}` in phrasings or kwargs is filled by `fill`; `slots` holds the defaults. Only phrasings are used
     for extraction and tuning; held_out_phrasings measure generalisation.
@@ -110,7 +110,7 @@ class Catalog:
     queries: Mapping[str, tuple[Query, ...]]
 
     def get(self, instruction_id: str, **values: Any) -> Instruction:
-        """The instruction ready for use, slots filled. Raises CatalogError for one that is not here."""
+        """The instruction ready for use, with its slots filled. Raises CatalogError for an unknown one."""
         try:
             instruction = self.instructions[instruction_id]
         except KeyError:

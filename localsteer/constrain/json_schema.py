@@ -1,4 +1,4 @@
-"""A JSON schema as llguidance takes it, and who is to blame where it does not.
+"""A JSON schema as llguidance takes it, and which keyword is at fault if it does not.
 
 llguidance enforces a large part of draft 2020-12 exactly, and refuses most of the rest by name. Here are
 
@@ -137,10 +137,10 @@ class _Rewriter:
     def schema(self, schema: Any, path: Path) -> Any:
         if not isinstance(schema, dict):
             if not isinstance(schema, bool):
-                raise refused(path, f"a schema is an object, or true or false, not {schema!r:.40}")
+                raise refused(path, f"a schema must be an object, true or false, not {schema!r:.40}")
             return schema
         if "x-guidance" in schema:
-            raise refused((*path, "x-guidance"), "options of the engine are not read: leave it out")
+            raise refused((*path, "x-guidance"), "options of the engine are not supported: leave it out")
         made = {key: self._value(key, value, path) for key, value in schema.items()}
         if made.get("not") in ({}, True) and isinstance(made.get("not"), (dict, bool)):
             return False
@@ -153,11 +153,13 @@ class _Rewriter:
 
     def _value(self, key: str, value: Any, path: Path) -> Any:
         if key in LISTS and key != "items" and not isinstance(value, list):
-            raise refused((*path, key), f"it is a list of schemas, not {value!r:.40}")
+            raise refused((*path, key), f"it must be a list of schemas, not {value!r:.40}")
         if key in MAPS and not isinstance(value, dict):
-            raise refused((*path, key), f"it is an object of schemas, not {value!r:.40}")
+            raise refused((*path, key), f"it must be an object of schemas, not {value!r:.40}")
         if key == "type" and not _names_types(value):
-            raise refused((*path, key), f"it is the name of a type, or a list of them, not {value!r:.40}")
+            raise refused(
+                (*path, key), f"it must be the name of a type, or a list of them, not {value!r:.40}"
+            )
         if key in LISTS and isinstance(value, list):
             return [self.schema(schema, (*path, key, str(i))) for i, schema in enumerate(value)]
         if key in MAPS and isinstance(value, dict):
@@ -206,12 +208,12 @@ class _Rewriter:
         for key in NUMBERS:
             number = made.get(key)
             if isinstance(number, bool):  # an exclusiveMinimum of draft 4, which would be left out
-                raise refused((*path, key), f"it is a number, not {json.dumps(number)}")
+                raise refused((*path, key), f"it must be a number, not {json.dumps(number)}")
             if isinstance(number, float) and number.is_integer() and abs(number) < 2**53:
                 made[key] = int(number)
         multiple = made.get("multipleOf")
         if isinstance(multiple, (int, float)) and multiple <= 0:
-            raise refused((*path, "multipleOf"), f"it is above 0, not {multiple!r:.40}")
+            raise refused((*path, "multipleOf"), f"it must be above 0, not {multiple!r:.40}")
         if made.get("type") != "integer":
             _step_in(made, "exclusiveMinimum", "minimum", 1)
             _step_in(made, "exclusiveMaximum", "maximum", -1)
@@ -406,7 +408,7 @@ def _reason(error: str) -> str:
             "branches that may overlap can't be enforced: use anyOf, or give each a required tag of its own"
         )
     if "retriev" in told or "Default retriever" in told:
-        return "references lead within the schema alone"
+        return "references must stay within the schema"
     for many in ("too large", "fuel", "max is", "too many", "panic", "limit"):
         if many in told:
             return f"it is too large or too complex ({told[:80]}): simplify it"

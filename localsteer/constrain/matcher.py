@@ -21,10 +21,10 @@ KEPT = 16  # compiled constraints of one vocabulary
 
 
 class TokenBytes:
-    """What tokens a model has: made once, used by any thread.
+    """The tokens of a model, made once and usable in any thread.
 
-    pieces: the bytes that each token adds to a reply; those that add none are never allowed. ends: the tokens
-    that end a reply. Building it takes 0.4 s for 49,000 tokens, and holds the interpreter meanwhile.
+    pieces: the bytes that each token adds to a reply; tokens that add none are never allowed. ends: the
+    tokens that end a reply. Building this takes 0.4 s for 49,000 tokens, and holds the interpreter meanwhile.
     """
 
     def __init__(self, pieces: Sequence[bytes], ends: Collection[int]) -> None:
@@ -36,7 +36,7 @@ class TokenBytes:
         self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
 
     def matcher(self, constraint: Constraint) -> Matcher:
-        """A fresh one for one reply. Raises ConstraintError for what can't be read or enforced."""
+        """A new matcher for one reply. Raises ConstraintError for what can't be read or enforced."""
         with self._lock:
             found = self._compiled.get(constraint)
             if found is not None:
@@ -64,7 +64,7 @@ class TokenBytes:
 
 
 class Matcher:
-    """Where one reply stands in its constraint. One thread at a time."""
+    """The progress of one reply through its constraint. One thread at a time."""
 
     def __init__(self, vocabulary: TokenBytes, constraint: Constraint, matcher: LLMatcher) -> None:
         self._vocabulary, self._constraint, self._matcher = vocabulary, constraint, matcher
@@ -97,7 +97,7 @@ class Matcher:
         return not self._vocabulary.has_end and self._matcher.is_stopped()
 
     def accept(self, token: int) -> None:
-        """Go on behind a token that the mask allowed."""
+        """Advance by a token that the mask allowed."""
         if not self._matcher.consume_token(token) and self._matcher.is_error():
             raise self._error()
 
