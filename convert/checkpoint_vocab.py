@@ -133,9 +133,11 @@ def _refuse_other_bpe(tokenizer: Mapping[str, Any], pre: str, directory: Path) -
             token.get(side) for token in _added(tokenizer) for side in ("lstrip", "rstrip", "single_word")
         ),
     }
-    found = [name for name, present in reasons.items() if present]
-    if found:
-        raise UnsupportedModelError(f"{directory}: llama.cpp can't follow this tokenizer's {found[0]}")
+    reasons_present = [name for name, present in reasons.items() if present]
+    if reasons_present:
+        raise UnsupportedModelError(
+            f"{directory}: llama.cpp can't follow this tokenizer's {reasons_present[0]}"
+        )
 
 
 def _added(tokenizer: Mapping[str, Any]) -> list[JsonObject]:

@@ -273,9 +273,11 @@ def _array_convention(path: str, convention: str | None, n_layer: int | None, n_
             "code) or hidden_states (row 0 is the embedding), or give the model's number of layers."
         )
     _check_convention(path, convention, ARRAY_CONVENTIONS)
-    found = n_rows - (convention == "hidden_states")
-    if found < 1 or (n_layer is not None and found != n_layer):
-        raise VectorFileError(f"{path} holds {found} layers, but the model has {n_layer or 'at least one'}.")
+    n_layers = n_rows - (convention == "hidden_states")
+    if n_layers < 1 or (n_layer is not None and n_layers != n_layer):
+        raise VectorFileError(
+            f"{path} holds {n_layers} layers, but the model has {n_layer or 'at least one'}."
+        )
     return convention
 
 

@@ -27,14 +27,14 @@ def static_vector(
     directions = np.zeros((vector.n_layer, vector.n_embd), np.float32)
     for il, row in constant_rows(chosen).items():
         directions[il] = row
-    made = {
+    settings = {
         "static_mode": vector.mode,
         "static_positions": vector.positions,
         "static_strength": chosen.strength,
     }
     return ControlVector(
         directions, None, None, None, None, chosen.layers, mode="add", name=vector.name,
-        provenance={**vector.provenance, **made},
+        provenance={**vector.provenance, **settings},
     )  # fmt: skip
 
 

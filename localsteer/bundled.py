@@ -44,11 +44,11 @@ def checkpoint_folder(name: str = "instruct", *, folder: str | os.PathLike[str] 
     """
     if name not in MODELS:
         raise ModelFileError(f"unknown bundled model {name!r}: choose one of {', '.join(MODELS)}.")
-    found = Path(folder) if folder is not None else Path(__file__).parent / "models" / name
+    checkpoint = Path(folder) if folder is not None else Path(__file__).parent / "models" / name
     for required in CHECKPOINT_FILES[:N_REQUIRED]:
-        if not (found / required).is_file():
-            raise ModelFileError(f"{found} holds no {required}: install localsteer again.")
-    return found
+        if not (checkpoint / required).is_file():
+            raise ModelFileError(f"{checkpoint} holds no {required}: install localsteer again.")
+    return checkpoint
 
 
 def is_available(name: str = "instruct") -> bool:

@@ -167,11 +167,11 @@ class Chat:
         """Steer by these only where a reply fails their verifiers; none switches it off. Raises PlanError."""
         from .ensure import Requirement
 
-        found = {name: self._known(name) for name in names}
-        for vector in found.values():
+        vectors = {name: self._known(name) for name in names}
+        for vector in vectors.values():
             Requirement.of(vector, "")
-        Plan.from_vectors([*self.active.values(), *found.values()], ridge=self.ridge)
-        self.ensured = found
+        Plan.from_vectors([*self.active.values(), *vectors.values()], ridge=self.ridge)
+        self.ensured = vectors
 
     def _insist(self, names: Iterable[str], settings: Mapping[str, Any]) -> None:
         """Whether the user chose the strength: such a vector is applied whatever the prompt asks for."""
@@ -202,11 +202,11 @@ class Chat:
 
     def messages(self, question: str | None = None, *, turns: Iterable[Turn] | None = None) -> list[Message]:
         """The conversation as the chat template takes it, with one question more."""
-        made = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for turn in self.turns if turns is None else turns:
-            made.append({"role": "user", "content": turn.question})
-            made.append({"role": "assistant", "content": turn.reply})
-        return made if question is None else [*made, {"role": "user", "content": question}]
+            messages.append({"role": "user", "content": turn.question})
+            messages.append({"role": "assistant", "content": turn.reply})
+        return messages if question is None else [*messages, {"role": "user", "content": question}]
 
     def ask(self, question: str, *, on_text: Say = lambda _text: None) -> Turn:
         """One turn more. on_text: gets the reply as it comes; with `ensure`, the accepted one at once.
@@ -365,19 +365,20 @@ class Chat:
         vectors = list(self.ensured.values())
         ask = replace(ask, steer=steer)
         try:
-            found = ensure(self.scheduler, ask, vectors, tries=self.tries, ridge=self.ridge)
+            ensured = ensure(self.scheduler, ask, vectors, tries=self.tries, ridge=self.ridge)
         except KeyboardInterrupt:
             return self._turn("", "cancelled", 0, ())
-        if found.notice:
-            self.on_note(found.notice)
-        elif found.steered_strength:
-            failed = ", ".join(found.tries[0].failed) or "itself"
+        if ensured.notice:
+            self.on_note(ensured.notice)
+        elif ensured.steered_strength:
+            failed = ", ".join(ensured.tries[0].failed) or "itself"
             self.on_note(
-                f"the plain reply fails {failed}: this one is steered at strength {found.steered_strength:g}."
+                f"the plain reply fails {failed}: this one is steered at strength "
+                f"{ensured.steered_strength:g}."
             )
-        chosen = next(attempt for attempt in found.tries if attempt.reply is found.reply)
+        chosen = next(attempt for attempt in ensured.tries if attempt.reply is ensured.reply)
         steered = [vector.at(strength=s) for vector, s in zip(vectors, chosen.strengths, strict=False)]
-        reply = found.reply
+        reply = ensured.reply
         self._seen = []
         return self._turn(reply.text, reply.finish_reason, len(reply.tokens), (*steer, *steered))
 

@@ -85,10 +85,10 @@ def run_demo(
         tuned = bench.tune([(each, raw[each.id]) for each in chosen])
         picks = dict(zip(ids, tuned, strict=True))
         compared = [_conditions(bench, each, picks[each.id].vector) for each in chosen]
-        found = bench.run(compared, what="comparing conditions", score=SHOWN).by("instruction")
+        outcomes = bench.run(compared, what="comparing conditions", score=SHOWN).by("instruction")
         others = {each.id: bench.others(each) for each in chosen}
     files = _save(folder, picks)
-    by_condition = {name: found[name].by("condition") for name in ids}
+    by_condition = {name: outcomes[name].by("condition") for name in ids}
     rows = [
         row(each, picks[each.id], by_condition[each.id], others[each.id]) | {"file": files[each.id]}
         for each in chosen
@@ -132,14 +132,14 @@ def demonstrate(
         advance(0, 0)
         plain = {limit: plain_replies(engine, queries, max_tokens=limit) for limit in set(limits.values())}
         plain_mean = mean_state(engine, queries)
-    found: dict[str, dict[str, Outcomes]] = {}
+    outcomes: dict[str, dict[str, Outcomes]] = {}
     with stage("comparing conditions") as advance:
         for done, (name, vector) in enumerate(vectors.items()):
             advance(done, len(vectors))
             others = [
                 other for known, other in vectors.items() if not alike(catalog.get(known), catalog.get(name))
             ]
-            found[name] = run_conditions(
+            outcomes[name] = run_conditions(
                 engine,
                 catalog.get(name),
                 vector,
@@ -152,14 +152,14 @@ def demonstrate(
                 scored=("none", "steered"),
                 max_tokens=limits[name],
             )
-    rows = [_real_row(catalog.get(name), vectors[name], conditions) for name, conditions in found.items()]
+    rows = [_real_row(catalog.get(name), vectors[name], conditions) for name, conditions in outcomes.items()]
     return {
         "model": engine.model.metadata.get("general.name") or engine.path.stem,
         "quant": quantization(engine.model.metadata) or "",
         "instructions": rows,
         "mean": mean(rows),
         "seconds": round(time.perf_counter() - started, 1),
-        "examples": [_example(name, conditions) for name, conditions in found.items()],
+        "examples": [_example(name, conditions) for name, conditions in outcomes.items()],
     }
 
 
@@ -224,10 +224,10 @@ def _chosen(catalog: Catalog, ids: Sequence[str] | None) -> list[Instruction]:
             for instruction in catalog.instructions.values()
             if instruction.group in GROUPS and instruction.verifier
         ]
-    found = [catalog.get(name) for name in dict.fromkeys(ids)]
-    if not found:
+    instructions = [catalog.get(name) for name in dict.fromkeys(ids)]
+    if not instructions:
         raise LocalsteerError("--instructions is empty: leave it out for all instructions.")
-    return found
+    return instructions
 
 
 def _check(backend: str, n: int, catalog: Catalog) -> None:

@@ -173,8 +173,8 @@ def ensure(
     )
     run.check_plans()
     for factor in _Ladder(vectors, tries, strengths, run):
-        made = run.attempt(factor)
-        if made.passed or made.reply.finish_reason in ENDED:
+        attempt = run.attempt(factor)
+        if attempt.passed or attempt.reply.finish_reason in ENDED:
             break
     return run.result()
 
@@ -278,9 +278,9 @@ class _Tries:
         reply, hopeless_names = self._generate(factor, whole)
         failed = hopeless_names or tuple(check.name for check in self.checks if not check.passes(reply.text))
         strengths = tuple(vector.strength for vector in self._at(factor))
-        made = Try(reply, factor, strengths, failed, is_degenerate(reply.text))
-        self.tries.append(made)
-        return made
+        attempt = Try(reply, factor, strengths, failed, is_degenerate(reply.text))
+        self.tries.append(attempt)
+        return attempt
 
     def result(self) -> Ensured:
         """The best try. A stopped one may fail more verifiers than it had by then: it is judged whole."""

@@ -80,8 +80,8 @@ class ModelHeader(GgufFile):
 
     def value(self, key: str) -> Any:
         """None where the key is absent."""
-        found = self.keys.get(key)
-        return None if found is None else found.value
+        entry = self.keys.get(key)
+        return None if entry is None else entry.value
 
     def text(self, key: str) -> str:
         """Empty where the key is absent, or no string."""
@@ -221,12 +221,12 @@ def _vocabulary(header: ModelHeader) -> None:
 
 def _array(header: ModelHeader, name: str, *items: GGUFValueType) -> Any:
     key = f"tokenizer.ggml.{name}"
-    found = header.keys.get(key)
-    if found is None:
+    entry = header.keys.get(key)
+    if entry is None:
         return None
-    if found.type != _ARRAY or found.item not in items:
+    if entry.type != _ARRAY or entry.item not in items:
         raise header.damaged(f"{key} has the wrong type")
-    return found.value
+    return entry.value
 
 
 def _no_token_twice(header: ModelHeader, tokens: Sequence[bytes]) -> None:

@@ -110,9 +110,9 @@ def all_models(seconds: float = math.inf) -> Listing:
     models, n_unread, ends = named_models(), 0, time.monotonic() + seconds
     for stored in everything():
         is_late = time.monotonic() > ends
-        found = _of_store(stored, only_remembered=is_late)
-        n_unread += is_late and found.shape is None and not found.note
-        models.append(found)
+        model = _of_store(stored, only_remembered=is_late)
+        n_unread += is_late and model.shape is None and not model.note
+        models.append(model)
     return Listing(models, n_unread)
 
 
@@ -134,10 +134,10 @@ def trained_context(path: Path) -> int | None:
     try:
         with open_gguf(path) as file:
             architecture = file.get("general.architecture", gguf.GGUFValueType.STRING)
-            found = file.keys.get(f"{architecture}.context_length")
+            entry = file.keys.get(f"{architecture}.context_length")
     except LocalsteerError:
         return None
-    return found.value if found and isinstance(found.value, int) and found.value > 0 else None
+    return entry.value if entry and isinstance(entry.value, int) and entry.value > 0 else None
 
 
 def read_shape(path: Path) -> Shape:
@@ -205,8 +205,8 @@ def _check_whole(file: GgufFile, size: int) -> None:
 
 
 def _text(file: GgufFile, key: str) -> str:
-    found = file.keys.get(key)
-    return found.value if found and isinstance(found.value, str) else ""
+    entry = file.keys.get(key)
+    return entry.value if entry and isinstance(entry.value, str) else ""
 
 
 def _shipped(path: Path, shape: Shape | None) -> int:
@@ -288,8 +288,8 @@ def _of_file(name: str, source: str, licence: str, path: Path) -> NamedModel:
     size = path.stat().st_size
     try:
         shape = read_shape(path)
-        found = match_quietly(path)
-        n_shipped = len(found.pack.instructions) if found else 0
+        match = match_quietly(path)
+        n_shipped = len(match.pack.instructions) if match else 0
         return NamedModel(name, source, licence, path, size, shape, pack=n_shipped)
     except LocalsteerError as error:
         return NamedModel(name, source, licence, path, size, None, str(error))

@@ -86,13 +86,13 @@ def environment() -> Any:
         # jinja2's tojson escapes <, > and &, which a model must see unchanged
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    made = ImmutableSandboxedEnvironment(
+    sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
-    made.filters["tojson"] = tojson
-    made.globals["raise_exception"] = raise_exception
-    made.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return made
+    sandbox.filters["tojson"] = tojson
+    sandbox.globals["raise_exception"] = raise_exception
+    sandbox.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return sandbox
 
 
 def one_line(error: BaseException) -> str:

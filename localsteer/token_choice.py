@@ -85,11 +85,11 @@ class TokenChoice:
         if self.scope == "reply" and not reply:
             raise PromptError("it has no reply: add one, for instance as the assistant's last message")
         part = reply if self.scope == "reply" else self.part
-        found = find(part)
-        if not found:
+        tokens = find(part)
+        if not tokens:
             raise PromptError(f"it does not contain {part!r:.80}")
         # a reply ends its text: what follows it, such as an end token, is not part of it
-        return found
+        return tokens
 
 
 def tokens_over(spans: list[tuple[int, int]], start: int, end: int) -> range | None:

@@ -81,38 +81,38 @@ def _body_calls(body: str) -> list[Call]:
 
 
 def _functions(text: str) -> list[Call]:
-    found = []
+    calls = []
     for body in _between(text, "<function=", "</function>")[0]:
         name, closed, rest = body.partition(">")
         if closed and _NAME.fullmatch(name):
-            found.append(Call(name, _arguments(rest.strip())))
-    return found
+            calls.append(Call(name, _arguments(rest.strip())))
+    return calls
 
 
 def _arguments(body: str) -> str:
-    found = {}
+    arguments = {}
     for part in _between(body, "<parameter=", "</parameter>")[0]:
         name, closed, value = part.partition(">")
         if closed and _NAME.fullmatch(name):
-            found[name] = loaded(value.removeprefix("\n").removesuffix("\n"))
-    if not found:
+            arguments[name] = loaded(value.removeprefix("\n").removesuffix("\n"))
+    if not arguments:
         return body if _is_json(body) else "{}"
-    return json.dumps(found, ensure_ascii=False)
+    return json.dumps(arguments, ensure_ascii=False)
 
 
 def _json_calls(text: str) -> list[Call]:
     try:
-        found = json.loads(text)
+        document = json.loads(text)
     except (ValueError, RecursionError):
         return []
     calls = []
-    for each in found if isinstance(found, list) else [found]:
-        if not isinstance(each, dict) or not isinstance(each.get("name"), str):
+    for item in document if isinstance(document, list) else [document]:
+        if not isinstance(item, dict) or not isinstance(item.get("name"), str):
             return []
-        given = each.get("arguments", each.get("parameters"))
-        if not isinstance(given, (dict, str)):
+        arguments = item.get("arguments", item.get("parameters"))
+        if not isinstance(arguments, (dict, str)):
             return []
-        calls.append(Call(each["name"], given if isinstance(given, str) else json.dumps(given)))
+        calls.append(Call(item["name"], arguments if isinstance(arguments, str) else json.dumps(arguments)))
     return calls
 
 

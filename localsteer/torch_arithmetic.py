@@ -79,6 +79,6 @@ class TorchProgram:
 
 def apply_program(x: torch.Tensor, program: Program) -> torch.Tensor:
     """steering.apply_program in torch: x (..., n_embd) -> the same shape and type, float64 inside."""
-    made = TorchProgram.of(program, x.device)
-    rows = x.reshape(-1, x.shape[-1]).to(made.writers.dtype)
-    return (rows + made.change(rows)).to(x.dtype).reshape(x.shape)
+    tensors = TorchProgram.of(program, x.device)
+    rows = x.reshape(-1, x.shape[-1]).to(tensors.writers.dtype)
+    return (rows + tensors.change(rows)).to(x.dtype).reshape(x.shape)

@@ -224,7 +224,7 @@ class ControlVector:
         """
         if mode == "add" and self.mode != "add":
             one_sided, cap = bool(one_sided), math.inf if cap is None else cap
-        given = {
+        changes = {
             "layers": layer,
             "strength": strength,
             "mode": mode,
@@ -232,7 +232,7 @@ class ControlVector:
             "one_sided": one_sided,
             "cap": cap,
         }
-        return replace(self, **{key: value for key, value in given.items() if value is not None})
+        return replace(self, **{key: value for key, value in changes.items() if value is not None})
 
 
 def check_model(vector: ControlVector, n_layer: int, n_embd: int, architecture: str) -> None:

@@ -211,7 +211,7 @@ def test_another_checkpoint_of_the_same_shape_is_refused(tiny_llama, tmp_path, i
     write_checkpoint("llama", tmp_path / "other", seed=1)
     with open_engine(tiny_llama.gguf_path) as engine:
         Weights.load(engine, str(tiny_llama.hf_dir), n_tokens=32)
-        with pytest.raises(MismatchError, match="other is another model"):
+        with pytest.raises(MismatchError, match="other is not the model of"):
             Weights.load(engine, str(tmp_path / "other"), n_tokens=32)
 
 

@@ -223,7 +223,7 @@ def test_each_turn_is_steered_only_where_its_question_does_not_ask_already(engin
     assert turns[1].reply == fresh(engine, history, [harmful]) != fresh(engine, history)
     told = [note for note in chat.notes if "left out" in note]
     assert told == [
-        "title is left out: the prompt asks for it already, and its file says that steering then does harm "
+        "title is left out: the prompt already asks for it, and its file says that steering then does harm "
         "(told 88%, told and steered 50%); /strength, or --always-steer, applies it anyway."
     ]
     assert turns[0].record()["left_out"] == ["title"] and "left_out" not in turns[1].record()
@@ -255,7 +255,7 @@ def test_a_full_context_is_said_and_nothing_is_dropped(vectors):
         assert notes and notes[-1].startswith(
             "the context of 64 tokens is full, and the reply was cut: /undo"
         )
-        with pytest.raises(PromptError, match="the context holds 64: /undo takes turns back, /clear"):
+        with pytest.raises(PromptError, match="the context holds 64: /undo removes the last turn, /clear"):
             chat.ask(OWLS)
         assert [turn.question for turn in chat.turns] == [FOXES, HARES]
         chat.undo()
@@ -336,7 +336,7 @@ def test_vectors_that_are_not_here_are_left_out_aloud(engine, chat, vectors, tmp
         notes: list[str] = []
         other.on_note = notes.append
         other.load(tmp_path / "chat.json")
-        assert notes == ["there is no vector 'json' here: the conversation goes on without it."]
+        assert notes == ["there is no vector 'json' here: the conversation continues without it."]
         with pytest.raises(LocalsteerError, match="not steered by a vector that is here"):
             other.trace()
 
@@ -427,7 +427,7 @@ def test_a_piped_conversation(folder, conversation, tmp_path):
     assert notes[0] == "steering by json:1@2 project prompt."
     assert notes[1].startswith("steering changed: ")
     assert notes[2:] == [
-        "unknown command /foo: /help lists them; // begins a question with /.",
+        "unknown command /foo: /help lists them; write // to begin a question with /.",
         "there is no vector 'jsn': choose json, lowercase, title, a file, or an instruction of the "
         "catalogue.",
         "strength 'x' is not a number.",
@@ -509,7 +509,7 @@ def test_a_missing_prompt_toolkit_is_one_line(monkeypatch):
 def test_a_line_that_is_no_text_is_left_out(folder, conversation):
     done = invoke(*chat_args(folder), input=b"\xff\xfe\n" + FOXES.encode() + b"\n")
     assert done.out == conversation((FOXES,))[0] + "\n"
-    assert done.err == "localsteer: line 1 of the standard input is not UTF-8 text (byte 0): left out.\n"
+    assert done.err == "localsteer: line 1 of the standard input is not UTF-8 text (byte 0): skipped.\n"
 
 
 # --- in a real terminal ------------------------------------------------------------------------------------
@@ -548,7 +548,7 @@ def wrapped(text, width=100):
     return [row for row in rows if row]
 
 
-GREETING = "localsteer: {}: /help lists the commands, Alt-Enter begins a new line, Ctrl-D leaves."
+GREETING = "localsteer: {}: /help lists the commands, Alt-Enter starts a new line, Ctrl-D quits."
 
 
 def test_a_transcript_in_a_terminal(terminal, conversation):
@@ -583,7 +583,7 @@ def test_a_transcript_in_a_terminal(terminal, conversation):
         note,
         *wrapped(second),
         "> /nonsense",
-        "localsteer: unknown command /nonsense: /help lists them; // begins a question with /.",
+        "localsteer: unknown command /nonsense: /help lists them; write // to begin a question with /.",
         "> /undo",
         "localsteer: removed 'Where does the hare live?'; 1 turn left.",
         ">",

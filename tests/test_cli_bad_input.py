@@ -193,7 +193,7 @@ def test_a_prompt_longer_than_the_context(model):
 def test_a_context_too_small_for_a_question(folder, model):
     write_vector(folder / "v.gguf")
     question = "Tell me about the fox that lives near the river, and about owls."
-    too_small = "and the context 8, reply included: shorten the prompt, or raise n_ctx (-c)"
+    too_small = "and the context of 8 must also hold the reply: shorten the prompt, or raise n_ctx (-c)"
     assert too_small in refused("run", "-m", model, "-c", "8", question)
     assert too_small in refused("run", "-m", model, "-c", "8", "-s", "v.gguf", "--compare", question)
     assert too_small in refused("trace", "-m", model, "-c", "8", "-s", "v.gguf", question)

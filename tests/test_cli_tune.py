@@ -263,7 +263,7 @@ def test_a_killed_search_asks_only_for_the_rest_and_ends_the_same(vector, no_com
     kept = replies_in(stopped)
     assert 24 < kept < ASKED
     out, err = start(vector, stopped, *LONGER, *ONE_STRENGTH).communicate(timeout=PATIENCE_SECONDS)
-    assert b"going on with" in err
+    assert b"continuing from" in err
     resumed = json.loads(out)["vectors"][0]
     assert resumed["replies"] == {"asked": ASKED, "new": ASKED - kept}
     assert replies_in(stopped) == ASKED
@@ -308,9 +308,9 @@ def test_without_a_cache_folder_it_works_and_says_so(vector, folder, monkeypatch
         ([], "--instruction"),
         (["none.gguf"], "none.gguf"),
         (["V", "-i", "json"], "--instruction"),
-        (["V", "--positions", "first"], "'first' is none of all, prompt"),
-        (["V", "--modes", "project,replace"], "'replace' is none of project"),
-        (["V", "--strengths", "1,x"], "'1,x' is no list of strengths"),
+        (["V", "--positions", "first"], "'first' is not one of all, prompt"),
+        (["V", "--modes", "project,replace"], "'replace' is not one of project"),
+        (["V", "--strengths", "1,x"], "'1,x' is not a list of strengths"),
         (["V", "--strengths", "0"], "0 steers nothing"),
         (["V", "--layer", "two"], "'two' is not a layer"),
         (["V", "--layer", "8"], "layer 8 is out of range"),
@@ -374,7 +374,7 @@ def test_an_unreadable_line_of_the_journal_is_named(vector, cache):
     lines = content.splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:4], b"{spoilt\n", *lines[4:]]))
     try:
-        assert "line 5: this is no record of a run" in invoke("tune", vector, *SMALL).complaint()
+        assert "line 5: this is not a record of a run" in invoke("tune", vector, *SMALL).complaint()
     finally:
         path.write_bytes(content)
 

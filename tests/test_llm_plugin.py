@@ -353,7 +353,7 @@ def test_attachments_are_refused(foxy, user_folder):
     assert "attachments" in complaint("-m", "localsteer/foxy", "-a", picture, QUESTION)
     model = llm.get_model("localsteer/foxy")
     message = llm.user("See", llm.Attachment(path=str(picture)))
-    with pytest.raises(llm.ModelError, match="reads texts, and this conversation has an attachment"):
+    with pytest.raises(llm.ModelError, match="reads only text, and this conversation has an attachment"):
         model.prompt(messages=[message]).text()
 
 

@@ -98,7 +98,7 @@ def test_the_steering_of_a_pack_is_that_of_the_whole_vector(pack):
 def test_what_is_there_is_not_made_again(pack):
     before = (pack / "lowercase.gguf").stat().st_mtime_ns
     run = invoke("pack", "-o", pack, "-i", "lowercase", "--name", "Bundled")
-    assert run.status == 0 and "1 of 1 are there already" in run.err
+    assert run.status == 0 and "1 of 1 exist already" in run.err
     assert (pack / "lowercase.gguf").stat().st_mtime_ns == before
 
 
@@ -171,7 +171,7 @@ def test_first_use_takes_the_vector_of_a_pack_at_once(named, cache):
 def test_another_quantization_of_the_model_takes_it_with_a_notice(named, cache):
     run = invoke("run", "-m", MODELS["another quantization"], "-i", "lowercase", *ASK)
     assert run.status == 0, run.err
-    assert "Measured on its Q8_0 file, and this is another: LOCALSTEER_PACKS=off" in run.err
+    assert "Measured on its Q8_0 file; this is a different one: LOCALSTEER_PACKS=off" in run.err
     assert not (cache / "vectors").exists()
 
 

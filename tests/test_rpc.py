@@ -100,7 +100,7 @@ def refusal(name: str, path: Path) -> str:
     ("answer", "says"),
     [
         (lambda connection: None, "accepts connections but does not answer: another client uses it"),
-        (lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "does not answer as"),
+        (lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "does not answer like"),
         (lambda connection: connection.sendall(b"\x1c\0\0"), "does not answer: another client uses it"),
         (lambda connection: connection.close(), "closes the connection at the greeting"),
         (lambda connection: greet(connection, (6, 0)), "speaks version 6.0 of the protocol"),
@@ -127,7 +127,7 @@ def test_a_host_that_greets_and_then_says_nothing_does_not_end_the_process(path)
     if not (library.rpc_folder() / library.LIBRARY).is_file():
         pytest.skip("the RPC backend is not built: localsteer rpc build")
     with impostor(greet) as name:
-        assert f"the rpc host {name} is gone (it says nothing for 0.5 s)" in refusal(name, path)
+        assert f"the rpc host {name} is gone (it has been silent for 0.5 s)" in refusal(name, path)
     with impostor(lambda connection: (greet(connection), connection.close())) as name:
         assert f"the rpc host {name} is gone" in refusal(name, path)
 
@@ -275,7 +275,7 @@ def test_a_host_that_falls_silent_is_given_up_after_its_time(path, two):
         next(stream)
         two[0].process.send_signal(signal.SIGSTOP)
         begun = time.monotonic()
-        with pytest.raises(HostError, match=r"says nothing for 0\.5 s"):
+        with pytest.raises(HostError, match=r"has been silent for 0\.5 s"):
             list(stream)
         assert time.monotonic() - begun < 10
         two[0].process.send_signal(signal.SIGCONT)

@@ -151,7 +151,7 @@ def test_an_adapter_is_refused_and_a_projector_left_out_aloud(ollama, gguf):
     ollama.model("registry.ollama.ai/library/seeing/latest", gguf, projector=b"GGUF...", messages=[])
     assert "has an adapter (LoRA), which is not applied here" in refused("ollama:anna/tuned")
     seeing = next(model for model in everything() if not model.fault)
-    assert seeing.remark == "its projector is left out: text alone; its example messages are left out"
+    assert seeing.remark == "its projector is left out: text only; its example messages are left out"
 
 
 def damage(ollama, gguf, kind):

@@ -169,10 +169,10 @@ def test_a_forced_reply_stands_behind_the_generation_prompt(tiny_llama):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "line 2 is no pair"),
+        ("{", "line 2 is not a pair"),
         ("{'with': 1}", "'with': 1"),
-        ('"a"', "line 2 is no pair"),
-        ("[1]", "line 2 is no pair"),
+        ('"a"', "line 2 is not a pair"),
+        ("[1]", "line 2 is not a pair"),
         ("{}", "line 2 must have one of with and without"),
         ('{"with": "a"}', "must have one of"),
         ('{"with": "a", "without": null}', "must have one of"),
@@ -184,7 +184,7 @@ def test_a_forced_reply_stands_behind_the_generation_prompt(tiny_llama):
         ('{"prompt": 7, "with": "a", "without": "b"}', "prompt must be a text"),
         ('{"with": [], "without": "b"}', "messages must be a list"),
         ('["a", ["b"]]', "messages must be a list"),
-        ("[" * 100_000, "no pair"),
+        ("[" * 100_000, "not a pair"),
     ],
 )
 def test_a_bad_pair_is_named_by_its_line(line, says):
@@ -248,7 +248,7 @@ def test_an_instruction_takes_tokens_and_a_name_too(tiny_llama, folder):
         (["--pairs-file", "p.jsonl", "-i", "json"], "--instruction and --pairs-file exclude"),
         (["--pairs-file", "p.jsonl", "--queries", "q.txt"], "--queries and --pairs-file exclude"),
         (["--pairs-file", "p.jsonl", "--slot", "n=5"], "--slot and --pairs-file exclude"),
-        (["--pairs-file", "p.jsonl", "--pairs", "9"], "9 pairs were asked for: there are 1 to 3"),
+        (["--pairs-file", "p.jsonl", "--pairs", "9"], "9 pairs were asked for, but there are only 3"),
         (["--pairs-file", "p.jsonl", "--tokens", "first"], "'first' names no tokens"),
         (["--pairs-file", "p.jsonl", "--tokens", "span:cat"], "p.jsonl, line 1, answer_matching_behavior"),
         (["--pairs-file", "p.jsonl", "--tokens", "999"], "no token 999"),

@@ -183,7 +183,7 @@ def told_to_the_user(**scores):
     ("scores", "says"),
     [
         ((0.0, 0.125, 0.125, 0.125), "only one reply of 8, which may be chance"),
-        ((0.0, 0.5, 1.0, 1.0), "follows it more often (100%) than when it is steered (50%)"),
+        ((0.0, 0.5, 1.0, 1.0), "follows it more often (100%) than when steered (50%)"),
         ((0.0, 1.0, 1.0, 0.5), "don't steer prompts that already hold the instruction"),
         ((0.0, 1.0, 0.5, 1.0), "it also helps prompts that hold the instruction"),
     ],

@@ -91,7 +91,7 @@ def test_a_gate_keeps_its_arrays_and_falls_back_to_its_direction():
 def test_a_vector_without_readers_has_no_gate():
     with pytest.raises(PlanError) as error:
         exact_vector().at(mode="gate")
-    assert message(error) == "json has no learned gate: use add, or another of its modes."
+    assert message(error) == "json has no learned gate: use add or another mode."
 
 
 def test_a_layer_without_a_gate_is_refused_and_the_others_are_named():

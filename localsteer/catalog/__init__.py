@@ -132,10 +132,10 @@ class Catalog:
         """The instruction's own queries of a split, or the catalog's. Raises CatalogError for none."""
         if split not in SPLITS:
             raise CatalogError(f"unknown split {split!r}: {_listed(SPLITS)}")
-        found = (instruction.queries or self.queries).get(split, ())
-        if not found:
+        queries = (instruction.queries or self.queries).get(split, ())
+        if not queries:
             raise CatalogError(f"{self.source} has no {split} queries for {instruction.id!r}")
-        return found
+        return queries
 
 
 def alike(a: Instruction, b: Instruction) -> bool:
@@ -218,15 +218,15 @@ def _check_keys(table: Mapping[str, Any], known: Sequence[str], where: str) -> N
 def _instructions(tables: Any, where: str) -> dict[str, Instruction]:
     if not isinstance(tables, list) or not tables:
         raise CatalogError(f"{where} holds no [[instruction]]")
-    found: dict[str, Instruction] = {}
+    by_id: dict[str, Instruction] = {}
     for number, table in enumerate(tables, 1):
         if not isinstance(table, dict):
             raise CatalogError(f"{where}: instruction {number} is not a table")
         for instruction in _variants(table, f"{where}: instruction {table.get('id', number)!r}"):
-            if instruction.id in found:
+            if instruction.id in by_id:
                 raise CatalogError(f"{where}: instruction {instruction.id!r} is there twice")
-            found[instruction.id] = instruction
-    return found
+            by_id[instruction.id] = instruction
+    return by_id
 
 
 def _variants(table: JsonObject, where: str) -> Iterator[Instruction]:

@@ -276,17 +276,17 @@ class Session:
     def do_vectors(self, text: str) -> None:
         """List the available vectors, and those that steer."""
         chat = self.chat
-        made = table("vector", "", "strength", "layers", "positions", "mode", numbers=("strength",))
+        rows = table("vector", "", "strength", "layers", "positions", "mode", numbers=("strength",))
         for name, known in chat.vectors.items():
             vector = chat.active.get(name, known)
             state = "steers" if name in chat.active else "ensured" if name in chat.ensured else ""
             layers = ",".join(map(str, vector.layers))
-            made.add_row(name, state, f"{vector.strength:g}", layers, vector.positions, vector.mode)
+            rows.add_row(name, state, f"{vector.strength:g}", layers, vector.positions, vector.mode)
         for name in self.shelf.files:
             if name not in chat.vectors:
-                made.add_row(name, "", "", "", "", "")
+                rows.add_row(name, "", "", "", "", "")
         answer().print(
-            made if made.row_count else "no vectors yet: /steer takes a file, or the name of an instruction."
+            rows if rows.row_count else "no vectors yet: /steer takes a file, or the name of an instruction."
         )
 
     def do_strength(self, text: str) -> None:
@@ -308,20 +308,20 @@ class Session:
     def do_compare(self, text: str) -> None:
         """Answer the last question again, plain and steered side by side."""
         plain, steered = self.chat.compare()
-        made = table("plain", " + ".join(map(_described, self.chat.active.values())))
-        for column in made.columns:
+        columns = table("plain", " + ".join(map(_described, self.chat.active.values())))
+        for column in columns.columns:
             column.ratio = 1
-        made.expand = True
-        made.add_row(shown(plain.text), shown(steered.text))
-        answer().print(made)
+        columns.expand = True
+        columns.add_row(shown(plain.text), shown(steered.text))
+        answer().print(columns)
 
     def do_trace(self, text: str) -> None:
         """Show what steering did to the last reply, token by token."""
         from localsteer.trace.terminal import print_trace
 
         with progress("tracing") as on_progress:
-            made = self.chat.trace(on_progress)
-        print_trace(made, answer())
+            traced = self.chat.trace(on_progress)
+        print_trace(traced, answer())
 
     def do_save(self, text: str) -> None:
         """FILE: write the conversation, with the steering of each turn, as JSON."""
@@ -347,12 +347,12 @@ class Session:
 
     def do_help(self, text: str) -> None:
         """List the commands."""
-        made = table("command", "")
+        commands = table("command", "")
         for name, act in COMMANDS.items():
             what, colon, rest = (act.__doc__ or "").strip().partition(": ")
             usage, said = (f"/{name} {what}", rest) if colon else (f"/{name}", what)
-            made.add_row(usage, said[:1].upper() + said[1:])
-        answer().print(made)
+            commands.add_row(usage, said[:1].upper() + said[1:])
+        answer().print(commands)
 
     def do_quit(self, text: str) -> None:
         """Quit, as Ctrl-D does."""
@@ -366,14 +366,14 @@ class Session:
         """Load a vector if it is new, and return its name in this chat. Raises LocalsteerError."""
         if name in self.chat.vectors:
             return name
-        found = self.shelf.find(name)
-        if found is None:
+        shelved = self.shelf.find(name)
+        if shelved is None:
             known = [*dict.fromkeys([*self.chat.vectors, *self.shelf.files])]
             raise LocalsteerError(
                 f"there is no vector {name!r}: choose {', '.join([*known, 'a file'])}, or an instruction of "
                 "the catalogue."
             )
-        stem, vector = found
+        stem, vector = shelved
         unique = name if stem in self.chat.vectors else stem  # another file of the same name
         self.chat.add(unique, vector)
         return unique

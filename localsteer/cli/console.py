@@ -142,17 +142,17 @@ def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None
                 if column.justify == "right" or is_name:
                     column.min_width = max(column.min_width, cell_len(text))
 
-    made = WholeWords(
+    empty = WholeWords(
         box=None, padding=(0, gap, 0, 0), title=title, title_justify="left", header_style="bold"
     )
     for name in columns:
-        made.add_column(
+        empty.add_column(
             name,
             justify="right" if name in numbers else "left",
             overflow="fold",
             min_width=max((cell_len(word) for word in name.split() if len(word) <= LONGEST_NAME), default=1),
         )
-    return made
+    return empty
 
 
 @contextmanager

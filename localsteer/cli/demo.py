@@ -227,13 +227,13 @@ def results(document: Mapping[str, Any]) -> Table:
     numbers = ("none", "steered", "random", "other", "told", "both", "kept", "ppl")
     title = f"{document['model']} {document['quant']}, {document['seconds']:.0f} s"
     # with one-blank gaps it fits into a terminal of 80 columns
-    made = table("instruction", *numbers, "settings", numbers=numbers, title=title, gap=1)
-    made.columns[-1].no_wrap = True
+    rows = table("instruction", *numbers, "settings", numbers=numbers, title=title, gap=1)
+    rows.columns[-1].no_wrap = True
     for row in document["instructions"]:
-        made.add_row(row["id"], *_figures(row), _settings(row))
-    made.add_section()
-    made.add_row("mean", *_figures(document["mean"]), "", style="bold")
-    return made
+        rows.add_row(row["id"], *_figures(row), _settings(row))
+    rows.add_section()
+    rows.add_row("mean", *_figures(document["mean"]), "", style="bold")
+    return rows
 
 
 def _settings(row: Mapping[str, Any]) -> str:
@@ -254,11 +254,11 @@ def _percent(share: float | None) -> str:
 def examples(found: Sequence[Mapping[str, str]], everything: bool = False) -> Table:
     """A table of replies, plain and steered side by side: a few, or all."""
     order = sorted(found, key=lambda each: each["id"] not in SHOWN_FIRST)
-    made = table("question", "plain", "steered")
+    rows = table("question", "plain", "steered")
     for example in order if everything else order[:N_EXAMPLES]:
         question = f"{example['query']}\n({example['id']})"
-        made.add_row(question, shown(example["none"]), shown(example["steered"]), end_section=True)
-    return made
+        rows.add_row(question, shown(example["none"]), shown(example["steered"]), end_section=True)
+    return rows
 
 
 def what_next(document: Mapping[str, Any], model: str) -> str:

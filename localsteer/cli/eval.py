@@ -140,14 +140,14 @@ def _diff(a: str, b: str, out: str | None) -> Results:
     from localsteer.evaluate.diff import compare
     from localsteer.evaluate.results import NAME, read
 
-    found = compare(read(a), read(b))
+    comparison = compare(read(a), read(b))
     if out and (Path(out) / NAME).exists():
         raise LocalsteerError(
             f"{out} already holds a run, whose report would be replaced: choose another folder."
         )
     if out:
-        report.write(found, out)
-    return found
+        report.write(comparison, out)
+    return comparison
 
 
 def _reported(run: str, out: str | None) -> Results:
@@ -345,16 +345,16 @@ def _files(model: str, params: Params) -> dict[str, Path]:
     """The files that a run reads beside models and vectors; their hashes are recorded."""
     from localsteer.catalog import catalog_file
 
-    found = {"catalog": catalog_file(catalog_of(model, params["catalog"]).source)}
-    found |= {name: Path(params[name]) for name in ("ifeval", "queries") if params[name]}
-    for path in found.values():
+    paths = {"catalog": catalog_file(catalog_of(model, params["catalog"]).source)}
+    paths |= {name: Path(params[name]) for name in ("ifeval", "queries") if params[name]}
+    for path in paths.values():
         if path.exists() and not path.is_file():
             raise LocalsteerError(
                 f"{path} is not a regular file, so it can't be hashed: save it to one first."
             )
         if not path.is_file():
             raise LocalsteerError(f"there is no file {path}.")
-    return found | ({"judge": model_file(params["judge"])} if params["judge"] else {})
+    return paths | ({"judge": model_file(params["judge"])} if params["judge"] else {})
 
 
 def _settings(names: Sequence[str], model: str, params: Params) -> JsonObject:

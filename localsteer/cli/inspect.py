@@ -180,7 +180,7 @@ def _layers(described: JsonObject) -> Any:
     titles = ["layer", "norm", "", *(["gate"] if has_gates else [])]
     if has_means:
         titles += ["without", "with", "apart", ""]
-    made = table(*titles, numbers=("layer", "norm", "without", "with", "apart"))
+    rows = table(*titles, numbers=("layer", "norm", "without", "with", "apart"))
     # of a vector with few layers, the others need no rows
     has_gaps = sum(layer["norm"] == 0 for layer in described["by_layer"]) > len(described["by_layer"]) / 2
     longest = max(layer["norm"] for layer in described["by_layer"])
@@ -190,10 +190,10 @@ def _layers(described: JsonObject) -> Any:
         row = [f"{'> ' if layer['chosen'] else ''}{layer['layer']}", f"{layer['norm']:.3g}"]
         row.append(bar(layer["norm"] / longest if longest else 0, BAR_WIDTH))
         row += [_gate(layer)] if has_gates else []
-        made.add_row(
+        rows.add_row(
             *row, *(_projections(layer) if has_means else ()), style="bold" if layer["chosen"] else None
         )
-    return made
+    return rows
 
 
 def _gate(layer: JsonObject) -> str:

@@ -46,8 +46,10 @@ class Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, names in COMMANDS.items():
             with formatter.section(title):
-                found = [(name, self.get_command(ctx, name)) for name in names]
-                formatter.write_dl([(name, command.get_short_help_str(limit=80)) for name, command in found])
+                commands = [(name, self.get_command(ctx, name)) for name in names]
+                formatter.write_dl(
+                    [(name, command.get_short_help_str(limit=80)) for name, command in commands]
+                )
 
 
 @click.group(

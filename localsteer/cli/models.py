@@ -65,22 +65,23 @@ def command(context: click.Context, as_json: bool, seconds: float) -> None:
         return
     from localsteer.model_list import all_models
 
-    found = all_models(seconds)
+    listing = all_models(seconds)
     if as_json:
-        print_json({"models": [model.to_dict() for model in found.models], "unread": found.n_unread})
+        print_json({"models": [model.to_dict() for model in listing.models], "unread": listing.n_unread})
         return
-    _print_table(found.models)
-    if found.n_unread:
+    _print_table(listing.models)
+    if listing.n_unread:
         note(
-            f"{found.n_unread} headers were not read within {seconds:g} s: run the command again to continue."
+            f"{listing.n_unread} headers were not read within {seconds:g} s: run the command "
+            "again to continue."
         )
 
 
 def _print_table(models: Sequence[NamedModel]) -> None:
-    made = table(*COLUMNS, numbers=("size", "pack"))
+    rows = table(*COLUMNS, numbers=("size", "pack"))
     for model in models:
-        made.add_row(*_row(model))
-    answer().print(made)
+        rows.add_row(*_row(model))
+    answer().print(rows)
     answer().print()
     for model in models:  # below the table, whose columns would fold a path, which users copy
         remark = f" ({model.remark})" if model.remark else ""
@@ -120,11 +121,11 @@ def pull(name: str, as_json: bool) -> None:
         raise click.UsageError(f"{name!r:.120} can't be fetched: write {hub.EXAMPLE}.")
     with downloading() as on_progress:
         repo, file = download(*hub.parsed(name[len(hub.PREFIX) :]), on_progress=on_progress)
-    found = hub.find(f"{repo}:{file}")
+    model = hub.find(f"{repo}:{file}")
     if as_json:
-        print_json({"name": found.name, "path": str(found.path), "size": found.size})
+        print_json({"name": model.name, "path": str(model.path), "size": model.size})
         return
-    click.echo(f"{found.name}: {found.path}")
+    click.echo(f"{model.name}: {model.path}")
 
 
 def model_file(model: str, *, download: bool = True) -> Path:

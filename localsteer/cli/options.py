@@ -76,14 +76,14 @@ class Variables(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
         try:
-            found = json.loads(value) if isinstance(value, str) else value
+            parsed = json.loads(value) if isinstance(value, str) else value
         except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
+            parsed = None
+        if not isinstance(parsed, dict):
             self.fail(
                 f"{value!r:.80} is not a JSON object, like '{{\"enable_thinking\": false}}'.", param, ctx
             )
-        return found
+        return parsed
 
 
 class Finite(click.types.FloatParamType):

@@ -369,12 +369,12 @@ def show_both(request: Question, vectors: Sequence[ControlVector], timings: bool
     titles = ("plain", " + ".join(map(_title, vectors)))
 
     def columns() -> Any:
-        made = table(*titles)
-        for column in made.columns:
+        side_by_side = table(*titles)
+        for column in side_by_side.columns:
             column.ratio = 1
-        made.expand = True
-        made.add_row(*map(shown, texts))
-        return made
+        side_by_side.expand = True
+        side_by_side.add_row(*map(shown, texts))
+        return side_by_side
 
     if answer().is_terminal:
         with Live(console=answer(), transient=True, vertical_overflow="ellipsis") as live:
@@ -408,13 +408,13 @@ def document(request: Question, model: str, vectors: Sequence[ControlVector], re
         }
         for vector in vectors
     ]
-    made = {
+    reply_document = {
         "model": model,
         "prompt": request.ask.prompt,
         "steering": steering,
         "seed": request.ask.sampling.seed,
     }
-    return made | _reply_document(reply)
+    return reply_document | _reply_document(reply)
 
 
 def _answer(

@@ -317,8 +317,8 @@ def _all_models(params: Params) -> dict[str, Loadable]:
     """The models in `localsteer models` that are complete and can be steered."""
     from localsteer.model_list import all_models
 
-    found = all_models(HEADER_SECONDS).models
-    usable = [model for model in found if model.path and model.shape and not model.note and model.steers]
+    models = all_models(HEADER_SECONDS).models
+    usable = [model for model in models if model.path and model.shape and not model.note and model.steers]
     return {model.name: _loadable(model.name, model.name, model.path, params) for model in usable}
 
 

@@ -83,10 +83,10 @@ def command(
         from localsteer.heatmap import check_picture
 
         check_picture(plot)
-    found = catalog_of(model, catalog)
-    chosen = _chosen(found, instructions)
+    instructions_catalog = catalog_of(model, catalog)
+    chosen = _chosen(instructions_catalog, instructions)
     made = [
-        build_pairs(instruction, extraction_queries(found, instruction, queries), pairs)
+        build_pairs(instruction, extraction_queries(instructions_catalog, instruction, queries), pairs)
         for instruction in chosen
     ]
     with open_engine(model, threads=threads) as engine, open_backend(engine) as backend:
@@ -155,12 +155,12 @@ def _print(done: Similarity, layer: int, name: str) -> None:
     console.print(terminal_heatmap(title, done.instructions, columns, values, low=0, high=1))
     console.print()
     numbers = ("layer", "within", "between", "linear probe", "gaussian probe")
-    made = table(*numbers, numbers=numbers)
+    rows = table(*numbers, numbers=numbers)
     for row in done.rows():
         between = "-" if row["between"] is None else f"{row['between']:.2f}"
         probes = (f"{row[key]:.0%}" for key in ("linear", "gaussian"))
-        made.add_row(str(row["layer"]), f"{row['within']:.2f}", between, *probes)
-    console.print(made)
+        rows.add_row(str(row["layer"]), f"{row['within']:.2f}", between, *probes)
+    console.print(rows)
 
 
 def _draw(done: Similarity, layer: int, path: str, name: str) -> None:

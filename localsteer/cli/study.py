@@ -148,8 +148,8 @@ def _files(name: str, files: tuple[str, ...], bundled: bool, quick: bool) -> tup
 
 def _label(path: Path) -> str:
     """`Q4_K_M` of `model.Q4_K_M.gguf`, else the file's name without its ending."""
-    found = re.search(r"(?i)(?<![a-z0-9])(b?f(?:16|32)|i?q\d\w*)$", path.stem)
-    return found[1].upper() if found else path.stem
+    quantization = re.search(r"(?i)(?<![a-z0-9])(b?f(?:16|32)|i?q\d\w*)$", path.stem)
+    return quantization[1].upper() if quantization else path.stem
 
 
 def _checkpoint(checkpoint: str | None, model: str) -> Path:

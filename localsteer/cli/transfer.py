@@ -262,10 +262,10 @@ def _fit(each: LayerMap) -> JsonObject:
 def _print(sent: _Sent, examined: Examined | None) -> None:
     console = answer()
     if sent.maps:
-        made = table("layer", "from layer", "R2 held out", "ridge", numbers=("layer", "from layer", "ridge"))
+        rows = table("layer", "from layer", "R2 held out", "ridge", numbers=("layer", "from layer", "ridge"))
         for t, layer_map in enumerate(sent.maps):
-            made.add_row(str(t), str(layer_map.source), f"{layer_map.r2:.3f}", f"{layer_map.ridge:g}")
-        console.print(made)
+            rows.add_row(str(t), str(layer_map.source), f"{layer_map.r2:.3f}", f"{layer_map.ridge:g}")
+        console.print(rows)
         console.print()
     if examined is None:
         console.print(f"{sent.vector.label}: {sent.way}, not tested", soft_wrap=True)
@@ -274,12 +274,12 @@ def _print(sent: _Sent, examined: Examined | None) -> None:
     vector = examined.vector
     layers = ", ".join(map(str, vector.layers))
     title = f"{vector.label}, {sent.way}: layer {layers}, positions {vector.positions}"
-    made = table("condition", *numbers, numbers=numbers, title=title)
+    rows = table("condition", *numbers, numbers=numbers, title=title)
     for row in examined.rows():
         # the bootstrap interval of equal replies is a point, which would look like certainty
         spread = "" if row["low"] == row["high"] else f"{row['low']:.0%}-{row['high']:.0%}"
         cells = ["-" if row[key] is None else f"{row[key]:.0%}" for key in ("subject_kept", "degenerate")]
-        made.add_row(row["condition"], f"{row['followed']:.0%}", spread, *cells)
-    console.print(made)
+        rows.add_row(row["condition"], f"{row['followed']:.0%}", spread, *cells)
+    console.print(rows)
     console.print()
     console.print(examined.verdict, soft_wrap=True)

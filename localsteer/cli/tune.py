@@ -257,8 +257,8 @@ def _checked(job: TuneJob, catalog: Catalog, params: Params) -> TuneJob:
 
 
 def _grid_options(vector: ControlVector, params: Params) -> JsonObject:
-    found = {name: params[name] for name in ("layers", "positions", "modes", "strengths")}
-    return found | {"modes": params["modes"] or (vector.mode,)}
+    options = {name: params[name] for name in ("layers", "positions", "modes", "strengths")}
+    return options | {"modes": params["modes"] or (vector.mode,)}
 
 
 def _no_wording(what: str) -> CatalogError:

@@ -82,11 +82,11 @@ def shipped_command(model: str | None, as_json: bool) -> None:
     elif not packs:
         note(f"no vectors ship for {model}." if model else "no packs are used: LOCALSTEER_PACKS is off.")
     for pack in () if as_json or _group_as_json() else packs:
-        made = table("instruction", "setting", *SHARES, "n", "file", numbers=(*SHARES, "n"), title=pack.title)
+        rows = table("instruction", "setting", *SHARES, "n", "file", numbers=(*SHARES, "n"), title=pack.title)
         for entry in pack.instructions.values():
             row = {**entry.settings, "scores": entry.scores}
-            made.add_row(entry.id, setting_of(row), *shares_of(row), str(entry.n), entry.file)
-        answer().print(made)
+            rows.add_row(entry.id, setting_of(row), *shares_of(row), str(entry.n), entry.file)
+        answer().print(rows)
         answer().print(f"files in {pack.folder}", soft_wrap=True)
 
 
@@ -135,17 +135,17 @@ def _list(as_json: bool) -> None:
     if not found:
         note(f"no vectors yet in {cache_folder()}: `localsteer run --instruction ID` makes them.")
         return
-    made = table("name", "model", "layers", "mode", "positions", "strength", "key", numbers=("strength",))
-    made.columns[-1].no_wrap = True  # users copy it
+    rows = table("name", "model", "layers", "mode", "positions", "strength", "key", numbers=("strength",))
+    rows.columns[-1].no_wrap = True  # users copy it
     for cached in found:
         values = cached.settings or {}
         layers = ",".join(map(str, values.get("layers", ())))
         strength = f"{values['strength']:g}" if values else ""
         mode = values.get("mode", "unreadable")
-        made.add_row(
+        rows.add_row(
             cached.name, cached.model, layers, mode, values.get("positions", ""), strength, cached.key
         )
-    answer().print(made)
+    answer().print(rows)
 
 
 def _document(cached: Cached) -> JsonObject:

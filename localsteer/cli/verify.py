@@ -135,16 +135,16 @@ def _asked(
 
 def _table(text: str) -> Mapping[str, Any]:
     try:
-        found = json.loads(text)
+        arguments = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "unreadable"
         raise click.UsageError(
             f"--kwargs {_short(text)} is not JSON ({reason}): write it as in "
             """'{"num_words": 50, "relation": "at least"}'."""
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(arguments, dict):
         raise click.UsageError(f"--kwargs {_short(text)} must be a JSON object of names and values.")
-    return found
+    return arguments
 
 
 def _verify_one(
@@ -280,10 +280,10 @@ def _row(number: int, line: str) -> VerdictRow:
 
 
 def _listed(record: Mapping[str, Any], key: str) -> list[Any]:
-    found = record.get(key)
-    if not isinstance(found, list):
+    values = record.get(key)
+    if not isinstance(values, list):
         raise CatalogError(f"`{key}` must be a list.")
-    return found
+    return values
 
 
 def _judged(row: VerdictRow) -> Verdicts:
@@ -320,13 +320,13 @@ def _document(verdicts: Sequence[Verdicts]) -> JsonObject:
 
 
 def _by_instruction(rows: Sequence[Mapping[str, Any]]) -> dict[str, JsonObject]:
-    found: dict[str, list[tuple[bool, bool]]] = {}
+    verdicts: dict[str, list[tuple[bool, bool]]] = {}
     for row in rows:
         for name, *passed in zip(row["instruction_id_list"], row["strict"], row["loose"], strict=True):
-            found.setdefault(name, []).append(tuple(passed))
+            verdicts.setdefault(name, []).append(tuple(passed))
     return {
         name: {"n": len(pairs), **{rule: _share([pair[i] for pair in pairs]) for i, rule in enumerate(RULES)}}
-        for name, pairs in sorted(found.items())
+        for name, pairs in sorted(verdicts.items())
     }
 
 
@@ -373,7 +373,7 @@ def _list(as_json: bool) -> None:
     if as_json:
         print_json(ids)
         return
-    made = table("instruction", "arguments")
+    rows = table("instruction", "arguments")
     for name, arguments in ids.items():
-        made.add_row(name, "\n".join(f"{argument}: {wanted}" for argument, wanted in arguments.items()))
-    answer().print(made)
+        rows.add_row(name, "\n".join(f"{argument}: {wanted}" for argument, wanted in arguments.items()))
+    answer().print(rows)

@@ -38,29 +38,29 @@ class TokenBytes:
     def matcher(self, constraint: Constraint) -> Matcher:
         """A new matcher for one reply. Raises ConstraintError for what can't be read or enforced."""
         with self._lock:
-            found = self._compiled.get(constraint)
-            if found is not None:
+            compiled = self._compiled.get(constraint)
+            if compiled is not None:
                 self._compiled.move_to_end(constraint)
-                return Matcher(self, constraint, found.deep_copy())
+                return Matcher(self, constraint, compiled.deep_copy())
         with self._compiling:
-            made = self._compile(constraint)
+            fresh = self._compile(constraint)
         with self._lock:
-            self._compiled[constraint] = made
+            self._compiled[constraint] = fresh
             while len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-            return Matcher(self, constraint, made.deep_copy())
+            return Matcher(self, constraint, fresh.deep_copy())
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         from llguidance import LLMatcher
 
-        made = LLMatcher(self._tokenizer, constraint.lark_text(), log_level=0, limits=limits())
-        if not made.is_error():
-            packed = made.compute_bitmask()  # here, so that what is too complex is refused here
-            if not made.is_error() and not _unpacked(packed, self.n_vocab + 1).any():
+        matcher = LLMatcher(self._tokenizer, constraint.lark_text(), log_level=0, limits=limits())
+        if not matcher.is_error():
+            packed = matcher.compute_bitmask()  # here, so that what is too complex is refused here
+            if not matcher.is_error() and not _unpacked(packed, self.n_vocab + 1).any():
                 raise constraint.error("no reply can follow it")
-        if made.is_error():
-            raise constraint.error(told(made.get_error()))
-        return made
+        if matcher.is_error():
+            raise constraint.error(told(matcher.get_error()))
+        return matcher
 
 
 class Matcher:

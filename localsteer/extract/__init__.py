@@ -330,8 +330,10 @@ def _provenance(
     backend: Backend, instruction: Instruction, pairs: Sequence[Pair], choice: TokenChoice
 ) -> Mapping[str, Any]:
     prompts = [_question(text) for text in (pairs[0].plain, pairs[0].instructed, pairs[-1].instructed)]
-    made = origin_of(backend, instruction, prompts, method=_method(METHOD, choice)) | {"n_pairs": len(pairs)}
-    return made if choice.is_last else made | {"tokens": choice.spelled}
+    provenance = origin_of(backend, instruction, prompts, method=_method(METHOD, choice)) | {
+        "n_pairs": len(pairs)
+    }
+    return provenance if choice.is_last else provenance | {"tokens": choice.spelled}
 
 
 def _provenance_of_texts(
@@ -340,13 +342,13 @@ def _provenance_of_texts(
     """Provenance like that of an instruction without wordings. texts_sha256: of all texts as they were
     read."""
     probes = [texts[0][1], texts[0][0], texts[-1][0]]
-    made = origin_of(backend, Instruction(name, ()), probes, method=_method(METHOD_OF_TEXTS, choice))
+    provenance = origin_of(backend, Instruction(name, ()), probes, method=_method(METHOD_OF_TEXTS, choice))
     rendered = [[text.render(backend.template) for text in pair] for pair in texts]
-    made["texts_sha256"] = hashlib.sha256(json.dumps(rendered).encode()).hexdigest()
-    made |= {"n_pairs": len(texts), "tokens": choice.spelled, "raw": all(pair[0].raw for pair in texts)}
+    provenance["texts_sha256"] = hashlib.sha256(json.dumps(rendered).encode()).hexdigest()
+    provenance |= {"n_pairs": len(texts), "tokens": choice.spelled, "raw": all(pair[0].raw for pair in texts)}
     # no template was used, so a different one is no reason for a warning
-    unknown = {"phrasings", "group"} | ({"template_hash"} if made["raw"] else set())
-    return {key: value for key, value in made.items() if key not in unknown}
+    unknown = {"phrasings", "group"} | ({"template_hash"} if provenance["raw"] else set())
+    return {key: value for key, value in provenance.items() if key not in unknown}
 
 
 def _method(method: str, choice: TokenChoice) -> str:

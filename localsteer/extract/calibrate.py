@@ -221,8 +221,8 @@ def _units(directions: np.ndarray) -> np.ndarray:
 def _fresh(vector: ControlVector, means: np.ndarray) -> ControlVector:
     directions = means[1] - means[0]
     without, instructed = np.einsum("sle,le->sl", means, _units(directions))
-    found = {"directions": directions, "mean_with": instructed, "mean_without": without}
-    return replace(vector, **found, std_with=None, std_without=None, readers=None, biases=None)
+    arrays = {"directions": directions, "mean_with": instructed, "mean_without": without}
+    return replace(vector, **arrays, std_with=None, std_without=None, readers=None, biases=None)
 
 
 def _cosines(a: ControlVector, b: ControlVector) -> np.ndarray:

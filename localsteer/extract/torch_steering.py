@@ -45,17 +45,17 @@ def greedy_tokens(
     solves jointly). ends: whether a token ends the reply; that token is not part of it.
     """
     reply: list[int] = []
-    given = torch.tensor([list(ids)], device=model.device)
+    inputs = torch.tensor([list(ids)], device=model.device)
     cache = {cache_argument(model): reply_cache(model)}  # every forward pass adds to it
     with torch.inference_mode(), ExitStack() as stack:
         for plan in plans:
             stack.enter_context(steer_hooks(model, plan, n_prompt=len(ids)))
         while len(reply) < max_tokens:
-            token = int(model(input_ids=given, use_cache=True, **cache).logits[0, -1].argmax())
+            token = int(model(input_ids=inputs, use_cache=True, **cache).logits[0, -1].argmax())
             if ends(token):
                 break
             reply.append(token)
-            given = torch.tensor([[token]], device=model.device)
+            inputs = torch.tensor([[token]], device=model.device)
     return reply
 
 

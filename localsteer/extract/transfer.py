@@ -175,7 +175,7 @@ def fit_maps(
     if not shuffle:
         return maps
     others = target[np.random.default_rng(seed).permutation(len(target))]
-    return [_refit(each, source[:, each.source], others[:, t]) for t, each in enumerate(maps)]
+    return [_refit(layer_map, source[:, layer_map.source], others[:, t]) for t, layer_map in enumerate(maps)]
 
 
 def _held_out(groups: Sequence[str], seed: int) -> np.ndarray:
@@ -229,8 +229,12 @@ def shared_prompts(catalog: Catalog, instruction: Instruction, n: int = N_PROMPT
     Never with the instruction itself or one of its kind, which would tell the map the answer.
     """
     queries = catalog.queries_for(instruction, "extraction")
-    usable = [each for each in catalog.instructions.values() if set(each.open_slots) <= set(each.slots)]
-    others = [each.fill() for each in usable if not alike(instruction, each)]
+    usable = [
+        candidate
+        for candidate in catalog.instructions.values()
+        if set(candidate.open_slots) <= set(candidate.slots)
+    ]
+    others = [candidate.fill() for candidate in usable if not alike(instruction, candidate)]
     prompts: dict[str, Pair] = {}
     for i in range(max(n, 1)):
         query = queries[i // 2 % len(queries)].text
@@ -274,7 +278,7 @@ def send_through(
     vector: ControlVector, target: Backend, maps: Sequence[LayerMap], means: np.ndarray
 ) -> ControlVector:
     """The vector of `target` made from the source's mean states (`means`, from `mean_states`), mapped."""
-    mapped = np.stack([each(means[:, each.source]) for each in maps], axis=1)
+    mapped = np.stack([layer_map(means[:, layer_map.source]) for layer_map in maps], axis=1)
     directions = (mapped[1] - mapped[0]).astype(np.float32)
     units = unit_rows(directions.astype(np.float64))
     without, instructed = np.einsum("sle,le->sl", mapped, units)

@@ -28,18 +28,18 @@ def instruction_of(vector: ControlVector, catalog: Catalog, path: Path) -> Instr
     phrasings = vector.phrasings
     if phrasings:
         group, verifier, kwargs = origin.get("group"), origin.get("verifier"), origin.get("kwargs")
-        made = known or Instruction(name, phrasings, group=str(group or "format"))
+        instruction = known or Instruction(name, phrasings, group=str(group or "format"))
         if known and known.id == name and not known.open_slots:
             return known.fill()
         return replace(
-            made,
+            instruction,
             id=name,
             phrasings=phrasings,
             verifier=verifier,
             kwargs=dict(kwargs or {}),
             literal=True,
             held_out_phrasings=(),
-            queries=made.queries or _queries_for(catalog, verifier, kwargs),
+            queries=instruction.queries or _queries_for(catalog, verifier, kwargs),
         )
     if known is None:
         raise CatalogError(

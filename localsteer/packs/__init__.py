@@ -115,15 +115,15 @@ def pack_for(path: str | os.PathLike[str]) -> Match | None:
     that is damaged, ModelFileError for a model file that can't be read.
     """
     packs = all_packs()
-    found = match(path, packs) if packs else None
+    matching = match(path, packs) if packs else None
     named = named_folder()
-    if found is None and named is not None and (named / FILE).is_file():
+    if matching is None and named is not None and (named / FILE).is_file():
         ours = read_pack(named)
         raise MismatchError(
             f"{VARIABLE}={named} is a pack for {ours.model} ({ours.identity.shown}), and "
             f"{Path(path).name} is a different model: name a folder of packs, or {VARIABLE}={OFF}."
         )
-    return found
+    return matching
 
 
 def match_quietly(path: str | os.PathLike[str]) -> Match | None:

@@ -195,10 +195,10 @@ def function_of(tool: llm.Tool) -> dict[str, Any]:
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     if isinstance(stop, str) and stop.startswith("["):
         try:
-            found = json.loads(stop)
+            stops = json.loads(stop)
         except (ValueError, RecursionError):
-            found = stop  # a text that begins so
-        stop = found if isinstance(found, list) and all(isinstance(text, str) for text in found) else stop
+            stops = stop  # a text that begins so
+        stop = stops if isinstance(stops, list) and all(isinstance(text, str) for text in stops) else stop
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
@@ -291,7 +291,7 @@ def messages_of(prompt: llm.Prompt) -> list[dict[str, Any]]:
     """The whole conversation, as chat templates read it. Raises LocalsteerError for anything but text."""
     if not hasattr(prompt, "messages"):
         raise LocalsteerError(f"llm {LLM_WANTED} or newer is required: pip install -U llm")
-    return [made for message in prompt.messages for made in _template_messages(message)]
+    return [rendered for message in prompt.messages for rendered in _template_messages(message)]
 
 
 def _template_messages(message: Any) -> Iterator[dict[str, Any]]:
@@ -403,16 +403,16 @@ def models_file() -> Path:
 def added_models() -> dict[str, str]:
     """The added models. Raises LocalsteerError if their file can't be read."""
     try:
-        found = json.loads(models_file().read_text("utf-8"))
+        added = json.loads(models_file().read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or "no JSON"
         raise LocalsteerError(f"{models_file()} can't be read ({why}): repair or remove it.") from None
-    is_table = isinstance(found, dict) and all(isinstance(model, str) for model in found.values())
+    is_table = isinstance(added, dict) and all(isinstance(model, str) for model in added.values())
     if not is_table:
         raise LocalsteerError(f"{models_file()} is not a table of names and models: repair or remove it.")
-    return found
+    return added
 
 
 def add_model(model: str, name: str | None = None) -> str:

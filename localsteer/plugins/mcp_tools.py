@@ -347,7 +347,7 @@ class SteeringTools:
             with self._models.using(model or self._default) as opened:
                 vectors, _checked = opened.vectors(words)
                 with opened.scheduler.paused() as engine:
-                    made = trace_reply(
+                    traced = trace_reply(
                         engine,
                         messages,
                         vectors,
@@ -356,7 +356,7 @@ class SteeringTools:
                         on_token=work.check,
                         on_progress=lambda done, total: work.tell("tracing", done, total),
                     )
-                return trace_of(opened.model, made)
+                return trace_of(opened.model, traced)
 
         return await self._work(context, run)
 
@@ -420,8 +420,8 @@ def drawing(temperature: float, seed: int | None, schema: dict[str, Any] | None)
     """Fields of Sampling."""
     from localsteer.constrain import Constraint
 
-    made: dict[str, Any] = {"temp": temperature, "seed": seed}
-    return made if schema is None else made | {"grammar": Constraint.json_schema(schema)}
+    settings: dict[str, Any] = {"temp": temperature, "seed": seed}
+    return settings if schema is None else settings | {"grammar": Constraint.json_schema(schema)}
 
 
 def reply_of(model: str, answer: SteeredAnswer, text: str, plain: str | None) -> SteeredReply:

@@ -95,16 +95,16 @@ class SteeringWords:
     def settings(self) -> JsonObject:
         """The settings, as arguments of ControlVector.at. Raises PlanError for settings without a vector, and
         for an invalid layer."""
-        found = {name: getattr(self, name) for name in SETTINGS}
-        idle = [name for name, value in found.items() if value is not None]
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        idle = [name for name, value in settings.items() if value is not None]
         if idle and not (self.steer or self.ensure):
             raise PlanError(f"{idle[0]} needs something to steer by: name an instruction or a vector file.")
         if self.layer is not None:
             try:
-                found["layer"] = parse_layers(str(self.layer))
+                settings["layer"] = parse_layers(str(self.layer))
             except ValueError as error:
                 raise PlanError(f"layer: {error}") from None
-        return found
+        return settings
 
 
 @dataclass(frozen=True)
@@ -366,26 +366,28 @@ class SteeredAnswer:
     def _accepted(self) -> Iterator[str]:
         from localsteer.ensure import ensure
 
-        made = ensure(self._model.scheduler, self.ask, self.checked, tries=self.tries, cancel=self._cancelled)
-        reply = made.reply
-        self.ensured, self.finish_reason, self.timings = made, reply.finish_reason, reply.timings
-        self.n_prompt, self.n_reply = reply.timings.prompt_tokens, made.n_tokens
+        ensured = ensure(
+            self._model.scheduler, self.ask, self.checked, tries=self.tries, cancel=self._cancelled
+        )
+        reply = ensured.reply
+        self.ensured, self.finish_reason, self.timings = ensured, reply.finish_reason, reply.timings
+        self.n_prompt, self.n_reply = reply.timings.prompt_tokens, ensured.n_tokens
         yield reply.text
 
     def record(self) -> JsonObject:
         """What was done, for JSON; complete after the last text."""
-        made: JsonObject = {
+        record: JsonObject = {
             "steering": [described(vector) for vector in self.applied],
             "seed": self.ask.sampling.seed,
             "finish_reason": self.finish_reason,
         }
         if self._ticket is not None and self._ticket.plain_tokens:
-            made["plain_tokens"] = self._ticket.plain_tokens
+            record["plain_tokens"] = self._ticket.plain_tokens
         if self.left_out:
-            made["left_out"] = [vector.name for vector in self.left_out]
+            record["left_out"] = [vector.name for vector in self.left_out]
         if self.ensured is not None:
-            made["ensure"] = self.ensured.record()
-        return made
+            record["ensure"] = self.ensured.record()
+        return record
 
     def unsteered(self) -> SteeredAnswer:
         """The plain reply to the same question, with the same seed."""

@@ -171,8 +171,8 @@ def _sealed(record: Mapping[str, Any]) -> JsonObject:
 def _is_unchanged(record: JsonObject) -> bool:
     """Whether a record's checksum, which is removed from it, is right; a record of an earlier version has
     none."""
-    found = record.pop(SUM, None)
-    return found is None or found == zlib.crc32(_line(record))
+    checksum = record.pop(SUM, None)
+    return checksum is None or checksum == zlib.crc32(_line(record))
 
 
 def _is_whole(record: Mapping[str, Any]) -> bool:

@@ -90,12 +90,12 @@ class Request:
     def classes(self, start: int, n: int) -> list[int]:
         """The PositionClass of n positions."""
         if start < self.n_prompt:
-            found = position_classes(np.arange(start, start + n), self.n_prompt).tolist()
+            classes = position_classes(np.arange(start, start + n), self.n_prompt).tolist()
         else:
-            found = [_GENERATION] * n
+            classes = [_GENERATION] * n
         if self.in_form:
-            found = [_FORM if start + i in self.in_form else cls for i, cls in enumerate(found)]
-        return found
+            classes = [_FORM if start + i in self.in_form else cls for i, cls in enumerate(classes)]
+        return classes
 
 
 def new_request(engine: Engine, ask: Ask) -> Request:
@@ -279,10 +279,10 @@ class Loop:
         known = request.known
         keys = None if request.keep_cache else _keys(request.plan, request.classes(0, len(known)))
         slots = range(self.engine.n_seq_max)
-        found = {slot: self.cache.common(slot, known, keys) for slot in slots}
-        source = max(slots, key=lambda slot: (found[slot], slot in self._idle))
+        common = {slot: self.cache.common(slot, known, keys) for slot in slots}
+        source = max(slots, key=lambda slot: (common[slot], slot in self._idle))
         # the last token is decoded in any case, since its logits are needed
-        n_common = min(found[source], len(known) - 1)
+        n_common = min(common[source], len(known) - 1)
         slot = self._slot_for(source, n_common)
         if slot != source and not self._is_worth_sharing(n_common):
             n_common = 0

@@ -139,11 +139,11 @@ class TextStream:
         return self._decoder.decode(ready, final=True)
 
     def _find_stop(self) -> int | None:
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if not found:
+        stops = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if not stops:
             return None
         # if two begin at the same place, the longer one is reported
-        at, stop = min(found, key=lambda place: (place[0], -len(place[1])))
+        at, stop = min(stops, key=lambda place: (place[0], -len(place[1])))
         self.stopped_by = stop.decode("utf-8")
         return at
 

@@ -47,15 +47,15 @@ def readings(
     no such token.
     """
     choice = TokenChoice.parse(tokens)
-    found = []
+    texts = []
     for number, prompt in enumerate(prompts, 1):
         text = prompt
         if not isinstance(prompt, PromptText):
             text = PromptText(prompt, raw=raw, label=f"prompt {number}")
-        found.append(_reading(engine, text, choice))
+        texts.append(_reading(engine, text, choice))
         if on_progress:
             on_progress(number, len(prompts))
-    return found
+    return texts
 
 
 def _reading(engine: Engine, text: PromptText, choice: TokenChoice) -> Reading:
@@ -70,10 +70,10 @@ def _reading(engine: Engine, text: PromptText, choice: TokenChoice) -> Reading:
             )
         reply = text.forced
         positions = choice.positions(len(ids), lambda part: engine.find_part(ids, part), reply)
-        found = engine.find_part(ids, reply) if reply else None
+        reply_tokens = engine.find_part(ids, reply) if reply else None
     except PromptError as error:
         raise PromptError(f"{text.label}: {str(error).rstrip('.')}.") from error
-    n_prompt = found.start if found else len(ids)
+    n_prompt = reply_tokens.start if reply_tokens else len(ids)
     return Reading(np.array(ids, np.int32), positions, n_prompt, text.raw, text.label)
 
 

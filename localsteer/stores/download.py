@@ -114,18 +114,18 @@ class _Repository:
         from huggingface_hub.utils import WeakFileLock
 
         url = hf_hub_url(self.name, file, endpoint=self.endpoint)
-        found = get_hf_file_metadata(url, token=self.api.token, timeout=SECONDS, endpoint=self.endpoint)
-        if not found.etag or not _ETAG.fullmatch(found.etag) or not found.size:
+        metadata = get_hf_file_metadata(url, token=self.api.token, timeout=SECONDS, endpoint=self.endpoint)
+        if not metadata.etag or not _ETAG.fullmatch(metadata.etag) or not metadata.size:
             raise ModelFileError(
                 f"{hub.PREFIX}{self.name}: the server does not state size and hash of {file}."
             )
-        blob = self.folder / "blobs" / found.etag
-        lock = self.folder.parent / ".locks" / self.folder.name / f"{found.etag}.lock"
+        blob = self.folder / "blobs" / metadata.etag
+        lock = self.folder.parent / ".locks" / self.folder.name / f"{metadata.etag}.lock"
         for path in (blob, lock):
             path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):  # another process may be fetching the same
             if not blob.exists():
-                _fetch(url, found, blob, file, on_progress)
+                _fetch(url, metadata, blob, file, on_progress)
 
 
 def _told(url: str) -> JsonObject:

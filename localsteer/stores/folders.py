@@ -50,10 +50,10 @@ def walk(folder: Path, depth: int) -> Iterator[Path]:
 def _walk(folder: Path, depth: int, left: list[int]) -> Iterator[Path]:
     try:
         with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
+            sorted_entries = sorted(entries, key=lambda entry: entry.name)
     except OSError:
         return
-    for entry in found:
+    for entry in sorted_entries:
         left[0] -= 1
         if left[0] < 0:
             return

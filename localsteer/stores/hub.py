@@ -212,16 +212,18 @@ def cached_files(repo_folder: Path) -> dict[str, Path]:
 def _snapshots(repo_folder: Path) -> list[Path]:
     """That of refs/main first, then the latest."""
     try:
-        found = [path for path in (repo_folder / "snapshots").iterdir() if _COMMIT.fullmatch(path.name)]
+        snapshots = [path for path in (repo_folder / "snapshots").iterdir() if _COMMIT.fullmatch(path.name)]
     except OSError:
         return []
-    found = [path for path in found if os.path.isdir(path)]  # a link that leads nowhere hides no other
-    found.sort(key=os.path.getmtime, reverse=True)
+    snapshots = [
+        path for path in snapshots if os.path.isdir(path)
+    ]  # a link that leads nowhere hides no other
+    snapshots.sort(key=os.path.getmtime, reverse=True)
     try:
         main = folders.read(repo_folder / "refs" / "main", MAX_REF).decode("ascii").strip()
     except (OSError, ValueError):
         main = ""
-    return sorted(found, key=lambda path: path.name != main)
+    return sorted(snapshots, key=lambda path: path.name != main)
 
 
 def _model(prefix: str, repo: str, file: str, here: dict[str, Path], firsts: Sequence[str]) -> StoredModel:

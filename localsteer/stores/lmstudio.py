@@ -55,10 +55,10 @@ def _home() -> Path | None:
 
 def _chosen(settings: Path) -> Path | None:
     try:
-        found = json.loads(folders.read(settings, MAX_SETTINGS))
+        chosen = json.loads(folders.read(settings, MAX_SETTINGS))
     except (OSError, ValueError, RecursionError):
         return None
-    text = found.get("downloadsFolder") if isinstance(found, dict) else None
+    text = chosen.get("downloadsFolder") if isinstance(chosen, dict) else None
     return Path(text) if isinstance(text, str) and text and "\0" not in text else None
 
 

@@ -172,11 +172,11 @@ class Trace:
 
     def _token_dict(self, i: int) -> JsonObject:
         cls = PositionClass(self.classes[i])
-        made = {"id": self.tokens[i], "text": self.pieces[i], "class": cls.name.lower()}
+        entry = {"id": self.tokens[i], "text": self.pieces[i], "class": cls.name.lower()}
         if i < self.n_prompt:
-            return made
+            return entry
         plain, steered = int(self.plain_tokens[i]), int(self.steered_tokens[i])
-        return made | {"plain_id": plain, "plain_text": self.plain_pieces[i], "steered_id": steered}
+        return entry | {"plain_id": plain, "plain_text": self.plain_pieces[i], "steered_id": steered}
 
 
 def trace(

@@ -55,7 +55,7 @@ def _answers(text: str) -> Mapping[str, float]:
     language, certainty = first
     if certainty > _UNANIMOUS:
         return {language: 1.0}
-    drawn = Counter(found[0] for seed in range(_DRAWS) if (found := draw(seed)))
+    drawn = Counter(answer[0] for seed in range(_DRAWS) if (answer := draw(seed)))
     return {language: number / _DRAWS for language, number in drawn.items()}
 
 
@@ -72,10 +72,10 @@ def _drawer(text: str) -> Callable[[int], tuple[str, float] | None]:
     def draw(seed: int) -> tuple[str, float] | None:
         detector.seed, detector.langprob = seed, None
         try:
-            found = detector.get_probabilities()
+            probabilities = detector.get_probabilities()
         except LangDetectException:  # "No features in text"
             return None
-        return (found[0].lang, found[0].prob) if found else ("unknown", 1.0)
+        return (probabilities[0].lang, probabilities[0].prob) if probabilities else ("unknown", 1.0)
 
     return draw
 
@@ -89,9 +89,9 @@ def _what_is_read(text: str) -> str:
     while n < len(text):
         # an address that the cut may have shortened is dropped with all that stands near the end
         webless = Detector.URL_RE.sub(" ", text[:n])[:-_LONGEST_ADDRESS]
-        found = Detector.MAIL_RE.sub(" ", webless)[:-_LONGEST_ADDRESS]
-        if len(found) > 2 * _READ:
-            return found
+        plain = Detector.MAIL_RE.sub(" ", webless)[:-_LONGEST_ADDRESS]
+        if len(plain) > 2 * _READ:
+            return plain
         n *= 2
     return text
 

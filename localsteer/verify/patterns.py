@@ -224,10 +224,10 @@ class _Draft:
         if not self._boundaries:
             return ["\n" if sort >> n & 2 else chr(_FIRST_OTHER + at) for at, sort in enumerate(sorts)]
         words, others = iter(_WORD_SYMBOLS), iter(_OTHER_SYMBOLS)
-        found = ["\n" if sort >> n & 2 else next(words if sort >> n & 1 else others, "") for sort in sorts]
-        if not all(found):
+        symbols = ["\n" if sort >> n & 2 else next(words if sort >> n & 1 else others, "") for sort in sorts]
+        if not all(symbols):
             self._refuse("tells too many kinds of characters apart")
-        return found
+        return symbols
 
     def _sequence(self, nodes: Any, flags: int) -> tuple[list[str | int], int]:
         """Pieces, and how many characters they match one by one."""

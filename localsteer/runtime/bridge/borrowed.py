@@ -96,9 +96,9 @@ class BorrowedContext(Context):
         why = self._why_never()
         if why:
             return frozenset(), why
-        found = super()._try_layers()
+        layers = super()._try_layers()
         lc.llama_perf_context_reset(self.pointer)
-        return found
+        return layers
 
     def _why_never(self) -> str | None:
         model = self.model.pointer

@@ -66,10 +66,10 @@ class Embedder(Handle):
             batch = self._batch.filled(tokens, np.arange(n), np.zeros(n, np.int32), every)
             if lc.llama_decode(self.pointer, batch) != 0:
                 raise LocalsteerError(f"llama.cpp could not embed a text: {log.why()}.")
-            found = lc.llama_get_embeddings_seq(self.pointer, 0)
-            if not found:
+            pooled = lc.llama_get_embeddings_seq(self.pointer, 0)
+            if not pooled:
                 raise LocalsteerError(f"{self.model.path.name} gave no embedding.")
-            values = np.ctypeslib.as_array(found, shape=(lc.llama_model_n_embd(self.model.pointer),)).copy()
+            values = np.ctypeslib.as_array(pooled, shape=(lc.llama_model_n_embd(self.model.pointer),)).copy()
         length = np.linalg.norm(values.astype(np.float64))
         if not np.isfinite(length) or length == 0:
             raise LocalsteerError(f"{self.model.path.name} gave an embedding that is not finite.")

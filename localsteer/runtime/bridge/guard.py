@@ -179,8 +179,8 @@ def _parts(path: Path) -> list[Path]:
     match = re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\.gguf)", path.name)
     if not match:
         return [path]
-    found = path.parent.glob(f"{_escaped(match[1])}[0-9][0-9][0-9][0-9][0-9]{_escaped(match[2])}")
-    return sorted({path, *found})
+    files = path.parent.glob(f"{_escaped(match[1])}[0-9][0-9][0-9][0-9][0-9]{_escaped(match[2])}")
+    return sorted({path, *files})
 
 
 def _escaped(name: str) -> str:
@@ -293,9 +293,9 @@ def _last_words(stderr: str, status: int) -> str:
     """What llama.cpp said as it ended: an assertion, an uncaught exception, or otherwise the signal."""
     lines = [line.strip() for line in stderr.splitlines()]
     for pattern in (r"GGML_(?:ASSERT|ABORT)", r"\.(?:c|cpp|h|cc):\d+: ", r"^what\(\):", "^terminate called"):
-        found = next((line for line in lines if re.search(pattern, line)), None)
-        if found:
-            words = re.sub(r"^what\(\): *|^\S*?\.(?:c|cpp|h|cc):\d+: ", "", found)
+        last_words = next((line for line in lines if re.search(pattern, line)), None)
+        if last_words:
+            words = re.sub(r"^what\(\): *|^\S*?\.(?:c|cpp|h|cc):\d+: ", "", last_words)
             return f'"{_one_line(words)[:_SHOWN]}"'
     with contextlib.suppress(ValueError):
         return signal.Signals(-status).name

@@ -45,8 +45,8 @@ class Accessors(ctypes.Structure):
         lib = lc._lib
         if sys.platform == "win32":  # GetProcAddress does not search them; untested
             lib = ctypes.CDLL(str(Path(lc._lib._name).parent / "ggml-base.dll"))
-        found = {name: ctypes.cast(getattr(lib, name), ctypes.c_void_p) for name, _ in cls._fields_}
-        return cls(**found)
+        addresses = {name: ctypes.cast(getattr(lib, name), ctypes.c_void_p) for name, _ in cls._fields_}
+        return cls(**addresses)
 
 
 # fields of a Program, in the order of localsteer_route_program

@@ -62,8 +62,8 @@ log = Log()
 def check_version() -> None:
     version = importlib.metadata.version("llama-cpp-python")
     first, after = LLAMA_CPP_VERSIONS
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if not first <= found < after:
+    installed = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if not first <= installed < after:
         wanted = ".".join(map(str, first))
         raise LocalsteerError(
             f"llama-cpp-python {version} is installed, localsteer is tested with {wanted}: "

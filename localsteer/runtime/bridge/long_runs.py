@@ -18,14 +18,14 @@ def pieces(text: str) -> list[str]:
     """The text in pieces without longer runs, cut between a letter and another character if possible."""
     if len(text) <= MAX_RUN:
         return [text]
-    found, start = [], 0
+    cut, start = [], 0
     for run in _RUN.finditer(text):
         at, end = run.span()
         while end - at > MAX_RUN:
             at = _boundary(text, at + MAX_RUN // 2, at + MAX_RUN)
-            found.append(text[start:at])
+            cut.append(text[start:at])
             start = at
-    return [*found, text[start:]]
+    return [*cut, text[start:]]
 
 
 def _boundary(text: str, low: int, high: int) -> int:

@@ -315,11 +315,11 @@ class Model(Handle):
         if not self.has_vocabulary:
             return [b""] * self.n_vocab
         function, vocab, size = lc.llama_token_to_piece, self.vocab, 4096
-        buffer, found = ctypes.create_string_buffer(size), []
+        buffer, texts = ctypes.create_string_buffer(size), []
         for token in range(self.n_vocab):
             n = function(vocab, token, buffer, size, 0, False)
-            found.append(buffer[:n] if n >= 0 else self.token_to_piece(token))
-        return found
+            texts.append(buffer[:n] if n >= 0 else self.token_to_piece(token))
+        return texts
 
     def ends(self) -> list[int]:
         """The tokens that end a reply."""

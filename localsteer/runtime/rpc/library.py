@@ -76,10 +76,10 @@ def build(source: Path | None = None, *, say: Say = lambda _text: None, again: b
         tree = _checked(source) if source else _downloaded(work, say)
         say("compiling llama.cpp's RPC backend against the installed ggml")
         settings = [f"-DLLAMA_CPP={tree.resolve()}", f"-DGGML_LIB={ggml_folder()}"]
-        made = work / "build"
-        _run([cmake, "-S", _project(), "-B", made, "-DCMAKE_BUILD_TYPE=Release", *settings])
-        _run([cmake, "--build", made, "--config", "Release"])
-        _run([cmake, "--install", made, "--config", "Release", "--prefix", work / "done"])
+        build_folder = work / "build"
+        _run([cmake, "-S", _project(), "-B", build_folder, "-DCMAKE_BUILD_TYPE=Release", *settings])
+        _run([cmake, "--build", build_folder, "--config", "Release"])
+        _run([cmake, "--install", build_folder, "--config", "Release", "--prefix", work / "done"])
         _put(work / "done", folder)
     return folder
 
@@ -151,12 +151,12 @@ def _project() -> Path:
 
 def _program(name: str) -> str:
     """A program on the path, or among this Python's scripts, where `pip install cmake` puts it."""
-    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
-    if not found:
+    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if not path:
         raise LocalsteerError(
             f"{name} is not installed: pip install {name} (a C++ compiler is needed as well)."
         )
-    return found
+    return path
 
 
 def _run(words: Sequence[object]) -> None:

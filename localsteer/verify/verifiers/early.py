@@ -186,8 +186,8 @@ def _may_become_json(text: str) -> bool:
 
 def _after_string(text: str, at: int) -> int | None:
     """Where a string that opens here ends; the text's end if it may go on; None where it is none."""
-    if found := _STRING.match(text, at):
-        return found.end()
+    if match := _STRING.match(text, at):
+        return match.end()
     return len(text) if _OPEN_STRING.match(text, at) else None
 
 
@@ -202,8 +202,8 @@ def _after_scalar(text: str, at: int) -> int | None:
             return len(text)
     if _OPEN_NUMBER.match(text, at):
         return len(text)
-    found = _NUMBER.match(text, at)
-    return found.end() if found else None
+    match = _NUMBER.match(text, at)
+    return match.end() if match else None
 
 
 EARLY: Mapping[str, Callable[..., bool]] = {
