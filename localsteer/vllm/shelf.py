@@ -17,9 +17,9 @@ MOST_KEPT = 512  # vectors in memory
 
 
 class VectorShelf:
-    """Files are read when they are first named, and again when they change. Any thread may ask.
+    """The folder's vectors. Files are read when first named, and again when they change. Any thread may ask.
 
-    Raises LocalsteerError for a folder that is not there.
+    Raises LocalsteerError for a folder that does not exist.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

@@ -234,7 +234,7 @@ REFUSED = [
     ({"steer": "jsonn"}, "choose one of"),
     ({"steer": "small"}, "was made for a model with embedding width 64"),
     ({"steer": "broken"}, "broken"),
-    ({"steer": []}, "give 1 to 16 names"),
+    ({"steer": []}, "send 1 to 16 names"),
     ({"steer": ["wide", "wide"]}, "each once"),
     ({"steer": 3}, "not the name of a vector"),
     ({"steer": "wide", "strength": "strong"}, "strength: 'strong' is not a number"),
