@@ -295,7 +295,7 @@ def test_one_click_from_a_sentence_to_a_vector_that_is_tried(page, server):
     page.execute_script("document.getElementById('job-stop').focus()")
     wait(lambda: page.find_element(BY, "#outcome").is_displayed(), PATIENT)
     assert focused(page) == "outcome-title"
-    assert page.find_element(BY, "#outcome-title").text == f"{name} is there"
+    assert page.find_element(BY, "#outcome-title").text == f"{name} is ready"
     assert [row.text.split()[0] for row in page.find_elements(BY, "#outcome tbody tr")[1:]] == [
         "plain", "told", "steered", "told",
     ]  # fmt: skip
