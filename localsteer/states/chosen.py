@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True, eq=False)
 class Reading:
     """tokens: (n,) int32, of the whole text. positions: the chosen ones. n_prompt: how many of the tokens are
-    prompt, and no forced reply. raw: without the chat template. label: for errors."""
+    prompt rather than forced reply. raw: without the chat template. label: for error messages."""
 
     tokens: np.ndarray
     positions: range
@@ -41,7 +41,7 @@ def readings(
     raw: bool = False,
     on_progress: Progress | None = None,
 ) -> list[Reading]:
-    """Every prompt rendered and tokenised. raw: of those that are not PromptText, which says itself.
+    """Every prompt, rendered and tokenised. raw: for prompts that are not PromptText, which has its own flag.
 
     Raises PromptError, which names the prompt, for one that can't be read, is longer than the context, or has
     no such token.
@@ -84,8 +84,8 @@ def states_of(
     choice: TokenChoice,
     steer: Steer = (),
 ) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(index, first row, rows) piece by piece: rows are (n, len(layers), n_embd) float32; of a mean, one row,
-    when it is complete.
+    """Yields (index, first row, rows) piece by piece: rows are (n, len(layers), n_embd) float32; for a mean,
+    one row once it is complete.
 
     Raises UnsupportedModelError for a state that is not finite.
     """
@@ -119,11 +119,11 @@ def collect_states(
     raw: bool = False,
     steer: Steer = (),
 ) -> list[np.ndarray]:
-    """(n_chosen, n_layers, n_embd) float32 of each prompt, in memory. n_chosen is 1 for `last`, a mean and an
-    index.
+    """The states of each prompt, in memory: (n_chosen, n_layers, n_embd) float32, where n_chosen is 1 for
+    `last`, a mean and an index.
 
-    layer: 0-based layers, all by default. tokens: as TokenChoice has them. steer: see what steering does; a
-    steered layer is seen after its edit. Raises PromptError, PlanError, MismatchError, UnsupportedModelError.
+    layer: 0-based layers, by default all. tokens: see TokenChoice. steer: what steers; the state of a steered
+    layer is taken after its edit. Raises PromptError, PlanError, MismatchError, UnsupportedModelError.
     """
     choice = TokenChoice.parse(tokens)
     layers = layers_of(engine, layer)

@@ -7,8 +7,8 @@ Sources: ollama's manifest/manifest.go and manifest/paths.go, types/model/name.g
 filled up with), server/images.go (kinds of layers), docs/faq (where the folder lies). A manifest may be a
 list with one for each of Ollama's engines: the one for GGUF is taken.
 
-The model's own chat template, that of the GGUF, is used: Ollama's are Go templates. Of its parameters those
-are respected that change what is said (`AskedFor`); an adapter would make another model of it.
+The chat template in the GGUF is used, since Ollama's are Go templates. The parameters that change what is
+said are respected (`AskedFor`); an adapter would make it another model.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ class _Tag:
 
     @property
     def name(self) -> str:
-        """As Ollama shows it: without what it fills in itself."""
+        """The name as Ollama shows it, without the parts that it fills in."""
         host = "" if self.host.casefold() == HOST else f"{self.host}/"
         namespace = "" if not host and self.namespace.casefold() == NAMESPACE else f"{self.namespace}/"
         return f"{PREFIX}{host}{namespace}{self.model}:{self.tag}"
 
 
 def find(rest: str) -> StoredModel:
-    """Raises ModelFileError. Upper and lower case are the same, as in Ollama."""
+    """The model of a name. Case is ignored, as in Ollama. Raises ModelFileError."""
     key = _parse(checked(rest, PREFIX, EXAMPLE))
     tags = list(_tags())
     tag = next((tag for tag in tags if tag.key == key), None)
@@ -140,7 +140,7 @@ def _readable(folder: Path) -> bool:
 
 
 def _tags() -> Iterator[_Tag]:
-    """Each name once."""
+    """The tags, each name once."""
     seen = set()
     for root in model_folders():
         for kind in MANIFESTS:
@@ -155,7 +155,7 @@ def _tags() -> Iterator[_Tag]:
 
 
 def _unfinished() -> Iterator[StoredModel]:
-    """Blobs that `ollama pull` has not done yet: their manifest comes last, so that nothing names them."""
+    """Unfinished blobs of `ollama pull`: the manifest comes last, so nothing names them yet."""
     begun: dict[str, str] = {}
     for root in model_folders():
         for path in folders.walk(root / "blobs", 0):
