@@ -1,6 +1,6 @@
 """What steering does to one model, with the controls that give it meaning: a table, and replies side by side.
 
-    document = demonstrate(engine, catalog, vectors)              # a model of somebody's, with tuned vectors
+    document = demonstrate(engine, catalog, vectors)              # your model, with tuned vectors
     document = run_demo(instructions=("json", "lowercase"))       # the bundled one: quantized, extracted,
     tuned document["mean"]["steered"]
 
@@ -61,8 +61,8 @@ def run_demo(
 
     backend: where vectors come from: "gguf", the quantized model itself, or "torch", its checkpoint in
     PyTorch. instructions: ids of the bundled catalogue (default: all of its formats and lengths). n: test
-    queries each. out: folder of the vector files (default: in the user's cache). checkpoint: a folder in the
-    bundled one's place. stage: gives a progress bar for a piece of work, called with what is done.
+    queries each. out: folder of the vector files (default: in the user's cache). checkpoint: a folder to use
+    instead of the bundled one. stage: returns a progress callback for a piece of work.
 
     Raises CatalogError for an unknown instruction, ModelFileError without a bundled model.
     """
@@ -121,9 +121,9 @@ def demonstrate(
 ) -> JsonObject:
     """The same table for tuned vectors of any model, by instruction id. n: test queries each.
 
-    other: the vector of an instruction that is not alike, at its own settings, since a vector that ships has
-    its one layer alone.
-    Replies are cut at REAL_TOKENS, or LEARNED_TOKENS, so that this takes a minute or two on a laptop.
+    The control column `other` uses the vector of an unlike instruction at that vector's own settings, since a
+    shipped vector holds only its one layer. Replies are cut at REAL_TOKENS, or LEARNED_TOKENS, so that this
+    takes a minute or two on a laptop.
     """
     started = time.perf_counter()
     queries = spread(catalog.queries["test"], n)
@@ -166,7 +166,7 @@ def demonstrate(
 def answers(
     engine: Engine, catalog: Catalog, vectors: Mapping[str, ControlVector], question: str
 ) -> list[dict[str, str]]:
-    """One question, plain and under each vector, as `examples` of the document."""
+    """Replies to one question, plain and under each vector, in the form of the document's `examples`."""
     steers = [(), *((vector,) for vector in vectors.values())]
     replies = engine.generate_batch(
         [question] * len(steers),
@@ -247,7 +247,7 @@ def _with_partners(catalog: Catalog, instructions: Sequence[Instruction]) -> lis
 def row(
     instruction: Instruction, picked: Tuned, conditions: Mapping[str, Outcomes], others: Sequence[Instruction]
 ) -> JsonObject:
-    """One line of the table. layer and positions are None where picking chose to leave the model alone."""
+    """One line of the table. layer and positions are None where picking chose not to steer."""
     setting = picked.setting
     settings = {
         "layer": setting.layer if setting else None,
@@ -259,7 +259,7 @@ def row(
 
 
 def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Of every figure over the instructions that have it."""
+    """The mean of every figure over the instructions that have it."""
     means: dict[str, float | None] = {}
     for key in MEANS:
         values = [row[key] for row in rows if row[key] is not None]
@@ -276,7 +276,7 @@ def _example(name: str, conditions: Mapping[str, Outcomes]) -> dict[str, str]:
 
 
 def _make_folder(folder: Path) -> None:
-    """Made and tried before the work, which would be lost."""
+    """Create the folder and try to write there, before the work whose results would be lost."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

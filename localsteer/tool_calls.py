@@ -1,11 +1,11 @@
-"""Tool calls in a reply's text: what is a call, and what is not.
+"""Finds tool calls in the text of a reply.
 
-Templates teach models several ways to write a call; these are read:
+Chat templates teach models several ways to write a call; these are recognised:
 
     <tool_call>{"name": ..., "arguments": {...}}</tool_call>          Hermes, Qwen, Granite
     <function=NAME>{...}</function>, <parameter=KEY>VALUE</parameter>  Llama 3.1 functions, Qwen coder
     [TOOL_CALLS] [{"name": ..., "arguments": {...}}]                   Mistral
-    {"name": ..., "parameters": {...}}, alone or in a list             Llama 3.x
+    {"name": ..., "parameters": {...}}, bare or in a list              Llama 3.x
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def loaded(arguments: str | JsonObject) -> Any:
 
 
 def calls_in(text: str, names: Collection[str]) -> tuple[str, list[Call]]:
-    """The text beside the calls, and the calls; what calls no tool of these names stays text.
+    """Split a reply into its text and its tool calls; a call to a tool of another name stays text.
 
-    In time linear in the text: it is the model's, which does what its prompt says.
+    Runs in time linear in the text, because whoever writes the prompt controls what the model writes.
     """
     calls, rest = _found(text)
     if not calls or any(call.name not in names for call in calls):
@@ -133,7 +133,7 @@ class CallHold:
         self._begun = False
 
     def push(self, text: str) -> str:
-        """What is certain to be text."""
+        """Take the next piece of the reply; return the part that is certain to be text."""
         self._held.append(text)
         if self._calling:
             return ""
@@ -153,13 +153,13 @@ class CallHold:
         return held[:cut]
 
     def rest(self) -> str:
-        """At the end of the reply."""
+        """What is still held when the reply ends."""
         held, self._held = "".join(self._held), []
         return held
 
 
 def _possible_mark(text: str) -> int:
-    """Length of the longest end of the text that begins a mark."""
+    """Length of the longest suffix of the text that may be the beginning of a mark."""
     for n in range(min(max(map(len, MARKS)) - 1, len(text)), 0, -1):
         if any(mark.startswith(text[-n:]) for mark in MARKS):
             return n

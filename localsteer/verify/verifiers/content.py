@@ -12,7 +12,8 @@ _POSTSCRIPTS = {"P.S.": re.compile(r"p\.\s?s\."), "P.P.S": re.compile(r"p\.\s?p\
 
 
 def number_placeholders(reply: str, *, num_placeholders: int) -> bool:
-    """At least so many [..] on one line each; empty ones, ticks and links count: [], [x], [text](url)."""
+    """At least this many [..], each within one line; empty ones, ticks and links count: [], [x],
+    [text](url)."""
     return sum(map(_placeholders, reply.split("\n"))) >= num_placeholders
 
 
@@ -25,7 +26,7 @@ def _placeholders(line: str) -> int:
 
 
 def postscript(reply: str, *, postscript_marker: str) -> bool:
-    """The marker stands somewhere in the reply, in any case. Another marker than these two is a regular
+    """The marker occurs somewhere in the reply, in any case. A marker other than these two is a regular
     expression."""
     pattern = _POSTSCRIPTS.get(postscript_marker)
     if pattern is None:
