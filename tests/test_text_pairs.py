@@ -201,7 +201,7 @@ def test_a_bad_pair_is_named_by_its_line(line, says):
         ("[]", "holds no pairs"),
         ('[{"with": "a"}', "begins like a JSON array but is not one"),
         ('[{"with": "a", "without": "b"},\n{"with": "a"}]', "item 2 must have"),
-        ("[[[[", "is none"),
+        ("[[[[", "is not one"),
     ],
 )
 def test_a_file_that_holds_no_pairs(content, says):
@@ -255,7 +255,7 @@ def test_an_instruction_takes_tokens_and_a_name_too(tiny_llama, folder):
         (["--pairs-file", "long.jsonl"], "long.jsonl, line 1, with: it has"),
         (["--pairs-file", "chat.jsonl", "--raw"], "a raw prompt is one text"),
         (["-i", "Rhyme, please.", "--raw"], "--raw belongs to --pairs-file"),
-        (["-i", "Rhyme, please.", "--tokens", "span:Rhyme", "--pairs", "2"], "does not hold 'Rhyme'"),
+        (["-i", "Rhyme, please.", "--tokens", "span:Rhyme", "--pairs", "2"], "does not contain 'Rhyme'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_file(tiny_llama, folder, args, says):
@@ -269,5 +269,5 @@ def test_bad_input_is_one_line_and_leaves_no_file(tiny_llama, folder, args, says
 
 def test_a_text_that_no_token_follows_is_said_in_pytorch_too(tiny_llama):
     pairs = [TextPair(PromptText("a fox", label="one"), PromptText("a river", label="two"))]
-    with pytest.raises(LocalsteerError, match="two: it does not hold 'fox'"):
+    with pytest.raises(LocalsteerError, match="two: it does not contain 'fox'"):
         extract_from_texts(tiny_llama.hf_dir, pairs, name="v", tokens="span:fox", n_threads=1)
