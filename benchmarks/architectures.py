@@ -246,14 +246,14 @@ class Comparison:
             "readers": draw.normal(size=(n_layer, n_embd)) / n_embd**0.5,
             "biases": np.ones(n_layer),
         }  # fmt: skip
-        found = {}
+        named_vectors = {}
         for layer in (self.last // 2, self.last):
             for mode, strength in (("add", 1.0), ("project", 0.7), ("gate", 1.0)):
                 name = f"{mode} at {layer}"
-                found[name] = ControlVector(
+                named_vectors[name] = ControlVector(
                     **settings, layers=(layer,), name=name, mode=mode, strength=strength
                 )
-        return found
+        return named_vectors
 
     def steered(self) -> dict[str, float]:
         from localsteer import Plan

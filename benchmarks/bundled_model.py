@@ -123,9 +123,9 @@ def ask_in_words(workers: Workers, size: Size) -> list[Told]:
     parts = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
     replies = [reply for part in workers.map(_greedy, parts) for reply in part]
     unasked = dict(zip(plain, replies[len(samples) :], strict=True))
-    found = []
+    told = []
     for (group, sample), reply in zip(samples, replies, strict=False):
-        found.append(
+        told.append(
             Told(
                 group,
                 sample.prompt,
@@ -135,7 +135,7 @@ def ask_in_words(workers: Workers, size: Size) -> list[Told]:
                 subject_kept(reply.text, sample.subject.name),
             )
         )
-    return found
+    return told
 
 
 def _greedy(engine: Engine, prompts: Sequence[str]) -> list[Reply]:
@@ -151,8 +151,8 @@ def _follows(sample: world.Sample, text: str, finish_reason: str) -> bool:
 
 def told_table(told: Sequence[Told]) -> list[dict[str, Any]]:
     rows = []
-    for group in dict.fromkeys(each.group for each in told):
-        members = [each for each in told if each.group == group]
+    for group in dict.fromkeys(row.group for row in told):
+        members = [row for row in told if row.group == group]
         wording, _, kind = group.partition("/")
         rows.append({"wording": wording, "kind": kind, "n": len(members), **_told_shares(members)})
     return rows
@@ -160,7 +160,7 @@ def told_table(told: Sequence[Told]) -> list[dict[str, Any]]:
 
 def _told_shares(members: Sequence[Told]) -> dict[str, float]:
     keys = ("followed", "unasked", "named")
-    return {key: float(np.mean([getattr(each, key) for each in members])) for key in keys}
+    return {key: float(np.mean([getattr(member, key) for member in members])) for key in keys}
 
 
 def told_means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -236,8 +236,8 @@ def steer_all(bench: Bench, ready: Sequence[Steered], regime: Regime) -> list[St
     compared = [_conditions(bench, ready, *pair, free=free) for pair in zip(wanted, picks, strict=True)]
     rows = bench.run(compared, what="comparing conditions", score=("none", "steered")).by("instruction")
     return [
-        Steering(each, tuned, rows[each.id].by("condition"))
-        for each, tuned in zip(wanted, picks, strict=True)
+        Steering(instruction, tuned, rows[instruction.id].by("condition"))
+        for instruction, tuned in zip(wanted, picks, strict=True)
     ]
 
 
@@ -319,7 +319,7 @@ def steered_summary(found: Sequence[Steering]) -> dict[str, Any]:
 def bars(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Every promise about the bundled model, what was found, and whether it is kept."""
     told = document["told"]["means"]
-    found = [
+    bars_checked = [
         _bar("told, trained phrasings: mean", told["trained phrasings"]["followed"], at_least=0.95),
         _bar(
             "told, phrasings never trained: mean", told["phrasings never trained"]["followed"], at_least=0.80
@@ -334,20 +334,20 @@ def bars(document: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     for quant, regimes in document["steered"].items():
         for regime in REGIMES:
-            found += _regime_bars(quant, regime, regimes[regime.name]["summary"])
-    return found
+            bars_checked += _regime_bars(quant, regime, regimes[regime.name]["summary"])
+    return bars_checked
 
 
 def _regime_bars(quant: str, regime: Regime, summary: dict[str, Any]) -> list[dict[str, Any]]:
     label = f"{quant}, {regime.name}"
-    found = [_bar(f"{label}: steered, mean", summary["steered"]["mean"], at_least=regime.bar)]
+    rows = [_bar(f"{label}: steered, mean", summary["steered"]["mean"], at_least=regime.bar)]
     for control in ("random", "other"):
         if control in summary:
-            found.append(_bar(f"{label}: {control}, mean", summary[control]["mean"], at_most=0.10))
+            rows.append(_bar(f"{label}: {control}, mean", summary[control]["mean"], at_most=0.10))
     if regime.name != "free":
-        return found
+        return rows
     return [
-        *found,
+        *rows,
         _bar(f"{label}: none, mean", summary["none"]["mean"], at_most=0.05),
         _bar(
             f"{label}: steered, worst ({summary['worst']['id']})", summary["worst"]["steered"], at_least=0.70
@@ -492,17 +492,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def steer(workers: Workers, quant: str, size: Size) -> dict[str, Any]:
     catalog = load_catalog(bundled.CATALOG)
-    ready = [each for each in catalog.instructions.values() if each.verifier and not each.open_slots]
+    instructions = catalog.instructions.values()
+    ready = [
+        instruction for instruction in instructions if instruction.verifier and not instruction.open_slots
+    ]
     options = {"n": size.test, "limits": BUNDLED_LIMITS, "stage": told_by_note}
     bench = Bench(workers, catalog, None, batch=by_instruction, **options)
     bench.vectors.prepare(ready)
     regimes = {}
     for regime in REGIMES:
         note(f"steered, {quant}, {regime.name}")
-        found = steer_all(bench, ready, regime)
+        steerings = steer_all(bench, ready, regime)
         regimes[regime.name] = {
-            "summary": steered_summary(found),
-            "rows": [steered_row(each) for each in found],
+            "summary": steered_summary(steerings),
+            "rows": [steered_row(steering) for steering in steerings],
         }
     return regimes
 

@@ -147,7 +147,7 @@ def compare_decoding(path: Path, n_threads: int, rounds: int, kv_unified: bool) 
 
 def compare_search(path: Path, n_threads: int) -> float:
     options = {"n_ctx": 256, "n_threads": n_threads}
-    found = []
+    ratios = []
     with (
         Engine(path, **options, n_cells=1024, n_seq_max=N_SEQ) as engine,
         Engine(path, **options, n_cells=2048, n_seq_max=N_SEQ_SEARCH) as searching,
@@ -157,13 +157,13 @@ def compare_search(path: Path, n_threads: int) -> float:
         for done in range(2):
             print(f"search {done + 1} of 2", file=sys.stderr)
             alone = search_seconds(engine, texts, settings, together=False)
-            found.append(alone / search_seconds(searching, texts, settings, together=True))
-    return median(found)
+            ratios.append(alone / search_seconds(searching, texts, settings, together=True))
+    return median(ratios)
 
 
 def compare_long(path: Path, n_threads: int, rounds: int) -> float:
     options = {"n_ctx": N_LONG + 2 * N_REPLY, "n_threads": n_threads, "n_seq_max": N_SEQ}
-    found = []
+    ratios = []
     with (
         Engine(path, **options, n_cells=N_SEQ * options["n_ctx"]) as shared,
         Engine(path, **options, kv_unified=False) as separate,
@@ -173,8 +173,8 @@ def compare_long(path: Path, n_threads: int, rounds: int) -> float:
         for done in range(rounds):
             print(f"long prompts {done + 1} of {rounds}", file=sys.stderr)
             slow, fast = (decode_seconds(engine, texts, steers) for engine in (shared, separate))
-            found.append(slow / fast)
-    return median(found)
+            ratios.append(slow / fast)
+    return median(ratios)
 
 
 def median(values: list[float]) -> float:
@@ -182,12 +182,12 @@ def median(values: list[float]) -> float:
 
 
 def measure(path: Path, n_threads: int, rounds: int) -> dict[str, float]:
-    found = {}
+    all_ratios = {}
     for name, kv_unified in CACHES.items():
         print(name, file=sys.stderr)
         ratios = compare_decoding(path, n_threads, rounds, kv_unified)
-        found |= {f"{ratio}, {name}": value for ratio, value in ratios.items()}
-    return {**found, SEARCH: compare_search(path, n_threads), LONG: compare_long(path, n_threads, 2)}
+        all_ratios |= {f"{ratio}, {name}": value for ratio, value in ratios.items()}
+    return {**all_ratios, SEARCH: compare_search(path, n_threads), LONG: compare_long(path, n_threads, 2)}
 
 
 def main() -> int:
@@ -200,12 +200,12 @@ def main() -> int:
         path = arguments.model or Path(folder) / "random-0.4b-q4_0.gguf"
         if arguments.model is None:
             write_random_model(path)
-        found = measure(path, arguments.threads, arguments.rounds)
-    for name, ratio in found.items():
+        ratios = measure(path, arguments.threads, arguments.rounds)
+    for name, ratio in ratios.items():
         print(f"{name:64} {ratio:6.3f}" + (f"   at least {BOUNDS[name]}" if name in BOUNDS else ""))
     document = {"model": path.name, "threads": arguments.threads, "rounds": arguments.rounds}
-    print(json.dumps({**document, "ratios": found, "bounds": BOUNDS, "machine": system_info()}))
-    return 0 if all(found[name] >= bound for name, bound in BOUNDS.items()) else 1
+    print(json.dumps({**document, "ratios": ratios, "bounds": BOUNDS, "machine": system_info()}))
+    return 0 if all(ratios[name] >= bound for name, bound in BOUNDS.items()) else 1
 
 
 if __name__ == "__main__":

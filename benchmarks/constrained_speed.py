@@ -66,7 +66,7 @@ class Times:
     compile: float = 0.0
 
     def row(self) -> dict[str, float]:
-        decode, free, kept = (np.array(each) for each in (self.decode, self.free, self.kept))
+        decode, free, kept = (np.array(seconds) for seconds in (self.decode, self.free, self.kept))
         return {
             "ratio": round(float((decode + free).sum() / (decode + kept).sum()), 4),
             "free_per_second": round(float(1 / (decode + free).mean()), 1),
@@ -138,12 +138,14 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
-    models = given.model or ["bundled"]
-    found = {model: measure(model, given.threads, given.tokens, given.rounds) for model in models}
+    arguments = parser.parse_args()
+    models = arguments.model or ["bundled"]
+    found = {model: measure(model, arguments.threads, arguments.tokens, arguments.rounds) for model in models}
     worst = min(row["ratio"] for rows in found.values() for row in rows.values())
     print(
-        json.dumps({"worst": worst, "threads": given.threads, "machine": platform.machine(), "models": found})
+        json.dumps(
+            {"worst": worst, "threads": arguments.threads, "machine": platform.machine(), "models": found}
+        )
     )
     return 0 if worst >= FLOOR else 1
 

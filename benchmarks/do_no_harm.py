@@ -6,7 +6,7 @@ PROMPTS.jsonl: IFEval-form lines with one instruction and `prompt_without_instru
 set has them. DIR: vector files, with the settings that they carry; a line is asked where one of them has its
 verifier (and its texts, as the phrase to end with). Greedy replies:
 
-    none     the model alone                      steered  the vector, no word of it
+    none     the plain model                      steered  the vector, no word of it
     told     the instruction in the prompt        both     told and steered
     decided  as run, chat and serve have `both`: the vector is left out where its file says that it does harm
     and

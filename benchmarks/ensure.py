@@ -75,18 +75,18 @@ def vector_of(engine: Engine, catalog: Catalog, name: str) -> ControlVector:
 
 def ask(engine: Engine, vector: ControlVector, prompt: str, told: bool) -> Asked:
     settings: dict[str, Any] = {"sampling": GREEDY, "max_tokens": MAX_TOKENS}
-    found = ensure(engine, prompt, vector, **settings)
+    ensured = ensure(engine, prompt, vector, **settings)
     replies = {
         "plain": engine.generate(prompt, **settings),
         "always": engine.generate(prompt, steer=vector, **settings),
-        "ensure": found.reply,
+        "ensure": ensured.reply,
     }
     check = Requirement.of(vector, prompt)
     followed = {
         way: check.passes(reply.text) and is_degenerate(reply.text) is None for way, reply in replies.items()
     }
-    tokens = {way: len(reply.tokens) for way, reply in replies.items()} | {"ensure": found.n_tokens}
-    return Asked(told, replies, tokens, followed, perplexities(engine, prompt, replies), len(found.tries))
+    tokens = {way: len(reply.tokens) for way, reply in replies.items()} | {"ensure": ensured.n_tokens}
+    return Asked(told, replies, tokens, followed, perplexities(engine, prompt, replies), len(ensured.tries))
 
 
 def perplexities(engine: Engine, prompt: str, replies: dict[str, Reply]) -> dict[str, float | None]:
@@ -99,18 +99,18 @@ def perplexities(engine: Engine, prompt: str, replies: dict[str, Reply]) -> dict
 
 def figures(asked: Sequence[Asked]) -> dict[str, Any]:
     """Shares and means of some prompts; complied: of those whose plain reply followed by itself."""
-    complied = [each for each in asked if each.complied]
+    complied = [prompt for prompt in asked if prompt.complied]
     return {
         "n": len(asked),
         "complied": len(complied),
-        "kept": sum(each.kept for each in complied),
-        "tries": mean([each.n_tries for each in asked]),
+        "kept": sum(prompt.kept for prompt in complied),
+        "tries": mean([prompt.n_tries for prompt in asked]),
         **{
             way: {
-                "followed": mean([each.followed[way] for each in asked]),
-                "tokens": mean([each.tokens[way] for each in asked]),
-                "perplexity": geometric([each.perplexity[way] for each in asked]),
-                "perplexity_complied": geometric([each.perplexity[way] for each in complied]),
+                "followed": mean([prompt.followed[way] for prompt in asked]),
+                "tokens": mean([prompt.tokens[way] for prompt in asked]),
+                "perplexity": geometric([prompt.perplexity[way] for prompt in asked]),
+                "perplexity_complied": geometric([prompt.perplexity[way] for prompt in complied]),
             }
             for way in WAYS
         },

@@ -35,7 +35,7 @@ METRICS = {"reading": ("names_it", "is_json"), "reading_choice": ("acc",)}
 
 def ask(model: harness.HarnessModel, tasks: TaskManager, told: str | None = None) -> dict[str, list[float]]:
     """{metric: the value of each question}."""
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model=model,
         tasks=list(METRICS),
         task_manager=tasks,
@@ -46,7 +46,7 @@ def ask(model: harness.HarnessModel, tasks: TaskManager, told: str | None = None
     )
     rows = {}
     for task, metrics in METRICS.items():
-        samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+        samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
         rows |= {metric: [float(sample[metric]) for sample in samples] for metric in metrics}
     return rows
 

@@ -71,8 +71,8 @@ def main() -> None:
     chosen = [catalog.get(name) for name in args.instructions.split(",")]
     path = bundled.gguf_path("instruct", args.quant)
     with Workers(path, default_threads(), n_ctx=N_CTX, n_seq_max=N_SEQ_MAX) as workers:
-        found = workers.map(lambda engine, each: measure(engine, catalog, each, args.n), chosen)
-    rows = sorted((row for each in found for row in each), key=lambda row: -row["ratio"])
+        rows_of_each = workers.map(lambda engine, each: measure(engine, catalog, each, args.n), chosen)
+    rows = sorted((row for each in rows_of_each for row in each), key=lambda row: -row["ratio"])
     for row in rows[:N_SHOWN]:
         print(f"{row['ratio']:6.2f}  {row['instruction']:16} {row['setting']:10} {row['text']!r}")
     document = {

@@ -5,7 +5,7 @@
 For each instruction of the general catalogue that has a rewriter, `localsteer learn` at its defaults, then
 greedy replies to unseen test questions:
 
-    none     the model alone                          told     the instruction in the prompt, in words
+    none     the plain model                          told     the instruction in the prompt, in words
     learned  the learned gate, no word of it          both     told and learned
     random   its gate, a random direction as long     other    another instruction's learned vector
     static   (--static) a learned constant            found    (--found) difference in means, the setting

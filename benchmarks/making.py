@@ -83,13 +83,13 @@ def main() -> int:
                 assert line, "the server did not start"
                 text += line
             with httpx.Client(base_url=json.loads(text)["url"], timeout=600, trust_env=False) as client:
-                found = measured(client)
+                figures = measured(client)
         finally:
             process.terminate()
             process.wait()
-    found |= {"model": model, "tokens": N_TOKENS, "n": N, "python": platform.python_version()}
-    print(json.dumps(found))
-    return int(found["ratio"] > BOUND)
+    figures |= {"model": model, "tokens": N_TOKENS, "n": N, "python": platform.python_version()}
+    print(json.dumps(figures))
+    return int(figures["ratio"] > BOUND)
 
 
 if __name__ == "__main__":

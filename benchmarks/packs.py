@@ -60,10 +60,12 @@ def measure(engine: Engine, pack: Pack, name: str, n: int) -> dict[str, Any]:
     instruction, vector = catalog.get(name).fill(), pack.vector(name)
     questions = spread(catalog.queries_for(instruction, "test"), n)
     applied = CONDITIONS if pack.instructions[name].helps else ("none", "instructed")
-    found = run_conditions(
+    conditions = run_conditions(
         engine, instruction, vector, questions, conditions=applied, scored=(), max_tokens=MAX_TOKENS
     )
-    shown = {key: found.get(key, found["instructed" if key == "both" else "none"]) for key in CONDITIONS}
+    shown = {
+        key: conditions.get(key, conditions["instructed" if key == "both" else "none"]) for key in CONDITIONS
+    }
     return {key: _figures(rows) for key, rows in shown.items()} | {"helps": len(applied) == 4}
 
 

@@ -86,14 +86,14 @@ def _searched(engine: Engine, instruction: Instruction, test: Sequence[Any], sea
     """Cost and result of one search. follows: share of replies to the test queries."""
     before, started = engine.context.n_tokens, time.perf_counter()
     tuned: Tuned = search()
-    found = {
+    row = {
         "seconds": round(time.perf_counter() - started, 1),
         "tokens": engine.context.n_tokens - before,
         "setting": str(tuned.setting),
         "scores": dict(tuned.scores),
     }
     steered = _outcomes(engine, instruction, tuned.vector, test, ("steered",))
-    return found | {"follows": steered["steered"]}
+    return row | {"follows": steered["steered"]}
 
 
 def _outcomes(
@@ -136,10 +136,10 @@ def _line(row: Mapping[str, Any]) -> str:
     parts = [f"{row['id']:<20} plain {row['plain']:.0%} told {row['told']:.0%}"]
     for name in ("likelihood", "exhaustive"):
         if name in row:
-            found = row[name]
+            search = row[name]
             parts.append(
-                f"{name} {found['follows']:.0%} in {found['seconds']:.0f} s, {found['tokens']} tokens, "
-                f"{found['setting']}"
+                f"{name} {search['follows']:.0%} in {search['seconds']:.0f} s, {search['tokens']} tokens, "
+                f"{search['setting']}"
             )
     return "; ".join(parts)
 

@@ -254,10 +254,10 @@ class Soak:
             if answer.status_code != 429:
                 self.lost.append(f"answered {answer.status_code}: {answer.text[:200]}")
             return
-        found = answer.json()
-        self.tokens += found["usage"]["completion_tokens"]
-        if not all(choice["finish_reason"] in ("stop", "length") for choice in found["choices"]):
-            self.lost.append(f"a reply without its end: {found['choices']}")
+        document = answer.json()
+        self.tokens += document["usage"]["completion_tokens"]
+        if not all(choice["finish_reason"] in ("stop", "length") for choice in document["choices"]):
+            self.lost.append(f"a reply without its end: {document['choices']}")
 
     async def _read(self, http: httpx.AsyncClient, body: dict, pause: float) -> None:
         async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -325,7 +325,7 @@ async def soak(run: Soak, args: argparse.Namespace, pid: int) -> tuple[list[floa
             await asyncio.sleep(0.1)
         # every slot takes a request yet
         bodies = [run.body(max_tokens=4) for _ in range(counts["slots"])]
-        answers = await asyncio.gather(*(http.post("/v1/chat/completions", json=each) for each in bodies))
+        answers = await asyncio.gather(*(http.post("/v1/chat/completions", json=body) for body in bodies))
         counts["slots_usable"] = sum(answer.status_code == 200 for answer in answers)
     return seen, counts
 

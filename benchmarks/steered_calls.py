@@ -143,8 +143,8 @@ def vector_of(engine: Engine, name: str, layer: int, strength: float) -> Control
     catalog = load_catalog("general")
     instruction = catalog.get(name)
     queries = catalog.queries_for(instruction, "extraction")
-    made = extract(engine, instruction, queries, n_pairs=12, mode="add")
-    return made.at(layer=layer, positions="all", strength=strength)
+    extraction = extract(engine, instruction, queries, n_pairs=12, mode="add")
+    return extraction.at(layer=layer, positions="all", strength=strength)
 
 
 def measure(scheduler: Scheduler, args: argparse.Namespace) -> dict[str, object]:
@@ -192,13 +192,13 @@ def main() -> int:
     with Scheduler(opener) as scheduler:
         if not scheduler.engine.template.takes_tools:
             sys.exit(f"the chat template of {args.model} shows no tools: give another model.")
-        found = measure(scheduler, args)
+        counts = measure(scheduler, args)
     print(f"{time.perf_counter() - started:.0f} s, {args.threads} thread(s), {platform.processor() or 'CPU'}")
-    print(json.dumps(found))
+    print(json.dumps(counts))
     lost = [
         kind
         for kind in KINDS
-        if found["generation"][f"{kind}, forms plain"]["valid"] < found[kind]["valid"] - 1
+        if counts["generation"][f"{kind}, forms plain"]["valid"] < counts[kind]["valid"] - 1
     ]
     if lost:
         print(f"calls are lost with forms kept plain: {', '.join(lost)}", file=sys.stderr)

@@ -119,7 +119,7 @@ def _row(engine: Engine, style: str, questions: Sequence[Query], replies: Sequen
     judged = [judge(instruction, query, reply) for query, reply in zip(questions, replies, strict=True)]
     n = sum(FORMS[style](reply.text) and not is_degenerate(reply.text) for reply in replies)
     low, high = wilson(n, len(replies))
-    subjects = [one.subject_kept for one in judged if one.subject_kept is not None]
+    subjects = [outcome.subject_kept for outcome in judged if outcome.subject_kept is not None]
     value = perplexity(log_perplexities(engine, judged))
     return {
         "followed": n / len(replies),

@@ -54,8 +54,8 @@ def own_replies() -> dict[str, list[str]]:
         for name in (None, *NAMES):
             steer = [ControlVector.load(PACK / f"{name}.gguf")] if name else []
             greedy = Sampling(temp=0)
-            made = engine.generate_batch(questions(), steer=steer, sampling=greedy, max_tokens=MAX_TOKENS)
-            replies[name or "plain"] = [reply.text for reply in made]
+            batch = engine.generate_batch(questions(), steer=steer, sampling=greedy, max_tokens=MAX_TOKENS)
+            replies[name or "plain"] = [reply.text for reply in batch]
     return replies
 
 

@@ -73,7 +73,7 @@ def read_vocabulary(directory: Path, n_vocab: int) -> Vocabulary:
         tokens, types = _tokens(tokenizer, n_vocab, directory)
         special = gguf.SpecialVocab(directory, True, SPECIAL_TOKENS, n_vocab)
         if not all(isinstance(merge, str) for merge in special.merges):
-            raise TypeError("a merge is no text")
+            raise TypeError("a merge is not text")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{path} is not a readable tokenizer file: {error!r}") from error
     return Vocabulary(
@@ -133,9 +133,11 @@ def _refuse_other_bpe(tokenizer: Mapping[str, Any], pre: str, directory: Path) -
             token.get(side) for token in _added(tokenizer) for side in ("lstrip", "rstrip", "single_word")
         ),
     }
-    found = [name for name, present in reasons.items() if present]
-    if found:
-        raise UnsupportedModelError(f"{directory}: llama.cpp can't follow this tokenizer's {found[0]}")
+    reasons_present = [name for name, present in reasons.items() if present]
+    if reasons_present:
+        raise UnsupportedModelError(
+            f"{directory}: llama.cpp can't follow this tokenizer's {reasons_present[0]}"
+        )
 
 
 def _added(tokenizer: Mapping[str, Any]) -> list[JsonObject]:
@@ -148,7 +150,7 @@ def _tokens(tokenizer: Mapping[str, Any], n_vocab: int, directory: Path) -> tupl
         kind = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
         by_id[token["id"]] = (token["content"], kind)
     if not all(isinstance(text, str) for text, _ in by_id.values()):
-        raise TypeError("the text of an added token is no string")
+        raise TypeError("the text of an added token is not a string")
     if not by_id or max(by_id) >= n_vocab:
         last = max(by_id, default=None)
         raise ModelFileError(f"{directory}: tokenizer.json goes up to token {last}, the model has {n_vocab}")

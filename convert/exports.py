@@ -64,7 +64,7 @@ def export_vector(
 
 
 def losses(vector: ControlVector, to: str) -> tuple[str, ...]:
-    """What a format does not hold of this vector, in words."""
+    """The parts of this vector that a format can't hold, in words."""
     if to in WHOLE:
         return ()
     lost = []
@@ -140,4 +140,4 @@ def _arrays(vector: ControlVector) -> dict[str, np.ndarray]:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{type(value).__name__} is no JSON value")
+    raise TypeError(f"{type(value).__name__} is not a JSON value")

@@ -1,7 +1,7 @@
-"""A GGUF reader that trusts no count: every length is checked against the bytes that are there.
+"""A GGUF reader that trusts no count: every length is checked against the bytes in the file.
 
-`gguf.GGUFReader` believes the counts of a file: an array that claims 2**60 items keeps it busy until memory
-ends. A control vector comes from anywhere, so it is read here; tests hold the two readers equal.
+`gguf.GGUFReader` trusts the counts in a file: an array that claims 2**60 items keeps it busy until memory
+runs out. A control vector may come from anywhere, so it is read here; tests compare the two readers.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ class GgufFile:
 
     def get(self, key: str, *types: GGUFValueType, item: GGUFValueType | None = None) -> Any:
         """The value of a key, None where it is absent. Raises when it has another type."""
-        found = self.keys.get(key)
-        if found is None:
+        entry = self.keys.get(key)
+        if entry is None:
             return None
-        if found.type not in types or (found.type == GGUFValueType.ARRAY and found.item != item):
+        if entry.type not in types or (entry.type == GGUFValueType.ARRAY and entry.item != item):
             raise self.error(f"is damaged: {key} has the wrong type.")
-        return found.value
+        return entry.value
 
     def f32(self, name: str) -> np.ndarray:
         """The data of a 1-D tensor of F32, F16 or BF16 as float32, copied."""

@@ -1,4 +1,4 @@
-"""Control vectors that other tools wrote. Each tool counts layers its own way: that is the convention.
+"""Control vectors written by other tools. Each tool counts layers in its own way, which is its convention.
 
 GGUF:    repeng             `direction.N` is the output of 0-based layer N, as llama.cpp applies it.
          cvector-generator  (llama.cpp's tool; jukofyork's too) `direction.N` is the output of layer N - 1:
@@ -59,11 +59,11 @@ def import_vector(
     layer: int | Sequence[int] | None = None,
     name: str | None = None,
 ) -> ControlVector:
-    """Read a foreign vector. Without a `convention` it is taken from the file where that is certain.
+    """Read another tool's vector. Without a `convention`, it is taken from the file if that is certain.
 
-    n_layer: depth of the model; without it, what the file suggests. layer: chosen layers; without it, all
-    that have a direction for a GGUF, the middle one for arrays. A file that localsteer wrote is read as it
-    is. Raises VectorFileError, and PlanError for a layer that is not there.
+    n_layer: depth of the model; without it, what the file suggests. layer: chosen layers; without it, for a
+    GGUF all that have a direction, for arrays the middle one. A file written by localsteer is read as it is.
+    Raises VectorFileError, and PlanError for a layer that does not exist.
     """
     convention = _OLD_NAMES.get(convention or "", convention)
     if convention is not None and convention not in CONVENTIONS:
@@ -273,9 +273,11 @@ def _array_convention(path: str, convention: str | None, n_layer: int | None, n_
             "code) or hidden_states (row 0 is the embedding), or give the model's number of layers."
         )
     _check_convention(path, convention, ARRAY_CONVENTIONS)
-    found = n_rows - (convention == "hidden_states")
-    if found < 1 or (n_layer is not None and found != n_layer):
-        raise VectorFileError(f"{path} holds {found} layers, but the model has {n_layer or 'at least one'}.")
+    n_layers = n_rows - (convention == "hidden_states")
+    if n_layers < 1 or (n_layer is not None and n_layers != n_layer):
+        raise VectorFileError(
+            f"{path} holds {n_layers} layers, but the model has {n_layer or 'at least one'}."
+        )
     return convention
 
 

@@ -18,7 +18,7 @@ MAJOR = PREFIX + "format.major"
 MINOR = PREFIX + "format.minor"
 N_LAYER = PREFIX + "n_layer"
 N_EMBD = PREFIX + "n_embd"
-# llama.cpp's loader rejects direction.0, so layer 0 travels in a key-value
+# llama.cpp's loader rejects direction.0, so layer 0 is stored in a key-value
 DIRECTION_0 = PREFIX + "direction.0"
 READER = PREFIX + "reader."  # + layer; no tensor, because llama.cpp's loader rejects names it does not know
 BIASES = PREFIX + "biases"

@@ -1,4 +1,4 @@
-"""Read a control-vector GGUF that localsteer wrote; imports.py reads those of others."""
+"""Reads a control-vector GGUF written by localsteer; imports.py reads those of other tools."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TEXT, _BOOL, _ARRAY = GGUFValueType.STRING, GGUFValueType.BOOL, GGUFValueType.A
 
 
 def read_vector(path: str | os.PathLike[str]) -> ControlVector:
-    """Bit-exactly what was written. Raises VectorFileError with one line for whatever is wrong."""
+    """The vector, bit for bit as it was written. Raises VectorFileError, one line, for anything wrong."""
     with open_gguf(path) as file:
         return parse_vector(file)
 

@@ -1,4 +1,4 @@
-"""Static export: what stock llama.cpp can do with a vector, which is to add it everywhere."""
+"""Static export: what stock llama.cpp can do with a vector, namely add it everywhere."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def static_vector(
     directions = np.zeros((vector.n_layer, vector.n_embd), np.float32)
     for il, row in constant_rows(chosen).items():
         directions[il] = row
-    made = {
+    settings = {
         "static_mode": vector.mode,
         "static_positions": vector.positions,
         "static_strength": chosen.strength,
     }
     return ControlVector(
         directions, None, None, None, None, chosen.layers, mode="add", name=vector.name,
-        provenance={**vector.provenance, **made},
+        provenance={**vector.provenance, **settings},
     )  # fmt: skip
 
 

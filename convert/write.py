@@ -1,4 +1,4 @@
-"""Write a control vector as GGUF: the same vector gives the same bytes."""
+"""Writes a control vector as GGUF: the same vector gives the same bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from . import keys
 
 
 def write_vector(vector: ControlVector, path: str | os.PathLike[str], *, compact: bool = False) -> None:
-    """Replace the file at `path` in one step: a reader sees the old file or the whole new one.
+    """Replace the file at `path` in one step: a reader sees either the old file or the complete new one.
 
     compact: leave layers without a direction out, for a vector of one layer of many. Raises VectorFileError
     when the folder can't be written, or the provenance holds what JSON can't.

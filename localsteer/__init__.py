@@ -5,8 +5,8 @@
     with localsteer.Engine("model.gguf") as engine:
         print(engine.generate("Tell me about foxes.", steer=[vector]).text)
 
-Names load at first use (PEP 562): `import localsteer` itself brings in neither numpy, torch nor llama_cpp,
-which is what lets every `--help` answer at once.
+Names load at first use (PEP 562): `import localsteer` itself imports neither numpy, torch nor llama_cpp, and
+every `--help` therefore answers at once.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _HOMES = {
     "CatalogError": "errors",
     "HostError": "errors",
 }
-# Modules, `extract` for one: a function of that name here would vanish whenever the module is imported first,
-# because the import system sets the attribute too. Call localsteer.extract.extract(...).
+# Some names, `extract` for instance, are modules: a function of that name here would vanish if the module
+# were imported first, because the import system sets the attribute too. Call localsteer.extract.extract(...).
 _MODULES = ("ensure", "errors", "extract", "states", "trace")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]

@@ -1,16 +1,16 @@
-"""Do no harm: a vector is left out where the prompt asks for the same already, and its file says that
+"""Do no harm: leave a vector out if the prompt already asks for the same, and the vector's file says that
 steering makes such replies worse.
 
     applied, left_out = considerate(engine, vectors, prompt)
     reply = engine.generate(prompt, steer=applied)
 
 `tune` measures replies to prompts that hold the instruction, plain (`instructed`) and steered (`both`), and
-the file keeps both shares. Where the second is lower, two witnesses must agree that a prompt asks: a word
-that is typical of the vector's phrasings stands in it, and the model's own state at its last token lies on
-the side of the prompts with the instruction (docs/method.md). A phrasing that stands in the prompt as it is
-is certain.
+the file keeps both shares. If the second is lower, two signs must agree that a prompt asks: it contains a
+word that is typical of the vector's phrasings, and the model's state at its last token lies on the side of
+the prompts with the instruction (docs/method.md). A prompt that contains one of the phrasings literally is
+certain to ask.
 
-Neither witness would do by itself: a word is there for other reasons, and on small models the projection
+Neither sign is enough by itself: a word may be there for other reasons, and on small models the projection
 rises with any instruction (docs/do-no-harm.md has the figures).
 """
 
@@ -42,12 +42,12 @@ def considerate(
     raw: bool = False,
     always: Sequence[ControlVector] = (),
 ) -> tuple[list[ControlVector], list[ControlVector]]:
-    """(vectors to apply to this prompt, vectors to leave out), both in their order.
+    """Returns (vectors to apply to this prompt, vectors to leave out), both in their original order.
 
-    Each is decided on its own; where no file says that it does harm, nothing is computed. always: those of
-    the vectors to apply in any case. raw: the prompt goes in without the chat template, and everything is
-    applied, since a vector's statistics are of templated prompts. On an Engine, a stream that is open is
-    ended. Raises MismatchError for a vector of another model, PromptError.
+    Each vector is decided separately; if no file says that its vector does harm, nothing is computed. always:
+    vectors to apply in any case. raw: the prompt has no chat template, and every vector is applied, since a
+    vector's statistics are those of templated prompts. On an Engine, this ends an open stream. Raises
+    MismatchError for a vector of another model, PromptError.
     """
     vectors = [vectors] if isinstance(vectors, ControlVector) else list(vectors)
     inquiry = Inquiry.of(vectors, prompt, vectors if raw else always)
@@ -65,8 +65,8 @@ def considerate(
 
 
 def asks(engine: Engine, vector: ControlVector, prompt: Prompt) -> bool | None:
-    """Whether a prompt asks for what the vector steers to; None where that can't be told, because the vector
-    has no statistics (an import), or they do not separate. On an Engine, a stream that is open is ended."""
+    """Whether a prompt asks for what the vector steers to; None if that can't be decided, because the vector
+    has no statistics (an import) or they do not separate. On an Engine, this ends an open stream."""
     if stands_in(vector, prompt):
         return True
     layer = reading_layer(vector)
@@ -80,8 +80,8 @@ def asks(engine: Engine, vector: ControlVector, prompt: Prompt) -> bool | None:
 
 @dataclass(frozen=True)
 class Inquiry:
-    """What has to be known before a prompt is steered. vectors: all of them. left_out: certain already. open:
-    those for which the state at the last prompt token decides."""
+    """What remains to be decided before a prompt is steered. vectors: all of them. left_out: those already
+    certain. open: those for which the state at the last prompt token decides."""
 
     vectors: tuple[ControlVector, ...]
     left_out: tuple[ControlVector, ...]
@@ -103,12 +103,12 @@ class Inquiry:
 
     @property
     def layers(self) -> list[int]:
-        """Where the state is wanted; none where nothing is open."""
+        """The layers whose state is needed; none if nothing is open."""
         return sorted({reading_layer(vector) for vector in self.open})
 
     def settle(self, states: Mapping[int, np.ndarray]) -> tuple[list[ControlVector], list[ControlVector]]:
-        """(vectors to apply, vectors to leave out). states: (n_embd,) by layer, of the plain model at the
-        last prompt token."""
+        """Returns (vectors to apply, vectors to leave out). states: by layer, (n_embd,) of the plain model at
+        the last prompt token."""
         asked = [v for v in self.open if is_beyond(v, states[reading_layer(v)], reading_layer(v))]
         left_out = [v for v in self.vectors if v in self.left_out or v in asked]
         return [v for v in self.vectors if v not in left_out], left_out
@@ -118,8 +118,8 @@ class Inquiry:
 
 
 def told_and_both(vector: ControlVector) -> tuple[float, float] | None:
-    """The shares of good replies to prompts that hold the instruction, plain and steered; None where the
-    file, which may be anybody's, does not say."""
+    """The shares of good replies to prompts that hold the instruction, plain and steered; None if the file,
+    which may be anyone's, does not say."""
     record = vector.provenance.get("validation")
     scores = record.get("scores") if isinstance(record, Mapping) else None
     if not isinstance(scores, Mapping):
@@ -129,18 +129,17 @@ def told_and_both(vector: ControlVector) -> tuple[float, float] | None:
 
 
 def does_harm(vector: ControlVector) -> bool:
-    """Whether the file says that steering makes replies to prompts that ask already worse, be it by one
-    reply: where that was chance, leaving the vector out costs nothing. One that changes nothing does no
-    harm."""
+    """Whether the file says that steering makes replies to prompts that already ask worse, even by one reply:
+    if that was chance, leaving the vector out costs nothing. A vector that changes nothing does no harm."""
     shares = told_and_both(vector)
     return vector.strength != 0 and shares is not None and shares[1] < shares[0]
 
 
 def why_left_out(vector: ControlVector) -> str:
-    """One line for the user, without its end."""
+    """One line for the user, without its full stop."""
     told, both = told_and_both(vector) or (math.nan, math.nan)
     return (
-        f"{vector.label} is left out: the prompt asks for it already, and its file says that steering then "
+        f"{vector.label} is left out: the prompt already asks for it, and its file says that steering then "
         f"does harm (told {told:.0%}, told and steered {both:.0%})"
     )
 
@@ -152,25 +151,28 @@ def _share(value: Any) -> float | None:
 
 # --- what the words say ------------------------------------------------------------------------------------
 
-TYPICAL = 1 / 3  # of a vector's phrasings have the word; in fewer it is chance
-COMMON = 0.2  # of the catalogue's kinds of instructions; a word of more of them is no help
+TYPICAL = 1 / 3  # of a vector's phrasings must have the word; in fewer it is chance
+# of the catalogue's kinds of instructions may have the word; one that more of them have is no sign
+COMMON = 0.2
 
 
 def stands_in(vector: ControlVector, prompt: Prompt) -> bool:
-    """Whether one of the vector's phrasings stands in the last message of the user, or in one of the
-    system's, whatever the case and spacing."""
+    """Whether the user's last message, or a system message, contains one of the vector's phrasings, whatever
+    its case and spacing."""
     text = _plain("\n".join(_said(prompt, last=True)))
     return any(phrase and phrase in text for phrase in map(_plain, vector.phrasings))
 
 
 def mentions(vector: ControlVector, prompt: Prompt) -> bool:
-    """Whether a word that is typical of the vector's phrasings stands in what the user or the system says."""
+    """Whether the user's or the system's messages contain a word that is typical of the vector's
+    phrasings."""
     return not typical_words(vector.phrasings).isdisjoint(_words("\n".join(_said(prompt))))
 
 
 @lru_cache(maxsize=64)
 def typical_words(phrasings: tuple[str, ...]) -> frozenset[str]:
-    """Words of a third of the phrasings or more, without those that instructions share (answer, must)."""
+    """Words in at least a third of the phrasings, without those common to many instructions (answer,
+    must)."""
     counts = Counter(word for text in phrasings for word in _words(text))
     wanted = max(1.0, TYPICAL * len(phrasings))
     return frozenset(word for word, n in counts.items() if n >= wanted) - _common_words()
@@ -178,8 +180,8 @@ def typical_words(phrasings: tuple[str, ...]) -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def _common_words() -> frozenset[str]:
-    """Words in the phrasings of more than a fifth of the general catalogue's kinds of instructions: one kind
-    has one verifier, so that `sentence`, which all that count sentences have, is theirs alone."""
+    """Words in the phrasings of more than a fifth of the general catalogue's kinds of instructions. A kind
+    shares one verifier, so `sentence`, which is in all instructions that count sentences, counts once."""
     from .catalog import load_catalog
 
     kinds: dict[str, set[str]] = {}
@@ -192,13 +194,13 @@ def _common_words() -> frozenset[str]:
 
 
 def _words(text: str) -> set[str]:
-    """Words of two letters and more, whatever the case; a plural counts as its singular."""
+    """Words of at least two letters, whatever their case; a plural counts as its singular."""
     words = re.findall(r"[^\W\d_]{2,}", text.casefold())
     return {re.sub(r"(?<=\w\w[^\Ws])s$", "", word) for word in words}
 
 
 def _said(prompt: Prompt, last: bool = False) -> list[str]:
-    """By the user and the system; last: of the user, the last message alone."""
+    """The texts of the user and the system; last: of the user's, only the last message."""
     if isinstance(prompt, str):
         return [prompt]
     by_user = [message for message in prompt if message.get("role") == "user"]
@@ -215,8 +217,8 @@ def _plain(text: str) -> str:
 
 
 def reading_layer(vector: ControlVector) -> int | None:
-    """The layer where the projections with and without the instruction lie furthest apart, in units of their
-    spread; None where the vector has no statistics, or no layer separates the two."""
+    """The layer at which the projections with and without the instruction are furthest apart, in units of
+    their spread; None if the vector has no statistics, or no layer separates the two."""
     separation = _separation(vector)
     if separation is None or not separation.max() > 0:
         return None
@@ -224,7 +226,7 @@ def reading_layer(vector: ControlVector) -> int | None:
 
 
 def _separation(vector: ControlVector) -> np.ndarray | None:
-    """(n_layer,) d' = (mean with - mean without) / pooled standard deviation; 0 where there is no
+    """d' = (mean with - mean without) / pooled standard deviation, (n_layer,); 0 at layers without a
     direction."""
     columns = [getattr(vector, key) for key in STATISTICS]
     if any(column is None for column in columns) or _is_turned_round(vector):
@@ -236,8 +238,8 @@ def _separation(vector: ControlVector) -> np.ndarray | None:
 
 
 def _is_turned_round(vector: ControlVector) -> bool:
-    """Whether its two sides are exchanged (extract/recipes.py, `minus`): `with` is then every prompt that
-    does not ask for the word, which says nothing of those that ask to avoid it."""
+    """Whether the vector's two sides are exchanged (extract/recipes.py, `minus`): `with` then means every
+    prompt that does not ask for the word, which says nothing about prompts that ask to avoid it."""
     return str(vector.provenance.get("method", "")).startswith("minus ")
 
 
@@ -250,7 +252,8 @@ def is_beyond(vector: ControlVector, state: np.ndarray, layer: int) -> bool:
 
 
 def threshold(vector: ControlVector, layer: int) -> float:
-    """Between the two means, in proportion to the spreads: there two normal distributions err equally."""
+    """The threshold between the two means, in proportion to the spreads: two normal distributions err equally
+    there."""
     mean_with, mean_without, std_with, std_without = (
         float(getattr(vector, key)[layer]) for key in STATISTICS
     )

@@ -44,11 +44,11 @@ def checkpoint_folder(name: str = "instruct", *, folder: str | os.PathLike[str] 
     """
     if name not in MODELS:
         raise ModelFileError(f"unknown bundled model {name!r}: choose one of {', '.join(MODELS)}.")
-    found = Path(folder) if folder is not None else Path(__file__).parent / "models" / name
+    checkpoint = Path(folder) if folder is not None else Path(__file__).parent / "models" / name
     for required in CHECKPOINT_FILES[:N_REQUIRED]:
-        if not (found / required).is_file():
-            raise ModelFileError(f"{found} holds no {required}: install localsteer again.")
-    return found
+        if not (checkpoint / required).is_file():
+            raise ModelFileError(f"{checkpoint} holds no {required}: install localsteer again.")
+    return checkpoint
 
 
 def is_available(name: str = "instruct") -> bool:
@@ -82,7 +82,7 @@ def gguf_path(
         return path
     if path.is_file() and is_sealed(path):
         say = on_making or logger.warning
-        say(f"the kept {path.name} is damaged: it is made again from the bundled checkpoint")
+        say(f"the cached {path.name} is damaged: making it again from the bundled checkpoint")
     elif on_making:
         on_making(f"making {path.name} from the bundled checkpoint")
     _make(checkpoint, path, quant, f"localsteer-{name}")

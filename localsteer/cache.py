@@ -6,8 +6,8 @@
     <folder>/tried/<fingerprint>.json        how the first load of a model file went (bridge/guard.py)
     <folder>/.../<file>.sha256               the seal of the file beside it: what was written (`seal`)
 
-Everything in it can be deleted at any time, and nothing in it is believed unread: a file that is not what
-was sealed is made again. LOCALSTEER_CACHE overrides where it is.
+Everything in it can be deleted at any time, and nothing in it is trusted unread: a file that differs from
+what was sealed is made again. LOCALSTEER_CACHE overrides its location.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _ADVICE = "choose another folder, or set LOCALSTEER_CACHE for cached files."
 
 
 def cache_folder() -> Path:
-    """Where the cache is; it is not made here. Rules: XDG on Linux, Library/Caches, LOCALAPPDATA.
+    """The path of the cache, which is not created here: XDG on Linux, Library/Caches, LOCALAPPDATA.
 
-    Raises LocalsteerError where there is no home folder to put it in.
+    Raises LocalsteerError if there is no home folder for it.
     """
     chosen = os.environ.get("LOCALSTEER_CACHE")
     try:
@@ -68,8 +68,8 @@ def _usual_folder() -> Path:
 
 
 def require_folder(path: str | os.PathLike[str]) -> None:
-    """Raise LocalsteerError unless the folder of a file that is to be written is there: for files that the
-    user names, where a new folder would hide a slip."""
+    """Raise LocalsteerError unless the folder of a file to be written exists. For files named by the user,
+    for which a new folder would hide a mistake."""
     folder = Path(path).parent
     if not folder.is_dir():
         raise LocalsteerError(f"{os.fspath(path)} can't be written: there is no folder {folder}.")
@@ -77,11 +77,11 @@ def require_folder(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the layer ends well, and vanishes otherwise.
+    """A temporary path beside `path` that replaces it if the `with` block succeeds, and is deleted otherwise.
 
-    Two processes that write one file at once both succeed, and a reader sees one whole file or the other. A
-    pipe or a device is written as it is. Raises LocalsteerError when the folder can't be written, or `path`
-    is one.
+    Two processes that write one file at once both succeed, and a reader sees one complete file or the other.
+    A pipe or a device is written directly. Raises LocalsteerError if the folder can't be written, or `path`
+    is a folder.
     """
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -98,14 +98,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, which is gone when the layer ends unless it was renamed.
+    """A new file beside `path`, which is deleted when the `with` block ends unless it was renamed.
 
-    This process holds a lock on it. What a killed run has left there has none, and is deleted here: of the
-    same target, or in the cache folder of any. Raises OSError.
+    This process holds a lock on it. What a killed run left has no lock, and is deleted here: files for the
+    same target, or in the cache folder for any target. Raises OSError.
     """
     _sweep(path)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
-    # not by mkstemp, whose files only their owner can read: a model or vector is no secret
+    # not by mkstemp, whose files only their owner can read: a model or vector is not a secret
     with temporary.open("xb") as file:
         if fcntl is None:
             file.close()  # Windows renames no open file
@@ -128,7 +128,7 @@ def _sweep(path: Path) -> None:
 
 
 def _is_abandoned(part: Path) -> bool:
-    """Whether no living process writes a temporary file. A new one may be about to be locked."""
+    """Whether no running process writes a temporary file. A new one may be about to be locked."""
     age = time.time() - part.stat().st_mtime
     if fcntl is None or age < NEW_SECONDS:
         return age > ABANDONED_SECONDS
@@ -149,14 +149,14 @@ def _one_line_for(path: Path) -> Iterator[None]:
 
 
 def seal(path: Path) -> None:
-    """Write down what a file of the cache holds now, for `is_intact`."""
+    """Record the current content of a file in the cache, for `is_intact`."""
     with atomic_path(_seal_of(path)) as temporary:
         temporary.write_text(file_sha256(path), "ascii")
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file holds what it held when it was sealed. It is read at the first use in a process, and
-    again when its size or time changes. False for a file that was never sealed, or can't be read."""
+    """Whether a file is unchanged since it was sealed. It is read at the first use in a process, and again
+    when its size or time changes. False for a file that was never sealed, or can't be read."""
     try:
         stat = path.stat()
         stamp = (stat.st_size, stat.st_mtime_ns)
@@ -192,8 +192,7 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 
 def remembered(path: str | os.PathLike[str], what: str, compute: Callable[[Path], str]) -> str:
-    """A text that `compute` makes of a file; made once, then known while path, size and time stay as they
-    are.
+    """The text that `compute` makes from a file, remembered as long as path, size and time do not change.
 
     Raises ModelFileError for a file that can't be read, and what `compute` raises.
     """
@@ -213,7 +212,7 @@ def remembered(path: str | os.PathLike[str], what: str, compute: Callable[[Path]
 
 
 def _known(key: str, stamp: list[int]) -> dict[str, object]:
-    """What the index says of a file as it is now; nothing where the entry itself has changed."""
+    """What the index says about a file as it is now; nothing if the entry itself is damaged."""
     known = _read_index().get(key)
     if not isinstance(known, dict) or known.get("stamp") != stamp:
         return {}
@@ -229,12 +228,12 @@ def vector_folder(model_hash: str) -> Path:
 
 
 def vector_path(model_hash: str, name: str) -> Path:
-    """Where the vector of this name for this model is kept. Any text will do as a name (`file_name`)."""
+    """The path of the vector of this name for this model. Any text can be a name (`file_name`)."""
     return vector_folder(model_hash) / f"{file_name(name)}.gguf"
 
 
 def model_path(name: str) -> Path:
-    """Where a model that this project converts or quantizes for itself is kept."""
+    """The path of a model that localsteer converts or quantizes."""
     return cache_folder() / "models" / f"{file_name(name)}.gguf"
 
 
@@ -252,7 +251,8 @@ def remove_vector(path: Path) -> None:
 
 
 def file_name(name: str) -> str:
-    """A name that every file system takes. A name that had to be changed gets a hash: it stays unique."""
+    """A name that every file system accepts. A name that had to be changed gets a hash, and so stays
+    unique."""
     plain = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")[:48]
     if plain and plain == name:
         return plain
@@ -267,7 +267,7 @@ def _read_index() -> dict[str, object]:
     try:
         index = json.loads(_index_path().read_text("utf-8"))
     except (OSError, ValueError, RecursionError, LocalsteerError):
-        return {}  # missing or damaged: it is only a memory of what can be computed again
+        return {}  # missing or damaged: everything in it can be computed again
     return index if isinstance(index, dict) else {}
 
 
@@ -277,11 +277,11 @@ def _remember(key: str, entry: dict[str, object]) -> None:
             index = _read_index() | {key: {**entry, SUM: _sum(entry)}}
             temporary.write_text(json.dumps(index, indent=1), "utf-8")
     except (OSError, LocalsteerError):
-        pass  # a folder that can't be written costs a second reading, nothing else
+        pass  # if the folder can't be written, the only price is another reading
 
 
 def file_sha256(path: Path) -> str:
-    """Read now, whatever is remembered. Raises OSError."""
+    """The sha256, read now, whatever is remembered. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_READ_BYTES):

@@ -1,11 +1,11 @@
-"""A conversation with one model, each turn steered its own way. No terminal in here: that is cli/chat.py.
+"""A conversation with one model, with steering for each turn. The terminal is in cli/chat.py.
 
     with Chat(engine, vectors={"json": json}) as chat:
         chat.steer("json", strength=0.8)
         turn = chat.ask("Tell me about foxes.", on_text=print)
 
-A change of steering counts for the whole conversation: earlier turns are prompt by then, and are read again
-under the new plan (kv.py), unless `keep_cache` leaves them as they were computed.
+New steering applies to the whole conversation: earlier turns are now prompt, and are read again under the new
+plan (kv.py), unless `keep_cache` leaves them as they were computed.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class ChatDocument(TypedDict):
 @dataclass(frozen=True)
 class Turn:
     """A question and its reply. vectors: what the reply was steered by; steering: the same as plain values,
-    which is all that is known of a turn of a loaded file whose vectors are not here.
+    the only record if a loaded conversation's vectors are missing.
 
-    finish_reason: "stop", "length", or "cancelled": the reply is as far as it had come. left_out: names of
+    finish_reason: "stop", "length", or "cancelled", with the reply as far as it had come. left_out: names of
     vectors that would have done harm, because the question asks for the same (asked.py).
     """
 
@@ -187,7 +187,7 @@ class Chat:
         """Settings of one vector that steers, or of all of them. Returns their names. Raises PlanError."""
         names = (name,) if name else tuple(self.active)
         if not names:
-            raise PlanError("nothing is steered: /steer NAME comes first.")
+            raise PlanError("there is no steering yet: use /steer NAME first.")
         changed = {vector: self._steering(vector).at(**settings) for vector in names}
         self._put({**self.active, **changed})
         self._insist(names, settings)
@@ -197,14 +197,14 @@ class Chat:
         """Steer by these only where a reply fails their verifiers; none switches it off. Raises PlanError."""
         from .ensure import Requirement
 
-        found = {name: self._known(name) for name in names}
-        for vector in found.values():
+        vectors = {name: self._known(name) for name in names}
+        for vector in vectors.values():
             Requirement.of(vector, "")
-        Plan.from_vectors([*self.active.values(), *found.values()], ridge=self.ridge)
-        self.ensured = found
+        Plan.from_vectors([*self.active.values(), *vectors.values()], ridge=self.ridge)
+        self.ensured = vectors
 
     def _insist(self, names: Iterable[str], settings: Mapping[str, Any]) -> None:
-        """A strength of the user's own is applied whatever the prompt asks for."""
+        """Whether the user chose the strength: such a vector is applied whatever the prompt asks for."""
         if settings.get("strength") is not None:
             self._insisted.update(names)
 
@@ -232,11 +232,11 @@ class Chat:
 
     def messages(self, question: str | None = None, *, turns: Iterable[Turn] | None = None) -> list[Message]:
         """The conversation as the chat template takes it, with one question more."""
-        made = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for turn in self.turns if turns is None else turns:
-            made.append({"role": "user", "content": turn.question})
-            made.append({"role": "assistant", "content": turn.reply})
-        return made if question is None else [*made, {"role": "user", "content": question}]
+            messages.append({"role": "user", "content": turn.question})
+            messages.append({"role": "assistant", "content": turn.reply})
+        return messages if question is None else [*messages, {"role": "user", "content": question}]
 
     def ask(self, question: str, *, on_text: Say = lambda _text: None) -> Turn:
         """One turn more. on_text: gets the reply as it comes; with `ensure`, the accepted one at once.
@@ -263,10 +263,10 @@ class Chat:
     def compare(self) -> tuple[Reply, Reply]:
         """The last question once more: the plain reply, and the one under what steers now. Kept nowhere."""
         if not self.turns:
-            raise LocalsteerError("there is no question to compare replies to yet: ask one.")
+            raise LocalsteerError("there is no question yet whose replies could be compared: ask one.")
         if not self.active:
             raise LocalsteerError(
-                "nothing is steered, so there is nothing to compare: /steer NAME comes first."
+                "there is no steering, so there is nothing to compare: use /steer NAME first."
             )
         *before, last = self.turns
         messages = self.messages(last.question, turns=before)
@@ -298,7 +298,7 @@ class Chat:
     def undo(self) -> Turn:
         """Take the last turn back. Raises LocalsteerError when there is none."""
         if not self.turns:
-            raise LocalsteerError("there is nothing to take back.")
+            raise LocalsteerError("there is nothing to undo.")
         return self.turns.pop()
 
     def clear(self) -> int:
@@ -330,13 +330,14 @@ class Chat:
         n = len(self.engine.prompt_tokens(messages))
         if n >= self.engine.n_ctx and not self.turns:
             raise PromptError(
-                f"the question takes {n} tokens and the context holds {self.engine.n_ctx}, reply included: "
+                f"the question takes {n} tokens, and the context of {self.engine.n_ctx} must also "
+                "hold the reply: "
                 "ask a shorter one, or start with a larger context (-c)."
             )
         if n >= self.engine.n_ctx:
             raise PromptError(
-                f"the conversation would take {n} tokens and the context holds {self.engine.n_ctx}: "
-                "/undo takes turns back, /clear forgets them all; by itself nothing is dropped."
+                f"the conversation would take {n} tokens, but the context holds {self.engine.n_ctx}: "
+                "/undo removes the last turn, /clear forgets all; nothing is dropped automatically."
             )
 
     def _say_if_full(self, messages: Sequence[Message], turn: Turn) -> None:
@@ -345,10 +346,10 @@ class Chat:
         if len(self.engine.prompt_tokens(messages)) + turn.n_tokens >= self.engine.n_ctx:
             self.on_note(
                 f"the context of {self.engine.n_ctx} tokens is full, and the reply was cut: "
-                "/undo takes turns back, /clear forgets them all."
+                "/undo removes the last turn, /clear forgets all."
             )
         else:
-            self.on_note(f"the reply was cut after {turn.n_tokens} tokens: -n allows more.")
+            self.on_note(f"the reply was cut after {turn.n_tokens} tokens: raise -n for more.")
 
     def _streamed(self, ask: Ask, steer: Sequence[ControlVector], on_text: Say) -> Turn:
         plan = Plan.from_vectors(steer, ridge=self.ridge)
@@ -394,19 +395,20 @@ class Chat:
         vectors = list(self.ensured.values())
         ask = replace(ask, steer=steer)
         try:
-            found = ensure(self.scheduler, ask, vectors, tries=self.tries, ridge=self.ridge)
+            ensured = ensure(self.scheduler, ask, vectors, tries=self.tries, ridge=self.ridge)
         except KeyboardInterrupt:
             return self._turn("", "cancelled", 0, ())
-        if found.notice:
-            self.on_note(found.notice)
-        elif found.steered_strength:
-            failed = ", ".join(found.tries[0].failed) or "itself"
+        if ensured.notice:
+            self.on_note(ensured.notice)
+        elif ensured.steered_strength:
+            failed = ", ".join(ensured.tries[0].failed) or "itself"
             self.on_note(
-                f"the plain reply fails {failed}: this one is steered at strength {found.steered_strength:g}."
+                f"the plain reply fails {failed}: this one is steered at strength "
+                f"{ensured.steered_strength:g}."
             )
-        chosen = next(attempt for attempt in found.tries if attempt.reply is found.reply)
+        chosen = next(attempt for attempt in ensured.tries if attempt.reply is ensured.reply)
         steered = [vector.at(strength=s) for vector, s in zip(vectors, chosen.strengths, strict=False)]
-        reply = found.reply
+        reply = ensured.reply
         self._seen = []
         return self._turn(reply.text, reply.finish_reason, len(reply.tokens), (*steer, *steered))
 
@@ -436,7 +438,7 @@ class Chat:
                 _read(path)
             except LocalsteerError:
                 raise LocalsteerError(
-                    f"{path} is there already and is no saved conversation: choose another name."
+                    f"{path} already exists and is not a saved conversation: choose another name."
                 ) from None
         with atomic_path(path) as temporary:
             try:
@@ -459,20 +461,22 @@ class Chat:
         names = _names(document.get("ensure"))
         system = document.get("system")
         if not (system is None or isinstance(system, str)):
-            raise LocalsteerError(f"{path} is no saved conversation: its system message is no text.")
+            raise LocalsteerError(f"{path} is not a saved conversation: its system message is not text.")
         self._put(active)
         self.ensured = {name: self.vectors[name] for name in names if name in self.vectors}
         self.turns, self.system, self._seen = turns, system, []
         missing = {settings["name"] for settings in wanted} | set(names)
         for name in sorted(missing - set(self.vectors)):
-            self.on_note(f"there is no vector {name!r} here: the conversation goes on without it.")
+            self.on_note(f"there is no vector {name!r} here: the conversation continues without it.")
         if document.get("model") != self.engine.path.name:
             self.on_note(f"this conversation was held with {document.get('model')}.")
 
     def _read_turn(self, row: Any, path: str | os.PathLike[str]) -> Turn:
         texts = [row.get(key) if isinstance(row, dict) else None for key in ("question", "reply")]
         if not all(isinstance(text, str) for text in texts) or not texts[0]:
-            raise LocalsteerError(f"{path} is no saved conversation: a turn lacks its question or its reply.")
+            raise LocalsteerError(
+                f"{path} is not a saved conversation: a turn lacks its question or its reply."
+            )
         steering = _settings_list(row.get("steering", []), path)
         here = all(settings["name"] in self.vectors for settings in steering)
         vectors = tuple(self._vector_at(settings) for settings in steering) if here else ()
@@ -500,7 +504,7 @@ def _settings_list(rows: Any, path: str | os.PathLike[str]) -> list[VectorSettin
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows
     ):
-        raise LocalsteerError(f"{path} is no saved conversation: its steering is no list of vectors.")
+        raise LocalsteerError(f"{path} is not a saved conversation: its steering is not a list of vectors.")
     return rows
 
 
@@ -515,9 +519,9 @@ def _read(path: str | os.PathLike[str]) -> ChatDocument:
     except OSError as error:
         raise LocalsteerError(f"can't read {path} ({error.strerror or error}).") from None
     except (ValueError, RecursionError):
-        raise LocalsteerError(f"{path} is no saved conversation: it is no JSON.") from None
+        raise LocalsteerError(f"{path} is not a saved conversation: it is not JSON.") from None
     if not isinstance(document, dict) or not isinstance(document.get("turns"), list):
-        raise LocalsteerError(f"{path} is no saved conversation: it has no turns.")
+        raise LocalsteerError(f"{path} is not a saved conversation: it has no turns.")
     if document.get("format") != FORMAT:
         raise LocalsteerError(
             f"{path} has format {document.get('format')!r}, and this version reads {FORMAT}: "

@@ -1,6 +1,6 @@
 """What steering does to one model, with the controls that give it meaning: a table, and replies side by side.
 
-    document = demonstrate(engine, catalog, vectors)              # a model of somebody's, with tuned vectors
+    document = demonstrate(engine, catalog, vectors)              # your model, with tuned vectors
     document = run_demo(instructions=("json", "lowercase"))       # the bundled one: quantized, extracted,
     tuned document["mean"]["steered"]
 
@@ -107,8 +107,8 @@ def run_demo(
 
     backend: where vectors come from: "gguf", the quantized model itself, or "torch", its checkpoint in
     PyTorch. instructions: ids of the bundled catalogue (default: all of its formats and lengths). n: test
-    queries each. out: folder of the vector files (default: in the user's cache). checkpoint: a folder in the
-    bundled one's place. stage: gives a progress bar for a piece of work, called with what is done.
+    queries each. out: folder of the vector files (default: in the user's cache). checkpoint: a folder to use
+    instead of the bundled one. stage: returns a progress callback for a piece of work.
 
     Raises CatalogError for an unknown instruction, ModelFileError without a bundled model.
     """
@@ -131,10 +131,10 @@ def run_demo(
         tuned = bench.vectors.tune([(each, raw[each.id]) for each in chosen])
         picks = dict(zip(ids, tuned, strict=True))
         compared = [_conditions(bench, each, picks[each.id].vector) for each in chosen]
-        found = bench.run(compared, what="comparing conditions", score=SHOWN).by("instruction")
+        outcomes = bench.run(compared, what="comparing conditions", score=SHOWN).by("instruction")
         others = {each.id: bench.controls.others(each) for each in chosen}
     files = _save(folder, picks)
-    by_condition = {name: found[name].by("condition") for name in ids}
+    by_condition = {name: outcomes[name].by("condition") for name in ids}
     rows = [
         row(each, picks[each.id], by_condition[each.id], others[each.id]) | {"file": files[each.id]}
         for each in chosen
@@ -167,25 +167,25 @@ def demonstrate(
 ) -> DemoDocument:
     """The same table for tuned vectors of any model, by instruction id. n: test queries each.
 
-    other: the vector of an instruction that is not alike, at its own settings, since a vector that ships has
-    its one layer alone.
-    Replies are cut at REAL_TOKENS, or LEARNED_TOKENS, so that this takes a minute or two on a laptop.
+    The control column `other` uses the vector of an unlike instruction at that vector's own settings, since a
+    shipped vector holds only its one layer. Replies are cut at REAL_TOKENS, or LEARNED_TOKENS, so that this
+    takes a minute or two on a laptop.
     """
     started = time.perf_counter()
     queries = spread(catalog.queries["test"], n)
     limits = {name: _limit(vector) for name, vector in vectors.items()}
-    with stage("asking the model alone") as advance:
+    with stage("asking the plain model") as advance:
         advance(0, 0)
         plain = {limit: plain_replies(engine, queries, max_tokens=limit) for limit in set(limits.values())}
         plain_mean = mean_state(engine, queries)
-    found: dict[str, dict[str, Outcomes]] = {}
+    outcomes: dict[str, dict[str, Outcomes]] = {}
     with stage("comparing conditions") as advance:
         for done, (name, vector) in enumerate(vectors.items()):
             advance(done, len(vectors))
             others = [
                 other for known, other in vectors.items() if not alike(catalog.get(known), catalog.get(name))
             ]
-            found[name] = run_conditions(
+            outcomes[name] = run_conditions(
                 engine,
                 catalog.get(name),
                 vector,
@@ -199,7 +199,7 @@ def demonstrate(
                 max_tokens=limits[name],
             )
     rows = []
-    for name, conditions in found.items():
+    for name, conditions in outcomes.items():
         vector = vectors[name]
         setting = Setting(vector.layers[0], vector.positions, vector.strength, vector.mode)
         rows.append(_row(catalog.get(name), vector, conditions, setting))
@@ -209,14 +209,14 @@ def demonstrate(
         "instructions": rows,
         "mean": mean(rows),
         "seconds": round(time.perf_counter() - started, 1),
-        "examples": [_example(name, conditions) for name, conditions in found.items()],
+        "examples": [_example(name, conditions) for name, conditions in outcomes.items()],
     }
 
 
 def answers(
     engine: Engine, catalog: Catalog, vectors: Mapping[str, ControlVector], question: str
 ) -> list[DemoExample]:
-    """One question, plain and under each vector, as `examples` of the document."""
+    """Replies to one question, plain and under each vector, in the form of the document's `examples`."""
     steers = [(), *((vector,) for vector in vectors.values())]
     replies = engine.generate_batch(
         [question] * len(steers),
@@ -268,10 +268,10 @@ def _chosen(catalog: Catalog, ids: Sequence[str] | None) -> list[Instruction]:
             for instruction in catalog.instructions.values()
             if instruction.group in GROUPS and instruction.verifier
         ]
-    found = [catalog.get(name) for name in dict.fromkeys(ids)]
-    if not found:
-        raise LocalsteerError("no instruction is named: leave --instructions out for all of them.")
-    return found
+    instructions = [catalog.get(name) for name in dict.fromkeys(ids)]
+    if not instructions:
+        raise LocalsteerError("--instructions is empty: leave it out for all instructions.")
+    return instructions
 
 
 def _check(backend: str, n: int, catalog: Catalog) -> None:
@@ -314,14 +314,14 @@ def _example(name: str, conditions: Mapping[str, Outcomes]) -> DemoExample:
 
 
 def _make_folder(folder: Path) -> None:
-    """Made and tried before the work, which would be lost."""
+    """Create the folder and try to write there, before the work whose results would be lost."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise LocalsteerError(
-            f"{folder} can't be written ({error.strerror or error}): give another --out."
+            f"{folder} can't be written ({error.strerror or error}): choose another --out."
         ) from error
 
 

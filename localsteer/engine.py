@@ -1,4 +1,5 @@
-"""One loaded model and its doors: ask, stream, batch, states, logits. The work behind them is in runtime/."""
+"""One loaded model, with methods to ask, stream, batch, and read states and logits. runtime/ does the
+work."""
 
 from __future__ import annotations
 
@@ -23,23 +24,24 @@ if TYPE_CHECKING:
 
 
 class Engine(Opened):
-    """Thread-hostile: one engine serves one thread and one reply at a time (or one `generate_batch`).
+    """A loaded model. Not thread-safe: one engine serves one thread and one reply (or `generate_batch`) at a
+    time.
 
-    A call that decodes ends a stream that is still open: its next chunk raises LocalsteerError. A stream
-    that is closed, or left by Ctrl-C, leaves the engine usable. After `close` every call raises.
+    A call that decodes ends a stream that is still open: its next chunk raises LocalsteerError. Closing a
+    stream, or leaving it by Ctrl-C, leaves the engine usable. After `close` every call raises.
 
-    path: a GGUF model. n_ctx: tokens that one sequence may hold, prompt and reply together; at most, and by
-    default up to 4096 of, what the model was trained for. n_seq_max: sequences decoded together by the calls
-    that take many. n_cells: tokens that all of them may hold together (None: chosen by memory).
-    kv_unified: they share one cache; False gives each its own, of n_ctx tokens: many long sequences are
-    decoded faster, for more memory, and a prefix that two of them have is copied.
-    exact: F32 KV cache and no flash attention, for comparisons. plain_prompts: `Q: ...` / `A:` in place
-    of the file's chat template, which a base model has often inherited without ever having read it. In this
-    form, which is also that of a file without a template, a reply ends before the next `Q:`.
-    rpc: HOST:PORT of llama.cpp's RPC servers, which hold and compute the model's layers (docs/scale.md); one
-    that is gone raises HostError, and the next call loads the model anew. rpc_seconds: how long one may be
-    silent. n_gpu_layers: None is none, and all of them with rpc.
-    on_progress: called with 0.0 to 1.0 on load. Raises ModelFileError, UnsupportedModelError.
+    path: a GGUF model. n_ctx: tokens that one sequence may hold, prompt and reply together; at most what the
+    model was trained for, by default also at most 4096. n_seq_max: sequences decoded together by the calls
+    that take many. n_cells: tokens that all of them may hold together (None: chosen by memory). kv_unified:
+    all sequences share one cache; False gives each its own of n_ctx tokens, which decodes many long sequences
+    faster, takes more memory, and copies a prefix that two of them share. exact: F32 KV cache and no flash
+    attention, for comparisons. plain_prompts: use `Q: ...` / `A:` instead of the file's chat template, which
+    a base model often inherits without having been trained on it. In this form, which is also used for a file
+    without a template, a reply ends before the next `Q:`. rpc: HOST:PORT of llama.cpp's RPC servers, which
+    hold and compute the model's layers (docs/scale.md). Losing one raises HostError, and the next call loads
+    the model again. rpc_seconds: how long a host may be silent. n_gpu_layers: None means none, but all of
+    them with rpc. on_progress: called with 0.0 to 1.0 during the load. Raises ModelFileError,
+    UnsupportedModelError.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Engine(Opened):
         )
         self._tokenizer = Tokenizer(self.model, self.path.name, self.notice, plain_prompts=plain_prompts)
         self.template = self._tokenizer.template
-        self.piece, self.ends = self._tokenizer.piece, self._tokenizer.ends  # asked at every token
+        self.piece, self.ends = self._tokenizer.piece, self._tokenizer.ends  # called at every token
         self._attaching = Attaching(
             self.path,
             shape=(self.model.n_layer, self.model.n_embd, self.model.architecture),
@@ -94,9 +96,10 @@ class Engine(Opened):
         return generate.generate(self, Ask.of(prompt, **fields))
 
     def stream(self, prompt: Prompt | Ask, **fields: Any) -> Iterator[Chunk]:
-        """The reply as it comes: `.text .token .finish_reason`. fields: of Ask.
+        """Chunks of the reply as they are generated: `.text .token .finish_reason`. fields: of Ask.
 
-        Prompt, plan and settings are checked here and now. Raises PromptError, MismatchError, PlanError.
+        Prompt, plan and settings are checked before this returns. Raises PromptError, MismatchError,
+        PlanError.
         """
         return generate.stream(self, Ask.of(prompt, **fields))
 
@@ -109,7 +112,7 @@ class Engine(Opened):
     ) -> list[Reply]:
         """Many replies, up to n_seq_max at a time in one decode (generate.generate_batch).
 
-        fields: of Ask, the same for all; steer and sampling may be one for all or one each (ask.asks_for).
+        fields: of Ask, the same for all; steer and sampling may also be one for each prompt (ask.asks_for).
         """
         return generate.generate_batch(self, asks_for(prompts, **fields), on_progress=on_progress)
 
@@ -118,32 +121,34 @@ class Engine(Opened):
     def prompt_tokens(self, prompt: Prompt, raw: bool = False) -> list[int]:
         """Token ids of a prompt: a question or messages through the model's chat template, or raw text.
 
-        Raises PromptError when there is nothing in it.
+        Raises PromptError if it is empty.
         """
         self.check_open()
         return self._tokenizer.prompt_tokens(prompt, raw)
 
     def check_template(self) -> None:
-        """A notice where there is none. Raises ModelFileError for one that leaves out what the user says."""
+        """Print a notice if there is no chat template. Raises ModelFileError if it drops what the user
+        says."""
         self._tokenizer.check_template()
 
     def render(self, messages: Sequence[Message], **settings: Any) -> str:
-        """The text of messages as the model reads it. settings: of ChatTemplate.render."""
+        """The text of messages as the model reads it. settings: arguments of ChatTemplate.render."""
         return self._tokenizer.render(messages, **settings)
 
     def rendered_tokens(self, text: str) -> list[int]:
-        """Tokens of a text that a template rendered. This is how a vector's probes are tokenised too."""
+        """Tokens of a text that a template rendered. A vector's probes are tokenised in this way too."""
         self.check_open()
         return self._tokenizer.rendered_tokens(text)
 
     @property
     def token_bytes(self) -> TokenBytes:
-        """The tokens as constraints see them, for any thread; made at the first use (0.4 s for 49,000)."""
+        """The tokens as constraints see them, usable in any thread; made at first use (0.4 s for 49,000)."""
         self.check_open()
         return self._tokenizer.token_bytes
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Special tokens have none. `piece(token)`: its bytes; `ends(token)`: whether it ends a reply."""
+        """The text of tokens; special tokens have none. See also `piece(token)`, its bytes, and
+        `ends(token)`, whether it ends a reply."""
         return b"".join(map(self.piece, tokens)).decode("utf-8", "replace")
 
     # -- plans and numbers -------------------------------------------------------------------------
@@ -159,7 +164,7 @@ class Engine(Opened):
     def logits(
         self, token_ids: Sequence[int], *, steer: Steer = (), n_prompt: int | None = None
     ) -> np.ndarray:
-        """(n_tokens, n_vocab) float32, of one forward pass.
+        """Logits of one forward pass, (n_tokens, n_vocab) float32.
 
         n_prompt: how many of the tokens are prompt, for the positions of a plan; None: all of them.
         """
@@ -174,9 +179,10 @@ class Engine(Opened):
         steer: Steer = (),
         n_prompt: int | None = None,
     ) -> np.ndarray:
-        """(n_tokens, len(layers), n_embd) float32: the residual stream after each layer of `layers`, 0-based.
+        """The residual stream after each layer of `layers` (0-based): (n_tokens, len(layers), n_embd)
+        float32.
 
-        A steered layer is seen after its edit. Raises PlanError for a layer out of range.
+        The state of a steered layer is taken after its edit. Raises PlanError for a layer out of range.
         """
         plan, tokens = self.plan(steer), limits.check_tokens(self, token_ids, n_prompt)
         return forward.hidden_states(self, tokens, limits.check_layers(self, layers), plan, n_prompt)
@@ -184,7 +190,8 @@ class Engine(Opened):
     def last_hidden_states(
         self, prompts: Sequence[Sequence[int]], *, on_progress: Callable[[int, int], None] | None = None
     ) -> np.ndarray:
-        """(n_prompts, n_layer, n_embd) float32: every layer's state at each last token, unsteered."""
+        """Every layer's state at the last token of each prompt, unsteered: (n_prompts, n_layer, n_embd)
+        float32."""
         return forward.last_hidden_states(
             self, [limits.check_tokens(self, ids) for ids in prompts], on_progress
         )
@@ -198,18 +205,20 @@ class Engine(Opened):
         steer: Steer = (),
         n_prompts: Sequence[int] | None = None,
     ) -> Iterator[forward.Seen]:
-        """(index, first, states) piece by piece, in the memory of one decode: states are (n, len(layers),
-        n_embd) float32, at the chosen `positions` of sequence `index` from its `first` one on.
+        """Yields (index, first, states) piece by piece, in the memory of one decode: states are (n,
+        len(layers), n_embd) float32, at the chosen `positions` of sequence `index`, starting at its `first`
+        position.
 
-        positions: of each sequence, ascending, at least one. n_prompts: how many tokens of each are prompt,
-        for the positions of a plan; None: all. The sequences come in any order.
+        positions: for each sequence at least one, ascending. n_prompts: how many tokens of each are prompt,
+        for the positions of a plan; None: all. Sequences come in any order.
         """
         plan, layers = self.plan(steer), limits.check_layers(self, layers)
         rows = forward.rows_at(self, sequences, positions, n_prompts, plan)
         return forward.states_at(self, rows, layers)
 
     def find_part(self, token_ids: Sequence[int], part: str) -> range | None:
-        """The tokens that spell the last occurrence of a text, in part or whole; None where there is none."""
+        """The tokens that spell the last occurrence of a text, in part or whole; None if it does not
+        occur."""
         return self._tokenizer.find_part(token_ids, part)
 
     def score(
@@ -220,7 +229,7 @@ class Engine(Opened):
     ) -> list[float]:
         """Mean log-probability (natural) of each reply's tokens after its prompt, unsteered.
 
-        pairs: (prompt ids, reply ids). exp(-score) is the reply's perplexity. on_progress: called with (pair
-        at work, pairs) after each decode of it. Raises PromptError for an empty prompt or reply.
+        pairs: (prompt ids, reply ids). exp(-score) is the reply's perplexity. on_progress: called with
+        (current pair, pairs) after each of its decodes. Raises PromptError for an empty prompt or reply.
         """
         return forward.score(self, pairs, on_progress)

@@ -1,11 +1,11 @@
-"""Steer only when needed: a plain reply first, and steered ones only where that does not do.
+"""Steer only when needed: a plain reply first, and steered ones only if it fails.
 
     ensured = ensure(engine, "Tell me about foxes.", [json])
     ensured.reply.text, ensured.passed, ensured.notice
 
-A reply that follows by itself is kept as it is, so steering can't cost it any quality. Each vector brings its
-own verifier (`provenance`). Greedy, the first steered try is the reply of `steer=[json]`, so that no fewer
-replies follow than with steering alone.
+A plain reply that follows is kept, so steering can't cost it any quality. Each vector brings its own verifier
+(`provenance`). With greedy sampling, the first steered try is the reply of `steer=[json]`, so no fewer
+replies follow than with steering.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from .runtime.scheduler import Scheduler
 
 TRIES = 3
-BOUNDS = (0.5, 1.5)  # of a vector's own strength, where its tuning tried no others
-RARER = 4096  # characters; a reply twice as long is looked at after every second character more, and so on
-STOPPED = "stopped"  # finish_reason of a try that could not pass any more
+BOUNDS = (0.5, 1.5)  # multiples of a vector's own strength, if its tuning tried no others
+RARER = 4096  # characters; the longer the reply, the less often it is checked
+STOPPED = "stopped"  # finish_reason of a try that could no longer pass
 ENDED = ("cancelled", "deadline")  # finish reasons after which nothing is tried again
 
 
@@ -61,9 +61,9 @@ class EnsuredRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Try:
-    """One reply. factor: what each vector's own strength was multiplied by, 0 for the plain reply; strengths
-    come of it. failed: names of the vectors whose verifiers it fails, only those that are certain when its
-    finish_reason is "stopped". degenerate: why it is no reply (quality.py), or None."""
+    """One reply. factor: the multiple of each vector's own strength, 0 for the plain reply; strengths: the
+    result. failed: names of the vectors whose verifiers it fails, only those that are certain if its
+    finish_reason is "stopped". degenerate: why it is degenerate (quality.py), or None."""
 
     reply: Reply
     factor: float
@@ -91,10 +91,10 @@ class Try:
 
 @dataclass(frozen=True)
 class Ensured:
-    """reply: the first that passed, or the best. tries: in their order, repeated ones included.
+    """reply: the first that passed, or the best. tries: in order, including repeated ones.
 
-    steered_strength: the strength that `reply` was steered with; 0 when it is plain. Of several vectors,
-    what their own strengths were multiplied by. notice: one line for the user where none passed, else "".
+    steered_strength: the strength with which `reply` was steered, 0 if it is plain; for several vectors, the
+    multiple of their own strengths. notice: one line for the user if none passed, else "".
     """
 
     reply: Reply
@@ -132,7 +132,8 @@ class Requirement:
         known = vector.provenance
         if not known.get("verifier"):
             raise PlanError(
-                f"{vector.label} names no verifier, so nothing tells whether a reply follows it: steer by it "
+                f"{vector.label} names no verifier, so nothing can judge whether a reply follows "
+                "it: steer by it "
                 "(-s), or tune it with --verifier first."
             )
         bare = Instruction(vector.label, (), kwargs=known.get("kwargs") or {})
@@ -159,24 +160,26 @@ def ensure(
     on_try: Callable[[int, float], None] | None = None,
     **fields: Any,
 ) -> Ensured:
-    """A reply that each vector's verifier passes and that is not degenerate, if one of `tries` replies is.
+    """A reply that passes each vector's verifier and is not degenerate, if there is one among `tries`
+    replies.
 
     The plain reply comes first, then steered ones: at the vectors' own strengths, then stronger, up to what
-    their tuning tried (`provenance["validation"]`), else half as much again; after a degenerate reply weaker
-    instead. A reply is stopped as soon as it can't pass any more. If none passes: the one that fails the
-    fewest verifiers, rather not degenerate, rather plain; one that had been stopped is generated once more.
+    their tuning tried (`provenance["validation"]`), else by half; after a degenerate reply weaker instead. A
+    reply is stopped as soon as it can no longer pass. If none passes, the result is the one that fails the
+    fewest verifiers, preferably not degenerate, preferably plain; a reply that had been stopped is generated
+    again.
 
-    fields: of Ask; its steer, vectors and no plan, is applied in every try, unverified; one seed serves all
-    tries. tries: replies at most, the plain one included.
-    strengths: multiples of the vectors' own strengths to try in place of those above. deadline: seconds for
-    everything; cancel: ends it from another thread; both give what there is by then. on_try: called with
-    (number of the try, its multiple, 0 = plain).
+    fields: of Ask; its steer (vectors, not a plan) is applied in every try, unverified; all tries share one
+    seed. tries: at most this many replies, including the plain one. strengths: multiples of the vectors' own
+    strengths to try instead of those above. deadline: seconds for everything; cancel: ends it from another
+    thread; both return what there is by then. on_try: called with (number of the try, its multiple, 0 =
+    plain).
 
     Raises PlanError for a vector without a verifier, and what Engine.stream and Scheduler.submit raise.
     """
     vectors = [vectors] if isinstance(vectors, ControlVector) else list(vectors)
     if not vectors:
-        raise PlanError("there is nothing to ensure: give at least one vector.")
+        raise PlanError("there is nothing to ensure: name at least one vector.")
     if tries < 1:
         raise LocalsteerError(f"tries must be at least 1, not {tries}.")
     ask = Ask.of(prompt, **fields)
@@ -194,8 +197,8 @@ def ensure(
     )
     run.check_plans()
     for factor in _Ladder(vectors, tries, strengths, run):
-        made = run.attempt(factor)
-        if made.passed or made.reply.finish_reason in ENDED:
+        attempt = run.attempt(factor)
+        if attempt.passed or attempt.reply.finish_reason in ENDED:
             break
     return run.result()
 
@@ -299,9 +302,9 @@ class _Tries:
         reply, hopeless_names = self._generate(factor, whole)
         failed = hopeless_names or tuple(check.name for check in self.checks if not check.passes(reply.text))
         strengths = tuple(vector.strength for vector in self._at(factor))
-        made = Try(reply, factor, strengths, failed, is_degenerate(reply.text))
-        self.tries.append(made)
-        return made
+        attempt = Try(reply, factor, strengths, failed, is_degenerate(reply.text))
+        self.tries.append(attempt)
+        return attempt
 
     def result(self) -> Ensured:
         """The best try. A stopped one may fail more verifiers than it had by then: it is judged whole."""

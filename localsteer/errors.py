@@ -1,7 +1,7 @@
 """The closed set of errors that a user can cause.
 
-Each message is one line: what is wrong, which value, what to do. The command line prints it as it is and
-exits with `exit_code`; a traceback is a bug.
+Each message is one line that says what is wrong, with which value, and what to do. The command line prints it
+unchanged and exits with `exit_code`; a traceback is a bug.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ModelFileError(LocalsteerError):
 
 
 class MismatchError(LocalsteerError):
-    """A vector and a model that do not belong together: width, depth, tokens."""
+    """A vector and a model that do not belong together, by width, depth or tokens."""
 
 
 class PlanError(LocalsteerError):
@@ -30,7 +30,7 @@ class PlanError(LocalsteerError):
 
 
 class PromptError(LocalsteerError):
-    """A prompt that can't be sent: an empty one, a role that the template does not know."""
+    """A prompt that can't be sent: it is empty, or has a role that the template does not know."""
 
 
 class ContextError(PromptError):
@@ -38,13 +38,13 @@ class ContextError(PromptError):
 
 
 class UnsupportedModelError(LocalsteerError):
-    """A model whose residual stream can't be steered with certainty."""
+    """A model whose residual stream can't be steered reliably."""
 
 
 class HostError(LocalsteerError):
-    """A host that runs part of a model (--rpc) and can't be reached, is something else, or is gone.
+    """A host that should run part of a model (--rpc) but can't be reached, is another service, or is lost.
 
-    In the middle of a reply: the reply is lost, and the model is loaded anew once its hosts are back.
+    In the middle of a reply, the reply is lost; the model is loaded again once its hosts are back.
     """
 
 
@@ -53,17 +53,17 @@ class CatalogError(LocalsteerError):
 
 
 class QueueFullError(LocalsteerError):
-    """More requests than the scheduler lets wait; later there may be room."""
+    """More requests are waiting than the scheduler allows; there may be room later."""
 
 
 class SchedulerClosedError(LocalsteerError):
-    """A request to a scheduler that is closing."""
+    """A request was made to a scheduler that is closing."""
 
 
 class ConstraintError(LocalsteerError):
-    """A schema, pattern or grammar that can't be read, or asks for more than can be enforced.
+    """A schema, pattern or grammar that can't be read, or requires more than can be enforced.
 
-    path: of a JSON schema, the keys that lead to the keyword at fault. why: the same without the path.
+    path: in a JSON schema, the keys that lead to the keyword at fault. why: the message without the path.
     """
 
     def __init__(self, message: str, path: tuple[str, ...] = (), why: str = "") -> None:

@@ -3,7 +3,7 @@
     console.print(terminal_heatmap("score", layers, positions, values, mark=(2, 0), low=0, high=1))
     png_heatmap("score.png", "score", layers, positions, values, mark=(2, 0), low=0, high=1)
 
-Both imports wait for the first picture: a command that draws none loads neither.
+Both libraries are imported at the first picture: a command that draws none loads neither.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ Values = Sequence[Sequence[float | None]]
 Cell = tuple[int, int]
 Mark = Cell | Collection[Cell] | None
 
-# From low to high: dark to light, so that it can be read in grey and by the colour-blind too.
+# From low to high: dark to light, so that it can also be read in grey and by the colour-blind.
 COLOURS = ((36, 30, 78), (44, 92, 134), (62, 156, 130), (172, 204, 84), (252, 232, 120))
-MAX_NUMBERS = 600  # cells of a picture; in more of them numbers would be dots
+MAX_NUMBERS = 600  # cells of a picture; with more, the numbers would be too small to read
 DPI = 120
 
 
 @dataclass(frozen=True)
 class Colouring:
-    """low, high: the ends of the colours (None: of the values). form: of a figure."""
+    """How values become colours. low, high: the ends of the scale (None: those of the values). form: the
+    format of a figure."""
 
     low: float | None = None
     high: float | None = None
@@ -54,11 +55,11 @@ def terminal_heatmap(
     corner: str = "",
     **colouring: Any,
 ) -> RenderableType:
-    """A table whose cells hold the figure on its colour; a marked one stands in brackets.
+    """A table whose cells show the figure on its colour; marked ones are in brackets.
 
-    Where there are no colours (a pipe) the figures remain; columns that do not fit stand below. values: one
-    row for each of row_labels; None or NaN leaves a cell empty. mark: (row, column) of one cell, or several
-    of those. corner: what the row labels are. colouring: of Colouring.
+    Without colours (in a pipe) the figures remain; columns that do not fit go below. values: one row for each
+    of row_labels; None or NaN leaves a cell empty. mark: (row, column) of a cell, or several of these.
+    corner: what the row labels mean. colouring: arguments of Colouring.
     """
     from rich.text import Text
 
@@ -81,7 +82,7 @@ def terminal_heatmap(
 
 
 class _TerminalHeatmap:
-    """As many columns as fit the console side by side, the others below: a figure cut off is another one."""
+    """As many columns as fit into the console, the others below: a figure that is cut off would be wrong."""
 
     def __init__(self, title: str, header: list[Text], rows: list[list[Text]]) -> None:
         self._title, self._rows = title, [header, *rows]
@@ -137,7 +138,7 @@ def png_heatmap(
 ) -> None:
     """The same as a picture; the file's ending chooses its kind (.png, .svg, .pdf).
 
-    Raises LocalsteerError without matplotlib, for an unknown ending and for a file that can't be written.
+    Raises LocalsteerError without matplotlib, for an unknown ending, and for a file that can't be written.
     """
     _check_shape(row_labels, col_labels, values)
     width = 2.5 + max(0.75 * len(col_labels), 3.0)
@@ -156,7 +157,7 @@ def draw_heatmap(
     mark: Mark = None,
     **colouring: Any,
 ) -> None:
-    """Into matplotlib axes: for pictures with several parts. colouring: of Colouring."""
+    """Draw it into matplotlib axes, for pictures with several parts. colouring: arguments of Colouring."""
     from matplotlib.colors import LinearSegmentedColormap
 
     chosen = Colouring(**colouring)
@@ -184,7 +185,7 @@ def check_picture(path: str | os.PathLike[str], what: str = "--plot") -> None:
 
 
 def new_figure(width: float, height: float, what: str = "--plot") -> Figure:
-    """An empty picture of so many inches. what: the option that asked for it, for the message.
+    """An empty picture of this size in inches. what: the option that needs it, for the message.
 
     Raises LocalsteerError without matplotlib.
     """
@@ -196,20 +197,20 @@ def new_figure(width: float, height: float, what: str = "--plot") -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a picture. Raises LocalsteerError for an unknown ending and a file that can't be written, which
-    stays as it was."""
+    """Write a picture. Raises LocalsteerError for an unknown ending, and for a file that can't be written,
+    which is left unchanged."""
     require_folder(path)
     try:
         with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=DPI, format=Path(path).suffix.lstrip(".").lower())
-    except ValueError as error:  # an ending that is no picture format
+    except ValueError as error:  # an ending that is not a picture format
         raise LocalsteerError(f"{os.fspath(path)} can't be drawn: {error}.") from None
     except OSError as error:
         raise LocalsteerError(f"{os.fspath(path)} can't be written: {error.strerror}.") from None
 
 
 class _Scale:
-    """Where a value lies between the ends, 0 to 1. Without two ends apart everything is in the middle."""
+    """Where a value lies between the ends, 0 to 1; the middle if the ends are equal."""
 
     def __init__(self, values: Values, low: float | None, high: float | None) -> None:
         known = [value for row in values for value in row if _is_known(value)]
@@ -223,7 +224,7 @@ class _Scale:
 
 
 def colour(part: float) -> tuple[int, int, int]:
-    """Red, green, blue of a share of the scale, 0 to 1."""
+    """Red, green and blue at a point of the scale, 0 to 1."""
     place = part * (len(COLOURS) - 1)
     i = min(int(place), len(COLOURS) - 2)
     low, high = COLOURS[i], COLOURS[i + 1]
@@ -255,7 +256,7 @@ def _frame(axes: Any, i: int, j: int) -> None:
 
 
 def _tilt(labels: Sequence[object]) -> int:
-    """Degrees: long labels side by side would run into each other."""
+    """Degrees by which to turn labels, since long ones side by side would overlap."""
     return 40 if max((len(str(label)) for label in labels), default=0) > 8 and len(labels) > 3 else 0
 
 

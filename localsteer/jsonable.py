@@ -1,4 +1,4 @@
-"""Values as JSON has them, which lacks NaN and infinity."""
+"""Values for JSON, which has no NaN and infinity."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-JsonObject = dict[str, Any]  # a document, or a part of one: whatever JSON can hold, by name
+JsonObject = dict[str, Any]  # a document, or part of one: any values that JSON can hold, by name
 
 
 def finite(value: Any) -> Any:
-    """The same with None for NaN and infinity, at any depth."""
+    """The value with None for NaN and infinity, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""llama-cpp-python's Llama with steering: the drop-in for code that is written against `llama_cpp.Llama`.
+"""llama-cpp-python's Llama with steering: a drop-in for code written for `llama_cpp.Llama`.
 
     llama = localsteer.SteeredLlama("model.gguf", n_ctx=4096)
     llama.steer([vector])
@@ -6,9 +6,9 @@
     with llama.steering([other]):
         llama("Once upon a time")
 
-All decodes of Llama go through `eval` (or `embed`); here `eval` also makes sure that everything before the
-new tokens was computed under the same edits, and computes it again from the first position that was not.
-That is what keeps the prefix cache, loaded states and state caches right, whoever matched their tokens.
+All decodes of Llama go through `eval` (or `embed`). Here, `eval` also makes sure that everything before the
+new tokens was computed under the same edits, and computes it again from the first position that was not. This
+keeps the prefix cache, loaded states and state caches correct, whatever matched their tokens.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 @dataclass(frozen=True)
 class _Request:
-    """What a call keeps from its beginning to its end. number, n_prompt: of one that generates."""
+    """What a call keeps from its beginning to its end. number, n_prompt: for a call that generates."""
 
     plan: Plan | None
     number: int | None = None
@@ -66,9 +66,9 @@ class _Request:
 
 
 class _Decode:
-    """Stands in for LlamaContext.decode: with a plan a batch goes through the hook, without one as ever.
+    """Replaces LlamaContext.decode: with a plan, a batch goes through the hook, without one as usual.
 
-    n_prompt: None: the sequences of the batch are whole prompts.
+    n_prompt: None means that the sequences of the batch are whole prompts.
     """
 
     def __init__(self, context: BorrowedContext, plain: Callable[[LlamaBatch], None], embeds: bool) -> None:
@@ -101,13 +101,13 @@ class _Decode:
 class SteeredLlama(llama_cpp.Llama):
     """A llama_cpp.Llama whose replies are steered; unsteered it answers exactly as that class does.
 
-    One thread at a time: a call while another decodes raises LocalsteerError. A stream keeps the plan that it
-    was asked for under; another call that decodes ends it, and its next chunk raises.
+    One thread at a time: a call while another decodes raises LocalsteerError. A stream keeps the plan under
+    which it was started; another call that decodes ends it, and its next chunk raises.
 
-    steer: as `steer` takes it, from the start. use_extra_bufts: None: weight repacking as Engine chooses it.
-    A decode must be one micro-batch, so n_batch is lowered to n_ubatch (with `embedding`, n_ubatch raised to
-    n_batch); both are 512 by default. Everything else: llama_cpp.Llama.
-    Raises ModelFileError for a file that is no model, MismatchError, PlanError, UnsupportedModelError.
+    steer: initial steering, as for `steer`. use_extra_bufts: None means weight repacking as Engine chooses
+    it. A decode must be one micro-batch, so n_batch is lowered to n_ubatch (with `embedding`, n_ubatch raised
+    to n_batch); both are 512 by default. Everything else: llama_cpp.Llama. Raises ModelFileError for a file
+    that is not a model, MismatchError, PlanError, UnsupportedModelError.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class SteeredLlama(llama_cpp.Llama):
         self._asked_extra_bufts = use_extra_bufts
         self._plan: Plan | None = None
         self._lock = threading.RLock()
-        self._local = threading.local()  # .request: what this thread is in the middle of
+        self._local = threading.local()  # .request: what this thread is working on
         self._n_requests = 0
         self._n_prompt: int | None = None  # of tokens given to `eval` by hand; None: all so far
         # the edits that each live position was computed under; None: not by eval, as images are
@@ -162,13 +162,13 @@ class SteeredLlama(llama_cpp.Llama):
 
     @property
     def plan(self) -> Plan | None:
-        """What steers the next call; None: nothing."""
+        """The plan that steers the next call, or None."""
         return self._plan
 
     def steer(self, steer: Steer) -> None:
-        """Steer every call from now on by vectors or a plan, in place of what did so before.
+        """Steer every call from now on by vectors or a plan, instead of the previous ones.
 
-        Checked here and now: raises MismatchError, PlanError, UnsupportedModelError.
+        They are checked at once: raises MismatchError, PlanError, UnsupportedModelError.
         """
         self._plan = self._checked_plan(steer)
 
@@ -177,7 +177,7 @@ class SteeredLlama(llama_cpp.Llama):
 
     @contextmanager
     def steering(self, steer: Steer) -> Iterator[SteeredLlama]:
-        """Steer the calls made inside the `with`; a stream that was asked for there keeps its steering."""
+        """Steer the calls made inside the `with` block; a stream started there keeps its steering."""
         before = self._plan
         self._plan = self._checked_plan(steer)
         try:
@@ -210,7 +210,7 @@ class SteeredLlama(llama_cpp.Llama):
 
     @_model.setter
     def _model(self, model: LlamaModel) -> None:
-        """The model is loaded and its context not yet made: the moment to install the hook."""
+        """Install the hook: the model is loaded, and its context does not exist yet."""
         self._llama_model = model
         self._hook: Hook | None = None
         if self.model_params.vocab_only:
@@ -248,7 +248,7 @@ class SteeredLlama(llama_cpp.Llama):
         )
 
     def close(self) -> None:
-        """Free the model. A second call does nothing; every other one raises LocalsteerError from now on."""
+        """Free the model. A second call does nothing; any other call then raises LocalsteerError."""
         if hasattr(self, "_stack"):
             super().close()
 
@@ -298,7 +298,7 @@ class SteeredLlama(llama_cpp.Llama):
                 steps.close()
 
     def generate(self, tokens: Sequence[int], *args: Any, **options: Any) -> Generator[int, Any, None]:
-        """As Llama.generate, under the plan of now. tokens: the prompt; with reset=False, its end."""
+        """Like Llama.generate, under the current plan. tokens: the prompt; with reset=False, its end."""
         self._check_open()
         tokens = list(tokens)
         reset = _GENERATE.bind(self, tokens, *args, **options).arguments.get("reset", True)
@@ -311,7 +311,7 @@ class SteeredLlama(llama_cpp.Llama):
         with self._serving(_Request(plan)):
             n_prompt = n_tokens if reset else self.n_tokens + n_tokens
             if n_prompt == 0:
-                raise PromptError("the prompt is empty: give at least one token.")
+                raise PromptError("the prompt is empty: it needs at least one token.")
             self._n_requests += 1
             request = _Request(plan, self._n_requests, n_prompt)
             self._n_prompt = n_prompt  # for those who go on by hand
@@ -322,14 +322,15 @@ class SteeredLlama(llama_cpp.Llama):
         return self._steps(_Request(self._request.plan), super()._create_completion(*args, **options))
 
     def create_chat_completion(self, *args: Any, **options: Any) -> Any:
-        """As Llama.create_chat_completion, under the plan of now, however late a chat handler begins."""
+        """Like Llama.create_chat_completion, under the current plan, however late a chat handler begins."""
         request = _Request(self._request.plan)
         with self._serving(request):
             reply = super().create_chat_completion(*args, **options)
         return self._steps(request, reply) if isinstance(reply, Iterator) else reply
 
     def sample(self, *args: Any, **options: Any) -> int:
-        """As Llama.sample. Raises LocalsteerError for a token without logits, where that ends the process."""
+        """Like Llama.sample. Raises LocalsteerError for a token without logits, which would end the
+        process."""
         idx = options.get("idx")
         if idx is not None and idx != self.n_tokens - 1 and not self._logits_all:
             raise LocalsteerError(f"token {idx} has no logits: open the model with logits_all=True.")
@@ -347,10 +348,10 @@ class SteeredLlama(llama_cpp.Llama):
     # -- decoding ------------------------------------------------------------------------------------
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens after those that the state holds, and these again from where their edits are wrong.
+        """Evaluate tokens after those in the state, and those again from where their edits are wrong.
 
-        By hand: all tokens before the first `sample` since a `reset` are prompt. Raises PromptError when
-        the context is full, LocalsteerError; then the state is empty.
+        If called directly, all tokens before the first `sample` since a `reset` are prompt. Raises
+        PromptError if the context is full, LocalsteerError; the state is then empty.
         """
         request = self._request
         with self._serving(request):
@@ -391,7 +392,7 @@ class SteeredLlama(llama_cpp.Llama):
         return tokens[right:]
 
     def _n_right(self, keys: Sequence[bytes], n_prompt: int) -> int:
-        """How many positions from the first on were computed under these edits."""
+        """How many positions, from the first on, were computed under these edits."""
         n = self.n_tokens
         if len(self._edits) == n and self._right_for == (keys, n_prompt):
             return n
@@ -410,7 +411,7 @@ class SteeredLlama(llama_cpp.Llama):
         return n
 
     def embed(self, *args: Any, **options: Any) -> Any:
-        """As Llama.embed, steered: each text is a prompt."""
+        """Like Llama.embed, steered: each text is a prompt."""
         request = self._request
         with self._serving(request), self._decode.under(request.plan, None):
             self._end_streams(request)
@@ -429,8 +430,8 @@ class SteeredLlama(llama_cpp.Llama):
             self._n_requests += 1
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """As Llama.tokenize, with very long words cut (long_runs.py). Raises PromptError for a character that
-        the vocabulary can't spell."""
+        """Like Llama.tokenize, with very long words cut (long_runs.py). Raises PromptError for a character
+        that the vocabulary can't spell."""
         self._check_open()
         if self._hook is None or not isinstance(self.tokenizer_, llama_cpp.LlamaTokenizer):
             return super().tokenize(text, add_bos, special)
@@ -445,7 +446,7 @@ class SteeredLlama(llama_cpp.Llama):
 
     @property
     def n_tokens(self) -> int:
-        """Positions that the state holds."""
+        """The number of positions in the state."""
         return self._n_tokens
 
     @n_tokens.setter
@@ -454,7 +455,7 @@ class SteeredLlama(llama_cpp.Llama):
         del self._edits[n:]
 
     def save_state(self) -> LlamaState:
-        """As Llama.save_state; the state knows what it was steered by."""
+        """Like Llama.save_state; the state records what it was steered by."""
         with self._serving(self._request):
             state = super().save_state()
             state.edits = [*self._edits, *[None] * (self.n_tokens - len(self._edits))]
@@ -462,7 +463,7 @@ class SteeredLlama(llama_cpp.Llama):
             return state
 
     def load_state(self, state: LlamaState) -> None:
-        """As Llama.load_state; a state of a plain Llama counts as unsteered."""
+        """Like Llama.load_state; a state of a plain Llama counts as unsteered."""
         request = self._request
         with self._serving(request):
             self._end_streams(request)
@@ -472,22 +473,22 @@ class SteeredLlama(llama_cpp.Llama):
 
     @staticmethod
     def state_edits(state: LlamaState) -> list[bytes | None]:
-        """What each position of a state was computed under; a plain Llama does not steer."""
+        """The edits under which each position of a state was computed; none for a state of a plain Llama."""
         return list(getattr(state, "edits", [b""] * state.n_tokens))
 
     def prompt_edits(self, n_prompt: int) -> list[bytes]:
-        """What a prompt of this length would be computed under now."""
+        """The edits under which a prompt of this length would be computed now."""
         return _edits(class_keys(self._request.plan), 0, n_prompt, n_prompt)
 
     def forget_wrong(self, n_prompt: int) -> None:
-        """Keep of the state what is right for a prompt of this length now."""
+        """Keep the part of the state that is valid for a prompt of this length now."""
         right = self._n_right(class_keys(self._request.plan), n_prompt)
         if right < self.n_tokens and None not in self._edits:
             self._keep(right)
 
     @property
     def cache(self) -> KeyedCache | None:
-        """A cache that is set is asked by token and edit."""
+        """Set a cache, which is then looked up by token and edit."""
         return self._cache
 
     @cache.setter

@@ -1,8 +1,9 @@
 """llama-cpp-python's caches of states (LlamaRAMCache, LlamaDiskCache), keyed by token and edit.
 
-A state is found by the longest prefix of the tokens that it was computed from. Tokens alone would find the
-state of a prompt that was steered another way, so each number of a key holds a token and what was applied at
-its position. Unsteered, that is the token itself: what a plain Llama stored is found, and the reverse.
+A state is found by the longest prefix of the tokens that it was computed from. By tokens only, this could be
+the state of a prompt that was steered differently, so each number of a key combines a token with what was
+applied at its position. Unsteered, that is the token itself: states stored by a plain Llama are found, and
+the reverse.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _EDIT_BYTES = 8  # enough to tell plans apart; a state that was found wrongly is
 
 
 def coded(tokens: Sequence[int], edits: Sequence[bytes | None]) -> tuple[int, ...]:
-    """One number per position; `edits` may be shorter: what is missing is unsteered."""
+    """One number per position; `edits` may be shorter, and missing positions are unsteered."""
     edits = [*edits, *[b""] * (len(tokens) - len(edits))]
     return tuple(
         int(token) | int.from_bytes((edit or b"")[:_EDIT_BYTES], "little") << _TOKEN_BITS
@@ -33,7 +34,7 @@ def coded(tokens: Sequence[int], edits: Sequence[bytes | None]) -> tuple[int, ..
 
 
 class KeyedCache(BaseLlamaCache):
-    """Stands before a cache, so that `llama.cache[tokens]` gives only what is right under its plan now."""
+    """Wraps a cache, so that `llama.cache[tokens]` returns only states valid under the current plan."""
 
     def __init__(self, cache: BaseLlamaCache, llama: SteeredLlama) -> None:
         self.wrapped = cache
@@ -47,7 +48,7 @@ class KeyedCache(BaseLlamaCache):
         return self._key(tokens) in self.wrapped
 
     def __getitem__(self, tokens: Sequence[int]) -> LlamaState:
-        """The state with the longest beginning that can be used; KeyError where there is none."""
+        """The state with the longest usable prefix. Raises KeyError if there is none."""
         llama = self._owner()
         key = self._key(tokens)
         state = self.wrapped[key]
@@ -68,7 +69,7 @@ class KeyedCache(BaseLlamaCache):
 
     def _owner(self) -> SteeredLlama:
         llama = self._llama()
-        assert llama is not None, "the cache of a Llama that is gone"
+        assert llama is not None, "the cache of a Llama that no longer exists"
         return llama
 
 

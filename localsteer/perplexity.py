@@ -1,4 +1,4 @@
-"""How surprising replies are to the model that is not steered."""
+"""How surprising replies are to the unsteered model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def log_perplexities(engine: Engine, replies: Sequence[Judged]) -> list[float | None]:
-    """Of each reply under the unsteered model, after its plain query; None for an empty one.
+    """The negative mean log-probability of each reply under the unsteered model, after its plain query; None
+    for an empty one.
 
     exp of their mean is the perplexity of several replies, each counted alike.
     """
@@ -20,7 +21,7 @@ def log_perplexities(engine: Engine, replies: Sequence[Judged]) -> list[float | 
 
 
 def log_scores(engine: Engine, replies: Sequence[tuple[str, Sequence[int]]]) -> list[float | None]:
-    """The same of (query, tokens of its reply)."""
+    """The same for pairs (query, tokens of its reply)."""
     rows = [i for i, (_, tokens) in enumerate(replies) if tokens]
     pairs = [(engine.prompt_tokens(replies[i][0]), replies[i][1]) for i in rows]
     scores: list[float | None] = [None] * len(replies)

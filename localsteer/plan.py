@@ -1,7 +1,7 @@
-"""What applies to one sequence: which edits, at which layer, in which class of positions. numpy only.
+"""What applies to one sequence: which edits, at which layer, for which class of positions. Needs only numpy.
 
-A plan is built from control vectors and never changes. `Plan.program` gives the arrays that one token needs
-at one layer; steering.py says what they mean, and native and PyTorch follow it.
+A plan is built from control vectors and never changes. `Plan.program` returns the arrays that one token needs
+at one layer; steering.py defines what they mean, and the native and PyTorch code follow it.
 """
 
 from __future__ import annotations
@@ -19,25 +19,23 @@ import numpy as np
 from .errors import MismatchError, PlanError
 from .vector import ControlVector, finite_number
 
-# Above this cosine two directions at one layer are refused. To move two projections independently the joint
-# solve stretches the change by up to 1 / sqrt(1 - |cosine|): ten times at 0.99, which leaves the residual
-# stream no longer near anything that the model has seen. float32 would hold out much further.
+# Above this cosine two directions at one layer are refused. To move two projections independently, the joint
+# solve stretches the change by up to 1 / sqrt(1 - |cosine|): ten times at 0.99, which takes the residual
+# stream far from anything the model has seen. float32 precision would allow much more.
 PARALLEL_COSINE = 0.99
 
 
 class PositionClass(IntEnum):
-    """What a token is to its request; earlier replies of a chat are prompt."""
+    """The role of a token in its request; earlier replies of a chat are prompt."""
 
     PROMPT = 0  # a prompt token before the last one
     LAST = 1  # the last prompt token
     GENERATION = 2  # a generated token, as input
-    FORM = (
-        3  # one inside of a tool call or a forced form that is to stay plain (Ask.plain_forms): never steered
-    )
+    FORM = 3  # inside a tool call or a forced form that stays plain (Ask.plain_forms): never steered
 
 
 def position_classes(positions: np.ndarray, n_prompt: np.ndarray | int) -> np.ndarray:
-    """PositionClass of each position, as int8, in a request whose first n_prompt tokens are prompt."""
+    """The PositionClass of each position, as int8, in a request whose first n_prompt tokens are prompt."""
     return (positions >= n_prompt - 1).astype(np.int8) + (positions >= n_prompt)
 
 
@@ -50,7 +48,7 @@ _ACTIVE = {
 
 
 def active(positions: str, cls: PositionClass) -> bool:
-    """Whether a setting of positions covers a token of this class. Raises PlanError."""
+    """Whether a positions setting covers a token of this class. Raises PlanError."""
     if positions not in _ACTIVE:
         raise PlanError(f"unknown positions {positions!r}: choose one of {', '.join(_ACTIVE)}.")
     return cls in _ACTIVE[positions]
@@ -61,8 +59,8 @@ class Edit:
     """One vector at one layer: x <- x + clip(reader . n(x) + bias) writer, strength included (steering.py).
 
     reader, writer: (n_embd,) float32. normalised: n(x) is x / rms(x), else x. cap: bound on the absolute
-    weight, in units of the writer. target: what strength 1 sets the projection to, None where there is none;
-    edits with a target are solved jointly, and their writers have length 1.
+    weight, in units of the writer. target: the value to which strength 1 sets the projection, or None; edits
+    with a target are solved jointly, and their writers have length 1.
     """
 
     layer: int
@@ -80,12 +78,12 @@ class Edit:
 
     @property
     def is_constant(self) -> bool:
-        """Whether it adds the same to every token."""
+        """Whether the edit adds the same to every token."""
         return self.target is None and not (self.reader.any() or self.one_sided or self.cap is not None)
 
     @property
     def digest(self) -> bytes:
-        """A hash of everything that changes the result, and so not of the name."""
+        """A hash of everything that affects the result, which excludes the name."""
         flags = (self.normalised, self.one_sided, self.target is not None, self.cap is None)
         head = struct.pack("<i4?dd", self.layer, *flags, self.bias, self.cap or 0.0) + self.positions.encode()
         return hashlib.sha256(head + self.reader.tobytes() + self.writer.tobytes()).digest()
@@ -93,11 +91,11 @@ class Edit:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What one token gets at one layer: k weights, all computed from the same state, times k writers.
+    """The edits of one token at one layer: k weights, all computed from the same state, times k writers.
 
     readers, writers: (k, n_embd) float32; a reader of zeros reads nothing, not even a NaN. biases: (k,)
-    float64. normalised, one_sided: (k,) bool. caps: (k,) float32, inf = none. n_solved: the first so many are
-    solved jointly, 0 or at least 2. ridge: added to the diagonal of their Gram matrix.
+    float64. normalised, one_sided: (k,) bool. caps: (k,) float32, inf = none. n_solved: how many, from the
+    first on, are solved jointly; 0 or at least 2. ridge: added to the diagonal of their Gram matrix.
     """
 
     readers: np.ndarray
@@ -111,10 +109,11 @@ class Program:
 
 
 class Plan:
-    """Edits of strength 0 vanish, so a plan of them is empty and the model runs exactly as without one.
+    """What steers one sequence. Edits of strength 0 vanish: a plan of only such edits is empty, and the model
+    runs exactly as without a plan.
 
-    edits: ordered by layer, then by content, so that the order in which vectors were given changes no bit.
-    key: equal plans have equal keys. notices: what the user should be told, one line each.
+    edits: ordered by layer, then by content, so that the order of the vectors changes no bit. key: equal
+    plans have equal keys. notices: what the user should be told, one line each.
     """
 
     def __init__(self, edits: Sequence[Edit], *, ridge: float = 0.0, n_embd: int = 0) -> None:
@@ -132,10 +131,11 @@ class Plan:
 
     @classmethod
     def from_vectors(cls, vectors: Sequence[ControlVector], *, ridge: float = 0.0) -> Plan:
-        """Nearly parallel projections at one layer in one class are refused unless `ridge` is above 0.
+        """The plan of these vectors. Projections that are nearly parallel at one layer, for one class of
+        positions, are refused unless `ridge` is above 0.
 
-        ridge: added to the diagonal of the Gram matrix of the unit directions (whose diagonal is 1); with it
-        targets are approached, not reached. Raises PlanError, and MismatchError for vectors of two models.
+        ridge: added to the diagonal of the Gram matrix of the unit directions (whose diagonal is 1); targets
+        are then approached, not reached. Raises PlanError, and MismatchError for vectors of different models.
         """
         for vector in vectors[1:]:
             if vector.directions.shape != vectors[0].directions.shape:
@@ -159,17 +159,18 @@ class Plan:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers with an edit in some class, ascending."""
+        """The layers with an edit for some class, ascending."""
         return tuple(sorted({edit.layer for edit in self.edits}))
 
     def program(self, layer: int, cls: PositionClass) -> Program | None:
-        """What a token of this class gets at this layer; None when that is nothing."""
+        """The program for a token of this class at this layer, or None if nothing applies."""
         return self._programs.get((layer, PositionClass(cls)))
 
     def class_key(self, cls: PositionClass) -> bytes:
-        """Equal for two (plan, class) that treat a token alike at every layer; empty when nothing is applied.
+        """A key that is equal for two (plan, class) that treat a token alike at every layer; empty if nothing
+        is applied.
 
-        This, with the token, is what a cached position of the KV cache depends on.
+        A position in the KV cache depends on this and on its token.
         """
         return self._class_keys[PositionClass(cls)]
 
@@ -179,11 +180,12 @@ class Plan:
         )
 
     def _edits_in(self, cls: PositionClass) -> list[tuple[Edit, str]]:
-        # within one class the setting of positions no longer matters: `all` covers every class alike
+        # within one class the positions setting no longer matters: `all` covers every class alike
         return [(edit, "all") for edit in self.edits if active(edit.positions, cls)]
 
     def rows(self, layer: int, cls: PositionClass) -> list[Edit]:
-        """The edits behind the rows of `program`, but for its last, which is the sum of the constant ones."""
+        """The edits that make the rows of `program`, except its last, which is the sum of the constant
+        ones."""
         edits = [edit for edit in self._at(layer, cls) if not edit.is_constant]
         return sorted(edits, key=lambda edit: edit.target is None)
 
@@ -212,10 +214,11 @@ class Plan:
         )
 
     def _check_parallel(self, edits: Sequence[Edit], layer: int) -> None:
-        """Refuse directions that nearly depend on each other, or note that the ridge is at work.
+        """Refuse directions that are nearly linearly dependent, or note that the ridge applies.
 
-        The smallest eigenvalue of the Gram matrix is 1 - |cosine| for a pair; it falls also for three in a
-        plane. A subset (one-sided edits may stay out) never has a smaller one: one check serves every token.
+        The smallest eigenvalue of the Gram matrix is 1 - |cosine| for a pair; it is also small for three in a
+        plane. A subset (one-sided edits may stay out) never has a smaller one, so one check serves all
+        tokens.
         """
         if len(edits) < 2:
             return
@@ -227,7 +230,7 @@ class Plan:
         first, second = edits[i].name or "a vector", edits[j].name or "another"
         what = f"{first} and {second} are nearly parallel at layer {layer} (cosine {gram[i, j]:.4f})"
         if len(edits) > 2:
-            what = f"{len(edits)} directions at layer {layer} nearly depend on each other; closest: {what}"
+            what = f"{len(edits)} directions at layer {layer} are nearly linearly dependent; closest: {what}"
         if self.ridge == 0:
             raise PlanError(f"{what}: leave one out, move one to another layer, or set a ridge (try 0.1).")
         notice = f"{what}: regularised with ridge {self.ridge:g}, so targets are approached, not reached."
@@ -235,8 +238,9 @@ class Plan:
 
 
 def _edit(vector: ControlVector, layer: int) -> Edit:
-    """A vector's mode as values of the one formula. Raises PlanError where the strength is too great."""
-    with np.errstate(over="ignore"):  # what overflows is refused as infinite
+    """The edit that a vector makes at a layer, in terms of the one formula. Raises PlanError if the strength
+    is too great."""
+    with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused as such
         values = _VALUES[vector.mode](vector, layer)
     reader, writer = (_held(values.pop(name), vector) for name in ("reader", "writer"))
     common = {"normalised": False, "cap": vector.cap, "target": None} | values
@@ -280,7 +284,8 @@ def _add(vector: ControlVector, layer: int) -> _EditValues:
 
 
 def _gate(vector: ControlVector, layer: int) -> _EditValues:
-    """A negative strength turns the writer round: it takes away what a positive one adds, clipped or not."""
+    """The edit of a learned gate. A negative strength reverses the writer: it subtracts what a positive one
+    adds, clipped or not."""
     size, direction, reader = abs(vector.strength), _wide(vector.directions[layer]), vector.readers[layer]
     return {
         "reader": size * _wide(reader),
@@ -297,25 +302,25 @@ _VALUES: dict[str, Callable[[ControlVector, int], _EditValues]] = {
 
 
 def _solved_alone(edit: Edit, ridge: float) -> Edit:
-    """The joint solve of one edit is a division: reader and bias take it. Raises PlanError where float32
-    can't hold them."""
+    """Fold the joint solve of a single edit, which is a division, into reader and bias. Raises PlanError if
+    float32 can't hold them."""
     squared = float(_wide(edit.writer) @ _wide(edit.writer)) + ridge
     with np.errstate(over="ignore"):
         reader = _fixed(_wide(edit.reader) / squared, np.float32)
     if not np.isfinite(reader).all():
-        raise PlanError(f"{edit.name or 'a vector'}: its direction is too short to be projected on.")
+        raise PlanError(f"{edit.name or 'a vector'}: its direction is too short to project on.")
     return replace(edit, reader=reader, bias=edit.bias / squared)
 
 
 def _sum(constant: Sequence[Edit]) -> Edit:
-    """What all of them add, as one edit of weight 1. Raises PlanError where that is infinite."""
+    """The sum of constant edits as one edit of weight 1. Raises PlanError if it is infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         total = sum(edit.bias * _wide(edit.writer) for edit in constant)
     return replace(constant[0], bias=1.0, writer=_held(total, *constant))
 
 
 def _held(array: np.ndarray, *sources: ControlVector | Edit) -> np.ndarray:
-    """(n_embd,) float32, read-only. Raises PlanError for what float32 can't hold."""
+    """The row as read-only (n_embd,) float32. Raises PlanError for values that float32 can't hold."""
     with np.errstate(over="ignore", invalid="ignore"):
         held = _fixed(array, np.float32)
     if not np.isfinite(held).all():

@@ -23,8 +23,8 @@ PROMPT_KEYS = ("prompt", "messages")
 
 @dataclass(frozen=True, eq=False)
 class PromptText:
-    """prompt: a question or messages; with `raw` one text, which goes in as it is. reply: teacher-forced,
-    after the generation prompt. A last message of the assistant is a reply too. label: for errors."""
+    """prompt: a question or messages; with `raw` one text, sent as it is. reply: teacher-forced, after the
+    generation prompt. A last message from the assistant is a reply too. label: for error messages."""
 
     prompt: str | Sequence[Message]
     reply: str = ""
@@ -33,7 +33,7 @@ class PromptText:
 
     @property
     def forced(self) -> str:
-        """What ends the text and is a reply; empty where there is none."""
+        """The forced reply that ends the text; empty if there is none."""
         return self.reply or ("" if isinstance(self.prompt, str) else _last_reply(self.prompt))
 
     def render(self, template: ChatTemplate) -> str:
@@ -59,8 +59,8 @@ def _last_reply(messages: Sequence[Message]) -> str:
 
 
 def read_prompts(path: str | Path, *, raw: bool = False) -> list[PromptText]:
-    """One prompt a line, blank lines left out; or JSONL, by its name or its first line: {"prompt": text} or
-    {"messages": [...]}, and with either {"reply": text} if the model is to read one.
+    """Read prompts: one per line, without blank lines; or JSONL, recognised by its name or its first line,
+    with {"prompt": text} or {"messages": [...]}, and {"reply": text} if the model is to read one.
 
     Raises PromptError, which names the line, for what can't be read.
     """
@@ -71,14 +71,14 @@ def read_prompts(path: str | Path, *, raw: bool = False) -> list[PromptText]:
     else:
         texts = [PromptText(line, raw=raw, label=f"{path}, line {number}") for number, line in content]
     if not texts:
-        raise PromptError(f"{path} holds no prompt: write one a line.")
+        raise PromptError(f"{path} holds no prompt: write one per line.")
     return texts
 
 
 def read_lines(path: str | Path) -> list[tuple[int, str]]:
-    """(number, line) of the lines that are not blank. Raises PromptError."""
+    """(number, line) for each line that is not blank. Raises PromptError."""
     try:
-        # not splitlines: a line separator inside a JSON text is no end of its line
+        # not splitlines: a line separator inside a JSON text does not end its line
         lines = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except OSError as error:
         raise PromptError(f"{path} can't be read: {error.strerror or error}.") from None
@@ -89,7 +89,7 @@ def read_lines(path: str | Path) -> list[tuple[int, str]]:
 
 
 def records(path: str | Path, lines: Sequence[tuple[int, str]]) -> Iterator[tuple[str, JsonObject]]:
-    """(where, object) of each line of a JSONL file. Raises PromptError."""
+    """(where, object) for each line of a JSONL file. Raises PromptError."""
     for number, line in lines:
         where = f"{path}, line {number}"
         try:
@@ -97,7 +97,7 @@ def records(path: str | Path, lines: Sequence[tuple[int, str]]) -> Iterator[tupl
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
-            raise PromptError(f'{where} is no JSON object like {{"prompt": "..."}}: {line.strip()!r:.60}.')
+            raise PromptError(f'{where} is not a JSON object like {{"prompt": "..."}}: {line.strip()!r:.60}.')
         yield where, record
 
 
@@ -113,7 +113,7 @@ def _of_record(record: Mapping[str, Any], raw: bool, where: str) -> PromptText:
     named = [key for key in PROMPT_KEYS if record.get(key) is not None]
     if len(named) != 1:
         what = "both prompt and messages" if named else "neither prompt nor messages"
-        raise PromptError(f"{where} has {what}: give one of them.")
+        raise PromptError(f"{where} has {what}: write exactly one of them.")
     text = PromptText(text_or_messages(record[named[0]], where), raw=raw, label=where)
     reply = record.get("reply")
     if reply is None:
@@ -122,7 +122,8 @@ def _of_record(record: Mapping[str, Any], raw: bool, where: str) -> PromptText:
 
 
 def text_or_messages(value: Any, where: str) -> str | list[Message]:
-    """A prompt out of somebody's file, as far as it can be checked without a template. Raises PromptError."""
+    """A prompt from a user's file, checked as far as that is possible without a template. Raises
+    PromptError."""
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
         return value
     if isinstance(value, list):
@@ -131,7 +132,7 @@ def text_or_messages(value: Any, where: str) -> str | list[Message]:
 
 
 def filled_text(value: Any, what: str, where: str) -> str:
-    """Raises PromptError for something that is no text, or an empty one."""
+    """The text. Raises PromptError for a value that is not a text, or is empty."""
     if not isinstance(value, str):
         raise PromptError(f"{where}: {what} must be a text, not {value!r:.60}.")
     if not value.strip():

@@ -1,8 +1,8 @@
-"""Chat templates run in a process of their own, which can be killed.
+"""Runs chat templates in a separate process, which can be killed.
 
-A chat template is a program from the model's file. jinja2's sandbox keeps it from everything but time and
-memory: `{{ 'a' * 10**10 }}` is a template, and so are loops that never end. One process renders for all
-models and threads of a program. It starts with the first prompt and stays.
+A chat template is a program from the model's file. jinja2's sandbox limits everything except time and memory:
+`{{ 'a' * 10**10 }}` is a template, and so are loops that never end. One process renders for all models and
+threads of a program. It starts with the first prompt and stays.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-SECONDS = 5.0  # for one rendering; ordinary ones take a millisecond
-START_SECONDS = 60.0  # to import jinja2, on a machine that has much else to do
+SECONDS = 5.0  # for one rendering; usually it takes a millisecond
+START_SECONDS = 60.0  # to import jinja2, on a busy machine
 MOST_CHARACTERS = 4_000_000  # of a prompt, and
 GROWTH = 8  # more for each byte that went in
 _CODE = (
@@ -29,7 +29,7 @@ _CODE = (
 
 
 class RenderingFailed(Exception):
-    """is_template: the fault lies with the template, whatever the messages are."""
+    """A rendering failed. is_template: the fault is the template's, whatever the messages."""
 
     def __init__(self, why: str, *, is_template: bool = False) -> None:
         super().__init__(why)
@@ -37,15 +37,16 @@ class RenderingFailed(Exception):
 
 
 class Renderer:
-    """One child process and whoever waits for it. Any thread may render."""
+    """One child process, and the threads that wait for it. Any thread may render."""
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._owner = 0  # a forked copy of this process has no child of its own
+        self._owner = 0  # a forked copy of this process has no child
 
     def render(self, template: str, values: Mapping[str, Any]) -> str:
-        """Raises RenderingFailed, in SECONDS at most, and as much again where others were before."""
+        """The rendered text. Raises RenderingFailed after at most SECONDS, and as much again if others go
+        first."""
         try:
             said = pickle.dumps((template, dict(values), 0))
         except Exception as error:
@@ -62,7 +63,7 @@ class Renderer:
         return answer["text"]
 
     def close(self) -> None:
-        """End the child. The next prompt starts another."""
+        """End the child. The next prompt starts a new one."""
         child, self._child = self._child, None
         if child is None or self._owner != os.getpid():
             return
@@ -84,7 +85,8 @@ class Renderer:
         if self._child is not None and self._owner == os.getpid() and self._child.poll() is None:
             return self._child
         self.close()
-        path = [entry for entry in sys.path if entry]  # without the current folder, which is anybody's
+        # without the current folder, whose contents may be anyone's
+        path = [entry for entry in sys.path if entry]
         child = subprocess.Popen(
             [sys.executable, "-c", _CODE, json.dumps(path)],
             stdin=subprocess.PIPE,
@@ -110,7 +112,7 @@ class Renderer:
 
 
 class _killed_after:
-    """Kill a child if the layer takes longer: reading from it then ends, on every system."""
+    """Kill the child if the `with` block takes longer: reading from it then ends, on every system."""
 
     def __init__(self, seconds: float, child: subprocess.Popen[bytes]) -> None:
         self._timer = threading.Timer(seconds, child.kill)

@@ -1,4 +1,4 @@
-"""The process that runs chat templates: jinja2 under limits, one request after the other, stdin to stdout.
+"""The process that runs chat templates: jinja2 under limits, one request after another, stdin to stdout.
 
 A request is 8 bytes with its length, and a pickle of (template, values, most characters of the answer). An
 answer is one line of JSON: {"text"}, or {"fault": "template" or "messages", "why"}. `rendering.py` starts it.
@@ -15,17 +15,17 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, BinaryIO
 
-MEMORY = 512 << 20  # bytes of address space, where the system can limit it
-SECONDS = 5  # of processor time for one request; the parent, which counts real time, may be gone
+MEMORY = 512 << 20  # bytes of address space, if the system can limit it
+SECONDS = 5  # of processor time for one request; the parent, which limits real time, may be gone
 _SIZE = 8  # bytes of a request's length
 
 
 def serve() -> None:
-    """Until stdin ends."""
+    """Answer requests until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which still needs this process
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     _limit_memory()
-    environment()  # before the first request, whose time counts
+    environment()  # before the first request, whose time is limited
     answers.write(b"ready\n")
     answers.flush()
     while size := requests.read(_SIZE):
@@ -50,7 +50,7 @@ def _answer(requests: BinaryIO, size: int) -> Mapping[str, str]:
         text = compiled.render(values)
     except MemoryError:
         return {"fault": "messages", "why": "it takes too much memory"}
-    except Exception as error:  # a foreign program can raise anything
+    except Exception as error:  # a template can raise anything
         return {"fault": "messages", "why": one_line(error)}
     if len(text) > most:
         return {"fault": "messages", "why": f"it makes more than {most} characters of them"}
@@ -83,16 +83,16 @@ def environment() -> Any:
         raise TemplateError(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        # jinja2's own tojson escapes <, > and &, which a model must see as they are
+        # jinja2's tojson escapes <, > and &, which a model must see unchanged
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    made = ImmutableSandboxedEnvironment(
+    sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
-    made.filters["tojson"] = tojson
-    made.globals["raise_exception"] = raise_exception
-    made.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return made
+    sandbox.filters["tojson"] = tojson
+    sandbox.globals["raise_exception"] = raise_exception
+    sandbox.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return sandbox
 
 
 def one_line(error: BaseException) -> str:
@@ -109,7 +109,7 @@ def _limit_memory() -> None:
     most = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    except (OSError, ValueError):  # macOS has the name alone
+    except (OSError, ValueError):  # macOS has the name but not the limit
         return
 
 

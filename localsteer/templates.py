@@ -1,8 +1,8 @@
-"""From messages to the one text that a model reads. jinja2 only, so that PyTorch and llama.cpp agree.
+"""From messages to the text that a model reads. Both PyTorch and llama.cpp use this, so that they agree.
 
 A chat template is a program from the model's file: it runs in jinja2's immutable sandbox, with the few
 functions that transformers gives it (transformers, utils/chat_template_utils.py), and under limits of time,
-memory and length in a process of its own (rendering.py).
+memory and length in a separate process (rendering.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Message = Mapping[str, Any]
 
 # How the paper prompts a base model. Its hash names this format in a vector's provenance.
 FALLBACK = "Q: {question}\nA:"
-# A base model goes on with a next question. The first of the two takes a blank line before it along.
+# A base model continues with another question. The first of the two also takes a blank line before it.
 NEXT_QUESTION = ("\n\nQ:", "\nQ:")
 NO_TEMPLATE = (
     "{} has no chat template (a base model?): prompts are sent as `Q: ...` and `A:`, and a reply ends before "
@@ -38,14 +38,15 @@ ROLES = ("system", "user", "assistant")
 
 
 class ChatTemplate:
-    """Render once, tokenise once: a template that writes BOS itself must not get a second one.
+    """A model's chat template. Render once, tokenise once: if the template writes BOS, a second must not be
+    added.
 
     template: the model's jinja text, or None for the plain `Q: ...` / `A:` of the paper. bos, eos: the texts
-    of these tokens, "" where the model has none. The template is read at the first `render`, so that a
-    model whose template is broken still answers raw prompts.
+    of these tokens, "" if the model has none. The template is parsed at the first `render`, so a model whose
+    template is broken still answers raw prompts.
 
-    tool_use: a second template of the file, for conversations with tools. variables: what `render` gives the
-    template beside the messages, unless a call has others of the same name: `{"enable_thinking": False}`.
+    tool_use: a second template of the file, for conversations with tools. variables: passed to the template
+    beside the messages, unless a call has others of the same name: `{"enable_thinking": False}`.
     """
 
     RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
@@ -67,22 +68,23 @@ class ChatTemplate:
 
     @property
     def template_hash(self) -> str:
-        """sha256 of the template's text: vectors record it, because another template is another prompt."""
+        """sha256 of the template's text. Vectors record it, because another template makes other prompts."""
         return hashlib.sha256((self.template or FALLBACK).encode("utf-8", "replace")).hexdigest()
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Stop strings that end a reply with its turn. A real template needs none: its model ends it."""
+        """Stop strings that end a reply with its turn. A real template needs none: its model ends the
+        turn."""
         return (NEXT_QUESTION if self.is_fallback else ()) + self.own_stop
 
     @cached_property
     def keeps_words(self) -> bool:
-        """Whether a user's words are in the prompt. A template that refuses the trial message says why in
-        `render`, so it counts as one that keeps them."""
+        """Whether the user's words reach the prompt. A template that refuses the trial message says why in
+        `render`, so it counts as keeping them."""
         return self._keeps(SAID) is not False or self.reads_parts
 
     def _keeps(self, content: str | list[dict[str, str]]) -> bool | None:
-        """Whether these words of a user are in the prompt; None where the template refuses them."""
+        """Whether these words of a user reach the prompt; None if the template refuses them."""
         if self.is_fallback:
             return True
         try:
@@ -93,16 +95,16 @@ class ChatTemplate:
 
     @property
     def takes_tools(self) -> bool:
-        """Whether the template shows tools to the model, as far as its text tells."""
+        """Whether the template shows tools to the model, judging by its text."""
         return self._for_tools is not None or self._names("tools")
 
     @cached_property
     def reads_parts(self) -> bool:
-        """Whether the template reads content as a list of parts alone: a text as it is would be lost."""
+        """Whether the template reads content only as a list of parts, so that a plain text would be lost."""
         return not self._keeps(SAID) and bool(self._keeps([{"type": "text", "text": SAID}]))
 
     def check_variables(self, variables: Mapping[str, Any]) -> None:
-        """Raise PromptError for a variable that is set here anyway, or that the template never reads."""
+        """Raise PromptError for a variable that localsteer sets itself, or that the template never reads."""
         for name in variables:
             if name in self.RESERVED:
                 raise PromptError(f"the variable {name!r:.80} of the chat template is set by other means.")
@@ -144,7 +146,7 @@ class ChatTemplate:
 
     @cached_property
     def takes_system(self) -> bool:
-        """Whether a system message comes out as its words, and not as an error or as nothing."""
+        """Whether the words of a system message come out, rather than an error or nothing."""
         if self.is_fallback:
             return True
         messages = [{"role": "system", "content": SAID}, {"role": "user", "content": "?"}]
@@ -154,7 +156,7 @@ class ChatTemplate:
             return False
 
     def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The system message of the model's own, where there is one and the conversation has none."""
+        """The messages with the model's own system message, if it has one and the conversation has none."""
         if not self.system or not messages or not all(isinstance(message, Mapping) for message in messages):
             return messages
         if any(message.get("role") == "system" for message in messages):
@@ -196,23 +198,23 @@ class ChatTemplate:
             ) from error
 
     def adds_special(self, rendered: str) -> bool:
-        """Whether tokenising `rendered` should add special tokens: not when it begins with BOS already."""
+        """Whether tokenising `rendered` should add special tokens: not if it already begins with BOS."""
         return not (self.bos and rendered.startswith(self.bos))
 
 
 def check_messages(messages: Sequence[Message], *, with_tools: bool = False) -> None:
-    """Raise PromptError unless every message has a known role and a text, and one of them says something.
+    """Raise PromptError unless every message has a known role and a text, and at least one is not empty.
 
     with_tools: the role `tool` is known too, and a message that calls tools needs no text.
     """
     if not messages:
-        raise PromptError("the prompt is empty: give a question, or at least one message.")
+        raise PromptError("the prompt is empty: it needs a question, or at least one message.")
     for message in messages:
         if with_tools and isinstance(message, Mapping) and _calls_tools(message):
             continue
         if not with_tools and _is_of_tools(message):
             raise PromptError(
-                "the model's chat template knows no tools, so what they were asked and what they answered "
+                "the model's chat template does not support tools, so their calls and results "
                 "can't be shown: leave these messages out, or use another model."
             )
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
@@ -221,7 +223,7 @@ def check_messages(messages: Sequence[Message], *, with_tools: bool = False) -> 
         if message.get("role") not in roles:
             raise PromptError(f"unknown role {message.get('role')!r}: choose one of {', '.join(roles)}.")
     if not any((message.get("content") or "").strip() for message in messages):
-        raise PromptError("the prompt is empty: give a question.")
+        raise PromptError("the prompt is empty: it needs a question.")
 
 
 def _is_of_tools(message: Message) -> bool:
@@ -243,7 +245,7 @@ def _calls_tools(message: Message) -> bool:
 
 
 def render_fallback(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """`Q: ...` and `A: ...` by turns; a system message stands alone before them."""
+    """`Q: ...` and `A: ...` in turn; a system message comes first, without a mark."""
     leads = {"system": "", "user": "Q: ", "assistant": "A: "}
     turns = [leads[message["role"]] + message["content"] for message in messages]
     text = ""
@@ -253,5 +255,5 @@ def render_fallback(messages: Sequence[Message], add_generation_prompt: bool = T
 
 
 def _plain_words(text: str) -> str:
-    """Without what a template may well change: capitals and white space."""
+    """The text without what a template may well change: capitals and white space."""
     return " ".join(text.casefold().split())

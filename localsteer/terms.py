@@ -1,4 +1,4 @@
-"""The words that settings are made of. Imports nothing, so that every room can use them."""
+"""The vocabulary of settings. This module imports nothing, so every other module can use it."""
 
 from __future__ import annotations
 

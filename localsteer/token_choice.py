@@ -1,9 +1,9 @@
-"""Which tokens of a text count: the last, all, their mean, one by its index, those of a part or the reply.
+"""Which tokens of a text count: the last, all, their mean, one by index, those of a part, or the reply.
 
     choice = TokenChoice.parse("span:the fox")
     choice.positions(len(tokens), find)     # range(7, 9)
 
-`states` writes the state of every chosen token; extraction, which wants one state for each prompt, takes
+`states` writes the state of every chosen token; extraction, which needs one state for each prompt, takes
 their mean.
 """
 
@@ -25,7 +25,7 @@ Find = Callable[[str], "range | None"]  # the tokens that spell a text's last oc
 @dataclass(frozen=True)
 class TokenChoice:
     """scope: "text" is all tokens, "index" the one at `index`, "part" those that spell `part`, "reply" those
-    of a teacher-forced reply. pooling: what is made of them: each by itself, their mean, or the last of them.
+    of a teacher-forced reply. pooling: how they are combined: each by itself, their mean, or only the last.
     """
 
     spelled: str
@@ -36,7 +36,7 @@ class TokenChoice:
 
     @classmethod
     def parse(cls, text: str | int | TokenChoice) -> TokenChoice:
-        """Raises PromptError for what is none of FORMS."""
+        """Parse a choice. Raises PromptError for a text that is not one of FORMS."""
         if isinstance(text, TokenChoice):
             return text
         spelled = str(text).strip() if isinstance(text, (str, int)) and not isinstance(text, bool) else ""
@@ -52,23 +52,24 @@ class TokenChoice:
         if not colon or pooling is None:
             raise PromptError(f"{text!r:.80} names no tokens: write {FORMS}.")
         if not part.strip():
-            raise PromptError(f"{text!r:.80} names no text: write it behind the colon, as in {kind}:fox.")
+            raise PromptError(f"{text!r:.80} names no text: write it after the colon, as in {kind}:fox.")
         return cls(f"{kind}:{part}", "part", pooling, part=part)
 
     @property
     def is_last(self) -> bool:
-        """Whether it is the last token of every text."""
+        """Whether this is the last token of every text."""
         return self.scope == "text" and self.pooling == "last"
 
     @property
     def is_one(self) -> bool:
-        """Whether it gives one state for each text, whatever the text."""
+        """Whether this gives one state for each text, whatever the text."""
         return self.scope == "index" or self.pooling != "each"
 
     def positions(self, n_tokens: int, find: Find, reply: str = "") -> range:
-        """The chosen tokens of one text of `n_tokens`, 0-based and not empty. reply: what ends the text.
+        """The chosen tokens of one text of `n_tokens`, 0-based and not empty. reply: the reply that ends the
+        text.
 
-        Raises PromptError where the text has no such token.
+        Raises PromptError if the text has no such token.
         """
         tokens = self._scoped(n_tokens, find, reply)
         return tokens[-1:] if self.pooling == "last" else tokens
@@ -82,18 +83,18 @@ class TokenChoice:
                 raise PromptError(f"it has {n_tokens} tokens, and no token {self.index}")
             return range(at, at + 1)
         if self.scope == "reply" and not reply:
-            raise PromptError("it has no reply: give one to read, as an assistant's last message")
+            raise PromptError("it has no reply: add one, for instance as the assistant's last message")
         part = reply if self.scope == "reply" else self.part
-        found = find(part)
-        if not found:
-            raise PromptError(f"it does not hold {part!r:.80}")
-        # a reply ends its text: what follows it, an end token say, is none of it
-        return found
+        tokens = find(part)
+        if not tokens:
+            raise PromptError(f"it does not contain {part!r:.80}")
+        # a reply ends its text: what follows it, such as an end token, is not part of it
+        return tokens
 
 
 def tokens_over(spans: list[tuple[int, int]], start: int, end: int) -> range | None:
-    """The tokens that share a character with [start, end). spans: of each token in its text, in order; a
-    token without text has an empty one."""
+    """The tokens that share a character with [start, end). spans: the span of each token in its text, in
+    order; empty for a token without text."""
     over = [i for i, (first, last) in enumerate(spans) if first < end and last > start and first < last]
     return range(over[0], over[-1] + 1) if over else None
 

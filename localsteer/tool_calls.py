@@ -1,11 +1,11 @@
-"""Tool calls in a reply's text: what is a call, and what is not.
+"""Finds tool calls in the text of a reply.
 
-Templates teach models several ways to write a call; these are read:
+Chat templates teach models several ways to write a call; these are recognised:
 
     <tool_call>{"name": ..., "arguments": {...}}</tool_call>          Hermes, Qwen, Granite
     <function=NAME>{...}</function>, <parameter=KEY>VALUE</parameter>  Llama 3.1 functions, Qwen coder
     [TOOL_CALLS] [{"name": ..., "arguments": {...}}]                   Mistral
-    {"name": ..., "parameters": {...}}, alone or in a list             Llama 3.x
+    {"name": ..., "parameters": {...}}, bare or in a list              Llama 3.x
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def loaded(arguments: str | JsonObject) -> Any:
 
 
 def calls_in(text: str, names: Collection[str]) -> tuple[str, list[Call]]:
-    """The text beside the calls, and the calls; what calls no tool of these names stays text.
+    """Split a reply into its text and its tool calls; a call to a tool of another name stays text.
 
-    In time linear in the text: it is the model's, which does what its prompt says.
+    Runs in time linear in the text, because whoever writes the prompt controls what the model writes.
     """
     calls, rest = _found(text)
     if not calls or any(call.name not in names for call in calls):
@@ -81,38 +81,38 @@ def _body_calls(body: str) -> list[Call]:
 
 
 def _functions(text: str) -> list[Call]:
-    found = []
+    calls = []
     for body in _between(text, "<function=", "</function>")[0]:
         name, closed, rest = body.partition(">")
         if closed and _NAME.fullmatch(name):
-            found.append(Call(name, _arguments(rest.strip())))
-    return found
+            calls.append(Call(name, _arguments(rest.strip())))
+    return calls
 
 
 def _arguments(body: str) -> str:
-    found = {}
+    arguments = {}
     for part in _between(body, "<parameter=", "</parameter>")[0]:
         name, closed, value = part.partition(">")
         if closed and _NAME.fullmatch(name):
-            found[name] = loaded(value.removeprefix("\n").removesuffix("\n"))
-    if not found:
+            arguments[name] = loaded(value.removeprefix("\n").removesuffix("\n"))
+    if not arguments:
         return body if _is_json(body) else "{}"
-    return json.dumps(found, ensure_ascii=False)
+    return json.dumps(arguments, ensure_ascii=False)
 
 
 def _json_calls(text: str) -> list[Call]:
     try:
-        found = json.loads(text)
+        document = json.loads(text)
     except (ValueError, RecursionError):
         return []
     calls = []
-    for each in found if isinstance(found, list) else [found]:
-        if not isinstance(each, dict) or not isinstance(each.get("name"), str):
+    for item in document if isinstance(document, list) else [document]:
+        if not isinstance(item, dict) or not isinstance(item.get("name"), str):
             return []
-        given = each.get("arguments", each.get("parameters"))
-        if not isinstance(given, (dict, str)):
+        arguments = item.get("arguments", item.get("parameters"))
+        if not isinstance(arguments, (dict, str)):
             return []
-        calls.append(Call(each["name"], given if isinstance(given, str) else json.dumps(given)))
+        calls.append(Call(item["name"], arguments if isinstance(arguments, str) else json.dumps(arguments)))
     return calls
 
 
@@ -133,7 +133,7 @@ class CallHold:
         self._begun = False
 
     def push(self, text: str) -> str:
-        """What is certain to be text."""
+        """Take the next piece of the reply; return the part that is certain to be text."""
         self._held.append(text)
         if self._calling:
             return ""
@@ -153,13 +153,13 @@ class CallHold:
         return held[:cut]
 
     def rest(self) -> str:
-        """At the end of the reply."""
+        """What is still held when the reply ends."""
         held, self._held = "".join(self._held), []
         return held
 
 
 def _possible_mark(text: str) -> int:
-    """Length of the longest end of the text that begins a mark."""
+    """Length of the longest suffix of the text that may be the beginning of a mark."""
     for n in range(min(max(map(len, MARKS)) - 1, len(text)), 0, -1):
         if any(mark.startswith(text[-n:]) for mark in MARKS):
             return n

@@ -66,7 +66,7 @@ class TorchProgram:
         return weights.clamp(-self.caps, self.caps)
 
     def _solved(self, wanted: torch.Tensor, joins: torch.Tensor) -> torch.Tensor:
-        """One least-norm solve for each set of edits that join."""
+        """One least-norm solve for each set of edits that act."""
         weights = torch.zeros_like(wanted)
         for pattern in torch.unique(joins, dim=0):
             chosen = (joins == pattern).all(dim=1)
@@ -79,6 +79,6 @@ class TorchProgram:
 
 def apply_program(x: torch.Tensor, program: Program) -> torch.Tensor:
     """steering.apply_program in torch: x (..., n_embd) -> the same shape and type, float64 inside."""
-    made = TorchProgram.of(program, x.device)
-    rows = x.reshape(-1, x.shape[-1]).to(made.writers.dtype)
-    return (rows + made.change(rows)).to(x.dtype).reshape(x.shape)
+    tensors = TorchProgram.of(program, x.device)
+    rows = x.reshape(-1, x.shape[-1]).to(tensors.writers.dtype)
+    return (rows + tensors.change(rows)).to(x.dtype).reshape(x.shape)

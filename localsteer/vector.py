@@ -1,4 +1,4 @@
-"""A control vector: one direction per layer, and how it is meant to be applied. numpy only."""
+"""A control vector: one direction per layer, and the settings to apply it with. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ STATISTICS = ("mean_with", "mean_without", "std_with", "std_without")  # one num
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ControlVector:
-    """The settings (`layers`, `mode`, ...) travel with the directions; `at` changes them, nothing else does.
+    """Directions and the settings (`layers`, `mode`, ...) that travel with them; only `at` changes settings.
 
     directions: (n_layer, n_embd) float32, v_l = mean(h_l(with) - h_l(without)) at the last prompt token,
-        unnormalised, residual-stream units; a row of zeros means that there is no direction at that layer.
+        unnormalised, in residual-stream units; a row of zeros means no direction at that layer.
     mean_with, mean_without, std_with, std_without: (n_layer,) float32, mean and standard deviation of the
         projection on the unit direction, with and without the instruction. `mean_with` is the target of
         `project`; a vector without it (an import) can only add or ablate.
     layers: chosen layers, 0-based: layer l is steered at its output, `l_out-l` in llama.cpp.
     strength: the user's multiplier. cap: bound on the absolute dynamic weight, residual-stream units.
-    one_sided: only ever raise the projection; of a gate, never weigh below 0.
+    one_sided: only raise the projection, never lower it; for a gate, no weight below 0.
     readers, biases: (n_layer, n_embd) and (n_layer,) float32, or both None. Mode `gate` gives the direction
-        the weight w_l . x / rms(x) + b_l, x being the token's state, where `add` gives it 1. The mean of that
-        weight is 1, so that the direction is the gate's mean effect, which `add` and stock llama.cpp apply.
+        the weight w_l . x / rms(x) + b_l, with x the token's state, while `add` gives it 1. The mean of that
+        weight is 1: the direction is the gate's mean effect, which `add` and stock llama.cpp apply.
 
     Arrays are copied and made read-only. Raises PlanError for settings that make no sense, VectorFileError
-    for arrays that hold no vector.
+    for arrays that do not form a vector.
     """
 
     directions: np.ndarray
@@ -60,10 +60,8 @@ class ControlVector:
         self._put("readers", _readers(self.readers, self.directions.shape, self.label))
         self._put("biases", _per_layer(self.biases, "biases", self.n_layer, self.label))
         if (self.readers is None) != (self.biases is None):
-            raise VectorFileError(
-                f"{self.label}: a gate needs readers and biases, and one of them is missing."
-            )
-        if not self.gated:  # as a file gives it back, which has no place for gates that are nothing
+            raise VectorFileError(f"{self.label}: a gate needs both readers and biases, and one is missing.")
+        if not self.gated:  # as read from a file, which has no place for gates that are zero
             self._put("readers", None)
             self._put("biases", None)
         self._put("layers", checked_layers(self.layers, self.n_layer, self.label))
@@ -74,7 +72,7 @@ class ControlVector:
         self._check_settings()
 
     def _put(self, key: str, value: Any) -> None:
-        object.__setattr__(self, key, value)  # the class is frozen; used while it is being made only
+        object.__setattr__(self, key, value)  # the class is frozen; used only during construction
 
     def _check_settings(self) -> None:
         if self.mode not in MODES:
@@ -87,10 +85,10 @@ class ControlVector:
             )
         if self.mode == "add" and (self.one_sided or self.cap is not None):
             raise PlanError(
-                "one-sided and cap bound the dynamic weight, and add has none: use project or ablate."
+                "one-sided and cap limit the dynamic weight, and add has none: use project or ablate."
             )
         if self.mode == "gate" and self.readers is None:
-            raise PlanError(f"{self.label} has no learned gate: use add, or another of its modes.")
+            raise PlanError(f"{self.label} has no learned gate: use add or another mode.")
         for layer in self.layers:
             if not self.directions[layer].any():
                 known = _ranges(self.usable_layers)
@@ -122,7 +120,7 @@ class ControlVector:
 
     @property
     def phrasings(self) -> tuple[str, ...]:
-        """The wordings it was extracted with; none where the file, which may be anybody's, names none."""
+        """The wordings it was extracted with; empty if the file, which may be anyone's, names none."""
         kept = self.provenance.get("phrasings")
         texts = kept if isinstance(kept, (list, tuple)) else ()
         return tuple(text for text in texts if isinstance(text, str))
@@ -142,7 +140,7 @@ class ControlVector:
     def unit(self, layer: int) -> np.ndarray:
         """The direction at one layer divided by its length: (n_embd,) float32, normalised in float64.
 
-        Raises PlanError where there is no direction.
+        Raises PlanError if there is no direction.
         """
         (layer,) = checked_layers(layer, self.n_layer, self.label)
         direction = self.directions[layer].astype(np.float64)
@@ -163,12 +161,12 @@ class ControlVector:
         n_layer: int,
         **settings: Any,
     ) -> ControlVector:
-        """A learned edit of one layer, x <- x + g writer with g = reader . x / rms(x) + bias, as a vector.
+        """A vector for a learned edit of one layer, x <- x + g writer with g = reader . x / rms(x) + bias.
 
         reader, writer: (n_embd,). mean_gate: the mean of g (clipped, if `one_sided`) over the tokens that the
-        edit is for; the direction is mean_gate * writer, the gate is divided by it. settings: other fields of
-        the class; a `cap` bounds |g| times the length of the writer. Raises PlanError for a mean of 0, and
-        for one below 0 that clipping can't give.
+        edit is for; the direction is mean_gate * writer, and the gate is divided by mean_gate. settings:
+        other fields of the class; a `cap` limits |g| times the length of the writer. Raises PlanError for a
+        mean of 0, and for a negative one where clipping rules it out.
         """
         mean = finite_number(mean_gate, "mean_gate")
         if mean == 0 or (mean < 0 and settings.get("one_sided")):
@@ -196,7 +194,7 @@ class ControlVector:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ControlVector:
-        """Read a control-vector GGUF that localsteer wrote. Raises VectorFileError."""
+        """Read a control-vector GGUF written by localsteer. Raises VectorFileError."""
         from localsteer.convert import read_vector
 
         return read_vector(path)
@@ -217,14 +215,14 @@ class ControlVector:
         one_sided: bool | None = None,
         cap: float | None = None,
     ) -> ControlVector:
-        """The same directions with other settings; None leaves one as it is, `cap=math.inf` removes the cap.
+        """The same directions with other settings; None keeps a setting, `cap=math.inf` removes the cap.
 
-        Changing the mode to `add` drops a one-sided setting and a cap that came with the vector, because
-        `add` has no dynamic weight to bound. Raises PlanError.
+        Changing the mode to `add` drops one_sided and cap if they came with the vector, because `add` has no
+        dynamic weight to limit. Raises PlanError.
         """
         if mode == "add" and self.mode != "add":
             one_sided, cap = bool(one_sided), math.inf if cap is None else cap
-        given = {
+        changes = {
             "layers": layer,
             "strength": strength,
             "mode": mode,
@@ -232,13 +230,13 @@ class ControlVector:
             "one_sided": one_sided,
             "cap": cap,
         }
-        return replace(self, **{key: value for key, value in given.items() if value is not None})
+        return replace(self, **{key: value for key, value in changes.items() if value is not None})
 
 
 def check_model(vector: ControlVector, n_layer: int, n_embd: int, architecture: str) -> None:
     """Raise MismatchError unless the vector was made for a model of this width, depth and architecture.
 
-    A vector without a recorded architecture (an import) is checked by width and depth alone.
+    A vector without a recorded architecture (an import) is checked only by width and depth.
     """
     for what, ours, theirs in (
         ("embedding width", vector.n_embd, n_embd),
@@ -330,10 +328,12 @@ def _gate(vector: ControlVector, il: int) -> _Gate:
 
 
 def _frozen(array: Any, label: str, what: str) -> np.ndarray:
-    """A read-only float32 copy; an array that is one already is shared. Raises VectorFileError."""
+    """A read-only float32 copy; an array that is already read-only float32 is shared. Raises
+    VectorFileError."""
     if not _is_frozen(array):
         try:
-            with np.errstate(over="ignore"):  # what overflows float32 is refused as infinite
+            # values that overflow float32 become infinite, and are refused as such
+            with np.errstate(over="ignore"):
                 array = np.array(array, dtype=np.float32, order="C")
         except (TypeError, ValueError):
             raise VectorFileError(f"{label}: {what} must be an array of numbers.") from None
@@ -377,7 +377,8 @@ def _per_layer(array: Any, what: str, n_layer: int, label: str) -> np.ndarray | 
 
 
 def checked_layers(layers: int | Sequence[int], n_layer: int, label: str) -> tuple[int, ...]:
-    """Sorted, unique, in range. label: what has these layers, for the message. Raises PlanError."""
+    """The layers, sorted, unique and in range. label: for messages, what has these layers. Raises
+    PlanError."""
     try:
         chosen = sorted({operator.index(il) for il in (layers if np.iterable(layers) else (layers,))})
     except TypeError:
@@ -410,7 +411,7 @@ def _cap(value: Any) -> float | None:
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """`1-27` or `2, 5-7`, for messages."""
+    """Layers as text for messages: `1-27` or `2, 5-7`."""
     runs: list[list[int]] = []
     for il in layers:
         if runs and runs[-1][1] == il - 1:

@@ -1,8 +1,8 @@
-"""Several engines of one model, each in a thread of its own: how a small model keeps all cores busy.
+"""Several engines of one model, each in its own thread, with which a small model keeps all cores busy.
 
-Two threads on one matrix of 256 columns mostly wait for each other; two engines of one thread do not. Every
-piece of work goes through one engine alone, so results do not depend on how many there are. Each thread opens
-its engine itself: OpenMP gives every thread that has computed a team of its own.
+Two threads on one matrix of 256 columns mostly wait for each other; two engines with one thread each do not.
+Every piece of work goes through a single engine, so results do not depend on the number of engines. Each
+thread opens its own engine, since OpenMP gives every thread that has computed its own team.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MAX_WORKERS = 8  # each has a copy of the model
 
 
 class Workers:
-    """n: engines, at most MAX_WORKERS of them, each with n_threads threads. journal: where their replies are
-    kept, so that a run that was stopped goes on. options: of each Engine."""
+    """n: number of engines, at most MAX_WORKERS, each with n_threads threads. journal: keeps their replies,
+    so that a run that was stopped can continue. options: of each Engine."""
 
     def __init__(
         self,
@@ -70,7 +70,8 @@ class Workers:
         items: Sequence[Item],
         advance: Callable[[int, int], None] | None = None,
     ) -> list[Result]:
-        """work(engine, item) of each item, in order. Raises the first error. advance: (done, of how many)."""
+        """The results of work(engine, item), in the order of the items. Raises the first error. advance:
+        called with (done, total)."""
         running = [self._pool.submit(self._run, work, item) for item in items]
         for done, job in enumerate(as_completed(running), 1):
             job.result()
@@ -79,7 +80,7 @@ class Workers:
         return [job.result() for job in running]
 
     def check(self, *_progress: int) -> None:
-        """Raise LocalsteerError once nobody waits for results: long work calls it now and then."""
+        """Raise LocalsteerError once nothing waits for results; long work calls this now and then."""
         if self._stopped.is_set():
             raise LocalsteerError("the work was stopped.")
 

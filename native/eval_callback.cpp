@@ -1,7 +1,7 @@
 // The hook in llama.cpp: llama_context_params.cb_eval, asked for every node of the graph.
 //
-// It knows ggml by a handful of exported accessors, whose addresses Python takes from the library that
-// llama-cpp-python has loaded. No ggml header and no struct: nothing that can drift, no second copy of ggml.
+// It uses ggml only through a handful of exported accessors, whose addresses Python takes from the library that
+// llama-cpp-python has loaded. No ggml header or struct is used: nothing can drift, and there is no second ggml.
 //
 // One hook serves one context and is called on the thread that runs llama_decode.
 
@@ -217,7 +217,7 @@ static void process_layer(localsteer_hook * hook, ggml_tensor * t, int32_t il) {
     layer.status = LAYER_DONE;
 }
 
-// always true once asked for: on false llama_decode gives up the graph, returns 0 and leaves garbage logits.
+// always true for a node that was asked for: on false llama_decode drops the graph, returns 0 and leaves garbage.
 // Errors are kept instead, and localsteer_batch_end reports them. No exception may reach llama.cpp's C code
 LOCALSTEER_API bool localsteer_eval_callback(ggml_tensor * t, bool ask, void * user_data) {
     auto * hook = static_cast<localsteer_hook *>(user_data);

@@ -1,8 +1,8 @@
-// The process ends some seconds after SIGTERM or SIGINT even where no Python code can run any more.
+// Ends the process some seconds after SIGTERM or SIGINT even if no Python code can run any more.
 //
 // Python's own handlers run between two bytecodes of the main thread. Code that holds the interpreter, such as
-// one call of `re`, keeps them waiting for as long as it likes. Here the handler itself, which the kernel calls,
-// sets an alarm clock before it hands on to Python's; the alarm ends the process without asking anybody.
+// one call of `re`, can keep them waiting indefinitely. Here the handler itself, which the kernel calls, sets an
+// alarm before it passes the signal on to Python's handler; the alarm ends the process in any case.
 #include <cstdint>
 
 #if defined(_WIN32)
@@ -14,7 +14,7 @@
 #if defined(_WIN32)
 
 LOCALSTEER_API int32_t localsteer_end_after(int32_t, uint32_t, uint32_t) {
-    return 1; // no alarm clock here
+    return 1; // there is no alarm here
 }
 
 #else
@@ -50,7 +50,7 @@ void on_signal(int number) {
 
 } // namespace
 
-// Call it after Python's handler of `number` is in place: a later one would take the place of this.
+// Call it once Python's handler of `number` is in place: a later one would replace this.
 // seconds_first: from the first signal; seconds_again: from every further one. 0 where it worked.
 LOCALSTEER_API int32_t localsteer_end_after(int32_t number, uint32_t first, uint32_t again) {
     if (number <= 0 || number >= n_signals) {

@@ -147,7 +147,7 @@ void steer_program::read(const float * x) {
     }
 }
 
-// the rows that stay out have no say in the others' weights
+// the rows that do not act have no say in the others' weights
 void steer_program::solve() {
     joined.clear();
     for (size_t i = 0; i < n_solved; ++i) {

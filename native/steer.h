@@ -11,11 +11,11 @@
 
 namespace localsteer {
 
-// What a token gets at one layer, in one position class: k weights, all computed from the same x, times k writers.
+// The edits of a token at one layer, in one position class: k weights, all computed from the same x, times k writers.
 //
 //   g_i = w_i . n_i(x) + b_i         n_i(x) is x, or x/rms(x)
-//   a one-sided row stays out (c_i = 0) where g_i <= 0
-//   c   = g, but of the first n_solved rows c = (G + ridge I)^-1 g over those that joined, G_ij = z_i . z_j
+//   a one-sided row does not act (c_i = 0) where g_i <= 0
+//   c   = g, but for those of the first n_solved rows that act c = (G + ridge I)^-1 g, G_ij = z_i . z_j
 //   c_i <- clip(c_i, -cap_i, cap_i)
 //   x   <- x + sum_i c_i z_i
 //
@@ -50,7 +50,7 @@ private:
 
     // scratch for one row
     std::vector<double> weights;
-    std::vector<double> factor; // Cholesky factor of the rows that joined, lower triangle
+    std::vector<double> factor; // Cholesky factor of the rows that act, lower triangle
     std::vector<double> rhs;
     std::vector<size_t> joined;
 

@@ -259,8 +259,8 @@ DAMAGE: dict[str, tuple[Callable[[RawGguf], None], str]] = {
 
 # the same for a good file with gates
 GATE_DAMAGE: dict[str, tuple[Callable[[RawGguf], None], str]] = {
-    "gate without readers": (_both(_key("reader.1", None), _key("reader.2", None)), "one of them is missing"),
-    "gate without biases": (_key("biases", None), "one of them is missing"),
+    "gate without readers": (_both(_key("reader.1", None), _key("reader.2", None)), "one is missing"),
+    "gate without biases": (_key("biases", None), "one is missing"),
     "gate at another layer": (_key("layers", array(U32, [3])), "no gate at layer 3"),
     "gate without anything": (
         _both(_key("reader.1", None), _key("reader.2", None), _key("biases", None)), "has no learned gate",

@@ -211,7 +211,7 @@ def test_another_checkpoint_of_the_same_shape_is_refused(tiny_llama, tmp_path, i
     write_checkpoint("llama", tmp_path / "other", seed=1)
     with open_engine(tiny_llama.gguf_path) as engine:
         Weights.load(engine, str(tiny_llama.hf_dir), n_tokens=32)
-        with pytest.raises(MismatchError, match="other is another model"):
+        with pytest.raises(MismatchError, match="other is not the model of"):
             Weights.load(engine, str(tmp_path / "other"), n_tokens=32)
 
 
@@ -220,6 +220,6 @@ def test_a_gguf_that_transformers_reads_as_another_model_is_refused(tiny, in_flo
     pytest.importorskip("accelerate", reason="transformers reads a GGUF with it")
     with (
         open_engine(tiny("gemma2").gguf_path) as engine,
-        pytest.raises(MismatchError, match="give the model's checkpoint"),
+        pytest.raises(MismatchError, match="name the model's checkpoint"),
     ):
         Weights.load(engine, n_tokens=32)

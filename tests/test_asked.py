@@ -223,7 +223,7 @@ def test_the_engine_itself_applies_what_it_is_given(engine, vectors):
 
 def test_the_notice_says_why_in_numbers(vectors):
     assert why_left_out(with_record(vectors["json"])) == (
-        "json is left out: the prompt asks for it already, and its file says that steering then does harm "
+        "json is left out: the prompt already asks for it, and its file says that steering then does harm "
         "(told 88%, told and steered 50%)"
     )
 

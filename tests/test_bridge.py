@@ -482,7 +482,7 @@ def test_too_many_layers_are_one_line_and_no_abort(tiny_llama, tmp_path: Path, n
 def test_a_control_vector_is_no_model(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "vector.gguf"
     vector(model).save(path)
-    with pytest.raises(ModelFileError, match="is a control vector: give a model"):
+    with pytest.raises(ModelFileError, match="is a control vector: name a model"):
         Model(path)
 
 
@@ -567,7 +567,7 @@ def test_tokens_and_text(model: Model) -> None:
     assert not model.is_eog(tokens[0])
     assert model.token_to_piece(model.eos) == b""
     assert model.token_to_piece(model.eos, special=True) != b""
-    with pytest.raises(PromptError, match="no Unicode"):
+    with pytest.raises(PromptError, match="not a Unicode"):
         model.tokenize("\ud800", add_special=False, parse_special=False)
     with pytest.raises(PromptError, match="vocabulary"):
         model.token_to_piece(512)

@@ -169,7 +169,7 @@ def test_the_file_is_rewritten_in_place(folder, model, vector):
     done = invoke("calibrate", "-m", model, "v.gguf", "--queries", "queries.txt", "-t", 1)
     assert done.status == 0, done.err
     assert "cosine" in done.out and "steered" in done.out
-    assert "other pairs" not in done.err
+    assert "not the pairs" not in done.err
     written = ControlVector.load("v.gguf")
     np.testing.assert_allclose(written.mean_with, vector.mean_with, atol=0.05)
     assert written.provenance[CALIBRATION]["n_pairs"] == 3
@@ -190,7 +190,7 @@ def test_other_queries_are_said_aloud(folder, model, vector):
     vector.save("v.gguf")
     (folder / "others.txt").write_text("What is an owl?\nWhat is a moth?\nWhat is a bee?\n")
     done = invoke("calibrate", "-m", model, "v.gguf", "--queries", "others.txt", "--dry-run", "-t", 1)
-    assert done.status == 0 and "other pairs than the vector was made from" in done.err
+    assert done.status == 0 and "not the pairs that the vector was made from" in done.err
 
 
 def refused(*args):
@@ -205,7 +205,7 @@ def test_bad_input_is_one_line(folder, model, vector):
     assert "empty.txt holds no query" in refused("-m", model, "v.gguf", "--queries", "empty.txt")
     assert "no folder nowhere" in refused("-m", model, "v.gguf", "-o", "nowhere/v.gguf")
     assert "no vector file" in refused("-m", model, "v.gguf", "-o", model)
-    assert "says itself what it was made from" in refused("-m", model, "v.gguf", "-i", "json")
+    assert "already says what it was made from" in refused("-m", model, "v.gguf", "-i", "json")
     assert "--instruction" in refused("-m", model, "v.gguf", "--slot", "n=2")
     imported = ControlVector(vector.directions, None, None, None, None, layers=(1,), mode="add", name="i")
     imported.save("import.gguf")

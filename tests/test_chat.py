@@ -169,7 +169,7 @@ def test_compare_is_the_last_question_plain_and_steered_and_changes_nothing(engi
     with pytest.raises(LocalsteerError, match="no question"):
         chat.compare()
     chat.ask(FOXES)
-    with pytest.raises(LocalsteerError, match="nothing is steered"):
+    with pytest.raises(LocalsteerError, match="there is no steering"):
         chat.compare()
     chat.ask(HARES)
     turns = list(chat.turns)
@@ -223,7 +223,7 @@ def test_each_turn_is_steered_only_where_its_question_does_not_ask_already(engin
     assert turns[1].reply == fresh(engine, history, [harmful]) != fresh(engine, history)
     told = [note for note in chat.notes if "left out" in note]
     assert told == [
-        "title is left out: the prompt asks for it already, and its file says that steering then does harm "
+        "title is left out: the prompt already asks for it, and its file says that steering then does harm "
         "(told 88%, told and steered 50%); /strength, or --always-steer, applies it anyway."
     ]
     assert turns[0].record()["left_out"] == ["title"] and "left_out" not in turns[1].record()
@@ -255,7 +255,7 @@ def test_a_full_context_is_said_and_nothing_is_dropped(vectors):
         assert notes and notes[-1].startswith(
             "the context of 64 tokens is full, and the reply was cut: /undo"
         )
-        with pytest.raises(PromptError, match="the context holds 64: /undo takes turns back, /clear"):
+        with pytest.raises(PromptError, match="the context holds 64: /undo removes the last turn, /clear"):
             chat.ask(OWLS)
         assert [turn.question for turn in chat.turns] == [FOXES, HARES]
         chat.undo()
@@ -318,7 +318,7 @@ def test_saving_replaces_conversations_alone(chat, vectors, tmp_path):
     path = tmp_path / "json.gguf"
     vectors["json"].save(path)
     before = path.read_bytes()
-    with pytest.raises(LocalsteerError, match="no saved conversation: choose another name"):
+    with pytest.raises(LocalsteerError, match="not a saved conversation: choose another name"):
         chat.save(path)
     assert path.read_bytes() == before
     chat.save(tmp_path / "chat.json")
@@ -336,7 +336,7 @@ def test_vectors_that_are_not_here_are_left_out_aloud(engine, chat, vectors, tmp
         notes: list[str] = []
         other.on_note = notes.append
         other.load(tmp_path / "chat.json")
-        assert notes == ["there is no vector 'json' here: the conversation goes on without it."]
+        assert notes == ["there is no vector 'json' here: the conversation continues without it."]
         with pytest.raises(LocalsteerError, match="not steered by a vector that is here"):
             other.trace()
 
@@ -344,14 +344,14 @@ def test_vectors_that_are_not_here_are_left_out_aloud(engine, chat, vectors, tmp
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "it is no JSON"),
-        ("[" * 100_000, "it is no JSON"),
+        ("", "it is not JSON"),
+        ("[" * 100_000, "it is not JSON"),
         ("[]", "it has no turns"),
         ('{"turns": []}', "format None"),
         ('{"format": 2, "turns": []}', "format 2"),
         ('{"format": 1, "turns": [{"question": "Hi"}]}', "lacks its question or its reply"),
         ('{"format": 1, "turns": [3]}', "lacks its question or its reply"),
-        ('{"format": 1, "turns": [], "steering": 3}', "no list of vectors"),
+        ('{"format": 1, "turns": [], "steering": 3}', "not a list of vectors"),
         ('{"format": 1, "turns": [], "steering": [{"name": "json", "strength": "x"}]}', "not a number"),
         ('{"format": 1, "turns": [], "system": 3}', "system message"),
     ],
@@ -427,12 +427,12 @@ def test_a_piped_conversation(folder, conversation, tmp_path):
     assert notes[0] == "steering by json:1@2 project prompt."
     assert notes[1].startswith("steering changed: ")
     assert notes[2:] == [
-        "unknown command /foo: /help lists them; // begins a question with /.",
+        "unknown command /foo: /help lists them; write // to begin a question with /.",
         "there is no vector 'jsn': choose json, lowercase, title, a file, or an instruction of the "
         "catalogue.",
         "strength 'x' is not a number.",
         "unknown positions 'sideways': choose one of all, prompt, last, generation.",
-        f"took back {HARES!r}; 1 turn left.",
+        f"removed {HARES!r}; 1 turn left.",
         "no longer steering by json.",
         f"wrote {saved}: 1 turn.",
         "forgot 1 turn.",
@@ -509,7 +509,7 @@ def test_a_missing_prompt_toolkit_is_one_line(monkeypatch):
 def test_a_line_that_is_no_text_is_left_out(folder, conversation):
     done = invoke(*chat_args(folder), input=b"\xff\xfe\n" + FOXES.encode() + b"\n")
     assert done.out == conversation((FOXES,))[0] + "\n"
-    assert done.err == "localsteer: line 1 of the standard input is not UTF-8 text (byte 0): left out.\n"
+    assert done.err == "localsteer: line 1 of the standard input is not UTF-8 text (byte 0): skipped.\n"
 
 
 # --- in a real terminal ------------------------------------------------------------------------------------
@@ -548,7 +548,7 @@ def wrapped(text, width=100):
     return [row for row in rows if row]
 
 
-GREETING = "localsteer: {}: /help lists the commands, Alt-Enter begins a new line, Ctrl-D leaves."
+GREETING = "localsteer: {}: /help lists the commands, Alt-Enter starts a new line, Ctrl-D quits."
 
 
 def test_a_transcript_in_a_terminal(terminal, conversation):
@@ -583,9 +583,9 @@ def test_a_transcript_in_a_terminal(terminal, conversation):
         note,
         *wrapped(second),
         "> /nonsense",
-        "localsteer: unknown command /nonsense: /help lists them; // begins a question with /.",
+        "localsteer: unknown command /nonsense: /help lists them; write // to begin a question with /.",
         "> /undo",
-        "localsteer: took back 'Where does the hare live?'; 1 turn left.",
+        "localsteer: removed 'Where does the hare live?'; 1 turn left.",
         ">",
     ]
 

@@ -42,9 +42,9 @@ def refused(*args, input=""):
         (["run", "-c", "-1", "Hi"], "-1 is not in the range"),
         (["run", "--mode", "replace", "Hi"], "'replace' is not one of"),
         (["run", "--positions", "first", "Hi"], "'first' is not one of"),
-        (["run", "--layer", "two", "Hi"], "'two' names no layer"),
-        (["run", "--layer", "-1", "Hi"], "'-1' names no layer"),
-        (["run", "--layer", "0-99999999", "Hi"], "no range of layers"),
+        (["run", "--layer", "two", "Hi"], "'two' is not a layer"),
+        (["run", "--layer", "-1", "Hi"], "'-1' is not a layer"),
+        (["run", "--layer", "0-99999999", "Hi"], "not a range of layers"),
         (["run", "--slot", "n", "Hi"], "'n' is not NAME=VALUE"),
         (["run", "Tell", "me"], "unexpected extra argument"),
         (["run", "--compare", "Hi"], "--compare needs"),
@@ -65,7 +65,7 @@ def refused(*args, input=""):
         (["run", "--grammar-file", "none.gbnf", "Hi"], "none.gbnf can't be read"),
         (["run", "--grammar", "x", "--json-schema", "{}", "Hi"], "--grammar and --json-schema exclude"),
         (["run", "--json-schema", "none.json", "Hi"], "none.json can't be read"),
-        (["run", "--json-schema", "{a}", "Hi"], "the JSON schema is no JSON"),
+        (["run", "--json-schema", "{a}", "Hi"], "the JSON schema is not JSON"),
         (["extract", "-i", "json"], "--gguf"),
         (["extract", "--gguf", "a.gguf", "--model", "b", "-i", "json"], "either"),
         (["extract", "--gguf", "a.gguf"], "--instruction"),
@@ -112,7 +112,7 @@ def test_a_truncated_model(folder, tiny_llama):
 
 
 def test_a_folder_as_a_model(tiny_llama):
-    assert "is a folder: give a GGUF file" in refused("run", "-m", tiny_llama.hf_dir, "Hi")
+    assert "is a folder: name a GGUF file" in refused("run", "-m", tiny_llama.hf_dir, "Hi")
     assert "no model is named" in refused("run", "-m", "", "Hi")
 
 
@@ -193,7 +193,7 @@ def test_a_prompt_longer_than_the_context(model):
 def test_a_context_too_small_for_a_question(folder, model):
     write_vector(folder / "v.gguf")
     question = "Tell me about the fox that lives near the river, and about owls."
-    too_small = "and the context 8, reply included: shorten the prompt, or raise n_ctx (-c)"
+    too_small = "and the context of 8 must also hold the reply: shorten the prompt, or raise n_ctx (-c)"
     assert too_small in refused("run", "-m", model, "-c", "8", question)
     assert too_small in refused("run", "-m", model, "-c", "8", "-s", "v.gguf", "--compare", question)
     assert too_small in refused("trace", "-m", model, "-c", "8", "-s", "v.gguf", question)

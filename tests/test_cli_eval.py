@@ -163,7 +163,7 @@ def test_slips_in_names_are_found_before_a_model_is_loaded(monkeypatch):
     monkeypatch.setattr("localsteer.engine.Engine.__init__", lambda *_: pytest.fail("a model was loaded"))
     assert "unknown suite 'rhymes'" in refused("--suite", "rhymes")
     assert "unknown instruction 'jsn'" in refused("--instructions", "jsn")
-    assert "no instruction is named" in refused("--instructions", ",")
+    assert "--instructions is empty" in refused("--instructions", ",")
     assert "suite ifeval needs --ifeval" in refused("--suite", "ifeval")
     assert "suite cross-model needs --base" in refused("-m", "x.gguf", "--suite", "cross-model")
     assert "no room for a prompt" in refused("--max-tokens", "256")

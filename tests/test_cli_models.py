@@ -126,12 +126,10 @@ def test_models_of_other_programs_are_listed_under_names_that_can_be_pasted(fold
     keys = ("from", "size", "architecture", "n_layer", "n_embd", "steers", "note")
     assert [fox[key] for key in keys] == ["Ollama", len(gguf), "llama", 2, 32, True, None]
     own = "asked with its own 2 stop strings, top_k 5"
-    assert fox["remark"] == f"its projector is left out: text alone; {own}"
+    assert fox["remark"] == f"its projector is left out: text only; {own}"
     assert rows["hf:ORG/R:Q8_0"]["from"] == "Hugging Face"
     table = invoke("models").out
-    assert (
-        "ollama:fox:1b: from Ollama, " in table and "(its projector is left out: text alone; asked" in table
-    )
+    assert "ollama:fox:1b: from Ollama, " in table and "(its projector is left out: text only; asked" in table
     for name in ("ollama:fox:1b", "hf:ORG/R:Q8_0"):
         assert invoke("run", "-m", name, "-n", "2", "Hi").status == 0
 

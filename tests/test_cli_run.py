@@ -51,7 +51,7 @@ def run(tiny_llama, *args, input=""):
 def test_stdout_is_the_reply_and_nothing_else(tiny_llama, replies):
     done = program("run", "-m", tiny_llama.gguf_path, *GREEDY, "Tell me about foxes.")
     assert done.out == replies("Tell me about foxes.") + "\n"
-    assert done.err == "localsteer: the reply was cut after 12 tokens: -n allows more.\n"
+    assert done.err == "localsteer: the reply was cut after 12 tokens: raise -n for more.\n"
 
 
 def test_a_vector_file_steers_as_the_library_does(tiny_llama, replies, vector):
@@ -183,7 +183,7 @@ def test_timings_are_talk(tiny_llama):
 
 ASKED = "Tell me about foxes. Answer in rhyme."
 LEFT_OUT = (
-    "localsteer: strong is left out: the prompt asks for it already, and its file says that steering then "
+    "localsteer: strong is left out: the prompt already asks for it, and its file says that steering then "
     "does harm (told 75%, told and steered 25%); --always-steer applies it anyway.\n"
 )
 
@@ -361,5 +361,5 @@ def test_a_layer_that_is_given_leaves_out_the_search(tiny_llama, folder):
 def test_compare_says_which_reply_was_cut_and_how_long_each_took(tiny_llama, vector):
     said = run(tiny_llama, "-s", vector, "--compare", "--timings", "Hi").err.splitlines()
     assert [line.split(":")[1].strip() for line in said] == ["plain", "plain", "steered", "steered"]
-    assert said[0] == "localsteer: plain: the reply was cut after 12 tokens: -n allows more."
+    assert said[0] == "localsteer: plain: the reply was cut after 12 tokens: raise -n for more."
     assert "tokens, " in said[1] and "per second" in said[3]

@@ -208,11 +208,11 @@ def test_an_instruction_of_the_catalogue_is_traced_at_once():
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["Foxes"], "there is nothing to trace: give -s VECTOR or --instruction."),
+        (["Foxes"], "there is nothing to trace: add -s VECTOR or --instruction."),
         (["-s", "none.gguf", "Foxes"], "none.gguf"),
         (["-s", "strong.gguf", ""], "the prompt is empty"),
         (["-s", "strong.gguf", "--raw", ""], "the prompt is empty"),
-        (["-s", "strong.gguf", "--watch", "some", "Foxes"], "'some' names no layer"),
+        (["-s", "strong.gguf", "--watch", "some", "Foxes"], "'some' is not a layer"),
         (["-s", "strong.gguf", "--watch", "4", "Foxes"], "layer 4 is out of range"),
         (["-s", "strong.gguf@9", "Foxes"], "layer 9 is out of range"),
         (["-s", "strong.gguf", "--plot", "none/a.png", "Foxes"], "there is no folder none"),

@@ -96,7 +96,7 @@ def test_the_table_and_the_heat_map_show_every_setting(vector):
     assert [line.split()[0] for line in lines[2:4]] == ["3", "7"]
     assert sum(line.count("[") for line in lines[2:4]) == 1
     assert any(line.split()[:3] == ["3", "prompt", "project"] for line in lines)
-    assert any("model alone" in line for line in lines)
+    assert any("plain model" in line for line in lines)
 
 
 def test_json_is_one_document(vector):
@@ -263,7 +263,7 @@ def test_a_killed_search_asks_only_for_the_rest_and_ends_the_same(vector, no_com
     kept = replies_in(stopped)
     assert 24 < kept < ASKED
     out, err = start(vector, stopped, *LONGER, *ONE_STRENGTH).communicate(timeout=PATIENCE_SECONDS)
-    assert b"going on with" in err
+    assert b"continuing from" in err
     resumed = json.loads(out)["vectors"][0]
     assert resumed["replies"] == {"asked": ASKED, "new": ASKED - kept}
     assert replies_in(stopped) == ASKED
@@ -295,7 +295,7 @@ def test_without_a_cache_folder_it_works_and_says_so(vector, folder, monkeypatch
     few = ("-t", "1", "-n", "1", "--layer", "1", "--positions", "prompt", "--catalog", "bundled")
     few += ("--exhaustive",)
     done = tune("-m", model, vector, *few)
-    assert "a search that is stopped will begin anew" in done.err
+    assert "this search can't be resumed if it is stopped" in done.err
     assert "written to" in done.err and (folder / "file").read_text() == ""
 
 
@@ -308,16 +308,16 @@ def test_without_a_cache_folder_it_works_and_says_so(vector, folder, monkeypatch
         ([], "--instruction"),
         (["none.gguf"], "none.gguf"),
         (["V", "-i", "json"], "--instruction"),
-        (["V", "--positions", "first"], "'first' is none of all, prompt"),
-        (["V", "--modes", "project,replace"], "'replace' is none of project"),
-        (["V", "--strengths", "1,x"], "'1,x' is no list of strengths"),
+        (["V", "--positions", "first"], "'first' is not one of all, prompt"),
+        (["V", "--modes", "project,replace"], "'replace' is not one of project"),
+        (["V", "--strengths", "1,x"], "'1,x' is not a list of strengths"),
         (["V", "--strengths", "0"], "0 steers nothing"),
-        (["V", "--layer", "two"], "'two' names no layer"),
+        (["V", "--layer", "two"], "'two' is not a layer"),
         (["V", "--layer", "8"], "layer 8 is out of range"),
         (["V", "-n", "0"], "0 is not in the range"),
         (["V", "--kwargs", "{}"], "--verifier"),
-        (["V", "--verifier", "keywords:existence", "--kwargs", "moon"], "moon is no JSON object"),
-        (["V", "--verifier", "keywords:existence", "--kwargs", "[" * 100_000], "is no JSON object"),
+        (["V", "--verifier", "keywords:existence", "--kwargs", "moon"], "moon is not a JSON object"),
+        (["V", "--verifier", "keywords:existence", "--kwargs", "[" * 100_000], "is not a JSON object"),
         (["V", "--verifier", "keywords:existence"], "argument 'keywords' is missing"),
         (["V", "--verifier", "keyword:existence"], "did you mean keywords:existence"),
         (["V", "--queries", "none.txt"], "none.txt can't be read"),
@@ -325,7 +325,7 @@ def test_without_a_cache_folder_it_works_and_says_so(vector, folder, monkeypatch
         (["V", "--queries", "test.txt"], "is among the test queries of bundled"),
         (["V", "--catalog", "none.toml"], "none.toml can't be read"),
         (["V", "-o", "no/folder.gguf"], "there is no folder no"),
-        (["V", "-o", "empty.txt"], "no vector file of localsteer"),
+        (["V", "-o", "empty.txt"], "not a vector file of localsteer"),
         pytest.param(
             ["V", "-o", "/proc/self/v.gguf"],
             "choose another folder",
@@ -374,7 +374,7 @@ def test_an_unreadable_line_of_the_journal_is_named(vector, cache):
     lines = content.splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:4], b"{spoilt\n", *lines[4:]]))
     try:
-        assert "line 5: this is no record of a run" in invoke("tune", vector, *SMALL).complaint()
+        assert "line 5: this is not a record of a run" in invoke("tune", vector, *SMALL).complaint()
     finally:
         path.write_bytes(content)
 

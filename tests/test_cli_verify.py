@@ -220,9 +220,9 @@ def test_a_process_is_refused_with_one_line_and_status_2():
             "whole number, 0 or more, not -1",
         ),
         (("-i", WORDS, "--kwargs", '{"num_words": 3, "relation": "exactly"}'), "'less than' or 'at least'"),
-        (("-i", WORDS, "--kwargs", "{num_words: 3}"), "is no JSON (Expecting property name"),
-        (("-i", WORDS, "--kwargs", "[3]"), "must be a JSON table"),
-        (("-i", WORDS, "--kwargs", "[" * 100_000), "is no JSON"),
+        (("-i", WORDS, "--kwargs", "{num_words: 3}"), "is not JSON (Expecting property name"),
+        (("-i", WORDS, "--kwargs", "[3]"), "must be a JSON object"),
+        (("-i", WORDS, "--kwargs", "[" * 100_000), "is not JSON"),
         (("-i", LOWERCASE, "--kwargs", "{}", "--kwargs", "{}"), "2 --kwargs for 1 --instruction"),
         (("-i", "combination:repeat_prompt"), "'prompt_to_repeat' is missing"),
         (("-i", LOWERCASE, "--prompt", "a", "--prompt-file", "b"), "exclude each other"),
@@ -230,9 +230,9 @@ def test_a_process_is_refused_with_one_line_and_status_2():
         (("-i", LOWERCASE, "."), ". can't be read: Is a directory"),
         (("-i", LOWERCASE, "--prompt-file", "none.txt"), "none.txt can't be read"),
         (("--jsonl", "none.jsonl"), "none.jsonl can't be read"),
-        (("--jsonl", "a.jsonl", "-i", LOWERCASE), "--jsonl is used by itself"),
-        (("--list", "reply.txt"), "--list is used by itself"),
-        (("--list", "--jsonl", "a.jsonl"), "--list is used by itself"),
+        (("--jsonl", "a.jsonl", "-i", LOWERCASE), "--jsonl stands by itself"),
+        (("--list", "reply.txt"), "--list stands by itself"),
+        (("--list", "--jsonl", "a.jsonl"), "--list stands by itself"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
 )
@@ -253,8 +253,8 @@ def test_input_that_is_no_text(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{not json", "no JSON (Expecting property name"),
-        ("[1]", "a JSON table is wanted"),
+        ("{not json", "not JSON (Expecting property name"),
+        ("[1]", "expected a JSON object"),
         (json.dumps({"instruction_id_list": [LOWERCASE]}), "`response` must be the reply's text"),
         (json.dumps({"response": "x"}), "`instruction_id_list` must be a list"),
         (json.dumps(row("x")), "0 in `instruction_id_list`"),
@@ -277,4 +277,4 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, line, says):
 
 def test_a_file_without_a_line(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    assert "empty.jsonl holds no line" in refused("--jsonl", tmp_path / "empty.jsonl")
+    assert "empty.jsonl is empty" in refused("--jsonl", tmp_path / "empty.jsonl")

@@ -243,15 +243,15 @@ def hostile(torch):
     yield {}, "no directions by layer"
     yield {"layer_activations": 7}, "no directions by layer"
     yield {"layer_activations": {1: row}, "layer_type": "mlp"}, "only decoder_block"
-    yield {"a": row}, "in the place of a layer's number"
-    yield {-1: row}, "in the place of a layer's number"
-    yield {True: row}, "in the place of a layer's number"
+    yield {"a": row}, "instead of a layer's number"
+    yield {-1: row}, "instead of a layer's number"
+    yield {True: row}, "instead of a layer's number"
     yield {10**9: row}, "in the place|beyond|too large|layers"
-    yield {1: [1.0, 2.0]}, "in the place of a direction"
-    yield {1: torch.ones(8, dtype=torch.int64)}, "in the place of a direction"
-    yield {1: torch.ones(8, dtype=torch.complex64)}, "in the place of a direction"
-    yield {1: torch.ones(8).to_sparse()}, "in the place of a direction"
-    yield {1: torch.ones(8, device="meta")}, "in the place of a direction"
+    yield {1: [1.0, 2.0]}, "instead of a direction"
+    yield {1: torch.ones(8, dtype=torch.int64)}, "instead of a direction"
+    yield {1: torch.ones(8, dtype=torch.complex64)}, "instead of a direction"
+    yield {1: torch.ones(8).to_sparse()}, "instead of a direction"
+    yield {1: torch.ones(8, device="meta")}, "instead of a direction"
     yield {1: torch.ones(8), 2: torch.ones(9)}, "same width"
     yield {1: torch.ones(2, 8), 2: torch.ones(2, 8)}, "same width"
     yield {1: torch.full((8,), float("nan"))}, "NaN"
@@ -263,8 +263,8 @@ def hostile(torch):
     yield torch.ones(4, 8), "choose convention"
     yield torch.ones(2, 2, 8), "must be"
     yield torch.tensor(1.0), "must be"
-    yield 7, "in the place of a direction"
-    yield "text", "in the place of a direction"
+    yield 7, "instead of a direction"
+    yield "text", "instead of a direction"
 
 
 def test_hostile_files_of_torch_are_one_line(torch, folder):
@@ -285,7 +285,7 @@ def test_archives_that_torch_did_not_write(torch, folder):
         for name, content in members.items():
             archive.writestr(name, content)
     assert is_torch_file("packed.pt") and is_torch_file("v.pt")
-    with pytest.raises(VectorFileError, match="packs nothing"):
+    with pytest.raises(VectorFileError, match="compresses nothing"):
         import_torch_vector("packed.pt")
     for name in members:
         with zipfile.ZipFile("part.pt", "w") as archive:
@@ -410,7 +410,7 @@ def test_json_says_what_is_lost(folder):
     [
         (["export", "v.gguf", "--to", "onnx", "-o", "o"], "'onnx' is not one of"),
         (["export", "v.gguf", "--to", "npz", "-o", "none/o.npz"], "none/o.npz"),
-        (["export", "v.gguf", "--to", "npz", "-o", "."], "is no vector file"),
+        (["export", "v.gguf", "--to", "npz", "-o", "."], "is not a vector file"),
         (["export", "v.gguf", "--to", "steering-vectors", "--strength", "0", "-o", "o.pt"], "strength 0"),
         (["import", "bad.pt", "-o", "o.gguf"], "could run code"),
         (["import", "a.pt", "-o", "o.gguf"], "holds one direction"),

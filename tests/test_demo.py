@@ -209,7 +209,7 @@ def test_an_error_in_one_piece_of_work_ends_the_others(tiny_llama) -> None:
 def test_what_is_asked_for_is_checked(checkpoint: Path) -> None:
     with pytest.raises(CatalogError, match="unknown instruction 'rhyme'"):
         run_demo(instructions=["rhyme"], checkpoint=checkpoint)
-    with pytest.raises(LocalsteerError, match="no instruction is named"):
+    with pytest.raises(LocalsteerError, match="--instructions is empty"):
         run_demo(instructions=[], checkpoint=checkpoint)
     with pytest.raises(LocalsteerError, match="number of test queries"):
         run_demo(n=1000, checkpoint=checkpoint)

@@ -314,7 +314,7 @@ def test_another_chat_template_is_told_once_and_allowed(tiny_llama, caplog):
         engine.plan([other])
         engine.plan([other.at(strength=0.5)])
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "another chat template" in caplog.text
+    assert "a different chat template" in caplog.text
 
 
 # --- opening and closing -----------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def test_run_takes_a_reply_at_its_end(files):
 
 
 def test_run_refuses_what_cannot_be(files):
-    assert "leave --compare out" in run("--ensure", files / "json.gguf", "--compare").complaint()
+    assert "leave out --compare" in run("--ensure", files / "json.gguf", "--compare").complaint()
     assert "names no verifier" in run("--ensure", files / "bare.gguf").complaint()
     assert "unknown instruction 'jsn'" in run("--ensure", "jsn").complaint()
     assert "0 is not in the range" in run("--ensure", "json", "--tries", "0").complaint()

@@ -129,7 +129,7 @@ def test_few_queries_give_fewer_examples(engine):
 @pytest.mark.parametrize("word", ["", " ", "two words"])
 def test_something_that_is_no_word_is_refused(word):
     for recipe in (include_word, exclude_word):
-        with pytest.raises(CatalogError, match="is not a word: give one"):
+        with pytest.raises(CatalogError, match="is not a word: write one"):
             recipe(GENERAL, word)
 
 

@@ -278,8 +278,8 @@ def test_pairs_of_the_user_are_examples(exact_bundled, tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([PAIR] * 3, "holds 3 examples: give 4 or more"),
-        ([PAIR, "{"], "line 2: not readable as JSON"),
+        ([PAIR] * 3, "holds 3 examples: at least 4"),
+        ([PAIR, "{"], "line 2: not JSON"),
         ([PAIR] * 3 + ['{"prompt": "Tell me."}'], "line 4: 'reply' must be a text"),
         ([PAIR] * 3 + ['{"prompt": " ", "reply": "x"}'], "line 4: 'prompt' must be a text"),
         ([PAIR] * 3 + ["[1]"], "line 4: 'prompt' must be a text"),
@@ -297,7 +297,7 @@ def test_pairs_that_can_not_be_learned_from_are_named(exact_bundled, tmp_path, l
 def test_layers_around_the_middle_race_and_the_last_can_not():
     assert checked_layers(None, 30) == [19, 24]
     assert checked_layers(None, 2) == [0]
-    with pytest.raises(LocalsteerError, match="layer 29 can't be learned at: choose 0 to 28"):
+    with pytest.raises(LocalsteerError, match="a vector can't be learned at layer 29: choose 0 to 28"):
         checked_layers([29], 30)
 
 
@@ -330,8 +330,8 @@ def test_what_is_to_be_learned_must_be_said():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-i", "json", "--layer", "7"], "layer 7 can't be learned at: choose 0 to 6"),
-        (["-i", "language_de"], "no rule rewrites a plain reply"),
+        (["-i", "json", "--layer", "7"], "a vector can't be learned at layer 7: choose 0 to 6"),
+        (["-i", "language_de"], "no rule can rewrite a plain reply"),
         (["--examples", "none.jsonl"], "none.jsonl can't be read"),
         (["-i", "json", "-o", "no/such/folder/json.gguf"], "no/such/folder"),
         (["-i", "json", "--checkpoint", "no-such-folder"], "transformers can't load no-such-folder"),

@@ -164,7 +164,7 @@ def test_the_engine_answers_as_before_afterwards(engine, asked):
     [
         (Row([], [1]), "needs a prompt"),
         (Row([1], []), "needs a prompt"),
-        (Row([1], [2, 3], wanted=np.zeros(2, bool)), "a wanted token"),
+        (Row([1], [2, 3], wanted=np.zeros(2, bool)), "one wanted token"),
         (Row([1] * 100, [2] * 200), "do not fit into"),
     ],
 )

@@ -175,13 +175,13 @@ def test_ensure_answers_plain_where_that_will_do(foxy, tiny_llama):
         ({"steer": "none.gguf"}, "none.gguf does not exist"),
         ({"steer": " "}, "empty"),
         ({"steer": "json+"}, "empty"),
-        ({"steer": "[1]"}, "no text"),
-        ({"steer": '["json"'}, "no JSON list"),
+        ({"steer": "[1]"}, "not a text"),
+        ({"steer": '["json"'}, "not a JSON list"),
         ({"steer": "json:abc"}, "'abc' is not a strength"),
         ({"strength": 0.5}, "needs something to steer by"),
         ({"ensure": "Answer in rhyme."}, "no verifier"),
         ({"seed": -7}, "seed must be"),
-        ({"layer": "x", "steer": "json"}, "names no layer"),
+        ({"layer": "x", "steer": "json"}, "is not a layer"),
         ({"stop": ""}, "stop string must not be empty"),
         ({"ctx_size": 3}, "the context 3"),
     ],
@@ -353,7 +353,7 @@ def test_attachments_are_refused(foxy, user_folder):
     assert "attachments" in complaint("-m", "localsteer/foxy", "-a", picture, QUESTION)
     model = llm.get_model("localsteer/foxy")
     message = llm.user("See", llm.Attachment(path=str(picture)))
-    with pytest.raises(llm.ModelError, match="reads texts, and this conversation has an attachment"):
+    with pytest.raises(llm.ModelError, match="reads only text, and this conversation has an attachment"):
         model.prompt(messages=[message]).text()
 
 

@@ -118,11 +118,11 @@ def test_what_was_fetched_stays_when_the_program_is_stopped(server, gguf, kill):
     assert running.returncode == (130 if kill == signal.SIGINT else -kill) and b"Traceback" not in said
     assert blobs() == {part.name: 2000}
     fault = next(row for row in invoke("models", "--json").json["models"] if row["name"] == NAME)["note"]
-    assert "a download was never finished (0.0 MB of it are there)" in fault
+    assert "a download was never finished (0.0 MB are present)" in fault
     server.hold, server.cut_after = None, None
     server.asked.clear()
     done = invoke("models", "pull", f"{NAME}:Q8_0")
-    assert done.status == 0 and "going on at 0.0 MB" in done.err, done.err
+    assert done.status == 0 and "continuing at 0.0 MB" in done.err, done.err
     assert any("bytes=2000-" in line for line in server.asked)
     assert Path(done.out.strip().partition(": ")[2]).read_bytes() == gguf and blobs() == {
         sha256(gguf): len(gguf)
@@ -157,13 +157,13 @@ def test_a_part_of_another_file_is_fetched_anew(server, gguf):
 def test_a_file_that_comes_damaged_is_not_kept(server):
     server.damaged = True
     told = refused(f"{NAME}:Q8_0")
-    assert told == "Fox-Q8_0.gguf can't be fetched: it came damaged, its sha256 is another one: try again."
+    assert told == "Fox-Q8_0.gguf can't be fetched: it arrived damaged: its sha256 does not match: try again."
     assert blobs() == {}
 
 
 def test_a_server_that_sends_too_much_or_nothing_is_refused(server, gguf, monkeypatch):
     monkeypatch.setattr(download, "RETRY_SECONDS", 0.0)
-    for changed, said in ((gguf + bytes(99), "came with more than its"), (b"", "the server sends nothing")):
+    for changed, said in ((gguf + bytes(99), "has more than its"), (b"", "the server sends nothing")):
         server.sent = changed
         assert said in refused(f"{NAME}:Q8_0")
         assert blobs() == {}
@@ -193,7 +193,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(server, monkeypatch):
         (403, "GatedRepo", "its authors ask for consent"),
         (403, "", "its authors ask for consent"),
         (404, "RepoNotFound", "there is no such repository, or it is private"),
-        (500, "", "the hub answers with status 500"),
+        (500, "", "the hub answered with status 500"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(server, status, code, said):
@@ -223,7 +223,7 @@ def test_files_of_odd_names_are_not_there(server):
 def test_other_refusals_are_one_line_too(server, monkeypatch, tmp_path):
     assert "holds no GGUF file of a model" in refused("hf:ORG/Words")
     assert "has no Q2_K: choose one of hf:ORG/Fox-GGUF:" in refused(f"{NAME}:Q2_K")
-    assert "can't be fetched: give hf:ORG/REPO" in invoke("models", "pull", "ollama:llama3.2").complaint()
+    assert "can't be fetched: write hf:ORG/REPO" in invoke("models", "pull", "ollama:llama3.2").complaint()
     enough = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _path: enough._replace(free=10))
     assert "there is no room for the download" in refused(f"{NAME}:Q8_0")

@@ -108,7 +108,7 @@ def test_what_is_no_name_is_a_path():
 
 def test_a_packaged_model_has_one_quantization(packaged):
     assert path_of("smol:q4_1") == packaged
-    with pytest.raises(ModelFileError, match="smol comes as Q4_1 alone, not as Q8_0"):
+    with pytest.raises(ModelFileError, match="smol comes only as Q4_1, not as Q8_0"):
         path_of("smol:Q8_0")
 
 

@@ -211,7 +211,7 @@ def test_embeddings(client):
     assert len(many.embeddings) == 2 and many.prompt_eval_count > one.prompt_eval_count > 0
     assert one.embeddings[0] == pytest.approx(many.embeddings[0], abs=1e-3)
     assert client.embeddings("mean", "A fox.").embedding == pytest.approx(one.embeddings[0], abs=1e-3)
-    with pytest.raises(ollama.ResponseError, match="no embeddings"):
+    with pytest.raises(ollama.ResponseError, match="make embeddings"):
         client.embed("bundled", "A fox.")
 
 

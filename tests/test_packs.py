@@ -98,7 +98,7 @@ def test_the_steering_of_a_pack_is_that_of_the_whole_vector(pack):
 def test_what_is_there_is_not_made_again(pack):
     before = (pack / "lowercase.gguf").stat().st_mtime_ns
     run = invoke("pack", "-o", pack, "-i", "lowercase", "--name", "Bundled")
-    assert run.status == 0 and "1 of 1 are there already" in run.err
+    assert run.status == 0 and "1 of 1 exist already" in run.err
     assert (pack / "lowercase.gguf").stat().st_mtime_ns == before
 
 
@@ -132,7 +132,7 @@ def test_a_vector_without_figures_or_of_another_file_is_refused(pack, tmp_path):
 
 def test_a_folder_with_the_pack_of_another_file_is_left_alone(pack):
     says = invoke("pack", "-m", "bundled:Q4_K_M", "-o", pack, "-i", "lowercase").complaint()
-    assert "holds a pack for Bundled" in says and "give another -o" in says
+    assert "holds a pack for Bundled" in says and "choose another -o" in says
 
 
 def test_a_vector_that_harms_prompts_that_ask_keeps_the_layer_that_tells(pack):
@@ -171,7 +171,7 @@ def test_first_use_takes_the_vector_of_a_pack_at_once(named, cache):
 def test_another_quantization_of_the_model_takes_it_with_a_notice(named, cache):
     run = invoke("run", "-m", MODELS["another quantization"], "-i", "lowercase", *ASK)
     assert run.status == 0, run.err
-    assert "Measured on its Q8_0 file, and this is another: LOCALSTEER_PACKS=off" in run.err
+    assert "Measured on its Q8_0 file; this is a different one: LOCALSTEER_PACKS=off" in run.err
     assert not (cache / "vectors").exists()
 
 
@@ -189,7 +189,7 @@ def test_a_pack_that_is_named_itself_refuses_another_model(pack, monkeypatch):
     monkeypatch.setenv("LOCALSTEER_PACKS", str(pack))
     assert invoke("run", "-i", "lowercase", *ASK).status == 0
     says = invoke("run", "-m", "bundled-base", "-i", "lowercase", *ASK).complaint()
-    assert "is a pack for Bundled (llama, 8 layers x 256)" in says and "is another model" in says
+    assert "is a pack for Bundled (llama, 8 layers x 256)" in says and "is a different model" in says
 
 
 @pytest.mark.parametrize("way", ["phrasings", "queries", "no pack"])

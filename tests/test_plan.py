@@ -248,7 +248,7 @@ def test_parallel_adds_are_no_problem():
 
 def test_three_directions_in_a_plane_are_refused_though_no_pair_is_parallel():
     thirds = [[math.cos(a), math.sin(a), 0] for a in (0, math.pi / 3, 2 * math.pi / 3)]
-    with pytest.raises(PlanError, match="3 directions at layer 0 nearly depend on each other"):
+    with pytest.raises(PlanError, match="3 directions at layer 0 are nearly linearly dependent"):
         Plan.from_vectors([vector_along(d, name=str(i)) for i, d in enumerate(thirds)])
 
 

@@ -305,7 +305,7 @@ def test_more_calls_than_a_turn_may_hold(server):
 def test_nothing_is_kept(client):
     reply = ask(client, max_output_tokens=2)
     for call in (client.responses.retrieve, client.responses.delete):
-        with pytest.raises(openai.NotFoundError, match="nothing is kept"):
+        with pytest.raises(openai.NotFoundError, match="nothing is stored"):
             call(reply.id)
 
 

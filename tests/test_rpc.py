@@ -58,8 +58,11 @@ def test_hosts_are_written_with_commas_or_one_by_one():
     ("text", "says"),
     [
         ("", "no host and port"), ("a", "no host and port"), (":1", "no host and port"), ("a b:1", "no host"),
-        ("a:1,", "no host and port"), ("a:", "no port"), ("a:0", "no port"), ("a:65536", "no port"),
-        ("a:-1", "no port"), ("a:1x", "no port"), ("a:٣", "no port"), ("a:000000000001", "no port"),
+        ("a:1,", "no host and "
+                 "port"), ("a:", "is not a port"), ("a:0", "is not a port"), ("a:65536", "is not a port"),
+        ("a:-1", "is not a "
+                 "port"), ("a:1x", "is not a "
+                                   "port"), ("a:٣", "is not a port"), ("a:000000000001", "is not a port"),
         ("::1:50052", "brackets"), ("a:1,a:1", "twice"), ("http://a:1", "brackets"), ("a\n:1", "no host"),
         (",".join(f"a:{i}" for i in range(1, 17)), "16 hosts"), ("a" * 300 + ":1", "no host and port"),
     ],
@@ -74,7 +77,7 @@ def test_options_that_would_do_nothing_are_refused(path, tmp_path):
     assert "--rpc is for llama.cpp" in invoke(*words).complaint()
     with impostor(greet) as name:
         words = ("run", "-m", path, "-ngl", 0, "--rpc", name, "--rpc-timeout", 0.3, "Hi")
-        assert "leave -ngl out" in invoke(*words).complaint()
+        assert "leave it out" in invoke(*words).complaint()
 
 
 # --- hosts that are none -----------------------------------------------------------------------------------
@@ -96,9 +99,9 @@ def refusal(name: str, path: Path) -> str:
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (lambda connection: None, "takes connections and does not answer: another client has it"),
-        (lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "does not answer as"),
-        (lambda connection: connection.sendall(b"\x1c\0\0"), "does not answer: another client has it"),
+        (lambda connection: None, "accepts connections but does not answer: another client uses it"),
+        (lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "does not answer like"),
+        (lambda connection: connection.sendall(b"\x1c\0\0"), "does not answer: another client uses it"),
         (lambda connection: connection.close(), "closes the connection at the greeting"),
         (lambda connection: greet(connection, (6, 0)), "speaks version 6.0 of the protocol"),
         (lambda connection: greet(connection, (7, 1)), "speaks version 7.1"),
@@ -124,7 +127,7 @@ def test_a_host_that_greets_and_then_says_nothing_does_not_end_the_process(path)
     if not (library.rpc_folder() / library.LIBRARY).is_file():
         pytest.skip("the RPC backend is not built: localsteer rpc build")
     with impostor(greet) as name:
-        assert f"the rpc host {name} is gone (it says nothing for 0.5 s)" in refusal(name, path)
+        assert f"the rpc host {name} is gone (it has been silent for 0.5 s)" in refusal(name, path)
     with impostor(lambda connection: (greet(connection), connection.close())) as name:
         assert f"the rpc host {name} is gone" in refusal(name, path)
 
@@ -272,7 +275,7 @@ def test_a_host_that_falls_silent_is_given_up_after_its_time(path, two):
         next(stream)
         two[0].process.send_signal(signal.SIGSTOP)
         begun = time.monotonic()
-        with pytest.raises(HostError, match=r"says nothing for 0\.5 s"):
+        with pytest.raises(HostError, match=r"has been silent for 0\.5 s"):
             list(stream)
         assert time.monotonic() - begun < 10
         two[0].process.send_signal(signal.SIGCONT)
@@ -327,7 +330,7 @@ def test_a_busy_host_is_named(path, two):
     """For another process: it would wait in the server's queue for ever."""
     with remote(path, two):
         words = ("run", "-m", path, "--rpc", two[0].name, "--rpc-timeout", 0.5, "Hi")
-        assert f"{two[0].name} takes connections and does not answer" in program(*words).complaint()
+        assert f"{two[0].name} accepts connections but does not answer" in program(*words).complaint()
     checked = program("rpc", "check", two[0].name, two[1].name, "--json")
     assert checked.status == 0, checked.err
     assert [row["version"] for row in checked.json["hosts"]] == ["7.0.0"] * 2

@@ -266,7 +266,7 @@ def test_a_state_beyond_float16_is_no_infinity(engine, folder):
 
 def test_what_is_not_ours_is_neither_written_nor_deleted(engine, folder):
     (folder / "states.safetensors.part").write_text("precious")
-    with pytest.raises(LocalsteerError, match="belongs to no run of this"):
+    with pytest.raises(LocalsteerError, match="does not belong to this run"):
         write_states(engine, PROMPTS, "states.safetensors")
     assert [path.name for path in folder.iterdir()] == ["states.safetensors.part"]
     assert (folder / "states.safetensors.part").read_text() == "precious"
@@ -364,10 +364,10 @@ def test_jsonl_has_prompts_messages_and_replies(folder):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b"{", "no JSON object"),
-        (b"[1]", "no JSON object"),
-        (b'"text"', "no JSON object"),
-        (b"[" * 100_000, "no JSON object"),
+        (b"{", "not a JSON object"),
+        (b"[1]", "not a JSON object"),
+        (b'"text"', "not a JSON object"),
+        (b"[" * 100_000, "not a JSON object"),
         (b"{}", "neither prompt nor messages"),
         (b'{"prompt": "a", "messages": []}', "both prompt and messages"),
         (b'{"prompt": 7}', "must be a text, not 7"),
@@ -388,7 +388,7 @@ def test_a_bad_line_is_named_by_its_number(folder, line, says):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"prompt": "\\ud800"}', "no Unicode character"),
+        ('{"prompt": "\\ud800"}', "not a Unicode character"),
         ('{"messages": [{"role": "boss", "content": "a"}]}', "unknown role 'boss'"),
         ('{"messages": [{"role": "user", "content": null}]}', "must be"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "prompt is empty"),
@@ -458,7 +458,7 @@ def test_a_file_of_states_is_replaced_and_nothing_else_is(tiny_llama, prompts, f
         (["--prompts", "binary.txt"], "not UTF-8 text (byte 0)"),
         (["--tokens", "first"], "'first' names no tokens"),
         (["--layer", "9"], "layer 9 is out of range"),
-        (["--layer", "x"], "'x' names no layer"),
+        (["--layer", "x"], "'x' is not a layer"),
         (["-s", "none.gguf"], "none.gguf"),
         (["--dtype", "float64"], "'float64' is not one of"),
         (["-c", "3"], "line 1: it has"),

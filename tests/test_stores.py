@@ -151,7 +151,7 @@ def test_an_adapter_is_refused_and_a_projector_left_out_aloud(ollama, gguf):
     ollama.model("registry.ollama.ai/library/seeing/latest", gguf, projector=b"GGUF...", messages=[])
     assert "has an adapter (LoRA), which is not applied here" in refused("ollama:anna/tuned")
     seeing = next(model for model in everything() if not model.fault)
-    assert seeing.remark == "its projector is left out: text alone; its example messages are left out"
+    assert seeing.remark == "its projector is left out: text only; its example messages are left out"
 
 
 def damage(ollama, gguf, kind):
@@ -224,7 +224,7 @@ def test_half_a_character_is_no_stop_string_and_reaches_no_terminal(ollama, gguf
     engines = [{"runner": "\x1b[31m\ud800\n"}]
     ollama.put("registry.ollama.ai/library/odd/1b", {"mediaType": OLLAMA_LIST, "manifests": engines})
     assert faults()["ollama:odd:1b"].isprintable()
-    with Engine(plain_file) as engine, pytest.raises(LocalsteerError, match="half of a character"):
+    with Engine(plain_file) as engine, pytest.raises(LocalsteerError, match="half a character"):
         engine.generate("Hi", stop=["\ud800"])
 
 
@@ -233,7 +233,7 @@ def test_a_pull_that_is_not_done_is_listed(ollama):
     blobs.mkdir(parents=True)
     for name in ("-partial", "-partial-0", "-partial-12"):
         (blobs / f"sha256-{'ab' * 32}{name}").write_bytes(b"{}")
-    assert list(faults().values()) == ["a download that was never finished: `ollama pull` goes on with it"]
+    assert list(faults().values()) == ["a download that was never finished: `ollama pull` continues it"]
 
 
 def test_a_name_that_ollama_lacks_is_told_with_the_nearest(ollama, gguf):
@@ -268,7 +268,7 @@ def test_a_name_that_ollama_lacks_is_told_with_the_nearest(ollama, gguf):
 )
 def test_what_can_be_no_name_is_refused_before_anything_is_looked_at(prefix, rest):
     said = refused(prefix + rest)
-    assert "is no name of a model: write it like" in said and len(said) < 400
+    assert "is not the name of a model: write it like" in said and len(said) < 400
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_llama_cpp_models_go_by_the_names_of_its_manifests(home, gguf, monkeypat
     assert path_of("llama.cpp:ORG/Fox-GGUF:Q4_K_M") == fox == path_of("llama.cpp:org/fox-gguf:q4_k_m")
     assert path_of("llama.cpp:by-hand") == cache / "by-hand.gguf"
     assert "its manifest can't be read" in faults()["llama.cpp:ORG/Fox-GGUF:latest"]
-    assert "llama-cli -hf goes on with it" in faults()["llama.cpp:half.gguf"]
+    assert "llama-cli -hf continues it" in faults()["llama.cpp:half.gguf"]
     elsewhere = home / "elsewhere"
     monkeypatch.setenv("LLAMA_CACHE", str(elsewhere))
     assert names() == set()

@@ -187,14 +187,14 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, tiny_llama):
         return invoke("study", *args).complaint()
 
     assert "unknown" in refused("pairs", "-i", "rhyme", "-t", 1).lower()
-    assert "twice or more" in refused("quantization", "--gguf", "a.gguf")
+    assert "at least two files" in refused("quantization", "--gguf", "a.gguf")
     assert "no model a.gguf" in refused("quantization", "--gguf", "a.gguf", "--gguf", "b.gguf")
     assert "belongs to" in refused("pairs", "--gguf", "a.gguf", "--gguf", "b.gguf")
     assert "belongs to" in refused("pairs", "--checkpoint", "folder")
     assert "--gguf" in refused("quantization", "-m", tiny_llama.gguf_path)
     assert "--checkpoint" in refused("layers", "-m", tiny_llama.gguf_path)
     assert "no folder" in refused("layers", "-m", tiny_llama.gguf_path, "--checkpoint", tmp_path / "none")
-    assert "names none" in refused("pairs", "-i", " , ")
+    assert "is empty" in refused("pairs", "-i", " , ")
     assert "number of test queries" in refused("pairs", "-n", 5000, "-t", 1)
     assert refused("rhymes")
     assert list(tmp_path.iterdir()) == []  # nothing is left of a study that was refused

@@ -184,7 +184,7 @@ def test_broken_jinja_is_the_fault_of_the_model_file_and_found_only_when_needed(
     [
         ([], "empty"),
         ([{"role": "user", "content": "  \n"}], "empty"),
-        ([{"role": "tool", "content": "x"}], "knows no tools"),
+        ([{"role": "tool", "content": "x"}], "does not support tools"),
         ([{"role": "user"}], "a message must be"),
         (["Hello"], "a message must be"),
         ([{"role": "user", "content": 3}], "a message must be"),

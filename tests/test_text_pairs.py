@@ -169,10 +169,10 @@ def test_a_forced_reply_stands_behind_the_generation_prompt(tiny_llama):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "line 2 is no pair"),
+        ("{", "line 2 is not a pair"),
         ("{'with': 1}", "'with': 1"),
-        ('"a"', "line 2 is no pair"),
-        ("[1]", "line 2 is no pair"),
+        ('"a"', "line 2 is not a pair"),
+        ("[1]", "line 2 is not a pair"),
         ("{}", "line 2 must have one of with and without"),
         ('{"with": "a"}', "must have one of"),
         ('{"with": "a", "without": null}', "must have one of"),
@@ -184,7 +184,7 @@ def test_a_forced_reply_stands_behind_the_generation_prompt(tiny_llama):
         ('{"prompt": 7, "with": "a", "without": "b"}', "prompt must be a text"),
         ('{"with": [], "without": "b"}', "messages must be a list"),
         ('["a", ["b"]]', "messages must be a list"),
-        ("[" * 100_000, "no pair"),
+        ("[" * 100_000, "not a pair"),
     ],
 )
 def test_a_bad_pair_is_named_by_its_line(line, says):
@@ -199,9 +199,9 @@ def test_a_bad_pair_is_named_by_its_line(line, says):
     [
         ("", "holds no pairs"),
         ("[]", "holds no pairs"),
-        ('[{"with": "a"}', "begins like a JSON array and is none"),
+        ('[{"with": "a"}', "begins like a JSON array but is not one"),
         ('[{"with": "a", "without": "b"},\n{"with": "a"}]', "item 2 must have"),
-        ("[[[[", "is none"),
+        ("[[[[", "is not one"),
     ],
 )
 def test_a_file_that_holds_no_pairs(content, says):
@@ -248,14 +248,14 @@ def test_an_instruction_takes_tokens_and_a_name_too(tiny_llama, folder):
         (["--pairs-file", "p.jsonl", "-i", "json"], "--instruction and --pairs-file exclude"),
         (["--pairs-file", "p.jsonl", "--queries", "q.txt"], "--queries and --pairs-file exclude"),
         (["--pairs-file", "p.jsonl", "--slot", "n=5"], "--slot and --pairs-file exclude"),
-        (["--pairs-file", "p.jsonl", "--pairs", "9"], "9 pairs were asked for: there are 1 to 3"),
+        (["--pairs-file", "p.jsonl", "--pairs", "9"], "9 pairs were asked for, but there are only 3"),
         (["--pairs-file", "p.jsonl", "--tokens", "first"], "'first' names no tokens"),
         (["--pairs-file", "p.jsonl", "--tokens", "span:cat"], "p.jsonl, line 1, answer_matching_behavior"),
         (["--pairs-file", "p.jsonl", "--tokens", "999"], "no token 999"),
         (["--pairs-file", "long.jsonl"], "long.jsonl, line 1, with: it has"),
         (["--pairs-file", "chat.jsonl", "--raw"], "a raw prompt is one text"),
         (["-i", "Rhyme, please.", "--raw"], "--raw belongs to --pairs-file"),
-        (["-i", "Rhyme, please.", "--tokens", "span:Rhyme", "--pairs", "2"], "does not hold 'Rhyme'"),
+        (["-i", "Rhyme, please.", "--tokens", "span:Rhyme", "--pairs", "2"], "does not contain 'Rhyme'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_file(tiny_llama, folder, args, says):
@@ -269,5 +269,5 @@ def test_bad_input_is_one_line_and_leaves_no_file(tiny_llama, folder, args, says
 
 def test_a_text_that_no_token_follows_is_said_in_pytorch_too(tiny_llama):
     pairs = [TextPair(PromptText("a fox", label="one"), PromptText("a river", label="two"))]
-    with pytest.raises(LocalsteerError, match="two: it does not hold 'fox'"):
+    with pytest.raises(LocalsteerError, match="two: it does not contain 'fox'"):
         extract_from_texts(tiny_llama.hf_dir, pairs, name="v", tokens="span:fox", n_threads=1)

@@ -354,13 +354,13 @@ def test_numbers_are_short(value, shown):
 
 def test_bad_input_is_refused(engine, vectors, tiny_llama):
     vector = vectors["json"].at(layer=2)
-    with pytest.raises(PlanError, match="give at least one"):
+    with pytest.raises(PlanError, match="at least one"):
         trace(engine, PROMPT, [])
     with pytest.raises(PlanError, match="layer 8 is out of range"):
         trace(engine, PROMPT, vector, layers=[8])
     with pytest.raises(PromptError, match="n_prompt must be 1 to the 3 tokens"):
         trace_tokens(engine, [1, 2, 3], 4, vector)
-    with pytest.raises(PromptError, match="tokens and the context"):
+    with pytest.raises(PromptError, match="tokens, and the context"):
         trace(engine, "foxes " * engine.n_ctx, vector)
     with pytest.raises(PromptError, match="max_tokens"):
         trace(engine, PROMPT, vector, max_tokens=-1)

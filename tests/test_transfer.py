@@ -324,7 +324,7 @@ def test_a_model_asked_as_q_and_a_is_stopped_at_its_next_question(monkeypatch, b
 
     monkeypatch.setattr(transfer, "examine", look)
     said = invoke("transfer", bundled_vector, "-m", "bundled", "--qa", "-t", 1).complaint()
-    assert r"'\nQ:'" in said and "another chat template" not in said
+    assert r"'\nQ:'" in said and "a different chat template" not in said
 
 
 def test_bad_input_is_one_line(folder, bundled_vector, tiny_llama, vector):

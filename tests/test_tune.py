@@ -97,7 +97,7 @@ def test_a_model_that_does_not_follow_when_told_is_asked_in_other_ways_and_then_
     assert tuned.setting is None and tuned.vector.strength == 0 and not tuned.helps
     assert tuned.record["targets"] == {"n": 0, "asked": 24, "first": 8, "first_followed": 0}
     (line,) = tuned.advice
-    assert "in none of 24 replies when it is told to" in line and "nothing is applied" in line
+    assert "in none of 24 replies when told to" in line and "nothing is applied" in line
 
 
 def test_the_check_has_other_questions_than_the_targets() -> None:

@@ -118,7 +118,7 @@ def test_ctrl_c_keeps_the_likeliest_setting(small):
     assert tuned.vector.strength == tuned.setting.strength
     assert tuned.scores["steered"] is None
     assert tuned.advice[0].startswith("the search was stopped")
-    assert any("no reply was looked at" in line for line in tuned.advice)
+    assert any("no reply has been checked" in line for line in tuned.advice)
     assert not any("more often" in line for line in tuned.advice)
 
 
@@ -183,9 +183,9 @@ def told_to_the_user(**scores):
     ("scores", "says"),
     [
         ((0.0, 0.125, 0.125, 0.125), "only one reply of 8, which may be chance"),
-        ((0.0, 0.5, 1.0, 1.0), "follows it more often (100%) than when it is steered (50%)"),
-        ((0.0, 1.0, 1.0, 0.5), "prompts that hold the instruction already are better left alone"),
-        ((0.0, 1.0, 0.5, 1.0), "it helps prompts that hold the instruction, too"),
+        ((0.0, 0.5, 1.0, 1.0), "follows it more often (100%) than when steered (50%)"),
+        ((0.0, 1.0, 1.0, 0.5), "don't steer prompts that already hold the instruction"),
+        ((0.0, 1.0, 0.5, 1.0), "it also helps prompts that hold the instruction"),
     ],
 )  # fmt: skip
 def test_what_the_user_should_know_is_said(scores, says):

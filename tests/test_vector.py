@@ -91,7 +91,7 @@ def test_a_gate_keeps_its_arrays_and_falls_back_to_its_direction():
 def test_a_vector_without_readers_has_no_gate():
     with pytest.raises(PlanError) as error:
         exact_vector().at(mode="gate")
-    assert message(error) == "json has no learned gate: use add, or another of its modes."
+    assert message(error) == "json has no learned gate: use add or another mode."
 
 
 def test_a_layer_without_a_gate_is_refused_and_the_others_are_named():
@@ -103,8 +103,8 @@ def test_a_layer_without_a_gate_is_refused_and_the_others_are_named():
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
-        ({"readers": None}, "one of them is missing"),
-        ({"biases": None}, "one of them is missing"),
+        ({"readers": None}, "one is missing"),
+        ({"biases": None}, "one is missing"),
         ({"readers": np.ones((4, 7))}, "readers must be (4, 8) as the directions are, not (4, 7)"),
         ({"biases": np.ones(3)}, "biases must hold one number per layer (4), not (3,)"),
         ({"readers": np.full((4, 8), np.inf)}, "readers holds NaN or infinite values"),

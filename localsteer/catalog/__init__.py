@@ -1,7 +1,7 @@
-"""Instructions and base queries as data: TOML files, the ones of this folder and the user's own.
+"""Instructions and base queries as data: TOML files, those in this folder and the user's.
 
-A file of the user needs one `[[instruction]]` with `id` and `phrasings`; without `[queries]` it takes the
-general ones. localsteer/catalog/general.toml shows everything else.
+A user's file needs one `[[instruction]]` with `id` and `phrasings`; without `[queries]` it uses the general
+ones. localsteer/catalog/general.toml shows everything else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SLOT = re.compile(r"\{([a-z_]+)\}")
 
 @dataclass(frozen=True)
 class Query:
-    """A base query, without any instruction. subject: a word that a reply to it is expected to name."""
+    """A base query, without any instruction. subject: a word that a reply to it should name."""
 
     text: str
     subject: str | None = None
@@ -36,7 +36,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction in several wordings, and the IFEval verifier that tells whether a reply follows it.
+    """One instruction in several wordings, and the IFEval verifier that judges whether a reply follows it.
 
     A `{slot}` in phrasings or kwargs is filled by `fill`; `slots` holds the defaults. Only phrasings are used
     for extraction and tuning; held_out_phrasings measure generalisation.
@@ -110,7 +110,7 @@ class Catalog:
     queries: Mapping[str, tuple[Query, ...]]
 
     def get(self, instruction_id: str, **values: Any) -> Instruction:
-        """The instruction ready for use, slots filled. Raises CatalogError for one that is not here."""
+        """The instruction ready for use, with its slots filled. Raises CatalogError for an unknown one."""
         try:
             instruction = self.instructions[instruction_id]
         except KeyError:
@@ -132,10 +132,10 @@ class Catalog:
         """The instruction's own queries of a split, or the catalog's. Raises CatalogError for none."""
         if split not in SPLITS:
             raise CatalogError(f"unknown split {split!r}: {_listed(SPLITS)}")
-        found = (instruction.queries or self.queries).get(split, ())
-        if not found:
+        queries = (instruction.queries or self.queries).get(split, ())
+        if not queries:
             raise CatalogError(f"{self.source} has no {split} queries for {instruction.id!r}")
-        return found
+        return queries
 
 
 def alike(a: Instruction, b: Instruction) -> bool:
@@ -224,15 +224,15 @@ def _check_keys(table: Mapping[str, Any], known: Sequence[str], where: str) -> N
 def _instructions(tables: Any, where: str) -> dict[str, Instruction]:
     if not isinstance(tables, list) or not tables:
         raise CatalogError(f"{where} holds no [[instruction]]")
-    found: dict[str, Instruction] = {}
+    by_id: dict[str, Instruction] = {}
     for number, table in enumerate(tables, 1):
         if not isinstance(table, dict):
             raise CatalogError(f"{where}: instruction {number} is not a table")
         for instruction in _variants(table, f"{where}: instruction {table.get('id', number)!r}"):
-            if instruction.id in found:
+            if instruction.id in by_id:
                 raise CatalogError(f"{where}: instruction {instruction.id!r} is there twice")
-            found[instruction.id] = instruction
-    return found
+            by_id[instruction.id] = instruction
+    return by_id
 
 
 def _variants(table: JsonObject, where: str) -> Iterator[Instruction]:

@@ -32,12 +32,12 @@ NAMES = {
 
 def languages(catalog: Catalog) -> dict[str, Instruction]:
     """The catalogue's reply languages by their code (ISO 639-1)."""
-    found = {
+    by_name = {
         str(instruction.kwargs.get("language")): instruction
         for instruction in catalog.instructions.values()
         if instruction.verifier == VERIFIER and not instruction.open_slots
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(by_name.items()))
 
 
 def find_language(catalog: Catalog, wanted: str) -> Instruction:

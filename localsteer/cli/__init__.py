@@ -8,7 +8,7 @@ from __future__ import annotations
 
 try:
     from .main import localsteer, main
-except KeyboardInterrupt:  # before main can answer for it
+except KeyboardInterrupt:  # before main can handle it
     raise SystemExit(130) from None
 
 __all__ = ["localsteer", "main"]

@@ -1,4 +1,4 @@
-"""`localsteer calibrate`: a vector's mean projections, measured on the model that will run."""
+"""`localsteer calibrate`: measures a vector's mean projections on the model that will run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from localsteer.extract.calibrate import Calibration
     from localsteer.vector import ControlVector
 
-LOW_COSINE = 0.9  # of a steered layer: below it the model's own direction is another one
+LOW_COSINE = 0.9  # of a steered layer; with less, this model's own direction is a different one
 
 
 @click.command("calibrate", short_help="Re-measure a vector on the quantized model that will run.")
@@ -36,7 +36,7 @@ LOW_COSINE = 0.9  # of a steered layer: below it the model's own direction is an
     "--instruction",
     "text",
     metavar="ID_OR_TEXT",
-    help="What the vector was made from, where it does not say.",
+    help="The vector's instruction, if its file does not say.",
 )
 @options.instruction_data
 @options.threads
@@ -49,13 +49,13 @@ def command(
     as_json: bool,
     **params: Any,
 ) -> None:
-    """Measure the mean projections and spreads of VECTOR again on MODEL, the very quantization that will run.
-    Directions and settings stay as they are. No torch.
+    """Measure the mean projections and spreads of VECTOR again on MODEL, the quantization that will run.
+    Directions and settings stay as they are. PyTorch is not needed.
 
-    The pairs are those that the vector was made from: its own phrasings, with the catalogue's queries or
-    --queries. The table says, for each layer, the cosine between the stored direction and the one that this
-    model would give (1: the same), and how far the mean projection has drifted, in units of the distance that
-    the instruction moves it (0: not at all).
+    The pairs are those from which the vector was made: its phrasings, with the catalogue's queries or
+    --queries. For each layer the table shows the cosine between the stored direction and this model's (1: the
+    same), and how far the mean projection has drifted, in units of the distance by which the instruction
+    moves it (0: not at all).
 
     \b
     Examples:
@@ -88,10 +88,10 @@ def _pairs(vector: ControlVector, model: str, params: Mapping[str, Any]) -> list
 
     text, slots = params["text"], params["slots"]
     if slots and text is None:
-        raise click.UsageError("--slot fills a slot of --instruction: name the instruction, too.")
+        raise click.UsageError("--slot fills a slot of --instruction: name the instruction too.")
     if text is not None and vector.phrasings:
         raise click.UsageError(
-            f"{vector.label} says itself what it was made from ({vector.phrasings[0]!r}): leave "
+            f"{vector.label} already says what it was made from ({vector.phrasings[0]!r}): leave "
             "--instruction out."
         )
     catalog = catalog_of(model, params["catalog"])
@@ -108,8 +108,8 @@ def _calibrate(engine: Engine, vector: ControlVector, pairs: list[Pair]) -> Cali
     with open_backend(engine) as backend, progress("calibrating") as on_progress:
         if pairs_match(vector, backend, pairs) is False:
             note(
-                "these are other pairs than the vector was made from: what differs may be theirs. "
-                "--queries and --catalog name the ones of its extraction."
+                "these are not the pairs that the vector was made from: differences may be due to that. "
+                "Name those of its extraction with --queries and --catalog."
             )
         return calibrate(backend, vector, pairs, on_progress=on_progress)
 
@@ -128,15 +128,16 @@ def _table(done: Calibration) -> Table:
 
 
 def _summary(done: Calibration) -> str:
-    """What the figures of the steered layers mean, in a sentence."""
+    """A sentence on what the figures of the steered layers mean."""
     rows = [row for row in done.rows() if row["chosen"]]
     where = ", ".join(str(row["layer"]) for row in rows)
     cosine = min((row["cosine"] for row in rows if row["cosine"] is not None), default=None)
     drifts = [abs(row["drift"]) for row in rows if row["drift"] is not None]
     if cosine is None:
-        return f"Layer {where}: the instruction moves nothing in this model."
+        return f"Layer {where}: the instruction has no effect in this model."
     text = f"Layer {where}: cosine {cosine:.3f}"
-    text += f", mean projection moved by {max(drifts):.1%} of the way." if drifts else "; it can project now."
+    drifted = f", mean projection moved by {max(drifts):.1%} of the way." if drifts else ""
+    text += drifted or "; the vector can now project."
     if cosine < LOW_COSINE:
-        text += " This model's own direction is another one: extract the vector from it instead."
+        text += " This model's own direction is different: extract the vector from it instead."
     return text

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 N_SEQ_MAX = 2  # /compare answers twice at once
 EXTRA = 'chat in a terminal needs prompt_toolkit: pip install "localsteer[chat]".'
-GREETING = "/help lists the commands, Alt-Enter begins a new line, Ctrl-D leaves."
+GREETING = "/help lists the commands, Alt-Enter starts a new line, Ctrl-D quits."
 
 
-@click.command("chat", short_help="Talk with a model, steered differently from turn to turn.")
+@click.command("chat", short_help="Chat with a model, and change its steering from turn to turn.")
 @options.model
 @options.vectors
 @click.option("--vectors", "folder", metavar="DIR", help="A folder of vector files that /steer can name.")
@@ -40,19 +40,19 @@ GREETING = "/help lists the commands, Alt-Enter begins a new line, Ctrl-D leaves
     "ensured",
     multiple=True,
     metavar="NAME",
-    help="Steer by this one only where the plain reply fails its verifier.",
+    help="Steer by this only if the plain reply fails its verifier.",
 )
 @click.option(
     "--tries",
     type=click.IntRange(min=1),
     default=3,
     metavar="N",
-    help="Replies at most with --ensure, the plain one included. [default: 3]",
+    help="At most this many replies with --ensure, including the plain one. [default: 3]",
 )
 @click.option(
     "--keep-cache",
     is_flag=True,
-    help="A change of steering leaves what the model has read already as it was computed.",
+    help="Don't recompute what the model has already read when the steering changes.",
 )
 @options.settings
 @options.always_steer
@@ -66,9 +66,12 @@ GREETING = "/help lists the commands, Alt-Enter begins a new line, Ctrl-D leaves
 @options.engine
 @options.rpc
 @options.instruction_data
-@click.option("--no-history", is_flag=True, help="Don't keep the lines that are typed in the cache folder.")
+@click.option("--no-history", is_flag=True, help="Don't save the lines you type in the cache folder.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="At the end one JSON document on stdout, no replies before."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON document on stdout at the end, instead of replies.",
 )
 def command(
     model: str,
@@ -78,12 +81,11 @@ def command(
     as_json: bool,
     **params: Any,
 ) -> None:
-    """Talk with a model. What begins with a slash is a command: /steer json:0.8 steers from the next reply
-    on, /compare shows the last question plain and steered, /help lists them all.
+    """Chat with a model. A line that begins with a slash is a command: /steer json:0.8 steers from the next
+    reply on, /compare answers the last question plain and steered, /help lists all commands.
 
-    Steering that changes in the middle counts for the whole conversation, which is read again under it.
-    Ctrl-C stops a reply, Ctrl-D leaves. Without a terminal, each line of the standard input is a question or
-    a command.
+    New steering applies to the whole conversation so far, which the model reads again under it. Ctrl-C stops
+    a reply, Ctrl-D quits. Without a terminal, each line of the standard input is a question or a command.
 
     \b
     Examples:
@@ -108,7 +110,7 @@ def command(
     shelf.add_folder(params["folder"])
     vectors += [vector_of(model, text, params, loading) for text in instructions]
     names += [vector.name for vector in vectors[len(names) :]]
-    model_file(model)  # a bundled model that must be made first is made here, not in the chat's thread
+    model_file(model)  # a bundled model that does not exist yet is made here, not in the chat's thread
     with _opened(model, sampling, params, loading, plain_forms) as chat:
         set_variables(chat.engine, params["variables"])
         chat.engine.check_template()  # before the first question is typed
@@ -139,21 +141,21 @@ def _opened(model: str, sampling: Sampling, params: Params, loading: Params, pla
 
 
 class Shelf:
-    """Vectors that the chat may be asked for by name and has not loaded yet."""
+    """Vectors that the user may name and that are not loaded yet."""
 
     def __init__(self, model: str, params: Params, loading: Params) -> None:
         self.model, self.given, self.loading = model, params, loading
         self.files: dict[str, Path] = {}
 
     def add_folder(self, folder: str | None) -> None:
-        """The vector files of a folder, by their names without the suffix."""
+        """Add the vector files of a folder, by name without the suffix."""
         if folder is None:
             return
         if not Path(folder).is_dir():
             raise click.UsageError(f"--vectors {folder}: there is no such folder.")
         self.files = {path.stem: path for path in sorted(Path(folder).glob("*.gguf"))}
         if not self.files:
-            raise click.UsageError(f"--vectors {folder}: there is no vector file (*.gguf) in it.")
+            raise click.UsageError(f"--vectors {folder}: the folder has no vector file (*.gguf).")
 
     def find(self, name: str) -> tuple[str, ControlVector] | None:
         """(name, vector) of a file in the folder, a file by its path, or an instruction of the catalogue."""
@@ -172,8 +174,8 @@ class Shelf:
 
 
 class Session:
-    """Lines in, replies and notes out. quiet: no replies on stdout. piped: nobody is there to ask again.
-    Commands are its methods `do_NAME`."""
+    """Takes lines, and prints replies and notes. quiet: no replies on stdout. piped: there is nobody who
+    could ask again. Commands are its methods `do_NAME`."""
 
     def __init__(self, chat: Chat, shelf: Shelf, *, quiet: bool = False, piped: bool = False) -> None:
         self.chat, self.shelf, self.quiet, self.piped = chat, shelf, quiet, piped
@@ -186,8 +188,8 @@ class Session:
         ensured: tuple[str, ...],
         insisted: Sequence[ControlVector] = (),
     ) -> None:
-        """What the command line steers by; a name that is taken gets a number. insisted: those that came with
-        a strength of the user's."""
+        """Steer by the vectors of the command line; a name in use gets a number. insisted: those for which
+        the user set a strength."""
         for name, vector in zip(names, vectors, strict=True):
             again = sum(known.partition("#")[0] == name for known in self.chat.vectors)
             unique = f"{name}#{again + 1}" if again else name
@@ -197,10 +199,10 @@ class Session:
             self.chat.ensure(*map(self._find, ensured))
 
     def run(self, lines: Iterator[str]) -> None:
-        """Every line in turn; a bad one is one line on stderr, and Ctrl-C stops what runs, not the chat.
+        """Handle the lines in turn; a bad one gives one line on stderr, and Ctrl-C stops only what runs.
 
-        Raises PromptError where a pipe begins with a question that can't be asked, as for a small context,
-        and HostError for a pipe whose model has lost a host.
+        Raises PromptError if a pipe begins with a question that can't be asked, for instance because the
+        context is small, and HostError if, in a pipe, the model loses a host.
         """
         for line in lines:
             try:
@@ -226,7 +228,7 @@ class Session:
             act = COMMANDS.get(name)
             if act is None:
                 raise LocalsteerError(
-                    f"unknown command /{name}: /help lists them; // begins a question with /."
+                    f"unknown command /{name}: /help lists them; write // to begin a question with /."
                 )
             act(self, rest.strip())
         elif line.strip():
@@ -269,57 +271,57 @@ class Session:
     def do_unsteer(self, text: str) -> None:
         """[NAME ...]: leave these out; without a name, all."""
         names = self.chat.unsteer(*text.split())
-        note(f"no longer steering by {', '.join(names)}." if names else "nothing was steered.")
+        note(f"no longer steering by {', '.join(names)}." if names else "there was no steering.")
 
     def do_vectors(self, text: str) -> None:
-        """List the vectors that are here, and what steers."""
+        """List the available vectors, and those that steer."""
         chat = self.chat
-        made = table("vector", "", "strength", "layers", "positions", "mode", numbers=("strength",))
+        rows = table("vector", "", "strength", "layers", "positions", "mode", numbers=("strength",))
         for name, known in chat.vectors.items():
             vector = chat.active.get(name, known)
             state = "steers" if name in chat.active else "ensured" if name in chat.ensured else ""
             layers = ",".join(map(str, vector.layers))
-            made.add_row(name, state, f"{vector.strength:g}", layers, vector.positions, vector.mode)
+            rows.add_row(name, state, f"{vector.strength:g}", layers, vector.positions, vector.mode)
         for name in self.shelf.files:
             if name not in chat.vectors:
-                made.add_row(name, "", "", "", "", "")
+                rows.add_row(name, "", "", "", "", "")
         answer().print(
-            made if made.row_count else "no vectors: /steer takes a file, or an instruction's name."
+            rows if rows.row_count else "no vectors yet: /steer takes a file, or the name of an instruction."
         )
 
     def do_strength(self, text: str) -> None:
-        """[NAME] X: of one vector that steers, or of all."""
+        """[NAME] X: set the strength of one steering vector, or of all."""
         *name, value = self._words(text, "/strength 0.8, or /strength json 0.8", most=2)
         self._change(name, strength=value)
 
     def do_positions(self, text: str) -> None:
-        """[NAME] all|prompt|last|generation: of one vector that steers, or of all."""
+        """[NAME] all|prompt|last|generation: set the positions of one steering vector, or of all."""
         *name, value = self._words(text, "/positions prompt, or /positions json prompt", most=2)
         self._change(name, positions=value)
 
     def do_ensure(self, text: str) -> None:
-        """[NAME ...]: steer by these only where a reply fails; without a name, off."""
+        """[NAME ...]: steer by these only if a reply fails its verifier; without a name, off."""
         self.chat.ensure(*map(self._find, text.split()))
         names = ", ".join(self.chat.ensured)
-        note(f"{names}: steered only where the plain reply fails." if names else "ensuring nothing.")
+        note(f"{names}: steering only if the plain reply fails." if names else "ensuring nothing.")
 
     def do_compare(self, text: str) -> None:
-        """The last question once more, plain and steered side by side."""
+        """Answer the last question again, plain and steered side by side."""
         plain, steered = self.chat.compare()
-        made = table("plain", " + ".join(map(_described, self.chat.active.values())))
-        for column in made.columns:
+        columns = table("plain", " + ".join(map(_described, self.chat.active.values())))
+        for column in columns.columns:
             column.ratio = 1
-        made.expand = True
-        made.add_row(shown(plain.text), shown(steered.text))
-        answer().print(made)
+        columns.expand = True
+        columns.add_row(shown(plain.text), shown(steered.text))
+        answer().print(columns)
 
     def do_trace(self, text: str) -> None:
-        """What steering did to the last reply, token by token."""
+        """Show what steering did to the last reply, token by token."""
         from localsteer.trace.terminal import print_trace
 
         with progress("tracing") as on_progress:
-            made = self.chat.trace(on_progress)
-        print_trace(made, answer())
+            traced = self.chat.trace(on_progress)
+        print_trace(traced, answer())
 
     def do_save(self, text: str) -> None:
         """FILE: write the conversation, with the steering of each turn, as JSON."""
@@ -328,16 +330,16 @@ class Session:
         note(f"wrote {path}: {_turns(len(self.chat.turns))}.")
 
     def do_load(self, text: str) -> None:
-        """FILE: take up a saved conversation in the place of this one."""
+        """FILE: continue a saved conversation instead of this one."""
         (path,) = self._words(text, "/load FILE", most=1)
         self.chat.load(path)
         steering = ", ".join(map(_described, self.chat.active.values())) or "nothing"
         note(f"read {path}: {_turns(len(self.chat.turns))}; steering by {steering}.")
 
     def do_undo(self, text: str) -> None:
-        """Take the last question and its reply back."""
+        """Remove the last question and its reply."""
         turn = self.chat.undo()
-        note(f"took back {_short(turn.question)!r}; {_turns(len(self.chat.turns))} left.")
+        note(f"removed {_short(turn.question)!r}; {_turns(len(self.chat.turns))} left.")
 
     def do_clear(self, text: str) -> None:
         """Forget the conversation; steering stays."""
@@ -345,15 +347,15 @@ class Session:
 
     def do_help(self, text: str) -> None:
         """List the commands."""
-        made = table("command", "")
+        commands = table("command", "")
         for name, act in COMMANDS.items():
             what, colon, rest = (act.__doc__ or "").strip().partition(": ")
             usage, said = (f"/{name} {what}", rest) if colon else (f"/{name}", what)
-            made.add_row(usage, said[:1].upper() + said[1:])
-        answer().print(made)
+            commands.add_row(usage, said[:1].upper() + said[1:])
+        answer().print(commands)
 
     def do_quit(self, text: str) -> None:
-        """Leave, as Ctrl-D does."""
+        """Quit, as Ctrl-D does."""
         self.left = True
 
     def _change(self, name: list[str], **settings: Any) -> None:
@@ -361,17 +363,17 @@ class Session:
             note(f"steering by {_described(self.chat.active[changed])}.")
 
     def _find(self, name: str) -> str:
-        """The name of a vector that the chat knows from now on. Raises LocalsteerError."""
+        """Load a vector if it is new, and return its name in this chat. Raises LocalsteerError."""
         if name in self.chat.vectors:
             return name
-        found = self.shelf.find(name)
-        if found is None:
+        shelved = self.shelf.find(name)
+        if shelved is None:
             known = [*dict.fromkeys([*self.chat.vectors, *self.shelf.files])]
             raise LocalsteerError(
                 f"there is no vector {name!r}: choose {', '.join([*known, 'a file'])}, or an instruction of "
                 "the catalogue."
             )
-        stem, vector = found
+        stem, vector = shelved
         unique = name if stem in self.chat.vectors else stem  # another file of the same name
         self.chat.add(unique, vector)
         return unique
@@ -410,12 +412,12 @@ def _short(text: str) -> str:
 
 
 def _piped_lines() -> Iterator[str]:
-    """Lines of the standard input, as they come."""
+    """Yields the lines of the standard input as they arrive."""
     for number, raw in enumerate(sys.stdin.buffer, 1):
         try:
             yield raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
-            note(f"line {number} of the standard input is not UTF-8 text (byte {error.start}): left out.")
+            note(f"line {number} of the standard input is not UTF-8 text (byte {error.start}): skipped.")
 
 
 def _require_prompt_toolkit() -> None:
@@ -426,7 +428,7 @@ def _require_prompt_toolkit() -> None:
 
 
 def _history_file() -> Path | None:
-    """Readable only by its owner; None where the cache folder can't be written."""
+    """The history file, readable only by its owner; None if the cache folder can't be written."""
     from localsteer.cache import cache_folder
 
     try:
@@ -439,7 +441,7 @@ def _history_file() -> Path | None:
 
 
 def _typed_lines(session: Session, history: Path | None) -> Iterator[str]:
-    """Lines of the terminal, with editing, history and completion, until Ctrl-D."""
+    """Yields lines from the terminal, with editing, history and completion, until Ctrl-D."""
     from .chat_prompt import Prompt
 
     prompt = Prompt(session.chat, session.shelf, list(COMMANDS), history)

@@ -1,4 +1,4 @@
-"""The line editor of `localsteer chat`: prompt_toolkit with our keys and completion."""
+"""The line editor of `localsteer chat`: prompt_toolkit with keys and completion for it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ LEAD, CONTINUED = "> ", ". "
 
 
 class Prompt:
-    """One question or command at a time. Enter sends it; Alt-Enter, or a backslash before Enter, begins a
-    new line; pasted lines stay together. Raises EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C."""
+    """Reads one question or command at a time. Enter sends it; Alt-Enter, or a backslash before Enter, starts
+    a new line; pasted lines stay together. Raises EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C."""
 
     def __init__(self, chat: Chat, shelf: Shelf, commands: Sequence[str], history: Path | None) -> None:
         kept: History = FileHistory(str(history)) if history else InMemoryHistory()
@@ -36,7 +36,7 @@ class Prompt:
             multiline=True,
             prompt_continuation=lambda _width, _line, _wrapped: CONTINUED,
             key_bindings=_keys(),
-            # a reply that goes to a file leaves the editor on the terminal
+            # when replies go to a file, the editor stays on the terminal
             output=create_output(always_prefer_tty=True),
         )
 
@@ -64,7 +64,7 @@ def _keys() -> KeyBindings:
 
 
 class ChatCompleter(Completer):
-    """Commands at the start; behind them vectors, settings or files."""
+    """Completes commands at the start of a line, and vectors, settings or files after them."""
 
     def __init__(self, chat: Chat, shelf: Shelf, commands: Sequence[str]) -> None:
         self._chat, self._shelf, self._commands = chat, shelf, commands

@@ -1,5 +1,5 @@
-"""What a shell offers where an option takes a model, a vector file or an instruction. Asked at every Tab, so
-nothing heavy is imported."""
+"""Shell completion of models, vector files and instructions. It runs at every Tab, so it imports nothing
+heavy."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from click.shell_completion import CompletionItem
 
 
 def models(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names that -m takes, and files."""
+    """Completes names that -m takes, and files."""
     from localsteer.model_names import NAMES
 
     return [*_beginning(NAMES, incomplete), *files(_ctx, _param, incomplete)]
 
 
 def files(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The shell completes the path itself."""
+    """Lets the shell complete the path."""
     return [CompletionItem(incomplete, type="file")]
 
 
 def instructions(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Ids of the general catalogue."""
+    """Completes ids of the general catalogue."""
     from localsteer.catalog import load_catalog
 
     return _beginning(load_catalog().instructions, incomplete)

@@ -1,4 +1,4 @@
-"""What `localsteer run` says of a vector that it leaves out (localsteer/asked.py)."""
+"""What `localsteer run` says about a vector that it leaves out (localsteer/asked.py)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def harmless(
     always: Sequence[ControlVector],
     raw: bool,
 ) -> tuple[list[ControlVector], dict[str, list[str]]]:
-    """The vectors that are applied, and what `--json` says of the others, which are told on stderr."""
+    """The vectors to apply, and what `--json` says about the others, which are also named on stderr."""
     from localsteer.asked import considerate, why_left_out
 
     applied, left_out = considerate(engine, vectors, prompt, raw=raw, always=always)

@@ -1,4 +1,4 @@
-"""Where words go: the answer to stdout, the talk to stderr. rich is imported by the first table or bar."""
+"""Output: answers go to stdout, notices and progress to stderr. The first table or bar imports rich."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 120
 QUIET_SECONDS = 0.5  # a bar for less than this would only flicker
-LONGEST_NAME = 24  # characters of a cell without a blank that is never folded
-PACE_SECONDS = 60.0  # of work that the time left is estimated from
-# What drives a terminal, tab and line break apart, and what reorders the characters of a line
+LONGEST_NAME = 24  # a word in a cell of at most this many characters is never folded
+PACE_SECONDS = 60.0  # of the latest work, from which the time left is estimated
+# Characters that control a terminal, except tab and line break, and those that reorder a line
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _HARMLESS = "\ufffd"
 _listener: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("listener", default=None)
 
 
 def prepare_streams() -> None:
-    """What a terminal's encoding lacks is shown as `?`: a reply must not end in UnicodeEncodeError.
+    """Show characters that the terminal's encoding lacks as `?`, lest a reply end in UnicodeEncodeError.
 
-    A stream that was closed (`>&-`) becomes the null device, or a model file would be opened in its place.
+    A stream that was closed (`>&-`) becomes the null device; otherwise a model file could get its descriptor.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -56,7 +56,8 @@ def _consoles() -> tuple[Console, Console]:
     from rich.segment import Segment
 
     class Harmless(Console):
-        """Whatever is printed, in tables and progress bars too: names and texts come from anybody's files."""
+        """A stream that makes all output harmless, tables and bars included: texts may come from anyone's
+        files."""
 
         def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
             for segment in super().render(*arguments, **options):
@@ -64,7 +65,7 @@ def _consoles() -> tuple[Console, Console]:
                 yield Segment(harmless(segment.text), segment.style) if is_text else segment
 
     class Uncropped(Harmless):
-        """A line that is too long runs over: a number that is cut off is another number."""
+        """A console in which long lines run over: a number that is cut off is another number."""
 
         def print(self, *objects: Any, crop: bool = False, **options: Any) -> None:
             super().print(*objects, crop=crop, **options)
@@ -86,12 +87,12 @@ def talk() -> Console:
 
 
 def note(message: str) -> None:
-    """One line of talk, above a progress bar if there is one."""
+    """Print a one-line notice on stderr, above a progress bar if there is one."""
     talk().print(f"localsteer: {message}", soft_wrap=True)
 
 
 class NoticeHandler(logging.Handler):
-    """The package's notices (logger `localsteer`), as one line each on stderr, none of them twice."""
+    """Print the package's notices (logger `localsteer`) on stderr, one line each and none twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,29 +106,29 @@ class NoticeHandler(logging.Handler):
 
 
 def print_json(document: Any) -> None:
-    """The one document of a `--json` command. NaN and infinity, which JSON lacks, become null.
+    """Print the document of a `--json` command. NaN and infinity, which JSON lacks, become null.
 
-    It means the same with a control character written out as \\u009b, and drives no terminal.
+    Control characters are escaped (\\u009b), which means the same and can't control a terminal.
     """
     written = json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False)
     click.echo(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", written))
 
 
 def harmless(text: str) -> str:
-    """The text with U+FFFD for every control character: in a terminal those could do anything."""
+    """The text with U+FFFD for every control character, since these could control a terminal."""
     return _CONTROL.sub(_HARMLESS, text)
 
 
 def shown(text: str) -> str:
-    """A model's reply for stdout, harmless in a terminal. A pipe or a file gets it as it is."""
+    """A model's reply for stdout, harmless in a terminal. A pipe or a file gets it unchanged."""
     return harmless(text) if sys.stdout.isatty() else text
 
 
 def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None, gap: int = 2) -> Table:
     """An empty table in the house style; the columns named in `numbers` are aligned to the right.
 
-    Where it is too wide, texts and headers are folded between their words; numbers and names stay whole, and
-    a line runs over. gap: blanks between columns.
+    If it is too wide, texts and headers are folded between words, while numbers and names stay whole and
+    their lines run over. gap: blanks between columns.
     """
     from rich.cells import cell_len
     from rich.table import Table
@@ -141,24 +142,24 @@ def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None
                 if column.justify == "right" or is_name:
                     column.min_width = max(column.min_width, cell_len(text))
 
-    made = WholeWords(
+    empty = WholeWords(
         box=None, padding=(0, gap, 0, 0), title=title, title_justify="left", header_style="bold"
     )
     for name in columns:
-        made.add_column(
+        empty.add_column(
             name,
             justify="right" if name in numbers else "left",
             overflow="fold",
             min_width=max((cell_len(word) for word in name.split() if len(word) <= LONGEST_NAME), default=1),
         )
-    return made
+    return empty
 
 
 @contextmanager
 def heard_by(listener: Callable[[str, int, int], None]) -> Iterator[None]:
-    """Tell the progress of the layer to a program as well: (what, done, total), as `progress` is told it.
+    """Report progress within the `with` block to a program too, as (what, done, total); see `progress`.
 
-    In this thread alone. What the listener raises ends the work.
+    Only in this thread. An exception of the listener ends the work.
     """
     token = _listener.set(listener)
     try:
@@ -169,10 +170,10 @@ def heard_by(listener: Callable[[str, int, int], None]) -> Iterator[None]:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[..., None]]:
-    """A bar on stderr while the layer runs, if that is a terminal: call it with (done, total), total 0 where
-    the end is not known, and with what is being done where that changes.
+    """A bar on stderr for the `with` block, if that is a terminal: call it with (done, total), total 0 if the
+    end is not known, and with what is being done if that changes.
 
-    It appears once the work has taken half a second, with the time that is left. One at a time.
+    It appears once the work has taken half a second, and shows the time left. One bar at a time.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -213,8 +214,8 @@ def progress(what: str) -> Iterator[Callable[..., None]]:
 
 
 class Pace:
-    """How long work will still take, from its latest minute: what a journal already holds passes at once, and
-    a mean over the whole run would promise far too much after it."""
+    """Estimates the time left from the latest minute of work: what a journal already holds passes at once,
+    and would make a mean over the whole run far too optimistic."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()
@@ -260,13 +261,13 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def loading(what: str) -> Iterator[Callable[[float], bool]]:
-    """The same for a load that reports 0.0 to 1.0 from C: answers False, which ends it, after Ctrl-C."""
+    """The same for a load that reports 0.0 to 1.0 from C: returns False after Ctrl-C, which ends the load."""
     with progress(what) as advance:
 
         def report(part: float) -> bool:
             try:
                 advance(round(100 * part), 100)
-            except Exception:  # a listener's, who wants no more of it: nothing gets through C
+            except Exception:  # raised by a listener to end the work: no exception can pass through C
                 return False
             return not interrupt.pressed()
 

@@ -1,4 +1,4 @@
-"""`localsteer convert`: checkpoints to GGUF, other tools' vectors to ours, ours to stock llama.cpp."""
+"""`localsteer convert`: checkpoints to GGUF, and vectors from and to the formats of other tools."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from . import options
 from .console import note, print_json, shown
 from .extract import check_folder, check_output, refuse_source
 
-FTYPES = ("F32", "F16", "BF16")  # as localsteer.convert.checkpoint has them
-# as localsteer.convert has them
+FTYPES = ("F32", "F16", "BF16")  # those of localsteer.convert.checkpoint
+# those of localsteer.convert
 CONVENTIONS = ("repeng", "cvector-generator", "easysteer", "layers", "hidden_states")
 FORMATS = ("llama.cpp", "repeng", "easysteer", "steering-vectors", "npz", "safetensors")
 
@@ -41,7 +41,7 @@ def command() -> None:
     """
 
 
-@command.command("model", short_help="A transformers checkpoint to a GGUF model.")
+@command.command("model", short_help="Convert a transformers checkpoint to a GGUF model.")
 @click.argument("folder", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(), metavar="GGUF", help="The model file.")
 @click.option(
@@ -49,9 +49,9 @@ def command() -> None:
     type=click.Choice(FTYPES, case_sensitive=False),
     help="How matrices are stored. [default: F16; F32 before --quantize]",
 )
-@click.option("--quantize", metavar="TYPE", help="Quantize it then: Q4_K_M, Q8_0, ...")
+@click.option("--quantize", metavar="TYPE", help="Then quantize it: Q4_K_M, Q8_0, ...")
 @click.option("--name", metavar="TEXT", help="The model's name in the file. [default: the folder's]")
-@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
 @options.as_json
 def model_command(
     folder: str,
@@ -83,7 +83,7 @@ def model_command(
 
 def _check_output(path: Path, force: bool) -> None:
     if path.exists() and not force:
-        raise ModelFileError(f"{path} is there already: choose another name, or --force to replace it.")
+        raise ModelFileError(f"{path} already exists: choose another name, or --force to replace it.")
     check_folder(path)
 
 
@@ -100,7 +100,7 @@ def _quantized(folder: str, path: Path, ftype: str, quantization: str, name: str
         quantize(full, path, quantization)
 
 
-@command.command("import", short_help="Another tool's vector to a localsteer vector.")
+@command.command("import", short_help="Convert another tool's vector to a localsteer vector.")
 @click.argument("file", type=click.Path())
 @click.option(
     "--from",
@@ -130,11 +130,11 @@ def import_command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Read a vector that another tool wrote, FILE (GGUF, npz, safetensors, or PyTorch's .pt), and write it as
-    ours.
+    """Read a vector from another tool's FILE (GGUF, npz, safetensors, or PyTorch's .pt), and write it as a
+    localsteer file.
 
-    Without --from the convention is taken from the file where that is certain. A vector without mean
-    projections can add or ablate, not project.
+    Without --from, the convention is taken from the file if that is certain. A vector without mean
+    projections can add or ablate, but not project.
 
     \b
     Examples:
@@ -153,26 +153,32 @@ def import_command(
     _save(vector, output, as_json)
 
 
-@command.command("export", short_help="A localsteer vector to one for another tool.")
+@command.command("export", short_help="Convert a localsteer vector for another tool.")
 @click.argument("file", type=click.Path())
 @click.option(
     "--to",
     type=click.Choice(FORMATS),
     default="llama.cpp",
     show_default=True,
-    help="Whose file it will be. npz and safetensors hold a vector whole, the others one that is added.",
+    help="The tool or format. npz and safetensors hold a whole vector, the others one that is added.",
 )
 @click.option(
-    "--static", is_flag=True, default=True, help="One constant vector per layer: all that llama.cpp reads."
+    "--static",
+    is_flag=True,
+    default=True,
+    help="One constant vector per layer, the only kind that llama.cpp reads.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(), metavar="FILE", help="The new file.")
 @click.option(
     "--layer", type=options.Layers(), metavar="LAYERS", help="Layers to keep. [default: the chosen ones]"
 )
 @click.option(
-    "--strength", type=options.Finite(), metavar="X", help="Multiply by this. [default: the file's strength]"
+    "--strength",
+    type=options.Finite(),
+    metavar="X",
+    help="Multiply the directions by this. [default: the file's strength]",
 )
-@click.option("--force", is_flag=True, help="Replace a file that is there and is no vector of ours.")
+@click.option("--force", is_flag=True, help="Replace an existing file that is not a localsteer vector.")
 @options.as_json
 def export_command(
     file: str,
@@ -184,12 +190,12 @@ def export_command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write FILE for another tool: its chosen layers, times the strength, as constant directions. What the
-    format does not hold is said.
+    """Write FILE for another tool: its chosen layers, times the strength, as constant directions. A notice
+    says what the format can't hold.
 
     llama.cpp (`llama-cli --control-vector`, at scale 1), repeng, EasySteer and steering-vectors can only add
-    a constant at every position, so a vector that projects becomes one that adds, and its strength may want
-    another value. npz and safetensors hold everything, and `import` gives it back as it was.
+    a constant at every position, so a vector that projects becomes one that adds, and may need another
+    strength. npz and safetensors hold everything, and `import` restores it exactly.
 
     \b
     Examples:

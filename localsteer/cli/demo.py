@@ -1,4 +1,4 @@
-"""`localsteer demo`: what steering does to a real model, or the whole path on the bundled one."""
+"""`localsteer demo`: what steering does to a real model, or every step of it on the bundled one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from .options import Params
 
-REAL = "smol"  # the model of the demo, where its package is installed
-N_SHOWN = 4  # instructions of it
+REAL = "smol"  # the demo's model, if its package is installed
+N_SHOWN = 4  # of its instructions
 DEFAULT_INSTRUCTIONS = ("title", "one_sentence", "bullets", "sections")  # of a model without figures
 SHARES = ("none", "steered", "random", "other", "instructed", "both")
 N_SEQ_MAX = 16  # replies that are decoded together
@@ -40,16 +40,19 @@ N_EXAMPLES = 3
     "-m",
     "--model",
     metavar="GGUF",
-    help="A GGUF file, or a name. [default: smol where it is installed, else bundled]",
+    help="A GGUF file, or a name. [default: smol if it is installed, else bundled]",
 )
 @click.option(
     "-i",
     "--instructions",
     metavar="ID,ID",
-    help="Which ones. [default: the four that steering does most for; all of the bundled model]",
+    help="Instructions to show. [default: the four that gain most from steering; all for the bundled model]",
 )
 @click.option(
-    "-n", type=click.IntRange(min=1), metavar="N", help="Test questions each. [default: 5; bundled 20]"
+    "-n",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Test questions for each instruction. [default: 5; bundled 20]",
 )
 @click.option(
     "--quant", metavar="TYPE", help="Quantization of the bundled model: Q4_K_M, F16, ... [default: Q8_0]"
@@ -77,16 +80,17 @@ def command(
     """Steer a small quantized model: a table of the conditions on test questions, and replies side by side.
     With your own QUESTION: the plain reply to it, and a steered one for each instruction.
 
-    The model is SmolLM2-135M-Instruct where the extra `smol` is installed, with the vectors that ship for it.
-    Otherwise it is the one that comes with localsteer: quantized, extracted from and tuned before your eyes.
+    The model is SmolLM2-135M-Instruct if the extra `smol` is installed, with the vectors that ship for it.
+    Otherwise it is the one that comes with localsteer, which is quantized, extracted from and tuned as you
+    watch.
 
     \b
     Columns: how many replies follow the instruction
-      none      the model alone, asked plainly     told    the instruction stands in the prompt
-      steered   the vector, not a word of it       both    told and steered
-      random    a random direction in its place    other   another instruction's vector
+      none      the plain prompt                   told    the instruction in the prompt
+      steered   the plain prompt and the vector    both    told and steered
+      random    a random direction instead         other   another instruction's vector
       kept      steered replies that still name what was asked about
-      ppl       perplexity of the replies to the unsteered model, plain and steered
+      ppl       perplexity of the replies under the unsteered model, plain and steered
       settings  strength@layer and positions
 
     \b
@@ -117,14 +121,14 @@ def _default_model() -> str:
 
     if packaged_file(REAL) is not None:
         return REAL
-    note(f"this is the model that comes with localsteer. To see a real one: {not_installed(REAL)}.")
+    note(f"this is the small model that comes with localsteer. To see a real one: {not_installed(REAL)}.")
     return "bundled"
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What is to be shown. ids: of instructions. n: test questions each. bundled: options that only the model
-    that comes with localsteer has."""
+    """What to show. ids: of instructions. n: test questions for each. bundled: options that only the bundled
+    model takes."""
 
     model: str
     question: str | None
@@ -139,10 +143,10 @@ def _bundled_demo(asked: Demonstration) -> DemoDocument:
 
     if asked.question is not None:
         raise click.UsageError(
-            "a question of your own needs a real model: give -m MODEL.gguf, or install `smol`."
+            "a question of your own needs a real model: name one with -m MODEL.gguf, or install `smol`."
         )
     if asked.model != "bundled":
-        raise click.UsageError(f"the demo of {asked.model} is chosen with --quant: give -m bundled.")
+        raise click.UsageError(f"the quantization of {asked.model} is chosen with --quant: use -m bundled.")
     return run_demo(
         quant=asked.bundled["quant"] or "Q8_0",
         backend=asked.bundled["backend"] or "gguf",
@@ -159,7 +163,7 @@ def _real_demo(asked: Demonstration) -> DemoDocument:
 
     for name, value in asked.bundled.items():
         if value is not None:
-            raise click.UsageError(f"--{name} is for the bundled model: leave it out, or give -m bundled.")
+            raise click.UsageError(f"--{name} is for the bundled model: leave it out, or use -m bundled.")
     catalog = catalog_of(asked.model, None)
     vectors = _vectors(asked.model, asked.ids, catalog, asked.threads)
     with open_engine(asked.model, threads=asked.threads, n_seq_max=N_SEQ_MAX) as engine:
@@ -170,7 +174,7 @@ def _real_demo(asked: Demonstration) -> DemoDocument:
 
 
 def _published_name(model: str) -> str | None:
-    """As its publisher calls it, where that is known; a file's own name may be a training run's."""
+    """The publisher's name for the model, if known; the name in a file may be that of a training run."""
     from localsteer.packs import pack_for
 
     match = pack_for(model_file(model))
@@ -178,8 +182,8 @@ def _published_name(model: str) -> str | None:
 
 
 def _best_known(model: str) -> list[str]:
-    """The instructions where steering does most beyond what the model does by itself or told, by the figures
-    that ship for it."""
+    """The instructions that gain most from steering, over plain and told replies, by the figures that ship
+    for the model."""
     from localsteer.catalog import load_catalog
     from localsteer.packs import pack_for
 
@@ -187,7 +191,7 @@ def _best_known(model: str) -> list[str]:
     helpful = [entry for entry in match.pack.instructions.values() if entry.helps] if match else []
     helpful.sort(key=_gain, reverse=True)
     known = load_catalog().instructions
-    # two of one verifier would show the same thing twice
+    # two with the same verifier would show the same thing twice
     best = {known[entry.id].verifier: entry.id for entry in reversed(helpful) if entry.id in known}
     ordered = [entry.id for entry in helpful if entry.id in best.values()]
     return ordered[:N_SHOWN] or list(DEFAULT_INSTRUCTIONS)
@@ -201,7 +205,7 @@ def _gain(entry: Entry) -> float:
 def _vectors(
     model: str, ids: list[str] | None, catalog: Catalog, threads: int | None
 ) -> dict[str, ControlVector]:
-    """Those that ship for the model or were made before, else made now; none that does nothing here."""
+    """Vectors that ship for the model or were made before, else made now; without those that do nothing."""
     from .first_use import vector_on_first_use
 
     vectors = {}
@@ -222,14 +226,14 @@ def results(document: DemoDocument) -> Table:
     """A line for each instruction, and their mean."""
     numbers = ("none", "steered", "random", "other", "told", "both", "kept", "ppl")
     title = f"{document['model']} {document['quant']}, {document['seconds']:.0f} s"
-    # with gaps of one blank it fits a terminal of 80 columns
-    made = table("instruction", *numbers, "settings", numbers=numbers, title=title, gap=1)
-    made.columns[-1].no_wrap = True
+    # with one-blank gaps it fits into a terminal of 80 columns
+    rows = table("instruction", *numbers, "settings", numbers=numbers, title=title, gap=1)
+    rows.columns[-1].no_wrap = True
     for row in document["instructions"]:
-        made.add_row(row["id"], *_figures(row), _settings(row))
-    made.add_section()
-    made.add_row("mean", *_figures(document["mean"]), "", style="bold")
-    return made
+        rows.add_row(row["id"], *_figures(row), _settings(row))
+    rows.add_section()
+    rows.add_row("mean", *_figures(document["mean"]), "", style="bold")
+    return rows
 
 
 def _settings(row: Mapping[str, Any]) -> str:
@@ -248,13 +252,13 @@ def _percent(share: float | None) -> str:
 
 
 def examples(found: Sequence[Mapping[str, str]], everything: bool = False) -> Table:
-    """Replies, plain and steered side by side: a few, or all."""
+    """A table of replies, plain and steered side by side: a few, or all."""
     order = sorted(found, key=lambda each: each["id"] not in SHOWN_FIRST)
-    made = table("question", "plain", "steered")
+    rows = table("question", "plain", "steered")
     for example in order if everything else order[:N_EXAMPLES]:
         question = f"{example['query']}\n({example['id']})"
-        made.add_row(question, shown(example["none"]), shown(example["steered"]), end_section=True)
-    return made
+        rows.add_row(question, shown(example["none"]), shown(example["steered"]), end_section=True)
+    return rows
 
 
 def what_next(document: DemoDocument, model: str) -> str:

@@ -1,4 +1,4 @@
-"""`localsteer doctor`: is everything here that is needed, and does the hook do what it says?"""
+"""`localsteer doctor`: is everything installed that is needed, and does the hook steer as it should?"""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CPU_FEATURES = (
 
 @dataclass(frozen=True)
 class HealthCheck:
-    """One line of the answer. status: ok, warn (works, could be better) or fail."""
+    """One line of the answer. status: ok, warn (works, but could be better) or fail."""
 
     name: str
     status: str
@@ -68,10 +68,10 @@ class HealthCheck:
 @options.as_json
 @click.pass_context
 def command(ctx: click.Context, model: str, as_json: bool) -> None:
-    """Check the installation, and that the hook steers this model to the very target.
+    """Check the installation, and that the hook steers a model exactly to its target.
 
-    The model's file is loaded in a process of its own first, known or not, since llama.cpp ends the process
-    for some damaged files. The exit status is 0 when nothing failed, and 1 otherwise.
+    The model's file, known or not, is first loaded in a separate process, since some damaged files make
+    llama.cpp end the process. The exit status is 0 if nothing failed, and 1 otherwise.
 
     \b
     Examples:
@@ -100,20 +100,21 @@ def _show(check: HealthCheck) -> None:
 def _checks(model: str) -> Iterator[HealthCheck]:
     usable = True
     for name, check in INSTALLATION.items():
-        if name not in NEED_LLAMA or usable:  # what is missing is one line, not one for each that needs it
+        # one line for what is missing, not one for each check that needs it
+        if name not in NEED_LLAMA or usable:
             for finding in _guarded(name, check):
                 usable = usable and not (name in FOUNDATIONS and finding.status == "fail")
                 yield finding
     if not usable:
         return
     if is_bundled(model) and not _has_bundled():
-        yield HealthCheck("model", "warn", "this copy has no bundled model: give one with -m MODEL.gguf.")
+        yield HealthCheck("model", "warn", "this copy has no bundled model: name a model with -m MODEL.gguf.")
         return
     yield from _guarded("model", lambda: _model(model))
 
 
 def _guarded(name: str, check: Callable[[], Iterator[HealthCheck]]) -> Iterator[HealthCheck]:
-    """A broken library can raise anything here, and to say so is what this command is for."""
+    """Yields checks. A broken library can raise anything, and this command is there to report it."""
     try:
         yield from check()
     except LocalsteerError as error:
@@ -146,8 +147,8 @@ def _llama() -> Iterator[HealthCheck]:
 
 
 def _load_elsewhere() -> None:
-    """Load llama.cpp in a process of its own, which a library for another processor would end. Raises
-    LocalsteerError. What else is wrong the import in this process says."""
+    """Load llama.cpp in a separate process, which a library for another processor would end. Raises
+    LocalsteerError; any other fault shows when this process imports it."""
     from localsteer.runtime.broken import OTHER_CPU, REINSTALL, is_illegal_instruction
 
     code = "import llama_cpp.llama_cpp as lc; lc.llama_backend_init(); lc.llama_print_system_info()"
@@ -157,12 +158,12 @@ def _load_elsewhere() -> None:
             capture_output=True, stdin=subprocess.DEVNULL, timeout=LOADING_SECONDS,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise LocalsteerError(f"llama.cpp is not loaded after {LOADING_SECONDS} s: {REINSTALL}") from None
+        raise LocalsteerError(f"llama.cpp did not load within {LOADING_SECONDS} s: {REINSTALL}") from None
     if is_illegal_instruction(done.returncode):
         raise LocalsteerError(OTHER_CPU)
     if done.returncode < 0:
         raise LocalsteerError(
-            f"llama.cpp ends the process when it is loaded (signal {-done.returncode}): {REINSTALL}"
+            f"llama.cpp ends the process that loads it (signal {-done.returncode}): {REINSTALL}"
         )
 
 
@@ -170,14 +171,14 @@ def _native() -> Iterator[HealthCheck]:
     from localsteer.runtime.bridge.hook import load_native
 
     load_native()
-    yield HealthCheck("native", "ok", "the library of the hook is here")
+    yield HealthCheck("native", "ok", "the hook's library loads")
 
 
 def _threads() -> Iterator[HealthCheck]:
     from localsteer.runtime.bridge import default_threads, spinning
 
     counts = f"{default_threads()} by default, of {os.cpu_count()} processors"
-    yield HealthCheck("threads", "ok", f"{counts}; how long they spin for each other: {spinning}")
+    yield HealthCheck("threads", "ok", f"{counts}; how long they spin while waiting: {spinning}")
 
 
 def _torch() -> Iterator[HealthCheck]:
@@ -192,7 +193,7 @@ def _torch() -> Iterator[HealthCheck]:
 
 
 def _extras() -> Iterator[HealthCheck]:
-    """What else of localsteer can be used here."""
+    """Which optional parts of localsteer are installed."""
     missing = [extra for extra, name in EXTRAS.items() if importlib.util.find_spec(name) is None]
     there = ", ".join(extra for extra in EXTRAS if extra not in missing) or "none"
     advice = (
@@ -208,7 +209,7 @@ def _cache() -> Iterator[HealthCheck]:
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         yield HealthCheck(
-            "cache", "warn", f"{folder} can't be written: set LOCALSTEER_CACHE to a folder that can."
+            "cache", "warn", f"{folder} can't be written: set LOCALSTEER_CACHE to a folder that can be."
         )
     else:
         yield HealthCheck("cache", "ok", f"{folder}, {len(cached_vectors())} vectors")
@@ -225,7 +226,7 @@ INSTALLATION = {
 }
 FOUNDATIONS = ("llama.cpp", "native")  # without which no model can be opened
 NEED_LLAMA = ("native", "threads")
-# of pyproject.toml -> a module that it brings
+# an extra in pyproject.toml -> a module that it installs
 EXTRAS = {
     "chat": "prompt_toolkit",
     "serve": "fastapi",
@@ -253,7 +254,7 @@ def _model(model: str) -> Iterator[HealthCheck]:
     if os.environ.get("LOCALSTEER_MODEL_CHECK") == "off":
         yield HealthCheck("file", "warn", "not checked: LOCALSTEER_MODEL_CHECK=off")
     else:
-        yield HealthCheck("file", "ok", "loads, reads its vocabulary and decodes in a process of its own")
+        yield HealthCheck("file", "ok", "loads, reads its vocabulary and decodes in a separate process")
     with open_engine(model, n_seq_max=1) as engine:
         yield _shape(engine)
         yield _template(engine)
@@ -274,7 +275,7 @@ def _shape(engine: Engine) -> HealthCheck:
 def _template(engine: Engine) -> HealthCheck:
     if engine.template.is_fallback:
         return HealthCheck(
-            "template", "warn", "none: prompts are sent as `Q: ...` and `A:`, as to a base model"
+            "template", "warn", "none: prompts are sent as `Q: ...` and `A:`, as for a base model"
         )
     try:
         n = len(engine.prompt_tokens("Tell me about foxes."))
@@ -313,13 +314,13 @@ def _self_test(engine: Engine, layers: list[int]) -> HealthCheck:
 
 
 def _miss(engine: Engine, layer: int) -> float:
-    """How far the projection after `project` is from its target, relative to the length of the state."""
+    """Distance of the projection after `project` from its target, relative to the length of the state."""
     import numpy as np
 
     from localsteer.vector import ControlVector
 
     model = engine.model
-    tokens = [i % model.n_vocab for i in range(1, N_TOKENS + 1)]  # any will do, whatever the tokenizer
+    tokens = [i % model.n_vocab for i in range(1, N_TOKENS + 1)]  # any tokens will do, whatever the tokenizer
     draw = np.random.default_rng(layer)
     directions = np.zeros((model.n_layer, model.n_embd), np.float32)
     directions[layer] = draw.standard_normal(model.n_embd)

@@ -1,4 +1,5 @@
-"""`localsteer eval`: does steering help on this model? All conditions, controls, intervals, in one report."""
+"""`localsteer eval`: does steering help on this model? All conditions, controls and intervals in one
+report."""
 
 from __future__ import annotations
 
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
     from localsteer.evaluate.page import Results, SuiteReport
     from localsteer.vector import ControlVector
 
-# as localsteer.evaluate.suites has them
+# those of localsteer.evaluate.suites
 SUITES = ("format", "length", "words", "composition", "cross-model", "ifeval")
 MAX_TOKENS = 512
 N_TEST = 20
 
 
-@click.command("eval", short_help="Find out whether steering helps on a model, with controls.")
+@click.command("eval", short_help="Measure whether steering helps on a model, with controls.")
 @click.argument("vectors", nargs=-1, metavar="[VECTOR]...")
 @options.model
 @click.option(
@@ -42,9 +43,14 @@ N_TEST = 20
     "suites",
     multiple=True,
     metavar="NAME",
-    help=f"{', '.join(SUITES)}, or all; may be given several times. [default: format]",
+    help=f"{', '.join(SUITES)}, or all; repeat for several. [default: format]",
 )
-@click.option("-i", "--instructions", metavar="ID,ID", help="Only these. [default: the vectors' own, or all]")
+@click.option(
+    "-i",
+    "--instructions",
+    metavar="ID,ID",
+    help="Instructions to evaluate. [default: those of the vectors, or all]",
+)
 @click.option(
     "-n",
     type=click.IntRange(min=1),
@@ -52,11 +58,13 @@ N_TEST = 20
     "--queries has]",
 )
 @click.option(
-    "-o", "--out", type=click.Path(), metavar="DIR", help="Where all is kept. [default: eval-MODEL]"
+    "-o", "--out", type=click.Path(), metavar="DIR", help="The folder for all results. [default: eval-MODEL]"
 )
-@click.option("--ifeval", type=click.Path(), metavar="JSONL", help="Prompts for suite ifeval, in its form.")
+@click.option(
+    "--ifeval", type=click.Path(), metavar="JSONL", help="Prompts for suite ifeval, in IFEval's form."
+)
 @click.option("--base", metavar="GGUF", help="The base model, for suite cross-model.")
-@click.option("--judge", metavar="GGUF", help="A local model that says what it thinks of each reply.")
+@click.option("--judge", metavar="GGUF", help="A local model that judges each reply as well.")
 @click.option(
     "--catalog", metavar="TOML", help="Instructions and queries. [default: that of the model, or `general`]"
 )
@@ -65,12 +73,18 @@ N_TEST = 20
     "--max-tokens",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"Of a reply. [default: {MAX_TOKENS}; less for the bundled model]",
+    help=f"Longest reply, in tokens. [default: {MAX_TOKENS}; less for the bundled model]",
 )
-@click.option("-c", "--ctx-size", type=click.IntRange(min=1), metavar="N", help="Of a prompt and its reply.")
+@click.option(
+    "-c",
+    "--ctx-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens of a prompt and its reply together.",
+)
 @options.threads
-@click.option("--seed", default=0, show_default=True, type=int, help="Of the random controls.")
-@click.option("--no-paraphrases", is_flag=True, help="Leave the search for badly followed wordings out.")
+@click.option("--seed", default=0, show_default=True, type=int, help="Seed of the random controls.")
+@click.option("--no-paraphrases", is_flag=True, help="Skip the search for wordings that are badly followed.")
 @click.option(
     "--diff", nargs=2, type=click.Path(), metavar="A B", help="Compare two runs: folders or results.json."
 )
@@ -78,7 +92,7 @@ N_TEST = 20
     "--report",
     type=click.Path(),
     metavar="RUN",
-    help="Make a run's pages again from its results.json, beside it or in --out; nothing is asked.",
+    help="Write a run's pages again from its results.json, beside it or in --out, without asking the model.",
 )
 @options.as_json
 def command(
@@ -91,13 +105,13 @@ def command(
     **params: Any,
 ) -> None:
     """Compare a model's replies without an instruction, steered, instructed, and both, with a random
-    direction and another instruction's vector as controls; strict and loose, with a quality figure beside
-    each and 95% intervals over the queries.
+    direction and another instruction's vector as controls: by the strict and the loose rule, with quality
+    figures and 95% intervals over the queries.
 
-    VECTORs are files of this model, used as they were tuned. Without any, vectors are extracted from the
-    model and their settings picked on validation queries. Everything is kept in --out: report.html,
-    report.md, results.json, the replies in replies.jsonl, the vectors. A run that was stopped goes on when
-    the same command is given again.
+    VECTORs are files for this model, used as they were tuned. Without any, vectors are extracted from the
+    model and their settings picked on validation queries. --out gets everything: report.html, report.md,
+    results.json, the replies in replies.jsonl, the vectors. The same command continues a run that was
+    stopped.
 
     \b
     Examples:
@@ -125,12 +139,14 @@ def _diff(a: str, b: str, out: str | None) -> Results:
     from localsteer.evaluate.diff import compare
     from localsteer.evaluate.results import NAME, read
 
-    found = compare(read(a), read(b))
+    comparison = compare(read(a), read(b))
     if out and (Path(out) / NAME).exists():
-        raise LocalsteerError(f"{out} holds a run, whose report would be replaced: choose another folder.")
+        raise LocalsteerError(
+            f"{out} already holds a run, whose report would be replaced: choose another folder."
+        )
     if out:
-        report.write(found, out)
-    return found
+        report.write(comparison, out)
+    return comparison
 
 
 def _reported(run: str, out: str | None) -> Results:
@@ -156,7 +172,7 @@ def _show(results: Results, as_json: bool) -> None:
 
 
 def _suites(asked: Sequence[str], *, bundled: bool, params: Params) -> list[str]:
-    """The names, checked before anything is loaded. `all`: those that have what they need."""
+    """The names of the suites, checked before anything is loaded. `all`: those that have what they need."""
     names = _listed(asked)
     for name in names:
         if name not in (*SUITES, "all"):
@@ -220,7 +236,7 @@ def _evaluate(
                 settings=settings,
                 files=files,
             )
-            # after each suite: what is done can be read while the next one runs
+            # after each suite, so that finished ones can be read while the next runs
             results.write(document, out)
     report.write(document, out)
     note(f"kept in {out}: report.html, report.md, results.json, replies.jsonl, vectors.")
@@ -230,8 +246,8 @@ def _evaluate(
 def _ready(
     bench: Bench, modules: dict[str, ModuleType], extra: Params, leave_out: bool
 ) -> dict[str, ModuleType]:
-    """The suites that have something to do; asked of all before the first one runs. leave_out: say which do
-    not, rather than end there."""
+    """The suites that have something to do, checked before the first one runs. leave_out: name the others in
+    a notice instead of raising."""
     ready = {}
     for name, module in modules.items():
         reason = module.missing(bench, **extra)
@@ -245,7 +261,7 @@ def _ready(
 
 
 def _bench_options(params: Params) -> Mapping[str, Any]:
-    """What the options say of a bench."""
+    """The options that concern a bench."""
     return {
         "n_threads": params["threads"],
         "n": params["n"],
@@ -278,23 +294,23 @@ def _limits(bundled: bool, params: Params) -> EvalLimits:
     if limits.n_ctx is not None and limits.max_tokens >= limits.n_ctx:
         raise LocalsteerError(
             f"--max-tokens {limits.max_tokens} leaves no room for a prompt in a context of {limits.n_ctx}: "
-            "give fewer, or a larger --ctx-size."
+            "lower it, or raise --ctx-size."
         )
     return limits
 
 
 def _ids(text: str | None) -> list[str] | None:
-    """Raises LocalsteerError for a list without any name."""
+    """The names in a list. Raises LocalsteerError if it has none."""
     if text is None:
         return None
     ids = [name.strip() for name in text.split(",") if name.strip()]
     if not ids:
-        raise LocalsteerError("no instruction is named: leave --instructions out for all of them.")
+        raise LocalsteerError("--instructions is empty: leave it out for all instructions.")
     return ids
 
 
 def _check_names(catalog: Any, vectors: Sequence[tuple[Path, Any]], instructions: str | None) -> None:
-    """Unknown instructions are refused before a model is loaded."""
+    """Refuse unknown instructions before a model is loaded."""
     from localsteer.extract.levels import DIRECTIONS
     from localsteer.extract.vector_instruction import instruction_of
 
@@ -325,19 +341,19 @@ def _base_of(model: str, base: str | None) -> Path:
 
 
 def _files(model: str, params: Params) -> dict[str, Path]:
-    """What a run reads beside models and vectors; their hashes are recorded."""
+    """The files that a run reads beside models and vectors; their hashes are recorded."""
     from localsteer.catalog import catalog_file
 
-    found = {"catalog": catalog_file(catalog_of(model, params["catalog"]).source)}
-    found |= {name: Path(params[name]) for name in ("ifeval", "queries") if params[name]}
-    for path in found.values():
+    paths = {"catalog": catalog_file(catalog_of(model, params["catalog"]).source)}
+    paths |= {name: Path(params[name]) for name in ("ifeval", "queries") if params[name]}
+    for path in paths.values():
         if path.exists() and not path.is_file():
             raise LocalsteerError(
-                f"{path} is no plain file, which its hash is taken of: save it to one first."
+                f"{path} is not a regular file, so it can't be hashed: save it to one first."
             )
         if not path.is_file():
             raise LocalsteerError(f"there is no file {path}.")
-    return found | ({"judge": model_file(params["judge"])} if params["judge"] else {})
+    return paths | ({"judge": model_file(params["judge"])} if params["judge"] else {})
 
 
 class EvalSettings(TypedDict):
@@ -356,7 +372,7 @@ def _settings(names: Sequence[str], model: str, params: Params) -> EvalSettings:
     limits = _limits(is_bundled(model), params)
     return {
         "suites": list(names),
-        "n": None if list(names) == ["ifeval"] else params["n"],  # it asks its own queries, all of them
+        "n": None if list(names) == ["ifeval"] else params["n"],  # it asks all of its own queries
         "seed": params["seed"],
         "max_tokens": limits.max_tokens,
         "n_ctx": limits.n_ctx,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Make = Callable[..., ControlVector]
 
-# localsteer.extract.levels has these too, but importing it brings in numpy; a test keeps the two equal
+# a copy of those in localsteer.extract.levels, whose import brings in numpy; a test keeps the two equal
 LENGTHS = (
     "extremely_concise",
     "concise",
@@ -41,11 +41,16 @@ LENGTHS = (
     "conciseness",
     "verbosity",
 )
-DTYPES = ("auto", "float32", "bfloat16", "float16")  # as localsteer.extract.torch_backend has them
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # those of localsteer.extract.torch_backend
 
 
-@click.command("extract", short_help="Make a control vector of an instruction.")
-@click.option("-i", "--instruction", metavar="ID_OR_TEXT", help="An id of the catalogue, or your own words.")
+@click.command("extract", short_help="Extract a control vector for an instruction.")
+@click.option(
+    "-i",
+    "--instruction",
+    metavar="ID_OR_TEXT",
+    help="An instruction: an id of the catalogue, or your own words.",
+)
 @click.option("--include-word", metavar="WORD", help="Replies that hold this word.")
 @click.option("--exclude-word", metavar="WORD", help="Replies without it: minus the vector of including it.")
 @click.option(
@@ -60,17 +65,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")  # as localsteer.extract.tor
     "--pairs-file",
     type=click.Path(),
     metavar="FILE",
-    help='Pairs of texts, JSONL or a JSON array: {"with": TEXT, "without": TEXT}, or as published sets have '
-    "them (docs/pairs.md).",
+    help='Pairs of texts, JSONL or a JSON array: {"with": TEXT, "without": TEXT}, or as in published sets '
+    "(docs/pairs.md).",
 )
 @click.option(
-    "--raw", is_flag=True, help="With --pairs-file: its texts as they are, without the chat template."
+    "--raw", is_flag=True, help="With --pairs-file: use its texts as they are, without the chat template."
 )
 @click.option(
     "--tokens",
     default="last",
     metavar="WHICH",
-    help=f"Whose state counts: {FORMS}. The mean, of several. [default: last]",
+    help=f"Tokens whose state counts: {FORMS}. The mean is taken of several. [default: last]",
 )
 @click.option("--name", metavar="TEXT", help="The vector's name. [default: the instruction's id, or FILE's]")
 @click.option(
@@ -83,7 +88,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")  # as localsteer.extract.tor
 @options.settings
 @options.instruction_data
 @click.option(
-    "--dtype", type=click.Choice(DTYPES), default="auto", help="PyTorch: of the weights. [default: auto]"
+    "--dtype", type=click.Choice(DTYPES), default="auto", help="PyTorch: type of the weights. [default: auto]"
 )
 @click.option("--device", metavar="NAME", help="PyTorch: cpu, cuda, ... [default: a GPU, if there is one]")
 @click.option("--exact", is_flag=True, help="llama.cpp: F32 cache, no flash attention; slower.")
@@ -93,13 +98,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")  # as localsteer.extract.tor
 def command(
     gguf: str | None, checkpoint: str | None, output: str | None, as_json: bool, **params: Any
 ) -> None:
-    """Extract the control vector of an instruction: the difference that it makes to the model's state at the
-    last prompt token, on average over prompts with and without it. Or of pairs of texts: the difference
-    between their sides, at the last token or at others (--tokens).
+    """Extract the control vector of an instruction: the average difference that it makes to the model's state
+    at the last prompt token, over prompts with and without it. From pairs of texts (--pairs-file): the
+    difference between their sides, at the last token or at others (--tokens).
 
-    From a GGUF with nothing but llama.cpp, or from a transformers model with PyTorch. --layer, --mode,
-    --positions and --strength are stored in the file, and can be changed whenever it is used. Lengths and
-    words are added to the state (mode add, where a strength of 2 goes twice as far), everything else is
+    This works on a GGUF with only llama.cpp, or on a transformers model with PyTorch. --layer, --mode,
+    --positions and --strength are stored in the file, and can be overridden whenever it is used. Lengths and
+    words are added to the state (mode add, where a strength of 2 goes twice as far); everything else is
     projected.
 
     \b
@@ -118,7 +123,7 @@ def command(
     from localsteer.vector import describe
 
     if (gguf is None) == (checkpoint is None):
-        raise click.UsageError("give either --gguf MODEL.gguf or --model HF_FOLDER_OR_NAME.")
+        raise click.UsageError("name the model with either --gguf MODEL.gguf or --model HF_FOLDER_OR_NAME.")
     _refuse_idle(params, gguf is not None)
     settings = _settings(params) | {"n_pairs": params["pairs"]}
     name, make = _what_is_extracted(gguf, params)
@@ -138,7 +143,8 @@ def command(
 
 
 def _what_is_extracted(gguf: str | None, params: Mapping[str, Any]) -> tuple[str, Make]:
-    """The vector's name, and what makes it. Raises click.UsageError for options that exclude each other."""
+    """The vector's name, and the function that makes it. Raises click.UsageError for options that exclude
+    each other."""
     names = ("instruction", "include_word", "exclude_word", "length", "language")
     wanted = {f"--{name.replace('_', '-')}": params[name] for name in names}
     if params["pairs_file"] is not None:
@@ -154,13 +160,11 @@ def _refuse_idle(params: Mapping[str, Any], is_gguf: bool) -> None:
     """Raise click.UsageError for an option of the other backend, which would do nothing."""
     if is_gguf and (params["device"] is not None or params["dtype"] != "auto"):
         name = "--dtype" if params["device"] is None else "--device"
-        raise click.UsageError(
-            f"{name} is for PyTorch: give --model in the place of --gguf, or leave it out."
-        )
+        raise click.UsageError(f"{name} is for PyTorch: use --model instead of --gguf, or leave it out.")
     if params["exact"] and not is_gguf:
-        raise click.UsageError("--exact is for llama.cpp: give --gguf in the place of --model, or --dtype.")
+        raise click.UsageError("--exact is for llama.cpp: use --gguf instead of --model, or --dtype.")
     if params["rpc"] and not is_gguf:
-        raise click.UsageError("--rpc is for llama.cpp: give --gguf in the place of --model.")
+        raise click.UsageError("--rpc is for llama.cpp: use --gguf instead of --model.")
     if params["rpc_seconds"] is not None and not params["rpc"]:
         raise click.UsageError("--rpc-timeout needs --rpc.")
 
@@ -168,13 +172,14 @@ def _refuse_idle(params: Mapping[str, Any], is_gguf: bool) -> None:
 def recipe_of(
     catalog: Catalog, wanted: Mapping[str, str | None], slots: tuple[tuple[str, Any], ...]
 ) -> Extracted:
-    """wanted: by option, None where it was not given. Raises click.UsageError unless exactly one was."""
+    """What to extract. wanted: values by option, None if not given. Raises click.UsageError unless
+    exactly one was given."""
     named = {option: text for option, text in wanted.items() if text is not None}
     if len(named) != 1:
         raise click.UsageError(f"give exactly one of {', '.join(wanted)}: it says what to extract.")
     ((option, text),) = named.items()
     if slots and option != "--instruction":
-        raise click.UsageError(f"--slot belongs to --instruction, and {option} fills its own.")
+        raise click.UsageError(f"--slot belongs to --instruction; {option} fills its own slots.")
     from localsteer.extract import levels, recipes
 
     made = {
@@ -189,7 +194,8 @@ def recipe_of(
 
 
 def _gguf_file(gguf: str) -> Path:
-    """Raises ModelFileError for a file that is none: it would be taken for a checkpoint's name."""
+    """The path of a GGUF. Raises ModelFileError if it is missing, as it would be taken for a checkpoint's
+    name."""
     from localsteer.runtime.bridge import check_gguf
 
     path = model_file(gguf)
@@ -198,38 +204,38 @@ def _gguf_file(gguf: str) -> Path:
 
 
 def output_path(output: str | None, instruction: Instruction) -> Path:
-    """Where the vector of an instruction goes, as `named_path` has it."""
+    """The path for the vector of an instruction; see `named_path`."""
     return named_path(output, instruction.id)
 
 
 def named_path(output: str | None, name: str) -> Path:
-    """Where a vector goes. A file that is there and no vector, a model say, is not overwritten."""
-    if output == "":  # a variable of the shell that is not set, say
-        raise VectorFileError("-o names no file: give the path of the vector file, or leave -o out.")
+    """The path for a vector. An existing file that is not a vector, such as a model, is not overwritten."""
+    if output == "":  # for instance from an unset shell variable
+        raise VectorFileError("-o names no file: write the path of the vector file, or leave -o out.")
     path = Path(output or f"{re.sub(r'[^a-z0-9._-]+', '-', name.lower())}.gguf")
     check_output(path)
     return path
 
 
 def check_output(path: Path) -> None:
-    """Raise LocalsteerError now where a vector can't or shouldn't be written after the work."""
+    """Raise LocalsteerError now if a vector can't, or shouldn't, be written there after the work."""
     refuse_to_replace(path)
     check_folder(path)
 
 
 def check_folder(path: Path) -> None:
-    """Raise LocalsteerError where no file can be written beside `path`."""
+    """Raise LocalsteerError if no file can be written beside `path`."""
     require_folder(path)
     try:
         with tempfile.TemporaryFile(dir=path.parent):
-            pass  # permissions do not tell: a file system may be read-only
+            pass  # permissions are not enough: the file system may be read-only
     except OSError as error:
         reason = error.strerror or error
         raise VectorFileError(f"{path} can't be written ({reason}): choose another folder.") from None
 
 
 def refuse_to_replace(path: Path) -> None:
-    """Raise VectorFileError for a file that is something other than a vector of ours."""
+    """Raise VectorFileError for an existing file that is not a localsteer vector."""
     from localsteer.vector import ControlVector
 
     if not path.exists():
@@ -238,19 +244,20 @@ def refuse_to_replace(path: Path) -> None:
         ControlVector.load(path)
     except VectorFileError:
         raise VectorFileError(
-            f"{path} is there already and is no vector file of localsteer: choose another name."
+            f"{path} already exists and is not a vector file of localsteer: choose another name."
         ) from None
 
 
 def refuse_source(path: Path, source: str) -> None:
-    """Raise VectorFileError where what is made from `source` would take its place: it holds less."""
+    """Raise VectorFileError if the result would replace `source`, from which it is made and which holds
+    more."""
     if path.exists() and path.samefile(source):
         raise VectorFileError(f"{path} is the vector itself, which would be lost: choose another name.")
 
 
 @contextmanager
 def _opened(source: Any, params: Params) -> Iterator[Any]:
-    """A model on several hosts is opened here, as --rpc says; any other by the extraction."""
+    """Opens a model on several hosts (--rpc); the extraction opens any other model itself."""
     if not params["rpc"]:
         yield source
         return
@@ -260,7 +267,8 @@ def _opened(source: Any, params: Params) -> Iterator[Any]:
 
 
 def _from_texts(path: str, params: Mapping[str, Any], idle: Mapping[str, Any]) -> tuple[str, Make]:
-    """The vector's name, and what makes it. idle: by option, what says what to extract otherwise."""
+    """The vector's name, and the function that makes it. idle: the options that otherwise say what to
+    extract."""
     from localsteer.extract import extract_from_texts, read_text_pairs
 
     for option, value in idle.items():
@@ -282,7 +290,7 @@ def _from_instruction(
 
 
 def _settings(params: Mapping[str, Any]) -> JsonObject:
-    """Of extraction, from any source."""
+    """The settings of an extraction, from any source."""
     from localsteer.token_choice import TokenChoice
 
     settings = {"tokens": TokenChoice.parse(params["tokens"])}

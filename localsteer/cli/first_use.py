@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from localsteer.tune import Tuned
     from localsteer.vector import ControlVector
 
-NOTICE = "notice"  # of the provenance: what its user should know each time
+NOTICE = "notice"  # key of the provenance: what its user should know on every use
 N_SEQ_MAX = 32  # sequences in one decode while settings are tried
-# Quick, since somebody waits. More pairs hardly turn the direction (docs/results/pairs.md).
+# Few, since the user waits. More pairs hardly turn the direction (docs/results/pairs.md).
 N_PAIRS = 32
 
 
@@ -37,12 +37,12 @@ def vector_on_first_use(
     search: bool = True,
     **settings: Any,
 ) -> ControlVector:
-    """The vector of this instruction that ships for this model, else the cached one for this very file, made
-    now if there is none.
+    """The vector of this instruction that ships for this model, else the cached one for this file, made now
+    if there is none.
 
     The cache's key is the content: other phrasings, queries or pairs give another vector. search: try
     settings on a few questions, which takes longer than the extraction. settings: of open_engine, for the
-    model that it is made with.
+    model with which the vector is made.
     """
     from localsteer.cache import file_hash, vector_path
     from localsteer.extract import build_pairs
@@ -52,13 +52,13 @@ def vector_on_first_use(
         if shipped is not None:
             return shipped
     n_pairs = n_pairs or min(N_PAIRS, len(queries))
-    build_pairs(instruction, queries, n_pairs)  # refuses what can't be, before anything is announced
+    build_pairs(instruction, queries, n_pairs)  # refuses what can't work, before anything is announced
     model_hash = file_hash(model_file(model))
     digest = _digest([instruction.phrasings, [query.text for query in queries], n_pairs, search])
     path = vector_path(model_hash, f"{instruction.id}-{digest}")
     vector = _read(path)
     if vector is None:
-        note(f"no vector of {instruction.id!r} for this model yet: making it now, once.")
+        note(f"no vector of {instruction.id!r} for this model yet: making it now; this happens once.")
         with open_engine(model, **{**settings, "n_seq_max": N_SEQ_MAX}) as engine:
             vector = _extract(engine, instruction, queries, n_pairs)
             if search:
@@ -116,12 +116,15 @@ def _extract(
 def _with_settings(
     engine: Engine, vector: ControlVector, instruction: Instruction, catalog: Catalog
 ) -> ControlVector:
-    """The vector at the settings that were found, with the figures of that choice in its provenance."""
+    """The vector at the settings found, with the figures of the search in its provenance."""
     from localsteer.tune import tune
 
     validation = (instruction.queries or catalog.queries).get("validation", ())
     if not validation:
-        note(f"{catalog.source} has no validation queries to find settings with: layer {vector.layers[0]}.")
+        note(
+            f"{catalog.source} has no validation queries to find settings with: using layer "
+            f"{vector.layers[0]}."
+        )
         return vector
     note(
         "finding layer, positions and strength; with a large model this takes minutes, and --layer N "
@@ -136,9 +139,9 @@ def _with_settings(
             report=lambda what, done, total: advance(done, total, what),
         )
     if tuned.stopped:
-        interrupt.forgive()  # it ended the search, not the program
+        interrupt.forgive()  # Ctrl-C ended the search, not the program
     _tell(instruction, tuned)
-    # what is said again each time: that nothing is applied
+    # repeated on every use: that nothing is applied
     notice = "" if tuned.helps else " ".join(tuned.advice)
     return replace(
         tuned.vector, provenance={**tuned.vector.provenance, **({NOTICE: notice} if notice else {})}
@@ -146,7 +149,7 @@ def _with_settings(
 
 
 def _tell(instruction: Instruction, tuned: Tuned) -> None:
-    """What was found, once; `inspect` tells it again."""
+    """Report the result once; `inspect` shows it again."""
     from localsteer.verify import can_rewrite
 
     if not tuned.helps:

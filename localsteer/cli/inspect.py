@@ -1,4 +1,4 @@
-"""`localsteer inspect`: what a vector file holds."""
+"""`localsteer inspect`: shows what a vector file holds."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 6
 STRIP_WIDTH = 21
-SPREAD = 2  # standard deviations on either side that the strip covers
-# provenance worth a line, in this order, and how it is called
+SPREAD = 2  # standard deviations that the strip covers on either side
+# provenance worth a line, in this order -> its label
 PROVENANCE = {
     "instruction": "instruction",
     "model_name": "model",
@@ -44,19 +44,19 @@ NUMBERS = ("layer", "strength", "good", "degenerate", "gap", "n")
     "-m",
     "--model",
     metavar="GGUF",
-    help="FILE is then an instruction's id: show the vector that ships for this model.",
+    help="Show a vector that ships for this model; FILE is then an instruction's id.",
 )
 @click.option(
-    "--plot", type=click.Path(), metavar="PNG", help="Draw norms and projections into a picture too."
+    "--plot", type=click.Path(), metavar="PNG", help="Also draw norms and projections into a picture."
 )
 @options.as_json
 def command(file: str, model: str | None, plot: str | None, as_json: bool) -> None:
-    """Show what the vector FILE holds: where it comes from, its settings, and for each layer the length of
-    its direction and the mean projection of the model's states with and without the instruction.
+    """Show what the vector FILE holds: its origin, its settings, and for each layer the length of its
+    direction and the mean projection of the model's states with and without the instruction.
 
-    In the last column o is the mean without the instruction, # with it, and = the spread around them
-    (one standard deviation): a layer where the two lie apart is worth trying. Of a vector with learned gates,
-    `gate` is the bias of the weight and the length |w| of what it reads.
+    In the last column, o is the mean without the instruction, # with it, and = the spread around them (one
+    standard deviation): a layer where the two are far apart is worth trying. For a vector with learned gates,
+    `gate` is the bias of the weight and the length |w| of its reader.
 
     \b
     Examples:
@@ -94,7 +94,7 @@ def command(file: str, model: str | None, plot: str | None, as_json: bool) -> No
 
 
 def _shipped(model: str, instruction: str) -> str:
-    """The file of a pack. Raises LocalsteerError where nothing ships for the model, or not this."""
+    """The vector file in a pack. Raises LocalsteerError if none ships for the model and the instruction."""
     from localsteer.packs import pack_for
 
     from .models import model_file
@@ -103,7 +103,7 @@ def _shipped(model: str, instruction: str) -> str:
     known = match.pack.instructions if match else {}
     if instruction not in known:
         raise VectorFileError(
-            f"no vector of {instruction!r} ships for {model}: {', '.join(known) or 'there is none for it'}."
+            f"no vector of {instruction!r} ships for {model}: {', '.join(known) or 'it has none'}."
         )
     return str(match.pack.path(instruction))
 
@@ -113,7 +113,7 @@ def _head(file: str, vector: ControlVector, described: VectorFacts) -> Any:
 
     lines = Table.grid(padding=(0, 2))
     lines.add_column(no_wrap=True)
-    lines.add_column(overflow="fold")  # a hash that is cut off is another hash
+    lines.add_column(overflow="fold")  # a hash that is cut off would be a wrong one
     lines.add_row("file", file)
     lines.add_row("vector", f"{vector.label}, {vector.n_layer} layers x {vector.n_embd}")
     lines.add_row("settings", settings_line(described))
@@ -125,8 +125,8 @@ def _head(file: str, vector: ControlVector, described: VectorFacts) -> Any:
 
 
 def choice_lines(choice: Mapping[str, Any]) -> list[str]:
-    """Why these settings: what the search that found them kept. A file may be anybody's, so nothing in it is
-    taken for granted."""
+    """Why these settings were chosen, as recorded by the search. The file may be anyone's, so its contents
+    are not trusted."""
     scores = choice.get("scores")
     shares = (
         {name: _share(scores.get(key)) for name, key in SCORES.items()} if isinstance(scores, dict) else {}
@@ -137,7 +137,9 @@ def choice_lines(choice: Mapping[str, Any]) -> list[str]:
         lines.append(f"checked on {choice.get('n', '?')} queries: {known}")
     gap = _share(choice.get("recovered_gap"))
     if gap:
-        lines.append(f"by likelihood it does {gap} of what telling does; judged by {choice.get('judged_by')}")
+        lines.append(
+            f"by likelihood it achieves {gap} of what telling does; judged by {choice.get('judged_by')}"
+        )
     if isinstance(choice.get("seconds"), (int, float)):
         lines.append(f"found in {choice['seconds']:.0f} s by the search `{choice.get('search')}`")
     advice = choice.get("advice")
@@ -145,7 +147,7 @@ def choice_lines(choice: Mapping[str, Any]) -> list[str]:
 
 
 def _tried(choice: Mapping[str, Any]) -> Any:
-    """The settings that were checked, the best first."""
+    """A table of the settings that were checked, the best first."""
     rows = table("layer", "positions", "strength", "good", "degenerate", "gap", "n", numbers=NUMBERS)
     trials = choice.get("table")
     for trial in trials if isinstance(trials, (list, tuple)) else ():
@@ -162,7 +164,7 @@ def _share(value: Any) -> str:
 
 
 def settings_line(described: VectorFacts) -> str:
-    """`project at layer 12, positions all, strength 1`, and what else is set."""
+    """The settings in a line: `project at layer 12, positions all, strength 1`, and others if set."""
     layers = ", ".join(map(str, described["layers"]))
     plural = "s" if len(described["layers"]) > 1 else ""
     line = f"{described['mode']} at layer{plural} {layers}, positions {described['positions']}"
@@ -178,8 +180,8 @@ def _layers(described: VectorFacts) -> Any:
     titles = ["layer", "norm", "", *(["gate"] if has_gates else [])]
     if has_means:
         titles += ["without", "with", "apart", ""]
-    made = table(*titles, numbers=("layer", "norm", "without", "with", "apart"))
-    # of a vector with few layers, the others are no news
+    rows = table(*titles, numbers=("layer", "norm", "without", "with", "apart"))
+    # of a vector with few layers, the others need no rows
     has_gaps = sum(layer["norm"] == 0 for layer in described["by_layer"]) > len(described["by_layer"]) / 2
     longest = max(layer["norm"] for layer in described["by_layer"])
     for layer in described["by_layer"]:
@@ -188,14 +190,14 @@ def _layers(described: VectorFacts) -> Any:
         row = [f"{'> ' if layer['chosen'] else ''}{layer['layer']}", f"{layer['norm']:.3g}"]
         row.append(bar(layer["norm"] / longest if longest else 0, BAR_WIDTH))
         row += [_gate(layer)] if has_gates else []
-        made.add_row(
+        rows.add_row(
             *row, *(_projections(layer) if has_means else ()), style="bold" if layer["chosen"] else None
         )
-    return made
+    return rows
 
 
 def _gate(layer: LayerFacts) -> str:
-    """The weight of the direction: its bias, and the length of what is read off the normalised state."""
+    """The weight of the direction: its bias, and the length of the reader of the normalised state."""
     return f"{layer['gate_bias']:.2g} + |w| {layer['gate_reader_norm']:.2g}" if "gate_bias" in layer else ""
 
 
@@ -230,7 +232,7 @@ def bar(part: float, width: int) -> str:
 
 
 def strip(layer: LayerFacts) -> str:
-    """Where the two means lie, each with its spread, on this layer's own scale."""
+    """A strip with the two means and their spreads, on a scale of this layer."""
     sides = [(layer[f"mean_{side}"], layer[f"std_{side}"] or 0.0) for side in ("without", "with")]
     if any(mean is None for mean, _ in sides):
         return ""
@@ -250,7 +252,7 @@ def strip(layer: LayerFacts) -> str:
 
 
 def draw(described: VectorFacts, path: str) -> None:
-    """Norms, and projections with their spreads, over the layers. Raises LocalsteerError."""
+    """Draw norms, and projections with their spreads, over the layers. Raises LocalsteerError."""
     from localsteer.heatmap import new_figure, save_figure
 
     figure = new_figure(9, 6)

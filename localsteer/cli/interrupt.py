@@ -1,7 +1,8 @@
-"""Ctrl-C ends the program with status 130 and leaves the terminal as it was, wherever it comes.
+"""Ctrl-C ends the program with status 130 and leaves the terminal as it was, whenever it is pressed.
 
 llama.cpp calls back into Python while it loads a model, and an exception can't pass through C: Python drops
-it there and goes on. So a press is remembered, and sent again until it reaches Python code of ours.
+it there and continues. A press is therefore remembered, and sent again until it reaches localsteer's own
+code.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from types import FrameType
 from typing import Any
 
 EXIT_STATUS = 130  # 128 + SIGINT, as in shells
-PATIENCE = 3  # presses; the last one ends a process that does not let go
+PATIENCE = 3  # presses; the last one ends a process that does not respond
 _SEND_AGAIN_SECONDS = 0.05
-_STUCK_SECONDS = 2.0  # in which a press reaches Python code, unless llama.cpp waits for a host (--rpc)
+_STUCK_SECONDS = 2.0  # within which a press reaches Python code, unless llama.cpp waits for a host (--rpc)
 _SHOW_CURSOR = b"\x1b[?25h"
 
 _presses = 0
@@ -28,12 +29,12 @@ _sent_again = threading.Event()
 
 
 def pressed() -> bool:
-    """Whether Ctrl-C was pressed since the program began; callbacks from C stop their work then."""
+    """Whether Ctrl-C has been pressed since the program began; callbacks from C then stop their work."""
     return _presses > 0
 
 
 def forgive() -> None:
-    """Begin counting presses anew: one that stopped a reply of a chat is not meant for the program."""
+    """Start counting presses again: one that stopped a reply in a chat is not meant for the program."""
     global _presses
     _presses = 0
 
@@ -59,7 +60,7 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def _watched() -> Iterator[None]:
-    """A thread hears of signals at once, also while the main thread is inside of llama.cpp."""
+    """A thread that learns of signals at once, even while the main thread is inside llama.cpp."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -73,8 +74,8 @@ def _watched() -> Iterator[None]:
 
 
 def _watch(reader: socket.socket, heard: int) -> None:
-    """heard: presses so far."""
-    if hasattr(signal, "pthread_sigmask"):  # the main thread must be the one whose waiting a signal ends
+    """Wait for presses, and have each looked after by `_let_go`. heard: presses so far."""
+    if hasattr(signal, "pthread_sigmask"):  # a signal must end the waiting of the main thread, not of another
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     with reader:
         while number := reader.recv(1):
@@ -87,7 +88,7 @@ def _watch(reader: socket.socket, heard: int) -> None:
 
 
 def _let_go(heard: int) -> None:
-    """Of hosts that llama.cpp waits for, if this press has not been handled."""
+    """Let go of the hosts that llama.cpp waits for, unless this press has been handled."""
     hosts = sys.modules.get("localsteer.runtime.rpc.hosts")
     if _handled < heard and hosts:
         hosts.abandon_all()

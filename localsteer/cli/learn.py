@@ -1,4 +1,4 @@
-"""`localsteer learn`: a vector for what the model does not do when it is told to. Needs PyTorch."""
+"""`localsteer learn`: learns a vector for an instruction that the model does not follow. Needs PyTorch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 N_SEQ_MAX = 16
 
 
-@click.command("learn", short_help="Learn a vector for what the model can't be told (needs PyTorch).")
+@click.command("learn", short_help="Learn a vector for an instruction that telling fails at (needs PyTorch).")
 @options.model
 @click.option(
     "-i",
@@ -41,9 +41,9 @@ N_SEQ_MAX = 16
     "--examples",
     type=click.Path(),
     metavar="JSONL",
-    help='Your own replies to learn from, one {"prompt": ..., "reply": ...} per line; a dozen will do.',
+    help='Your own replies to learn from, one {"prompt": ..., "reply": ...} per line; a dozen are enough.',
 )
-@click.option("-o", "--output", type=click.Path(), metavar="PATH", help="The file. [default: ID.gguf]")
+@click.option("-o", "--output", type=click.Path(), metavar="PATH", help="The vector file. [default: ID.gguf]")
 @click.option(
     "--static",
     is_flag=True,
@@ -62,14 +62,14 @@ N_SEQ_MAX = 16
     default=50,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Gradient steps on the examples, at most; half as many follow on its own replies.",
+    help="At most this many gradient steps on the examples; half as many follow on the model's own replies.",
 )
 @click.option(
     "--rate",
     default=0.012,
     show_default=True,
     type=click.FloatRange(min=0, min_open=True),
-    help="Learning rate; it is halved when the loss runs away.",
+    help="Learning rate; halved whenever the loss diverges.",
 )
 @click.option(
     "--checkpoint",
@@ -81,21 +81,21 @@ N_SEQ_MAX = 16
     metavar="TOML",
     help="Instructions and queries. [default: bundled for the bundled model, else general]",
 )
-@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option("--seed", default=0, show_default=True, help="Seed for everything random.")
 @click.option("--plot", type=click.Path(), metavar="PNG", help="Draw the loss into a picture.")
 @options.engine
 @options.as_json
 def command(
     model: str, text: str | None, examples: str | None, output: str | None, as_json: bool, **params: Any
 ) -> None:
-    """Learn a vector that makes MODEL's replies follow an instruction which it does not follow when told to.
+    """Learn a vector that makes MODEL follow an instruction that it does not follow when told to.
 
-    It learns from replies: the told model's where they follow; else the model's own plain replies, rewritten
-    so that they do; or yours (--examples). An edit at one layer is then fitted, step by step, to make these
-    likely after the plain prompts, and checked by replies of the quantized model itself. Takes a few minutes
-    on a small model. What is learned runs without PyTorch.
+    It learns from replies: the told model's if they follow, otherwise the model's own plain replies,
+    rewritten to follow, or yours (--examples). An edit at one layer is fitted, step by step, to make these
+    likely after the plain prompts, and is then checked on replies of the quantized model. This takes several
+    minutes on a small model. The learned vector does not need PyTorch.
 
-    Ctrl-C keeps the best so far. A run that was killed goes on when it is started again.
+    Ctrl-C keeps the best so far. The same command continues a run that was killed.
 
     \b
     Examples:
@@ -111,7 +111,7 @@ def command(
         lesson = _learn(engine, job, model, params)
     lesson.vector.save(job.target)
     if lesson.record["stopped"]:
-        interrupt.forgive()  # it ended the steps, not the program
+        interrupt.forgive()  # Ctrl-C ended the steps, not the program
     if params["plot"]:
         _draw(lesson, params["plot"])
     document = {
@@ -132,13 +132,13 @@ def _check_installed() -> None:
     if missing:
         raise LocalsteerError(
             f"learning needs PyTorch ({' and '.join(missing)} missing): pip install 'localsteer[torch]'. "
-            "What is learned runs without."
+            "The learned vector does not need it."
         )
 
 
 @dataclass(frozen=True)
 class LearnJob:
-    """pairs: the user's examples, in place of the queries."""
+    """What to learn, and from what. pairs: the user's examples, used instead of the queries."""
 
     instruction: Instruction
     target: Path
@@ -149,14 +149,14 @@ class LearnJob:
 
 
 def _job(model: str, text: str | None, examples: str | None, output: str | None, params: Params) -> LearnJob:
-    """Everything that can be refused without the model is refused here."""
+    """The job. Refuses everything that can be refused without opening the model."""
     from localsteer.catalog import Instruction
 
     if text is None and examples is None:
         raise click.UsageError("say what to learn: --instruction ID, or --examples FILE.jsonl.")
     catalog = catalog_of(model, params["catalog"])
     if text is None:
-        # nothing to tell the model: what the examples have in common is not in words
+        # there are no words to tell the model: nothing says what the examples have in common
         instruction = Instruction(Path(examples).stem, (), literal=True)
     else:
         instruction = find_instruction(catalog, text, ())
@@ -202,7 +202,7 @@ def _learn(engine: Engine, job: LearnJob, model: str, params: Params) -> Lesson:
 
 
 def _kept(job: LearnJob, model: str, params: Params) -> Kept:
-    """Where this run's steps are kept: by all that decides what they are."""
+    """Where this run's steps are kept, keyed by everything that determines them."""
     from localsteer.cache import HASH_CHARS, cache_folder, file_hash
     from localsteer.learn import Kept
 
@@ -225,7 +225,10 @@ def _show(job: LearnJob, lesson: Lesson) -> None:
         f"told in words {scores['instructed']}, both {scores['both']}."
     )
     if not lesson.helps:
-        note("nothing that was learned is better than the model alone: strength 0 is kept. Try more --steps.")
+        note(
+            "nothing that was learned does better than the plain model: the file gets strength "
+            "0. Try more --steps."
+        )
     note(f"wrote {job.target}")
 
 

@@ -1,7 +1,7 @@
 """The program `localsteer`: its list of commands, and the one place where errors become exit statuses.
 
-0 done, 1 a check failed (doctor, verify) or the reader of stdout went away, 2 bad input or no room for the
-answer, 130 Ctrl-C. A traceback is a bug, never an answer to what somebody typed.
+0: done; 1: a check failed (doctor, verify) or the reader of stdout went away; 2: bad input, or no room for
+the answer; 130: Ctrl-C. A traceback is a bug, never an answer to user input.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ COMMANDS = {
     "Vectors": ("extract", "learn", "tune", "calibrate", "transfer", "inspect", "vectors", "pack", "convert"),
     "Measure": ("eval", "verify", "similarity", "study", "states"),
 }
-# click 8.2 and newer: a group without a command is an error, whose message is the help
+# click 8.2 and newer: a group without a command is an error, and its message is the help
 NO_COMMAND = getattr(click.exceptions, "NoArgsIsHelpError", ())
-HELP_WIDTH = 100  # columns, where the terminal has them
+HELP_WIDTH = 100  # columns, if the terminal has as many
 
 
 class Commands(click.Group):
@@ -46,8 +46,10 @@ class Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, names in COMMANDS.items():
             with formatter.section(title):
-                found = [(name, self.get_command(ctx, name)) for name in names]
-                formatter.write_dl([(name, command.get_short_help_str(limit=80)) for name, command in found])
+                commands = [(name, self.get_command(ctx, name)) for name in names]
+                formatter.write_dl(
+                    [(name, command.get_short_help_str(limit=80)) for name, command in commands]
+                )
 
 
 @click.group(
@@ -57,16 +59,16 @@ class Commands(click.Group):
 )
 @click.version_option(__version__, "-V", "--version", message="localsteer %(version)s")
 def localsteer() -> None:
-    """Steer quantized GGUF models inside llama.cpp: a reply in JSON, in lowercase, in one sentence, although
-    the prompt says nothing of it.
+    """Steer quantized GGUF models inside llama.cpp: get replies in JSON, in lowercase or in one sentence
+    without asking for it in the prompt.
 
     \b
-    Begin with the model that comes with it:
+    Start with the model that comes with localsteer:
       localsteer demo
       localsteer run --instruction json "Tell me about foxes."
 
     \b
-    Then take your own:
+    Then use your own:
       localsteer run -m MODEL.gguf --instruction json "Tell me about foxes."
     """
 
@@ -110,12 +112,13 @@ def _run(args: Sequence[str] | None) -> int:
 
 
 def _complain(message: str) -> None:
-    """It may quote any file, and a file name may hold line breaks."""
+    """Print `message` on stderr as one harmless line: it may quote any file, and file names may hold
+    breaks."""
     click.echo(f"localsteer: {harmless(' '.join(message.split()))}", err=True)
 
 
 def _drop_stdout() -> None:
-    """Nobody takes the rest; without this Python complains when it flushes at exit."""
+    """Discard further output, which nobody reads: otherwise Python complains when it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -124,7 +127,7 @@ def _one_line(error: click.ClickException | LocalsteerError, args: Sequence[str]
         return " ".join(str(error).split())
     message = " ".join(error.format_message().split())
     context = getattr(error, "ctx", None)
-    # the parser of options tells no context
+    # the option parser passes no context
     known = [name for names in COMMANDS.values() for name in names]
     command = " ".join(["localsteer", *(name for name in args[:1] if name in known)])
     where = context.command_path if context else command

@@ -22,16 +22,15 @@ from .console import note, print_json
     type=click.IntRange(min=1),
     default=2,
     metavar="N",
-    help="Models that are open at once; the one not used for longest is closed. [default: 2]",
+    help="Models that may be open at once; the least recently used one is closed. [default: 2]",
 )
 @options.engine
-@click.option("--json", "as_json", is_flag=True, help="Print the settings that clients take, and end.")
+@click.option("--json", "as_json", is_flag=True, help="Print the settings that clients take, and exit.")
 def command(model: str, max_models: int, as_json: bool, **loading: Any) -> None:
-    """Speak the Model Context Protocol on stdin and stdout, for a program that starts this one: list models
+    """Speak the Model Context Protocol on stdin and stdout with the program that starts this one: list models
     and vectors, complete with steering, trace, verify. It ends when stdin does.
 
-    The model is that of calls which name no other, and it is opened by the first of them. Needs
-    pip install "localsteer[mcp]".
+    Calls that name no model use MODEL; the first of them opens it. Needs pip install "localsteer[mcp]".
 
     \b
     Examples:
@@ -47,7 +46,9 @@ def command(model: str, max_models: int, as_json: bool, **loading: Any) -> None:
         print_json(_settings(str(path.resolve()) if not is_named(model) else model))
         return
     if not path.is_file():  # before a client waits for an answer about it
-        raise LocalsteerError(f"{model} does not exist: give a GGUF file, or a name of `localsteer models`.")
+        raise LocalsteerError(
+            f"{model} does not exist: name a GGUF file, or a model listed by `localsteer models`."
+        )
     if sys.stdin.isatty():
         note("speaking the Model Context Protocol on standard input; end it with Ctrl-D.")
     from localsteer.plugins.mcp_tools import serve_stdio
@@ -56,6 +57,7 @@ def command(model: str, max_models: int, as_json: bool, **loading: Any) -> None:
 
 
 def _settings(model: str) -> JsonObject:
-    """In the form that most clients take. The interpreter is named, since a client may not know our PATH."""
+    """The settings in the form that most clients take. They name the interpreter, since a client may have
+    another PATH."""
     arguments = ["-m", "localsteer", "mcp", "-m", model]
     return {"mcpServers": {"localsteer": {"command": sys.executable, "args": arguments}}}

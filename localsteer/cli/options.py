@@ -1,4 +1,4 @@
-"""Options that several commands share, so that one thing has one name everywhere."""
+"""Options that several commands share, so that they have the same name and meaning everywhere."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from localsteer.terms import MODES, POSITIONS
 from . import completed
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-Params = dict[str, Any]  # what click gives a command: values of options, by the name of the parameter
+Params = dict[str, Any]  # what click passes to a command: the values of its options, by parameter name
 
-MAX_RANGE = 10_000  # layers in `A-B`; no model has as many
+MAX_RANGE = 10_000  # layers in `A-B`; no model has that many
 
 
 class Layers(click.ParamType):
@@ -42,11 +42,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part, re.ASCII)
         if not match:
-            raise ValueError(f"{text!r} names no layer: write 12, 3,4 or 3-5 (the first layer is 0).")
+            raise ValueError(f"{text!r} is not a layer: write 12, 3,4 or 3-5 (the first layer is 0).")
         first, last = int(match[1]), int(match[2] or match[1])
         if not first <= last < first + MAX_RANGE:
             raise ValueError(
-                f"{part.strip()!r} is no range of layers: write the lower number first, as in 3-5."
+                f"{part.strip()!r} is not a range of layers: write the lower number first, as in 3-5."
             )
         layers.update(range(first, last + 1))
     return tuple(sorted(layers))
@@ -76,12 +76,14 @@ class Variables(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
         try:
-            found = json.loads(value) if isinstance(value, str) else value
+            parsed = json.loads(value) if isinstance(value, str) else value
         except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            self.fail(f"{value!r:.80} is no JSON object, like '{{\"enable_thinking\": false}}'.", param, ctx)
-        return found
+            parsed = None
+        if not isinstance(parsed, dict):
+            self.fail(
+                f"{value!r:.80} is not a JSON object, like '{{\"enable_thinking\": false}}'.", param, ctx
+            )
+        return parsed
 
 
 class Finite(click.types.FloatParamType):
@@ -95,7 +97,7 @@ class Finite(click.types.FloatParamType):
 
 
 def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """One decorator of several options, listed in help in this order."""
+    """One decorator for several options, which --help lists in this order."""
 
     def decorate(command: Command) -> Command:
         for option in reversed(options):
@@ -120,7 +122,7 @@ model = click.option(
 
 
 class Renamed(click.Option):
-    """An option that also answers to names it once had, which no help mentions."""
+    """An option that still accepts its former names, which --help does not mention."""
 
     def __init__(self, *args: Any, old: Sequence[str], **attributes: Any) -> None:
         super().__init__(*args, **attributes)
@@ -175,7 +177,7 @@ rpc = all_of(
         help="How long a host may be silent before it counts as gone. [default: 300]",
     ),
 )
-# what load_engine takes of the options above
+# those of the options above that load_engine takes
 LOADING = ("ctx_size", "threads", "gpu_layers", "rpc", "rpc_seconds")
 
 template_variables = click.option(
@@ -199,11 +201,11 @@ sampling = all_of(
         type=int,
         default=64,
         metavar="N",
-        help="Tokens that it looks back on. [default: 64]",
+        help="Number of last tokens that the penalties look at. [default: 64]",
     ),
     click.option("--presence-penalty", type=float, default=0.0, metavar="X", help="[default: 0 = off]"),
     click.option("--frequency-penalty", type=float, default=0.0, metavar="X", help="[default: 0 = off]"),
-    click.option("--seed", type=int, metavar="N", help="[default: another one each time]"),
+    click.option("--seed", type=int, metavar="N", help="[default: a new one each time]"),
     click.option("--grammar", metavar="GBNF", help="A grammar that the reply must follow."),
     click.option("--grammar-file", type=click.Path(), metavar="FILE", help="The same, from a file."),
     click.option(
@@ -231,7 +233,8 @@ vectors = all_of(
         multiple=True,
         metavar="ID_OR_TEXT",
         shell_complete=completed.instructions,
-        help="Steer by a vector made on first use: an id of the catalogue, or your own words.",
+        help="Steer by the vector of this instruction, made on first use: an id of the catalogue, "
+        "or your own words.",
     ),
 )
 
@@ -245,7 +248,8 @@ settings = all_of(
 always_steer = click.option(
     "--always-steer",
     is_flag=True,
-    help="Also by a vector whose file says that it does harm where the prompt asks for the same already; an "
+    help="Apply a vector even if the prompt already asks for the same and its file says that it "
+    "then does harm; an "
     "explicit strength does the same.",
 )
 
@@ -261,7 +265,7 @@ raw = click.option("--raw", is_flag=True, help="Send the prompt as it is, withou
 
 
 def reply_length(default: int, whose: str = "the") -> Callable[[Command], Command]:
-    """`-n` as `predict`. whose: of `the` reply, or of `a` reply where there are many."""
+    """`-n` as `predict`. whose: `the` reply, or `a` reply if there are many."""
     return click.option(
         "-n",
         "--predict",
@@ -269,7 +273,8 @@ def reply_length(default: int, whose: str = "the") -> Callable[[Command], Comman
         type=click.IntRange(min=-1),
         default=default,
         metavar="N",
-        help=f"Tokens of {whose} reply at most; -1 = until the context is full. [default: {default}]",
+        help=f"At most this many tokens in {whose} reply; -1 = until the context is full. "
+        f"[default: {default}]",
     )
 
 
@@ -288,7 +293,7 @@ def stop(whose: str = "the") -> Callable[[Command], Command]:
 steer_forms = click.option(
     "--steer-forms",
     is_flag=True,
-    help="Steer what is generated under --json-schema or --grammar as well, which stays plain otherwise.",
+    help="Also steer what is generated under --json-schema or --grammar, which otherwise stays plain.",
 )
 
 instruction_data = all_of(

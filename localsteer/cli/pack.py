@@ -1,4 +1,4 @@
-"""`localsteer pack`: vectors of one model with their figures, in a folder that first use looks into."""
+"""`localsteer pack`: one model's vectors with their figures, in a folder where first use finds them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ if TYPE_CHECKING:
 N_SEQ_MAX = 32  # sequences in one decode while settings are tried
 
 
-@click.command("pack", short_help="Make the vectors of a model ready to be shipped with their figures.")
+@click.command("pack", short_help="Make a pack: a model's vectors with their figures, ready to ship.")
 @click.argument("vectors", nargs=-1, metavar="VECTOR...", type=click.Path())
 @options.model
 @click.option(
-    "-o", "--output", required=True, type=click.Path(), metavar="DIR", help="The pack's folder; it is made."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(),
+    metavar="DIR",
+    help="The pack's folder, made if need be.",
 )
 @click.option(
     "-i",
@@ -39,15 +44,20 @@ N_SEQ_MAX = 32  # sequences in one decode while settings are tried
     metavar="ID",
     help="An instruction of the catalogue; repeat for several. [default: all that have a verifier]",
 )
-@click.option("--name", metavar="NAME", help="The model's published name. [default: what its file says]")
-@click.option("--licence", metavar="TEXT", help="The model's licence. [default: what its file says]")
+@click.option("--name", metavar="NAME", help="The model's published name. [default: the name in its file]")
+@click.option("--licence", metavar="TEXT", help="The model's licence. [default: the licence in its file]")
 @click.option(
     "--catalog",
     metavar="NAME",
-    help="Whose instructions. [default: bundled for the bundled model, else general]",
+    help="The catalogue of instructions. [default: bundled for the bundled model, else general]",
 )
 @click.option(
-    "-n", "n", default=12, show_default=True, type=click.IntRange(min=1), help="Queries that check a setting."
+    "-n",
+    "n",
+    default=12,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Queries on which a setting is checked.",
 )
 @click.option(
     "--pairs", type=click.IntRange(min=1), metavar="N", help="Prompt pairs to extract from. [default: 50]"
@@ -55,14 +65,14 @@ N_SEQ_MAX = 32  # sequences in one decode while settings are tried
 @options.engine
 @options.as_json
 def command(vectors: tuple[str, ...], model: str, output: str, as_json: bool, **params: Any) -> None:
-    """Extract and tune the catalogue's instructions on a model, and keep of each vector the chosen layer
-    alone, with its settings and figures, in the folder DIR. What is there already is left as it is, so that
-    the command goes on where it was stopped. With VECTOR files, which `localsteer tune` wrote, the pack is
-    made of these.
+    """Extract and tune the catalogue's instructions on a model, and keep only the chosen layer of each
+    vector, with its settings and figures, in the folder DIR. Vectors that exist are kept, so the same command
+    continues a run that was stopped. With VECTOR files written by `localsteer tune`, the pack is made from
+    these.
 
-    First use takes its vectors from the packs that ship with localsteer, and from those that LOCALSTEER_PACKS
-    names: DIR itself, or a folder of packs. LOCALSTEER_PACKS=off makes every vector anew. docs/packs.md has
-    more.
+    First use takes its vectors from the packs that ship with localsteer, and from those named by
+    LOCALSTEER_PACKS: DIR itself, or a folder of packs. LOCALSTEER_PACKS=off makes every vector again. See
+    docs/packs.md.
 
     \b
     Examples:
@@ -72,7 +82,7 @@ def command(vectors: tuple[str, ...], model: str, output: str, as_json: bool, **
       LOCALSTEER_PACKS=packs localsteer run -m MODEL.gguf -i json "Tell me about foxes."
     """
     if vectors and (params["ids"] or params["pairs"]):
-        raise click.UsageError("VECTOR files are made already: leave --instruction and --pairs out.")
+        raise click.UsageError("VECTOR files have been made already: leave out --instruction and --pairs.")
     catalog = catalog_of(model, params["catalog"])
     pack = _folder(model, Path(output), catalog, params)
     loading = {name: params[name] for name in ("ctx_size", "threads", "gpu_layers")}
@@ -88,7 +98,7 @@ def command(vectors: tuple[str, ...], model: str, output: str, as_json: bool, **
 
 @dataclass(frozen=True)
 class PackJob:
-    """vector: None for one that is to be extracted and tuned."""
+    """An entry of the pack. vector: None if it is yet to be extracted and tuned."""
 
     instruction: Instruction
     vector: ControlVector | None = None
@@ -111,7 +121,7 @@ def _folder(model: str, output: Path, catalog: Catalog, params: Mapping[str, Any
 
 
 def _published(model: str, path: Path) -> tuple[str, str]:
-    """Name and licence, by the list of named models or by the file's header."""
+    """Name and licence, from the list of named models or from the file's header."""
     from localsteer.convert.gguf_file import open_gguf
     from localsteer.model_names import PACKAGED
 
@@ -132,7 +142,7 @@ def _of_files(vectors: Sequence[str], model: str, catalog: Catalog) -> list[Pack
         vector = ControlVector.load(file)
         instruction = check_measured(vector, Path(file), catalog, path)
         if instruction.id in jobs:
-            raise click.UsageError(f"two of the files are of {instruction.id!r}: give one of them.")
+            raise click.UsageError(f"two of the files are for {instruction.id!r}: name only one of them.")
         jobs[instruction.id] = PackJob(instruction, vector)
     return list(jobs.values())
 
@@ -143,17 +153,17 @@ def _of_catalog(catalog: Catalog, ids: Sequence[str], pack: PackFolder) -> list[
     chosen = instructions_for_a_pack(catalog, ids)
     missing = [instruction for instruction in chosen if instruction.id not in pack]
     if len(missing) < len(chosen):
-        note(f"{len(chosen) - len(missing)} of {len(chosen)} are there already.")
+        note(f"{len(chosen) - len(missing)} of {len(chosen)} exist already.")
     return [PackJob(instruction) for instruction in missing]
 
 
 def _make(
     engine: Engine, jobs: Sequence[PackJob], pack: PackFolder, catalog: Catalog, params: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Why some could not be made, by instruction."""
+    """Make the missing vectors; returns why some could not be made, by instruction."""
     for job in jobs:
         if job.vector is not None:
-            engine.plan(job.vector)  # tokenizer and shape, of all of them before the first is written
+            engine.plan(job.vector)  # checks tokenizer and shape of all of them before the first is written
     failed = {}
     for number, job in enumerate(jobs, 1):
         name = job.instruction.id
@@ -171,7 +181,8 @@ def _make(
 def _measured(
     engine: Engine, instruction: Instruction, catalog: Catalog, params: Mapping[str, Any]
 ) -> ControlVector:
-    """Extracted and tuned. Ctrl-C ends the program rather than the search: half a search is no figure."""
+    """The vector, extracted and tuned. Ctrl-C ends the program rather than the search: half a search gives no
+    figure."""
     from localsteer.extract import extract
     from localsteer.tune import tune
 
@@ -198,7 +209,7 @@ def _show(pack: PackFolder, failed: Mapping[str, str], as_json: bool) -> None:
         return
     rows = table("instruction", "setting", *SHARES, "n", "seconds", numbers=(*SHARES, "n", "seconds"))
     for name, row in pack.rows.items():
-        # not known of a search that took several sittings
+        # not known for a search that was interrupted
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
         rows.add_row(name, setting_of(row), *shares_of(row), str(row["n"]), seconds)
     answer().print(rows)

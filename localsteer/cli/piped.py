@@ -1,8 +1,8 @@
-"""A command of this program for another program, the server: in a process of its own, of low priority.
+"""Runs a command for another program, the server, in a separate process of low priority.
 
-On stdin its words come as one line of JSON, then `stop`, which is Ctrl-C. Where stdin ends, so does the
-process: whoever started it is gone. On stderr a line that begins with BEGINNING is progress, as JSON; the
-others are for people, and a refusal is the last of them.
+stdin brings the command's arguments as one line of JSON, and later perhaps `stop`, which acts as Ctrl-C. When
+stdin ends, so does the process, since its parent is gone. On stderr, a line that begins with BEGINNING is
+progress, as JSON; other lines are for people, and the last of them is the refusal, if there is one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from . import interrupt
 from .console import heard_by
 from .main import main
 
-BEGINNING = "\x1e"  # of a line of progress: RFC 7464's record separator
+BEGINNING = "\x1e"  # begins a line of progress: RFC 7464's record separator
 STOP = "stop"
-EVERY_SECONDS = 0.2  # between two lines that say the same with another count
+EVERY_SECONDS = 0.2  # between two lines that differ only in their counts
 LOWEST = 19
-PRIORITY = "LOCALSTEER_NICE"  # of the environment: another one, 0 to 19
+PRIORITY = "LOCALSTEER_NICE"  # environment variable for another priority, 0 to 19
 
 
 def run() -> None:
     """Never returns."""
-    # a script that starts the server by `&` has it ignored
+    # a script that starts the server with `&` has it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     words = json.loads(sys.stdin.readline() or "[]")
     step_back()
@@ -36,15 +36,16 @@ def run() -> None:
     try:
         with heard_by(_Teller()):
             main(words)
-    except KeyboardInterrupt:  # before or behind what takes it
+    except KeyboardInterrupt:  # Ctrl-C came before or after the code that handles it
         sys.exit(interrupt.EXIT_STATUS)
 
 
 def step_back() -> None:
-    """Compute only where nobody else does. Ctrl-C in the terminal of the server is not meant for this."""
+    """Lower the priority, so that everything else goes first, and leave the server's terminal, whose Ctrl-C
+    is not meant for this process."""
     if not hasattr(os, "setpgid"):  # Windows
         return
-    # a group, no session: Linux may share the processor out between sessions, and then no priority counts
+    # a group, not a session: Linux may divide the processor between sessions, which makes priorities useless
     with suppress(OSError):
         os.setpgid(0, 0)
     wanted = os.environ.get(PRIORITY, "")
@@ -60,7 +61,7 @@ def _obey() -> None:
 
 
 def _press() -> None:
-    """As Ctrl-C does: the main thread is the one that hears of it."""
+    """Interrupt the main thread, as Ctrl-C does."""
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
     else:
@@ -68,7 +69,7 @@ def _press() -> None:
 
 
 class _Teller:
-    """Progress as lines. Callbacks of C may call it, so it raises nothing."""
+    """Write progress as lines. It raises nothing, since callbacks from C may call it."""
 
     def __init__(self) -> None:
         self._what, self._told = "", 0.0

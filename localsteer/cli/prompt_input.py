@@ -10,20 +10,20 @@ import click
 
 from .console import note
 
-WAIT_SECONDS = 2  # for an open pipe that brings nothing, before saying what is waited for
+WAIT_SECONDS = 2  # before a silent pipe causes a notice about what is awaited
 
 
 def read_prompt(argument: str | None) -> str:
-    """The argument; what was piped in; or both, the piped text first. `-` stands for standard input only.
+    """The argument, the piped text, or both with the piped text first. `-` means standard input only.
 
-    Raises click.UsageError when there is neither, and for bytes that are no UTF-8 text.
+    Raises click.UsageError when there is neither, and for bytes that are not UTF-8 text.
     """
     if argument == "-":
         return _standard_input()
     piped = "" if sys.stdin is None or sys.stdin.isatty() else _standard_input()
     parts = [part for part in (piped, argument) if part]
     if not parts and argument is None:
-        raise click.UsageError("there is no prompt: give one as an argument, or pipe one in.")
+        raise click.UsageError("there is no prompt: pass one as an argument, or pipe one in.")
     return "\n\n".join(parts)
 
 
@@ -42,4 +42,4 @@ def _say_what_is_waited_for() -> None:
         if os.name == "posix" and not select.select([sys.stdin], [], [], WAIT_SECONDS)[0]:
             note("reading the prompt from standard input; end it with Ctrl-D, or use < /dev/null for none.")
     except (OSError, ValueError):
-        pass  # no real file behind it: nothing to wait for
+        pass  # not a real file: nothing to wait for

@@ -1,4 +1,4 @@
-"""`localsteer rpc`: what --rpc needs, and whether the hosts are there."""
+"""`localsteer rpc`: builds what --rpc needs, and checks hosts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .console import answer, note, print_json, shown, table
 
 @click.group("rpc", short_help="Build what --rpc needs, and check hosts.")
 def command() -> None:
-    """One model over several hosts: `run`, `chat`, `serve` and `extract` take --rpc HOST:PORT,...
+    """Run one model on several hosts: `run`, `chat`, `serve` and `extract` take --rpc HOST:PORT,...
 
     \b
     Examples:
@@ -28,16 +28,16 @@ def command() -> None:
     "--source",
     type=click.Path(),
     metavar="DIR",
-    help="The source of llama.cpp, or of llama-cpp-python, of the installed version. [default: by pip]",
+    help="The source of llama.cpp or llama-cpp-python, in the installed version. [default: from pip]",
 )
-@click.option("--again", is_flag=True, help="Even if it is there.")
+@click.option("--again", is_flag=True, help="Build even if it exists.")
 @options.as_json
 def build_command(source: str | None, again: bool, as_json: bool) -> None:
-    """Compile llama.cpp's RPC backend against the ggml that is installed, and print the folder that holds it
-    and the program `ggml-rpc-server`, for this machine and hosts like it. Needs CMake and a C++ compiler, and
-    takes half a minute; where it is built already, the folder is printed at once.
+    """Compile llama.cpp's RPC backend against the installed ggml, and print the folder with the backend and
+    the program `ggml-rpc-server`, for this machine and hosts like it. This needs CMake and a C++ compiler and
+    takes half a minute; if it has been built already, the folder is printed at once.
 
-    The source comes from llama-cpp-python's own sdist, which pip downloads.
+    The source comes from llama-cpp-python's sdist, which pip downloads.
 
     \b
     Examples:
@@ -54,13 +54,13 @@ def build_command(source: str | None, again: bool, as_json: bool) -> None:
         click.echo(shown(str(folder)))
 
 
-@command.command("check", short_help="Whether hosts answer, and what they have.")
+@command.command("check", short_help="Check whether hosts answer, and what memory they have.")
 @click.argument("hosts", nargs=-1, required=True, metavar="HOST:PORT...")
 @options.as_json
 @click.pass_context
 def check_command(ctx: click.Context, hosts: tuple[str, ...], as_json: bool) -> None:
-    """Greet every host as --rpc would, and show its devices' memory. The exit status is 1 if one of them
-    can't be used.
+    """Greet every host as --rpc would, and show the memory of its devices. The exit status is 1 if any of
+    them can't be used.
 
     \b
     Examples:

@@ -43,7 +43,7 @@ INSTRUCTION_DATA = ("catalog", "slots", "queries", "pairs")
 TRIES = 3
 
 
-@click.command("run", short_help="Answer a prompt, steered, and stream the reply.")
+@click.command("run", short_help="Answer a prompt with steering, and stream the reply.")
 @click.argument("prompt", required=False)
 @options.model
 @options.vectors
@@ -52,21 +52,21 @@ TRIES = 3
     "ensured",
     multiple=True,
     metavar="ID_OR_FILE",
-    help="Steer by this one only where the plain reply fails its verifier: an instruction of the "
+    help="Steer by this only if the plain reply fails its verifier: an instruction of the "
     "catalogue, or a vector file.",
 )
 @click.option(
     "--tries",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Replies at most with --ensure, the plain one included. [default: 3]",
+    help="At most this many replies with --ensure, including the plain one. [default: 3]",
 )
 @click.option(
     "--stream/--no-stream",
     default=True,
-    help="Show the reply as it comes, or at its end; with --ensure always only the accepted one.",
+    help="Show the reply as it is generated, or once it is complete; with --ensure only the accepted one.",
 )
-@click.option("--compare", is_flag=True, help="The plain and the steered reply side by side.")
+@click.option("--compare", is_flag=True, help="Show the plain and the steered reply side by side.")
 @options.settings
 @options.always_steer
 @options.ridge
@@ -93,9 +93,9 @@ def command(
 ) -> None:
     """Answer PROMPT and stream the reply.
 
-    --layer, --mode, --positions and --strength override what the vectors say; a strength or a layer behind
-    the name of a vector file overrides both. A reply under a schema or a grammar stays plain: only its prompt
-    is steered. The prompt can come from a pipe; where there is an argument too, the piped text comes first.
+    --layer, --mode, --positions and --strength override the vectors' settings; a strength or layer after the
+    name of a vector file overrides both. A reply under a schema or a grammar stays plain: only its prompt is
+    steered. The prompt can come from a pipe; if there is also an argument, the piped text comes first.
 
     \b
     Examples:
@@ -113,7 +113,7 @@ def command(
     plain_forms = stays_plain(sampling, params["steer_forms"])
     vectors = load_vectors(specs, params)
     insisted = with_own_strength(specs, vectors)
-    # a comparison shows what the vectors do, and so does a strength of the user's own
+    # whoever compares, or sets a strength, wants to see what the vectors do
     literal = params["always_steer"] or params["compare"] or params["strength"] is not None
     message = message_of(read_prompt(prompt), params["system"], params["raw"])
     loading = {name: params[name] for name in options.LOADING}
@@ -151,11 +151,11 @@ def _check_options(
     """Raise click.UsageError for options that exclude each other, or would do nothing."""
     if params["compare"] and ensured:
         raise click.UsageError(
-            "--ensure chooses between the plain and the steered reply: leave --compare out."
+            "--ensure chooses between the plain and the steered reply: leave out --compare."
         )
     if params["compare"] and not (specs or instructions):
-        raise click.UsageError("--compare needs something to steer by: give -s VECTOR or --instruction.")
-    something = "something to steer by: give -s VECTOR or --instruction"
+        raise click.UsageError("--compare needs something to steer by: add -s VECTOR or --instruction.")
+    something = "something to steer by: add -s VECTOR or --instruction"
     stated = params | {"ridge": params["ridge"] or None}
     stated |= {name: params[name.replace("-", "_")] or None for name in ("always-steer", "steer-forms")}
     _refuse_idle(stated, something, specs + instructions + ensured)
@@ -164,13 +164,13 @@ def _check_options(
     _refuse_idle(stated, something, specs + instructions, ("always-steer",))
     _refuse_idle(stated, something, specs + instructions + ensured, ("steer-forms",))
     if params["raw"] and params["variables"]:
-        raise click.UsageError("--chat-template-kwargs needs the chat template: leave --raw out.")
+        raise click.UsageError("--chat-template-kwargs needs the chat template: leave out --raw.")
 
 
 def _refuse_idle(
     params: Params, need: str, there: tuple[str, ...], names: Sequence[str] = (*SETTINGS, "ridge")
 ) -> None:
-    """Raise click.UsageError for an option that would do nothing, since what it belongs to is not `there`."""
+    """Raise click.UsageError for an option that would do nothing because what it needs is not `there`."""
     for name in () if there else names:
         if params[name] not in (None, ()):
             raise click.UsageError(f"--{name.removesuffix('s') if name == 'slots' else name} needs {need}.")
@@ -178,7 +178,7 @@ def _refuse_idle(
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, steered, and of which engine."""
+    """The question, its steering, and the engine that answers it."""
 
     engine: Engine
     ask: Ask
@@ -195,7 +195,7 @@ class Question:
 
 
 def sampling_of(params: Params) -> Sampling:
-    """From the sampling options, with a seed drawn here, so that two replies can share it."""
+    """Sampling from the options; the seed is drawn here so that two replies can share it."""
     from localsteer.runtime.sampling import Sampling
 
     names = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty")
@@ -208,20 +208,23 @@ def sampling_of(params: Params) -> Sampling:
 
 
 def stays_plain(sampling: Sampling, steer_forms: bool) -> bool:
-    """Whether nothing that is generated is to be steered, since all of it is a form (docs/clients.md)."""
+    """Whether to leave the whole reply unsteered because a form is forced on it (docs/clients.md)."""
     if steer_forms and sampling.grammar is None:
         raise click.UsageError("--steer-forms needs --json-schema or --grammar: any other reply is steered.")
     return sampling.grammar is not None and not steer_forms
 
 
 def tell_of_forms(vectors: Sequence[ControlVector]) -> None:
-    """For whoever steers under a schema and sees less of it than without."""
+    """Explain to the user why steering has less effect under a schema than without one."""
     if any(vector.positions != "prompt" for vector in vectors):
-        note("a reply under a schema or a grammar stays plain, only its prompt is steered (--steer-forms).")
+        note(
+            "a reply under a schema or a grammar stays plain: only its prompt is steered "
+            "(--steer-forms steers both)."
+        )
 
 
 def grammar_of(params: Params) -> Constraint | str | None:
-    """From --grammar, --grammar-file or --json-schema."""
+    """The constraint from --grammar, --grammar-file or --json-schema, or None."""
     from localsteer.constrain import Constraint
 
     there = [name for name in ("grammar", "grammar_file", "json_schema") if params[name] is not None]
@@ -238,7 +241,7 @@ def grammar_of(params: Params) -> Constraint | str | None:
 
 
 def load_vectors(specs: Sequence[str], params: Params) -> list[ControlVector]:
-    """The vector files, before the model: a slip in their names should not wait for it."""
+    """The vector files, loaded before the model: a mistyped name should not wait for it."""
     settings = {name: params[name] for name in SETTINGS}
     return [VectorSpec.parse(spec).load(**settings) for spec in specs]
 
@@ -247,7 +250,7 @@ def message_of(text: str, system: str | None, raw: bool) -> Prompt:
     if system is None:
         return text
     if raw:
-        raise click.UsageError("--system needs the chat template, and --raw leaves it out: choose one.")
+        raise click.UsageError("--system needs the chat template, which --raw leaves out: choose one.")
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
@@ -265,7 +268,7 @@ def vector_of(model: str, text: str, params: Params, loading: Params) -> Control
 
 
 def vector_to_ensure(model: str, text: str, params: Params, loading: Params) -> ControlVector:
-    """A vector file, or the vector of an instruction, made on first use; `json:0.8@3` sets what it says."""
+    """A vector file, or an instruction's vector, made on first use; `json:0.8@3` overrides its settings."""
     spec = VectorSpec.parse(text)
     if os.path.exists(spec.path) or Path(spec.path).suffix == ".gguf":
         return spec.load(**{name: params[name] for name in SETTINGS})
@@ -275,7 +278,7 @@ def vector_to_ensure(model: str, text: str, params: Params, loading: Params) -> 
             f"{spec.path!r} has no verifier, so nothing tells whether a reply follows it: steer by it with "
             "--instruction."
         )
-    if spec.layers is not None:  # as --layer: no layer is looked for
+    if spec.layers is not None:  # as with --layer: no layer is searched for
         params = {**params, "layer": spec.layers}
     return vector_of(model, spec.path, params, loading).at(strength=spec.strength)
 
@@ -293,13 +296,13 @@ def ensure_reply(
 
 
 def steered_by(found: Ensured, checked: Sequence[ControlVector]) -> list[ControlVector]:
-    """The vectors at the strengths that the accepted reply was steered with; none for a plain one."""
+    """The vectors at the strengths with which the accepted reply was steered; none for a plain reply."""
     chosen = next(attempt for attempt in found.tries if attempt.reply is found.reply)
     return [vector.at(strength=s) for vector, s in zip(checked, chosen.strengths, strict=False)]
 
 
 def show_ensured(request: Question, found: Ensured, timings: bool) -> None:
-    """Only the accepted reply, and on stderr how it came about."""
+    """Print the accepted reply, and on stderr how it was found."""
     text = found.reply.text
     click.echo(shown(text), nl=not text.endswith("\n"))
     if found.notice:
@@ -317,12 +320,13 @@ def plan_of(engine: Engine, vectors: Sequence[ControlVector], ridge: float) -> P
     from localsteer.plan import Plan
 
     for vector in vectors:
-        engine.plan(vector)  # checks that it belongs to this model, which a ready plan no longer tells
+        # checks that the vectors belong to this model, which a finished plan no longer shows
+        engine.plan(vector)
     return Plan.from_vectors(vectors, ridge=ridge)
 
 
 def show_reply(request: Question, timings: bool, stream: bool = True) -> None:
-    """Text as it comes, and a newline behind it whatever ends it; nothing for an empty reply."""
+    """Print text as it comes, and a newline after it however it ends; nothing for an empty reply."""
     text, held = "\n", ""
     try:
         for chunk in request.stream():
@@ -338,7 +342,7 @@ def show_reply(request: Question, timings: bool, stream: bool = True) -> None:
 
 
 def _say_how_it_went(request: Question, last: Chunk | Reply, timings: bool, whose: str = "") -> None:
-    """whose: `plain: ` or `steered: ` where there are two replies."""
+    """Tokens per second on stderr. whose: `plain: ` or `steered: ` if there are two replies."""
     spent = last.timings
     if last.finish_reason == "length":
         note(whose + _why_cut(request, spent.reply_tokens))
@@ -351,24 +355,24 @@ def _say_how_it_went(request: Question, last: Chunk | Reply, timings: bool, whos
 
 def _why_cut(request: Question, n: int) -> str:
     if n == request.ask.max_tokens:
-        return f"the reply was cut after {n} tokens: -n allows more."
+        return f"the reply was cut after {n} tokens: raise -n for more."
     return f"the context of {request.engine.n_ctx} tokens is full: the reply was cut after {n} tokens."
 
 
 def show_both(request: Question, vectors: Sequence[ControlVector], timings: bool) -> None:
-    """Two columns, filled one after the other; while they fill, only a terminal shows them."""
+    """Print two columns, filled one after the other; only a terminal shows them while they fill."""
     from rich.live import Live
 
     texts, lasts = ["", ""], []
     titles = ("plain", " + ".join(map(_title, vectors)))
 
     def columns() -> Any:
-        made = table(*titles)
-        for column in made.columns:
+        side_by_side = table(*titles)
+        for column in side_by_side.columns:
             column.ratio = 1
-        made.expand = True
-        made.add_row(*map(shown, texts))
-        return made
+        side_by_side.expand = True
+        side_by_side.add_row(*map(shown, texts))
+        return side_by_side
 
     if answer().is_terminal:
         with Live(console=answer(), transient=True, vertical_overflow="ellipsis") as live:
@@ -428,7 +432,7 @@ def _answer(
     checked: Sequence[ControlVector],
     params: Params,
 ) -> RunDocument:
-    """What `--json` prints, whatever was asked for."""
+    """The document that `--json` prints, for every kind of question."""
     if checked:
         ensured = ensure_reply(request, vectors, checked, params)
         steering = [*vectors, *steered_by(ensured, checked)]

@@ -1,4 +1,4 @@
-"""`localsteer serve`: the OpenAI API over HTTP."""
+"""`localsteer serve`: models over HTTP, by the APIs of OpenAI, Anthropic and Ollama."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ if TYPE_CHECKING:
     from localsteer.server.pool import Loadable, Pool
     from localsteer.server.run import Running
 
-HEADER_SECONDS = 20.0  # for those that --all-models has to read
-ALL_MODELS_AT_ONCE = 3  # as Ollama has it without a GPU
+HEADER_SECONDS = 20.0  # for the headers that --all-models has to read
+ALL_MODELS_AT_ONCE = 3  # as in Ollama without a GPU
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 MAX_PORT = 65535
 SWITCH_SECONDS = 0.0005
 
 
-@click.command("serve", short_help="Serve the OpenAI API, each request with its own steering.")
+@click.command(
+    "serve", short_help="Serve OpenAI's, Anthropic's and Ollama's APIs, with steering per request."
+)
 @click.option(
     "-m",
     "--model",
@@ -59,10 +61,14 @@ SWITCH_SECONDS = 0.0005
     "--api-key",
     envvar="LOCALSTEER_API_KEY",
     metavar="KEY",
-    help="Clients must send it; required for any address but this machine's own. Also LOCALSTEER_API_KEY.",
+    help="Key that clients must send; required unless --host is this machine only. Also LOCALSTEER_API_KEY.",
 )
 @click.option(
-    "--allow-host", "hosts", multiple=True, metavar="NAME", help="A name that this server is reached by."
+    "--allow-host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A host name under which clients reach this server.",
 )
 @click.option(
     "--cors", "origins", multiple=True, metavar="ORIGIN", help="A site whose pages may call this server."
@@ -73,7 +79,7 @@ SWITCH_SECONDS = 0.0005
     type=click.IntRange(min=-1),
     default=1024,
     metavar="N",
-    help="Tokens of a reply where the request says nothing; -1 = until the context is full. [default: 1024]",
+    help="Tokens of a reply if the request sets no limit; -1 = until the context is full. [default: 1024]",
 )
 @click.option(
     "-np",
@@ -86,100 +92,100 @@ SWITCH_SECONDS = 0.0005
 @click.option(
     "--kv-unified/--no-kv-unified",
     default=True,
-    help="One KV cache for all replies, or one of the whole context for each: faster with long "
-    "conversations, for more memory. [default: one]",
+    help="One KV cache for all replies, or a whole context for each, which is faster with long "
+    "conversations and takes more memory. [default: one]",
 )
 @click.option(
     "--reproducible",
     is_flag=True,
-    help="The same reply to the same request each time, whatever was asked before or beside it: one reply "
-    "at a time, and no beginning of a prompt from the cache.",
+    help="Give the same request the same reply every time, whatever else is asked: decode one reply "
+    "at a time, and take no part of a prompt from the cache.",
 )
 @click.option(
     "--max-queue",
     type=click.IntRange(0, 100_000),
     default=64,
     metavar="N",
-    help="Requests that may wait for a place. [default: 64]",
+    help="Requests that may wait for a slot. [default: 64]",
 )
 @click.option(
     "--grace",
     type=click.FloatRange(0, 3600),
     default=10.0,
     metavar="SECONDS",
-    help="For replies under way when the server is told to end. [default: 10]",
+    help="Time for replies under way to finish when the server is stopped. [default: 10]",
 )
 @click.option(
     "--max-connections",
     type=click.IntRange(2, 100_000),
     default=512,
     metavar="N",
-    help="At one time, half of them from one address; those that ask nothing make room. [default: 512]",
+    help="Open connections, at most half of them from one address; idle ones make room. [default: 512]",
 )
 @click.option(
     "--body-memory",
     type=click.IntRange(1, 1 << 20),
     default=64,
     metavar="MIB",
-    help="For the bodies of all requests that are here at one time. [default: 64]",
+    help="Memory for the bodies of all requests together. [default: 64]",
 )
 @click.option(
     "--ignore-field",
     "ignored_fields",
     multiple=True,
     metavar="NAME",
-    help="A field of requests that is unknown here, to be ignored in the place of an error.",
+    help="Ignore this unknown field of requests instead of refusing it.",
 )
 @click.option(
     "--request-timeout",
     type=click.FloatRange(0.1, 86_400),
     default=600.0,
     metavar="SECONDS",
-    help="For one request, waiting and writing included; then it ends with status 504. [default: 600]",
+    help="Time for one request, including waiting and writing; then it ends with status 504. [default: 600]",
 )
 @click.option(
     "--job-minutes",
     type=click.FloatRange(0, 10_080),
     default=60.0,
     metavar="MINUTES",
-    help="For a vector that is made on request, into the folder of --vectors (the page, /v1/jobs); 0 = none "
-    "is made. [default: 60]",
+    help="Time for making a vector on request, in the folder of --vectors (the page, /v1/jobs); 0 = make "
+    "none. [default: 60]",
 )
 @click.option(
     "--all-models",
     is_flag=True,
-    help="Offer every model that `localsteer models` lists, loaded when it is first asked for, and any other "
-    "name of a model that is on this machine by then.",
+    help="Offer every model that `localsteer models` lists, loaded on first request, and any other "
+    "named model that is on this machine by then.",
 )
 @click.option(
     "--download",
     is_flag=True,
-    help="With --all-models: what clients name as hf:ORG/REPO is fetched from Hugging Face.",
+    help="With --all-models: fetch what clients name as hf:ORG/REPO from Hugging Face.",
 )
 @click.option(
     "--max-models",
     type=click.IntRange(1, 1000),
     metavar="N",
-    help="Models in memory at one time; the one not used for longest makes room, none under a request. "
+    help="Models in memory at one time; the least recently used one makes room, never during a request. "
     "[default: all that -m names; 3 with --all-models]",
 )
 @click.option(
     "--max-memory",
     type=click.FloatRange(0.001, 1e6),
     metavar="GB",
-    help="For the models in memory, weights and caches, as far as their headers tell.",
+    help="Memory for models, weights and caches together, estimated from their headers.",
 )
 @options.template_variables
 @options.engine
 @options.rpc
 @options.as_json
 def command(models: tuple[str, ...], folder: str | None, as_json: bool, **params: Any) -> int:
-    """Serve models over the OpenAI API, with a page to try them at /.
+    """Serve models over the APIs of OpenAI, Anthropic and Ollama, with a page at / to try them.
 
-    A request chooses its steering by the field `steering`, or by the model's name: MODEL+json+lowercase.
-    GET /v1/models lists these names, GET /v1/steering the vectors with their figures. SIGTERM and Ctrl-C let
-    replies finish for --grace seconds; a few seconds later the process ends in any case. A second Ctrl-C does
-    not wait.
+    A request chooses its steering by the field `steering`, or by the model's name: MODEL+json+lowercase. GET
+    /v1/models lists these names, GET /v1/steering the vectors with their figures. After SIGTERM or Ctrl-C,
+    replies have --grace seconds to finish; a few seconds later the process ends in any case. A second Ctrl-C
+    ends it at once.
 
     \b
     Examples:
@@ -207,11 +213,11 @@ def command(models: tuple[str, ...], folder: str | None, as_json: bool, **params
 
 
 def _share_the_interpreter() -> None:
-    """So that the event loop has its turn in time, whatever other threads do."""
-    # what is here now stays: the collector would go through it all, a quarter of a second each time, alone
+    """Let the event loop run in time, whatever other threads do."""
+    # what exists now stays: the collector would scan all of it, for a quarter of a second each time
     gc.collect()
     gc.freeze()
-    # each of the half dozen system calls of an answer has to get the interpreter back from a busy thread
+    # after each of an answer's half dozen system calls, the interpreter has to come back from a busy thread
     sys.setswitchinterval(SWITCH_SECONDS)
 
 
@@ -222,7 +228,8 @@ def _check_extra() -> None:
 
 
 def _log_failures() -> None:
-    """A bug's traceback goes to stderr, never into a reply; the program's own notices have no room for it."""
+    """Log a bug's traceback to stderr, never into a reply; the program's one-line notices have no room for
+    it."""
     logger = logging.getLogger("localsteer.server")
     logger.handlers[:], logger.propagate = [logging.StreamHandler()], False
 
@@ -233,18 +240,22 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
     for model in models:
         name = model if is_named(model) else Path(model).stem
         if name in names:
-            raise LocalsteerError(f"two models are named {name!r}: rename a file, its name is the model's.")
+            raise LocalsteerError(
+                f"two models are named {name!r}: rename one of the files, since "
+                "a model is named after its file."
+            )
         names[name] = model
     return names
 
 
 @contextmanager
 def _opened(models: Sequence[str], params: Params) -> Iterator[Pool]:
-    """The models of -m are loaded as far as there is room for them."""
+    """A pool in which the models of -m are loaded as far as there is room for them."""
     from localsteer.server.pool import Pool
 
     names = model_names(models)
-    files = {name: model_file(model) for name, model in names.items()}  # a slip should not wait for a load
+    # a mistake in the options should not wait for a load
+    files = {name: model_file(model) for name, model in names.items()}
     loadables = {name: _loadable(name, model, files[name], params) for name, model in names.items()}
     if params["all_models"]:
         loadables = {**_all_models(params), **loadables}
@@ -261,7 +272,7 @@ def _opened(models: Sequence[str], params: Params) -> Iterator[Pool]:
 
 
 def _loadable(name: str, model: str, file: Path, params: Params) -> Loadable:
-    """One model. file: the first part of it."""
+    """One model. file: its first part."""
     from localsteer.model_names import asked_of
     from localsteer.server.pool import Loadable
 
@@ -270,7 +281,7 @@ def _loadable(name: str, model: str, file: Path, params: Params) -> Loadable:
 
 
 def _memory(file: Path, params: Params) -> int:
-    """Bytes, 0 where nobody asks or the header tells nothing."""
+    """Bytes that a model takes; 0 if no limit is set or the header does not say."""
     from localsteer.model_list import memory_needed
     from localsteer.stores import parts_of
 
@@ -279,7 +290,7 @@ def _memory(file: Path, params: Params) -> int:
     try:
         n_seq_max = 1 if params["reproducible"] else params["parallel"]
         return memory_needed(parts_of(file), params["ctx_size"], n_seq_max)
-    except (LocalsteerError, OSError):  # whoever opens it says why
+    except (LocalsteerError, OSError):  # opening it reports why
         return 0
 
 
@@ -295,7 +306,7 @@ def _scheduler(model: str, params: Params, stop: threading.Event) -> Scheduler:
     scheduler = Scheduler(opener, max_queue=params["max_queue"], reuse=not params["reproducible"])
     try:
         set_variables(scheduler.engine, params["variables"])
-        scheduler.engine.check_template()  # before a client asks
+        scheduler.engine.check_template()  # before the first request
     except BaseException:
         scheduler.close()
         raise
@@ -303,16 +314,16 @@ def _scheduler(model: str, params: Params, stop: threading.Event) -> Scheduler:
 
 
 def _all_models(params: Params) -> dict[str, Loadable]:
-    """Those of `localsteer models` that can be used at once and steered."""
+    """The models in `localsteer models` that are complete and can be steered."""
     from localsteer.model_list import all_models
 
-    found = all_models(HEADER_SECONDS).models
-    usable = [model for model in found if model.path and model.shape and not model.note and model.steers]
+    models = all_models(HEADER_SECONDS).models
+    usable = [model for model in models if model.path and model.shape and not model.note and model.steers]
     return {model.name: _loadable(model.name, model.name, model.path, params) for model in usable}
 
 
 def _resolved(name: str, params: Params) -> Loadable | None:
-    """What a client's name means that was not known at the start; never a path. Raises ModelFileError."""
+    """The model for a name that was unknown at the start; never a path. Raises ModelFileError."""
     from localsteer.stores import find, is_stored_name
 
     if not is_stored_name(name):
@@ -327,7 +338,7 @@ def _tell_of_download() -> Callable[[str, int, int], None]:
     def on_progress(file: str, _done: int, total: int) -> None:
         if file not in told:
             told.add(file)
-            note(f"fetching {file} ({total / 1e6:.1f} MB), a client asked for it")
+            note(f"fetching {file} ({total / 1e6:.1f} MB), requested by a client")
 
     return on_progress
 
@@ -374,7 +385,7 @@ def _tell(running: Running, as_json: bool) -> None:
         if shipped:
             note(f"{model} comes with vectors: {', '.join(shipped)}; ask for {model}+{shipped[0]}.")
     more = len(state.pool.names) - len(state.models)
-    others = f" and {more} that are loaded when they are asked for" if more else ""
+    others = f" and {more} that load on request" if more else ""
     note(
         f"{', '.join(state.models)}{others} at {running.url} (Ctrl-C ends it); the API is at {running.url}/v1"
     )

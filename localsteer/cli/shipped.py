@@ -1,4 +1,4 @@
-"""Vectors that ship for a model (localsteer/packs): how first use takes one, and what is said of it."""
+"""Vectors that ship for a model (localsteer/packs): how first use finds one, and what it prints about it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def shipped_vector(
     model: str, instruction: Instruction, catalog: Catalog, queries: tuple[Query, ...]
 ) -> ControlVector | None:
-    """The vector of a pack for this very instruction, told of in one line; None where none fits.
+    """The vector that a pack has for this instruction, announced in one line; None if none fits.
 
-    It was measured with the catalogue's own words, queries and slots: whoever changes them wants a vector of
-    their own. Raises LocalsteerError for a pack that is damaged, or is named and of another model.
+    It was measured with the catalogue's words, queries and slots: with others, a new vector is needed. Raises
+    LocalsteerError for a damaged pack, or a pack named by the user that is for another model.
     """
     from localsteer.packs import pack_for
 
@@ -42,34 +42,34 @@ def shipped_vector(
 
 
 def told(match: Match, entry: Entry) -> str:
-    """Where the vector comes from, and what it is worth."""
+    """A sentence on where the vector comes from and what it achieves."""
     line = f"{entry.id}: shipped for {match.pack.model}: {figures(entry)}"
     if match.exact:
         return line
     return (
-        f"{line} Measured on its {match.pack.quantization or 'own'} file, and this is another: "
-        "LOCALSTEER_PACKS=off makes one for it."
+        f"{line} Measured on its {match.pack.quantization or 'own'} file; this is a different one: "
+        "LOCALSTEER_PACKS=off makes a vector for it."
     )
 
 
 def figures(entry: Entry) -> str:
-    """`steered 92% of 12, told in words 33%, the model alone 0%.`, or why nothing is applied."""
+    """`steered 92% of 12, told in words 33%, the plain model 0%.`, or why nothing is applied."""
     if not entry.helps:
-        return " ".join(entry.advice[:1]) or "nothing is applied, since nothing was found that helps."
+        return " ".join(entry.advice[:1]) or "nothing is applied, because nothing was found that helps."
     scores = {key: "-" if share is None else f"{share:.0%}" for key, share in entry.scores.items()}
     return (
-        f"steered {scores['steered']} of {entry.n}, told in words {scores['instructed']}, the model alone "
+        f"steered {scores['steered']} of {entry.n}, told in words {scores['instructed']}, the plain model "
         f"{scores['none']}."
     )
 
 
 def shares_of(row: Mapping[str, Any]) -> list[str]:
-    """Of SHARES, `-` where it was not asked."""
+    """The shares of SHARES as text, `-` for one that was not measured."""
     return ["-" if row["scores"][key] is None else f"{row['scores'][key]:.0%}" for key in SHARES]
 
 
 def setting_of(row: Mapping[str, Any]) -> str:
-    """`project at layer 12, prompt, strength 2`, as a search writes it."""
+    """The settings, as a search writes them: `project at layer 12, prompt, strength 2`."""
     if not row["strength"]:
         return "nothing helps"
     layers = ", ".join(map(str, row["layers"]))

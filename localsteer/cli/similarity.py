@@ -1,4 +1,4 @@
-"""`localsteer similarity`: does an instruction move the state the same way whatever the query?"""
+"""`localsteer similarity`: does an instruction move the state in the same way whatever the query?"""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from localsteer.evaluate.similarity import LayerSimilarity, Similarity
 
 N_PAIRS = 20
-N_INSTRUCTIONS = 12  # when none are named
+N_INSTRUCTIONS = 12  # if none are named
 GROUPS = ("format", "length")
 
 
-@click.command("similarity", short_help="Check that an instruction is one direction, with probes.")
+@click.command("similarity", short_help="Check with cosines and probes that an instruction is one direction.")
 @click.argument("instructions", nargs=-1, metavar="[INSTRUCTION]...")
 @options.model
 @click.option(
@@ -29,7 +29,7 @@ GROUPS = ("format", "length")
     old=["--block"],
     type=click.IntRange(min=0),
     metavar="LAYER",
-    help="Of the second heat map. [default: the clearest]",
+    help="Layer of the second heat map. [default: the clearest]",
 )
 @click.option(
     "--plot", type=click.Path(), metavar="PNG", help="Draw both heat maps and the probes into a picture."
@@ -59,13 +59,13 @@ def command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Compare what instructions do to the model's state at the last prompt token, pair by pair: the cosine
-    between pair differences of one instruction (high where it is one direction) and of different instructions
-    (low where they are told apart), layer by layer.
+    """Compare what instructions do to the model's state at the last prompt token, pair by pair and layer by
+    layer: the cosine between pair differences of one instruction (high if it is one direction) and of
+    different instructions (low if they can be told apart).
 
-    Beside it how often a probe tells a state with the instruction from one without, on queries and wordings
-    that it has not seen: `linear` a ridge classifier, `gaussian` a kernel that can draw any boundary. Without
-    names: the first formats and lengths of the catalogue.
+    The table also shows how often a probe tells a state with the instruction from one without, on queries and
+    wordings that it has not seen: `linear` is a ridge classifier, `gaussian` a kernel that can draw any
+    boundary. Without names, the first formats and lengths of the catalogue are compared.
 
     \b
     Examples:
@@ -81,10 +81,10 @@ def command(
         from localsteer.heatmap import check_picture
 
         check_picture(plot)
-    found = catalog_of(model, catalog)
-    chosen = _chosen(found, instructions)
+    instructions_catalog = catalog_of(model, catalog)
+    chosen = _chosen(instructions_catalog, instructions)
     made = [
-        build_pairs(instruction, extraction_queries(found, instruction, queries), pairs)
+        build_pairs(instruction, extraction_queries(instructions_catalog, instruction, queries), pairs)
         for instruction in chosen
     ]
     with open_engine(model, threads=threads) as engine, open_backend(engine) as backend:
@@ -176,12 +176,12 @@ def _print(done: Similarity, layer: int, name: str) -> None:
     console.print(terminal_heatmap(title, done.instructions, columns, values, low=0, high=1))
     console.print()
     numbers = ("layer", "within", "between", "linear probe", "gaussian probe")
-    made = table(*numbers, numbers=numbers)
+    rows = table(*numbers, numbers=numbers)
     for row in done.rows():
         between = "-" if row["between"] is None else f"{row['between']:.2f}"
         probes = (f"{row[key]:.0%}" for key in ("linear", "gaussian"))
-        made.add_row(str(row["layer"]), f"{row['within']:.2f}", between, *probes)
-    console.print(made)
+        rows.add_row(str(row["layer"]), f"{row['within']:.2f}", between, *probes)
+    console.print(rows)
 
 
 def _draw(done: Similarity, layer: int, path: str, name: str) -> None:
@@ -202,7 +202,7 @@ def _draw(done: Similarity, layer: int, path: str, name: str) -> None:
     rows = done.rows()
     for key in ("within", "between", "linear", "gaussian"):
         label = f"{key} probe" if key in ("linear", "gaussian") else f"cosine {key}"
-        # the probes often lie on one another
+        # the probes' lines often coincide
         style = "--" if key == "gaussian" else "-"
         values = [row[key] if row[key] is not None else float("nan") for row in rows]
         lines.plot(layers, values, style, label=label)

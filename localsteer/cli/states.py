@@ -1,4 +1,4 @@
-"""`localsteer states`: residual states of many prompts into a safetensors file."""
+"""`localsteer states`: writes residual states of many prompts into a safetensors file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPES = ("float32", "float16")  # as localsteer.states.file has them
     required=True,
     type=click.Path(),
     metavar="FILE",
-    help='One prompt a line; or JSONL of {"prompt": TEXT} or {"messages": [...]}, with {"reply": TEXT} too.',
+    help='One prompt per line, or JSONL of {"prompt": TEXT} or {"messages": [...]}, optionally with "reply".',
 )
 @click.option(
     "-o", "--output", type=click.Path(), default="states.safetensors", metavar="FILE",
@@ -44,7 +44,11 @@ DTYPES = ("float32", "float16")  # as localsteer.states.file has them
     "--tokens", default="last", metavar="WHICH", help=f"{FORMS[0].upper()}{FORMS[1:]}. [default: last]"
 )
 @click.option(
-    "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the states."
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="float32",
+    show_default=True,
+    help="Number type of the states.",
 )
 @click.option("--raw", is_flag=True, help="Read the prompts as they are, without the chat template.")
 @click.option(
@@ -53,7 +57,7 @@ DTYPES = ("float32", "float16")  # as localsteer.states.file has them
     "specs",
     multiple=True,
     metavar="VECTOR",
-    help="See what steering does: FILE[:STRENGTH][@LAYER[,LAYER]]; repeat for several.",
+    help="Steer while reading: FILE[:STRENGTH][@LAYER[,LAYER]]; repeat for several.",
 )
 @options.template_variables
 @click.option("--exact", is_flag=True, help="F32 cache, no flash attention; slower.")
@@ -71,9 +75,9 @@ def command(
 ) -> None:
     """Write the residual stream of MODEL after the chosen layers, at the chosen tokens of every prompt.
 
-    A state is that after the layer, as hidden_states[layer + 1] of transformers. The file has its full length
-    from the start and takes little memory however long it is; it loads with safetensors.torch or .numpy, and
-    as a memory map. A run that was stopped goes on with the same command. docs/states.md says what is in it.
+    A state is the one after the layer, hidden_states[layer + 1] in transformers. The file gets its full
+    length at the start, and memory use does not grow with it. It loads with safetensors.torch or .numpy, or
+    as a memory map. The same command continues a run that was stopped. docs/states.md describes the file.
 
     \b
     Examples:
@@ -114,14 +118,14 @@ def command(
 
 @contextmanager
 def _going_on(path: Path) -> Iterator[None]:
-    """Says after Ctrl-C how the run goes on, if anything is done."""
+    """After Ctrl-C, says how to continue the run, if any of it is done."""
     from localsteer.states.file import beside
 
     try:
         yield
     except KeyboardInterrupt:
         if beside(path)[0].exists():
-            note("what is done is kept: the same command goes on from there.")
+            note("what is done is kept: the same command continues from there.")
         raise
 
 

@@ -1,4 +1,4 @@
-"""`localsteer study`: the open questions, asked of a model of your own."""
+"""`localsteer study`: open questions about steering, measured on the user's own model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from . import options
 from .console import answer, note, print_json, progress
 from .models import catalog_of, is_bundled, model_file
 
-NAMES = ("quantization", "pairs", "compound", "linear", "layers")  # as evaluate.studies has them
+NAMES = ("quantization", "pairs", "compound", "linear", "layers")  # those of evaluate.studies
 N_TEST, N_QUICK = 20, 4
 
 
-@click.command("study", short_help="Quantization, pairs, compound, linear, layers: one question each.")
+@click.command("study", short_help="Measure one question: quantization, pairs, compound, linear or layers.")
 @click.argument("name", type=click.Choice(NAMES))
 @options.model
 @click.option(
-    "-o", "--out", type=click.Path(), metavar="DIR", help="Where everything is kept. [default: study-NAME]"
+    "-o", "--out", type=click.Path(), metavar="DIR", help="The folder for all results. [default: study-NAME]"
 )
 @click.option(
     "--gguf",
@@ -30,14 +30,23 @@ N_TEST, N_QUICK = 20, 4
     multiple=True,
     type=click.Path(),
     metavar="GGUF",
-    help="quantization: a file of the checkpoint, the most exact first; give several. [default: bundled]",
+    help="quantization: a GGUF of the checkpoint; repeat, the most exact first. [default: bundled]",
 )
 @click.option("--checkpoint", metavar="HF", help="layers: the transformers folder of MODEL.")
-@click.option("-i", "--instructions", metavar="ID,ID", help="In place of the study's own choice.")
-@click.option("-n", type=click.IntRange(min=1), metavar="N", help=f"Test questions each. [default: {N_TEST}]")
-@click.option("--quick", is_flag=True, help="Everything small, to see that it works.")
+@click.option(
+    "-i", "--instructions", metavar="ID,ID", help="Instructions to use instead of the study's choice."
+)
+@click.option(
+    "-n",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"Test questions for each instruction. [default: {N_TEST}]",
+)
+@click.option("--quick", is_flag=True, help="Run everything small, to see that it works.")
 @click.option("--catalog", metavar="TOML", help="Instructions and queries. [default: the model's]")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of everything random.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, metavar="N", help="Seed for everything random."
+)
 @options.threads
 @options.as_json
 def command(
@@ -48,18 +57,18 @@ def command(
     as_json: bool,
     **params: Any,
 ) -> None:
-    """Measure one question on MODEL; DIR gets results.json, NAME.md, pictures, and every reply in JSONL.
+    """Measure one question on MODEL, and write results.json, NAME.md, pictures, and every reply to DIR.
 
     \b
     NAME asks:
       quantization  what each quantization does to directions, projections and steering
       pairs         how many prompt pairs a vector needs, and in how many wordings
       compound      three instructions at once
-      linear        a linear probe beside a non-linear one, and steering, layer by layer
+      linear        a linear and a non-linear probe beside steering, layer by layer
       layers        which layers can be steered, by PyTorch and by the engine (needs torch)
 
-    Killed, it is started again with the same command and goes on where it was. With the bundled model each
-    takes some minutes on two cores.
+    The same command continues a run that was stopped. With the bundled model, each study takes some minutes
+    on two cores.
 
     \b
     Examples:
@@ -104,7 +113,9 @@ def _check_options(name: str, files: tuple[str, ...], checkpoint: str | None) ->
     if checkpoint is not None and name != "layers":
         raise click.UsageError("--checkpoint belongs to `study layers`.")
     if len(files) == 1:
-        raise click.UsageError("give --gguf twice or more: a study of quantization compares files.")
+        raise click.UsageError(
+            "name at least two files with --gguf: the study of quantization compares them."
+        )
 
 
 def _ids(instructions: str | None) -> tuple[str, ...] | None:
@@ -112,7 +123,7 @@ def _ids(instructions: str | None) -> tuple[str, ...] | None:
         return None
     ids = tuple(name.strip() for name in instructions.split(",") if name.strip())
     if not ids:
-        raise click.UsageError("--instructions names none: leave it out for the study's own choice.")
+        raise click.UsageError("--instructions is empty: leave it out for the study's choice.")
     return ids
 
 
@@ -123,11 +134,11 @@ def _files(name: str, files: tuple[str, ...], bundled: bool, quick: bool) -> tup
     if files:
         paths = [model_file(file) for file in files]
         labels = [_label(path) for path in paths]
-        # each file has a folder of its own name in OUT
+        # each file has a folder in OUT, named after it
         unique = [name if labels.count(name) == 1 else f"{k}-{name}" for k, name in enumerate(labels)]
         return tuple(zip(unique, paths, strict=True))
     if not bundled:
-        raise click.UsageError("name the files with --gguf, the most exact first; -m is only one file.")
+        raise click.UsageError("name the files with --gguf, the most exact first; -m takes only one file.")
     from localsteer.bundled import gguf_path
     from localsteer.evaluate.studies.quantization import QUANTS, QUICK_QUANTS
 
@@ -137,8 +148,8 @@ def _files(name: str, files: tuple[str, ...], bundled: bool, quick: bool) -> tup
 
 def _label(path: Path) -> str:
     """`Q4_K_M` of `model.Q4_K_M.gguf`, else the file's name without its ending."""
-    found = re.search(r"(?i)(?<![a-z0-9])(b?f(?:16|32)|i?q\d\w*)$", path.stem)
-    return found[1].upper() if found else path.stem
+    quantization = re.search(r"(?i)(?<![a-z0-9])(b?f(?:16|32)|i?q\d\w*)$", path.stem)
+    return quantization[1].upper() if quantization else path.stem
 
 
 def _checkpoint(checkpoint: str | None, model: str) -> Path:
@@ -146,7 +157,7 @@ def _checkpoint(checkpoint: str | None, model: str) -> Path:
         return Path(checkpoint)
     if not is_bundled(model):
         raise click.UsageError(
-            "give --checkpoint HF_FOLDER, the transformers model that MODEL was made from."
+            "name the transformers model that MODEL was made from: --checkpoint HF_FOLDER."
         )
     from localsteer import bundled
 

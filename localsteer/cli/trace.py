@@ -35,11 +35,9 @@ class Watched(options.Layers):
     old=["--blocks"],
     type=Watched(),
     metavar="LAYERS",
-    help="Look at these layers too, steered or not, and what steering there would do: 3, 2-5 or `all`.",
+    help="Also show these layers, steered or not, and what steering there would do: 3, 2-5 or `all`.",
 )
-@click.option(
-    "--reply", metavar="TEXT", help="Trace this reply to the prompt instead of one by the steered model."
-)
+@click.option("--reply", metavar="TEXT", help="Trace this reply instead of one by the steered model.")
 @options.ridge
 @click.option("--system", "-sys", metavar="TEXT", help="A system message before the prompt.")
 @options.raw
@@ -48,9 +46,9 @@ class Watched(options.Layers):
 @click.option("--seed", type=int, metavar="N", help="[default: another one each time]")
 @options.engine
 @options.instruction_data
-@click.option("--plot", type=click.Path(), metavar="PNG", help="Draw it into a picture too.")
+@click.option("--plot", type=click.Path(), metavar="PNG", help="Also draw it into a picture.")
 @click.option(
-    "--html", type=click.Path(), metavar="HTML", help="Write it as a page too: one file, no network needed."
+    "--html", type=click.Path(), metavar="HTML", help="Also write it as a page: one file, no network needed."
 )
 @options.as_json
 def command(
@@ -61,12 +59,12 @@ def command(
     as_json: bool,
     **params: Any,
 ) -> None:
-    """Answer PROMPT, steered, and show for each token of prompt and reply the projection on the vector's
+    """Answer PROMPT with steering, and show for each token of prompt and reply the projection on the vector's
     direction before and after the edit, its target and the dynamic weight.
 
-    Below it stands the effect: how far steering moves what the model says there, in nats, and the token that
-    the plain model would rather say. The last lines say what it means: a layer that is wrong, a reply that is
-    locked at its start, a vector that does nothing.
+    Below them come the effect, that is, how much steering changes what the model says there, in nats, and the
+    token that the plain model would say instead. The last lines say what this means: for instance a wrong
+    layer, a reply locked at its start, or a vector that does nothing.
 
     \b
     Examples:
@@ -112,14 +110,12 @@ def command(
 
 
 def _check_options(specs: tuple[str, ...], instructions: tuple[str, ...], params: Params) -> None:
-    """Raise before the model's time is spent on what has no place to go."""
+    """Raise LocalsteerError before the work if its result could not be written."""
     plot, html = params["plot"], params["html"]
     if not (specs or instructions):
-        raise click.UsageError("there is nothing to trace: give -s VECTOR or --instruction.")
+        raise click.UsageError("there is nothing to trace: add -s VECTOR or --instruction.")
     if html is not None and Path(html).suffix.lower() not in (".html", ".htm"):
-        raise click.BadParameter(
-            f"{html!r} does not end in .html: give the page's own name.", param_hint="--html"
-        )
+        raise click.BadParameter(f"{html!r} does not end in .html: name a page.", param_hint="--html")
     for path in filter(None, (plot, html)):
         require_folder(path)
 

@@ -1,4 +1,4 @@
-"""`localsteer transfer`: a vector of one model for another one, and whether it does anything there."""
+"""`localsteer transfer`: uses one model's vector in another model, and measures whether it works there."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from localsteer.vector import ControlVector
 
 N_SEQ_MAX = 8
-N_PROMPTS = 400  # as in extract.transfer
+N_PROMPTS = 400  # that of extract.transfer
 
 
 @click.command("transfer", short_help="Try a vector in another model, with controls.")
 @click.argument("vector", metavar="VECTOR", type=click.Path())
 @options.model
 @click.option("-o", "--output", type=click.Path(), metavar="GGUF", help="Write the vector for MODEL here.")
-@click.option("--map", "mapped", is_flag=True, help="Through a ridge map between the models' states.")
+@click.option("--map", "mapped", is_flag=True, help="Use a ridge map between the models' states.")
 @click.option("--from", "source", metavar="GGUF", help="With --map: the model that VECTOR was made from.")
 @click.option(
     "--prompts",
@@ -43,9 +43,9 @@ N_PROMPTS = 400  # as in extract.transfer
 @click.option(
     "--qa",
     is_flag=True,
-    help="Prompt MODEL as `Q: ...` and `A:`, whatever chat template it has: for base models.",
+    help="Prompt MODEL with `Q: ...` and `A:`, whatever its chat template: for base models.",
 )
-@click.option("--test/--no-test", default=True, help="Measure what it does in MODEL. [default: test]")
+@click.option("--test/--no-test", default=True, help="Measure what the vector does in MODEL. [default: test]")
 @click.option(
     "-n", default=20, show_default=True, type=click.IntRange(min=1), metavar="N", help="Test questions."
 )
@@ -62,14 +62,15 @@ def command(
     as_json: bool,
     **params: Any,
 ) -> None:
-    """Use VECTOR in MODEL, another one than it was made from, and say plainly whether it does anything there.
+    """Use VECTOR in MODEL, a different one than it was made from, and report whether it works there.
 
-    Another quantization, or the base model of an instruct model: as it is. Another model of the same width:
-    as it is, layers by depth, mean projections measured again, with a warning. Another width: with --map, a
-    ridge map from the states of --from to those of MODEL, fitted on prompts that hold other instructions.
+    In another quantization, or in the base model of an instruct model, the vector is used as it is. In
+    another model of the same width it is used at the same relative depth, with mean projections measured
+    again and a warning. For another width, --map fits a ridge map from the states of --from to those of
+    MODEL, on prompts that hold other instructions.
 
-    The test picks layer and positions on validation questions and compares on test questions: MODEL alone,
-    the transferred vector, MODEL's own vector, a random direction, and for a map also the numbers unmapped
+    The test picks layer and positions on validation questions, and compares on test questions: plain MODEL,
+    the transferred vector, MODEL's own vector, a random direction, and for a map also the unmapped numbers
     and a map fitted on shuffled prompts.
 
     \b
@@ -90,7 +91,7 @@ def command(
         refuse_source(Path(output), vector)
     catalog = catalog_of(model, params["catalog"])
     if test or mapped:
-        instruction_of(stored)  # refuses a vector that does not say what it is of
+        instruction_of(stored)  # refuses a vector that does not name its instruction
     job = _Job(stored, catalog, model, source, params["prompts"], params["threads"])
     with job.open(model, plain_prompts=params["qa"]) as engine:
         sent = job.send(engine)
@@ -107,7 +108,7 @@ def command(
 
 
 class _Job:
-    """What is sent where."""
+    """The vector, the models and the queries of a transfer."""
 
     def __init__(
         self,
@@ -146,13 +147,14 @@ class _Job:
             if way == transfer.MAPPED:
                 raise MismatchError(
                     f"{self.vector.label} is {self.vector.n_embd} wide but {target.model_name} is "
-                    f"{target.n_embd}: give --map --from MODEL.gguf, the model that it was made from."
+                    f"{target.n_embd}: add --map --from MODEL.gguf, the model that it was made from."
                 )
             if way == transfer.AS_IS:
                 return _Sent(way, transfer.carry(self.vector, target))
             note(
-                f"{self.vector.label} is of another model than {target.model_name}, of the same width: its "
-                "directions need not mean anything there. Mean projections are measured again."
+                f"{self.vector.label} was made for another model than {target.model_name}, of the "
+                "same width: its "
+                "directions may mean nothing there. Mean projections are measured again."
             )
             return _Sent(way, transfer.carry_to_other_model(self.vector, target, self.pairs()))
 
@@ -161,13 +163,13 @@ class _Job:
 
         prompts = transfer.shared_prompts(self.catalog, self.instruction, self.n_prompts)
         with self.open(self.source) as engine, open_backend(engine) as source:
-            engine.plan(self.vector)  # refuses a source that the vector was not made from
+            engine.plan(self.vector)  # refuses a source other than the vector's own model
             asked, prompts = len(prompts), transfer.readable(prompts, source, target)
             left_out = asked - len(prompts)
             if left_out:
                 note(
                     f"{left_out} of {asked} prompts are left out: they are too long for one of the models, "
-                    "or hold what it has no tokens for."
+                    "or contain something for which it has no tokens."
                 )
             texts = [pair.instructed for pair in prompts]
             with progress(f"reading states of {source.model_name}") as on_progress:
@@ -184,7 +186,7 @@ class _Job:
 
 
 class _Sent:
-    """The transferred vector; of a map also its fits, and the vector of the shuffled map."""
+    """The transferred vector; for a map also its fits, and the vector of the shuffled map."""
 
     def __init__(
         self,
@@ -206,7 +208,10 @@ def _examine(job: _Job, engine: Engine, sent: _Sent, n: int) -> Examined | None:
     if n > known:
         note(f"there are {known} test questions for {job.instruction.id}, not {n}.")
     if job.instruction.verifier is None:
-        note(f"{job.vector.label} has no verifier, so nothing tells whether a reply follows it: not tested.")
+        note(
+            f"{job.vector.label} has no verifier, so nothing can judge whether a reply follows "
+            "it: not tested."
+        )
         return None
     limits = {}
     if is_bundled(job.model):
@@ -277,10 +282,10 @@ def _document(
 def _print(sent: _Sent, examined: Examined | None) -> None:
     console = answer()
     if sent.maps:
-        made = table("layer", "from layer", "R2 held out", "ridge", numbers=("layer", "from layer", "ridge"))
+        rows = table("layer", "from layer", "R2 held out", "ridge", numbers=("layer", "from layer", "ridge"))
         for t, layer_map in enumerate(sent.maps):
-            made.add_row(str(t), str(layer_map.source), f"{layer_map.r2:.3f}", f"{layer_map.ridge:g}")
-        console.print(made)
+            rows.add_row(str(t), str(layer_map.source), f"{layer_map.r2:.3f}", f"{layer_map.ridge:g}")
+        console.print(rows)
         console.print()
     if examined is None:
         console.print(f"{sent.vector.label}: {sent.way}, not tested", soft_wrap=True)
@@ -289,12 +294,12 @@ def _print(sent: _Sent, examined: Examined | None) -> None:
     vector = examined.vector
     layers = ", ".join(map(str, vector.layers))
     title = f"{vector.label}, {sent.way}: layer {layers}, positions {vector.positions}"
-    made = table("condition", *numbers, numbers=numbers, title=title)
+    rows = table("condition", *numbers, numbers=numbers, title=title)
     for row in examined.rows():
-        # a bootstrap of equal replies is a point, which would look like certainty
+        # the bootstrap interval of equal replies is a point, which would look like certainty
         spread = "" if row["low"] == row["high"] else f"{row['low']:.0%}-{row['high']:.0%}"
         cells = ["-" if row[key] is None else f"{row[key]:.0%}" for key in ("subject_kept", "degenerate")]
-        made.add_row(row["condition"], f"{row['followed']:.0%}", spread, *cells)
-    console.print(made)
+        rows.add_row(row["condition"], f"{row['followed']:.0%}", spread, *cells)
+    console.print(rows)
     console.print()
     console.print(examined.verdict, soft_wrap=True)

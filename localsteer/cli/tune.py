@@ -37,7 +37,7 @@ N_SEQ_MAX = 32  # sequences in one decode; those that are scored are short
 
 
 class Names(click.ParamType):
-    """`all,prompt`: some of a few words, as a tuple."""
+    """`all,prompt`: a choice among known words, as a tuple."""
 
     name = "names"
 
@@ -50,7 +50,7 @@ class Names(click.ParamType):
         names = value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(","))
         for name in names:
             if name not in self.known:
-                self.fail(f"{name!r} is none of {', '.join(self.known)}.", param, ctx)
+                self.fail(f"{name!r} is not one of {', '.join(self.known)}.", param, ctx)
         return tuple(dict.fromkeys(names))
 
 
@@ -69,11 +69,11 @@ class Numbers(click.ParamType):
         except ValueError:
             numbers = (math.nan,)
         if not all(math.isfinite(number) and number for number in numbers):
-            self.fail(f"{value!r} is no list of strengths: write 0.5,1,2 (0 steers nothing).", param, ctx)
+            self.fail(f"{value!r} is not a list of strengths: write 0.5,1,2 (0 steers nothing).", param, ctx)
         return numbers
 
 
-@click.command("tune", short_help="Choose a vector's settings, and measure what they are worth.")
+@click.command("tune", short_help="Find a vector's settings, and measure what they achieve.")
 @click.argument("vectors", nargs=-1, metavar="VECTOR...", type=click.Path())
 @options.model
 @click.option(
@@ -86,11 +86,16 @@ class Numbers(click.ParamType):
 @click.option(
     "--exhaustive",
     is_flag=True,
-    help="Generate under every setting instead: the reference, many times slower; it goes on where it was "
+    help="Generate under every setting instead: the reference, many times slower; it resumes where it was "
     "stopped.",
 )
 @click.option(
-    "-n", "n", default=8, show_default=True, type=click.IntRange(min=1), help="Queries that check a setting."
+    "-n",
+    "n",
+    default=8,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Queries on which a setting is checked.",
 )
 @options.layers_to_try("Layers to try: 12, 3,4 or 3-5. [default: all]")
 @click.option(
@@ -108,7 +113,7 @@ class Numbers(click.ParamType):
     metavar="LIST",
     help="Strengths to try, negative ones for less of it. [default: a line search up to 3; exhaustive 1,2,3]",
 )
-@click.option("--verifier", metavar="ID", help="How replies are judged, where the file does not say: an "
+@click.option("--verifier", metavar="ID", help="How to judge replies if the file does not say: an "
               "IFEval id, as keywords:existence.")  # fmt: skip
 @click.option("--kwargs", metavar="JSON", help="The verifier's arguments, as IFEval writes them.")
 @click.option(
@@ -121,23 +126,28 @@ class Numbers(click.ParamType):
     "--queries", type=click.Path(), metavar="TXT", help="Your own validation queries, one per line."
 )
 @click.option(
-    "--max-tokens", default=192, show_default=True, type=click.IntRange(min=1), help="Of a reply, at most."
+    "--max-tokens",
+    default=192,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Longest reply, in tokens.",
 )
 @click.option(
-    "-o", "--output", type=click.Path(), metavar="PATH", help="Write there, a file or a folder, not in place."
+    "-o", "--output", type=click.Path(), metavar="PATH", help="Write to this file or folder, not in place."
 )
 @click.option("--dry-run", is_flag=True, help="Write no vector file.")
-@click.option("--plot", type=click.Path(), metavar="PNG", help="Draw the heat maps into a picture too.")
+@click.option("--plot", type=click.Path(), metavar="PNG", help="Also draw the heat maps into a picture.")
 @options.engine
 @options.as_json
 def command(vectors: tuple[str, ...], model: str, as_json: bool, **params: Any) -> None:
     """Find layer, positions, mode and strength for each VECTOR, and write them INTO its file, with figures.
 
-    The model is told to follow the instruction; the search looks for settings that make the replies which do
-    so likely without telling. The best few then answer other queries, beside the plain and the told model,
-    and that decides. A reply counts when the file's verifier passes it, it is not degenerate (empty, looping,
-    without end, or far less probable than anything the model says by itself), and it names the query's
-    subject. An instruction without a verifier is tuned by likelihood only, and the file says so.
+    The model is told to follow the instruction, and the search looks for settings that make those of its
+    replies which follow likely without telling. The model then answers other queries under the best few
+    settings, plain, and told, and that decides. A reply counts if the file's verifier passes it, it is not
+    degenerate (empty, looping, without end, or far less probable than anything the model says by itself), and
+    it names the query's subject. An instruction without a verifier is tuned by likelihood only, and the file
+    says so.
 
     Ctrl-C keeps the best so far.
 
@@ -180,8 +190,8 @@ def command(vectors: tuple[str, ...], model: str, as_json: bool, **params: Any) 
 
 @dataclass(frozen=True)
 class TuneJob:
-    """One vector on its way. path: None for one that is extracted here, whose vector is None until then.
-    queries: of the validation. extraction: what it is extracted from."""
+    """One vector to tune. path: None for one that is extracted here, whose vector is None until then.
+    queries: for validation. extraction: the queries it is extracted from."""
 
     path: Path | None
     target: Path
@@ -196,9 +206,9 @@ class TuneJob:
 
 
 def _jobs(vectors: Sequence[str], model: str, params: Params) -> list[TuneJob]:
-    """Everything that can be refused without the model is refused here."""
+    """The vectors to tune. Refuses everything that can be refused without opening the model."""
     if bool(vectors) == (params["text"] is not None):
-        raise click.UsageError("give vector files, or --instruction ID to make one.")
+        raise click.UsageError("name vector files, or --instruction ID to make one.")
     catalog = catalog_of(model, params["catalog"])
     rule = _rule(params["verifier"], params["kwargs"])
     if params["text"] is not None:
@@ -224,13 +234,13 @@ def _loaded_job(path: Path, target: Path, catalog: Catalog, rule: JsonObject) ->
     except CatalogError:
         if not rule:
             raise _no_verifier(str(path)) from None
-        # its wording is not known: it is tuned without it in the prompt
+        # its wording is not known, so it can't be put into a prompt
         instruction = Instruction(vector.name or path.stem, (), literal=True)
     return TuneJob(path, target, vector, replace(instruction, **rule))
 
 
 def _checked(job: TuneJob, catalog: Catalog, params: Params) -> TuneJob:
-    """With its queries. Raises CatalogError, PlanError for what the search can't work with."""
+    """A job with its queries. Raises CatalogError, PlanError for what the search can't work with."""
     from localsteer.tune.exhaustive import grid
     from localsteer.verify.verdicts import check_arguments
 
@@ -249,29 +259,31 @@ def _checked(job: TuneJob, catalog: Catalog, params: Params) -> TuneJob:
 
 
 def _grid_options(vector: ControlVector, params: Params) -> JsonObject:
-    found = {name: params[name] for name in ("layers", "positions", "modes", "strengths")}
-    return found | {"modes": params["modes"] or (vector.mode,)}
+    options = {name: params[name] for name in ("layers", "positions", "modes", "strengths")}
+    return options | {"modes": params["modes"] or (vector.mode,)}
 
 
 def _no_wording(what: str) -> CatalogError:
     return CatalogError(
-        f"{what} does not say in words what it is of, so the model can't be told: --exhaustive tries every "
+        f"{what} does not hold its instruction in words, so the model can't be told: --exhaustive "
+        "tries every "
         "setting by generation."
     )
 
 
 def _no_verifier(what: str) -> CatalogError:
     return CatalogError(
-        f"{what} names no verifier, so nothing tells whether a reply follows it: give --verifier ID --kwargs "
+        f"{what} names no verifier, so nothing can judge whether a reply follows it: add "
+        "--verifier ID --kwargs "
         """JSON, as --verifier keywords:existence --kwargs '{"keywords": ["moon"]}'."""
     )
 
 
 def _rule(verifier: str | None, kwargs: str | None) -> JsonObject:
-    """What --verifier and --kwargs put in the place of the file's."""
+    """The verifier and arguments from --verifier and --kwargs, which replace the file's."""
     if verifier is None:
         if kwargs is not None:
-            raise click.UsageError("--kwargs are the arguments of --verifier: give both.")
+            raise click.UsageError("--kwargs are the arguments of --verifier: give both options.")
         return {}
     try:
         arguments = json.loads(kwargs or "{}")
@@ -279,13 +291,13 @@ def _rule(verifier: str | None, kwargs: str | None) -> JsonObject:
         arguments = None
     if not isinstance(arguments, dict):
         raise click.UsageError(
-            f"""--kwargs {kwargs} is no JSON object: write it as '{{"keywords": ["moon"]}}'."""
+            f"""--kwargs {kwargs} is not a JSON object: write it as '{{"keywords": ["moon"]}}'."""
         )
     return {"verifier": verifier, "kwargs": arguments}
 
 
 def _validation(catalog: Catalog, instruction: Instruction, params: Params) -> tuple[Query, ...]:
-    """All of them; for the exhaustive search `n` at equal distances, so that few still hold every kind."""
+    """All queries; for the exhaustive search `n`, evenly spaced, so that a few still cover every kind."""
     from localsteer.catalog import load_queries, spread
 
     if params["queries"] is None:
@@ -299,7 +311,8 @@ def _validation(catalog: Catalog, instruction: Instruction, params: Params) -> t
 
 
 def _refuse_overlap(queries: Sequence[Query], catalog: Catalog, instruction: Instruction, path: str) -> None:
-    """Settings chosen on queries of the test would flatter it; those of the extraction flatter the choice."""
+    """Raise LocalsteerError for queries of another split: settings chosen on test queries would flatter the
+    test, and extraction queries would flatter the choice."""
     for split in ("extraction", "test"):
         own = (*catalog.queries.get(split, ()), *instruction.queries.get(split, ()))
         known = {_plain(query.text) for query in own}
@@ -316,7 +329,7 @@ def _plain(text: str) -> str:
 
 
 def _targets(files: Sequence[Path], output: str | None, dry_run: bool) -> list[Path]:
-    """Where each goes, checked before the search rather than after it."""
+    """Where each vector is written, checked before the search rather than after it."""
     if output is None:
         for path in () if dry_run else filter(Path.exists, files):
             check_folder(path)
@@ -329,7 +342,7 @@ def _targets(files: Sequence[Path], output: str | None, dry_run: bool) -> list[P
             _make_folder(folder)
         targets = [folder / path.name for path in files]
     if len(set(targets)) < len(targets):
-        raise VectorFileError(f"two of the files would be the same one in {folder}: give them other names.")
+        raise VectorFileError(f"two of the files would have the same name in {folder}: rename one.")
     for target in targets:
         (refuse_to_replace if dry_run else check_output)(target)
     return targets
@@ -339,7 +352,9 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise VectorFileError(f"can't make {folder} ({error.strerror or error}): give another -o.") from error
+        raise VectorFileError(
+            f"can't make {folder} ({error.strerror or error}): choose another -o."
+        ) from error
 
 
 # --- the work ----------------------------------------------------------------------------------------------
@@ -373,26 +388,26 @@ def _tune(engine: Engine, job: TuneJob, params: Params) -> tuple[Tuned, JsonObje
         else:
             tuned = tune(engine, job.vector, job.instruction, job.queries, n=params["n"], **choices)
     if tuned.stopped:
-        interrupt.forgive()  # it ended the search: what was found is written
+        interrupt.forgive()  # Ctrl-C ended the search: what was found is written
     return tuned, _document(job, tuned) | replies
 
 
 def _exhaustively(engine: Engine, job: TuneJob, choices: JsonObject) -> tuple[Tuned, int]:
-    """And how many replies were not known from an earlier run."""
+    """The result, and how many replies were new rather than from an earlier run."""
     from localsteer.runtime.journal import Remembered
     from localsteer.tune import tune_exhaustively
 
     with _journal(job.vector, choices["source"]["model"]["sha256"]) as journal:
         if len(journal):
-            note(f"going on with what {journal.path} holds.")
+            note(f"continuing from {journal.path}.")
         remembered = Remembered(engine, journal)
         tuned = tune_exhaustively(remembered, job.vector, job.instruction, job.queries, **choices)
         return tuned, remembered.n_decoded
 
 
 def _journal(vector: ControlVector, model_hash: str) -> Journal:
-    """Of this search; only in memory where the cache folder can't be written. Raises LocalsteerError for a
-    file that is damaged."""
+    """The journal of this search, only in memory if the cache folder can't be written. Raises LocalsteerError
+    for a damaged file."""
     from localsteer.runtime.journal import Journal
 
     identity = {"model": model_hash}
@@ -401,14 +416,14 @@ def _journal(vector: ControlVector, model_hash: str) -> Journal:
     except LocalsteerError as error:
         if not isinstance(error.__cause__, OSError):
             raise
-        note(f"a search that is stopped will begin anew: {error}")
+        note(f"this search can't be resumed if it is stopped: {error}")
         return Journal(None, identity)
 
 
 def journal_path(vector: ControlVector, model_hash: str) -> Path:
-    """One file for each vector and model: another search of the same finds the first one's replies.
+    """One file for each vector and model, so that a later search finds the replies of an earlier one.
 
-    Versions are in the name: replies of another llama.cpp are not those that would be given now.
+    The name holds the versions, since another llama.cpp gives other replies.
     """
     import importlib.metadata
 

@@ -1,4 +1,4 @@
-"""What `localsteer tune` shows of a search: heat maps, the best settings, and what they are worth."""
+"""What `localsteer tune` shows of a search: heat maps, the best settings, and their scores."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 SHARES = {"low": 0.0, "high": 1.0, "form": "{:.0%}"}  # the colours and figures of a heat map
 TITLE_CHARACTERS = 8  # in an inch of a picture
-SHOWN = 8  # settings in the table; all that were asked are in the heat map, in --json and in the file
+SHOWN = 8  # settings in the table; the heat map, --json and the file have all that were tried
 
 
 def show(label: str, tuned: Tuned) -> None:
-    """Heat maps, the best settings, and what they are worth, on stdout."""
+    """Print heat maps, the best settings and their scores on stdout."""
     console = answer()
     for heatmap in heatmaps(label, tuned):
         console.print(heatmap.rendered())
@@ -32,7 +32,7 @@ def show(label: str, tuned: Tuned) -> None:
 
 
 def _best(tuned: Tuned) -> Any:
-    """The best settings, and the model alone."""
+    """The best settings, and the plain model."""
     titles = ("layer", "positions", "mode", "strength", "score", "followed", "degenerate", "kept", "gap", "n")
     rows = table(
         *titles, numbers=("layer", "strength", "score", "followed", "degenerate", "kept", "gap", "n")
@@ -43,7 +43,7 @@ def _best(tuned: Tuned) -> Any:
         if not trial.replies:
             continue
         row, setting = trial.row(), trial.setting
-        where = (setting.layer, setting.positions, setting.mode) if setting else ("-", "model alone", "")
+        where = (setting.layer, setting.positions, setting.mode) if setting else ("-", "plain model", "")
         shares = (_percent(row[name]) for name in ("score", "followed", "degenerate", "subject_kept"))
         strength = f"{setting.strength:g}" if setting else "0"
         style = "bold" if setting == tuned.setting else None
@@ -57,14 +57,14 @@ def _summary(label: str, tuned: Tuned) -> Iterator[str]:
     if setting is not None and scores["steered"] is not None and tuned.record["judged_by"] == "verifier":
         yield (
             f"{label}: {setting.mode} at layer {setting.layer}, positions {setting.positions}, strength "
-            f"{setting.strength:g}: {_percent(scores['steered'])} of {n} validation queries, the model alone "
+            f"{setting.strength:g}: {_percent(scores['steered'])} of {n} validation queries, the plain model "
             f"{_percent(scores['none'])}, told in words {_percent(scores['instructed'])}, told and steered "
             f"{_percent(scores['both'])}."
         )
     for line in tuned.advice:
         yield line[0].upper() + line[1:]
     if setting is None:
-        yield "The file gets strength 0, so that it changes nothing; --strength steers by it all the same."
+        yield "The file gets strength 0, which changes nothing; --strength steers by it anyway."
 
 
 def _percent(share: object) -> str:
@@ -73,7 +73,7 @@ def _percent(share: object) -> str:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Scores by layer and by whatever else was tried."""
+    """Scores by layer and by the other settings tried."""
 
     title: str
     rows: tuple[int, ...]
@@ -97,8 +97,8 @@ class HeatMap:
 
 
 def heatmaps(label: str, tuned: Tuned) -> list[HeatMap]:
-    """Layer x positions, one map for each mode: the scores of an exhaustive search, the recovered gaps of one
-    by likelihood; of several strengths the best."""
+    """Layer x positions, one map for each mode: the scores of an exhaustive search, or the recovered gaps of
+    a search by likelihood; of several strengths the best."""
     if tuned.ranking:
         figures, what = list(tuned.ranking), "recovered gap"
     else:

@@ -21,7 +21,7 @@ SYNTAX = "write FILE[:STRENGTH][@LAYER[,LAYER]], as in json.gguf:0.8@12"
 
 @dataclass(frozen=True)
 class VectorSpec:
-    """None: as the file says."""
+    """A vector file with settings; None: as in the file."""
 
     path: str
     strength: float | None = None
@@ -29,9 +29,11 @@ class VectorSpec:
 
     @classmethod
     def parse(cls, text: str) -> VectorSpec:
-        """A file of exactly this name wins, whatever colons and at signs are in it.
+        """Parse the text of an option. An existing file of exactly this name wins, whatever colons and at
+        signs its name contains.
 
-        Raises PlanError for a strength or layers that can't be read, VectorFileError for no file name.
+        Raises PlanError for a strength or layers that can't be read, VectorFileError if the file name is
+        missing.
         """
         if os.path.isfile(text):
             return cls(text)
@@ -42,15 +44,15 @@ class VectorSpec:
         return cls(path, strength, layers)
 
     def load(self, **settings: Any) -> ControlVector:
-        """The vector with the command's settings, and over them those of this text.
+        """The vector with the command's settings, overridden by those in this text.
 
-        settings: as ControlVector.at has them. Raises VectorFileError, PlanError.
+        settings: arguments of ControlVector.at. Raises VectorFileError, PlanError.
         """
         from localsteer.vector import ControlVector
 
         if not os.path.exists(self.path) and not Path(self.path).suffix:
             raise VectorFileError(
-                f"there is no file {self.path}: give a vector file, or --instruction {self.path} for one "
+                f"there is no file {self.path}: name a vector file, or use --instruction {self.path} for one "
                 "that is made on first use."
             )
         own = {"strength": self.strength, "layer": self.layers}
@@ -59,7 +61,7 @@ class VectorSpec:
 
 
 def with_own_strength(specs: Sequence[str], vectors: Sequence[ControlVector]) -> list[ControlVector]:
-    """Those of the vectors loaded from `specs` whose strength is written behind the file's name."""
+    """The vectors loaded from `specs` whose strength is written after the file's name."""
     pairs = zip(specs, vectors, strict=False)
     return [vector for spec, vector in pairs if VectorSpec.parse(spec).strength is not None]
 
@@ -71,7 +73,7 @@ def _split_layers(text: str) -> tuple[str, tuple[int, ...] | None]:
     try:
         return path, parse_layers(tail)
     except ValueError as error:
-        # an at sign in a folder's name is none of ours
+        # an at sign in a folder's name does not begin layers
         if os.path.isfile(_before_colon(path)) or not _looks_like_path(tail):
             raise PlanError(f"{text}: {error}") from None
         return text, None

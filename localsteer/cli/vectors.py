@@ -28,15 +28,13 @@ class Cached:
 
 
 @click.group(
-    "vectors", invoke_without_command=True, short_help="List the vectors that are here, and remove some."
+    "vectors", invoke_without_command=True, short_help="List and remove the vectors on this machine."
 )
 @options.as_json
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """List and remove the vectors that `run --instruction` made on first use; `shipped` lists those that come
-    with localsteer.
-
-    Without a subcommand it lists the former.
+    """List and remove the vectors that `run --instruction` made on first use. Without a subcommand, list
+    them; `shipped` lists the vectors that come with localsteer.
 
     \b
     Examples:
@@ -61,12 +59,12 @@ def list_command(as_json: bool) -> None:
     _list(as_json or _group_as_json())
 
 
-@command.command("shipped", short_help="List those that come with localsteer, with their figures.")
+@command.command("shipped", short_help="List the vectors that come with localsteer, with their figures.")
 @click.argument("model", required=False)
 @options.as_json
 def shipped_command(model: str | None, as_json: bool) -> None:
-    """List the vectors of the packs, of all models or of one MODEL (a file, or a name), with their settings
-    and the share of replies that follow: of the model alone, steered, told in words, and both.
+    """List the vectors in packs, for all models or for one MODEL (a file or a name), with their settings and
+    the share of replies that follow: plain, steered, told in words, and both.
 
     \b
     Examples:
@@ -84,22 +82,22 @@ def shipped_command(model: str | None, as_json: bool) -> None:
     elif not packs:
         note(f"no vectors ship for {model}." if model else "no packs are used: LOCALSTEER_PACKS is off.")
     for pack in () if as_json or _group_as_json() else packs:
-        made = table("instruction", "setting", *SHARES, "n", "file", numbers=(*SHARES, "n"), title=pack.title)
+        rows = table("instruction", "setting", *SHARES, "n", "file", numbers=(*SHARES, "n"), title=pack.title)
         for entry in pack.instructions.values():
             row = {**entry.settings, "scores": entry.scores}
-            made.add_row(entry.id, setting_of(row), *shares_of(row), str(entry.n), entry.file)
-        answer().print(made)
+            rows.add_row(entry.id, setting_of(row), *shares_of(row), str(entry.n), entry.file)
+        answer().print(rows)
         answer().print(f"files in {pack.folder}", soft_wrap=True)
 
 
-@command.command("remove", short_help="Delete some or all of them.")
+@command.command("remove", short_help="Delete some or all cached vectors.")
 @click.argument("names", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="Delete all of them.")
+@click.option("--all", "everything", is_flag=True, help="Delete all cached vectors.")
 @options.as_json
 def remove_command(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
-    """Delete cached vectors by NAME, or by the key of the list where a name is there more than once.
+    """Delete cached vectors by NAME, or by their key in the list if several have that name.
 
-    They are made again when they are needed.
+    They are made again when needed.
 
     \b
     Examples:
@@ -109,7 +107,7 @@ def remove_command(names: tuple[str, ...], everything: bool, as_json: bool) -> N
     from localsteer.cache import remove_vector
 
     if bool(names) == everything:
-        raise click.UsageError("give the names of vectors, or --all.")
+        raise click.UsageError("name the vectors to delete, or use --all.")
     found = _cached()
     chosen = found if everything else [_choose(found, name) for name in dict.fromkeys(names)]
     for cached in chosen:
@@ -121,7 +119,7 @@ def remove_command(names: tuple[str, ...], everything: bool, as_json: bool) -> N
 
 
 def _group_as_json() -> bool:
-    """Whether `--json` stands before the subcommand: `vectors --json list`."""
+    """Whether `--json` was given before the subcommand: `vectors --json list`."""
     return click.get_current_context().parent.params["as_json"]
 
 
@@ -137,17 +135,17 @@ def _list(as_json: bool) -> None:
     if not found:
         note(f"no vectors yet in {cache_folder()}: `localsteer run --instruction ID` makes them.")
         return
-    made = table("name", "model", "layers", "mode", "positions", "strength", "key", numbers=("strength",))
-    made.columns[-1].no_wrap = True  # to be copied
+    rows = table("name", "model", "layers", "mode", "positions", "strength", "key", numbers=("strength",))
+    rows.columns[-1].no_wrap = True  # users copy it
     for cached in found:
         values = cached.settings or {}
         layers = ",".join(map(str, values.get("layers", ())))
         strength = f"{values['strength']:g}" if values else ""
         mode = values.get("mode", "unreadable")
-        made.add_row(
+        rows.add_row(
             cached.name, cached.model, layers, mode, values.get("positions", ""), strength, cached.key
         )
-    answer().print(made)
+    answer().print(rows)
 
 
 def _document(cached: Cached) -> JsonObject:
@@ -175,7 +173,7 @@ def _read(path: Path) -> Cached:
 
 
 def _choose(found: list[Cached], name: str) -> Cached:
-    """Raises VectorFileError for a name that no vector has, or several."""
+    """The cached vector of that name. Raises VectorFileError if there is none, or more than one."""
     matches = [cached for cached in found if name in (cached.key, cached.name)]
     if not matches:
         known = ", ".join(dict.fromkeys(cached.name for cached in found)) or "there is none"

@@ -46,17 +46,18 @@ class Verdicts:
     "ids",
     multiple=True,
     metavar="ID",
-    help="IFEval's id of what the reply must follow; --list shows all. May be given several times.",
+    help="IFEval's id of an instruction that the reply must follow (--list shows all); repeat for several.",
 )
 @click.option(
     "--kwargs",
     "arguments",
     multiple=True,
     metavar="JSON",
-    help="Its arguments, as in IFEval. With several instructions, one for each, in the same order; "
-    "'{}' where there are none.",
+    help="The instruction's arguments, as in IFEval. With several instructions, one for each, in "
+    "the same order; "
+    "'{}' for one that has none.",
 )
-@click.option("--prompt", metavar="TEXT", help="What was asked: combination:repeat_prompt compares with it.")
+@click.option("--prompt", metavar="TEXT", help="The prompt, which combination:repeat_prompt compares with.")
 @click.option("--prompt-file", type=click.Path(), metavar="FILE", help="The same, from a file.")
 @click.option("--loose", is_flag=True, help="IFEval's loose rule. [default: strict]")
 @click.option(
@@ -71,10 +72,10 @@ class Verdicts:
 def command(
     ctx: click.Context, file: str | None, loose: bool, jsonl: str | None, as_json: bool, **params: Any
 ) -> None:
-    """Check whether the reply in FILE, or on standard input, follows one instruction of IFEval or several.
+    """Check whether the reply in FILE, or on standard input, follows one or more instructions of IFEval.
 
-    The exit status is 0 when every reply follows every instruction, and 1 otherwise. With --jsonl both rules
-    are shown, with the accuracy over prompts and over instructions, and --loose says which one decides.
+    The exit status is 0 if every reply follows every instruction, and 1 otherwise. --jsonl shows both rules,
+    with the accuracy over prompts and over instructions; --loose lets the loose one decide.
 
     \b
     Examples:
@@ -101,11 +102,9 @@ def _check_usage(file: str | None, jsonl: str | None, params: Mapping[str, Any])
     of_one = (file, ids, params["arguments"], prompt, prompt_file)
     if (as_list and jsonl is not None) or ((as_list or jsonl is not None) and any(of_one)):
         name = "--list" if as_list else "--jsonl"
-        raise click.UsageError(
-            f"{name} is used by itself: it takes no reply, instruction or prompt beside it."
-        )
+        raise click.UsageError(f"{name} stands by itself: leave out replies, instructions and prompts.")
     if not (as_list or jsonl is not None or ids):
-        raise click.UsageError("name an --instruction, or give --jsonl, or --list.")
+        raise click.UsageError("name an --instruction, or use --jsonl or --list.")
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other.")
 
@@ -116,7 +115,7 @@ def _check_usage(file: str | None, jsonl: str | None, params: Mapping[str, Any])
 def _asked(
     ids: Sequence[str], arguments: Sequence[str], prompt: str | None
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """The instructions, each with its checked arguments, as they were written. Raises LocalsteerError."""
+    """The instructions with their checked arguments, in the order written. Raises LocalsteerError."""
     from localsteer.verify import check_arguments
 
     if len(arguments) > len(ids):
@@ -135,16 +134,16 @@ def _asked(
 
 def _table(text: str) -> Mapping[str, Any]:
     try:
-        found = json.loads(text)
+        arguments = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "unreadable"
         raise click.UsageError(
-            f"--kwargs {_short(text)} is no JSON ({reason}): write it as in "
+            f"--kwargs {_short(text)} is not JSON ({reason}): write it as in "
             """'{"num_words": 50, "relation": "at least"}'."""
         ) from None
-    if not isinstance(found, dict):
-        raise click.UsageError(f"--kwargs {_short(text)} must be a JSON table of names and values.")
-    return found
+    if not isinstance(arguments, dict):
+        raise click.UsageError(f"--kwargs {_short(text)} must be a JSON object of names and values.")
+    return arguments
 
 
 def _verify_one(
@@ -175,7 +174,7 @@ def _one_line(kwargs: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    """ASCII, so that no control character reaches the terminal."""
+    """A short form in ASCII, which can't control the terminal."""
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, (str, tuple, list)) else str(value)
     text = "".join(character if character.isprintable() else "\ufffd" for character in text)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -185,14 +184,14 @@ def _short(value: Any) -> str:
 
 
 def _reply(file: str | None) -> str:
-    """The reply, without the line break that ends a text file: a loose verdict drops the last line."""
+    """The reply without the line break that ends a text file, since a loose verdict drops the last line."""
     text = _standard_input() if file in (None, "-") else _read(file)
     return text.removesuffix("\n").removesuffix("\r")
 
 
 def _standard_input() -> str:
     if sys.stdin is None:
-        raise click.UsageError("there is no reply: give a file, or pipe one in.")
+        raise click.UsageError("there is no reply: name a file, or pipe one in.")
     if sys.stdin.isatty():
         note("reading from standard input; end it with Ctrl-D.")
     return _decoded(sys.stdin.buffer.read(), "standard input")
@@ -206,7 +205,7 @@ def _read(file: str) -> str:
 
 
 def _decoded(raw: bytes, name: str) -> str:
-    """Raises LocalsteerError for what is no text; a NUL, too, stands in no reply."""
+    """The bytes as text. Raises LocalsteerError for anything else, and for a NUL, which no reply holds."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -222,12 +221,13 @@ def _decoded(raw: bytes, name: str) -> str:
 
 
 def _verify_many(file: str, loose: bool, as_json: bool) -> bool:
-    """Every line is checked before the first verdict: a slip in line 900 shows at once."""
+    """Show the verdicts of all lines, and return whether all pass. Every line is checked before the first
+    verdict, so that a mistake in line 900 shows at once."""
     name = "standard input" if file == "-" else file
     text = _standard_input() if file == "-" else _read(file)
     rows = list(_rows(text, name))
     if not rows:
-        raise LocalsteerError(f"{name} holds no line: give one JSON table for each reply.")
+        raise LocalsteerError(f"{name} is empty: it needs one JSON object for each reply.")
     verdicts = []
     with progress("verifying") as advance:
         for row in rows:
@@ -239,7 +239,7 @@ def _verify_many(file: str, loose: bool, as_json: bool) -> bool:
 
 
 def _rows(text: str, name: str) -> Iterator[VerdictRow]:
-    # split only at line feeds: JSON text may hold other line breaks, such as U+2028, as they are
+    # split only at line feeds: JSON text may contain other line breaks, such as U+2028
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -249,16 +249,16 @@ def _rows(text: str, name: str) -> Iterator[VerdictRow]:
 
 
 def _row(number: int, line: str) -> VerdictRow:
-    """Raises CatalogError with what is wrong in the line."""
+    """The line's record. Raises CatalogError with what is wrong in the line."""
     from localsteer.verify import check_arguments
 
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = f" ({error.msg})" if isinstance(error, json.JSONDecodeError) else ""
-        raise CatalogError(f"no JSON{reason}: repair or remove the line.") from None
+        raise CatalogError(f"not JSON{reason}: repair or remove the line.") from None
     if not isinstance(record, dict):
-        raise CatalogError(f"a JSON table is wanted, not {_short(record)}.")
+        raise CatalogError(f"expected a JSON object, not {_short(record)}.")
     response, prompt = record.get("response"), record.get("prompt")
     if not isinstance(response, str):
         raise CatalogError("`response` must be the reply's text.")
@@ -268,8 +268,9 @@ def _row(number: int, line: str) -> VerdictRow:
     kwargs = _listed(record, "kwargs") if record.get("kwargs") is not None else [{}] * len(ids)
     if not ids or len(kwargs) != len(ids):
         raise CatalogError(
-            f"{len(ids)} in `instruction_id_list`, {len(kwargs)} in `kwargs`: at least one of the first and "
-            "as many of the second are wanted."
+            f"{len(ids)} in `instruction_id_list`, {len(kwargs)} in `kwargs`: expected at least "
+            "one of the first, and "
+            "as many of the second."
         )
     checked = (
         check_arguments(verifier, params, prompt=prompt) for verifier, params in zip(ids, kwargs, strict=True)
@@ -278,10 +279,10 @@ def _row(number: int, line: str) -> VerdictRow:
 
 
 def _listed(record: Mapping[str, Any], key: str) -> list[Any]:
-    found = record.get(key)
-    if not isinstance(found, list):
+    values = record.get(key)
+    if not isinstance(values, list):
         raise CatalogError(f"`{key}` must be a list.")
-    return found
+    return values
 
 
 def _judged(row: VerdictRow) -> Verdicts:
@@ -335,13 +336,13 @@ def _document(verdicts: Sequence[Verdicts]) -> VerifyDocument:
 
 
 def _by_instruction(rows: Sequence[VerifiedLine]) -> dict[str, dict[str, float]]:
-    found: dict[str, list[tuple[bool, bool]]] = {}
+    verdicts: dict[str, list[tuple[bool, bool]]] = {}
     for row in rows:
         for name, *passed in zip(row["instruction_id_list"], row["strict"], row["loose"], strict=True):
-            found.setdefault(name, []).append(tuple(passed))
+            verdicts.setdefault(name, []).append(tuple(passed))
     return {
         name: {"n": len(pairs), **{rule: _share([pair[i] for pair in pairs]) for i, rule in enumerate(RULES)}}
-        for name, pairs in sorted(found.items())
+        for name, pairs in sorted(verdicts.items())
     }
 
 
@@ -388,7 +389,7 @@ def _list(as_json: bool) -> None:
     if as_json:
         print_json(ids)
         return
-    made = table("instruction", "arguments")
+    rows = table("instruction", "arguments")
     for name, arguments in ids.items():
-        made.add_row(name, "\n".join(f"{argument}: {wanted}" for argument, wanted in arguments.items()))
-    answer().print(made)
+        rows.add_row(name, "\n".join(f"{argument}: {wanted}" for argument, wanted in arguments.items()))
+    answer().print(rows)

@@ -1,4 +1,4 @@
-"""A constraint as it is asked for, and the grammar that llguidance reads."""
+"""A constraint as specified by the user, and the grammar that llguidance reads."""
 
 from __future__ import annotations
 
@@ -32,26 +32,28 @@ class Constraint:
 
     def __post_init__(self) -> None:
         if len(self.text) > MAX_TEXT:
-            raise self.error(f"it has {len(self.text)} characters, at most {MAX_TEXT} are read: simplify it")
+            raise self.error(
+                f"it has {len(self.text)} characters, but at most {MAX_TEXT} are allowed: simplify it"
+            )
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Constraint:
         """The reply is one JSON document that the schema accepts, its properties in the schema's order.
 
-        schema: a document, or its text. Raises ConstraintError for text that is no JSON; what can't be
+        schema: a document, or its text. Raises ConstraintError for text that is not JSON; what can't be
         enforced is found when it is compiled (`TokenBytes.matcher`).
         """
         if isinstance(schema, str):
             try:
                 schema = json.loads(schema)
             except (ValueError, RecursionError) as error:
-                raise ConstraintError(f"the JSON schema is no JSON: {_short(error)}.") from None
+                raise ConstraintError(f"the JSON schema is not JSON: {_short(error)}.") from None
         if not isinstance(schema, (Mapping, bool)):
-            raise ConstraintError(f"a JSON schema is an object, or true or false, not {schema!r:.60}.")
+            raise ConstraintError(f"a JSON schema must be an object, true or false, not {schema!r:.60}.")
         try:
             return cls("json_schema", json.dumps(schema))
         except (TypeError, ValueError, RecursionError) as error:
-            raise ConstraintError(f"the JSON schema is no JSON: {_short(error)}.") from None
+            raise ConstraintError(f"the JSON schema is not JSON: {_short(error)}.") from None
 
     @classmethod
     def json_object(cls) -> Constraint:
@@ -91,11 +93,9 @@ class Constraint:
     def choice(cls, texts: Sequence[str]) -> Constraint:
         """The reply is one of the texts."""
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise ConstraintError("choices are a list of texts.")
+            raise ConstraintError("choices must be a list of texts.")
         if not texts or not any(texts):
-            raise ConstraintError(
-                "there is nothing to choose from: give at least one text that is not empty."
-            )
+            raise ConstraintError("there is nothing to choose from: at least one text must not be empty.")
         return cls("choice", json.dumps(list(texts)))
 
     @classmethod
@@ -145,7 +145,7 @@ def _lark_rules(constraint: Constraint) -> str:
     if not constraint.text.strip():
         raise constraint.error("it is empty")
     if re.search(r"(?m)^\s*%llguidance\b", constraint.text):
-        raise constraint.error("`%llguidance` is not read here: leave that line out")
+        raise constraint.error("`%llguidance` is not supported: leave that line out")
     return constraint.text
 
 
@@ -164,7 +164,7 @@ def _call_rules(constraint: Constraint) -> str:
     for i, (name, schema) in enumerate(tools):
         try:
             if schema.setdefault("type", "object") != "object":
-                raise refused(("type",), "the arguments of a tool are an object")
+                raise refused(("type",), "the arguments of a tool must be an object")
             written = compiled_schema(schema)
         except ConstraintError as error:
             raise ConstraintError(str(error), (str(i), *error.path), error.why) from None
@@ -189,7 +189,7 @@ def quoted(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ConstraintError(
-            f"the text holds {text[error.start]!r}, which is no Unicode character."
+            f"the text holds {text[error.start]!r}, which is not a Unicode character."
         ) from None
     return json.dumps(text, ensure_ascii=False)
 

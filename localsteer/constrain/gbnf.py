@@ -70,7 +70,7 @@ class _Reader(lib.GrammarParser):
                 raise lib.GbnfToLarkError(pos, f"Invalid escape \\{kind}{digits}")
             code = int(digits, 16)
             if code > 0x10FFFF or 0xD800 <= code < 0xE000:
-                raise lib.GbnfToLarkError(pos, f"\\{kind}{digits} is no Unicode character")
+                raise lib.GbnfToLarkError(pos, f"\\{kind}{digits} is not a Unicode character")
             return chr(code), True, pos.advance(2 + _DIGITS[kind])
         if not kind or kind not in '"\\[]nrt':
             raise lib.GbnfToLarkError(pos, f"Invalid escape \\{kind}")

@@ -24,17 +24,17 @@ def grammar_error(rules: str) -> str | None:
     """The complaint about a grammar, whatever the vocabulary."""
     from llguidance import LLMatcher
 
-    made = LLMatcher(_bytes(), HEAD + rules, log_level=0, limits=limits())
-    return made.get_error() if made.is_error() else None
+    matcher = LLMatcher(_bytes(), HEAD + rules, log_level=0, limits=limits())
+    return matcher.get_error() if matcher.is_error() else None
 
 
 def told(error: str) -> str:
     """Of a message with the grammar in it, what is wrong."""
     lines = [line.strip() for line in error.splitlines() if line.strip()] or ["it is too complex"]
-    found = next((line for line in lines if line.startswith("error: ")), lines[0]).removeprefix("error: ")
-    if "NoExtension" in found:
+    complaint = next((line for line in lines if line.startswith("error: ")), lines[0]).removeprefix("error: ")
+    if "NoExtension" in complaint:
         return "no reply can follow it"
-    return found[:160].rstrip(".:")
+    return complaint[:160].rstrip(".:")
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""A JSON schema as llguidance takes it, and who is to blame where it does not.
+"""A JSON schema as llguidance takes it, and which keyword is at fault if it does not.
 
 llguidance enforces a large part of draft 2020-12 exactly, and refuses most of the rest by name. Here are
 
@@ -80,9 +80,9 @@ def compiled_schema(schema: Any) -> str:
     check_depth(schema)
     check_multiples(schema)
     text = _written(schema)
-    found = complaint(text)
-    if found:
-        raise _blamed(schema, found)
+    fault = complaint(text)
+    if fault:
+        raise _blamed(schema, fault)
     return text
 
 
@@ -98,19 +98,19 @@ def check_depth(schema: Any) -> None:
 
 def check_multiples(schema: Any) -> None:
     """llguidance keeps a state for every remainder, and spends no fuel on them: 99,999 take ten seconds."""
-    found: dict[int, Path] = {}
+    multiples: dict[int, Path] = {}
     left: list[tuple[Any, Path]] = [(schema, ())]
     while left:
         at, path = left.pop()
         number = at.get("multipleOf") if isinstance(at, dict) else None
         if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
-            found.setdefault(_digits(number), (*path, "multipleOf"))
+            multiples.setdefault(_digits(number), (*path, "multipleOf"))
         inner = at.items() if isinstance(at, dict) else enumerate(at) if isinstance(at, list) else ()
         left += [(part, (*path, str(key))) for key, part in inner]
-    most = max(found, default=0)
+    most = max(multiples, default=0)
     # keywords of several places may meet at one number, by allOf or $ref
-    if most > MAX_MULTIPLE or math.lcm(*found, 1) > MAX_TOGETHER:
-        raise refused(found[most], f"multiples of up to {MAX_MULTIPLE} can be enforced, and few at once")
+    if most > MAX_MULTIPLE or math.lcm(*multiples, 1) > MAX_TOGETHER:
+        raise refused(multiples[most], f"multiples of up to {MAX_MULTIPLE} can be enforced, and few at once")
 
 
 def _digits(number: float) -> int:
@@ -120,9 +120,9 @@ def _digits(number: float) -> int:
 
 
 def _written(schema: Any) -> str:
-    made = _Rewriter(schema).schema(schema, ())
-    made = dict(made) if isinstance(made, dict) else {"allOf": [made]}
-    return json.dumps({**made, "x-guidance": OPTIONS})
+    rewritten = _Rewriter(schema).schema(schema, ())
+    rewritten = dict(rewritten) if isinstance(rewritten, dict) else {"allOf": [rewritten]}
+    return json.dumps({**rewritten, "x-guidance": OPTIONS})
 
 
 # -- rewriting ----------------------------------------------------------------------------------------------
@@ -137,27 +137,29 @@ class _Rewriter:
     def schema(self, schema: Any, path: Path) -> Any:
         if not isinstance(schema, dict):
             if not isinstance(schema, bool):
-                raise refused(path, f"a schema is an object, or true or false, not {schema!r:.40}")
+                raise refused(path, f"a schema must be an object, true or false, not {schema!r:.40}")
             return schema
         if "x-guidance" in schema:
-            raise refused((*path, "x-guidance"), "options of the engine are not read: leave it out")
-        made = {key: self._value(key, value, path) for key, value in schema.items()}
-        if made.get("not") in ({}, True) and isinstance(made.get("not"), (dict, bool)):
+            raise refused((*path, "x-guidance"), "options of the engine are not supported: leave it out")
+        rewritten = {key: self._value(key, value, path) for key, value in schema.items()}
+        if rewritten.get("not") in ({}, True) and isinstance(rewritten.get("not"), (dict, bool)):
             return False
-        _drop_idle(made)
-        _spell_names(made)
-        self._strings(made, path)
-        self._numbers(made, path)
-        self._tagged(made)
-        return made
+        _drop_idle(rewritten)
+        _spell_names(rewritten)
+        self._strings(rewritten, path)
+        self._numbers(rewritten, path)
+        self._tagged(rewritten)
+        return rewritten
 
     def _value(self, key: str, value: Any, path: Path) -> Any:
         if key in LISTS and key != "items" and not isinstance(value, list):
-            raise refused((*path, key), f"it is a list of schemas, not {value!r:.40}")
+            raise refused((*path, key), f"it must be a list of schemas, not {value!r:.40}")
         if key in MAPS and not isinstance(value, dict):
-            raise refused((*path, key), f"it is an object of schemas, not {value!r:.40}")
+            raise refused((*path, key), f"it must be an object of schemas, not {value!r:.40}")
         if key == "type" and not _names_types(value):
-            raise refused((*path, key), f"it is the name of a type, or a list of them, not {value!r:.40}")
+            raise refused(
+                (*path, key), f"it must be the name of a type, or a list of them, not {value!r:.40}"
+            )
         if key in LISTS and isinstance(value, list):
             return [self.schema(schema, (*path, key, str(i))) for i, schema in enumerate(value)]
         if key in MAPS and isinstance(value, dict):
@@ -206,12 +208,12 @@ class _Rewriter:
         for key in NUMBERS:
             number = made.get(key)
             if isinstance(number, bool):  # an exclusiveMinimum of draft 4, which would be left out
-                raise refused((*path, key), f"it is a number, not {json.dumps(number)}")
+                raise refused((*path, key), f"it must be a number, not {json.dumps(number)}")
             if isinstance(number, float) and number.is_integer() and abs(number) < 2**53:
                 made[key] = int(number)
         multiple = made.get("multipleOf")
         if isinstance(multiple, (int, float)) and multiple <= 0:
-            raise refused((*path, "multipleOf"), f"it is above 0, not {multiple!r:.40}")
+            raise refused((*path, "multipleOf"), f"it must be above 0, not {multiple!r:.40}")
         if made.get("type") != "integer":
             _step_in(made, "exclusiveMinimum", "minimum", 1)
             _step_in(made, "exclusiveMaximum", "maximum", -1)
@@ -249,14 +251,14 @@ class _Rewriter:
             ref = schema.get("$ref") if isinstance(schema, dict) else None
             if not isinstance(ref, str) or not ref.startswith("#"):
                 break
-            found = self.root
+            target = self.root
             for step in filter(None, unquote(ref[1:]).split("/")):
                 step = step.replace("~1", "/").replace("~0", "~")
-                inner = found.get(step) if isinstance(found, dict) else None
-                if isinstance(found, list) and step.isdecimal() and int(step) < len(found):
-                    inner = found[int(step)]
-                found = inner
-            schema = found
+                inner = target.get(step) if isinstance(target, dict) else None
+                if isinstance(target, list) and step.isdecimal() and int(step) < len(target):
+                    inner = target[int(step)]
+                target = inner
+            schema = target
         return schema
 
 
@@ -315,12 +317,12 @@ def _names_types(value: Any) -> bool:
 
 def _types(schema: JsonObject) -> set[str]:
     named = schema.get("type", TYPES)
-    found = (
+    kinds = (
         {named} if isinstance(named, str) else set(named) if isinstance(named, (list, tuple)) else set(TYPES)
     )
-    found = {"number" if kind == "integer" else kind for kind in found}
+    kinds = {"number" if kind == "integer" else kind for kind in kinds}
     values = _values(schema)
-    return found if values is None else found & {_type_of(json.loads(value)) for value in values}
+    return kinds if values is None else kinds & {_type_of(json.loads(value)) for value in values}
 
 
 def _type_of(value: Any) -> str:
@@ -406,7 +408,7 @@ def _reason(error: str) -> str:
             "branches that may overlap can't be enforced: use anyOf, or give each a required tag of its own"
         )
     if "retriev" in told or "Default retriever" in told:
-        return "references lead within the schema alone"
+        return "references must stay within the schema"
     for many in ("too large", "fuel", "max is", "too many", "panic", "limit"):
         if many in told:
             return f"it is too large or too complex ({told[:80]}): simplify it"
@@ -420,21 +422,21 @@ def _blamed(schema: Any, why: Complaint) -> ConstraintError:
     path: Path = ()
     while time.monotonic() < until:
         places = list(_places(_at(schema, path)))
-        found = _first_cure(schema, path, places, why, until)
-        if found is None:
+        cure = _first_cure(schema, path, places, why, until)
+        if cure is None:
             break
-        for place in places[:found]:  # another part may have the same fault: one is enough
+        for place in places[:cure]:  # another part may have the same fault: one is enough
             schema = _without(schema, (*path, *place))
-        path = (*path, *places[found])
+        path = (*path, *places[cure])
     node = _at(schema, path)
     named = [key for key in node if key in why.keys] if isinstance(node, dict) else []
     if named:
         path = (*path, named[0])
     elif isinstance(node, dict):
         keys = [(key,) for key in reversed(node)]
-        found = _first_cure(schema, path, keys, why, until + SEARCH_SECONDS, drop=True)
-        if found is not None:
-            path = (*path, *keys[found])
+        cure = _first_cure(schema, path, keys, why, until + SEARCH_SECONDS, drop=True)
+        if cure is not None:
+            path = (*path, *keys[cure])
     return refused(path, why.reason)
 
 
@@ -490,9 +492,9 @@ def _without(schema: Any, path: Path, *, drop: bool = False) -> Any:
         branches[int(path[1])] = {"const": f"\u2026 {path[1]}"}
         return {**schema, path[0]: branches}
     step: Any = int(path[0]) if isinstance(schema, list) else path[0]
-    made = list(schema) if isinstance(schema, list) else dict(schema)
+    copied = list(schema) if isinstance(schema, list) else dict(schema)
     if drop and len(path) == 1:
-        del made[step]
+        del copied[step]
     else:
-        made[step] = _without(schema[step], path[1:], drop=drop)
-    return made
+        copied[step] = _without(schema[step], path[1:], drop=drop)
+    return copied

@@ -21,10 +21,10 @@ KEPT = 16  # compiled constraints of one vocabulary
 
 
 class TokenBytes:
-    """What tokens a model has: made once, used by any thread.
+    """The tokens of a model, made once and usable in any thread.
 
-    pieces: the bytes that each token adds to a reply; those that add none are never allowed. ends: the tokens
-    that end a reply. Building it takes 0.4 s for 49,000 tokens, and holds the interpreter meanwhile.
+    pieces: the bytes that each token adds to a reply; tokens that add none are never allowed. ends: the
+    tokens that end a reply. Building this takes 0.4 s for 49,000 tokens, and holds the interpreter meanwhile.
     """
 
     def __init__(self, pieces: Sequence[bytes], ends: Collection[int]) -> None:
@@ -36,35 +36,35 @@ class TokenBytes:
         self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
 
     def matcher(self, constraint: Constraint) -> Matcher:
-        """A fresh one for one reply. Raises ConstraintError for what can't be read or enforced."""
+        """A new matcher for one reply. Raises ConstraintError for what can't be read or enforced."""
         with self._lock:
-            found = self._compiled.get(constraint)
-            if found is not None:
+            compiled = self._compiled.get(constraint)
+            if compiled is not None:
                 self._compiled.move_to_end(constraint)
-                return Matcher(self, constraint, found.deep_copy())
+                return Matcher(self, constraint, compiled.deep_copy())
         with self._compiling:
-            made = self._compile(constraint)
+            fresh = self._compile(constraint)
         with self._lock:
-            self._compiled[constraint] = made
+            self._compiled[constraint] = fresh
             while len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-            return Matcher(self, constraint, made.deep_copy())
+            return Matcher(self, constraint, fresh.deep_copy())
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         from llguidance import LLMatcher
 
-        made = LLMatcher(self._tokenizer, constraint.lark_text(), log_level=0, limits=limits())
-        if not made.is_error():
-            packed = made.compute_bitmask()  # here, so that what is too complex is refused here
-            if not made.is_error() and not _unpacked(packed, self.n_vocab + 1).any():
+        matcher = LLMatcher(self._tokenizer, constraint.lark_text(), log_level=0, limits=limits())
+        if not matcher.is_error():
+            packed = matcher.compute_bitmask()  # here, so that what is too complex is refused here
+            if not matcher.is_error() and not _unpacked(packed, self.n_vocab + 1).any():
                 raise constraint.error("no reply can follow it")
-        if made.is_error():
-            raise constraint.error(told(made.get_error()))
-        return made
+        if matcher.is_error():
+            raise constraint.error(told(matcher.get_error()))
+        return matcher
 
 
 class Matcher:
-    """Where one reply stands in its constraint. One thread at a time."""
+    """The progress of one reply through its constraint. One thread at a time."""
 
     def __init__(self, vocabulary: TokenBytes, constraint: Constraint, matcher: LLMatcher) -> None:
         self._vocabulary, self._constraint, self._matcher = vocabulary, constraint, matcher
@@ -97,7 +97,7 @@ class Matcher:
         return not self._vocabulary.has_end and self._matcher.is_stopped()
 
     def accept(self, token: int) -> None:
-        """Go on behind a token that the mask allowed."""
+        """Advance by a token that the mask allowed."""
         if not self._matcher.consume_token(token) and self._matcher.is_error():
             raise self._error()
 

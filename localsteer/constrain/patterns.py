@@ -21,16 +21,16 @@ _PROBE = [*map(chr, range(0x20, 0x7F)), *"\b\f\n\r\t", "\u00e9", "\u4e2d", "\u20
 
 def exact_pattern(pattern: str) -> str:
     """What can't be read is passed on as it is: llguidance refuses it with a reason."""
-    made, tokens, at = "", _TOKEN.findall(pattern), 0
+    rewritten, tokens, at = "", _TOKEN.findall(pattern), 0
     while at < len(tokens):
         if tokens[at] == "[":
             end = _class_end(tokens, at)
-            made += _class(tokens[at:end])
+            rewritten += _class(tokens[at:end])
             at = end
         else:
-            made += _outside(tokens[at])
+            rewritten += _outside(tokens[at])
             at += 1
-    return made
+    return rewritten
 
 
 def ends_open(pattern: str) -> bool:
@@ -60,10 +60,10 @@ def _control_character(pattern: str) -> bool:
 
 def _only_controls(tokens: list[str]) -> bool:
     try:
-        found = re.compile("".join(tokens))
+        controls = re.compile("".join(tokens))
     except re.error:
         return False
-    return not any(found.fullmatch(character) for character in _PROBE)
+    return not any(controls.fullmatch(character) for character in _PROBE)
 
 
 def _code(token: str) -> int | None:
@@ -99,15 +99,15 @@ def _class(tokens: list[str]) -> str:
     negated = inner[:1] == ["^"]
     inner = inner[negated:]
     special = _WIDE if negated else _NARROW
-    made = ""
+    members = ""
     for i, token in enumerate(inner):
         if token in ("[", "&", "~") or (token == "-" and i and inner[i - 1] == "-"):
-            made += f"\\{token}"
+            members += f"\\{token}"
         elif len(token) == 2 and token[0] == "\\":
-            made += special.get(token[1]) or _escaped(token)
+            members += special.get(token[1]) or _escaped(token)
         else:
-            made += token
-    return f"[{'^' * negated}{made}{']' if tokens[-1] == ']' and len(tokens) > 1 else ''}"
+            members += token
+    return f"[{'^' * negated}{members}{']' if tokens[-1] == ']' and len(tokens) > 1 else ''}"
 
 
 def _escaped(token: str) -> str:

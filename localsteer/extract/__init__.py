@@ -3,9 +3,9 @@
     from localsteer.extract import extract
     vector = extract("model.gguf", "Answer in rhyme.")
 
-The state that counts is the residual stream after each layer at the LAST PROMPT TOKEN, the prompt rendered by
-the model's own chat template with the generation prompt added (Stolfo et al., arXiv 2410.12877, section 3).
-Other tokens can be chosen (`tokens`), and pairs of texts be read as they stand (`extract_from_texts`).
+The state that counts is the residual stream after each layer at the LAST PROMPT TOKEN. The prompt is rendered
+by the model's own chat template, with the generation prompt added (Stolfo et al., arXiv 2410.12877, section
+3). Other tokens can be chosen (`tokens`), and pairs of texts can be read as they are (`extract_from_texts`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = [
     "read_text_pairs",
 ]
 
-BATCH_TOKENS = 4096  # padding included: bounds what one forward pass takes
+BATCH_TOKENS = 4096  # including padding: limits the size of one forward pass
 BATCH_PROMPTS = 32
 METHOD = "difference of means, last prompt token"
 METHOD_OF_TEXTS = "difference of means of pairs of texts, last token"
@@ -58,12 +58,12 @@ Progress = Callable[[int, int], None]
 
 @runtime_checkable
 class Backend(Protocol):
-    """A model that can be asked for its states; torch_backend.py and gguf_backend.py are the two."""
+    """A model that returns its states; torch_backend.py and gguf_backend.py implement it."""
 
     n_layer: int
     n_embd: int
     model_name: str
-    architecture: str | None  # llama.cpp's name
+    architecture: str | None  # by llama.cpp's name
     source_hash: str
     description: str
     template: ChatTemplate
@@ -77,7 +77,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class TokenBackend(Backend, Protocol):
-    """A backend that can be asked for other tokens than the last."""
+    """A backend that also returns states at tokens other than the last."""
 
     def find_part(self, text: str, tokens: Sequence[int], part: str) -> range | None: ...
 
@@ -102,12 +102,11 @@ def extract(
 ) -> ControlVector:
     """The control vector of one instruction in one model.
 
-    source: a GGUF file, a transformers folder or hub name, an Engine, or an open backend (`open_backend`,
-    which also says what `options` may hold). instruction: of a catalog, or the user's own words. queries:
-    base queries; None takes the instruction's own, or the general ones. tokens: as TokenChoice has them; of
-    several, their mean. layer: the layers that the vector starts with, the middle one by default; tuning
-    chooses better. mode: "add" for lengths and words, else "project". on_progress is called with prompts done
-    and prompts in all.
+    source: a GGUF file, a transformers folder or hub name, an Engine, or an open backend (see `open_backend`,
+    also for `options`). instruction: from a catalogue, or the user's own words. queries: base queries; None
+    takes the instruction's own, or the general ones. tokens: a TokenChoice; the mean of several is taken.
+    layer: the layers that the vector starts with, by default the middle one; tuning chooses better. mode: by
+    default "add" for lengths and words, else "project". on_progress: called with (prompts done, prompts).
 
     Raises CatalogError, ModelFileError, UnsupportedModelError, PromptError, PlanError.
     """
@@ -148,8 +147,8 @@ def extract_from_texts(
 ) -> ControlVector:
     """The control vector of pairs of texts: mean(with) - mean(without) at the chosen tokens.
 
-    A reply in them is teacher-forced. n_pairs: so many of them, at equal distances. All else is as in
-    `extract`. Raises PromptError, which names a text that can't be read, ModelFileError,
+    Replies in the pairs are teacher-forced. n_pairs: how many to take, evenly spaced. Everything else is as
+    in `extract`. Raises PromptError, which names a text that can't be read, ModelFileError,
     UnsupportedModelError, PlanError.
     """
     pairs, choice = some_pairs(pairs, n_pairs), TokenChoice.parse(tokens)
@@ -192,7 +191,7 @@ def open_backend(
     exact: bool = False,
     n_threads: int | None = None,
 ) -> Iterator[Backend]:
-    """A model opened for several extractions. What was open before stays open, as it is.
+    """A model opened for several extractions. An engine or backend that was already open stays open.
 
     dtype, device: of a transformers model ("auto", "float32", "bfloat16", "float16"; "cpu", "cuda", ...).
     exact: a GGUF with F32 KV cache and no flash attention, for comparisons. n_threads: of either.
@@ -224,7 +223,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 class _Prompts:
-    """The tokenised texts of all pairs, and their states batch by batch, batches of similar lengths."""
+    """The tokenised texts of all pairs, and their states in batches of similar lengths."""
 
     def __init__(
         self,
@@ -242,11 +241,11 @@ class _Prompts:
 
     @property
     def few(self) -> bool:
-        """Whether all states may be kept in memory."""
+        """Whether all states can be kept in memory."""
         return self._passes == 1
 
     def states(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(states, instructed) of each batch: (n, n_layer, n_embd) float32 and (n,) bool."""
+        """Yields (states, instructed) for each batch: (n, n_layer, n_embd) float32 and (n,) bool."""
         for batch in batches([len(ids) for ids in self._ids]):
             ids = [self._ids[i] for i in batch]
             if self._choice.is_last:
@@ -261,7 +260,7 @@ class _Prompts:
 
 
 def _read(backend: Backend, text: PromptText, choice: TokenChoice) -> tuple[list[int], range]:
-    """Token ids of a text and the chosen ones of them. Raises PromptError, which names the text."""
+    """Token ids of a text, and the chosen ones among them. Raises PromptError, which names the text."""
     try:
         rendered = text.render(backend.template)
         ids = backend.tokenize(rendered)
@@ -271,7 +270,7 @@ def _read(backend: Backend, text: PromptText, choice: TokenChoice) -> tuple[list
                 f"it has {len(ids)} tokens, more than the context of {n_ctx} tokens: shorten it"
             )
         if not choice.is_last and not isinstance(backend, TokenBackend):
-            raise PromptError(f"{backend.description} knows the last token alone")
+            raise PromptError(f"{backend.description} knows only the last token")
         find = lambda part: backend.find_part(rendered, ids, part)  # noqa: E731
         return ids, choice.positions(len(ids), find, text.forced)
     except PromptError as error:
@@ -292,7 +291,8 @@ def _statistics(backend: Backend, prompts: _Prompts) -> tuple[RunningMeans, Proj
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices by length, shortest first, in batches of BATCH_TOKENS (padded) and BATCH_PROMPTS at most."""
+    """Yields indices by length, shortest first, in batches of at most BATCH_TOKENS (padded) and
+    BATCH_PROMPTS."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and ((len(batch) + 1) * lengths[index] > BATCH_TOKENS or len(batch) == BATCH_PROMPTS):
@@ -309,7 +309,8 @@ def render(backend: Backend, question: str) -> str:
 
 
 def prompt_tokens(backend: Backend, question: str) -> list[int]:
-    """Raises PromptError, which names the question, where the vocabulary can't spell it."""
+    """Token ids of a question. Raises PromptError, which names the question, if the vocabulary can't spell
+    it."""
     try:
         return backend.tokenize(render(backend, question))
     except PromptError as error:
@@ -321,7 +322,7 @@ def _check_finite(states: np.ndarray) -> None:
     if broken.any():
         raise UnsupportedModelError(
             f"the model's state after layer {int(broken.argmax())} is not finite: use dtype float32, "
-            "or a file that is not damaged"
+            "or check whether the file is damaged"
         )
 
 
@@ -329,22 +330,25 @@ def _provenance(
     backend: Backend, instruction: Instruction, pairs: Sequence[Pair], choice: TokenChoice
 ) -> Mapping[str, Any]:
     prompts = [_question(text) for text in (pairs[0].plain, pairs[0].instructed, pairs[-1].instructed)]
-    made = origin_of(backend, instruction, prompts, method=_method(METHOD, choice)) | {"n_pairs": len(pairs)}
-    return made if choice.is_last else made | {"tokens": choice.spelled}
+    provenance = origin_of(backend, instruction, prompts, method=_method(METHOD, choice)) | {
+        "n_pairs": len(pairs)
+    }
+    return provenance if choice.is_last else provenance | {"tokens": choice.spelled}
 
 
 def _provenance_of_texts(
     backend: Backend, texts: Sequence[tuple[PromptText, PromptText]], choice: TokenChoice, name: str
 ) -> Mapping[str, Any]:
-    """As of an instruction without wordings. texts_sha256: of all texts as they were read."""
+    """Provenance like that of an instruction without wordings. texts_sha256: of all texts as they were
+    read."""
     probes = [texts[0][1], texts[0][0], texts[-1][0]]
-    made = origin_of(backend, Instruction(name, ()), probes, method=_method(METHOD_OF_TEXTS, choice))
+    provenance = origin_of(backend, Instruction(name, ()), probes, method=_method(METHOD_OF_TEXTS, choice))
     rendered = [[text.render(backend.template) for text in pair] for pair in texts]
-    made["texts_sha256"] = hashlib.sha256(json.dumps(rendered).encode()).hexdigest()
-    made |= {"n_pairs": len(texts), "tokens": choice.spelled, "raw": all(pair[0].raw for pair in texts)}
-    # no template was read, so that another one is no reason for a warning
-    unknown = {"phrasings", "group"} | ({"template_hash"} if made["raw"] else set())
-    return {key: value for key, value in made.items() if key not in unknown}
+    provenance["texts_sha256"] = hashlib.sha256(json.dumps(rendered).encode()).hexdigest()
+    provenance |= {"n_pairs": len(texts), "tokens": choice.spelled, "raw": all(pair[0].raw for pair in texts)}
+    # no template was used, so a different one is no reason for a warning
+    unknown = {"phrasings", "group"} | ({"template_hash"} if provenance["raw"] else set())
+    return {key: value for key, value in provenance.items() if key not in unknown}
 
 
 def _method(method: str, choice: TokenChoice) -> str:
@@ -354,11 +358,12 @@ def _method(method: str, choice: TokenChoice) -> str:
 def origin_of(
     backend: Backend, instruction: Instruction, prompts: Sequence[str | PromptText], *, method: str
 ) -> JsonObject:
-    """The provenance of a vector: of what, from which model, how. prompts: some of those it was made with."""
+    """The provenance of a vector: its instruction, model and method. prompts: some of those it was made
+    with."""
     from localsteer import __version__
 
-    # Tokenised again whenever the vector meets a model. Prompts of this making and no text of ours: a small
-    # vocabulary need not have its characters.
+    # Tokenised again whenever the vector is attached to a model. They come from these prompts rather than
+    # from a fixed # text, whose characters a small vocabulary may lack.
     texts = [PromptText(text) if isinstance(text, str) else text for text in prompts]
     probes = [text.render(backend.template) for text in texts]
     provenance = {

@@ -1,11 +1,12 @@
-"""A control vector's mean projections measured again on the very model that will run, directions kept.
+"""Measures a control vector's mean projections again on the model that will run, keeping the directions.
 
     with Engine("model.Q4_0.gguf") as engine:
         calibration = calibrate(engine, vector, pairs)
     calibration.vector.save("json.gguf")
 
 Quantization moves states, and with them the targets that `project` steers to. The same pairs go through the
-quantized model once; how far its own directions point away from the stored ones is reported beside. No torch.
+quantized model once; the angle between its own directions and the stored ones is reported too. PyTorch is not
+needed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from localsteer.vector import ControlVector
 if TYPE_CHECKING:
     from localsteer.engine import Engine
 
-CALIBRATION = "calibration"  # of the provenance
+CALIBRATION = "calibration"  # key of the provenance
 
 
 class CalibratedLayer(TypedDict):
@@ -55,11 +56,11 @@ class CalibrationNote(TypedDict):
 @dataclass(frozen=True)
 class Calibration:
     """vector: the stored directions and settings with this model's statistics. fresh: this model's own
-    directions and mean projections (without spreads) under the same settings. All columns are (n_layer,).
+    directions and mean projections (without spreads), with the same settings. All columns are (n_layer,).
 
-    cosines: between stored and fresh direction; NaN where one of them is zero. drift: how far the mean
+    cosines: between stored and fresh direction; NaN if one of them is zero. drift: how far the mean
     projection with the instruction has moved, in units of the stored distance between with and without: 0 is
-    none, 1 is as far as the whole instruction moves it; NaN for a vector that knew no mean projection.
+    not at all, 1 is as far as the whole instruction moves it; NaN for a vector that had no mean projections.
     """
 
     before: ControlVector
@@ -69,7 +70,7 @@ class Calibration:
     drift: np.ndarray
 
     def rows(self) -> list[CalibratedLayer]:
-        """One for each layer, for tables and JSON; NaN is None."""
+        """A row for each layer, for tables and JSON; NaN becomes None."""
         old, new = self.before, self.vector
         columns = {
             "cosine": self.cosines,
@@ -97,9 +98,9 @@ def calibrate(
 ) -> Calibration:
     """Measure `vector`'s projections on `pairs` in this model, in one pass and in memory of one batch.
 
-    The caller checks that the vector belongs to the model (`Engine.plan`). A vector without mean projections
-    (an import) has them afterwards, and can project. Raises CatalogError without pairs, and PlanError
-    for a gated vector, whose weight is learned.
+    The caller must check that the vector belongs to the model (`Engine.plan`). A vector without mean
+    projections (an import) has them afterwards, and can project. Raises CatalogError without pairs, and
+    PlanError for a gated vector, whose weight is learned.
     """
     if vector.mode == "gate":
         raise PlanError(f"{vector.label} has a learned gate, and so no target to measure: use it as it is.")
@@ -127,7 +128,7 @@ def calibrate(
 
 
 def instruction_of(vector: ControlVector) -> Instruction:
-    """The instruction that a vector was made from, as its provenance has it. Raises VectorFileError."""
+    """The instruction that a vector was made from, according to its provenance. Raises VectorFileError."""
     known = vector.provenance
     phrasings = vector.phrasings
     if not phrasings or not all(text.strip() for text in phrasings):
@@ -154,10 +155,11 @@ def pairs_of(
     queries: Sequence[Query] | None = None,
     n_pairs: int | None = None,
 ) -> list[Pair]:
-    """The pairs that a vector was made from: its own phrasings and number, queries of `catalog` unless given.
+    """The pairs that a vector was made from: its own phrasings and number of pairs, with queries of `catalog`
+    unless others are passed.
 
-    Raises VectorFileError for a vector that names no instruction or was not made from pairs with and without
-    one, CatalogError for queries that can't be.
+    Raises VectorFileError for a vector that names no instruction, or was not made from pairs with and without
+    one, CatalogError for unusable queries.
     """
     method = vector.provenance.get("method", METHOD)
     if instruction is None and method != METHOD:
@@ -170,14 +172,14 @@ def pairs_of(
         queries = _catalog_queries(catalog, chosen)
     n = vector.provenance.get("n_pairs") if n_pairs is None else n_pairs
     most = len(queries) * len(chosen.phrasings)
-    # other queries than at extraction may be fewer; pairs_match tells the user that they are others
+    # there may be fewer queries than at extraction; pairs_match tells the user that they differ
     n = min(n, most) if isinstance(n, int) and n > 0 and n_pairs is None else n_pairs
     return build_pairs(chosen, queries, n)
 
 
 def pairs_match(vector: ControlVector, backend: Backend, pairs: Sequence[Pair]) -> bool | None:
-    """Whether these are the pairs that the vector was made from, judged by its probes (the first pair and
-    the last instructed prompt, rendered); None when it holds none."""
+    """Whether these are the pairs that the vector was made from, judged by its probes (the first pair and the
+    last instructed prompt, rendered); None if it has no probes."""
     texts = [str(probe[0]) for probe in vector.provenance.get("probes") or () if len(probe)]
     if not texts:
         return None
@@ -217,23 +219,23 @@ class _Sums:
 
     @property
     def means(self) -> np.ndarray:
-        """(2, n_layer, n_embd) float64."""
+        """Mean states without and with the instruction, (2, n_layer, n_embd) float64."""
         return self._states / self._counts[:, None, None]
 
     @property
     def projections(self) -> np.ndarray:
-        """(2, n_layer): means."""
+        """Mean projections, (2, n_layer)."""
         return self._first / self._counts[:, None] + self._shift
 
     @property
     def deviations(self) -> np.ndarray:
-        """(2, n_layer): standard deviations of the population."""
+        """Population standard deviations of the projections, (2, n_layer)."""
         counts = self._counts[:, None]
         return np.sqrt(np.maximum(self._second / counts - (self._first / counts) ** 2, 0.0))
 
 
 def _units(directions: np.ndarray) -> np.ndarray:
-    """Rows of length 1 in float64; a row of zeros stays one."""
+    """Rows scaled to length 1 in float64; a row of zeros stays zero."""
     wide = directions.astype(np.float64)
     norms = np.linalg.norm(wide, axis=1, keepdims=True)
     return np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0)
@@ -242,8 +244,8 @@ def _units(directions: np.ndarray) -> np.ndarray:
 def _fresh(vector: ControlVector, means: np.ndarray) -> ControlVector:
     directions = means[1] - means[0]
     without, instructed = np.einsum("sle,le->sl", means, _units(directions))
-    found = {"directions": directions, "mean_with": instructed, "mean_without": without}
-    return replace(vector, **found, std_with=None, std_without=None, readers=None, biases=None)
+    arrays = {"directions": directions, "mean_with": instructed, "mean_without": without}
+    return replace(vector, **arrays, std_with=None, std_without=None, readers=None, biases=None)
 
 
 def _cosines(a: ControlVector, b: ControlVector) -> np.ndarray:
@@ -261,7 +263,7 @@ def _drift(before: ControlVector, after: ControlVector) -> np.ndarray:
 
 
 def _note(backend: Backend, n_pairs: int) -> CalibrationNote:
-    """No date: the same calibration twice gives the same bytes."""
+    """What the provenance records; no date, so that repeating a calibration gives the same bytes."""
     return {
         "model_name": backend.model_name,
         "source_hash": backend.source_hash,

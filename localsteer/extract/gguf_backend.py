@@ -1,4 +1,4 @@
-"""States straight from a GGUF, whatever its quantization: llama.cpp alone, no torch."""
+"""States directly from a GGUF, whatever its quantization, with llama.cpp and without PyTorch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from localsteer.engine import Engine
 
 
 class GgufBackend:
-    """exact: F32 KV cache and no flash attention, for comparisons. An Engine, or what stands for one, stays
-    its owner's."""
+    """exact: F32 KV cache and no flash attention, for comparisons. An Engine that is passed in, or its
+    stand-in, is not closed."""
 
     def __init__(
         self, source: str | os.PathLike[str] | Engine, *, exact: bool = False, n_threads: int | None = None
@@ -44,7 +44,7 @@ class GgufBackend:
         return self.engine.find_part(tokens, part)
 
     def mean_hidden_states(self, prompts: Sequence[Sequence[int]], positions: Sequence[range]) -> np.ndarray:
-        """The same, of the mean over the chosen positions of each prompt."""
+        """The same for the mean over the chosen positions of each prompt."""
         sums = np.zeros((len(prompts), self.n_layer, self.n_embd))
         for index, _, states in self.engine.states_at(prompts, positions, range(self.n_layer)):
             sums[index] += states.sum(axis=0, dtype=np.float64)

@@ -4,8 +4,8 @@
     verbosity   = mean state with "be (extremely) verbose" - mean state without
 
 Both are difference-in-means directions over the base queries of their two levels, added with a weight that
-says how far to go: `add`, x <- x + s v, the paper's c being s |v|. The middle level, moderate, belongs to
-neither. Its vector, and those of the four others, can be extracted like any instruction's.
+says how far to go: `add`, x <- x + s v, where the paper's c is s |v|. The middle level, moderate, belongs to
+neither. Its vector, and those of the other four, can be extracted like any instruction's.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .recipes import Extracted
 
 LEVELS = ("extremely_concise", "concise", "moderate", "verbose", "extremely_verbose")
 DIRECTIONS = {"conciseness": LEVELS[:2], "verbosity": LEVELS[3:]}
-LENGTHS = (*LEVELS, *DIRECTIONS)  # what `--length` takes
+LENGTHS = (*LEVELS, *DIRECTIONS)  # the values of `--length`
 QUERIES_PER_LEVEL = 50  # base queries, each asked at every level of a direction
 
 
 def length(catalog: Catalog, name: str) -> Extracted:
-    """How to extract one of LENGTHS. Raises CatalogError for another name, and for a catalogue that lacks a
+    """How to extract one of LENGTHS. Raises CatalogError for any other name, and if the catalogue lacks a
     level."""
     if name in DIRECTIONS:
         levels = [catalog.get(level) for level in DIRECTIONS[name]]
@@ -36,10 +36,10 @@ def length(catalog: Catalog, name: str) -> Extracted:
 
 
 def direction(name: str, levels: list[Instruction]) -> Instruction:
-    """Several levels as one instruction: their phrasings in turn, so that pairs are divided equally.
+    """Several levels as one instruction, with their phrasings in turn, so that pairs are divided equally.
 
-    No verifier: how long a concise reply may be is for nobody to say; mean words tell.
+    It has no verifier, since nothing says how long a concise reply may be; mean words show the effect.
     """
-    # equally many of each: `build_pairs` goes on by one phrasing with each query and with each round
+    # equally many of each: `build_pairs` advances by one phrasing with each query and each round
     phrasings = chain.from_iterable(zip(*(level.phrasings for level in levels), strict=False))
     return Instruction(id=name, phrasings=tuple(phrasings), group="length", literal=True)

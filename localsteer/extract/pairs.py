@@ -13,7 +13,7 @@ DEFAULT_PAIRS = 50
 
 @dataclass(frozen=True)
 class Pair:
-    """Two prompts, before the chat template, that differ by the instruction alone."""
+    """Two prompts, before the chat template, that differ only in the instruction."""
 
     instructed: str
     plain: str
@@ -22,11 +22,11 @@ class Pair:
 def build_pairs(
     instruction: Instruction, queries: Sequence[Query | str], n_pairs: int | None = None
 ) -> list[Pair]:
-    """`n_pairs` different pairs (default: 50, or all there are), the same ones each time.
+    """`n_pairs` different pairs (default: 50, or as many as possible), always the same ones.
 
-    Queries are taken at equal distances from the whole list, phrasings in turn; where pairs outnumber
-    queries, a query comes again with its next phrasing. Raises CatalogError for no or empty queries, and for
-    more pairs than queries x phrasings.
+    Queries are evenly spaced over the whole list, phrasings are taken in turn; if pairs outnumber queries, a
+    query is repeated with its next phrasing. Raises CatalogError for no or empty queries, and for more pairs
+    than queries x phrasings.
     """
     phrasings = instruction.fill().phrasings
     texts = _texts(queries)
@@ -46,7 +46,7 @@ def build_pairs(
 
 
 def _texts(queries: Sequence[Query | str]) -> list[str]:
-    """The queries' texts, each once."""
+    """The texts of the queries, without repetitions."""
     texts = [(query.text if isinstance(query, Query) else query).strip() for query in queries]
     if not texts or not all(texts):
         raise CatalogError("there are no queries to extract from" if not texts else "a base query is empty")

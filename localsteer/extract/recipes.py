@@ -18,13 +18,14 @@ from localsteer.vector import ControlVector
 
 from .pairs import DEFAULT_PAIRS
 
-WORD_PAIRS = 20  # examples for each word (Stolfo et al., section 5)
+WORD_PAIRS = 20  # pairs for each word (Stolfo et al., section 5)
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """instruction: what the prompts of the pairs ask for. n_pairs: at most so many. n_queries: of the base
-    queries, at equal distances; None: all. excludes: what minus the vector makes the model do, or None."""
+    """instruction: what the prompts of the pairs ask for. n_pairs: at most this many. n_queries: how many of
+    the base queries, evenly spaced; None: all. excludes: what minus the vector makes the model do, or
+    None."""
 
     instruction: Instruction
     n_pairs: int = DEFAULT_PAIRS
@@ -33,13 +34,14 @@ class Extracted:
 
     @property
     def target(self) -> Instruction:
-        """What a model steered by the vector does."""
+        """The instruction that a model steered by the vector follows."""
         return self.excludes or self.instruction
 
     def extract(
         self, source: Any, queries: Sequence[Query], *, n_pairs: int | None = None, **options: Any
     ) -> ControlVector:
-        """options and source: of localsteer.extract.extract. n_pairs: in place of the recipe's own."""
+        """Extract the vector. source, options: of localsteer.extract.extract. n_pairs: replaces the
+        recipe's."""
         from localsteer.extract import extract
 
         queries = spread(queries, self.n_queries or len(queries))
@@ -50,14 +52,14 @@ class Extracted:
 
 
 def include_word(catalog: Catalog, word: str) -> Extracted:
-    """A word that replies should hold. Raises CatalogError for something that is no single word."""
+    """A word that replies should contain. Raises CatalogError unless it is a single word."""
     return Extracted(_of_word(catalog, "include_word", word), n_pairs=WORD_PAIRS)
 
 
 def exclude_word(catalog: Catalog, word: str) -> Extracted:
-    """A word that replies should not hold: minus the vector of including it (the paper, section 5).
+    """A word that replies should not contain: minus the vector of including it (the paper, section 5).
 
-    Not the vector of "do not use the word": that is `--instruction exclude_word --slot word=fox`.
+    This is not the vector of "do not use the word", which is `--instruction exclude_word --slot word=fox`.
     """
     excludes = _of_word(catalog, "exclude_word", word)
     return replace(include_word(catalog, word), excludes=excludes)
@@ -69,10 +71,10 @@ def language(catalog: Catalog, wanted: str) -> Extracted:
 
 
 def minus(vector: ControlVector, excludes: Instruction) -> ControlVector:
-    """The vector of the same pairs with their sides exchanged: -v_l, so that strength 1 leads away.
+    """The vector of the same pairs with their sides exchanged: -v_l, so strength 1 leads away.
 
-    What was the state without the instruction becomes the target: in mode `project` the projection is held
-    where it is when nobody asks for the word. `excludes`: what the result is a vector of.
+    The mean without the instruction becomes the target: in mode `project`, the projection is held where it is
+    when nobody asks for the word. `excludes`: the instruction of the result.
     """
     changed = {
         "instruction_id": excludes.id,
@@ -97,5 +99,5 @@ def minus(vector: ControlVector, excludes: Instruction) -> ControlVector:
 def _of_word(catalog: Catalog, instruction_id: str, word: str) -> Instruction:
     word = word.strip()
     if not word or len(word.split()) > 1:
-        raise CatalogError(f"{word!r} is not a word: give one, without blanks")
+        raise CatalogError(f"{word!r} is not a word: write one word, without blanks")
     return catalog.get(instruction_id, word=word)

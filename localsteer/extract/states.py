@@ -1,4 +1,4 @@
-"""Last-token states of questions: what calibration, similarity, probes and maps are made of. numpy only."""
+"""Last-token states of questions, for calibration, similarity, probes and maps. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ Progress = Callable[[int, int], None]
 def stream_states(
     backend: Backend, questions: Sequence[str], on_progress: Progress | None = None
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """(indices, states) batch by batch, shortest prompts first: states are (n, n_layer, n_embd) float32, the
-    residual stream after each layer at the last prompt token. Memory does not grow with the questions.
+    """Yields (indices, states) in batches, shortest prompts first: states are (n, n_layer, n_embd) float32,
+    the residual stream after each layer at the last prompt token. Memory does not grow with the number of
+    questions.
 
     Raises UnsupportedModelError for states that are not finite.
     """
@@ -33,8 +34,8 @@ def stream_states(
 
 
 class States:
-    """States of questions, each computed once and kept: for some thousands of a small model, or some
-    hundreds of a large one."""
+    """States of questions, each computed once and kept: for some thousands of questions with a small model,
+    or some hundreds with a large one."""
 
     def __init__(self, backend: Backend, on_progress: Progress | None = None) -> None:
         self.backend = backend
@@ -42,7 +43,7 @@ class States:
         self._known: dict[str, np.ndarray] = {}
 
     def of(self, questions: Sequence[str]) -> np.ndarray:
-        """(n, n_layer, n_embd) float32, in the order of the questions."""
+        """The states, (n, n_layer, n_embd) float32, in the order of the questions."""
         new = [text for text in dict.fromkeys(questions) if text not in self._known]
         for batch, states in stream_states(self.backend, new, self._on_progress):
             for i, state in zip(batch, states, strict=True):
@@ -50,6 +51,6 @@ class States:
         return np.stack([self._known[text] for text in questions])
 
     def of_pairs(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
-        """(with, without): (n_pairs, n_layer, n_embd) float32 each."""
+        """Returns (with, without), each (n_pairs, n_layer, n_embd) float32."""
         both = self.of([pair.instructed for pair in pairs] + [pair.plain for pair in pairs])
         return both[: len(pairs)], both[len(pairs) :]

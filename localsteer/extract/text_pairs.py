@@ -1,10 +1,10 @@
-"""Pairs of texts from a file: what published sets of pairs hold, each side read as it stands.
+"""Reads pairs of texts from a file, as in published sets of pairs, with each side taken as it is.
 
     pairs = read_text_pairs("sycophancy.json")
     vector = extract_from_texts("model.gguf", pairs, name="sycophancy", tokens="-2")
 
-A line, or an item of a JSON array, is an object with two sides under one of KEYS, and perhaps a prompt that
-both have in common; or simply [with, without].
+A line, or an item of a JSON array, is an object with two sides under one of KEYS, and perhaps a prompt shared
+by both; or simply [with, without].
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from localsteer.errors import PromptError
 from localsteer.jsonable import JsonObject
 from localsteer.prompt_texts import PromptText, filled_text, read_lines, text_or_messages
 
-# with, without: our own; repeng's and steering-vectors'; CAA's and Anthropic's evaluations; preference data's
+# (with, without): localsteer; repeng and steering-vectors; CAA and Anthropic's evaluations; preference data
 KEYS = (
     ("with", "without"),
     ("positive", "negative"),
@@ -31,28 +31,30 @@ PROMPT_KEYS = ("prompt", "question")
 
 @dataclass(frozen=True, eq=False)
 class TextPair:
-    """Two texts that differ in what the direction should point to."""
+    """Two texts whose difference the direction should point to."""
 
     instructed: PromptText
     plain: PromptText
 
 
 def read_text_pairs(path: str | Path, *, raw: bool = False) -> list[TextPair]:
-    """A JSONL file or a JSON array of pairs, in their order. raw: without the chat template.
+    """The pairs of a JSONL file or a JSON array, in order. raw: without the chat template.
 
     Raises PromptError, which names the line or the item.
     """
     pairs = [_pair(record, raw, where) for where, record in _records(path)]
     if not pairs:
-        raise PromptError(f"{path} holds no pairs: write one a line.")
+        raise PromptError(f"{path} holds no pairs: write one per line.")
     return pairs
 
 
 def some_pairs(pairs: Sequence[TextPair], n_pairs: int | None) -> list[TextPair]:
-    """`n_pairs` of them at equal distances; all for None. Raises PromptError for more than there are."""
+    """`n_pairs` of the pairs, evenly spaced; all for None. Raises PromptError if there are fewer."""
     n = len(pairs) if n_pairs is None else n_pairs
     if not 1 <= n <= len(pairs):
-        raise PromptError(f"{n} pairs were asked for: there are 1 to {len(pairs)}.")
+        raise PromptError(
+            f"{n} pairs were asked for, but there are only {len(pairs)}: choose 1 to {len(pairs)}."
+        )
     return [pairs[i * len(pairs) // n] for i in range(n)]
 
 
@@ -69,13 +71,13 @@ def _records(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def _array(path: str | Path, lines: Sequence[tuple[int, str]]) -> list[Any] | None:
-    """The items of a file that is one JSON array; None for a line of two texts, which is an array too."""
+    """The items of a file that is one JSON array; None if its first line is a pair, which is an array too."""
     items = _parsed("\n".join(line for _, line in lines))
     if not isinstance(items, list):
         if len(lines) > 1 and isinstance(_parsed(lines[0][1]), list):
             return None
         raise PromptError(
-            f"{path} begins like a JSON array and is none: write one object a line, or repair it."
+            f"{path} begins like a JSON array but is not one: write one object per line, or repair it."
         )
     return None if items and all(isinstance(item, str) for item in items) else items
 
@@ -94,7 +96,7 @@ def _pair(record: Any, raw: bool, where: str) -> TextPair:
     elif isinstance(record, dict):
         sides, prompt = _sides(record, where), _prompt(record, where)
     else:
-        raise PromptError(f'{where} is no pair like {{"with": "...", "without": "..."}}: {record!r:.60}.')
+        raise PromptError(f'{where} is not a pair like {{"with": "...", "without": "..."}}: {record!r:.60}.')
     texts = [_side(value, name, prompt, raw, where) for name, value in sides.items()]
     if _content(texts[0]) == _content(texts[1]):
         raise PromptError(f"{where}: its two sides are the same.")
@@ -112,7 +114,7 @@ def _sides(record: Mapping[str, Any], where: str) -> JsonObject:
 def _prompt(record: Mapping[str, Any], where: str) -> Any:
     named = [key for key in PROMPT_KEYS if record.get(key) is not None]
     if len(named) > 1:
-        raise PromptError(f"{where} has both {' and '.join(named)}: give one of them.")
+        raise PromptError(f"{where} has both {' and '.join(named)}: keep one of them.")
     return text_or_messages(record[named[0]], where) if named else None
 
 

@@ -1,5 +1,4 @@
-"""States from any decoder-only transformers model. torch and transformers are imported here and in
-torch_steering.py, nowhere else."""
+"""States from any decoder-only transformers model, with PyTorch."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ except ImportError as error:
 logger = logging.getLogger("localsteer")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# model_type in config.json -> general.architecture in a GGUF, where the two differ
+# model_type in config.json -> general.architecture in a GGUF, if the two differ
 GGUF_ARCHITECTURES = {
     "bamba": "granitehybrid", "cohere": "command-r", "cohere2_moe": "cohere2moe",
     "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "deepseek_v32": "deepseek32",
@@ -48,10 +47,10 @@ GGUF_ARCHITECTURES = {
     "qwen3_5_moe_text": "qwen35moe", "qwen3_5_text": "qwen35", "qwen3_moe": "qwen3moe",
     "qwen3_next": "qwen3next", "qwen4_exp_text": "qwen4exp", "solar_open": "glm4moe", "youtu": "deepseek2",
 }  # fmt: skip
-# the same in both, and newer than the lists of the gguf package that is asked for
+# the same in both, and newer than the lists in the required gguf package
 NEWER = ("granite_swa", "hrm_text", "hy_v3", "hy_v4", "laguna", "mellum")
-# Model types that transformers computes as another one. A checkpoint that it saved itself names that one's
-# class in config.json, and is converted as such; a published one names its own.
+# Model types that transformers computes as another type. A checkpoint saved by transformers names the other
+# type's class in config.json, and is converted as such; a published one names its own.
 GGUF_OF_CLASSES = {
     "LlamaForCausalLM": "llama", "Glm4MoeForCausalLM": "glm4moe", "DeepseekV3ForCausalLM": "deepseek2",
     "SarvamMoEForCausalLM": "bailingmoe2",
@@ -61,10 +60,10 @@ GGUF_OF_CLASSES = {
 class TorchBackend:
     """A transformers model, its tokenizer, and one forward pass per batch.
 
-    source: a folder saved by transformers, or a name on the hub (which may download). dtype: "auto" is
-    float32 on a CPU and the checkpoint's own type elsewhere. device: "cpu", "cuda", ...; None takes CUDA when
-    there is one. n_threads: of torch, for the whole process. Raises ModelFileError, UnsupportedModelError,
-    and LocalsteerError for a device that is not there.
+    source: a folder saved by transformers, or a name on the hub (which may download it). dtype: "auto" is
+    float32 on a CPU, and the checkpoint's type elsewhere. device: "cpu", "cuda", ...; None takes CUDA if
+    there is one. n_threads: for torch, in the whole process. Raises ModelFileError, UnsupportedModelError,
+    and LocalsteerError for a device that does not exist.
     """
 
     def __init__(
@@ -127,7 +126,8 @@ class TorchBackend:
         return tokens_over([tuple(span) for span in spans], at, at + len(part))
 
     def _states(self, prompts: Sequence[Sequence[int]], take: Callable[[Any, Any, Any], Any]) -> np.ndarray:
-        """take: (n_prompts, n_embd) of a layer's output, the prompts' rows and their last tokens."""
+        """The states of prompts. take: returns (n_prompts, n_embd) from a layer's output, the prompts' rows
+        and their last tokens."""
         lengths = torch.tensor([len(ids) for ids in prompts])
         self._check_lengths(lengths)
         # Padded on the right, after the last token: with causal attention nothing before it can change, and
@@ -157,7 +157,7 @@ class TorchBackend:
             raise PromptError(f"a prompt of {longest} tokens is longer than the model's {self.n_ctx}")
 
     def close(self) -> None:
-        """Let go of the weights."""
+        """Release the weights."""
         self.model = None
 
     def __enter__(self) -> TorchBackend:
@@ -170,7 +170,7 @@ class TorchBackend:
 def decoder_layers(model: Any) -> list[Any]:
     """The decoder layers in order, found by their number: a list of modules as long as the model is deep.
 
-    Raises UnsupportedModelError where there is none, or where the model is not a decoder.
+    Raises UnsupportedModelError if there is none, or if the model is not a decoder.
     """
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
@@ -178,26 +178,26 @@ def decoder_layers(model: Any) -> list[Any]:
             f"{config.model_type} is an encoder-decoder: only decoders can be steered"
         )
     n_layer = config.get_text_config(decoder=True).num_hidden_layers
-    # A model that sees pictures has a second stack, which can be as deep: its decoder comes first
+    # A vision model has a second stack, which can be as deep: take the decoder's
     parts = [getattr(model, "get_decoder", lambda: None)(), model]
     lists = next(filter(None, (_lists(part, n_layer) for part in parts if part is not None)), None)
     if not lists:
         raise UnsupportedModelError(f"{config.model_type}: no list of {n_layer} decoder layers in the model")
-    # A mixture of as many experts as there are layers has such lists inside its layers: the whole is larger
+    # A mixture with as many experts as layers has such lists inside its layers: take the larger one
     return list(max(lists, key=lambda layers: sum(weight.numel() for weight in layers.parameters())))
 
 
 def _lists(part: Any, n: int) -> list[Any]:
-    """The lists of so many modules in a part of a model."""
+    """The lists of this many modules in a part of a model."""
     return [
         module for module in part.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == n
     ]
 
 
 def layer_output(output: Any) -> Any:
-    """The hidden state (batch, n_tokens, n_embd) in what a decoder layer returns.
+    """The hidden state (batch, n_tokens, n_embd) in the return value of a decoder layer.
 
-    Raises UnsupportedModelError for a model that keeps several of them side by side.
+    Raises UnsupportedModelError for a model that keeps several side by side.
     """
     hidden = output[0] if isinstance(output, tuple) else output
     if hidden.ndim != 3:
@@ -212,7 +212,8 @@ def layer_output(output: Any) -> Any:
 def observe_layers(model: Any, see: Callable[[int, Any], None]) -> Iterator[None]:
     """Call `see(layer, hidden)` with the output of each decoder layer: the residual stream after it.
 
-    transformers' own hidden_states end with the state after the final norm, which is not the last layer's.
+    The hidden_states of transformers end with the state after the final norm, which is not the last layer's
+    output.
     """
     handles = [
         module.register_forward_hook(
@@ -228,8 +229,8 @@ def observe_layers(model: Any, see: Callable[[int, Any], None]) -> Iterator[None
 
 
 def config_architecture(config: Any) -> str | None:
-    """llama.cpp's name of the architecture of a checkpoint. Its converter writes a hybrid Granite that has no
-    recurrent layer as a plain one, and has two names for Nemotron-H."""
+    """llama.cpp's name for the architecture of a checkpoint. Its converter writes a hybrid Granite without
+    recurrent layers as a plain one, and has two names for Nemotron-H."""
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     if config.model_type == "granitemoehybrid" and kinds and kinds <= {"attention", "full_attention"}:
         return "granitemoe" if getattr(config, "num_experts_per_tok", None) else "granite"
@@ -242,7 +243,7 @@ def config_architecture(config: Any) -> str | None:
 
 
 def gguf_architecture(model_type: str) -> str | None:
-    """llama.cpp's name of an architecture; None for one whose name is not known here."""
+    """llama.cpp's name for an architecture, or None if it is not known here."""
     if model_type in GGUF_ARCHITECTURES:
         return GGUF_ARCHITECTURES[model_type]
     return model_type if model_type in (*gguf.MODEL_ARCH_NAMES.values(), *NEWER) else None
@@ -251,8 +252,8 @@ def gguf_architecture(model_type: str) -> str | None:
 def _device(name: str | None) -> Any:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)  # what this build or machine lacks is said before the model is loaded
-    except Exception as error:  # every backend of torch raises a type of its own
+        torch.empty(0, device=device)  # reports what this build or machine lacks before the model is loaded
+    except Exception as error:  # every backend of torch raises its own type of error
         raise LocalsteerError(
             f"device {name!r} can't be used ({one_line(error)}): use cpu, or leave it out."
         ) from error
@@ -279,15 +280,15 @@ def _load_model(source: str, dtype: Any) -> Any:
 
 
 def caps_attention(config: Any) -> bool:
-    """Whether a model caps its attention logits, which only the implementation "eager" does."""
+    """Whether a model caps its attention logits, which only the "eager" implementation does."""
     return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
 
 
 def _load(kind: Any, source: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(source, **options)
-    except Exception as error:  # a folder from anywhere: transformers raises nearly every type
-        folder = "" if Path(source).is_dir() else ", which is no folder here"
+    except Exception as error:  # the folder may be anything, and transformers raises almost any type of error
+        folder = "" if Path(source).is_dir() else ", which is not a folder here"
         raise ModelFileError(f"transformers can't load {source}{folder}: {one_line(error)}") from error
 
 

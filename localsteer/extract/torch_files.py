@@ -1,7 +1,7 @@
-"""Vectors in files of torch.save: those of steering-vectors, one tensor, or a dictionary of them by layer.
+"""Vectors in files of torch.save: those of steering-vectors, one tensor, or a dictionary of tensors by layer.
 
-A pickle can run code. These are read with weights_only=True, which knows tensors, plain containers and, here,
-a stand-in for the one class of steering-vectors; anything else in a file refuses it.
+A pickle can run code. Files are therefore read with weights_only=True, which allows tensors, plain containers
+and, here, a stand-in for the one class of steering-vectors; a file with anything else is refused.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from localsteer.errors import LocalsteerError, VectorFileError
 from localsteer.vector import ControlVector
 
 STEERING_VECTOR = "steering_vectors.steering_vector.SteeringVector"
-RESIDUAL = "decoder_block"  # the layer_type of steering-vectors that is the residual stream
+RESIDUAL = "decoder_block"  # the layer_type of the residual stream in steering-vectors
 
 
 @dataclass
 class PickledSteeringVector:
-    """In the place of steering-vectors' class, as its pickle fills it."""
+    """Stand-in for the class of steering-vectors, with the fields of its pickle."""
 
     layer_activations: dict[int, Any] = field(default_factory=dict)
     layer_type: str = RESIDUAL
 
 
 def is_torch_file(path: str | os.PathLike[str]) -> bool:
-    """Whether torch.save wrote it, as a zip archive."""
+    """Whether the file was written by torch.save, as a zip archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") for name in archive.namelist())
@@ -52,7 +52,8 @@ def import_torch_vector(
     layer: int | Sequence[int] | None = None,
     name: str | None = None,
 ) -> ControlVector:
-    """The vector in a file of torch.save, as `localsteer.convert.import_vector` reads others; it can add.
+    """The vector in a file of torch.save, like `localsteer.convert.import_vector` for other files; it can
+    only add.
 
     A SteeringVector, or {"layer_activations": {layer: tensor}}, or {layer: tensor}; one tensor (n_embd,), for
     the layers of `layer`; one tensor (rows, n_embd), which takes a convention. Raises VectorFileError,
@@ -72,7 +73,7 @@ def import_torch_vector(
         layers = [layer] if isinstance(layer, int) else list(layer or ())
         if not layers or n_layer is None:
             raise VectorFileError(
-                f"{path} holds one direction: give its layer and the model's number of layers."
+                f"{path} holds one direction: name its layer and the model's number of layers."
             )
         return vector_of_rows(path, dict.fromkeys(layers, array), n_layer, name, "torch")
     vector = vector_of_directions(path, {"directions": array}, convention, n_layer, name)
@@ -86,8 +87,9 @@ def write_torch_vector(
     layer: int | Sequence[int] | None = None,
     strength: float | None = None,
 ) -> tuple[str, ...]:
-    """Write {"layer_activations": {layer: tensor}, "layer_type": ...}, the fields of a SteeringVector, and
-    return what it does not hold. `SteeringVector(**torch.load(path, weights_only=True))` is the vector.
+    """Write {"layer_activations": {layer: tensor}, "layer_type": ...}, the fields of a SteeringVector;
+    returns what the file does not hold. `SteeringVector(**torch.load(path, weights_only=True))` restores the
+    vector.
 
     Raises PlanError, VectorFileError.
     """
@@ -126,24 +128,27 @@ def _loaded(path: str) -> Any:
         raise VectorFileError(
             f"{path} holds more than tensors, which could run code: save its directions with numpy.savez."
         ) from None
-    except Exception:  # a file from anywhere: torch raises nearly every type
+    except Exception:  # the file may be anything, and torch raises almost any type of error
         raise VectorFileError(f"{path} is damaged: torch can't read it.") from None
 
 
 def _check_archive(path: str) -> None:
-    """torch.save compresses nothing: what is packed could be a bomb."""
+    """Raise VectorFileError for a compressed archive: torch.save compresses nothing, so it could be a
+    bomb."""
     try:
         with zipfile.ZipFile(path) as archive:
             packed = any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist())
             size = sum(info.file_size for info in archive.infolist())
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        raise VectorFileError(f"{path} is no file of torch.save.") from None
+        raise VectorFileError(f"{path} is not a file of torch.save.") from None
     if packed or size > os.path.getsize(path):
-        raise VectorFileError(f"{path} is damaged: torch.save packs nothing, and this archive is packed.")
+        raise VectorFileError(
+            f"{path} is damaged: torch.save compresses nothing, but this archive is compressed."
+        )
 
 
 def _rows(path: str, content: Any) -> dict[int, np.ndarray] | None:
-    """Directions by layer, of something that has layers."""
+    """Directions by layer, from an object that names layers."""
     kind = RESIDUAL
     if isinstance(content, PickledSteeringVector):
         content, kind = content.layer_activations, content.layer_type
@@ -153,7 +158,7 @@ def _rows(path: str, content: Any) -> dict[int, np.ndarray] | None:
         return None
     if kind != RESIDUAL:
         raise VectorFileError(
-            f"{path} is of {kind!r:.40}: only {RESIDUAL}, the residual stream, can be steered."
+            f"{path} is for {kind!r:.40}: only {RESIDUAL}, the residual stream, can be steered."
         )
     if not isinstance(content, Mapping) or not content:
         raise VectorFileError(f"{path} holds no directions by layer.")
@@ -164,18 +169,18 @@ def _layer(path: str, key: Any) -> int:
     if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 6:
         key = int(key)
     if not isinstance(key, int) or isinstance(key, bool) or key < 0:
-        raise VectorFileError(f"{path} holds {key!r:.40} in the place of a layer's number.")
+        raise VectorFileError(f"{path} holds {key!r:.40} instead of a layer's number.")
     return key
 
 
 def _array(path: str, tensor: Any) -> np.ndarray:
-    """(n_embd,) or (rows, n_embd) float64."""
+    """A direction (n_embd,) or several (rows, n_embd), float64."""
     torch = _torch()
     is_plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
     if not is_plain or tensor.device.type != "cpu" or not tensor.is_floating_point():
         what = type(tensor).__name__ if not isinstance(tensor, torch.Tensor) else str(tensor.dtype)
-        raise VectorFileError(f"{path} holds {what!r:.40} in the place of a direction of numbers.")
-    # strides of 0 let a few bytes stand for any number of them
+        raise VectorFileError(f"{path} holds {what!r:.40} instead of a direction of numbers.")
+    # with strides of 0, a few bytes can stand for any number of values
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise VectorFileError(f"{path} is damaged: a tensor claims more numbers than the file has.")
     array = tensor.detach().to(torch.float64).numpy()

@@ -10,15 +10,15 @@ from localsteer.runtime.reply import Reply
 from .torch_backend import TorchBackend, torch
 from .torch_steering import steer_hooks
 
-BATCH = 16  # prompts of one forward pass
+BATCH = 16  # prompts per forward pass
 
 
 def torch_replies(
     backend: TorchBackend, prompts: Sequence[Sequence[int]], plan: Plan | None, *, max_tokens: int
 ) -> list[Reply]:
-    """One reply for each prompt (token ids), in their order, all under one plan.
+    """One reply for each prompt (token ids), in order, all under one plan.
 
-    Prompts of one length go through together: padding on the left would move positions.
+    Prompts of equal length are batched: padding on the left would shift positions.
     """
     replies: list[Reply | None] = [None] * len(prompts)
     by_length: dict[int, list[int]] = {}
@@ -27,8 +27,10 @@ def torch_replies(
     for n_prompt, rows in by_length.items():
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
-            found = _generate(backend, [prompts[i] for i in part], plan or Plan.none(), n_prompt, max_tokens)
-            for i, reply in zip(part, found, strict=True):
+            answers = _generate(
+                backend, [prompts[i] for i in part], plan or Plan.none(), n_prompt, max_tokens
+            )
+            for i, reply in zip(part, answers, strict=True):
                 replies[i] = reply
     return replies
 
@@ -40,12 +42,12 @@ def _generate(
     ends = _ends(backend)
     options = {"max_new_tokens": max_tokens, "do_sample": False, "pad_token_id": ends[0]}
     with torch.inference_mode(), steer_hooks(backend.model, plan, n_prompt):
-        found = backend.model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
-    return [_reply(backend, row[n_prompt:].tolist(), ends) for row in found]
+        sequences = backend.model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    return [_reply(backend, row[n_prompt:].tolist(), ends) for row in sequences]
 
 
 def _reply(backend: TorchBackend, tokens: list[int], ends: Sequence[int]) -> Reply:
-    """Up to the first token that ends a reply, or a stop string of the template; else "length"."""
+    """The reply up to the first end token or stop string of the template; otherwise it ends with "length"."""
     end = next((i for i, token in enumerate(tokens) if token in ends), None)
     kept = tokens if end is None else tokens[:end]
     text = backend.tokenizer.decode(kept, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""The reference arithmetic of steering.py as PyTorch hooks, to compare a native run with."""
+"""The reference arithmetic of steering.py as PyTorch hooks, with which native runs are compared."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from localsteer.plan import Plan, PositionClass
 from .torch_backend import decoder_layers, layer_output, torch, transformers
 
 # isort: split
-from localsteer.torch_arithmetic import apply_program  # after torch_backend, which says what is missing
+from localsteer.torch_arithmetic import apply_program  # after torch_backend, which reports missing packages
 
-CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # the last of recurrent models
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # the last one is used by recurrent models
 
 
 @contextmanager
 def steer_hooks(model: Any, plan: Plan, n_prompt: int | None = None) -> Iterator[None]:
-    """Inside the layer, forward passes and `generate` of a transformers model are steered by `plan`.
+    """Within the `with` block, forward passes and `generate` of a transformers model are steered by `plan`.
 
     Rows of a batch must not be padded on the left: a token's class follows from its position, and the first
     `n_prompt` tokens are the prompt (None: all of them).
@@ -41,42 +41,43 @@ def steer_hooks(model: Any, plan: Plan, n_prompt: int | None = None) -> Iterator
 def greedy_tokens(
     model: Any, ids: Sequence[int], plans: Sequence[Plan], *, max_tokens: int, ends: Callable[[int], bool]
 ) -> list[int]:
-    """A greedy reply, each plan applied to what the ones before it left: one after the other at one layer,
-    which no single Plan does (it solves jointly). ends: whether a token ends the reply, as no part of it.
+    """A greedy reply with the plans applied one after the other at each layer, which no single Plan does (it
+    solves jointly). ends: whether a token ends the reply; that token is not part of it.
     """
     reply: list[int] = []
-    given = torch.tensor([list(ids)], device=model.device)
-    cache = {cache_argument(model): reply_cache(model)}  # every pass adds to it
+    inputs = torch.tensor([list(ids)], device=model.device)
+    cache = {cache_argument(model): reply_cache(model)}  # every forward pass adds to it
     with torch.inference_mode(), ExitStack() as stack:
         for plan in plans:
             stack.enter_context(steer_hooks(model, plan, n_prompt=len(ids)))
         while len(reply) < max_tokens:
-            token = int(model(input_ids=given, use_cache=True, **cache).logits[0, -1].argmax())
+            token = int(model(input_ids=inputs, use_cache=True, **cache).logits[0, -1].argmax())
             if ends(token):
                 break
             reply.append(token)
-            given = torch.tensor([[token]], device=model.device)
+            inputs = torch.tensor([[token]], device=model.device)
     return reply
 
 
 def reply_cache(model: Any) -> Any:
-    """An empty KV cache. The config tells it which layers keep a recurrent state, not keys and values."""
+    """An empty KV cache. The config says which layers keep a recurrent state instead of keys and values."""
     if "config" in inspect.signature(transformers.DynamicCache.__init__).parameters:
         return transformers.DynamicCache(config=model.config)
     return (
         transformers.DynamicCache()
-    )  # transformers before 4.56, where hybrid models had caches of their own
+    )  # transformers before 4.56, in which hybrid models had their own caches
 
 
 def cache_argument(model: Any) -> str:
-    """What the forward pass of a model calls its cache, which depends on the model and on the version."""
+    """The name of the cache argument of a model's forward pass, which depends on the model and the
+    version."""
     known = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_ARGUMENTS if name in known), "past_key_values")
 
 
 class _Position:
-    """Where the tokens of the current forward pass begin: after those that the cache holds. A wrong position
-    steers silently, so that a cache which can't tell is refused unless it was empty when it came."""
+    """Tracks where the tokens of the current forward pass begin: after those in the cache. A wrong position
+    would go unnoticed, so a cache that can't tell is refused unless it was empty at the start."""
 
     start = 0
 
@@ -85,7 +86,7 @@ class _Position:
         self._n_seen = 0  # tokens that went into it
 
     def update(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # known by what it can do, or by its name
+        # recognised by what it can do, or by its name
         cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
         if cache is None:
             named = (kwargs.get(name) for name in CACHE_ARGUMENTS)
@@ -101,7 +102,7 @@ class _Position:
     def _length(self, cache: Any) -> int:
         try:
             return int(cache.get_seq_length())
-        except (AttributeError, ValueError) as error:  # recurrent layers alone: their states have no length
+        except (AttributeError, ValueError) as error:  # only recurrent layers, whose states have no length
             if cache is self._cache:
                 return self._n_seen
             if _is_used(cache):
@@ -113,7 +114,7 @@ class _Position:
 
 
 def _is_used(cache: Any) -> bool:
-    """Whether a recurrent cache has a state already; False where this version of transformers can't tell."""
+    """Whether a recurrent cache already has a state; False if this version of transformers can't tell."""
     has = getattr(cache, "has_previous_state", False)
     return bool(has() if callable(has) else has)
 

@@ -1,12 +1,11 @@
-"""A vector of one model, used in another: as it is, or through a map between their states.
+"""Uses a vector of one model in another: as it is, or through a map between their states.
 
     same tokens, layers and width (another quantization, the base model)   as it is
     same width, another model                                              as it is, by depth, recalibrated
     another width                                                          a ridge map, fitted on prompts
 
-`Engine` refuses a vector of another model, and rightly so: what comes out here says in its provenance that it
-belongs to the target now, and where it is from. Whether it does anything there, `evaluate/transfer.py` finds
-out.
+`Engine` rightly refuses a vector of another model. The provenance of the vectors made here says that they
+belong to the target, and where they are from. `evaluate/transfer.py` measures whether they do anything there.
 """
 
 from __future__ import annotations
@@ -30,20 +29,20 @@ if TYPE_CHECKING:
     from localsteer.extract.gguf_backend import GgufBackend
 
 AS_IS, OTHER_MODEL, MAPPED = "as is", "another model of the same width", "mapped"
-UNMAPPED = "unmapped"  # the control of a map: the source's own numbers
+UNMAPPED = "unmapped"  # the control of a map: the source's unmapped numbers
 KEPT = ("instruction_id", "instruction", "phrasings", "group", "verifier", "kwargs", "method", "n_pairs")
 ORIGIN = ("model_name", "architecture", "template_hash", "source_hash", "backend")
-N_PROMPTS = 400  # shared prompts that a map is fitted on
+N_PROMPTS = 400  # shared prompts to fit a map on
 MIN_PROMPTS = 20
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean eigenvalue of the states' Gram matrix
-HELD_OUT = 0.2  # of the prompts' queries, to choose the ridge and to say how good the map is
+HELD_OUT = 0.2  # share of the queries held out, to choose the ridge and to measure the map
 
 
 # --- as it is ----------------------------------------------------------------------------------------------
 
 
 def relation(vector: ControlVector, target: Backend) -> str:
-    """AS_IS, OTHER_MODEL, or MAPPED (the width differs): the way that a vector can go to `target`."""
+    """How a vector can be used in `target`: AS_IS, OTHER_MODEL, or MAPPED (the width differs)."""
     if vector.n_embd != target.n_embd:
         return MAPPED
     known = vector.provenance
@@ -53,8 +52,8 @@ def relation(vector: ControlVector, target: Backend) -> str:
 
 
 def carry(vector: ControlVector, target: Backend) -> ControlVector:
-    """The same directions as a vector of `target`; where the depths differ, each layer takes the one at the
-    same share of the depth. Gates come along. Raises MismatchError for another width."""
+    """The same directions as a vector of `target`; if the depths differ, each layer takes the direction at
+    the same share of the depth. Gates are kept. Raises MismatchError for another width."""
     if vector.n_embd != target.n_embd:
         raise MismatchError(
             f"{vector.label} is {vector.n_embd} wide but {target.model_name} is {target.n_embd}: "
@@ -67,17 +66,19 @@ def carry(vector: ControlVector, target: Backend) -> ControlVector:
 
 
 def carry_to_other_model(vector: ControlVector, target: Backend, pairs: Sequence[Pair]) -> ControlVector:
-    """The same with mean projections measured in the target: those of another model mean nothing there."""
+    """The same, with mean projections measured in the target, since those of another model mean nothing
+    there."""
     carried = calibrate(target, carry(vector, target), pairs).vector
     return adopt(vector, target, OTHER_MODEL, **_arrays(carried))
 
 
 def adopt(vector: ControlVector, target: Backend, way: str, **arrays: Any) -> ControlVector:
-    """`vector` with other arrays, saying that it is of `target`: its architecture, template and tokens in
-    place of those of the model that it was made from, which stay under `transferred_from`.
+    """`vector` with other arrays, as a vector of `target`: with its architecture, template and tokens; those
+    of the model that it was made from are kept under `transferred_from`.
 
-    Figures of its tuning do not come along: they were another model's. arrays: directions and statistics, and
-    readers and biases if the gates go along. Raises PlanError for a gated vector that does not go as it is.
+    The figures of its tuning are dropped, since they belong to another model. arrays: directions and
+    statistics, and readers and biases if the gates are kept. Raises PlanError for a gated vector that is not
+    used as it is.
     """
     if vector.mode == "gate" and way != AS_IS:
         raise PlanError(
@@ -105,7 +106,7 @@ def adopt(vector: ControlVector, target: Backend, way: str, **arrays: Any) -> Co
 
 
 def layers_by_depth(n_from: int, n_to: int) -> list[int]:
-    """For each layer of the target, the source's at the same share of the depth."""
+    """For each layer of the target, the source's layer at the same share of the depth."""
     return [round(il * _scale(n_to, n_from)) for il in range(n_to)]
 
 
@@ -123,7 +124,7 @@ def _arrays(vector: ControlVector) -> JsonObject:
 
 
 def _probes(vector: ControlVector, target: Backend) -> list[list[Any]]:
-    """Of the target's own template and tokens, so that a third model is refused."""
+    """Probes with the target's template and tokens, so that a third model is refused."""
     phrasing = next(iter(vector.phrasings), "Answer briefly.")
     texts = [render(target, text) for text in ("What is a river?", f"What is a river? {phrasing}")]
     return [[text, target.tokenize(text)] for text in texts]
@@ -137,8 +138,8 @@ class LayerMap:
     """h_to = (h_from - centre_from) X^T A + centre_to, X the n centred states that it was fitted on: weights
     of n x (width + width) numbers, where the whole matrix would have width x width.
 
-    source: the layer of the source model. ridge: times the mean eigenvalue. r2: on prompts that had no part
-    in the fit; 0 is no better than the target's mean state.
+    source: the layer of the source model. ridge: times the mean eigenvalue. r2: on prompts not used in the
+    fit; 0 is no better than the target's mean state.
     """
 
     source: int
@@ -150,16 +151,16 @@ class LayerMap:
     r2: float
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
-        """(..., width of the source) -> (..., width of the target)."""
+        """Map states (..., width of the source) to (..., width of the target)."""
         return (states - self.centre_from) @ self.states.T @ self.weights + self.centre_to
 
 
 def fit_maps(
     source: np.ndarray, target: np.ndarray, groups: Sequence[str], *, shuffle: bool = False, seed: int = 0
 ) -> list[LayerMap]:
-    """A map for each of the target's layers. source, target: (n, n_layer, n_embd) of each model, states of
-    the same prompts. groups: the prompts' queries; some are held out whole. shuffle: give each prompt the
-    target's state of another one, a control that knows nothing but the models' means; the ridges are those
+    """A map for each of the target's layers. source, target: (n, n_layer, n_embd) for each model, states of
+    the same prompts. groups: the prompts' queries; some are held out as a whole. shuffle: pair each prompt
+    with the target's state of another one, a control that knows only the models' means; its ridges are those
     of the true map.
 
     Raises CatalogError for fewer than MIN_PROMPTS prompts, or fewer than two queries.
@@ -174,11 +175,11 @@ def fit_maps(
     if not shuffle:
         return maps
     others = target[np.random.default_rng(seed).permutation(len(target))]
-    return [_refit(each, source[:, each.source], others[:, t]) for t, each in enumerate(maps)]
+    return [_refit(layer_map, source[:, layer_map.source], others[:, t]) for t, layer_map in enumerate(maps)]
 
 
 def _held_out(groups: Sequence[str], seed: int) -> np.ndarray:
-    """(n,) bool."""
+    """Which prompts are held out, (n,) bool."""
     names = list(dict.fromkeys(groups))
     n = max(1, round(HELD_OUT * len(names)))
     chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:n]}
@@ -198,7 +199,7 @@ def _fit(source: np.ndarray, target: np.ndarray, held_out: np.ndarray, layer: in
 
 
 def _refit(fitted: LayerMap, source: np.ndarray, target: np.ndarray) -> LayerMap:
-    """The same ridge on other states; r2 is NaN: nothing was held out."""
+    """A map with the same ridge on other states; r2 is NaN, since nothing was held out."""
     ridge = _Ridge(source.astype(np.float64), target.astype(np.float64))
     weights = ridge.weights(fitted.ridge)
     return replace(fitted, weights=weights, centre_to=ridge.y_mean, r2=float("nan"))
@@ -215,7 +216,7 @@ class _Ridge:
         self._rotated = self._vectors.T @ (y - self.y_mean)
 
     def weights(self, ridge: float) -> np.ndarray:
-        """(n, width of the target)."""
+        """The fitted weights, (n, width of the target)."""
         shift = ridge * max(self._values.mean(), 1e-30)
         return self._vectors @ (self._rotated / (self._values + shift)[:, None])
 
@@ -224,12 +225,16 @@ class _Ridge:
 
 
 def shared_prompts(catalog: Catalog, instruction: Instruction, n: int = N_PROMPTS) -> list[Pair]:
-    """Base queries plain and with other instructions of the catalogue in turn, as pairs of the prompt and its
-    query. Never with the instruction itself or one of its kind: then the map would be told the answer.
+    """Base queries, plain and with other instructions of the catalogue in turn, as pairs of prompt and query.
+    Never with the instruction itself or one of its kind, which would tell the map the answer.
     """
     queries = catalog.queries_for(instruction, "extraction")
-    usable = [each for each in catalog.instructions.values() if set(each.open_slots) <= set(each.slots)]
-    others = [each.fill() for each in usable if not alike(instruction, each)]
+    usable = [
+        candidate
+        for candidate in catalog.instructions.values()
+        if set(candidate.open_slots) <= set(candidate.slots)
+    ]
+    others = [candidate.fill() for candidate in usable if not alike(instruction, candidate)]
     prompts: dict[str, Pair] = {}
     for i in range(max(n, 1)):
         query = queries[i // 2 % len(queries)].text
@@ -240,8 +245,8 @@ def shared_prompts(catalog: Catalog, instruction: Instruction, n: int = N_PROMPT
 
 
 def readable(prompts: Sequence[Pair], *backends: GgufBackend) -> list[Pair]:
-    """The prompts that all of these models can read: a small vocabulary lacks some characters, and a small
-    context has no room for the longest."""
+    """The prompts that all of these models can read, since a small vocabulary lacks some characters, and a
+    small context has no room for the longest."""
 
     def can_read(backend: GgufBackend, text: str) -> bool:
         try:
@@ -253,7 +258,7 @@ def readable(prompts: Sequence[Pair], *backends: GgufBackend) -> list[Pair]:
 
 
 def mean_states(backend: Backend, pairs: Sequence[Pair], on_progress: Progress | None = None) -> np.ndarray:
-    """(2, n_layer, n_embd) float64: mean states without the instruction, and with it."""
+    """Mean states without and with the instruction, (2, n_layer, n_embd) float64."""
     means = RunningMeans(backend.n_layer, backend.n_embd)
     texts = [pair.instructed for pair in pairs] + [pair.plain for pair in pairs]
     for batch, states in stream_states(backend, texts, on_progress):
@@ -262,7 +267,7 @@ def mean_states(backend: Backend, pairs: Sequence[Pair], on_progress: Progress |
 
 
 def all_states(backend: Backend, prompts: Sequence[str], on_progress: Progress | None = None) -> np.ndarray:
-    """(n, n_layer, n_embd) float32, in order."""
+    """The states, (n, n_layer, n_embd) float32, in order."""
     every = np.empty((len(prompts), backend.n_layer, backend.n_embd), np.float32)
     for batch, states in stream_states(backend, prompts, on_progress):
         every[batch] = states
@@ -272,8 +277,8 @@ def all_states(backend: Backend, prompts: Sequence[str], on_progress: Progress |
 def send_through(
     vector: ControlVector, target: Backend, maps: Sequence[LayerMap], means: np.ndarray
 ) -> ControlVector:
-    """The vector of `target` whose mean states are the source's (`means`, of `mean_states`), mapped."""
-    mapped = np.stack([each(means[:, each.source]) for each in maps], axis=1)
+    """The vector of `target` made from the source's mean states (`means`, from `mean_states`), mapped."""
+    mapped = np.stack([layer_map(means[:, layer_map.source]) for layer_map in maps], axis=1)
     directions = (mapped[1] - mapped[0]).astype(np.float32)
     units = unit_rows(directions.astype(np.float64))
     without, instructed = np.einsum("sle,le->sl", mapped, units)
@@ -290,7 +295,8 @@ def send_through(
 
 
 def unmapped(vector: ControlVector, mapped: ControlVector, plain_mean: np.ndarray) -> ControlVector:
-    """The source's own numbers in the target, cut off or filled with zeros, at the lengths of `mapped`."""
+    """The source's unmapped numbers in the target, cut off or padded with zeros, at the lengths of
+    `mapped`."""
     rows = layers_by_depth(vector.n_layer, mapped.n_layer)
     width = min(vector.n_embd, mapped.n_embd)
     directions = np.zeros(mapped.directions.shape, np.float64)

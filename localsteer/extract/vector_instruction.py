@@ -1,6 +1,6 @@
-"""Which instruction a vector file is of, with the verifier and the queries that it is tuned and evaluated by.
+"""The instruction of a vector file, with the verifier and the queries by which it is tuned and evaluated.
 
-`calibrate.instruction_of` is another: what the file alone says, from which its pairs are built again.
+`calibrate.instruction_of` differs: it uses only what the file says, to rebuild its pairs.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from localsteer.vector import ControlVector
 
 
 def instruction_of(vector: ControlVector, catalog: Catalog, path: Path) -> Instruction:
-    """The instruction that a vector file is of: the catalogue's of its id, filled as the file says.
+    """The instruction of a vector file: the catalogue's instruction of that id, with slots filled as in the
+    file.
 
-    Raises CatalogError for a vector that names no instruction, or one that the catalogue lacks and whose file
+    Raises CatalogError for a vector that names no instruction, or one that the catalogue lacks if the file
     does not hold its wording.
     """
     origin = vector.provenance
@@ -27,30 +28,30 @@ def instruction_of(vector: ControlVector, catalog: Catalog, path: Path) -> Instr
     phrasings = vector.phrasings
     if phrasings:
         group, verifier, kwargs = origin.get("group"), origin.get("verifier"), origin.get("kwargs")
-        made = known or Instruction(name, phrasings, group=str(group or "format"))
+        instruction = known or Instruction(name, phrasings, group=str(group or "format"))
         if known and known.id == name and not known.open_slots:
             return known.fill()
         return replace(
-            made,
+            instruction,
             id=name,
             phrasings=phrasings,
             verifier=verifier,
             kwargs=dict(kwargs or {}),
             literal=True,
             held_out_phrasings=(),
-            queries=made.queries or _queries_for(catalog, verifier, kwargs),
+            queries=instruction.queries or _queries_for(catalog, verifier, kwargs),
         )
     if known is None:
         raise CatalogError(
-            f"{path} does not say which instruction it is of, and {catalog.source} has no {name!r}: name it "
+            f"{path} does not say which instruction it is for, and {catalog.source} has no {name!r}: name it "
             "after an instruction (`localsteer convert import --name ID`), or extract it from this model."
         )
     return known.fill()
 
 
 def _queries_for(catalog: Catalog, verifier: Any, kwargs: Any) -> Mapping[str, tuple[Query, ...]]:
-    """Those of the catalogue's instruction that asks for the same, if it has its own: replies to others hold
-    no `moon` that `exclude_word:moon` could take out."""
+    """The queries of the catalogue's instruction that asks for the same, if it has its own: replies to other
+    queries contain no `moon` that `exclude_word:moon` could avoid."""
     same = (
         instruction
         for instruction in catalog.instructions.values()

@@ -1,12 +1,12 @@
-"""Vectors that are learned by likelihood, for instructions that the model does not follow when it is told to.
+"""Vectors learned by likelihood, for instructions that the model does not follow when told to.
 
     from localsteer.learn import learn
     lesson = learn(engine, instruction, queries, validation)
     lesson.vector.save("json.gguf")
 
-Difference in means (extract/) finds what telling does to a state. Where telling does nothing there is nothing
-to find, and a rank-1 edit is learned that makes replies likely which follow: the model's own, rewritten.
-PyTorch is needed here, and not to run what is learned.
+Difference in means (extract/) finds what telling does to a state. If telling does nothing, there is nothing
+to find. Instead, a rank-1 edit is learned that makes replies which follow likely: the model's own, rewritten.
+This needs PyTorch; running the learned vector does not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loss of a lesson, step by step, as a picture. matplotlib."""
+"""Draws the loss of a lesson, step by step, with matplotlib."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def draw(lesson: Lesson, path: str) -> None:
-    """Training and held-out loss, nats per token."""
+    """Draw training and held-out loss, in nats per token."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

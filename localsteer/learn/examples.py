@@ -1,7 +1,7 @@
-"""What a vector learns from: plain prompts, each with the reply that it should get there.
+"""What a vector learns from: plain prompts, each with the reply that it should get.
 
-The told model's replies where it follows; elsewhere the model's own plain reply, rewritten so that the
-verifier passes; or pairs that the user brings.
+These are the told model's replies if it follows; otherwise the model's own plain replies, rewritten until the
+verifier passes; or pairs supplied by the user.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from localsteer.runtime.reply import Reply
     from localsteer.vector import ControlVector
 
-FEWEST = 4  # examples; fewer are learned by heart
-MAX_TOKENS = 192  # of a reply
-LEAST_WORDS = 40  # of the paragraphs that are left of a reply without an end
-# The told model's replies are taken where it follows at least this often: they are what it would say by
-# itself. Where it rarely does, the few that pass are its oddest.
+FEWEST = 4  # examples; fewer would be learned by heart
+MAX_TOKENS = 192  # tokens of a reply
+LEAST_WORDS = 40  # words of the paragraphs that are kept of a reply without an end
+# The told model's replies are used if it follows at least this often: they are what it would say by itself.
+# If it rarely follows, the few replies that pass are its oddest.
 FOLLOWS = 0.5
-N_TRIED = 8  # queries that tell whether it does
-N_FOLLOWING = 16  # replies that follow, every one of them, show that there is nothing left to mend
-RUN = 3  # tokens in a row that a rewritten reply shares with the plain one: what lies outside was rewritten
+N_TRIED = 8  # queries that decide whether it does
+N_FOLLOWING = 16  # if this many replies all follow, there is nothing left to improve
+RUN = 3  # tokens in a row that a rewritten reply must share with the plain one to count as unchanged
 
 Report = Callable[[str, int, int], None]
 Plain = Callable[["Engine", Sequence[str], int], "list[Reply]"]
@@ -46,10 +46,10 @@ Plain = Callable[["Engine", Sequence[str], int], "list[Reply]"]
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """prompt, reply: token ids, the reply with the token that ends it, where it ends.
+    """prompt, reply: token ids, the reply with its end token if it ends.
 
-    kept: (n_reply,) bool, the tokens that the plain reply has as well: the instruction is no concern of
-    theirs. source: "told", "rewritten" or "given".
+    kept: (n_reply,) bool, the tokens that the plain reply has as well, which the instruction does not
+    concern. source: "told", "rewritten" or "given".
     """
 
     prompt: tuple[int, ...]
@@ -72,9 +72,10 @@ def of_instruction(
     report: Report | None = None,
     plain: Plain | None = None,
 ) -> list[Example]:
-    """One for each query that brings any. plain: brings the model's own replies (kept.PlainReplies.of).
+    """One example for each query that yields one. plain: returns the model's own replies
+    (kept.PlainReplies.of).
 
-    Raises LocalsteerError for fewer than four, and says why.
+    Raises LocalsteerError, with the reason, for fewer than four.
     """
     report = report or (lambda _what, _done, _total: None)
     told = _told(engine, instruction, queries, max_tokens, report)
@@ -82,8 +83,8 @@ def of_instruction(
         return _enough(told, instruction, f"{len(told)} of {len(queries)} told replies follow")
     if instruction.verifier is None or not can_rewrite(instruction.verifier):
         raise LocalsteerError(
-            f"{instruction.id} can't be learned: the model follows it in too few replies when it is told to, "
-            "and no rule rewrites a plain reply so that it follows: give --examples of your own."
+            f"{instruction.id} can't be learned: the model follows it in too few replies when told to, "
+            "and no rule can rewrite a plain reply to follow it: supply your own --examples."
         )
     report("plain replies to rewrite", 0, len(queries))
     replies = (plain or _replies)(engine, [query.text for query in queries], max_tokens)
@@ -100,7 +101,8 @@ def of_instruction(
 def _told(
     engine: Engine, instruction: Instruction, queries: Sequence[Query], max_tokens: int, report: Report
 ) -> list[Example] | None:
-    """Of the told model; None where it follows too rarely. A reply that can't follow any more ends there."""
+    """Examples from the told model; None if it follows too rarely. A reply that can no longer follow is
+    ended."""
     if not instruction.phrasings:
         return None
     found: list[Example] = []
@@ -122,8 +124,8 @@ def _told(
 def rewritten(
     engine: Engine, instruction: Instruction, query: Query, reply: Reply, seed: int
 ) -> Example | None:
-    """None where the reply can't be rewritten. One that still has no end stays open, unless its form has an
-    end of its own (JSON's last brace), which anything more would break."""
+    """The example of a rewritten reply, or None if it can't be rewritten. One that still has no end stays
+    open, unless its form has its own end (JSON's last brace), after which anything more would break it."""
     said, was_cut = _with_an_end(reply)
     if is_degenerate(said):
         return None
@@ -143,7 +145,7 @@ def all_follow(
     *,
     max_tokens: int = MAX_TOKENS,
 ) -> bool:
-    """Whether the replies to the first queries all follow under a vector. One that is not good enough mostly
+    """Whether the steered replies to the first queries all follow. A vector that is not good enough usually
     shows it in the first few."""
     plan = Plan.from_vectors([vector])
     for some in (queries[: N_FOLLOWING // 2], queries[N_FOLLOWING // 2 : N_FOLLOWING]):
@@ -166,10 +168,10 @@ def of_steered(
     seed: int = 0,
     report: Report | None = None,
 ) -> list[Example]:
-    """What the model says under a vector, rewritten where it does not follow yet: the mistakes that are left,
-    in the places where they are made. None of a reply that is degenerate, or that can't be rewritten."""
+    """Examples from steered replies, rewritten if they do not follow yet: these correct the remaining
+    mistakes where they are made. Replies that are degenerate, or can't be rewritten, are left out."""
     if report:
-        report("replies under what was learned", 0, len(queries))
+        report("replies with the learned vector", 0, len(queries))
     replies = _replies(engine, [query.text for query in queries], max_tokens, vector)
     pairs = zip(queries, replies, strict=True)
     examples = [
@@ -181,10 +183,10 @@ def of_steered(
 
 
 def _with_an_end(reply: Reply) -> tuple[str, bool]:
-    """The text, and whether the limit still cuts it.
+    """The text, and whether it is still cut by the limit.
 
-    A reply that was cut, or that goes round in circles, ends after its first paragraphs: the model learns to
-    end where it would begin another. An end after just any sentence can't be foreseen, and is never likely
+    A reply that was cut, or that loops, is made to end after its first paragraphs: the model learns to end
+    where it would begin another. An end after just any sentence can't be foreseen, and never becomes likely
     enough for greedy decoding: JSON would not be closed.
     """
     said = trim_before_loop(reply.text)
@@ -196,15 +198,15 @@ def _with_an_end(reply: Reply) -> tuple[str, bool]:
 
 
 def _going_on(text: str) -> str:
-    """The text as it would read if the reply went on in its own manner, and was cut in mid-sentence."""
+    """The text as if the reply continued in its own manner and was cut in mid-sentence."""
     return text + "\n\n" + text[: len(text) // 2]
 
 
 def of_pairs(engine: Engine, path: str | Path) -> tuple[list[Example], list[Query]]:
-    """Of a JSONL file of {"prompt": ..., "reply": ...}; and its prompts as queries.
+    """The examples of a JSONL file of {"prompt": ..., "reply": ...}, and its prompts as queries.
 
-    Raises LocalsteerError for a file that can't be read, names the line that is wrong, and for fewer than
-    four.
+    Raises LocalsteerError for a file that can't be read, for a wrong line, which it names, and for fewer than
+    four examples.
     """
     path = Path(path)
     try:
@@ -215,13 +217,13 @@ def of_pairs(engine: Engine, path: str | Path) -> tuple[list[Example], list[Quer
         ) from None
     pairs = [_pair(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     if len(pairs) < FEWEST:
-        raise LocalsteerError(f"{path} holds {len(pairs)} examples: give {FEWEST} or more.")
+        raise LocalsteerError(f"{path} holds {len(pairs)} examples: at least {FEWEST} are needed.")
     examples = []
     for where, prompt, reply in pairs:
         example = _from_text(engine, prompt, reply, ends=True, plain=(), source="given")
         if len(example.tokens) > engine.n_ctx:
             raise LocalsteerError(
-                f"{where}: prompt and reply are {len(example.tokens)} tokens, and the context holds "
+                f"{where}: prompt and reply have {len(example.tokens)} tokens, but the context holds "
                 f"{engine.n_ctx}: shorten the reply, or raise -c."
             )
         examples.append(example)
@@ -232,18 +234,18 @@ def _pair(line: str, where: str) -> tuple[str, str, str]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise LocalsteerError(f"{where}: not readable as JSON ({error}).") from None
+        raise LocalsteerError(f"{where}: not JSON ({error}).") from None
     texts = [record.get(key) if isinstance(record, dict) else None for key in ("prompt", "reply")]
     for key, text in zip(("prompt", "reply"), texts, strict=True):
         if not isinstance(text, str) or not text.strip():
-            raise LocalsteerError(f"{where}: {key!r} must be a text that is not empty.")
+            raise LocalsteerError(f"{where}: {key!r} must be a text, and not empty.")
     return where, texts[0], texts[1]
 
 
 def _enough(examples: list[Example], instruction: Instruction, what: str) -> list[Example]:
     if len(examples) < FEWEST:
         raise LocalsteerError(
-            f"{instruction.id} can't be learned: {what}, and {FEWEST} are needed: give your own --examples."
+            f"{instruction.id} can't be learned: {what}, and {FEWEST} are needed: supply your own --examples."
         )
     return examples
 
@@ -273,8 +275,8 @@ def _from_text(
 
 
 def shared(tokens: Sequence[int], plain: Sequence[int]) -> np.ndarray:
-    """(n,) bool: the tokens that stand in runs which the plain reply has as well, but for the first of each
-    run, which tells what comes next after something that was rewritten."""
+    """(n,) bool: the tokens in runs that the plain reply has as well, except the first of each run, since
+    that is what follows something rewritten."""
     kept = np.zeros(len(tokens), bool)
     matcher = SequenceMatcher(None, list(tokens), list(plain), autojunk=False)
     for start, _, size in matcher.get_matching_blocks():

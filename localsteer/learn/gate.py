@@ -1,7 +1,7 @@
-"""The edit that is learned: x <- x + (w.n(x) + b) z at one layer, n(x) = x / rms(x). torch.
+"""The edit that is learned, in PyTorch: x <- x + (w.n(x) + b) z at one layer, n(x) = x / rms(x).
 
-A rank-1 edit with a weight that is read from the state, as LoReFT's (Wu et al., arXiv 2404.03592) with its
-two sides apart; `constant` leaves w at 0, which makes it an ordinary control vector.
+A rank-1 edit whose weight is read from the state, like LoReFT's (Wu et al., arXiv 2404.03592) with separate
+reader and writer; `constant` leaves w at 0, which gives an ordinary control vector.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from localsteer.extract.torch_backend import torch
 from localsteer.steering import RMS_EPS
 
-READER_NOISE = 1e-3  # standard deviation of w at the start: at 0 it would never move from z's first steps
+READER_NOISE = 1e-3  # standard deviation of w at the start; at 0 it would get no gradient until z has moved
 
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """reader, writer: (n_embd,) float32, the writer in residual-stream units. mean: of the gate, over the
+    """reader, writer: (n_embd,) float32, the writer in residual-stream units. mean: the gate's mean over the
     tokens of its examples."""
 
     reader: np.ndarray
@@ -29,8 +29,8 @@ class Learned:
 
 
 class Gate(torch.nn.Module):
-    """scale: length that a change of size 1 has, a tenth of a typical state at this layer: learning rates
-    then mean the same in every model."""
+    """scale: the length of a change of size 1, a tenth of a typical state at this layer, which makes learning
+    rates mean the same in every model."""
 
     def __init__(self, n_embd: int, scale: float, *, constant: bool, seed: int) -> None:
         super().__init__()
@@ -43,13 +43,14 @@ class Gate(torch.nn.Module):
         self.scale = scale
 
     def weights(self, hidden: Any) -> Any:
-        """(..., 1): what the writer is multiplied with."""
+        """The factors of the writer, (..., 1)."""
         x = hidden.float()
         normal = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS)
         return (normal @ self.reader + self.bias).unsqueeze(-1)
 
     def forward(self, hidden: Any, where: Any) -> Any:
-        """hidden: (..., n_embd). where: (...) bool, the tokens that are steered."""
+        """The states after the edit. hidden: (..., n_embd). where: (...) bool, the tokens that are
+        steered."""
         change = self.weights(hidden) * (self.scale * self.writer)
         return hidden + torch.where(where.unsqueeze(-1), change, 0.0).to(hidden.dtype)
 

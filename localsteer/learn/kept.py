@@ -1,6 +1,6 @@
-"""What a run of learning has done so far, in a folder, so that one that was killed goes on.
+"""What a run of learning has done so far, kept in a folder so that a run that was killed can continue.
 
-Each file has a seal (cache.py): one that is damaged is not there, and what it held is made again.
+Each file has a seal (cache.py): a damaged one counts as missing, and its contents are made again.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlainReplies:
-    """The model's own greedy replies, which are the same whatever is learned on it.
+    """The model's own greedy replies, which do not depend on what is learned.
 
-    folder: of one model file; None keeps nothing. They stay there when a run is over.
+    folder: for one model file; None keeps nothing. The replies stay there when a run is over.
     """
 
     folder: Path | None
@@ -51,15 +51,16 @@ class PlainReplies:
 
 
 class Kept:
-    """folder: of one run, made when something is kept; None keeps nothing. digest: of what is learned and
-    how; what was kept for another one is not read. plain: in the folder above, which is the model's."""
+    """folder: of one run, created when something is kept; None keeps nothing. digest: of what is learned and
+    how; what was kept under another digest is not read. plain: in the parent folder, which belongs to the
+    model."""
 
     def __init__(self, folder: Path | None, digest: str) -> None:
         self._folder, self._digest = folder, digest
         self.plain = PlainReplies(None if folder is None else folder.parent)
 
     def examples(self, own: bool = False) -> list[Example]:
-        """own: those of the model under what it had learned."""
+        """The kept examples. own: those from the model's steered replies."""
         record = self._read_json(_file(own))
         if not isinstance(record, dict) or record.get("digest") != self._digest:
             return []
@@ -68,7 +69,7 @@ class Kept:
                 Example(tuple(prompt), tuple(reply), np.array(kept, bool), source)
                 for prompt, reply, kept, source in record["examples"]
             ]
-        except (KeyError, TypeError, ValueError):  # damaged: made again
+        except (KeyError, TypeError, ValueError):  # damaged, so it is made again
             return []
 
     def keep_examples(self, examples: Sequence[Example], own: bool = False) -> None:
@@ -81,7 +82,7 @@ class Kept:
             return None
         try:
             state = torch.load(self._folder / "steps.pt", weights_only=True)
-        except Exception:  # of another version of torch, which raises nearly every type
+        except Exception:  # written by another version of torch, which can raise almost any type of error
             return None
         return state if isinstance(state, dict) and state.get("digest") == self._digest else None
 
@@ -106,7 +107,7 @@ class Kept:
 
 
 def _replies_in(path: Path | None) -> list[Reply]:
-    """None of them where the file is not there, or damaged."""
+    """The replies in a file; none if it is missing or damaged."""
     rows = [] if path is None else _read_json(path)
     try:
         return [Reply(text, list(tokens), finish_reason) for text, tokens, finish_reason in rows]

@@ -1,4 +1,5 @@
-"""The whole of it: examples, a short race of layers, the steps, and a check by generation in the engine."""
+"""Learning as a whole: examples, a short race of layers, the steps, and a check by generation in the
+engine."""
 
 from __future__ import annotations
 
@@ -36,13 +37,14 @@ METHOD = "learned by likelihood"
 N_EXAMPLES = 48
 N_HELD_OUT = 8
 N_CHECKED = 12  # validation queries of the check
-# Of a reply in the check: a form that must be closed (JSON) needs room.
+# tokens of a reply in the check: a form that must be closed (JSON) needs room
 MAX_TOKENS = gathering.MAX_TOKENS + 64
-DEPTHS = (0.65, 0.82)  # of the layers that race
+DEPTHS = (0.65, 0.82)  # steps of the layers that race
 RACE_STEPS = 8
 EVERY = 5  # steps between two looks at the held-out loss
-PATIENCE = 4  # looks without a better one, after which the steps end
-STRENGTHS = (1.0, 1.25)  # that are checked: what is learned by likelihood is at times a little short
+PATIENCE = 4  # the steps end after this many looks without improvement
+# strengths that are checked: a vector learned by likelihood is sometimes a little too weak
+STRENGTHS = (1.0, 1.25)
 
 DEFAULT = Recipe()
 
@@ -51,7 +53,7 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Look:
-    """What a curve of the steps is drawn from: nats per token."""
+    """A point of the loss curve, in nats per token."""
 
     step: int
     loss: float
@@ -60,8 +62,8 @@ class Look:
 
 @dataclass(frozen=True)
 class Lesson:
-    """vector: with its settings, and the record as provenance["validation"]. curve: of the steps on the layer
-    that won. helps: whether the check found it better than the model alone."""
+    """vector: with its settings, and the record as provenance["validation"]. curve: the loss on the layer
+    that won. helps: whether the check found the vector better than the plain model."""
 
     vector: ControlVector
     curve: tuple[Look, ...]
@@ -85,10 +87,10 @@ def learn(
     kept: Kept | None = None,
     report: Report | None = None,
 ) -> Lesson:
-    """A learned vector of one instruction for the engine's model.
+    """Learn a vector of one instruction for the engine's model.
 
-    queries: bring the examples, unless `examples` are given. validation: bring the check. checkpoint: whose
-    weights are used in place of the GGUF's. kept: examples and steps of a run that was stopped.
+    queries: for the examples, unless `examples` are given. validation: queries for the check. checkpoint: its
+    weights are used instead of the GGUF's. kept: examples and steps of a run that was stopped.
 
     Ctrl-C ends the steps and keeps the best so far. Raises LocalsteerError for what can't be learned.
     """
@@ -96,7 +98,7 @@ def learn(
     started = time.perf_counter()
     kept = kept or Kept(None, "")
     layers = checked_layers(recipe.layers, engine.model.n_layer)
-    # before the replies, which take a while; prompts and replies together are seldom longer
+    # checked before the replies, which take a while; prompts and replies together are seldom longer
     check_memory(engine, fast_dtype(), MICRO_BATCH * MAX_TOKENS)
     if examples is None:
         examples = kept.examples() or gathering.of_instruction(
@@ -109,7 +111,7 @@ def learn(
         )
         kept.keep_examples(examples)
     learning = _Learning(engine, list(examples), checkpoint, n_threads, kept, report)
-    # nothing judges replies of the user's own, and how they would have to be rewritten is not known
+    # nothing judges the user's replies, and it is not known how they would have to be rewritten
     judged = examples[0].source != "given" and instruction.verifier is not None
     try:
         stopped = False
@@ -150,9 +152,9 @@ def _take_steps(
 
 
 class _Learning:
-    """The steps of a run: on the examples, then on what the model says under what it has learned by then.
+    """The steps of a run: on the examples, then on the model's replies with what it has learned by then.
 
-    training: of the steps that were taken last. curve: of all of them, on the layer that won.
+    training: that of the latest steps. curve: of all steps, on the layer that won.
     """
 
     def __init__(
@@ -168,27 +170,28 @@ class _Learning:
         n_tokens = MICRO_BATCH * max(len(example.tokens) for example in examples)
         report("loading the weights", 0, 0)
         self._weights = Weights.load(engine, checkpoint, n_tokens=n_tokens, n_threads=n_threads)
-        # of few examples none can be spared for looking: they are learned by heart a little
+        # with few examples, none can be held out: they are then learned by heart to some degree
         n_held = min(N_HELD_OUT, len(examples) // 4)
         self._examples, self._held_out = examples[n_held:], examples[:n_held] or examples
         self._state = kept.state() or {}
         self.curve = [Look(*look) for look in self._state.get("curve", ())]
         self.training: Training | None = None
-        self._first: Training | None = None  # once the steps on its own replies have begun
+        self._first: Training | None = None  # once the steps on the model's own replies have begun
 
     @property
     def n_steps(self) -> int:
         return sum(training.step for training in (self._first, self.training) if training is not None)
 
     def race(self, layers: Sequence[int], recipe: Recipe) -> None:
-        """Goes on with the layer that has the lowest held-out loss after a few steps."""
+        """Race the layers, and keep the one with the lowest held-out loss after a few steps."""
         layers = [self._state["layer"]] if self._state else layers
         self._own = self._prepared(self._examples, layers)
         self._held = self._prepared(self._held_out, layers)
         if not all(is_exact(self._weights, layer, self._own[0]) for layer in layers):
             raise LocalsteerError(
-                "layers of this model take more than the output of those below (keys and values, for one), "
-                "so they can't be run from the middle on: give a model of another architecture."
+                "layers of this model take more than the output of those below (keys and values, "
+                "for instance), "
+                "so they can't be run from the middle on: use a model of another architecture."
             )
         runners = [Training(self._weights, layer, self._own, self._held, recipe) for layer in layers]
         if self._state:
@@ -201,7 +204,7 @@ class _Learning:
         self.training = min(runners, key=lambda runner: runner.best)
 
     def steps(self, n_steps: int, until: int) -> None:
-        """At most n_steps in all; it returns at the first look from step `until` on."""
+        """Take steps, at most n_steps in all; returns at the first look from step `until` on."""
         training, before = self.training, self._first.step if self._first else 0
         while training.step < until and training.stale < PATIENCE:
             training.run(min(EVERY, n_steps - training.step))
@@ -224,8 +227,8 @@ class _Learning:
             )
 
     def does(self, instruction: Instruction, queries: Sequence[Query], recipe: Recipe) -> bool:
-        """Whether the quantized model does by now what it should, to every question that it is asked here."""
-        if self._state.get("first"):  # it was asked before, or the second round would not have begun
+        """Whether the quantized model now follows in every reply that it is asked for here."""
+        if self._state.get("first"):  # it was asked before: otherwise the second round would not have begun
             return False
         self._report("replies under what was learned", 0, 0)
         vector = self._vector(instruction, queries, recipe)
@@ -236,8 +239,8 @@ class _Learning:
         return as_vector(self._engine, instruction, queries, training.layer, training.learned(), recipe)
 
     def own_steps(self, instruction: Instruction, queries: Sequence[Query], recipe: Recipe) -> None:
-        """Half as many steps, on the replies that it brings by now beside the examples: a model that learns
-        from rewritten replies alone never sees where its own go wrong."""
+        """Take half as many steps, on the model's current replies beside the examples: learning only from
+        rewritten plain replies, it would never see where its own go wrong."""
         first = self.training
         own = self._kept.examples(own=True)
         if not own:
@@ -271,18 +274,18 @@ class _Learning:
             self._weights,
             examples,
             layers,
-            lambda done, total: self._report("what the plain model makes of the examples", done, total),
+            lambda done, total: self._report("running the plain model on the examples", done, total),
         )
 
 
 def checked_layers(layers: Sequence[int] | None, n_layer: int) -> list[int]:
-    """Those that race: the last one can't, since nothing is computed above it."""
+    """The layers that race; the last one can't, since nothing is computed above it."""
     if layers is None:
         return sorted({min(n_layer - 2, max(0, round(depth * (n_layer - 1)))) for depth in DEPTHS})
     chosen = sorted(set(layers))
     for layer in chosen:
         if not 0 <= layer < n_layer - 1:
-            raise LocalsteerError(f"layer {layer} can't be learned at: choose 0 to {n_layer - 2}.")
+            raise LocalsteerError(f"a vector can't be learned at layer {layer}: choose 0 to {n_layer - 2}.")
     return chosen
 
 
@@ -294,7 +297,8 @@ def as_vector(
     learned: Learned,
     recipe: Recipe,
 ) -> ControlVector:
-    """A gate, or a constant in mode `add`. queries: some of those that it was learned with."""
+    """The vector of what was learned: a gate, or a constant in mode `add`. queries: some of those it was
+    learned with."""
     prompts = [query.text for query in queries[:2]]
     settings = {
         "name": instruction.id,
@@ -319,7 +323,8 @@ def _checked(
     kept: Kept,
     report: Report,
 ) -> tuple[ControlVector, TuningRecord]:
-    """At the strength whose replies are best, or 0 where none are better than the model's own."""
+    """The vector at the strength whose replies are best, or at 0 if none are better than the plain model's;
+    and its record."""
     check = Check(
         engine,
         vector,
@@ -333,7 +338,7 @@ def _checked(
     (layer,) = vector.layers
     settings = [Setting(layer, vector.positions, strength, vector.mode) for strength in STRENGTHS]
     trials = sorted(check.ask(settings), key=_order, reverse=True)
-    # without a verifier the loss stands for it, and the replies only tell what is broken
+    # without a verifier the loss decides, and the replies only show what is broken
     enough = check.plain.score if instruction.verifier else check.plain.score / 2
     best = trials[0] if trials[0].score > enough else None
     if best is not None:

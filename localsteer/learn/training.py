@@ -1,9 +1,9 @@
-"""A vector learned by likelihood: gradient steps on one layer's edit, the model itself frozen. torch.
+"""Learns a vector by likelihood, in PyTorch: gradient steps on one layer's edit, with the model frozen.
 
-The loss is the cross-entropy of each example's reply after its plain prompt, half of it that of the tokens
-which the rewriting changed, however few they are (JSON's braces), and, on tokens that the plain reply has as
-well, the distance (KL) from the plain model. What the layers below the edit compute never changes, so it is
-computed once, and each step runs the layers above it alone.
+The loss is the cross-entropy of each example's reply after its plain prompt. The tokens that the rewriting
+changed make up half of it, however few they are (JSON's braces); on tokens that the plain reply has as well,
+the distance (KL) from the plain model is added. The layers below the edit always compute the same, so they
+run once, and each step runs only the layers above it.
 """
 
 from __future__ import annotations
@@ -23,30 +23,31 @@ from .examples import Example
 from .gate import Gate, Learned
 from .weights import Weights
 
-BATCH = 8  # examples of a step
-MICRO_BATCH = 2  # of one forward pass, of about the same length: what is padded costs as much as what is not
-WARM_UP = 5  # steps in which the learning rate grows
-LEAST_RATE = 0.1  # of the learning rate, at the end
-MAX_NORM = 1.0  # of the gradient
-# Of the learning rate. The gate adds up a step of every part of the reader, so that at the full rate it jumps
-# back and forth between batches.
+BATCH = 8  # examples per step
+MICRO_BATCH = 2  # examples per forward pass, of about the same length, since padding costs as much as tokens
+WARM_UP = 5  # steps during which the learning rate grows
+LEAST_RATE = 0.1  # share of the learning rate at the end
+MAX_NORM = 1.0  # norm of the gradient
+# Share of the learning rate for the reader. The gate adds up a step in every component of the reader, so at
+# the full rate it jumps back and forth between batches.
 READER_RATE = 0.3
-CHANGED = 0.5  # share of the loss that is of changed tokens alone
-N_KEPT = 24  # other tokens of an example that a step or a look takes: logits cost as much as ten layers
+CHANGED = 0.5  # share of the loss that comes from changed tokens
+# unchanged tokens of an example used in a step or a look, since logits cost as much as ten layers
+N_KEPT = 24
 KEEP = 0.1  # weight of the distance from the plain model, beside the loss
-N_TOP = 32  # of the plain model's probabilities that are kept for each token; the rest is one lump
-PLAIN_STATE = ("step", "stale", "loss", "held", "best", "_rate", "_order")  # of a Training
-WORSE = 1.3  # times the best held-out loss: beyond, the steps were too long
+N_TOP = 32  # probabilities of the plain model kept for each token; the others are lumped together
+PLAIN_STATE = ("step", "stale", "loss", "held", "best", "_rate", "_order")  # attributes of a Training
+WORSE = 1.3  # times the best held-out loss; a higher loss means that the steps were too long
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a vector is learned.
 
-    layers: those that race; None takes two in the upper half. positions: where the edit acts, in learning and
-    later. constant: an ordinary control vector, without a gate. n_steps: on the examples, at most; half as
-    many follow on replies that it brings by then. rate: the learning rate. seed: of everything random, and of
-    the form of rewritten replies.
+    layers: those that race; None takes two in the upper half. positions: where the edit acts, during learning
+    and afterwards. constant: an ordinary control vector, without a gate. n_steps: at most, on the examples;
+    half as many follow on the model's own replies. rate: the learning rate. seed: for everything random, and
+    for the form of rewritten replies.
     """
 
     layers: tuple[int, ...] | None = None
@@ -59,7 +60,7 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """One example and what the plain model makes of it. states: (n_tokens, n_embd) by layer.
+    """One example, with the plain model's results for it. states: (n_tokens, n_embd) by layer.
 
     top: (n_kept, N_TOP) token ids, and log_top their log-probabilities, at the kept tokens of the reply.
     """
@@ -85,14 +86,14 @@ def prepare(
         with torch.inference_mode():
             log = weights.logits(last[0, at]).log_softmax(-1) if len(at) else torch.zeros(0, N_TOP)
             log_top, top = log.topk(N_TOP)
-        # out of inference mode, since gradients pass what is made of them
+        # not in inference mode, since gradients flow through results of these
         own = {layer: hidden[0].clone() for layer, hidden in states.items()}
         prepared.append(Prepared(example, own, top.clone(), log_top.clone()))
     return prepared
 
 
 def typical_length(prepared: Sequence[Prepared], layer: int) -> float:
-    """The median length of a state at a layer; the first token's can be a thousand times as long."""
+    """The median length of a state at a layer, since the first token's can be a thousand times as long."""
     lengths = [one.states[layer][1:].float().norm(dim=-1) for one in prepared]
     return float(torch.cat(lengths).median())
 
@@ -102,10 +103,9 @@ TrainingState = Mapping[str, Any]
 
 
 class Training:
-    """Steps on one layer. gate: what they begin with, a new one by default.
+    """Gradient steps on one layer. gate: the starting point, a new one by default.
 
-    loss: of the last step. held: the held-out loss where it was last taken, best: the lowest so far. stale:
-    looks since then.
+    loss: of the last step. held: the latest held-out loss, best: the lowest so far. stale: looks since then.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Training:
         self._best_state = copy.deepcopy(self.gate.state_dict())
 
     def run(self, n: int) -> None:
-        """n steps. Raises LocalsteerError for a loss that is not finite, however short the steps are."""
+        """Take n steps. Raises LocalsteerError if the loss is not finite, however short the steps."""
         for _ in range(n):
             self._set_rate()
             self._optimizer.zero_grad()
@@ -151,8 +151,8 @@ class Training:
             self.step += 1
 
     def look(self) -> float:
-        """The held-out loss. The best edit so far is kept; where the loss has grown far beyond it, the steps
-        go on from there, half as long."""
+        """The held-out loss. The best edit so far is kept; if the loss has grown far above the best, the
+        steps continue from the best edit at half the rate."""
         with torch.inference_mode():
             losses = [float(self._losses(batch)) * len(batch) for batch in _alike(self._held_out)]
         self.held = sum(losses) / len(self._held_out)
@@ -165,7 +165,7 @@ class Training:
         return self.held
 
     def best_gate(self) -> Gate:
-        """The best so far, by the held-out loss."""
+        """The best gate so far, by the held-out loss."""
         gate = copy.deepcopy(self.gate)
         gate.load_state_dict(self._best_state)
         return gate
@@ -177,7 +177,7 @@ class Training:
         return gate.learned(float(np.mean(means)))
 
     def state(self) -> TrainingState:
-        """All that `restore` needs to go on as if nothing had stopped it."""
+        """Everything that `restore` needs to continue as if there had been no interruption."""
         return {name: getattr(self, name) for name in PLAIN_STATE} | {
             "gate": self.gate.state_dict(),
             "scale": self.gate.scale,
@@ -226,15 +226,15 @@ class Training:
         return total
 
     def _losses(self, batch: Sequence[Prepared], random: np.random.Generator | None = None) -> Any:
-        """The mean over examples, so that a long reply counts as much as a short one. random: draws which of
-        the tokens that the rewriting left alone are looked at; without it they are always the same."""
+        """The loss of a batch, as the mean over examples: a long reply counts as much as a short one. random:
+        draws which of the unchanged tokens are used; without it they are always the same."""
         hidden, ids, attention, where = self._padded(batch)
         last = self._weights.after(self.layer, self.gate(hidden, where), ids, attention)
         losses = [self._loss(row, one, random) for row, one in zip(last, batch, strict=True)]
         return torch.stack(losses).mean()
 
     def _loss(self, row: Any, one: Prepared, random: np.random.Generator | None) -> Any:
-        """row: (n_tokens, n_embd), the last hidden states of one example."""
+        """The loss of one example. row: (n_tokens, n_embd), its last hidden states."""
         reply, is_kept = one.example.reply, one.example.kept
         changed, kept = np.flatnonzero(~is_kept), np.flatnonzero(is_kept)
         drawn = np.arange(len(kept))
@@ -258,7 +258,7 @@ class Training:
         return CHANGED * of_changed.mean() + (1 - CHANGED) * whole + distance
 
     def _padded(self, batch: Sequence[Prepared]) -> tuple[Any, Any, Any, Any]:
-        """States, token ids, attention mask and steered tokens, padded on the right."""
+        """States, token ids, attention mask and steered tokens of a batch, padded on the right."""
         n = max(len(one.example.tokens) for one in batch)
         first = batch[0].states[self.layer]
         hidden = torch.zeros(len(batch), n, first.shape[-1], dtype=first.dtype)
@@ -276,7 +276,7 @@ class Training:
 
 
 def steered_range(positions: str, n_prompt: int, n: int) -> tuple[int, int]:
-    """The tokens that a setting of positions covers, of a prompt and its reply."""
+    """The range of tokens of a prompt and its reply that a positions setting covers."""
     return {
         "all": (0, n),
         "prompt": (0, n_prompt),
@@ -296,13 +296,13 @@ def _distance(logits: Any, top: Any, log_top: Any) -> Any:
 
 
 def _alike(batch: Sequence[Prepared]) -> list[Sequence[Prepared]]:
-    """Micro-batches of about the same length."""
+    """The examples in micro-batches of similar length."""
     batch = sorted(batch, key=lambda one: len(one.example.tokens))
     return [batch[start : start + MICRO_BATCH] for start in range(0, len(batch), MICRO_BATCH)]
 
 
 def is_exact(weights: Weights, layer: int, one: Prepared, tolerance: float = 0.05) -> bool:
-    """Whether running the layers above alone gives what the whole model gives: not where they take more from
+    """Whether running only the layers above gives the same as the whole model: not if they take more from
     those below than their output."""
     ids = torch.tensor([one.example.tokens])
     attention = torch.ones_like(ids)

@@ -1,4 +1,5 @@
-"""The weights that a vector is learned for: a GGUF, dequantized by transformers, or its checkpoint. torch."""
+"""The weights for which a vector is learned, in PyTorch: a GGUF, dequantized by transformers, or its
+checkpoint."""
 
 from __future__ import annotations
 
@@ -24,19 +25,19 @@ if TYPE_CHECKING:
 
     from localsteer.engine import Engine
 
-# Bytes for each token of a step and each layer that gradients pass: hidden states, attention and the wide
+# Bytes per token of a step and per layer that gradients pass through: hidden states, attention and the wide
 # middle of the MLP in float32, some twenty times n_embd. Measured on two Llamas and a Qwen2; rounded up.
 ACTIVATION_WIDTHS = 24
 LIKENESS_PROMPT = "Tell me about foxes."
-# Correlation of logits, at the least: the same weights, in bfloat16 at the worst; and those that were
-# quantized, to two bits at the worst. Models that have nothing to do with each other have 0.
+# Least correlation of logits: for the same weights, at worst in bfloat16; and for quantized weights, at worst
+# in two bits. Unrelated models have a correlation of 0.
 LIKE_GGUF, LIKE_CHECKPOINT = 0.98, 0.7
 
 
 class Weights:
     """A frozen transformers model with the shape of an engine's model.
 
-    model: in bfloat16 where the processor multiplies it, else float32.
+    model: in bfloat16 if the processor has instructions for it, else float32.
     """
 
     def __init__(self, model: Any) -> None:
@@ -47,7 +48,7 @@ class Weights:
         config = model.config.get_text_config(decoder=True)
         self.n_layer, self.n_embd = config.num_hidden_layers, config.hidden_size
         self._n_outputs: list[int | None] | None = None
-        # without the head; Llama 4's names its prefix wrong, and is then its own base
+        # without the head; Llama 4 names its prefix wrongly, and then is its own base
         base = model.base_model
         self._decoder = model.get_decoder() if base is model else base
 
@@ -55,11 +56,11 @@ class Weights:
     def load(
         cls, engine: Engine, checkpoint: str | None = None, *, n_tokens: int, n_threads: int | None = None
     ) -> Weights:
-        """checkpoint: a folder or a name on the hub; None takes the engine's own GGUF. n_tokens: of one step,
-        for the memory that it needs.
+        """Load weights. checkpoint: a folder or a name on the hub; None takes the engine's GGUF. n_tokens: of
+        one step, for the memory that it needs.
 
-        Raises LocalsteerError where it does not fit into memory, ModelFileError where transformers can't load
-        it, MismatchError for another model.
+        Raises LocalsteerError if they do not fit into memory, ModelFileError if transformers can't load them,
+        MismatchError for another model.
         """
         if n_threads is not None:
             torch.set_num_threads(n_threads)
@@ -71,35 +72,35 @@ class Weights:
         if (weights.n_layer, weights.n_embd) != shape:
             raise MismatchError(
                 f"{checkpoint} has {weights.n_layer} layers of width {weights.n_embd}, but the model has "
-                f"{shape[0]} of {shape[1]}: give the checkpoint that the GGUF was made from."
+                f"{shape[0]} of {shape[1]}: use the checkpoint that the GGUF was made from."
             )
         weights.check_likeness(engine, checkpoint)
         return weights
 
     def check_likeness(self, engine: Engine, checkpoint: str | None) -> None:
-        """Raises MismatchError where the logits of a prompt are not those of the engine: transformers leaves
-        out settings of some GGUFs, and another checkpoint can have the same shape."""
+        """Raise MismatchError if the logits of a prompt differ from the engine's: transformers drops settings
+        of some GGUFs, and another checkpoint can have the same shape."""
         ids = engine.prompt_tokens(LIKENESS_PROMPT)
         with torch.inference_mode():
             ours = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
         theirs = engine.logits(ids)
-        width = min(ours.shape[1], theirs.shape[1])  # rows beyond the vocabulary, in some
+        width = min(ours.shape[1], theirs.shape[1])  # some models have rows beyond the vocabulary
         likeness = np.corrcoef(ours[1:, :width].ravel(), theirs[1:, :width].ravel())[0, 1]
         if likeness >= (LIKE_CHECKPOINT if checkpoint else LIKE_GGUF):
             return
         if checkpoint:
             raise MismatchError(
-                f"{checkpoint} is another model than {engine.path.name} (their logits correlate by "
-                f"{likeness:.2f}): give the checkpoint that the GGUF was made from."
+                f"{checkpoint} is not the model of {engine.path.name} (their logits correlate by "
+                f"{likeness:.2f}): use the checkpoint that the GGUF was made from."
             )
         raise MismatchError(
-            f"transformers reads {engine.path.name} as another model than llama.cpp (their logits correlate "
-            f"by {likeness:.2f}): give the model's checkpoint with --checkpoint FOLDER_OR_NAME."
+            f"transformers reads {engine.path.name} differently from llama.cpp (their logits correlate "
+            f"by {likeness:.2f}): name the model's checkpoint with --checkpoint FOLDER_OR_NAME."
         )
 
     def logits(self, hidden: Any) -> Any:
-        """(n, n_vocab) float32 from (n, n_embd) states after the final norm, by the model's own head: many
-        scale logits, or cap them."""
+        """Logits (n, n_vocab) float32 from (n, n_embd) states after the final norm, by the model's own head,
+        since many models scale or cap logits."""
         base = self._decoder
         base.forward = lambda *_args, **_options: _Ready(last_hidden_state=hidden[None])
         try:
@@ -109,7 +110,7 @@ class Weights:
             del base.forward
 
     def states(self, ids: Any, attention: Any, layers: Sequence[int]) -> tuple[dict[int, Any], Any]:
-        """What layers give for a padded batch, and the last hidden state. No gradients."""
+        """The outputs of layers for a padded batch, and the last hidden state, without gradients."""
         seen: dict[int, Any] = {}
 
         def keep(layer: int, hidden: Any) -> None:
@@ -121,9 +122,9 @@ class Weights:
         return seen, output.last_hidden_state
 
     def after(self, layer: int, hidden: Any, ids: Any, attention: Any) -> Any:
-        """The last hidden state, from what layer `layer` gives: the layers above it alone are computed.
+        """The last hidden state, computed from the output of layer `layer` by the layers above it.
 
-        ids: those of `hidden`. Some models look at them again in every layer.
+        ids: the token ids of `hidden`, which some models use again in every layer.
         """
         with self._without_layers_up_to(layer, hidden):
             output = self._decoder(input_ids=ids, attention_mask=attention, use_cache=False)
@@ -131,7 +132,8 @@ class Weights:
 
     @contextmanager
     def _without_layers_up_to(self, layer: int, hidden: Any) -> Iterator[None]:
-        """They stay where they are: models tell by a layer's number what kind of attention it has."""
+        """Skips the layers up to one. They stay in place, since models choose the kind of attention by a
+        layer's number."""
         skipped = self.layers[: layer + 1]
         for layer, n in zip(skipped, self._outputs_of_layers(), strict=False):
             layer.forward = _gives(hidden, n)
@@ -142,7 +144,8 @@ class Weights:
                 del layer.forward
 
     def _outputs_of_layers(self) -> list[int | None]:
-        """How many things each layer returns, the hidden state first; None for a hidden state by itself."""
+        """How many values each layer returns, the hidden state first; None if it returns only a hidden
+        state."""
         if self._n_outputs is None:
             n_outputs = []
 
@@ -161,10 +164,10 @@ class Weights:
 
 
 class _Ready(transformers.modeling_outputs.BaseModelOutput):
-    """What the model below the head gives, where its last hidden state is known already."""
+    """The output of the model below the head, for a last hidden state that is already known."""
 
     def __getattr__(self, name: str) -> None:
-        """Heads pass on what lies beside it: caches, what routers say."""
+        """None: heads pass on other fields, such as caches and router logits."""
         if name.startswith("__"):
             raise AttributeError(name)
 
@@ -175,8 +178,8 @@ def _gives(hidden: Any, n_outputs: int | None) -> Any:
 
 
 def fast_dtype() -> Any:
-    """bfloat16 halves the memory, and is faster where the processor has instructions for it; elsewhere it is
-    many times slower."""
+    """bfloat16 or float32. bfloat16 halves the memory, and is faster if the processor has instructions for
+    it, but otherwise many times slower."""
     cpu = torch.cpu
     has = any(getattr(cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
     return torch.bfloat16 if has else torch.float32
@@ -200,15 +203,15 @@ def _load(source: str, label: str, dtype: Any, **options: Any) -> Any:
         if caps_attention(model.config):
             model.set_attn_implementation("eager")
         return model
-    except Exception as error:  # a file from anywhere: transformers raises nearly every type
+    except Exception as error:  # the file may be anything, and transformers raises almost any type of error
         raise ModelFileError(
-            f"transformers can't load {label} ({one_line(error)}): give the model's checkpoint with "
+            f"transformers can't load {label} ({one_line(error)}): name the model's checkpoint with "
             "--checkpoint FOLDER_OR_NAME."
         ) from error
 
 
 def memory_needed(engine: Engine, dtype: Any, n_tokens: int) -> int:
-    """Bytes: the weights, and what gradients of one step hold on to."""
+    """Bytes for the weights, and for what the gradients of one step keep."""
     width = torch.finfo(dtype).bits // 8
     activations = 4 * ACTIVATION_WIDTHS * n_tokens * engine.model.n_embd * engine.model.n_layer
     logits = 3 * 4 * n_tokens * engine.model.n_vocab
@@ -216,8 +219,8 @@ def memory_needed(engine: Engine, dtype: Any, n_tokens: int) -> int:
 
 
 def check_memory(engine: Engine, dtype: Any, n_tokens: int) -> None:
-    """Raises LocalsteerError where steps of so many tokens do not fit."""
-    import psutil  # comes with accelerate, which transformers needs to read a GGUF
+    """Raise LocalsteerError if steps of this many tokens do not fit into memory."""
+    import psutil  # installed with accelerate, which transformers needs to read a GGUF
 
     needed, free = memory_needed(engine, dtype, n_tokens), psutil.virtual_memory().available
     if needed > free:

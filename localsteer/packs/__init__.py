@@ -4,10 +4,10 @@
     if match and "json" in match.pack.instructions:
         vector = match.pack.vector("json")
 
-A pack is a folder that is named after the published model. It holds pack.json, which says of which file it
-was made and how well each vector does, and one control-vector file for each instruction. LOCALSTEER_PACKS=off
-switches all of it off; LOCALSTEER_PACKS=FOLDER names a folder of packs that come before the shipped ones, or
-one pack, which is then refused for every other model.
+A pack is a folder named after the published model. It holds pack.json, which says from which file it was made
+and how well each vector does, and one control-vector file for each instruction. LOCALSTEER_PACKS=off switches
+packs off; LOCALSTEER_PACKS=FOLDER names a folder of packs that take precedence over the shipped ones, or one
+pack, which is then refused for every other model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ADVICE = f"install localsteer again, or set {VARIABLE}={OFF}"
 @dataclass(frozen=True)
 class Entry:
     """One instruction of a pack. settings: layers, mode, positions and strength; strength 0 where nothing was
-    found that helps. scores: shares of good replies, of the model alone (none), steered, instructed, and
+    found that helps. scores: shares of good replies, of the plain model (none), steered, instructed, and
     both; None where it was not asked. n: replies each. advice: what the user should know. sha256: of the
     file; None in a pack of an earlier version."""
 
@@ -109,25 +109,25 @@ class Match:
 
 
 def pack_for(path: str | os.PathLike[str]) -> Match | None:
-    """The pack of this model file, None where there is none or packs are switched off.
+    """The pack for this model file, or None if there is none or packs are switched off.
 
-    Raises MismatchError where LOCALSTEER_PACKS names the pack of another model, LocalsteerError for a pack
-    that is damaged, ModelFileError for a model file that can't be read.
+    Raises MismatchError if LOCALSTEER_PACKS names the pack of another model, LocalsteerError for a damaged
+    pack, ModelFileError for a model file that can't be read.
     """
     packs = all_packs()
-    found = match(path, packs) if packs else None
+    matching = match(path, packs) if packs else None
     named = named_folder()
-    if found is None and named is not None and (named / FILE).is_file():
+    if matching is None and named is not None and (named / FILE).is_file():
         ours = read_pack(named)
         raise MismatchError(
             f"{VARIABLE}={named} is a pack for {ours.model} ({ours.identity.shown}), and "
-            f"{Path(path).name} is another model: name a folder of packs, or {VARIABLE}={OFF}."
+            f"{Path(path).name} is a different model: name a folder of packs, or {VARIABLE}={OFF}."
         )
-    return found
+    return matching
 
 
 def match_quietly(path: str | os.PathLike[str]) -> Match | None:
-    """The same for a list of models: a pack that is damaged or of another model fits nothing."""
+    """The same for listing models: a pack that is damaged or for another model is ignored."""
     try:
         return match(path, all_packs())
     except LocalsteerError:
@@ -135,7 +135,7 @@ def match_quietly(path: str | os.PathLike[str]) -> Match | None:
 
 
 def match(path: str | os.PathLike[str], packs: list[Pack]) -> Match | None:
-    """The same file if one of the packs is of it, else one of the same model in another quantization."""
+    """A pack made from this very file, or otherwise from another quantization of the same model."""
     from localsteer.cache import file_hash
 
     from .identity import identity_of

@@ -1,9 +1,9 @@
 """What makes two GGUF files the same model, whatever their quantization.
 
-Quantization leaves every one-dimensional tensor (norms and biases) in F32 as it was, and training moves them,
-so their bytes are equal in all files of one model and differ between models. What they can't tell: a
-fine-tune by adapters that were merged into the matrices alone, which is why another file than the measured
-one is said aloud. A quantizer that folds scales into the norms (AWQ) makes another model by this measure.
+Quantization leaves every one-dimensional tensor (norms and biases) unchanged in F32, and training moves them,
+so their bytes are equal in all files of one model and differ between models. They can't reveal a fine-tune
+whose adapters were merged only into the matrices, which is why a notice says when a file is not the measured
+one. A quantizer that folds scales into the norms (AWQ) makes another model by this measure.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Identity:
 def identity_of(path: str | os.PathLike[str]) -> Identity:
     """Of a model file; read once, then remembered like its hash. No engine, a second at most.
 
-    Raises VectorFileError for a file that is no GGUF, ModelFileError for one that can't be read.
+    Raises VectorFileError for a file that is not a GGUF, ModelFileError for one that can't be read.
     """
     from localsteer.cache import remembered
 

@@ -1,4 +1,4 @@
-"""Making a pack: one compact vector file for each instruction, and pack.json beside them."""
+"""Makes a pack: one compact vector file for each instruction, and pack.json beside them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def instructions_for_a_pack(catalog: Catalog, ids: Iterable[str] = ()) -> list[I
     for instruction in chosen:
         if instruction.verifier is None:
             raise LocalsteerError(
-                f"{instruction.id} has no verifier, so that a pack could give no figures of it: leave it out."
+                f"{instruction.id} has no verifier, so a pack could have no figures for it: leave it out."
             )
     every = (instruction for instruction in catalog.instructions.values() if instruction.verifier)
     return chosen or [
@@ -69,7 +69,8 @@ def check_measured(vector: ControlVector, path: Path, catalog: Catalog, model: P
     known = catalog.instructions.get(name)
     if known is None or known.verifier is None or known.fill().phrasings != vector.phrasings:
         raise VectorFileError(
-            f"{path} is of {name!r}, which the catalogue {catalog.source} does not have in its words: a pack "
+            f"{path} is for {name!r}, which the catalogue {catalog.source} does not have in these "
+            "words: a pack "
             "holds the catalogue's instructions."
         )
     record = vector.provenance.get("validation")
@@ -119,9 +120,9 @@ class PackDocument(TypedDict):
 
 @dataclass
 class PackFolder:
-    """A pack that is being made, or added to: each vector is there for good once `add` returns.
+    """A pack that is being made, or added to: a vector is kept for good once `add` returns.
 
-    folder: made with the first vector. model: published name.
+    folder: created with the first vector. model: published name.
     """
 
     folder: Path
@@ -192,7 +193,7 @@ def _kept(folder: Path, head: Mapping[str, Any], model_file: Path) -> dict[str, 
     if pack.sha256 != head["sha256"] or pack.catalog != head["catalog"]:
         raise MismatchError(
             f"{folder} holds a pack for {pack.model} ({pack.identity.shown}, {pack.quantization}), "
-            f"measured on another file or catalogue than {model_file.name}: give another -o."
+            f"measured on a file or catalogue other than {model_file.name}: choose another -o."
         )
     return json.loads((folder / FILE).read_text("utf-8"))["instructions"]
 

@@ -3,8 +3,9 @@
 
     python -m localsteer.plugins.harness run --model localsteer --model_args model=smol,steer=json --tasks ...
 
-The harness finds models that somebody has registered before it is asked, and looks for none: so this module
-registers, and hands over. A Python program imports it before `lm_eval.simple_evaluate(model="localsteer")`.
+The harness knows only models that have been registered, and does not search for others. This module therefore
+registers `localsteer` and starts the harness's program. A Python program imports it before
+`lm_eval.simple_evaluate(model="localsteer")`.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ IGNORED = ("device", "max_batch_size")
 
 @register_model("localsteer")
 class HarnessModel(TemplateLM):
-    """model: as `-m` has it. steer: `json`, `json+lowercase`, vector files, with strength, layer, mode and
-    positions over what they say. Steering is applied to every text, whatever it asks: a benchmark's figure is
-    that of the vector. batch_size: texts in one decode. Raises LocalsteerError.
+    """model: as for `-m`. steer: `json`, `json+lowercase`, vector files; strength, layer, mode and positions
+    override their settings. Steering is applied to every text, whatever it asks, since a benchmark's figure
+    is that of the vector. batch_size: texts in one decode. Raises LocalsteerError.
 
-    positions: what stands before the continuation, or before the reply, is prompt.
+    positions: the prompt is everything before the continuation or the reply.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens that are read at once: of a longer text the last ones."""
+        """Tokens that are read at once; of a longer text, the last ones."""
         return min(self.engine.n_ctx, self.engine.context.n_batch, self.engine.n_cells)
 
     @property
@@ -102,7 +103,9 @@ class HarnessModel(TemplateLM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         if isinstance(chat_template, str) and chat_template:
-            raise LocalsteerError(f"{self.name} has one chat template, and none called {chat_template!r}.")
+            raise LocalsteerError(
+                f"{self.name} has only one chat template, and none called {chat_template!r}."
+            )
         return self.engine.template.template or "" if chat_template else None
 
     def apply_chat_template(
@@ -135,12 +138,13 @@ class HarnessModel(TemplateLM):
         return found
 
     def _row(self, context: Sequence[int], continuation: Sequence[int]) -> Row:
-        """What does not fit is left out at the beginning. Raises PromptError for a longer continuation."""
+        """The row to score, cut at its beginning if it does not fit. Raises PromptError for a continuation
+        that is too long."""
         room = self.max_length + 1 - len(continuation)  # the last token is scored, and never read
         if room < 1:
             raise PromptError(
                 f"a continuation of {len(continuation)} tokens does not fit into the {self.max_length} that "
-                "are read at once: raise ctx_size."
+                "can be read at once: raise ctx_size."
             )
         return Row(list(context)[-room:], list(continuation), self.plan)
 
@@ -195,13 +199,13 @@ class HarnessModel(TemplateLM):
 
 
 def score_and_greedy(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """(n, 2) float64: log-probability of each token, and 1 where it is the likeliest."""
+    """(n, 2) float64: the log-probability of each token, and 1 if it is the likeliest, else 0."""
     greedy = logits.argmax(axis=1) == tokens
     return np.stack([log_probabilities(logits, tokens), greedy.astype(np.float64)], axis=1)
 
 
 def main() -> int:
-    """The harness's own program, which then knows `--model localsteer`."""
+    """Run the harness's program, which then knows `--model localsteer`."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -2,7 +2,7 @@
 
     llm -m localsteer/smol -o steer json "Tell me about foxes."
 
-llm imports every plugin at each start, so nothing heavy is imported before a model is asked.
+llm imports every plugin at each start, so nothing heavy is imported before a model is prompted.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 PREFIX = "localsteer/"
 FILE = "localsteer-models.json"  # in llm's folder: model ids -> what -m takes
-SEEN = "localsteer-seen.json"  # beside it: the names of other programs' models, where there are many
-STORES_SECONDS = 0.08  # at each start of llm, for looking through the folders of other programs
+SEEN = "localsteer-seen.json"  # beside it: the names of other programs' models, if there are many
+STORES_SECONDS = 0.08  # at each start of llm, for searching the folders of other programs
 LLM_WANTED = "0.36"
 
 
@@ -47,20 +47,20 @@ def register_models(register: Any) -> None:
 
 
 def known_models() -> dict[str, str]:
-    """{id in llm: what -m takes} of the named models that are here, of those of other programs, and of those
-    that were added."""
+    """{id in llm: what -m takes} for the named models on this machine, those of other programs, and added
+    ones."""
     names = [*BUNDLED, *(name for name in PACKAGED if packaged_file(name)), *stored_names()]
     try:
         added = added_models()
-    except LocalsteerError as error:  # llm works on without them
+    except LocalsteerError as error:  # llm works without them
         click.echo(f"localsteer: {error}", err=True)
         added = {}
     return {f"{PREFIX}{name}": name for name in names} | added
 
 
 def stored_names(seconds: float | None = None) -> list[str]:
-    """Of models in the folders of other programs that are whole. What is not seen in this time is taken from
-    the last look at everything (`llm localsteer models`)."""
+    """Names of complete models in the folders of other programs. What is not found in this time is taken from
+    the last full search (`llm localsteer models`)."""
     models, is_all = within(STORES_SECONDS if seconds is None else seconds)
     names = dict.fromkeys(model.name for model in models if not model.fault)
     if not is_all:
@@ -71,7 +71,7 @@ def stored_names(seconds: float | None = None) -> list[str]:
 
 
 def see_everything() -> None:
-    """Look through the folders of other programs to the end, and keep the names where that takes long."""
+    """Search the folders of other programs completely, and keep the names if that takes long."""
     file = llm.user_dir() / SEEN
     began = time.monotonic()
     names = stored_names(math.inf)
@@ -91,14 +91,14 @@ class SteeringOptions(llm.Options):
     steer: str | list[str] | None = Field(
         None,
         description="What to steer by: an instruction's id, your own words, or a vector file; several as "
-        "json+lowercase, or as a JSON list. A vector that is not there yet is made.",
+        "json+lowercase, or as a JSON list. A vector that does not exist yet is made.",
     )
     ensure: str | list[str] | None = Field(
         None,
-        description="The same, only where the plain reply fails its verifier; it comes in one piece.",
+        description="The same, but only if the plain reply fails its verifier; the reply comes in one piece.",
     )
     tries: int | None = Field(
-        None, ge=1, description="Replies at most with ensure, the plain one included. Default: 3."
+        None, ge=1, description="At most this many replies with ensure, including the plain one. Default: 3."
     )
     strength: float | None = Field(
         None, allow_inf_nan=False, description="1 is the full effect, 0 none; json:0.8 sets it for one."
@@ -107,13 +107,15 @@ class SteeringOptions(llm.Options):
     mode: Mode | None = Field(None, description="What is done to the residual stream.")
     positions: Positions | None = Field(None, description="Which tokens are steered.")
     always_steer: bool | None = Field(
-        None, description="Also by a vector whose file says that it does harm where the prompt asks already."
+        None,
+        description="Apply a vector even if the prompt already asks and its file says that "
+        "it then does harm.",
     )
     temperature: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="0 is greedy. Default: 0.8."
     )
     max_tokens: int | None = Field(
-        None, ge=-1, description="Of the reply; -1 = until the context is full. Default: 512."
+        None, ge=-1, description="Longest reply, in tokens; -1 = until the context is full. Default: 512."
     )
     seed: int | None = Field(None, description="The same seed gives the same reply.")
     top_k: int | None = Field(None, description="0 = off. Default: 40.")
@@ -127,11 +129,11 @@ class SteeringOptions(llm.Options):
     )
     tool_choice: str | None = Field(
         None,
-        description="What your question must be answered with, where tools are offered: required = a call of "
+        description="How your question must be answered if tools are offered: required = a call of "
         "one of them, or the name of one. Default: auto = as the model likes.",
     )
     steer_forms: bool | None = Field(
-        None, description="Steer inside of tool calls and under a schema as well, which stay plain otherwise."
+        None, description="Also steer inside tool calls and under a schema, which otherwise stay plain."
     )
     ctx_size: int | None = Field(
         None, ge=0, description="Tokens of prompt and reply. Default: what the model allows, at most 4096."
@@ -175,17 +177,17 @@ def wanted_of(prompt: llm.Prompt, messages: list[dict[str, Any]]) -> Wanted:
         stop=_stops(options.stop),
         sampling={name: value for name, value in sampling.items() if value is not None},
         tools=tuple(map(function_of, prompt.tools)),
-        # a tool's answer is not to be answered with a call again, or this would never end
+        # a tool's result must not be answered with another call, or this would never end
         tool_choice=None if messages[-1:] and messages[-1]["role"] == "tool" else options.tool_choice,
         steer_forms=bool(options.steer_forms),
     )
 
 
 def function_of(tool: llm.Tool) -> dict[str, Any]:
-    """As chat templates are given a tool."""
+    """A tool as chat templates take it."""
     function = {"name": tool.name, "description": tool.description or ""}
     parameters = tool.input_schema or {"type": "object", "properties": {}}
-    if "properties" in parameters:  # of a function's arguments, which would not take any other
+    if "properties" in parameters:  # schema for a function's arguments, which would not take any others
         parameters = {"additionalProperties": False, **parameters}
     return {"type": "function", "function": {**function, "parameters": parameters}}
 
@@ -193,10 +195,10 @@ def function_of(tool: llm.Tool) -> dict[str, Any]:
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     if isinstance(stop, str) and stop.startswith("["):
         try:
-            found = json.loads(stop)
+            stops = json.loads(stop)
         except (ValueError, RecursionError):
-            found = stop  # a text that begins so
-        stop = found if isinstance(found, list) and all(isinstance(text, str) for text in found) else stop
+            stops = stop  # a text that begins so
+        stop = stops if isinstance(stops, list) and all(isinstance(text, str) for text in stops) else stop
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
@@ -204,7 +206,7 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
 
 
 class SteeredByOptions:
-    """What the model and its asynchronous twin share."""
+    """What the model and its asynchronous version share."""
 
     can_stream = True
     supports_schema = True
@@ -262,7 +264,7 @@ class AsyncSteered(SteeredByOptions, llm.AsyncModel):
 
 @contextmanager
 def llms_error() -> Iterator[None]:
-    """What a user can cause, in the form that llm shows in one line."""
+    """Turn errors that a user can cause into the form that llm shows in one line."""
     try:
         yield
     except LocalsteerError as error:
@@ -270,10 +272,11 @@ def llms_error() -> Iterator[None]:
 
 
 def tell(response: Any, answer: SteeredAnswer) -> None:
-    """The calls that llm is to make, and what `llm logs` keeps: tokens, what the reply was steered by."""
+    """Pass on the calls that llm should make, and what `llm logs` keeps: tokens, and what the reply was
+    steered by."""
     for call in answer.calls:
         found = loaded(call.arguments)
-        # what is no object is passed on as llm itself does it: the tool's refusal goes back to the model
+        # anything but an object is passed on, as llm does: the tool's refusal goes back to the model
         arguments = found if isinstance(found, dict) else {"_raw": call.arguments}
         response.add_tool_call(llm.ToolCall(call.name, arguments))
     response.set_usage(
@@ -285,14 +288,15 @@ def tell(response: Any, answer: SteeredAnswer) -> None:
 
 
 def messages_of(prompt: llm.Prompt) -> list[dict[str, Any]]:
-    """The whole conversation, as chat templates read it. Raises LocalsteerError for what is no text."""
+    """The whole conversation, as chat templates read it. Raises LocalsteerError for anything but text."""
     if not hasattr(prompt, "messages"):
-        raise LocalsteerError(f"llm {LLM_WANTED} or newer is wanted: pip install -U llm")
-    return [made for message in prompt.messages for made in _template_messages(message)]
+        raise LocalsteerError(f"llm {LLM_WANTED} or newer is required: pip install -U llm")
+    return [rendered for message in prompt.messages for rendered in _template_messages(message)]
 
 
 def _template_messages(message: Any) -> Iterator[dict[str, Any]]:
-    """A message of llm's may hold the answers of several tools, which are one message each in a template."""
+    """One of llm's messages as messages for a template: the results of several tools become one message
+    each."""
     texts, calls = [], []
     for part in message.parts:
         kind = type(part).__name__
@@ -306,7 +310,9 @@ def _template_messages(message: Any) -> Iterator[dict[str, Any]]:
             yield answer | _id_of(part, "tool_call_id")
         elif kind != "ReasoningPart":  # which templates leave out of earlier turns
             what = "an attachment" if kind in ("AttachmentPart", "ToolResultPart") else f"a {kind}"
-            raise LocalsteerError(f"localsteer reads texts, and this conversation has {what}: begin another.")
+            raise LocalsteerError(
+                f"localsteer reads only text, and this conversation has {what}: begin a new one."
+            )
     if texts or calls or message.role != "tool":
         yield {"role": message.role, "content": "".join(texts), **({"tool_calls": calls} if calls else {})}
 
@@ -350,11 +356,11 @@ def close(model: str) -> None:
 def register_commands(cli: click.Group) -> None:
     @cli.group("localsteer")
     def group() -> None:
-        """Models that localsteer steers, and files that llm should know by a name"""
+        """Models that localsteer steers, and names for further files"""
 
     @group.command("models")
     def models_command() -> None:
-        """List the models, and what is behind each."""
+        """List the models with their files."""
         with clicks_error():
             see_everything()
         for model_id, model in known_models().items():
@@ -362,9 +368,9 @@ def register_commands(cli: click.Group) -> None:
 
     @group.command("add-model")
     @click.argument("model")
-    @click.option("--name", metavar="NAME", help="Its name after localsteer/. [default: that of the file]")
+    @click.option("--name", metavar="NAME", help="The name after localsteer/. [default: that of the file]")
     def add_command(model: str, name: str | None) -> None:
-        """Let llm know MODEL, a GGUF file or a name with a quantization.
+        """Add MODEL, a GGUF file or a name with a quantization, to llm's models.
 
         \b
         Examples:
@@ -377,7 +383,7 @@ def register_commands(cli: click.Group) -> None:
     @group.command("remove-model")
     @click.argument("model_id")
     def remove_command(model_id: str) -> None:
-        """Let llm forget a model that was added; its file stays."""
+        """Remove an added model from llm's models; its file stays."""
         with clicks_error():
             click.echo(f"{remove_model(model_id)}: forgotten.")
 
@@ -395,22 +401,23 @@ def models_file() -> Path:
 
 
 def added_models() -> dict[str, str]:
-    """Raises LocalsteerError for a file that can't be read."""
+    """The added models. Raises LocalsteerError if their file can't be read."""
     try:
-        found = json.loads(models_file().read_text("utf-8"))
+        added = json.loads(models_file().read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or "no JSON"
         raise LocalsteerError(f"{models_file()} can't be read ({why}): repair or remove it.") from None
-    is_table = isinstance(found, dict) and all(isinstance(model, str) for model in found.values())
+    is_table = isinstance(added, dict) and all(isinstance(model, str) for model in added.values())
     if not is_table:
-        raise LocalsteerError(f"{models_file()} is no table of names and models: repair or remove it.")
-    return found
+        raise LocalsteerError(f"{models_file()} is not a table of names and models: repair or remove it.")
+    return added
 
 
 def add_model(model: str, name: str | None = None) -> str:
-    """The id. Raises LocalsteerError for a file that is no model, and for an id that is another's."""
+    """Add a model; returns its id. Raises LocalsteerError for a file that is not a model, and for an id in
+    use."""
     from localsteer.model_list import read_shape
     from localsteer.model_names import is_named, path_of
 
@@ -420,16 +427,16 @@ def add_model(model: str, name: str | None = None) -> str:
     kept = model if named else str(path.resolve())
     model_id = PREFIX + (name or (model if named else path.stem)).removeprefix(PREFIX)
     if any(map(str.isspace, model_id)) or model_id == PREFIX:
-        raise LocalsteerError(f"{model_id!r} has a blank in it, or nothing: choose a --name without one.")
+        raise LocalsteerError(f"{model_id!r} contains a blank or is empty: choose another --name.")
     known = known_models()
     if known.get(model_id, kept) != kept:
-        raise LocalsteerError(f"{model_id} is {known[model_id]} already: choose another --name.")
+        raise LocalsteerError(f"{model_id} already means {known[model_id]}: choose another --name.")
     write_models({**added_models(), model_id: kept})
     return model_id
 
 
 def remove_model(model_id: str) -> str:
-    """Raises LocalsteerError for one that was not added."""
+    """Remove an added model. Raises LocalsteerError for one that was not added."""
     added = added_models()
     full = model_id if model_id in added else PREFIX + model_id
     if full not in added:

@@ -1,7 +1,7 @@
 """The tools of `localsteer mcp`, for any client of the Model Context Protocol.
 
-Work runs in threads: the protocol is answered meanwhile, progress is told, and a call that is cancelled ends
-its work within a token. The protocol's own package keeps stray output away from stdout.
+Work runs in threads: the protocol is answered meanwhile, progress is reported, and a cancelled call ends its
+work within a token. The protocol's package keeps stray output away from stdout.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from .steered import TRIES, SteeredAnswer, SteeredModel, SteeringWords, Wanted, 
 Result = TypeVar("Result")
 
 READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
-TELL_SECONDS = 0.2  # between two notices of progress
+TELL_SECONDS = 0.2  # between two progress messages
 INSTRUCTIONS = """localsteer steers local models: their replies are in JSON, lowercase, one sentence and so on
 without a word of it in the prompt. list_vectors names what a model can be steered by."""
 
 ModelName = Annotated[
-    str | None, Field(description="A name of list_models, or a GGUF file; none: the one this server has.")
+    str | None, Field(description="A name from list_models, or a GGUF file; none: this server's model.")
 ]
 Steer = Annotated[
     list[str],
     Field(
-        description="What to steer by: ids of list_vectors, vector files (FILE.gguf:STRENGTH@LAYER), or an "
-        "instruction in words. A vector that is not there is made, which takes a minute or more."
+        description="What to steer by: ids from list_vectors, vector files (FILE.gguf:STRENGTH@LAYER), or an "
+        "instruction in words. A vector that does not exist is made, which takes a minute or more."
     ),
 ]
 Strength = Annotated[
@@ -59,12 +59,12 @@ System = Annotated[str | None, Field(description="A system message before the pr
 class ModelRow(BaseModel):
     name: str
     path: str | None
-    size: int | None = Field(description="bytes; none while the file is yet to be made")
+    size: int | None = Field(description="bytes; none if the file has yet to be made")
     quantization: str | None
     architecture: str | None
     n_layer: int | None
     n_embd: int | None
-    vectors: int = Field(description="instructions that have a vector which ships for this model")
+    vectors: int = Field(description="how many instructions have a vector that ships for this model")
     note: str | None
 
 
@@ -82,10 +82,12 @@ class AppliedVector(BaseModel):
 
 
 class VectorRow(AppliedVector):
-    source: str = Field(description="shipped: measured and shipped for this model; made: on first use, here")
+    source: str = Field(
+        description="shipped: measured and shipped for this model; made: on first use, on this machine"
+    )
     helps: bool
     shares: dict[str, float | None] | None = Field(
-        description="of replies that follow: none (the plain model), steered, instructed (told), both"
+        description="shares of replies that follow: none (the plain model), steered, instructed (told), both"
     )
 
 
@@ -104,7 +106,7 @@ class VectorRows(BaseModel):
 class TokenCounts(BaseModel):
     prompt: int
     reply: int
-    cached: int = Field(description="of the prompt, which did not have to be read again")
+    cached: int = Field(description="tokens of the prompt that came from the cache")
 
 
 class SteeredReply(BaseModel):
@@ -113,7 +115,7 @@ class SteeredReply(BaseModel):
     finish_reason: str
     steering: list[AppliedVector]
     left_out: list[str] = Field(
-        description="vectors left out: the prompt asks already, and they do harm then"
+        description="vectors left out, because the prompt already asks and they then do harm"
     )
     seed: int
     tokens: TokenCounts
@@ -124,8 +126,8 @@ class SteeredReply(BaseModel):
 class TracedToken(BaseModel):
     text: str
     part: str = Field(description="prompt, last (the last one of the prompt) or generation")
-    effect: float | None = Field(description="nats by which steering moves what the model says here")
-    plain_text: str | None = Field(description="what the plain model would rather say here")
+    effect: float | None = Field(description="nats by which steering changes what the model says here")
+    plain_text: str | None = Field(description="what the plain model would say here instead")
 
 
 class TracedLine(BaseModel):
@@ -156,7 +158,7 @@ class TextVerdict(BaseModel):
 
 
 class StoppedError(Exception):
-    """The call was cancelled: nobody waits for what its thread does."""
+    """The call was cancelled, and nothing waits for its thread."""
 
 
 class Work:
@@ -178,7 +180,8 @@ class Work:
             raise StoppedError
 
     def tell(self, what: str, done: int, total: int) -> None:
-        """Progress grows by 1 with every stage of the work, as the protocol wants it to grow always."""
+        """Report progress, which grows by 1 with every stage of the work, since the protocol requires it to
+        grow."""
         self.check()
         if what != self._what:
             self._stage, self._what, self._told = math.floor(self._progress) + 1, what, -math.inf
@@ -195,7 +198,7 @@ class Work:
             raise StoppedError from None
 
     def read(self, answer: SteeredAnswer, what: str) -> str:
-        """The reply of an answer, ended within a token by `stop`."""
+        """Yields the reply of an answer, which `stop` ends within a token."""
         self._on_stop = answer.cancel
         if self._stopped.is_set():
             answer.cancel()
@@ -208,7 +211,8 @@ class Work:
 
 
 class OpenModels:
-    """The models that calls have named, at most `most` of them open; the one not used for longest goes."""
+    """The models that calls have named, with at most `most` of them open; the least recently used one is
+    closed."""
 
     def __init__(self, most: int, loading: Mapping[str, Any]) -> None:
         self._most, self._loading = most, dict(loading)
@@ -218,7 +222,7 @@ class OpenModels:
 
     @contextmanager
     def using(self, name: str) -> Iterator[SteeredModel]:
-        """Raises LocalsteerError where all others are at work."""
+        """The model of a name, opened if need be. Raises LocalsteerError if all others are at work."""
         with self._lock:
             model = self._models.pop(name, None)
             if model is None:
@@ -237,7 +241,7 @@ class OpenModels:
             idle = next((name for name in self._models if not self._users[name]), None)
             if idle is None:
                 raise UnsupportedModelError(
-                    f"{self._most} models are at work, and no more may be open: try again later, or start "
+                    f"{self._most} models are at work, and no more can be open: try again later, or start "
                     "`localsteer mcp` with a larger --max-models."
                 )
             self._models.pop(idle).close()
@@ -251,7 +255,7 @@ class OpenModels:
 
 
 class SteeringTools:
-    """Each public method is a tool; its signature is the schema, its docstring what a client shows."""
+    """Each public method is a tool; its signature is the schema, and clients show its docstring."""
 
     def __init__(self, model: str, models: OpenModels) -> None:
         self._default, self._models = model, models
@@ -279,22 +283,23 @@ class SteeringTools:
         positions: Positions | None = None,
         ensure: Annotated[
             list[str],
-            Field(description="As steer, but only where the plain reply fails the instruction's verifier."),
+            Field(description="Like steer, but only if the plain reply fails the instruction's verifier."),
         ] = [],  # noqa: B006
         always_steer: Annotated[
-            bool, Field(description="Also where the prompt asks already and steering is known to harm then.")
+            bool,
+            Field(description="Steer even if the prompt already asks and steering is known to do harm then."),
         ] = False,
-        compare: Annotated[bool, Field(description="The plain reply beside the steered one.")] = False,
+        compare: Annotated[bool, Field(description="Also return the plain reply.")] = False,
         max_tokens: Annotated[int, Field(ge=1, le=100_000)] = 256,
         temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.8,
         seed: int | None = None,
-        stop: Annotated[list[str], Field(description="Texts that the reply ends before.")] = [],  # noqa: B006
+        stop: Annotated[list[str], Field(description="Texts before which the reply ends.")] = [],  # noqa: B006
         json_schema: Annotated[
             dict[str, Any] | None, Field(description="A JSON schema that the reply must follow.")
         ] = None,
     ) -> SteeredReply:
-        """Answer a prompt by a local model, steered: in JSON, lowercase, one sentence, whatever list_vectors
-        has, without a word of it in the prompt."""
+        """Answer a prompt with a steered local model: in JSON, lowercase, one sentence, or by anything in
+        list_vectors, without asking for it in the prompt."""
         words = SteeringWords(
             steer=listed_names(steer),
             ensure=listed_names(ensure, "ensure"),
@@ -327,7 +332,7 @@ class SteeringTools:
         strength: Strength = None,
         max_tokens: Annotated[int, Field(ge=1, le=2048)] = 64,
         reply: Annotated[
-            str | None, Field(description="Trace this reply in the place of the steered model's own.")
+            str | None, Field(description="Trace this reply instead of the steered model's.")
         ] = None,
     ) -> TracedReply:
         """Show what steering does to each token of a prompt and its greedy reply, and what that means."""
@@ -342,7 +347,7 @@ class SteeringTools:
             with self._models.using(model or self._default) as opened:
                 vectors, _checked = opened.vectors(words)
                 with opened.scheduler.paused() as engine:
-                    made = trace_reply(
+                    traced = trace_reply(
                         engine,
                         messages,
                         vectors,
@@ -351,7 +356,7 @@ class SteeringTools:
                         on_token=work.check,
                         on_progress=lambda done, total: work.tell("tracing", done, total),
                     )
-                return trace_of(opened.model, made)
+                return trace_of(opened.model, traced)
 
         return await self._work(context, run)
 
@@ -360,12 +365,12 @@ class SteeringTools:
         context: Context,
         text: Annotated[str, Field(description="The reply to check.")],
         instruction: Annotated[
-            str, Field(description="An id of list_vectors, or IFEval's: startend:quotation.")
+            str, Field(description="An id from list_vectors, or one of IFEval's: startend:quotation.")
         ],
         kwargs: Annotated[
             dict[str, Any], Field(description='Its arguments: {"num_words": 50, "relation": "at least"}.')
         ] = {},  # noqa: B006
-        prompt: Annotated[str | None, Field(description="What was asked, where it matters.")] = None,
+        prompt: Annotated[str | None, Field(description="The prompt, for instructions that need it.")] = None,
     ) -> TextVerdict:
         """Check whether a text follows an instruction, by IFEval's verifiers; no model is asked."""
         return await self._work(context, lambda _work: verdict(text, instruction, kwargs, prompt))
@@ -415,8 +420,8 @@ def drawing(temperature: float, seed: int | None, schema: dict[str, Any] | None)
     """Fields of Sampling."""
     from localsteer.constrain import Constraint
 
-    made: dict[str, Any] = {"temp": temperature, "seed": seed}
-    return made if schema is None else made | {"grammar": Constraint.json_schema(schema)}
+    settings: dict[str, Any] = {"temp": temperature, "seed": seed}
+    return settings if schema is None else settings | {"grammar": Constraint.json_schema(schema)}
 
 
 def reply_of(model: str, answer: SteeredAnswer, text: str, plain: str | None) -> SteeredReply:
@@ -524,7 +529,7 @@ def verdict(text: str, instruction: str, kwargs: Mapping[str, Any], prompt: str 
         entry = load_catalog().get(instruction)
         if entry.verifier is None:
             raise LocalsteerError(
-                f"{instruction!r} has no verifier: nothing tells whether a text follows it."
+                f"{instruction!r} has no verifier: nothing can judge whether a text follows it."
             )
         given = {**entry.kwargs_for(prompt or ""), **given}
         instruction = entry.verifier
@@ -537,12 +542,12 @@ def verdict(text: str, instruction: str, kwargs: Mapping[str, Any], prompt: str 
 
 
 class OneLineServer(MCPServer):
-    """What a client does wrong is answered in one line, as errors are everywhere in localsteer."""
+    """Answers a client's mistakes in one line, like all errors of localsteer."""
 
     async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
         for tool in await self.list_tools():
             unknown = set(arguments) - set(tool.input_schema["properties"]) if tool.name == name else ()
-            if unknown:  # nothing that somebody asks for is left out in silence
+            if unknown:  # unknown arguments are not ignored silently
                 known = ", ".join(tool.input_schema["properties"])
                 raise ToolError(f"{name} has no argument {min(unknown)!r:.80}: {known}.")
         try:
@@ -569,7 +574,7 @@ def server_of(tools: SteeringTools) -> MCPServer:
 
 
 def serve_stdio(model: str, *, max_models: int = 2, **loading: Any) -> None:
-    """Until stdin ends. Raises LocalsteerError for nothing: a call's errors are the call's."""
+    """Serve until stdin ends. It raises no LocalsteerError: errors of a call are returned to it."""
     models = OpenModels(max_models, loading)
     tools = SteeringTools(model, models)
     try:

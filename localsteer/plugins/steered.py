@@ -1,11 +1,12 @@
-"""A model, opened at its first question, and steering as words: `json`, `rhyme.gguf:0.8@12`, or one's own.
+"""A model that is opened at its first question, and steering as text: `json`, `rhyme.gguf:0.8@12`, or own
+words.
 
     with SteeredModel("smol") as model:
         answer = model.ask(messages, SteeringWords(steer=("json",)), Wanted(max_tokens=64))
         for text in answer: ...
         answer.record()
 
-Vectors come from where `localsteer run -i` and `-s` have them: a file, a pack, the cache, or made now.
+Vectors come from the same places as for `localsteer run -i` and `-s`: a file, a pack, the cache, or made now.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ _SEEDS = 2**32 - 1
 
 
 def listed_names(text: str | Sequence[str] | None, what: str = "steer") -> tuple[str, ...]:
-    """`json+lowercase`, a JSON list of texts, or a list: the names, files and instructions in it.
+    """The names, files and instructions in `json+lowercase`, a JSON list of texts, or a list.
 
-    A text with a blank in it is an instruction in one's own words, or a file, and is taken whole. Raises
-    PlanError for an empty name, and for a list that holds anything but texts.
+    A text with a blank in it is an instruction in words, or a file, and is not split. Raises PlanError for an
+    empty name, and for a list that holds anything but texts.
     """
     names = [] if text is None else _listed(text, what) if isinstance(text, str) else list(text)
     if not all(isinstance(name, str) and name.strip() for name in names):
-        raise PlanError(f"{what}: {text!r:.80} has a name that is empty or no text: write json+lowercase.")
+        raise PlanError(f"{what}: {text!r:.80} has a name that is empty or not a text: write json+lowercase.")
     return tuple(name.strip() for name in names)
 
 
@@ -66,7 +67,7 @@ def _listed(text: str, what: str) -> list[Any]:
             return json.loads(text)
         except (ValueError, RecursionError):
             raise PlanError(
-                f'{what}: {text!r:.80} is no JSON list: write ["json", "Use rhyme."], or json+lowercase.'
+                f'{what}: {text!r:.80} is not a JSON list: write ["json", "Use rhyme."], or json+lowercase.'
             ) from None
     return [text] if os.path.isfile(text) or is_own_words(text) else text.split(JOIN)
 
@@ -78,9 +79,9 @@ def is_own_words(text: str) -> bool:
 
 @dataclass(frozen=True)
 class SteeringWords:
-    """What to steer by. steer, ensure: names, files, own words (`listed_names`). The settings override what
-    the vectors say, and what stands behind a name (`json:0.8@12`) overrides them. layer: `12`, `3,4` or `3-5`
-    where it is a text."""
+    """What to steer by. steer, ensure: names, files or own words (`listed_names`). The settings override the
+    vectors', and are overridden by those after a name (`json:0.8@12`). layer: as a text, `12`, `3,4` or
+    `3-5`."""
 
     steer: tuple[str, ...] = ()
     ensure: tuple[str, ...] = ()
@@ -92,17 +93,18 @@ class SteeringWords:
     strength: float | None = None
 
     def settings(self) -> JsonObject:
-        """As ControlVector.at has them. Raises PlanError for settings of nothing, and for no layer."""
-        found = {name: getattr(self, name) for name in SETTINGS}
-        idle = [name for name, value in found.items() if value is not None]
+        """The settings, as arguments of ControlVector.at. Raises PlanError for settings without a vector, and
+        for an invalid layer."""
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        idle = [name for name, value in settings.items() if value is not None]
         if idle and not (self.steer or self.ensure):
             raise PlanError(f"{idle[0]} needs something to steer by: name an instruction or a vector file.")
         if self.layer is not None:
             try:
-                found["layer"] = parse_layers(str(self.layer))
+                settings["layer"] = parse_layers(str(self.layer))
             except ValueError as error:
                 raise PlanError(f"layer: {error}") from None
-        return found
+        return settings
 
 
 class AnswerRecord(TypedDict, total=False):
@@ -119,11 +121,11 @@ class AnswerRecord(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Wanted:
-    """How the reply is to be. max_tokens: None = until the context is full. sampling: of Sampling.
+    """What reply is wanted. max_tokens: None = until the context is full. sampling: fields of Sampling.
 
-    tools: functions that the reply may call, as chat templates are given them ({"type": "function", ...}).
+    tools: functions that the reply may call, as chat templates take them ({"type": "function", ...}).
     tool_choice: None = as the model likes; `required`, or the name of the tool that must be called.
-    steer_forms: steer inside of calls and under a grammar as well (docs/clients.md)."""
+    steer_forms: also steer inside calls and under a grammar (docs/clients.md)."""
 
     max_tokens: int | None = 512
     stop: tuple[str, ...] = ()
@@ -139,7 +141,7 @@ class Wanted:
         seed = self.sampling.get("seed")
         chosen = random.randrange(_SEEDS) if seed in (None, -1) else seed
         if not 0 <= chosen <= _SEEDS:
-            raise LocalsteerError(f"seed must be 0 to {_SEEDS}, or -1 for another one each time, not {seed}.")
+            raise LocalsteerError(f"seed must be 0 to {_SEEDS}, or -1 for a new one each time, not {seed}.")
         settings = {**(own or {}), **self.sampling, "seed": chosen}
         call = self.forced_call()
         return Sampling(**(settings if call is None else {**settings, "grammar": call}))
@@ -150,12 +152,13 @@ class Wanted:
         return bool(self.tools or self.sampling.get("grammar") or self.tool_choice)
 
     def forced_call(self) -> Constraint | None:
-        """Nothing but one call. Raises LocalsteerError for a choice that does not go with the tools."""
+        """A constraint to one call, if it is forced. Raises LocalsteerError for a choice that does not match
+        the tools."""
         from localsteer.constrain import Constraint
 
         functions = [tool["function"] for tool in self.tools]
         if self.tools and self.sampling.get("grammar"):
-            raise LocalsteerError("a schema excludes tools: ask for one of them.")
+            raise LocalsteerError("a schema excludes tools: use only one of them.")
         if self.tool_choice in (None, "auto"):
             return None
         if not functions:
@@ -172,11 +175,11 @@ class Wanted:
 
 
 class SteeredModel:
-    """One model by name or path. Opened at the first question, and kept open, so that a conversation's turns
-    find their prefix in the cache. Any thread may ask.
+    """One model by name or path. It is opened at the first question and kept open, so that a conversation's
+    turns find their prefix in the cache. Any thread may ask.
 
-    loading: ctx_size, threads, gpu_layers, None = as usual. Raises LocalsteerError for whatever a user can
-    cause, click's errors included.
+    loading: ctx_size, threads, gpu_layers; None = the default. Raises LocalsteerError for any error that a
+    user can cause, including click's.
     """
 
     def __init__(self, model: str, **loading: int | None) -> None:
@@ -218,7 +221,7 @@ class SteeredModel:
         self.close()
 
     def vectors(self, words: SteeringWords) -> tuple[list[ControlVector], list[ControlVector]]:
-        """Those to steer by and those to ensure; made now where they are of an instruction that is new."""
+        """The vectors to steer by, and those to ensure; a vector for a new instruction is made now."""
         from localsteer.cli.run import vector_to_ensure
 
         settings = words.settings()
@@ -251,13 +254,15 @@ class SteeredModel:
     def ask(
         self, messages: Sequence[Message], words: SteeringWords, wanted: Wanted, *, n_top: int | None = None
     ) -> SteeredAnswer:
-        """Everything is checked here; the reply comes as the answer is read."""
+        """Check everything, and return an answer, whose reply is generated as it is read."""
         from localsteer.asked import considerate
         from localsteer.model_names import asked_of
         from localsteer.runtime.ask import Ask
 
         if wanted.tools and words.ensure:
-            raise LocalsteerError("ensure gives one checked text, which excludes tools: leave one out.")
+            raise LocalsteerError(
+                "ensure returns one checked text, which excludes tools: leave one of them out."
+            )
         sampling = wanted.drawn(asked_of(self.model).sampling)
         always, checked = self.vectors(words)
         with one_kind_of_error():
@@ -310,8 +315,8 @@ def _stamp(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class Steering:
-    """What one reply is steered by. left_out: what would do harm (asked.py); checked: what it must follow, in
-    so many tries."""
+    """What one reply is steered by. left_out: vectors that would do harm (asked.py); checked: what it must
+    follow, within the given number of tries."""
 
     applied: Sequence[ControlVector] = ()
     left_out: Sequence[ControlVector] = ()
@@ -320,8 +325,8 @@ class Steering:
 
 
 class SteeredAnswer:
-    """A reply on its way: iterate it, once, for its texts. `cancel`, from any thread, ends it early. calls:
-    of tools (their names), known after the last text."""
+    """A reply in progress: iterate over its texts, once. `cancel`, from any thread, ends it early. calls:
+    tool calls, known after the last text."""
 
     def __init__(
         self, model: SteeredModel, ask: Ask, steering: Steering, tools: Collection[str] = ()
@@ -373,28 +378,30 @@ class SteeredAnswer:
     def _accepted(self) -> Iterator[str]:
         from localsteer.ensure import ensure
 
-        made = ensure(self._model.scheduler, self.ask, self.checked, tries=self.tries, cancel=self._cancelled)
-        reply = made.reply
-        self.ensured, self.finish_reason, self.timings = made, reply.finish_reason, reply.timings
-        self.n_prompt, self.n_reply = reply.timings.prompt_tokens, made.n_tokens
+        ensured = ensure(
+            self._model.scheduler, self.ask, self.checked, tries=self.tries, cancel=self._cancelled
+        )
+        reply = ensured.reply
+        self.ensured, self.finish_reason, self.timings = ensured, reply.finish_reason, reply.timings
+        self.n_prompt, self.n_reply = reply.timings.prompt_tokens, ensured.n_tokens
         yield reply.text
 
     def record(self) -> AnswerRecord:
-        """What was done, for JSON; whole after the last text."""
+        """What was done, for JSON; complete after the last text."""
         from localsteer.vector import settings_of
 
-        made: AnswerRecord = {
+        record: AnswerRecord = {
             "steering": [settings_of(vector) for vector in self.applied],
             "seed": self.ask.sampling.seed,
             "finish_reason": self.finish_reason,
         }
         if self._ticket is not None and self._ticket.plain_tokens:
-            made["plain_tokens"] = self._ticket.plain_tokens
+            record["plain_tokens"] = self._ticket.plain_tokens
         if self.left_out:
-            made["left_out"] = [vector.name for vector in self.left_out]
+            record["left_out"] = [vector.name for vector in self.left_out]
         if self.ensured is not None:
-            made["ensure"] = self.ensured.record()
-        return made
+            record["ensure"] = self.ensured.record()
+        return record
 
     def unsteered(self) -> SteeredAnswer:
         """The plain reply to the same question, with the same seed."""
@@ -404,7 +411,7 @@ class SteeredAnswer:
 
 @contextmanager
 def one_kind_of_error() -> Iterator[None]:
-    """What click raises for the command line becomes a LocalsteerError, and a file that can't be read too."""
+    """Turn click's errors, and those of files that can't be read, into LocalsteerError."""
     try:
         yield
     except click.ClickException as error:

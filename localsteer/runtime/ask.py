@@ -1,4 +1,4 @@
-"""What is asked of a model: one prompt, and how it is to be answered."""
+"""A question to a model: one prompt, and how to answer it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MAX_TOKENS = 512
 
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """Made once, where the caller's words come in, and passed whole from there on.
+    """A prompt and how to answer it, made once at the edge and passed on whole.
 
-    prompt: a question, messages, or with `raw` a text that goes in as it is. tokens: the prompt's ids, in the
-    place of a prompt. steer: one vector, several, or a plan. max_tokens: of the reply; None = until the
-    context is full. sampling: None = llama.cpp's defaults. stop: texts that the reply ends before.
-    n_top: None, or how many of the likeliest tokens each chunk tells the log-probabilities of, beside that of
-    the token drawn. keep_cache: take what is cached of these tokens whatever it was computed under, so that a
-    changed plan reads nothing again: only for a deliberate mix of two plans in one conversation. plain_forms:
-    nothing generated is steered inside of a tool call, or anywhere under a grammar; the prompt is.
+    prompt: a question, messages, or with `raw` a text that is sent as it is. tokens: the prompt's ids,
+    instead of a prompt. steer: one vector, several, or a plan. max_tokens: of the reply; None = until the
+    context is full. sampling: None = llama.cpp's defaults. stop: texts before which the reply ends. n_top:
+    None, or for how many of the likeliest tokens each chunk has log-probabilities, beside that of the token
+    drawn. keep_cache: use what is cached of these tokens whatever it was computed under, so that nothing is
+    read again under a changed plan; only for a deliberate mix of plans in one conversation. plain_forms:
+    steer nothing that is generated inside a tool call, or anywhere under a grammar; the prompt is steered.
     Raises LocalsteerError for an empty stop string, PromptError for a negative max_tokens.
     """
 
@@ -46,14 +46,14 @@ class Ask:
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 0:
             raise PromptError(f"max_tokens must not be negative, not {self.max_tokens}.")
-        # looked at more than once, and a generator would be empty by then
+        # it is read more than once, and a generator would then be empty
         object.__setattr__(self, "steer", listed(self.steer))
         object.__setattr__(self, "sampling", self.sampling or Sampling())
         object.__setattr__(self, "stop", check_stop(self.stop))
 
     @classmethod
     def of(cls, prompt: Prompt | Ask, **fields: Any) -> Ask:
-        """A prompt with these fields, or an Ask with some of them changed."""
+        """An Ask for a prompt with these fields, or an Ask with some of its fields changed."""
         return replace(prompt, **fields) if isinstance(prompt, Ask) else cls(prompt, **fields)
 
 
@@ -64,13 +64,13 @@ def asks_for(
     sampling: Sampling | Sequence[Sampling] | None = None,
     **fields: Any,
 ) -> list[Ask]:
-    """One for each prompt, with the same fields.
+    """One Ask for each prompt, with the same fields.
 
-    steer: one list of vectors (or one plan) for all prompts, or one such thing for each prompt. sampling: one
-    for all, where prompt i gets seed + i, or one each. Raises PromptError, LocalsteerError.
+    steer: one list of vectors (or one plan) for all prompts, or one of these for each prompt. sampling: one
+    for all, with seed + i for prompt i, or one for each. Raises PromptError, LocalsteerError.
     """
     if isinstance(prompts, str):
-        raise PromptError("one text is no list of prompts: put it into a list, or call `generate`.")
+        raise PromptError("one text is not a list of prompts: put it into a list, or call `generate`.")
     steers = _steer_of_each(steer, len(prompts))
     samplings = _sampling_of_each(sampling, len(prompts))
     return [
@@ -80,13 +80,13 @@ def asks_for(
 
 
 def listed(steer: Steer) -> Steer:
-    """Several vectors as a tuple; anything else as it is."""
+    """Several vectors as a tuple; anything else unchanged."""
     return steer if steer is None or isinstance(steer, (Plan, ControlVector)) else tuple(steer)
 
 
 def check_stop(stop: Sequence[str]) -> tuple[str, ...]:
-    """Stop strings, one or several. Raises LocalsteerError for an empty one, which would stop every reply,
-    and for one with half of a character, which no reply has."""
+    """One or several stop strings as a tuple. Raises LocalsteerError for an empty one, which would stop every
+    reply, and for one with half a character, which no reply contains."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(stops):
         raise LocalsteerError("a stop string must not be empty.")
@@ -94,7 +94,7 @@ def check_stop(stop: Sequence[str]) -> tuple[str, ...]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise LocalsteerError(f"the stop string {text!a:.80} holds half of a character.") from None
+            raise LocalsteerError(f"the stop string {text!a:.80} contains half a character.") from None
     return stops
 
 
@@ -103,7 +103,9 @@ def _steer_of_each(steer: Steer | Sequence[Steer], n: int) -> Sequence[Steer]:
     if not isinstance(steer, tuple) or all(isinstance(vector, ControlVector) for vector in steer):
         return [steer] * n
     if len(steer) != n:
-        raise PromptError(f"steer has {len(steer)} entries for {n} prompts: give one each, or one for all.")
+        raise PromptError(
+            f"steer has {len(steer)} entries for {n} prompts: pass one for each, or one for all."
+        )
     return steer
 
 
@@ -114,5 +116,7 @@ def _sampling_of_each(sampling: Sampling | Sequence[Sampling] | None, n: int) ->
             return [one] * n
         return [replace(one, seed=one.seed + i) for i in range(n)]
     if len(sampling) != n:
-        raise LocalsteerError(f"sampling has {len(sampling)} entries for {n} prompts: give one each, or one.")
+        raise LocalsteerError(
+            f"sampling has {len(sampling)} entries for {n} prompts: pass one for each, or one for all."
+        )
     return sampling

@@ -1,6 +1,6 @@
-"""What may steer a model: a vector's shape, tokenizer and layers against those of the model in front of it.
+"""What may steer a model: checks a vector's shape, tokenizer and layers against those of the model.
 
-Engine and SteeredLlama attach vectors through this, so that both refuse the same ones in the same words.
+Engine and SteeredLlama both attach vectors through this, and so refuse the same ones in the same words.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger("localsteer")  # without a handler Python prints warn
 
 
 class Notices:
-    """Tell the user something once for each model that is open."""
+    """Shows each notice to the user once per open model."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
@@ -32,10 +32,10 @@ class Notices:
 
 
 class Attaching:
-    """Turns what a caller gives into a plan that is proven to work on one model.
+    """Turns vectors or a plan into a plan that is known to work on one model.
 
-    tokenize: ids of a text that the model's template rendered. probe: raises for layers it can't steer.
-    Neither may hold the owner of this object: a model is freed when its last user drops it.
+    tokenize: returns the ids of a text that the model's template rendered. probe: raises for layers that
+    can't be steered. Neither may hold the owner of this object: a model is freed when its last user drops it.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Attaching:
         self._checked: weakref.WeakSet[ControlVector] = weakref.WeakSet()
 
     def plan(self, steer: Steer) -> Plan | None:
-        """The plan of one sequence; None when it changes nothing.
+        """The plan of one sequence, or None if it changes nothing.
 
         Raises MismatchError for a vector of another model, PlanError, UnsupportedModelError.
         """
@@ -96,13 +96,14 @@ class Attaching:
         theirs = vector.provenance.get("template_hash")
         if theirs and theirs != self._template_hash:
             self._notice(
-                f"{vector.label} was extracted with another chat template than that of {self._path.name}: "
+                f"{vector.label} was extracted with a different chat template from that of "
+                f"{self._path.name}: "
                 "check that it still steers, or extract it from this model."
             )
 
 
 def _probes(vector: ControlVector) -> list[tuple[str, list[int]]]:
-    """Templated texts and their tokens, as the extraction saw them. Raises VectorFileError."""
+    """The vector's probes: templated texts with their tokens at extraction. Raises VectorFileError."""
     probes = vector.provenance.get("probes") or ()
     try:
         return [(str(text), [int(token) for token in ids]) for text, ids in probes]

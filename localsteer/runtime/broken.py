@@ -1,4 +1,4 @@
-"""What is wrong with a llama.cpp that can't be loaded, in one line. Imports nothing of it."""
+"""What is wrong with a llama.cpp that can't be loaded, in one line. This module does not import it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ OTHER_CPU = (
     "llama.cpp was compiled for another processor (illegal instruction): "
     f"`{REINSTALL}` on this machine compiles it for this one."
 )
-_ILLEGAL = (-4, 132, 0xC000001D, 0xC000001D - 2**32)  # SIGILL, the same through a shell, and Windows' two
+_ILLEGAL = (-4, 132, 0xC000001D, 0xC000001D - 2**32)  # SIGILL, SIGILL through a shell, and the two of Windows
 
 
 def is_illegal_instruction(status: int) -> bool:
-    """Whether a process that ended so had met an instruction that this processor does not have."""
+    """Whether a process with this exit status met an instruction that this processor does not have."""
     return status in _ILLEGAL
 
 
 def why_not_loaded(error: Exception) -> str:
-    """For a library of llama.cpp, or one that it needs, that is missing or damaged."""
+    """The message for a library of llama.cpp, or one that it needs, that is missing or damaged."""
     text = " ".join(str(error).split())
-    why = text.rpartition("': ")[2] or text  # behind the path of the library
+    why = text.rpartition("': ")[2] or text  # what follows the path of the library
     if "libgomp" in why or "libomp" in why:
         advice = "install OpenMP's library (Debian, Ubuntu: apt install libgomp1; Fedora: libgomp)."
     else:

@@ -1,25 +1,25 @@
-"""Where a reply is written in a form that a program parses: a tool call, or all of it under a constraint.
+"""Which parts of a reply are in a form that a program parses: a tool call, or all of it under a constraint.
 
-Steering changes what is said. Inside of a form it changes brackets and quotes as well, and the call is lost.
+Steering changes what is said. Inside a form it would change brackets and quotes too, and break the call.
 """
 
 from __future__ import annotations
 
-# How models begin a call, and how they end it; the others go on to the end of the reply. docs/server.md
+# How models begin a call -> how they end it; other calls continue to the end of the reply. docs/clients.md
 CALLS = {
     b"<tool_call>": b"</tool_call>",
     b"<function=": b"</function>",
     b"[TOOL_CALLS]": None,
     b"<|python_tag|>": None,
 }
-OPENERS = b"{["  # a reply that begins so may be a call by itself
+OPENERS = b"{["  # a reply that begins like this may be a call by itself
 _LONGEST = max(len(mark) for pair in CALLS.items() for mark in pair if mark)
 
 
 class FormWatch:
-    """Told of a reply's bytes token by token; `inside` says whether what comes next stands in a form.
+    """Follows the bytes of a reply, token by token; `inside` says whether the next token is inside a form.
 
-    forced: all of it does.
+    forced: the whole reply is.
     """
 
     def __init__(self, forced: bool) -> None:
@@ -29,8 +29,8 @@ class FormWatch:
         self._tail = b""
 
     def push(self, piece: bytes) -> bool:
-        """Take in the next token's bytes. Returns whether what comes next may stand in a form: where a mark
-        takes several tokens, the rest of it does."""
+        """Take in the next token's bytes. Returns whether the next token may be inside a form; if a mark
+        takes several tokens, the rest of it counts as inside."""
         if self.inside and self._ends_by is None:
             return True
         text = self._tail + piece
@@ -44,7 +44,7 @@ class FormWatch:
         return self.inside or _begins_mark(self._tail)
 
     def _cross_marks(self, text: bytes) -> bytes:
-        """Go in and out by the marks in a text; what follows the last of them."""
+        """Enter and leave forms by the marks in a text; returns what follows the last mark."""
         while True:
             marks = [self._ends_by] if self.inside else list(CALLS)
             places = [(at, mark) for mark in marks if mark and (at := text.find(mark)) >= 0]
@@ -57,5 +57,5 @@ class FormWatch:
 
 
 def _begins_mark(text: bytes) -> bool:
-    """Whether the end of a text is the beginning of a mark."""
+    """Whether a text ends with the beginning of a mark."""
     return any(text.endswith(mark[:n]) for mark in CALLS for n in range(1, min(len(mark), len(text) + 1)))

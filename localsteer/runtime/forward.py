@@ -1,6 +1,6 @@
-"""Forward passes over known tokens: logits, states of the residual stream, scores. Nothing is drawn here.
+"""Forward passes over known tokens: logits, states of the residual stream, scores. Nothing is sampled here.
 
-Engine has them as methods, which say what they take and give.
+Engine has these functions as methods, whose docstrings describe arguments and results.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from ..engine import Engine
     from .bridge import Rows
 
-WIDE_BYTES = 64 << 20  # of logits that one decode may return when every token is an output
+WIDE_BYTES = 64 << 20  # bytes of logits that one decode may return if every token is an output
 
 Progress = Callable[[int, int], None] | None
 
 
 class Piece(NamedTuple):
-    """Tokens start to stop (exclusive) of sequence `index`, as part of one decode."""
+    """Tokens `start` to `stop` (exclusive) of sequence `index`, as part of one decode."""
 
     index: int
     start: int
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 
 
 def logits(engine: Engine, tokens: np.ndarray, plan: Plan | None, n_prompt: int | None) -> np.ndarray:
-    """(n_tokens, n_vocab) float32, of one forward pass."""
+    """Logits of one forward pass, (n_tokens, n_vocab) float32."""
     result = np.empty((len(tokens), engine.model.n_vocab), np.float32)
     for piece, rows, _, outputs in passes(
         engine, [tokens], [0], plan=plan, n_prompt=n_prompt, size=wide_size(engine)
@@ -46,7 +46,7 @@ def logits(engine: Engine, tokens: np.ndarray, plan: Plan | None, n_prompt: int 
 def hidden_states(
     engine: Engine, tokens: np.ndarray, layers: Sequence[int], plan: Plan | None, n_prompt: int | None
 ) -> np.ndarray:
-    """(n_tokens, len(layers), n_embd) float32, after each layer of `layers`."""
+    """States after each layer of `layers`, (n_tokens, len(layers), n_embd) float32."""
     # the last layer keeps only the rows of outputs
     every = engine.model.n_layer - 1 in layers
     result = np.empty((len(tokens), len(layers), engine.model.n_embd), np.float32)
@@ -67,7 +67,8 @@ def hidden_states(
 def last_hidden_states(
     engine: Engine, sequences: Sequence[np.ndarray], on_progress: Progress = None
 ) -> np.ndarray:
-    """(n_sequences, n_layer, n_embd) float32: every layer's state at each last token, unsteered."""
+    """Every layer's state at the last token of each sequence, unsteered: (n_sequences, n_layer, n_embd)
+    float32."""
     size = min(engine.context.n_batch, engine.n_cells)
     fits = all(len(tokens) <= size for tokens in sequences)
     if engine.n_seq_max > 1 and engine.context.kv_unified and fits:
@@ -83,7 +84,7 @@ def last_hidden_states(
 
 
 class Seen(NamedTuple):
-    """states: (n, n_layers, n_embd) float32, of the outputs of sequence `index` from its `first` one on."""
+    """states: (n, n_layers, n_embd) float32, for the outputs of sequence `index`, starting at its `first`."""
 
     index: int
     first: int
@@ -97,7 +98,8 @@ def rows_at(
     n_prompts: Sequence[int] | None,
     plan: Plan | None,
 ) -> list[TokenSequence]:
-    """Sequences with outputs at their `positions`, checked. n_prompts: None: all of each is prompt."""
+    """Checked sequences with outputs at their `positions`. n_prompts: None means that all tokens are
+    prompt."""
     rows = []
     n_prompts = [None] * len(sequences) if n_prompts is None else n_prompts
     for token_ids, chosen, n_prompt in zip(sequences, positions, n_prompts, strict=True):
@@ -109,10 +111,10 @@ def rows_at(
 
 
 def states_at(engine: Engine, sequences: Sequence[TokenSequence], layers: Sequence[int]) -> Iterator[Seen]:
-    """The states of each sequence's outputs after each layer of `layers`, in pieces of one decode.
+    """Yields the states of each sequence's outputs after each layer of `layers`, in pieces of one decode.
 
-    Sequences come in any order, the pieces of one in theirs. What stands behind a sequence's last output is
-    not computed. Memory is that of one decode, whatever the sequences hold.
+    Sequences come in any order, the pieces of one sequence in order. Nothing after a sequence's last output
+    is computed. The memory needed is that of one decode, however long the sequences.
     """
     engine.context.probe(layers)
     logits = engine.model.n_layer - 1 in layers  # the last layer keeps only the rows of outputs
@@ -165,7 +167,7 @@ def _states_in_chunks(
 
 
 def _cut(sequence: TokenSequence) -> TokenSequence:
-    """Without what stands behind its last output: attention looks back only."""
+    """The sequence without what follows its last output, since attention only looks back."""
     end = max(sequence.outputs) + 1
     return replace(sequence, tokens=sequence.tokens[:end], classes=sequence.classes[:end])
 
@@ -181,7 +183,7 @@ def score(
     for prompt, reply in pairs:
         if not len(prompt) or not len(reply):
             raise PromptError("a score needs a prompt and a reply of at least one token each.")
-    # the last token of a reply is predicted but never read
+    # the last token of a reply is predicted, but never read
     sequences = [check_tokens(engine, [*prompt, *reply][:-1]) for prompt, reply in pairs]
     firsts = [len(prompt) - 1 for prompt, _ in pairs]
     totals = np.zeros(len(pairs))
@@ -196,17 +198,17 @@ def score(
 
 
 def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """(n,) float64: log softmax of each row of (n, n_vocab) float32 logits at its token."""
+    """Log softmax of each row of (n, n_vocab) float32 logits at its token, (n,) float64."""
     if not len(tokens):
         return np.zeros(0)
     peak = logits.max(axis=1, keepdims=True)
-    # float32 is exact to 1e-6 here, in a third of the time
+    # float32 is exact to 1e-6 here, and takes a third of the time
     total = np.log(np.exp(logits - peak).sum(axis=1, dtype=np.float64)) + peak[:, 0]
     return logits[np.arange(len(tokens)), tokens].astype(np.float64) - total
 
 
 def wide_size(engine: Engine) -> int:
-    """Tokens of one decode whose every token is an output."""
+    """How many tokens fit in one decode if every token is an output."""
     return max(1, min(engine.context.n_batch, WIDE_BYTES // (4 * engine.model.n_vocab)))
 
 
@@ -221,11 +223,11 @@ def passes(
     capture: Sequence[int] = (),
     capture_outputs: bool = False,
 ) -> Iterator[tuple[Piece, Rows, slice, slice]]:
-    """Decode sequences from their start, as many as fit `size` tokens at a time, longer ones in chunks.
+    """Decode sequences from their start, as many at a time as fit into `size` tokens, longer ones in chunks.
 
-    Tokens from `first_outputs[i]` on are outputs of sequence i. Yields for each piece its decode's rows
+    Tokens from `first_outputs[i]` on are outputs of sequence i. Yields for each piece the rows of its decode
     and where the piece is in them: a slice of the decode's tokens and a slice of its outputs.
-    capture_outputs: record the states of outputs alone.
+    capture_outputs: record only the states of outputs.
     """
     if capture:
         engine.context.probe(capture)
@@ -254,7 +256,7 @@ def passes(
 def pack(lengths: Sequence[int], size: int, n_seq_max: int) -> Iterator[list[Piece]]:
     """Pieces of one decode each: consecutive whole sequences, at most n_seq_max and `size` tokens together.
 
-    A sequence longer than `size` comes alone, in chunks, one after another.
+    A sequence longer than `size` comes by itself, in chunks, one after another.
     """
     batch: list[Piece] = []
     room = size
@@ -275,7 +277,7 @@ def pack(lengths: Sequence[int], size: int, n_seq_max: int) -> Iterator[list[Pie
 def _last_states_together(
     engine: Engine, sequences: Sequence[np.ndarray], size: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Several in one decode, the beginning that they share computed once."""
+    """Decode several sequences at once, computing the prefix that they share only once."""
     layers = list(range(engine.model.n_layer))
     engine.context.probe(layers)
     prompts = [
@@ -292,7 +294,7 @@ def _last_states_together(
 
 
 def _last_states(engine: Engine, sequences: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """One after the other, long ones in chunks."""
+    """Decode sequences one after the other, long ones in chunks."""
     layers = list(range(engine.model.n_layer))
     for piece, rows, _, outputs in passes(
         engine,
@@ -308,9 +310,10 @@ def _last_states(engine: Engine, sequences: Sequence[np.ndarray]) -> Iterator[tu
 
 @dataclass(frozen=True)
 class _Joined:
-    """Pieces of several sequences as the arrays of one decode. spans: of its tokens, and of its outputs.
+    """Pieces of several sequences as the arrays of one decode. spans: of tokens and of outputs, for each
+    piece.
 
-    lengths: of its sequence, for each token.
+    lengths: for each token, the length of its sequence.
     """
 
     tokens: np.ndarray

@@ -1,7 +1,7 @@
-"""From what is asked to replies: `stream` and `generate` for one, `generate_batch` for many.
+"""Turns questions into replies: `stream` and `generate` for one, `generate_batch` for many.
 
-All of them run the one loop (loop.py) to its end, and are methods of an Engine too: engine.generate(...) is
-generate(engine, Ask(...)). scheduler.py runs it for ever.
+All of them run the one loop (loop.py) to its end, and exist as methods of Engine: engine.generate(...) is
+generate(engine, Ask(...)). scheduler.py keeps the loop running.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from .reply import Chunk, Reply, Timings
 if TYPE_CHECKING:
     from ..engine import Engine
 
-# (index of the prompt, text so far, tokens so far) -> the reason to end the reply here, "" to go on
+# (index of the prompt, text so far, tokens so far) -> the reason to end the reply here, "" to continue
 Watch = Callable[[int, str, int], str]
 
 
 def stream(engine: Engine, ask: Ask) -> Iterator[Chunk]:
-    """A reply as it comes. Prompt, plan, settings and grammar are checked here and now.
+    """Chunks of a reply as they are generated. Prompt, plan, settings and grammar are checked before this
+    returns.
 
     Exactly one chunk, the last, has a finish_reason. Raises PromptError, MismatchError.
     """
@@ -33,17 +34,18 @@ def stream(engine: Engine, ask: Ask) -> Iterator[Chunk]:
 
 
 def generate(engine: Engine, ask: Ask) -> Reply:
-    """The whole reply; errors as `stream` has them."""
+    """The whole reply. Raises the same errors as `stream`."""
     return Reply.of(list(stream(engine, ask)))
 
 
 def generate_batch(
     engine: Engine, asks: Sequence[Ask], *, on_progress: Callable[[int, int], None] | None = None
 ) -> list[Reply]:
-    """Replies in the order of what is asked; up to n_seq_max sequences go through each decode together.
+    """Replies in the order of the questions; up to n_seq_max sequences share each decode.
 
-    In the default context a sequence's numbers depend a little on its neighbours (other kernels for one row
-    and for many), so that a greedy reply can differ from the one alone; with Engine(exact=True) it doesn't.
+    In the default context a sequence's numbers depend slightly on its neighbours (different kernels for one
+    row and for many), so a greedy reply can differ from one decoded by itself; with Engine(exact=True) it
+    can't.
 
     on_progress: called with (replies done, prompts). Raises PromptError, naming the prompt by its index,
     before anything is decoded.
@@ -59,7 +61,8 @@ def generate_batch(
 def stream_batch(
     engine: Engine, asks: Sequence[Ask], *, watch: Watch | None = None
 ) -> Iterator[tuple[int, Reply]]:
-    """`generate_batch` as (index of the prompt, reply), each as soon as it ends. watch: may end one early."""
+    """Yields (index of the prompt, reply) of a batch, each as soon as it ends. watch: may end a reply
+    early."""
     return stream_requests(engine, new_requests(engine, asks), watch)
 
 
@@ -82,14 +85,15 @@ def stream_requests(
 
 
 def chunks_of(engine: Engine, request: Request) -> Iterator[Chunk]:
-    """The chunks of one request, with nothing else in the engine."""
+    """Yields the chunks of one request, with nothing else in the engine."""
     with closing(Loop(engine, [request]).run()) as events:
         for _request, chunk in events:
             yield chunk
 
 
 def new_requests(engine: Engine, asks: Sequence[Ask]) -> list[Request]:
-    """The same vectors for many prompts make one plan object, which the hook then compiles once.
+    """Requests for these questions. The same vectors for many prompts share one plan, which the hook compiles
+    once.
 
     Raises PromptError, naming the prompt by its index.
     """

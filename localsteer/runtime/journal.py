@@ -1,10 +1,10 @@
-"""What a long run has done so far: one JSON line for each piece of work, read again when the run goes on.
+"""What a long run has done so far: one JSON line for each piece of work, read again when the run is resumed.
 
     journal = Journal(Path("run/replies.jsonl"), {"model": sha256})
     engine = Remembered(engine, journal)   # an Engine whose greedy replies and scores are kept
 
-A run that was killed is started again from its beginning and finds its replies here: no other state of it
-needs keeping, because everything between two replies is quick and gives the same answer every time.
+A run that was killed starts again from its beginning and finds its replies here. No other state needs
+keeping, because everything between two replies is quick and always gives the same result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from localsteer.runtime.sampling import Sampling
 
 FORMAT = 1
-SUM = "crc32"  # of a record's line without it
+SUM = "crc32"  # key of the checksum, taken over the record's line without it
 logger = logging.getLogger("localsteer")
 
 
@@ -69,12 +69,12 @@ _TYPES = {
 class Journal:
     """Records by key, in a file that only grows. Thread-safe; one process at a time.
 
-    path: made, with its folder, if need be; None keeps everything in memory. identity: what the records hold
-    for, the model's sha256 first of all; a file with records of another one is refused.
-    Half a line at the end, which a killed run leaves, is dropped. A record that has changed, or lacks what
-    its kind must hold, is not there, so that it is made again; a notice says so. A file that nothing was put
-    into, as by a run that was refused, is removed when it is closed. Raises LocalsteerError for any other
-    line that can't be read.
+    path: created, with its folder, if need be; None keeps everything in memory. identity: what the records
+    are valid for, above all the model's sha256; a file whose records have another identity is refused. Half a
+    line at the end, which a killed run leaves, is dropped. A record that has changed, or lacks what its kind
+    must hold, counts as missing and is made again; a notice says so. A file to which nothing was added, for
+    instance by a run that was refused, is removed on closing. Raises LocalsteerError for any other line that
+    can't be read.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
@@ -88,7 +88,7 @@ class Journal:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._read(path, header)
-                # no buffer: what could not be written must not be tried again when the file is closed
+                # unbuffered: a write that failed must not be retried when the file is closed
                 self._file = path.open("ab", buffering=0)
             except OSError as error:
                 raise LocalsteerError(
@@ -104,7 +104,7 @@ class Journal:
         return self._records.get(key)
 
     def put(self, key: str, record: Mapping[str, Any]) -> None:
-        """Keep a record. Raises LocalsteerError when the disk takes no more; what was kept stays."""
+        """Keep a record. Raises LocalsteerError if the disk is full; what was kept stays."""
         with self._lock:
             if key not in self._records:
                 self._append(_sealed({"key": key, **record}))
@@ -121,7 +121,7 @@ class Journal:
                     self._remove_empty(self._folder)
 
     def _remove_empty(self, folder: Path) -> None:
-        """The folder of the file and those above it, up to this one, all of them made by us."""
+        """Remove the file's folder and those above it, up to this one, all of which this class made."""
         for parent in self.path.parents:
             parent.rmdir()
             if parent == folder:
@@ -134,7 +134,7 @@ class Journal:
         self.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        """What is in the file survives a kill of this process."""
+        """Write a line, which then survives a kill of this process."""
         if self._file is None:
             return
         line, before = _line(record), self._file.seek(0, os.SEEK_END)
@@ -143,7 +143,7 @@ class Journal:
                 line = line[self._file.write(line) :]
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._file.truncate(before)  # half a line would spoil the next one
+                self._file.truncate(before)  # half a line would corrupt the next one
             raise LocalsteerError(
                 f"{self.path} can't be written ({error.strerror or error}): what is done is kept; make room "
                 "and run the same command again."
@@ -155,22 +155,23 @@ class Journal:
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if not whole and not _line(header).startswith(content):
-            raise LocalsteerError(f"{path} is no journal of a run: choose another folder, or delete it.")
+            raise LocalsteerError(f"{path} is not a journal of a run: choose another folder, or delete it.")
         lines = content[:whole].splitlines()
         damaged = set()
         for number, line in enumerate(lines, 1):
             record = _parsed(line, path, number)
             if len(lines) == 1 and record.get("localsteer") == header["localsteer"]:
-                whole = 0  # nothing was kept, as by a run that was refused: another one may have the file
+                # nothing was kept, for instance by a run that was refused: another run may use the file
+                whole = 0
             elif number == 1:
                 self._check(record, header)
             elif _is_unchanged(record) and _is_whole(record):
                 self._records[record.pop("key")] = record
             else:
                 damaged.add(record["key"])
-        if again := damaged - self._records.keys():  # a later line may hold what was made again
-            logger.warning(f"{path}: {len(again)} records are damaged, and are made again.")
-        # last of all: a file that is not ours stays as it is
+        if again := damaged - self._records.keys():  # a later line may hold the same record made again
+            logger.warning(f"{path}: {len(again)} records are damaged and will be made again.")
+        # only now: a file that is not a journal stays unchanged
         if whole < len(content):
             with path.open("r+b") as file:
                 file.truncate(whole)
@@ -180,7 +181,7 @@ class Journal:
             if found.get(name) != wanted:
                 raise LocalsteerError(
                     f"{self.path} belongs to another run ({name} {found.get(name)!r}, now {wanted!r}): "
-                    "choose another folder, or delete this one to begin anew."
+                    "choose another folder, or delete this one to start again."
                 )
 
 
@@ -189,13 +190,14 @@ def _sealed(record: Mapping[str, Any]) -> JsonObject:
 
 
 def _is_unchanged(record: JsonObject) -> bool:
-    """By its checksum, which is taken out; a record of an earlier version has none."""
-    found = record.pop(SUM, None)
-    return found is None or found == zlib.crc32(_line(record))
+    """Whether a record's checksum, which is removed from it, is right; a record of an earlier version has
+    none."""
+    checksum = record.pop(SUM, None)
+    return checksum is None or checksum == zlib.crc32(_line(record))
 
 
 def _is_whole(record: Mapping[str, Any]) -> bool:
-    """Whether a record holds what it is read for."""
+    """Whether a record holds what its readers need."""
     kind = record.get("kind")
     types = _TYPES.get(kind, {}) if isinstance(kind, str) else None
     if types is None or not all(isinstance(record.get(name), type_) for name, type_ in types.items()):
@@ -221,19 +223,19 @@ def _parsed(line: bytes, path: Path, number: int) -> JsonObject:
     except (ValueError, RecursionError):  # also UnicodeDecodeError and JSONDecodeError
         record = None
     if not isinstance(record, dict) or not (number == 1 or isinstance(record.get("key"), str)):
-        raise LocalsteerError(f"{path}, line {number}: this is no record of a run; remove the line.")
+        raise LocalsteerError(f"{path}, line {number}: this is not a record of a run; remove the line.")
     return record
 
 
 class Remembered:
-    """An Engine that answers from a journal what it has answered before; all else is the engine's own.
+    """An Engine that answers from a journal what it has answered before; everything else goes to the engine.
 
-    Only greedy replies are kept: others differ each time. Equal requests in one call are decoded once. A call
-    that was cut short is decoded again whole: neighbours in a batch change a reply a little, and a run that
-    goes on must end as one that was never stopped.
+    Only greedy replies are kept, since others differ each time. Equal requests in one call are decoded once.
+    A call that was cut short is decoded again as a whole: neighbours in a batch slightly change a reply, and
+    a resumed run must end like one that was never stopped.
 
-    check: called after each reply and each
-    score; what it raises ends the call. n_decoded: greedy replies that were not in the journal.
+    check: called after each reply and each score; an exception from it ends the call. n_decoded: greedy
+    replies that were not in the journal.
     """
 
     def __init__(
@@ -257,7 +259,7 @@ class Remembered:
         on_progress: Callable[[int, int], None] | None = None,
         **fields: Any,
     ) -> list[Reply]:
-        """As Engine.generate_batch; what is known already counts as done at once."""
+        """Like Engine.generate_batch; known replies count as done at once."""
         asks = asks_for(prompts, steer=steer, sampling=sampling, **fields)
         if not getattr(sampling, "is_argmax", False):
             return generate_batch(self._engine, asks, on_progress=on_progress)
@@ -272,7 +274,7 @@ class Remembered:
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         missing = sorted(first[key] for key in self._missing(keys, call))
         ended = stream_requests(self._engine, [requests[i] for i in missing])
-        with contextlib.closing(ended):  # what ends it early must leave no sequence in the engine
+        with contextlib.closing(ended):  # however it ends, no sequence may stay in the engine
             for left, (k, reply) in zip(range(len(missing) - 1, -1, -1), ended, strict=True):
                 i = missing[k]
                 self.n_decoded += self._journal.get(keys[i]) is None
@@ -284,7 +286,7 @@ class Remembered:
         return [_reply(self._journal.get(key)) for key in keys]
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-        """As Engine.score."""
+        """Like Engine.score."""
         keys = [_key("score", list(map(int, prompt)), list(map(int, reply))) for prompt, reply in pairs]
         call = _key(keys)
         missing = set(self._missing(keys, call))
@@ -296,7 +298,7 @@ class Remembered:
         return [self._journal.get(key)["score"] for key in keys]
 
     def _missing(self, keys: Sequence[str], call: str) -> list[str]:
-        """What this call has to ask for: all that is new to it, unless all of that is known by now."""
+        """What this call has to ask: everything new to it, or nothing if all of that is known by now."""
         records = {key: self._journal.get(key) for key in dict.fromkeys(keys)}
         new = [key for key, record in records.items() if record is None or record.get("call") == call]
         return new if any(records[key] is None for key in new) else []

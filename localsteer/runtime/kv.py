@@ -1,8 +1,8 @@
-"""What the KV cache holds: each sequence's tokens, and the edits that each was computed under.
+"""What the KV cache holds: each sequence's tokens, and the edits under which each was computed.
 
-A cached position is right for another request only if token AND edits are the same, there and at every
-position before it. The plan alone does not tell: what was a reply in the first turn of a chat is prompt in
-the second, and under positions `prompt`, `last` or `generation` that makes another state of it.
+A cached position is valid for another request only if token AND edits are the same, there and at every
+earlier position. The plan is not enough: the reply in the first turn of a chat is prompt in the second, and
+under positions `prompt`, `last` or `generation` it then has another state.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class _Cell:
 
 
 def class_keys(plan: Plan | None) -> tuple[bytes, ...]:
-    """What is applied to a token of each PositionClass, as a key that is equal where the edits are."""
+    """For each PositionClass, a key of what is applied to its tokens; keys are equal if the edits are."""
     return NO_KEYS if plan is None else tuple(plan.class_key(cls) for cls in PositionClass)
 
 
 class CachedSequences:
-    """Keeps count of the cache of one Context, and is the only one to change it but for decodes.
+    """Keeps track of the cache of one Context. Apart from decodes, only this class changes the cache.
 
-    n_used: cells that hold something, those that several sequences share counted once.
+    n_used: cells in use; a cell that several sequences share counts once.
     """
 
     def __init__(self, context: Context) -> None:
@@ -48,10 +48,10 @@ class CachedSequences:
         return len(self._sequences[seq])
 
     def common(self, seq: int, tokens: Sequence[int], keys: Sequence[bytes] | None) -> int:
-        """How many of the first positions of a sequence are right for these tokens and keys.
+        """How many of a sequence's first positions are valid for these tokens and keys.
 
-        keys: None takes positions whatever they were computed under. Their own keys stay with them, so that
-        nobody else is given them for something else.
+        keys: None accepts positions whatever they were computed under. They keep their own keys, so no other
+        request gets them by mistake.
         """
         n = 0
         for i, (cell, token) in enumerate(zip(self._sequences[seq], tokens, strict=False)):
@@ -61,16 +61,17 @@ class CachedSequences:
         return n
 
     def own_cells(self, seq: int, start: int = 0) -> int:
-        """Cells from `start` on that no other sequence shares: what forgetting them would free."""
+        """How many cells from `start` on no other sequence shares; forgetting them would free so many."""
         return sum(cell.refs == 1 for cell in self._sequences[seq][start:])
 
     def append(self, seq: int, tokens: Sequence[int], keys: Sequence[bytes]) -> None:
-        """Positions that are being decoded now."""
+        """Record positions that are being decoded."""
         self._sequences[seq] += [_Cell(token, key) for token, key in zip(tokens, keys, strict=True)]
         self.n_used += len(tokens)
 
     def cut(self, seq: int, n: int) -> int:
-        """Forget all but the first n positions. Returns how many are left: a recurrent state can't be cut."""
+        """Forget all but the first n positions. Returns how many are left, since a recurrent state can't be
+        cut."""
         if n >= self.length(seq):
             return self.length(seq)
         if n and not self._context.seq_rm(seq, n):
@@ -84,7 +85,8 @@ class CachedSequences:
         return n
 
     def share(self, src: int, dst: int, n: int) -> None:
-        """Let dst begin with the first n positions of src: the same cells, or copies in separate caches."""
+        """Make dst begin with the first n positions of src: the same cells, or copies if caches are
+        separate."""
         self.cut(dst, 0)
         if n:
             self._context.seq_cp(src, dst, n)
@@ -98,7 +100,7 @@ class CachedSequences:
         self._sequences[dst] = shared
 
     def clear(self) -> None:
-        """Forget everything, as after a decode that failed."""
+        """Forget everything, for instance after a failed decode."""
         self._context.clear()
         self._sequences = [[] for _ in self._sequences]
         self.n_used = 0

@@ -1,7 +1,7 @@
-"""How likely given replies are: teacher forcing of many (prompt, reply, plan) rows, as many in a decode as
+"""How likely known replies are: teacher forcing of many (prompt, reply, plan) rows, as many per decode as
 fit.
 
-What rows begin with in common is computed once a decode (prefix.py), and logits for the wanted tokens only.
+The prefix that rows share is computed once per decode (prefix.py), and logits only for the wanted tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A reply after a prompt, both token ids of at least one token. plan: what steers it, None = nothing.
+    """A reply after a prompt, both as token ids, at least one each. plan: what steers it, None = nothing.
 
-    wanted: (n_reply,) bool, the tokens of the reply whose log-probabilities are asked for; None: all.
+    wanted: (n_reply,) bool, the tokens of the reply whose log-probabilities are needed; None: all.
     """
 
     prompt: Sequence[int]
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def sequence(self) -> TokenSequence:
-        """What the model has to read for it: nothing after the last wanted token matters."""
+        """What the model has to read for this row: nothing after the last wanted token matters."""
         chosen = np.arange(len(self.reply)) if self.wanted is None else np.flatnonzero(self.wanted)
         outputs = (len(self.prompt) - 1 + chosen).tolist()
         tokens = [*self.prompt, *self.reply][: max(outputs, default=-1) + 1]
@@ -51,10 +51,10 @@ class Row:
 
 
 class Likelihood:
-    """Log-probabilities under one engine. n_tokens: tokens that were computed so far.
+    """Log-probabilities under one engine. n_tokens: tokens computed so far.
 
-    measure: what to take of the logits of the wanted tokens, (n, n_vocab) float32, and of these tokens: an
-    array of n rows.
+    measure: computes an array of n rows from the logits of the wanted tokens, (n, n_vocab) float32, and these
+    tokens.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class Likelihood:
 
     def _checked(self, row: Row) -> TokenSequence:
         if not len(row.prompt) or not len(row.targets):
-            raise PromptError("a likelihood needs a prompt, a reply and a wanted token of it.")
+            raise PromptError("a likelihood needs a prompt, a reply, and at least one wanted token of it.")
         sequence = row.sequence
         room = min(self._engine.n_ctx, self._engine.context.n_batch, self._engine.n_cells)
         if len(sequence.tokens) > room:
             raise PromptError(
-                f"a prompt and reply of {len(sequence.tokens)} tokens do not fit into the {room} that are "
+                f"a prompt and reply of {len(sequence.tokens)} tokens do not fit into the {room} that can be "
                 "read at once: shorten them, or raise n_ctx (-c)."
             )
         return sequence

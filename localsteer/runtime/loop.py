@@ -1,8 +1,9 @@
-"""The one generation loop: a decode a step for all replies, each with its own plan, sampler and stop strings.
+"""The one generation loop: one decode per step for all replies, each with its own plan, sampler and stop
+strings.
 
-Sequences join and leave between steps. A prompt that begins like what the cache already holds, tokens and
-edits alike (kv.py), takes that part from there. One sequence is the loop with one request. generate.py runs a
-loop to its end, scheduler.py one for ever.
+Sequences join and leave between steps. A prompt takes its beginning from the cache if tokens and edits there
+are the same (kv.py). A single sequence is a loop with one request. generate.py runs a loop to its end,
+scheduler.py keeps one running.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
     from ..engine import Engine
     from .bridge import Rows
 
-_GENERATION = int(PositionClass.GENERATION)  # plain numbers: an enum costs time at every token
+_GENERATION = int(PositionClass.GENERATION)  # plain numbers, since an enum costs time at every token
 _FORM = int(PositionClass.FORM)
-# With separate caches. Two rows more cost a decode less than a second decode does, so up to so many sequences
-# in a row are decoded for nothing, to join the replies on both sides of them. A copied cache costs all its
-# cells: a prefix below this share of them is read again.
+# With separate caches: two more rows cost less than a second decode, so up to this many sequences in between
+# are decoded for nothing, to join the replies on both sides of them. Copying a cache copies all its cells: a
+# prefix below this share of them is read again instead.
 MAX_GAP = 2
 MIN_COPIED = 1 / 64
 
@@ -43,12 +44,12 @@ Event = tuple["Request", Chunk | LocalsteerError]
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way to a reply. pending: tokens that are not decoded yet, prompt or last drawn.
+    """One prompt on its way to a reply. pending: tokens not decoded yet, of the prompt or the last one drawn.
 
-    n_cached: tokens of the prompt that were taken from the cache. n_top, keep_cache: as in Ask. end: the
+    n_cached: tokens of the prompt that came from the cache. n_top, keep_cache: see Ask. end: the
     end-of-generation token that was drawn. capture: layers whose `states` at the last prompt token,
-    (len(capture), n_embd), are wanted, and no reply. form: watches for forms that are to stay plain; in_form:
-    positions of the tokens in them.
+    (len(capture), n_embd), are wanted instead of a reply. form: watches for forms that stay plain; in_form:
+    positions of the tokens inside them.
     """
 
     prompt: list[int]
@@ -78,27 +79,27 @@ class Request:
 
     @property
     def known(self) -> list[int]:
-        """Its tokens so far; the model has yet to read the last one."""
+        """All tokens so far; the model has yet to read the last one."""
         return self.prompt + self.tokens
 
     @property
     def n_ahead(self) -> int:
-        """Cells that it may still take."""
+        """Cells that this request may still take."""
         return self.n_prompt + self.budget - self.n_past
 
     def classes(self, start: int, n: int) -> list[int]:
-        """PositionClass of n positions."""
+        """The PositionClass of n positions."""
         if start < self.n_prompt:
-            found = position_classes(np.arange(start, start + n), self.n_prompt).tolist()
+            classes = position_classes(np.arange(start, start + n), self.n_prompt).tolist()
         else:
-            found = [_GENERATION] * n
+            classes = [_GENERATION] * n
         if self.in_form:
-            found = [_FORM if start + i in self.in_form else cls for i, cls in enumerate(found)]
-        return found
+            classes = [_FORM if start + i in self.in_form else cls for i, cls in enumerate(classes)]
+        return classes
 
 
 def new_request(engine: Engine, ask: Ask) -> Request:
-    """Everything is checked here, and a grammar compiled, in the caller's thread: it may take a while.
+    """A checked request. A grammar is compiled here, in the caller's thread, which may take a while.
 
     Raises PromptError, MismatchError, PlanError, ConstraintError.
     """
@@ -125,14 +126,14 @@ def new_request(engine: Engine, ask: Ask) -> Request:
 
 
 def stops_of(engine: Engine, ask: Ask) -> list[str]:
-    """The caller's stop strings, and those that the prompt's form needs (ChatTemplate.stop): a prompt that
-    goes in as it is has none."""
+    """The caller's stop strings, and those that the prompt's form needs (ChatTemplate.stop); a raw prompt
+    needs none."""
     has_form = ask.tokens is None and not ask.raw
     return list(dict.fromkeys([*ask.stop, *(engine.template.stop if has_form else ())]))
 
 
 def new_look(engine: Engine, tokens: Sequence[int], layers: Sequence[int]) -> Request:
-    """A request for states in the place of a reply (Request.capture)."""
+    """A request for states instead of a reply (Request.capture)."""
     request = new_request(engine, Ask(tokens=tokens, max_tokens=1, sampling=GREEDY))
     request.capture = tuple(check_layers(engine, layers))
     return request
@@ -143,14 +144,14 @@ def _new_matcher(engine: Engine, sampling: Sampling) -> Matcher | None:
 
 
 def _new_form_watch(ask: Ask, plan: Plan | None) -> FormWatch | None:
-    """None where there is nothing to watch for: no generated token is steered anyway."""
+    """The watch for forms, or None if it is not needed: no generated token is steered anyway."""
     if not ask.plain_forms or plan is None or not plan.class_key(PositionClass.GENERATION):
         return None
     return FormWatch(forced=ask.sampling.grammar is not None)
 
 
 def new_sampler(engine: Engine, request: Request) -> Sampler | None:
-    """A sampler of its own for one reply; None where the largest logit is all that counts."""
+    """A sampler for one reply, or None if the largest logit decides."""
     sampling = request.sampling
     if sampling.is_argmax:
         return None
@@ -163,9 +164,9 @@ def new_sampler(engine: Engine, request: Request) -> Sampler | None:
 
 
 class Loop:
-    """prefill_chunk: prompt tokens in one step while others are replying, so that they don't stall; None: as
-    many as fit. reuse: take the beginning of a prompt from the cache; a reply then depends a little on what
-    was asked before. An engine's other calls end the loop: its next step raises LocalsteerError."""
+    """prefill_chunk: prompt tokens per step while others are replying, so that those don't stall; None: as
+    many as fit. reuse: take the beginning of a prompt from the cache; a reply then depends slightly on what
+    was asked before. Other calls on the engine end the loop: its next step raises LocalsteerError."""
 
     def __init__(
         self,
@@ -181,7 +182,7 @@ class Loop:
         self.waiting: deque[Request] = deque(requests)
         self.live: list[Request] = []
         self.cache = CachedSequences(engine.context)
-        self._idle = deque(range(engine.n_seq_max))  # slots, the one that was left longest ago first
+        self._idle = deque(range(engine.n_seq_max))  # free slots, the one unused for longest first
         self._run = engine.begin()
 
     @property
@@ -192,13 +193,14 @@ class Loop:
         self.waiting.append(request)
 
     def step(self) -> Iterator[Event]:
-        """One decode (several with separate caches), and what came of it: a chunk of each request that drew a
+        """Run one decode (or several with separate caches). Returns a chunk for each request that drew a
         token, or its error.
 
-        A request leaves with its last chunk or its error. An error of the decode itself is everybody's.
+        A request leaves with its last chunk or its error. An error of the decode itself concerns all
+        requests.
         """
         self.engine.check_run(self._run)
-        if self.waiting and not self.live:  # nobody would lose what the cache holds
+        if self.waiting and not self.live:  # no other request needs what the cache holds
             try:
                 self._attend()
             except HostError as error:
@@ -216,11 +218,12 @@ class Loop:
                 break
             if drawing:
                 events += self._draw(drawing, logits)
-        # only now: whoever hears of them may take the context
+        # only now: the receivers may take the context
         yield from events
 
     def run(self) -> Iterator[tuple[Request, Chunk]]:
-        """Step until all have ended. Raises the first error of any of them; closed, it ends them all."""
+        """Yields chunks until all requests have ended. Raises the first error of any; closing it ends them
+        all."""
         try:
             while self.busy:
                 for request, event in self.step():
@@ -231,7 +234,7 @@ class Loop:
             self.close()
 
     def drop(self, request: Request) -> None:
-        """Let one go before its end; what it has decoded stays in the cache for others."""
+        """End a request early; what it has decoded stays in the cache for others."""
         if request in self.live:
             self._leave(request)
         elif request in self.waiting:
@@ -239,7 +242,7 @@ class Loop:
             _end(request)
 
     def begin_again(self) -> None:
-        """After other calls on the engine: what was live reads its tokens once more, and goes on."""
+        """Continue after other calls on the engine: live requests read their tokens again."""
         self._run = self.engine.take()
         self.cache.clear()
         for request in reversed(self.live):
@@ -255,7 +258,7 @@ class Loop:
     # -- joining and leaving ------------------------------------------------------------------------
 
     def _admit(self) -> Iterator[Event]:
-        """Let in what fits. Cells are reserved for whole replies: a live request never runs out of them."""
+        """Admit what fits. Cells are reserved for whole replies, so a live request never runs out of them."""
         while self.waiting and self._idle:
             request = self.waiting[0]
             if request.budget == 0:
@@ -269,16 +272,17 @@ class Loop:
             self.live.append(request)
 
     def _place(self, request: Request) -> bool:
-        """Give it a slot with as much of its prompt as the cache holds; False while there is no room."""
+        """Give a request a slot, with as much of its prompt as the cache holds; False if there is no room
+        yet."""
         if not (self.reuse or self.live):
             self.cache.clear()
         known = request.known
         keys = None if request.keep_cache else _keys(request.plan, request.classes(0, len(known)))
         slots = range(self.engine.n_seq_max)
-        found = {slot: self.cache.common(slot, known, keys) for slot in slots}
-        source = max(slots, key=lambda slot: (found[slot], slot in self._idle))
-        # the last token is decoded in any case: its logits are wanted
-        n_common = min(found[source], len(known) - 1)
+        common = {slot: self.cache.common(slot, known, keys) for slot in slots}
+        source = max(slots, key=lambda slot: (common[slot], slot in self._idle))
+        # the last token is decoded in any case, since its logits are needed
+        n_common = min(common[source], len(known) - 1)
         slot = self._slot_for(source, n_common)
         if slot != source and not self._is_worth_sharing(n_common):
             n_common = 0
@@ -298,21 +302,22 @@ class Loop:
         return True
 
     def _slot_for(self, source: int, n_common: int) -> int:
-        """The source itself, where that loses less than half of what it holds; else an idle slot that is
-        empty, or was left longest ago, so that the source may serve others yet."""
+        """The source slot, if that loses less than half of what it holds; otherwise an idle slot that is
+        empty or unused for longest, which keeps the source for others."""
         if source in self._idle and 2 * n_common >= self.cache.length(source):
             return source
         others = [slot for slot in self._idle if slot != source] or [source]
-        return min(others, key=lambda slot: self.cache.length(slot) > 0)  # the first of equals
+        return min(others, key=lambda slot: self.cache.length(slot) > 0)  # the first among equals
 
     def _is_worth_sharing(self, n_common: int) -> bool:
         context = self.engine.context
         return context.kv_unified or n_common >= MIN_COPIED * context.n_ctx_seq
 
     def _make_room(self, wanted: int, source: int, slot: int, n_common: int) -> bool:
-        """Forget idle sequences, those left longest ago first, until `wanted` cells are free for sure."""
+        """Forget idle sequences, those unused for longest first, until `wanted` cells are certain to be
+        free."""
         if not self.engine.context.kv_unified:
-            return True  # its own cache holds as much as a request may be long
+            return True  # a sequence's own cache is as long as a request may be
         promised = sum(request.n_ahead for request in self.live)
 
         def fits() -> bool:
@@ -332,7 +337,7 @@ class Loop:
         _end(request)
 
     def _fail(self, error: LocalsteerError) -> list[Event]:
-        """A decode that failed leaves rows that can't be trusted."""
+        """Drop everything after a failed decode, whose rows can't be trusted."""
         self.cache.clear()
         failed = list(self.live)
         for request in failed:
@@ -342,23 +347,23 @@ class Loop:
     # -- one step -----------------------------------------------------------------------------------
 
     def _attend(self) -> None:
-        """A model whose host was lost is loaded anew, and its cache is empty. Raises HostError."""
+        """Load a model again if it lost a host; its cache is then empty. Raises HostError."""
         hosts = self.engine.model.hosts
         if hosts and hosts.lost:
             self.engine.attend()
             self.cache.clear()
 
     def _refuse(self, error: LocalsteerError) -> list[Event]:
-        """Nobody can be let in now."""
+        """Fail the waiting requests, since none can be admitted."""
         refused = list(self.waiting)
         for request in refused:
             self.drop(request)
         return [(request, error) for request in refused]
 
     def _parts(self) -> list[tuple[Request, int]]:
-        """Who is decoded in this step, and how many tokens of it: the last token of every reply, and of
-        prompts as much as there is room for."""
-        # replies first, so that a long prompt can't starve them; llama.cpp wants a request's tokens together
+        """Which requests are decoded in this step, with how many tokens: the last token of every reply, and
+        as much of prompts as there is room for."""
+        # replies first, so that a long prompt can't starve them; llama.cpp needs a request's tokens together
         self.live.sort(key=lambda request: not request.tokens)
         room = self.engine.context.n_batch
         chunk = self.prefill_chunk if self.live[0].tokens else room
@@ -374,7 +379,7 @@ class Loop:
 
     def _decodes(self) -> list[list[tuple[Request, int]]]:
         """The parts of this step that are decoded together. With separate caches (bridge/context.py) these
-        are single tokens of requests in slots that are near each other, or tokens of one request."""
+        are single tokens of requests in slots near each other, or several tokens of one request."""
         parts = self._parts()
         if self.engine.context.kv_unified:
             return [parts]
@@ -388,14 +393,15 @@ class Loop:
         return [*runs, *([part] for part in parts if part[1] > 1)]
 
     def _decode(self, parts: Sequence[tuple[Request, int]]) -> tuple[list[Request], np.ndarray]:
-        """Who draws its next token now, and the logits for it, (requests, n_vocab)."""
+        """Which requests draw their next token now, and the logits for it, (requests, n_vocab)."""
         tokens, positions, slots, outputs, classes = [], [], [], [], []
         plans: list[Plan | None] = []
         drawing, filled = [], []
         for request, n in parts:
             if slots and not self.engine.context.kv_unified:
                 for slot in range(slots[-1] + 1, request.slot):
-                    # any token, after what the slot holds: there is room, the last one drawn is never decoded
+                    # any token, after what the slot holds; there is room, since the last token drawn is never
+                    # decoded
                     filled.append((slot, self.cache.length(slot)))
                     tokens.append(0)
                     positions.append(self.cache.length(slot))
@@ -421,7 +427,7 @@ class Loop:
         return drawing, rows.logits if drawing else np.empty(0)
 
     def _rows(self, drawing: Sequence[Request], *batch: Sequence[int], **steering: Any) -> Rows:
-        """Decode, and keep the states that some of `drawing`, whose tokens are the outputs, ask for."""
+        """Decode, and keep the states that some of `drawing` ask for; their tokens are the outputs."""
         asking = [i for i, request in enumerate(drawing) if request.capture]
         if not asking:
             return self.engine.context.decode(*batch, **steering)
@@ -433,7 +439,7 @@ class Loop:
         return rows
 
     def _draw(self, drawing: Sequence[Request], logits: np.ndarray) -> list[Event]:
-        """Row i of `logits` is the next token of drawing[i]."""
+        """Draw the next tokens: row i of `logits` is for drawing[i]."""
         likeliest = logits.argmax(axis=1).tolist()
         finite = np.isfinite(logits[np.arange(len(likeliest)), likeliest]).tolist()
         events: list[Event] = []
@@ -463,7 +469,7 @@ class Loop:
         return events
 
     def _accept(self, request: Request, token: int) -> Chunk:
-        """Take a token in. The chunk has a finish reason when it was the last."""
+        """Take in a token and return its chunk, which has a finish reason if it is the last."""
         request.clock.tick()
         if self.engine.ends(token):
             request.end = token

@@ -1,4 +1,4 @@
-"""A model in memory with a context on it: opened, taken by one call at a time, closed. Doors: engine.py."""
+"""A model in memory with a context: opened, used by one call at a time, closed. engine.py builds on it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a context is to hold and how it computes; Engine says what each of them means.
+    """What a context can hold and how it computes; see Engine for the meaning of each field.
 
     Raises LocalsteerError for a count below 1, and for n_cells without a unified cache.
     """
@@ -39,10 +39,10 @@ class Capacity:
 
 
 class Opened:
-    """The context belongs to the call that took it last. A host of the model that was lost is attended to
-    before the next one begins.
+    """An open model. Its context belongs to the call that took it last. If the model lost a host, that is
+    dealt with before the next call begins.
 
-    n_ctx: tokens that one sequence may hold. n_cells: that all of them may hold together. Raises
+    n_ctx: tokens that one sequence may hold. n_cells: tokens that all sequences may hold together. Raises
     ModelFileError, UnsupportedModelError, HostError.
     """
 
@@ -66,7 +66,7 @@ class Opened:
             self.model = Model(path, hosts=hosts, n_gpu_layers=n_gpu_layers, on_progress=on_progress)
         except BaseException:
             if hosts:
-                hosts.close()  # free for others
+                hosts.close()  # frees the hosts for others
             raise
         try:
             self.n_ctx = limits.context_length(self.model, self.path.name, capacity.n_ctx)
@@ -102,7 +102,7 @@ class Opened:
             self.model.close()
 
     def before_close(self, leave: Callable[[], None]) -> None:
-        """Call a function before the context goes: who decodes in a thread must stop first."""
+        """Call a function before the context is freed, for instance to stop a thread that decodes."""
         self._leaving.append(leave)
 
     def __enter__(self) -> Self:
@@ -114,27 +114,27 @@ class Opened:
     def begin(self) -> int:
         """Take the context for a new run, forgetting what it held. Returns the run's number.
 
-        Raises HostError while a host of the model is gone.
+        Raises HostError while a host of the model is lost.
         """
         self.attend()
         return self.take()
 
     def take(self) -> int:
-        """The same, whatever its hosts do."""
+        """The same, whatever the state of the hosts."""
         self.check_open()
         self._run += 1
         self.context.clear()
         return self._run
 
     def attend(self) -> None:
-        """Load the model anew where a host of it was lost; the cache is empty then. Raises HostError while
-        that host is gone."""
+        """Load the model again if it lost a host; the cache is then empty. Raises HostError while that host
+        is lost."""
         self.check_open()
         if self.model.hosts and self.model.hosts.lost:
             self.model.reload([self.context])
 
     def check_run(self, run: int) -> None:
-        """Raise LocalsteerError when another call has taken the context since `begin`."""
+        """Raise LocalsteerError if another call has taken the context since `begin`."""
         self.check_open()
         if run != self._run:
             raise LocalsteerError(

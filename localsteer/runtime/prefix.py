@@ -1,8 +1,8 @@
-"""Many sequences in one decode, what they begin with in common computed once.
+"""Many sequences in one decode, with their common prefix computed once.
 
-A chat template opens every prompt with the same system message, and plans that differ in the reply alone
-leave the prompt to be shared. Two positions are the same when token and edits are, here and at every position
-before (as in kv.py). llama.cpp computes a token that several sequences have once.
+A chat template opens every prompt with the same system message, and plans that differ only in the reply share
+the prompt. Two positions are the same if token and edits are the same, there and at every earlier position
+(as in kv.py). llama.cpp computes a token that belongs to several sequences once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TokenSequence:
-    """Token ids, the PositionClass of each, what steers them, and the positions whose outputs are wanted."""
+    """Token ids, their PositionClass, the plan that steers them, and the positions whose outputs are
+    wanted."""
 
     tokens: Sequence[int]
     classes: Sequence[int]
@@ -33,7 +34,7 @@ class TokenSequence:
 
 @dataclass(eq=False)
 class _Node:
-    """One token of the decode. owners: the sequences that have it."""
+    """One token of the decode. owners: the sequences it belongs to."""
 
     token: int
     position: int
@@ -44,7 +45,7 @@ class _Node:
 
 @dataclass
 class PrefixTree:
-    """The sequences of one decode. paths: of each, its index in the list that was packed, and its nodes."""
+    """The sequences of one decode. paths: for each, its index in the packed list, and its nodes."""
 
     nodes: list[_Node] = field(default_factory=list)
     paths: list[tuple[int, list[int]]] = field(default_factory=list)
@@ -52,11 +53,11 @@ class PrefixTree:
     _last: tuple[int, ...] = ()
 
     def grown(self, cells: tuple[int, ...]) -> int:
-        """How many nodes it would have with another sequence."""
+        """How many nodes the tree would have with another sequence."""
         return len(self.nodes) + len(cells) - _n_common(self._last, cells)
 
     def add(self, index: int, sequence: TokenSequence, cells: tuple[int, ...]) -> None:
-        """Sequences come sorted by their cells, so that the one before shares the most."""
+        """Add a sequence. They come sorted by their cells, so the previous one shares the most."""
         n_common = _n_common(self._last, cells)
         path = self.paths[-1][1][:n_common] if self.paths else []
         owner = len(self.paths)
@@ -71,8 +72,8 @@ class PrefixTree:
         self._last = cells
 
     def decode(self, context: Context, capture: Sequence[int] = (), *, logits: bool = True) -> Rows:
-        """Decode into an empty cache. capture: layers to record at the outputs. logits: of the outputs,
-        without which the last layer can't be recorded."""
+        """Decode into an empty cache. capture: layers to record at the outputs. logits: compute those of the
+        outputs, without which the last layer can't be recorded."""
         wanted = np.zeros(len(self.nodes), bool)
         wanted[sorted(self.outputs)] = True
         return context.decode(
@@ -88,7 +89,8 @@ class PrefixTree:
         )
 
     def rows_of(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[int, list[int]]]:
-        """(index of a sequence, the decode's output rows of its outputs), in the order of the tree."""
+        """Yields (index of a sequence, the decode's output rows for its outputs), in the order of the
+        tree."""
         row = {node: i for i, node in enumerate(sorted(self.outputs))}
         for index, path in self.paths:
             yield index, [row[path[position]] for position in sequences[index].outputs]
@@ -97,9 +99,9 @@ class PrefixTree:
 def trees(
     sequences: Sequence[TokenSequence], *, n_sequences: int, n_tokens: int, n_outputs: int
 ) -> Iterator[PrefixTree]:
-    """All sequences, in as few decodes as the limits of one allow; those that begin alike together.
+    """All sequences in as few decodes as the limits allow; those that begin alike stay together.
 
-    No sequence may be longer than `n_tokens`; one with more outputs than `n_outputs` comes alone.
+    No sequence may be longer than `n_tokens`; one with more outputs than `n_outputs` gets its own decode.
     """
     names: dict[tuple[int, bytes], int] = {}
     cells = [_cells(sequence, names) for sequence in sequences]
@@ -115,7 +117,7 @@ def trees(
 
 
 def _cells(sequence: TokenSequence, names: dict[tuple[int, bytes], int]) -> tuple[int, ...]:
-    """A number for each token and what is done to it: what is equal in this may be shared."""
+    """A number for each token together with its edits: positions with equal numbers may be shared."""
     keys = class_keys(sequence.plan)
     pairs = ((token, keys[cls]) for token, cls in zip(sequence.tokens, sequence.classes, strict=True))
     return tuple(names.setdefault(pair, len(names)) for pair in pairs)

@@ -1,4 +1,4 @@
-"""What comes of a prompt: chunks, the reply that they make, its text and its times."""
+"""What a prompt leads to: chunks, the reply they form, its text and its timings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from .ask import check_stop
 
 @dataclass(frozen=True)
 class Timings:
-    """prompt_seconds: from the start to the logits of the prompt's last token; decode_seconds: from there on.
+    """Times of one reply. prompt_seconds: from the start to the logits of the prompt's last token;
+    decode_seconds: from there on.
 
-    Counted from the moment when the prompt got its place; replies of one batch share that time.
+    Counted from the moment at which the prompt got its slot; replies of one batch share that time.
     """
 
     prompt_tokens: int = 0
@@ -31,15 +32,15 @@ class Timings:
 
     @property
     def decode_per_second(self) -> float:
-        """The first token of a reply comes from the prompt, so it is not counted."""
+        """Tokens per second, without the first token of the reply, which comes from the prompt."""
         return max(0, self.reply_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Natural log-probabilities under the model as it is steered, before temperature and other samplers.
+    """Natural log-probabilities under the steered model, before temperature and other samplers.
 
-    logprob: of the token that was drawn. top: (token, log-probability) of the likeliest, the best first.
+    logprob: of the token that was drawn. top: (token, log-probability) of the likeliest, best first.
     """
 
     logprob: float
@@ -47,11 +48,11 @@ class TokenScores:
 
     @classmethod
     def of(cls, logits: np.ndarray, token: int, n_top: int) -> TokenScores:
-        """logits: (n_vocab,)."""
+        """The scores of a token. logits: (n_vocab,)."""
         logits = logits.astype(np.float64)
         peak = logits.max()
         logprobs = logits - peak - np.log(np.exp(logits - peak).sum())
-        # the likeliest first, and then in their order: to sort the whole vocabulary takes 10 ms
+        # first pick the likeliest, then sort these: sorting the whole vocabulary takes 10 ms
         best = (
             np.argpartition(-logprobs, n_top)[:n_top]
             if 0 < n_top < len(logprobs)
@@ -63,12 +64,12 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One token of a reply. `text` holds whole characters only, so it may be empty, or finish earlier tokens.
+    """One token of a reply. `text` holds only whole characters, so it may be empty, or complete earlier
+    tokens.
 
-    token: None for the end-of-generation token, which is no part of the reply. finish_reason: set in the
-    last chunk alone, "stop" (the model ended, or a stop string came) or "length"; timings likewise.
-    scores: where the request asked for them, at every token of the reply. stopped_by: the stop string that
-    came.
+    token: None for the end-of-generation token, which is not part of the reply. finish_reason: set only in
+    the last chunk, "stop" (the model ended, or a stop string came) or "length"; timings likewise. scores: if
+    the request asked for them, at every token of the reply. stopped_by: the stop string that ended the reply.
     """
 
     text: str
@@ -81,8 +82,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Reply:
-    """text ends before a stop string, which stopped_by names; tokens has all that were drawn but the
-    end-of-generation token."""
+    """A whole reply. text ends before the stop string, which stopped_by names; tokens has all tokens drawn
+    except the end-of-generation token."""
 
     text: str
     tokens: list[int]
@@ -92,7 +93,7 @@ class Reply:
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk]) -> Reply:
-        """What the chunks of one reply make, the last of which has a finish reason."""
+        """The reply that chunks form, the last of which has a finish reason."""
         last = chunks[-1]
         return cls(
             text="".join(chunk.text for chunk in chunks),
@@ -104,9 +105,10 @@ class Reply:
 
 
 class TextStream:
-    """Bytes of tokens in, text out: whole UTF-8 characters only, nothing of a stop string.
+    """Turns the bytes of tokens into text: only whole UTF-8 characters, and nothing of a stop string.
 
-    Stop strings are sought in the bytes: UTF-8 has no character inside another, so no false hit is possible.
+    Stop strings are searched in the bytes: in UTF-8 no character occurs inside another, so there are no false
+    hits.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
@@ -120,7 +122,8 @@ class TextStream:
         return self.stopped_by is not None
 
     def push(self, piece: bytes) -> str:
-        """The text that is certain now. After a stop string `stopped_by` is set and the rest is dropped."""
+        """Take in bytes and return the text that is now certain. A stop string sets `stopped_by` and drops
+        the rest."""
         self._held += piece
         cut = self._find_stop()
         if cut is not None:
@@ -131,21 +134,21 @@ class TextStream:
         return self._decoder.decode(ready)
 
     def finish(self) -> str:
-        """The text still held back; half a character becomes U+FFFD."""
+        """The text still held back, with U+FFFD for half a character."""
         ready, self._held = self._held, b""
         return self._decoder.decode(ready, final=True)
 
     def _find_stop(self) -> int | None:
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if not found:
+        stops = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if not stops:
             return None
-        # where two begin at one place the longer one is told, as the one that says more
-        at, stop = min(found, key=lambda place: (place[0], -len(place[1])))
+        # if two begin at the same place, the longer one is reported
+        at, stop = min(stops, key=lambda place: (place[0], -len(place[1])))
         self.stopped_by = stop.decode("utf-8")
         return at
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the held bytes that begins a stop string."""
+        """The length of the longest end of the held bytes that begins a stop string."""
         longest = max(map(len, self._stops), default=1) - 1
         for n in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-n:]) for stop in self._stops):
@@ -154,7 +157,7 @@ class TextStream:
 
 
 class Clock:
-    """When a reply's first and latest tokens came, against its start."""
+    """Measures when a reply's first and latest tokens came, relative to its start."""
 
     def __init__(self, started: float, n_prompt: int) -> None:
         self.started = started

@@ -11,11 +11,11 @@ from ..errors import LocalsteerError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn, by llama.cpp's names and defaults; `temp` 0 is greedy.
+    """How the next token is drawn, with llama.cpp's names and defaults; `temp` 0 is greedy.
 
-    seed: None draws one. repeat_last_n: tokens of the reply that penalties look back on, -1 = all of them.
-    grammar: what the reply must be, a Constraint or GBNF text. logit_bias: (token id, what is added to its
-    logit), -inf for a token that is never drawn. Raises LocalsteerError for a value out of range.
+    seed: None draws one. repeat_last_n: how many last tokens of the reply penalties look at, -1 = all.
+    grammar: what the reply must match, a Constraint or GBNF text. logit_bias: (token id, what is added to its
+    logit), -inf for a token that must not be drawn. Raises LocalsteerError for a value out of range.
     """
 
     temp: float = 0.8
@@ -45,7 +45,7 @@ class Sampling:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether the token is simply the one with the largest logit."""
+        """Whether the largest logit decides."""
         penalties = (self.repeat_penalty, self.presence_penalty, self.frequency_penalty)
         has_own_way = self.grammar is not None or self.logit_bias or penalties != (1.0, 0.0, 0.0)
         return self.temp <= 0 and not has_own_way

@@ -8,9 +8,9 @@
         async for chunk in scheduler.submit("Tell me about owls."): ...
 
 One thread decodes; any thread may submit, read and cancel. While a scheduler is open its engine belongs to
-it: `paused` lends it for anything else. `Scheduler(partial(Engine, "model.gguf"))` opens the engine in the
-thread that decodes: OpenMP gives every thread that has computed a team of its own, and two on the same cores
-are in each other's way.
+it: `paused` lends the engine for anything else. `Scheduler(partial(Engine, "model.gguf"))` opens the engine
+in the thread that decodes: OpenMP gives every thread that has computed its own team, and two teams on the
+same cores slow each other down.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
     from .ask import Prompt
 
 MAX_QUEUE = 64
-HOST_SECONDS = 0.5  # for the last step of a model on several hosts, when the scheduler is closed
-# Prompt tokens of one step while others reply: more finish a prompt sooner and hold the others up longer.
+HOST_SECONDS = 0.5  # for the last step of a model on several hosts, while the scheduler closes
+# Prompt tokens per step while others reply: more of them finish a prompt sooner, and delay the others longer.
 PREFILL_CHUNK = 128
 
 logger = logging.getLogger("localsteer")
 
 
 class Ticket:
-    """A reply on its way. Iterate it for chunks, in a thread or with `async for`; once, by one reader.
+    """A reply in progress. Iterate over its chunks, in a thread or with `async for`; once, by one reader.
 
-    The last chunk's finish_reason: "stop", "length", "cancelled" (`cancel`, or the scheduler was closed with
-    no time left) or "deadline". Raises the error that ended the reply, if one did.
+    The last chunk's finish_reason is "stop", "length", "cancelled" (by `cancel`, or because the scheduler was
+    closed with no time left) or "deadline". Raises the error that ended the reply, if one did.
     """
 
     def __init__(self, scheduler: Scheduler, request: Request, deadline: float | None) -> None:
@@ -65,7 +65,7 @@ class Ticket:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompt that did not have to be computed; known with the first chunk."""
+        """How many tokens of the prompt came from the cache; known with the first chunk."""
         return self._request.n_cached
 
     @property
@@ -75,11 +75,11 @@ class Ticket:
 
     @property
     def plain_tokens(self) -> int:
-        """Tokens of the reply so far that stand in a form which stays plain (Ask.plain_forms)."""
+        """How many tokens of the reply so far are inside a form that stays plain (Ask.plain_forms)."""
         return len(self._request.in_form)
 
     def cancel(self) -> None:
-        """End it now; the slot is free within one decode step. After the end this does nothing."""
+        """End the reply now; its slot is free within one decode step. After the end this does nothing."""
         self._scheduler._cancel(self, "cancelled")
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -93,7 +93,7 @@ class Ticket:
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
         def tell(event: Chunk | LocalsteerError) -> None:
-            with suppress(RuntimeError):  # the reader's event loop has ended, and with it the reader
+            with suppress(RuntimeError):  # the reader's event loop has ended, and the reader with it
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         self._listen(tell)
@@ -104,14 +104,14 @@ class Ticket:
                 return
 
     def result(self) -> Reply:
-        """The whole reply, waiting for its end."""
+        """Wait for the end, and return the whole reply."""
         return self._reply(list(self))
 
     async def aresult(self) -> Reply:
         return self._reply([chunk async for chunk in self])
 
     def states(self) -> np.ndarray:
-        """(len(layers), n_embd) float32, of a ticket of `Scheduler.look`, waiting for them."""
+        """Wait for the states of a ticket from `Scheduler.look`: (len(layers), n_embd) float32."""
         list(self)
         return self._states()
 
@@ -132,7 +132,7 @@ class Ticket:
         return Reply(text, self.tokens, last.finish_reason or "", timings, stop)
 
     def _listen(self, listener: Callable[[Chunk | LocalsteerError], None]) -> None:
-        """Send what comes, and what came, to a function in place of the queue."""
+        """Send chunks, past and future, to a function instead of the queue."""
         with self._lock:
             while not self._events.empty():
                 listener(self._events.get())
@@ -154,9 +154,9 @@ def _chunk(event: Chunk | LocalsteerError) -> Chunk:
 
 
 class Scheduler:
-    """engine: an open one, or a function that opens one. It is called in the thread that decodes, and its
-    engine is closed with the scheduler. max_queue: requests that may wait beyond those that have a slot; one
-    more raises QueueFullError. prefill_chunk, reuse: as in Loop.
+    """engine: an open Engine, or a function that opens one. The function is called in the thread that
+    decodes, and its engine is closed with the scheduler. max_queue: requests that may wait beyond those with
+    a slot; one more raises QueueFullError. prefill_chunk, reuse: see Loop.
 
     Raises what the function raises."""
 
@@ -177,8 +177,8 @@ class Scheduler:
         self._cancelled: dict[int, tuple[Ticket, str]] = {}
         self._closing = False
         self._stepping = False
-        self._guests = 0  # calls of `paused` that wait for the engine or have it
-        self._guest = threading.Lock()  # one of them has it
+        self._guests = 0  # calls of `paused` that wait for the engine or hold it
+        self._guest = threading.Lock()  # one of them holds it
         opened: Future[Engine] = Future()
         opener = engine if callable(engine) else lambda: engine
         self._thread = threading.Thread(
@@ -191,24 +191,26 @@ class Scheduler:
     def _wait_for(self, opened: Future[Engine]) -> Engine:
         try:
             return opened.result()
-        except BaseException:  # it can't be opened; or Ctrl-C, after which it may still come
+        except BaseException:  # it can't be opened; or Ctrl-C was pressed, after which it may still arrive
             self.stop()
             if self._owns_engine and opened.exception() is None:
                 opened.result().close()
             raise
 
     def submit(self, prompt: Prompt | Ask, *, deadline: float | None = None, **fields: Any) -> Ticket:
-        """Everything is checked here, in the caller's thread. fields: of Ask. deadline: seconds from now.
+        """Queue a request and return its ticket. It is checked in the caller's thread. fields: of Ask.
+        deadline: seconds from now.
 
         Raises PromptError, MismatchError, PlanError, QueueFullError, SchedulerClosedError.
         """
         return self._enqueue(new_request(self.engine, Ask.of(prompt, **fields)), deadline)
 
     def look(self, tokens: Sequence[int], layers: Sequence[int]) -> Ticket:
-        """A request for states in the place of a reply: the plain model's at a prompt's last token, after
-        each layer of `layers`, 0-based. `Ticket.states` or `astates` waits for them.
+        """Request states instead of a reply: those of the plain model at a prompt's last token, after each
+        layer of `layers`, 0-based. `Ticket.states` or `astates` waits for them.
 
-        What it reads of the prompt stays in the cache for the request that follows. Raises as `submit` does.
+        What it reads of the prompt stays in the cache for the next request. Raises the same errors as
+        `submit`.
         """
         return self._enqueue(new_look(self.engine, tokens, layers), None)
 
@@ -218,7 +220,7 @@ class Scheduler:
         with self._work:
             if self._closing:
                 raise SchedulerClosedError("the model is being closed: no new requests.")
-            # a new one waits too until the next step, so the slots that are free then count as well
+            # a new request also waits until the next step, so slots that are free then count as well
             n_here = len(self._loop.waiting) + len(self._loop.live)
             if n_here >= self.engine.n_seq_max + self.max_queue:
                 raise QueueFullError(
@@ -231,7 +233,7 @@ class Scheduler:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many requests wait and run, and how many cells of the cache are in use."""
+        """How many requests are waiting and running, and how many cells of the cache are in use."""
         with self._work:
             loop = self._loop
             return {
@@ -244,9 +246,10 @@ class Scheduler:
 
     @contextmanager
     def paused(self) -> Iterator[Engine]:
-        """The engine for other calls of its own, between two steps; requests that run are begun again after.
+        """Lends the engine for other calls between two steps; running requests read their tokens again
+        afterwards.
 
-        So wait for a quiet moment where there is one: `counts` tells.
+        Prefer a quiet moment; see `counts`.
         """
         with self._work:
             self._guests += 1
@@ -255,7 +258,7 @@ class Scheduler:
             with self._guest:
                 try:
                     yield self.engine
-                finally:  # after an error of the guest's as well: it may have decoded before
+                finally:  # also after an error of the borrower, which may have decoded before
                     self._loop.begin_again()
         finally:
             with self._work:
@@ -269,8 +272,8 @@ class Scheduler:
             self.engine.close()
 
     def stop(self, grace: float = 0.0) -> None:
-        """Take no more requests, let those that are here finish for `grace` seconds, cancel the rest. Returns
-        when nobody decodes any more, guests of `paused` included."""
+        """Take no more requests, give the current ones `grace` seconds to finish, and cancel the rest.
+        Returns when nothing decodes any more, including borrowers in `paused`."""
         with self._work:
             self._closing = True
             self._work.notify_all()
@@ -281,7 +284,7 @@ class Scheduler:
             self._thread.join(HOST_SECONDS)
             hosts = self._loop.engine.model.hosts if hasattr(self, "_loop") else None
             if self._thread.is_alive() and hosts:
-                hosts.abandon()  # the decode waits for one that says nothing
+                hosts.abandon()  # the decode waits for a host that says nothing
             self._thread.join()
 
     def __enter__(self) -> Scheduler:
@@ -296,7 +299,7 @@ class Scheduler:
         try:
             engine = open_engine()
             self._loop = Loop(engine, prefill_chunk=self._prefill_chunk, reuse=self._reuse)
-        except BaseException as error:  # told where the scheduler is made
+        except BaseException as error:  # raised where the scheduler is created
             opened.set_exception(error)
             return
         opened.set_result(engine)
@@ -308,17 +311,19 @@ class Scheduler:
                 self._drop_ended()
                 for request, event in self._loop.step():
                     self._tell(request, event)
-            except LocalsteerError as error:  # the engine was closed, or used behind our back
+            except LocalsteerError as error:  # the engine was closed, or used by someone else
                 self._fail(error)
-            except Exception:  # a bug: those who wait would wait for ever
+            except Exception:  # a bug: the waiting requests would wait forever
                 logger.exception("the scheduler of %s ended", self._loop.engine.path.name)
-                self._fail(SchedulerClosedError("the scheduler ended by an error of its own, see the log."))
+                self._fail(
+                    SchedulerClosedError("the scheduler ended because of an internal error: see the log.")
+                )
             finally:
                 self._end_step()
         self._loop.close()
 
     def _begin_step(self) -> bool:
-        """Wait until there is something to do; False when there is nothing and never will be."""
+        """Wait until there is something to do; False if there never will be."""
         with self._work:
             while self._guests or not (self._loop.busy or self._cancelled):
                 if self._closing and not (self._loop.busy or self._guests):
@@ -333,7 +338,7 @@ class Scheduler:
             self._work.notify_all()
 
     def _drop_ended(self) -> None:
-        """Requests that were cancelled, or are past their deadline."""
+        """End requests that were cancelled or are past their deadline."""
         now = time.monotonic()
         with self._work:
             late = [ticket for ticket in self._tickets.values() if ticket.deadline and now >= ticket.deadline]

@@ -1,4 +1,5 @@
-"""Between text and tokens of one model: prompts in, through its chat template, and the text of tokens out."""
+"""Converts between text and tokens of one model: prompts, through its chat template, and the text of
+tokens."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
     from .attach import Notices
     from .bridge import Model
 
-TOOL_USE = "tokenizer.chat_template.tool_use"  # a template of this name, beside the default one
+TOOL_USE = "tokenizer.chat_template.tool_use"  # a template with this name, beside the default one
 
 
 class Tokenizer:
-    """name: of the model's file, for messages. plain_prompts: as in Engine. Must not hold its engine."""
+    """name: of the model's file, for messages. plain_prompts: see Engine. It must not hold its engine."""
 
     def __init__(self, model: Model, name: str, notice: Notices, *, plain_prompts: bool = False) -> None:
         self._model, self._name, self._notice = model, name, notice
@@ -39,7 +40,7 @@ class Tokenizer:
         if raw and not isinstance(prompt, str):
             raise PromptError("a raw prompt is one text: messages need the chat template.")
         if raw and not prompt:
-            raise PromptError("the prompt is empty: give a text to continue.")
+            raise PromptError("the prompt is empty: it needs a text to continue.")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return self.rendered_tokens(prompt if raw else self.render(messages))
 
@@ -54,7 +55,7 @@ class Tokenizer:
         return self.template.render(messages, **settings)
 
     def tokenize(self, text: str) -> list[int]:
-        """Of a text that a template rendered; a vector's probes may be empty, a prompt may not."""
+        """Tokens of a text that a template rendered; a vector's probe may be empty, a prompt may not."""
         add_special = self.template.adds_special(text)
         return self._model.tokenize(text, add_special=add_special, parse_special=True)
 
@@ -65,7 +66,7 @@ class Tokenizer:
         return tokens
 
     def find_part(self, tokens: Sequence[int], part: str) -> range | None:
-        # with the text of special tokens, so that a part of the template can be named too
+        # with the text of special tokens, so that parts of the template can be named too
         return tokens_of_part([self._model.token_to_piece(token, special=True) for token in tokens], part)
 
     def piece(self, token: int) -> bytes:

@@ -1,4 +1,4 @@
-"""From chunks to the documents that OpenAI's clients read; chat.py and completions.py say which."""
+"""Turns chunks into the documents that OpenAI's clients read, for chat.py and completions.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REASONS = {"stop": "stop", "length": "length", "deadline": "length"}
 
 
 def envelope(kind: str, prefix: str, model: str) -> JsonObject:
-    """What all documents of one answer share."""
+    """The fields that all documents of one answer share."""
     return {
         "id": f"{prefix}-{secrets.token_hex(12)}",
         "object": kind,
@@ -68,8 +68,8 @@ def chat_logprobs(engine: Engine, scores: Sequence[tuple[int, TokenScores]]) -> 
 def text_logprobs(
     engine: Engine, scores: Sequence[tuple[int, TokenScores | None]], offset: int = 0
 ) -> JsonObject:
-    """The older shape, of /v1/completions. offset: characters of the text before these tokens. The first
-    token of a prompt has no scores."""
+    """Log-probabilities in the older shape of /v1/completions. offset: characters of the text before these
+    tokens. The first token of a prompt has no scores."""
     made: JsonObject = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, best in scores:
         text = piece(engine, token).decode("utf-8", "replace")

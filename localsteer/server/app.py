@@ -25,9 +25,7 @@ from .pool import Pool
 from .security import Access, Guard
 from .steering import VectorFolder
 
-DESCRIPTION = (
-    "The APIs of OpenAI, Anthropic and Ollama on quantized GGUF models, each request steered by itself."
-)
+DESCRIPTION = "The APIs of OpenAI, Anthropic and Ollama on quantized GGUF models, with steering per request."
 
 
 def create_app(
@@ -37,12 +35,12 @@ def create_app(
     access: Access | None = None,
     limits: Limits | None = None,
 ) -> Callable[..., Any]:
-    """An ASGI application on models, whose schedulers it stops at its end; `state_of` gives its insides.
+    """An ASGI application that serves models, and stops their schedulers when it ends; see also `state_of`.
 
-    models: a pool, or those that are loaded already and stay, each with its scheduler.
+    models: a pool, or models that are already loaded and stay, each with its scheduler.
 
-    folder: of the vectors. Raises LocalsteerError for a folder that can't be read, and for an access that
-    would be open to everybody.
+    folder: of the vectors. Raises LocalsteerError for a folder that can't be read, and for access settings
+    that would let in everybody.
     """
     access, limits = access or Access(), limits or Limits()
     access.check()
@@ -70,7 +68,7 @@ def create_app(
 
 
 def state_of(application: Any) -> State:
-    """The State behind the middleware."""
+    """The State of an application, behind its middleware."""
     while not isinstance(application, FastAPI):
         application = application.app
     return application.state.localsteer
@@ -80,5 +78,5 @@ def state_of(application: Any) -> State:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     await app.state.localsteer.jobs.settle()
-    # readers of tickets live in this event loop: the schedulers must be done before it ends
+    # readers of tickets live in this event loop: the schedulers must stop before it ends
     await app.state.localsteer.pool.settle()

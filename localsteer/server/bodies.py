@@ -1,4 +1,4 @@
-"""The bodies of requests: read whole, within bounds of size and time for each, and of bytes for all."""
+"""Reads the bodies of requests, with limits on size and time for each, and on bytes for all together."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .limits import Limits
 from .threads import aside
 
 UPLOADS = "/v1/steering"
-SMALL = 64 << 10  # bytes of a body that need no place: large ones can't keep ordinary requests out
-WORTH_TRIMMING = 2 << 20  # bytes held at once after which memory is given back
+SMALL = 64 << 10  # bytes of a body that do not count, so that large bodies can't keep ordinary requests out
+WORTH_TRIMMING = 2 << 20  # after this many bytes have been held at once, memory is returned to the system
 TRIM_AFTER = 1.0  # seconds without a large body
 
 
 class _Gone(Exception):
-    """The client hung up before its request was whole."""
+    """The client hung up before its request was complete."""
 
 
 class _Held:
-    """Bytes of bodies that all requests hold beyond SMALL each."""
+    """Counts the bytes of bodies that all requests hold, beyond SMALL for each."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -33,10 +33,10 @@ class _Held:
         self._trimming: asyncio.TimerHandle | None = None
 
     def take(self, n: int) -> None:
-        """Raises ApiError where there is no room."""
+        """Raise ApiError if there is no room."""
         if n > 0 and self.n + n > self.most:
             raise ApiError(
-                f"body: other requests hold {self.n} of the {self.most} bytes that there are for bodies: try "
+                f"body: other requests hold {self.n} of the {self.most} bytes available for bodies: try "
                 "again later.",
                 status=429, param="body", code="bodies_full",
             )  # fmt: skip
@@ -55,7 +55,7 @@ class _Held:
 
 
 def trim_memory() -> None:
-    """glibc keeps what a burst of requests took; others give it back by themselves."""
+    """Return memory to the system: glibc keeps what a burst of requests took, other allocators return it."""
     if sys.platform != "linux":
         return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -64,7 +64,7 @@ def trim_memory() -> None:
 
 
 class BodyLimit:
-    """ASGI middleware: a request goes on when its body is here."""
+    """ASGI middleware: a request continues when its body has arrived."""
 
     def __init__(self, app: Callable[..., Any], limits: Limits) -> None:
         self.app, self.limits = app, limits

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions, OpenAI's older API: the face whose requests all others are turned into."""
+"""POST /v1/chat/completions, OpenAI's older API: requests of all other APIs are turned into its requests."""
 
 from __future__ import annotations
 

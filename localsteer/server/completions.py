@@ -1,4 +1,4 @@
-"""POST /v1/completions: a text is continued, without the chat template."""
+"""POST /v1/completions: continues a text, without the chat template."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 
 
 async def _scores_of_prompts(state: State, body: CompletionRequest, order: Order) -> list[list[Scored]]:
-    """For each prompt; nothing where they are not asked for."""
+    """The scores of each prompt; none if they were not asked for."""
     if not body.echo or body.logprobs is None:
         return [[] for _ in order.prompts]
     gone = threading.Event()
@@ -62,12 +62,12 @@ async def _scores_of_prompts(state: State, body: CompletionRequest, order: Order
 
 
 def text_order(state: State, body: CompletionRequest) -> Order:
-    """Texts that are continued as they are. Raises ApiError."""
+    """The texts to continue. Raises ApiError."""
     if body.ensured:
         raise ApiError("ensure: needs a chat: send it to /v1/chat/completions.", param="ensure")
     served, steer = state.steering(body.model, body.items)
     if any(not prompt for prompt in body.prompts):
-        raise ApiError("prompt: must not be empty: give a text to continue.", param="prompt")
+        raise ApiError("prompt: must not be empty: send a text to continue.", param="prompt")
     prompts = body.prompts
     if body.suffix:
         prompts = [with_gap(served, prompt, body.suffix) for prompt in prompts]

@@ -1,8 +1,8 @@
-"""How many connections there may be, and how long one may be here without a request.
+"""How many connections may be open, and how long one may stay without a request.
 
-uvicorn's protocol, with what it leaves open: a client may take its time with the head of a request, or with
-reading the last answer, for as long as it likes, and at the limit everybody is turned away. Here both have
-their time, and a connection that waits for nothing makes room for a new one.
+Adds what uvicorn's protocol lacks: there, a client may take any time over the head of a request, or over
+reading the last answer, and at the limit everybody is turned away. Here both have a time limit, and an idle
+connection makes room for a new one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .limits import Limits
 # Bytes. A body in chunks of one byte costs the event loop 50 microseconds for each of them.
 RECEIVED_AT_ONCE = 64 << 10
 RECEIVED_OF_CHUNKS = 2 << 10
-MAX_OVERHEAD = 32 << 10  # of one request beside its body: its head, and what stands around chunks
+MAX_OVERHEAD = 32 << 10  # bytes of one request beside its body: its head, and the framing of chunks
 
 
 class Room:
-    """The connections that are here, by address, the oldest first."""
+    """The open connections, by address, the oldest first."""
 
     def __init__(self, limits: Limits, most: int) -> None:
         self.limits, self.most = limits, most
@@ -31,9 +31,9 @@ class Room:
         self._all: dict[Connection, None] = {}
 
     def enter(self, connection: Connection) -> bool:
-        """Whether there is a place, which another may have to leave."""
+        """Whether there is room, for which another connection may have to close."""
         own = self._of.get(connection.address, {})
-        of_one = max(1, self.most // 2)  # no single address has it all
+        of_one = max(1, self.most // 2)  # no single address may take everything
         if len(own) >= of_one and not self._evict(own):
             return False
         if len(self._all) >= self.most and not self._evict(self._all):
@@ -50,8 +50,8 @@ class Room:
                 del self._of[connection.address]
 
     def _evict(self, among: Iterable[Connection]) -> bool:
-        """One that never asked anything goes first: the next request of another may be on its way here, and
-        would be lost."""
+        """The connection to close: one that never sent a request goes first, since the next request of
+        another may be on its way, and would be lost."""
         silent = (connection for connection in among if connection.is_idle)
         idle = min(silent, key=lambda connection: (connection.has_answered, connection.since), default=None)
         if idle is None:
@@ -62,7 +62,7 @@ class Room:
 
 
 class Connection(H11Protocol):
-    """since: on the event loop's clock, when it came or had its last answer."""
+    """since: when it was opened, or got its last answer, on the event loop's clock."""
 
     room: ClassVar[Room]
 
@@ -75,7 +75,7 @@ class Connection(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no whole request of it is under way."""
+        """Whether it has no complete request under way."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def connection_made(self, transport: Any) -> None:
@@ -123,7 +123,7 @@ class Connection(H11Protocol):
 
     def _too_late(self) -> None:
         if not (self.cycle is None or self.cycle.response_complete):
-            return  # a request is under way, and has a deadline of its own
+            return  # a request is under way, and has its own deadline
         is_written = self.transport.get_write_buffer_size() == 0
         if is_written and not self.transport.is_closing():
             self._refuse(_LATE)
@@ -133,7 +133,7 @@ class Connection(H11Protocol):
             self._waiting = self.loop.call_later(self.room.limits.head_seconds, self._too_late)
 
     def _refuse(self, error: ApiError) -> None:
-        """What no request has been read for is answered by hand."""
+        """Answer by hand if no request has been read."""
         body = error.response().body
         head = f"HTTP/1.1 {error.status} {_REASONS[error.status]}\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -165,18 +165,16 @@ class Connection(H11Protocol):
 
 _REASONS = {408: "Request Timeout", 503: "Service Unavailable"}
 _LATE = ApiError("no request came in time: the connection is closed.", status=408, code="request_late")
-_FULL = ApiError(
-    "the server has all the connections that it takes: try again later.", status=503, code="full"
-)
+_FULL = ApiError("the server has reached its limit of connections: try again later.", status=503, code="full")
 
 
 def connection_class(limits: Limits) -> type[Connection]:
-    """A class of its own for one server, as uvicorn makes its protocols without arguments of ours."""
+    """A protocol class for one server, since uvicorn creates protocols without further arguments."""
     return type("BoundedConnection", (Connection,), {"room": Room(limits, _most(limits.max_connections))})
 
 
 def _most(wanted: int) -> int:
-    """As many as this process may open files, with some left for other things."""
+    """As many as the process may open files, minus some for other purposes."""
     try:
         import resource
     except ImportError:  # Windows

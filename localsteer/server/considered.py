@@ -1,4 +1,4 @@
-"""Vectors that a request leaves out because its prompt asks for the same already (localsteer/asked.py)."""
+"""Vectors that are left out because the prompt already asks for the same (localsteer/asked.py)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 async def harmless(
     served: Served, steer: Mapping[str, ControlVector], body: ChatRequest, tools: Sequence[Tool]
 ) -> tuple[dict[str, ControlVector], list[str]]:
-    """What to steer this request by, and the names of what would do harm to it. Raises ApiError."""
-    # a reply that is to be continued is none of the question
+    """The vectors to steer this request by, and the names of those that would do harm. Raises ApiError."""
+    # a reply to be continued is not part of the question
     messages = body.messages[:-1] if body.continue_final_message else body.messages
     wanted = steer if body.always_steer else body.with_own_strength
     always = [vector for name, vector in steer.items() if name in wanted]
@@ -51,9 +51,9 @@ def _inquiry(
 
 
 def report(applied: Iterable[str], left_out: Sequence[str], plain_tokens: int = 0) -> JsonObject:
-    """For the answer; nothing where the request is steered by all that it asked for, and everywhere.
+    """The field `steering` of the answer; nothing if every vector of the request was applied throughout.
 
-    plain_tokens: of the reply, in tool calls and forced forms.
+    plain_tokens: tokens of the reply inside tool calls and forced forms.
     """
     if not left_out and not plain_tokens:
         return {}
@@ -62,14 +62,14 @@ def report(applied: Iterable[str], left_out: Sequence[str], plain_tokens: int = 
 
 
 async def _states(served: Served, text: str, layers: Sequence[int]) -> dict[int, np.ndarray]:
-    """By layer, at the end of a text. The scheduler reads it beside all other requests, and what it reads
-    stays in the cache for the reply."""
+    """The states at the end of a text, by layer. The scheduler reads the text beside all other requests, and
+    what it reads stays in the cache for the reply."""
     gone = threading.Event()
     ticket = None
 
     def look() -> Ticket:
         made = served.scheduler.look(served.engine.rendered_tokens(text), layers)
-        if gone.is_set():  # nobody waits for this thread any more
+        if gone.is_set():  # nothing waits for this thread any more
             made.cancel()
         return made
 

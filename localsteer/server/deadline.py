@@ -1,4 +1,4 @@
-"""Every request has a deadline, whatever it is doing: being read, waiting for a slot, decoding, being
+"""Gives every request a deadline, at whatever stage it is: being read, waiting for a slot, decoding, being
 checked, or being written to a client that reads slowly."""
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from .errors import ApiError
 from .limits import Limits
 from .streaming import STREAMS, last_words
 
-UNWINDING_SECONDS = 1.0  # for a request that is cancelled to let go of what it holds
+UNWINDING_SECONDS = 1.0  # for a cancelled request to release what it holds
 FAREWELL_SECONDS = 1.0  # for the error to be written
 
 
 class Deadline:
-    """ASGI middleware: cancels a request after limits.request_seconds. What it holds it lets go of in its
-    `finally` clauses; work in threads is told there that nobody waits for it."""
+    """ASGI middleware: cancels a request after limits.request_seconds. The request releases what it holds in
+    its `finally` clauses, which also tell its threads that nothing waits for them."""
 
     def __init__(self, app: Callable[..., Any], limits: Limits) -> None:
         self.app, self.limits = app, limits
@@ -47,7 +47,7 @@ class Deadline:
 
 
 class _Answer:
-    """What has been sent of an answer; after `closed` the request itself can send no more."""
+    """Tracks what has been sent of an answer; after `closed`, the request can't send any more."""
 
     def __init__(self, send: Any) -> None:
         self._send = send
@@ -76,7 +76,7 @@ class _Answer:
 
 
 def let_go(scope: Scope) -> None:
-    """Drop a connection with what is still to be written: closing would wait for a client to read it."""
+    """Drop a connection together with unwritten data, since closing would wait for the client to read it."""
     abort = scope.get("state", {}).get("abort")
     if abort:
         abort()
@@ -84,7 +84,7 @@ def let_go(scope: Scope) -> None:
 
 def _late(seconds: float) -> ApiError:
     return ApiError(
-        f"the request was not done within {seconds:g} seconds: ask for less, or start the server with a "
+        f"the request was not finished within {seconds:g} seconds: ask for less, or start the server with a "
         "longer --request-timeout.",
         status=504,
         code="request_timeout",

@@ -1,4 +1,4 @@
-"""Prompts of /v1/completions that are more than a text: scored token by token, or with a gap to fill in."""
+"""Special prompts of /v1/completions: scored token by token, or with a gap to fill in."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Scored = tuple[int, TokenScores | None]
 
 
 def prompt_scores(order: Order, gone: threading.Event) -> list[list[Scored]]:
-    """Each prompt's tokens with their log-probabilities given those before, which the first has none of.
+    """Each prompt's tokens with their log-probabilities given the tokens before; the first token has none.
 
-    Lends the engine: replies of this model stop meanwhile, and go on after. Raises ApiError, ClientGone.
+    This takes over the engine: replies of this model pause meanwhile. Raises ApiError, ClientGone.
     """
     found = []
     with order.served.scheduler.paused() as engine:
@@ -58,19 +58,20 @@ def _scores_of(
             for row, token in zip(rows.logits[outputs], following, strict=False)
         ]
     found = list(zip(tokens, scores, strict=True))
-    # the model's own first token is no part of a text
+    # the model's own first token is not part of a text
     return found[1:] if isinstance(prompt, str) and tokens[0] == engine.model.bos else found
 
 
 def with_gap(served: Served, prompt: str | Sequence[int], suffix: str) -> list[int]:
-    """The tokens of a text with a gap between prompt and suffix, as models of code are taught to fill it in:
-    what comes before, what comes after, and then the gap. Raises ApiError for a model without such tokens.
+    """The tokens of a text with a gap between prompt and suffix, in the order in which code models learn to
+    fill it in: the text before, the text after, and then the gap. Raises ApiError for a model without such
+    tokens.
     """
     model = served.engine.model
     signs = model.fill_in_tokens
     if signs is None:
         raise ApiError(
-            f"suffix: {served.name} continues texts and fills none in, its vocabulary has no tokens for it: "
+            f"suffix: {served.name} can't fill in gaps, since its vocabulary has no tokens for that: "
             "leave it out.",
             param="suffix", code="suffix_unsupported",
         )  # fmt: skip

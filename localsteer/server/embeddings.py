@@ -1,4 +1,4 @@
-"""POST /v1/embeddings, where the model's file says how its states become one vector."""
+"""POST /v1/embeddings, for models whose file says how states are pooled into one vector."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Write = Callable[[list[np.ndarray], int, Served], Response]
 
 
 @router.post("/embeddings", include_in_schema=False)
-@router.post("/v1/embeddings", tags=["OpenAI"], summary="Texts as vectors, where the model gives them")
+@router.post("/v1/embeddings", tags=["OpenAI"], summary="Embed texts, if the model can")
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     def write(values: list[np.ndarray], n_tokens: int, served: Served) -> Response:
         found = [
@@ -52,19 +52,19 @@ async def embedded(
     dimensions: int | None,
     write: Write,
 ) -> Response:
-    """The answer that `write` makes of the vectors and the number of their tokens, in a thread. Raises
+    """The answer that `write` makes from the vectors and the number of tokens, computed in a thread. Raises
     ApiError, ClientGone."""
     state: State = request.app.state.localsteer
     served, names = state.served(model)
     if names:
-        raise ApiError("model: embeddings are not steered: name the model alone.", param="model")
+        raise ApiError("model: embeddings are not steered: name only the model.", param="model")
     gone = threading.Event()
 
     def work() -> Response:
         return write(*_values(served, inputs, dimensions, gone), served)
 
     holding_model = Held(work)
-    # not Starlette's pool: a task in it can't be given up before its thread has ended
+    # not Starlette's pool, in which a task can't be abandoned before its thread has ended
     running = asyncio.get_running_loop().run_in_executor(None, holding_model)
     try:
         return await unless_gone(request, running)
@@ -76,7 +76,8 @@ async def embedded(
 def _values(
     served: Served, inputs: Sequence[str | list[int]], dimensions: int | None, gone: threading.Event
 ) -> tuple[list[np.ndarray], int]:
-    """gone: set when nobody waits for it any more; a thread can't be stopped from outside."""
+    """The embeddings. gone: set when nothing waits for them any more, since a thread can't be stopped from
+    outside."""
     embedder = served.embedder()
     engine, found = served.engine, []
     n_tokens = 0
@@ -84,7 +85,7 @@ def _values(
         if gone.is_set():
             raise ClientGone
         try:
-            # as in llama.cpp's own server: special tokens added, and read where the text holds them
+            # as in llama.cpp's server: special tokens are added, and parsed in the text
             tokens = (
                 engine.model.tokenize(text_or_tokens, add_special=True, parse_special=True)
                 if isinstance(text_or_tokens, str)
@@ -95,7 +96,7 @@ def _values(
             raise ApiError(f"input.{i}: {error}", param="input") from None
         if dimensions not in (None, len(values)):
             raise ApiError(
-                f"dimensions: {served.name} gives {len(values)}, not {dimensions}: leave it out.",
+                f"dimensions: {served.name} has {len(values)}, not {dimensions}: leave it out.",
                 param="dimensions",
             )
         n_tokens += len(tokens)

@@ -1,6 +1,6 @@
-"""`ensure` in a request: a plain reply, steered only where it does not follow (localsteer/ensure.py).
+"""`ensure` in a request: a plain reply, and steered ones only if it does not follow (localsteer/ensure.py).
 
-The tries run in a thread of their own, so few may run at once; a stream brings the accepted reply alone.
+The tries run in a separate thread, so only a few may run at once; a stream brings only the accepted reply.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _free = threading.BoundedSemaphore(MAX_AT_ONCE)
 
 
 async def ensured_answer(state: State, body: ChatRequest, tools: list[Tool]) -> EnsuredAnswer:
-    """The answer to a turn that asks for `ensure`, under way."""
+    """The answer to a turn that asks for `ensure`, in progress."""
     _check(body, tools)
     body.model = body.model or state.default_name
     cancel = threading.Event()
@@ -49,7 +49,7 @@ async def ensured_answer(state: State, body: ChatRequest, tools: list[Tool]) -> 
 
 @dataclass(eq=False)
 class EnsuredAnswer:
-    """The accepted reply, in one piece. left_out: what is told of vectors that are not applied."""
+    """The accepted reply, in one piece. left_out: what the answer says about vectors that are not applied."""
 
     body: ChatRequest
     served: Served
@@ -71,7 +71,7 @@ class EnsuredAnswer:
 
     @property
     def usage(self) -> Usage:
-        """Replies that were tried and not taken cost tokens too."""
+        """The usage, including the replies that were tried and not accepted."""
         assert self.found is not None
         return Usage(self.found.reply.timings.prompt_tokens, self.found.n_tokens)
 
@@ -95,7 +95,7 @@ def _check(body: ChatRequest, tools: list[Tool]) -> None:
     for name, is_asked in excluded.items():
         if is_asked:
             raise ApiError(
-                f"{name}: excludes ensure, which gives one checked text: leave one out.", param=name
+                f"{name}: excludes ensure, which returns one checked text: leave one of them out.", param=name
             )
 
 
@@ -116,7 +116,7 @@ def _tries(
     steer: Mapping[str, ControlVector],
     cancel: threading.Event,
 ) -> Callable[[], Ensured]:
-    """What a thread has to do, with everything checked that can be checked before."""
+    """The work for a thread, after every check that can be made beforehand."""
     from localsteer.ensure import ensure
 
     grammar = constraint_of(body, served)
@@ -128,7 +128,7 @@ def _tries(
         "stop": body.stops,
         "cancel": cancel,
     }
-    rendered(served, body.messages)  # to refuse what the template does not take
+    rendered(served, body.messages)  # refuses what the template does not take
     messages = [template_message(message) for message in body.messages]
 
     def run() -> Ensured:
@@ -147,10 +147,12 @@ def _tries(
 def _begin(run: Callable[[], Ensured]) -> asyncio.Future[Ensured]:
     if not _free.acquire(blocking=False):
         raise ApiError(
-            f"{MAX_AT_ONCE} requests with ensure run already: try again later.", status=429, code="queue_full"
+            f"{MAX_AT_ONCE} requests with ensure are already running: try again later.",
+            status=429,
+            code="queue_full",
         )
     holding_models = Held(run)
     work = _threads.submit(holding_models)
-    # also of one that is cancelled before it begins
+    # also for one that is cancelled before it begins
     work.add_done_callback(lambda _work: (_free.release(), holding_models.drop()))
     return asyncio.wrap_future(work)

@@ -1,4 +1,4 @@
-"""Refusals: what went wrong, with the status and the field that is to blame; shapes.py writes them."""
+"""Refusals: what went wrong, with the status and the field at fault; shapes.py writes them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger("localsteer.server")
 _HEADERS = {
     429: {"Retry-After": "1"},
     503: {"Retry-After": "1"},
-    # OpenAI's clients would send it again by themselves, to be late again
+    # with other codes, OpenAI's clients would retry by themselves, and be late again
     504: {"X-Should-Retry": "false"},
 }
 SMALL_LIST = 64
@@ -37,14 +37,15 @@ SHOWN = 80  # characters of a value that an error quotes
 
 
 def as_json(document: Any) -> bytes:
-    """A lone surrogate, which a request may hold and UTF-8 can't, is written as its JSON escape."""
+    """The document as JSON bytes. A lone surrogate, which UTF-8 can't encode, is written as its JSON
+    escape."""
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace")
 
 
 def as_json_in_pieces(document: Any, depth: int = 6) -> bytes:
-    """The same for what may be large, like log-probabilities of thousands of tokens: Python's JSON writer
-    lets no other thread run until it is done, so it gets a little at a time."""
+    """The same for what may be large, such as log-probabilities of thousands of tokens: Python's JSON writer
+    lets no other thread run until it is done, so it is fed in pieces."""
     if depth and isinstance(document, dict):
         members = (
             as_json(str(key)) + b":" + as_json_in_pieces(value, depth - 1) for key, value in document.items()
@@ -67,7 +68,7 @@ class Json(JSONResponse):
 
 
 class ApiError(Exception):
-    """A refusal. param: the request's field that is to blame."""
+    """A refusal. param: the field of the request at fault."""
 
     def __init__(
         self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
@@ -76,11 +77,12 @@ class ApiError(Exception):
         self.status, self.param, self.code = status, param, code
 
     def response(self, scope: Mapping[str, Any] | None = None) -> Json:
-        """In the shape of the API that was asked. scope: the request's, None where none has been read."""
+        """The refusal in the shape of the requested API. scope: the request's, or None if none has been
+        read."""
         return Json(refusal(self, scope), self.status, _HEADERS.get(self.status))
 
     def named(self, names: Mapping[str, str]) -> ApiError:
-        """The same with the fields as another API calls them. names: by the expression that begins a path."""
+        """The same, with fields named as in another API. names: by the expression that begins a path."""
         for ours, theirs in names.items():
             param, n = re.subn(rf"^{ours}(?=\.|$)", theirs, self.param or "", count=1)
             if n:
@@ -91,7 +93,7 @@ class ApiError(Exception):
 
 
 def api_error(error: BaseException, param: str | None = None) -> ApiError:
-    """The refusal that an error of ours becomes; any other is a bug, told without its insides."""
+    """The refusal for an error of localsteer; any other error is a bug, reported without its details."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
@@ -100,13 +102,15 @@ def api_error(error: BaseException, param: str | None = None) -> ApiError:
         return ApiError(str(error), status=503, code="closing")
     if isinstance(error, HostError):
         return ApiError(str(error), status=503, code="host_lost")
-    if isinstance(error, ContextError):  # clients shorten the conversation where they see this code
+    if isinstance(error, ContextError):  # clients shorten the conversation when they see this code
         param = param or "messages"
         return ApiError(f"{param}: {error}", param=param, code="context_length_exceeded")
     if isinstance(error, LocalsteerError):
         return ApiError(str(error), param=param)
     logger.error("a request failed", exc_info=error)
-    return ApiError("the server failed at this request: its log says why.", status=500, code="internal")
+    return ApiError(
+        "the server failed to handle this request: its log says why.", status=500, code="internal"
+    )
 
 
 def shown(value: Any) -> str:
@@ -116,7 +120,7 @@ def shown(value: Any) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Every way in which a request can fail ends in the one shape."""
+    """Make every way in which a request can fail end in the same shape."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Json:
@@ -149,12 +153,13 @@ def install(app: FastAPI) -> None:
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
-    """One of pydantic's complaints, with the field as the client wrote it, and the value."""
+    """One of pydantic's errors as a message, with the field as the client wrote it, and the value."""
     first = _most_telling(error)
     if first["type"] == "json_invalid":
         return ApiError(f"the body is not JSON: {first.get('ctx', {}).get('error', 'it ends early')}.")
     where = _path(first["loc"], error.body, missing=first["type"] == "missing")
-    if not where and first["type"] == "value_error":  # of the whole: the message names the fields
+    # an error of the whole model: the message names the fields
+    if not where and first["type"] == "value_error":
         message = first["msg"].removeprefix("Value error, ")
         return ApiError(f"{message}.", param=message.split()[0].rstrip(":"))
     if not where or where == "body":
@@ -174,8 +179,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
 
 
 def _most_telling(error: RequestValidationError) -> JsonObject:
-    """Of a field that may be one of several types pydantic complains once for each: not the mismatches,
-    and the one that got furthest into the value."""
+    """The error to report: for a field with several possible types pydantic reports one for each, so take the
+    one that got furthest into the value, and not a mere mismatch of types."""
     found = list(error.errors())
     same = [error for error in found if error["loc"][:2] == found[0]["loc"][:2]]
 
@@ -186,7 +191,7 @@ def _most_telling(error: RequestValidationError) -> JsonObject:
 
 
 def _path(loc: tuple[Any, ...], body: Any, *, missing: bool) -> str:
-    """`messages.0.content`: pydantic's path without the names of the types that it tried."""
+    """A path like `messages.0.content`: pydantic's, without the names of the types that it tried."""
     source, *steps = loc
     if source != "body":
         return ".".join(map(str, steps))

@@ -1,8 +1,7 @@
-"""Every field of a request has one of three fates: it works, it is harmless, or 400 names it.
+"""Every field of a request either works, is harmless, or is refused by name with 400.
 
-What works is in schemas.py. The tables here go through the request models of OpenAI, llama-server, vLLM, and
-what front ends made for Ollama send. A field that nobody here knows is refused: it might have changed the
-reply.
+What works is in schemas.py. The tables here cover the request models of OpenAI, llama-server and vLLM, and
+what front ends made for Ollama send. An unknown field is refused, since it might have changed the reply.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ from typing import Any
 from ..jsonable import JsonObject
 from .errors import ApiError, shown
 
-# They change what is kept or how it is computed, or add to the answer beside the reply; not the reply.
+# These change what is stored or how the reply is computed, or add to the answer, but never change the reply.
 HARMLESS: Mapping[str, tuple[str, ...]] = {
-    "who asks, and what is kept of it: nothing is kept here": (
+    "they say who asks and what to store, and nothing is stored here": (
         "user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key",
         "prompt_cache_retention", "request_id", "session_id", "chat_id", "message_id", "id",
     ),
-    "how it is computed, which the server decides": (
+    "they say how to compute the reply, which the server decides": (
         "prediction", "cache_prompt", "id_slot", "n_cache_reuse", "n_keep", "n_discard", "priority",
         "cache_salt", "kv_transfer_params", "backend_sampling", "guided_decoding_backend",
         "num_ctx", "num_keep", "num_batch", "num_thread", "num_gpu", "main_gpu", "low_vram", "numa",
         "use_mmap", "use_mlock", "keep_alive",
     ),
-    "more beside the reply, which this server does not give": (
+    "they ask for extras beside the reply, which this server does not return": (
         "timings_per_token", "return_progress", "verbose", "sse_ping_interval",
     ),
     "settings of something that is off here": (
@@ -37,7 +36,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 _HARMLESS_BEGINNING = "speculative."
 
-# Another name of the same.
+# Other names of fields that work.
 ALIASES = {
     "n_predict": "max_tokens",
     "num_predict": "max_tokens",
@@ -45,7 +44,7 @@ ALIASES = {
     "repetition_penalty": "repeat_penalty",
 }
 
-# Fields that this server does not have, with the values that ask for nothing. Any other value is refused.
+# Fields that this server lacks, with the values that ask for nothing. Any other value is refused.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     # OpenAI
     "audio": (), "modalities": (["text"],), "moderation": (), "verbosity": ("medium",),
@@ -72,13 +71,13 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "num_predict_ms": (), "penalize_newline": (True,), "template": (), "tfs_z": (1,), "think": (False,),
     "truncate": (),
 }  # fmt: skip
-EMPTY = (None, "", [], {})  # what front ends send for a setting that was opened and not filled in
+EMPTY = (None, "", [], {})  # what front ends send for a setting that was opened but not filled in
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The tables of one API. harmless: names, by the reason; aliases: other names of what works; neutral: the
-    values that ask for nothing of what is refused otherwise."""
+    """The tables of one API. harmless: names, by reason; aliases: other names of what works; neutral: for
+    fields that are otherwise refused, the values that ask for nothing."""
 
     harmless: Mapping[str, tuple[str, ...]]
     neutral: Mapping[str, tuple[Any, ...]]
@@ -104,8 +103,8 @@ def accepted(
     ignored: Collection[str] = (),
     rules: Rules = OPENAI,
 ) -> JsonObject:
-    """The fields that a model of schemas.py reads, under the names that it has. known: these names. ignored:
-    what `--ignore-field` names. Raises ApiError for a field that would change the reply, or might."""
+    """The fields that a model of schemas.py reads, under the names used there. known: these names. ignored:
+    the fields of `--ignore-field`. Raises ApiError for a field that would change the reply, or might."""
     found = {name: value for name, value in document.items() if name in known}
     for name, value in document.items():
         if name in known or value in EMPTY or rules.is_harmless(name) or name in ignored:
@@ -113,7 +112,7 @@ def accepted(
         target = rules.aliases.get(name)
         if target in known:
             if found.setdefault(target, value) != value:
-                raise ApiError(f"{name}: is {target} by another name: send one of them.", param=name)
+                raise ApiError(f"{name}: is another name of {target}: send one of them.", param=name)
         elif not rules.asks_for_nothing(name, value):
             raise _refusal(name, value, rules)
     return found
@@ -121,7 +120,7 @@ def accepted(
 
 def _refusal(name: str, value: Any, rules: Rules) -> ApiError:
     if name in rules.neutral:
-        why = f"this server does not have it (it is {shown(value)}): leave it out"
+        why = f"this server does not support it (it is {shown(value)}): leave it out"
     else:
         why = (
             "this server knows no such field, and it might change the reply: leave it out, or start the "

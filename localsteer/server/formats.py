@@ -1,4 +1,5 @@
-"""What a request says that its reply must be, in fields of OpenAI, llama-server and vLLM: one constraint."""
+"""The form that a request demands of its reply, in fields of OpenAI, llama-server and vLLM, as one
+constraint."""
 
 from __future__ import annotations
 
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
     from .models import Served
     from .schemas import ResponseFormat, SamplingFields, StructuredOutputs, Tool
 
-Wanted = tuple[str, str, Any]  # the request's field, what kind of constraint it holds, and its value
+Wanted = tuple[str, str, Any]  # the request's field, its kind of constraint, and its value
 
 
 def constraint_of(body: SamplingFields, served: Served) -> Constraint | None:
-    """Compiled once here, so that what can't be enforced is refused with the field and the path in it.
+    """The request's constraint, or None if any text is allowed. It is compiled here, so that what can't be
+    enforced is refused with the field and the path in it.
 
-    None where any text will do. Takes a while: call it in a worker thread. Raises ApiError.
+    This takes a while: call it in a worker thread. Raises ApiError.
     """
     wanted = list(_wanted(body))
     if len(wanted) > 1:
@@ -30,12 +32,13 @@ def constraint_of(body: SamplingFields, served: Served) -> Constraint | None:
 
 
 def constraining_field(body: SamplingFields) -> str | None:
-    """The name of the field that makes one, as a refusal names it."""
+    """The name of the field with the constraint, for refusals."""
     return next((field.partition(".")[0] for field, _, _ in _wanted(body)), None)
 
 
 def enforced(served: Served, field: str, kind: str, value: Any) -> Constraint:
-    """Raises ApiError, whose param is the field and, of a schema, the path to the keyword."""
+    """Raise ApiError for an unusable constraint; its param is the field and, for a schema, the path to the
+    keyword."""
     try:
         constraint = _MADE[kind](value)
         if len(constraint.text) > MAX_SCHEMA:
@@ -49,7 +52,7 @@ def enforced(served: Served, field: str, kind: str, value: Any) -> Constraint:
 
 
 def enforced_call(served: Served, tools: Sequence[Tool], numbers: Sequence[int]) -> Constraint:
-    """One call of one of the tools, and nothing else. numbers: where they stand in the request."""
+    """A constraint to one call of one of the tools. numbers: their positions in the request."""
     try:
         constraint = Constraint.tool_call(
             [(tool.function.name, tool.function.parameters or {"type": "object"}) for tool in tools]

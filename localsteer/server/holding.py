@@ -1,8 +1,8 @@
-"""Which request uses which model, so that none is unloaded under it.
+"""Which request uses which model, so that no model is unloaded during a request.
 
-A request holds the models that it asked for until it has ended, and every thread that works for it has ended
-too: a thread outlives a client that hangs up. `Holding` is the middleware that begins and ends it; work in
-threads goes through `Held`.
+A request holds its models until it has ended, and every thread that works for it has ended too, since a
+thread outlives a client that hangs up. `Holding` is the middleware around requests; work in threads goes
+through `Held`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _holder: ContextVar[Holder | None] = ContextVar("holder", default=None)
 
 
 class Holder:
-    """One request. Its last user lets go of all that it holds."""
+    """What one request holds; its last user releases everything."""
 
     def __init__(self) -> None:
         self._users = 1
@@ -49,13 +49,14 @@ class Holder:
 
 
 def current() -> Holder | None:
-    """The request that this code runs for, None outside of one."""
+    """The request that this code runs for, or None."""
     return _holder.get()
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """What is taken inside is held until the layer, and every thread that works for it, has ended."""
+    """Hold what is taken in the `with` block until the block, and every thread that works for it, has
+    ended."""
     holder = Holder()
     token = _holder.set(holder)
     try:
@@ -66,8 +67,8 @@ def held() -> Iterator[None]:
 
 
 class Held(Generic[Result]):
-    """Work for a thread, which holds what its request holds until it ends. `drop`: it is not waited for any
-    more; if it has not begun yet it never does."""
+    """Work for a thread, which holds what its request holds until it ends. `drop`: nothing waits for it any
+    more; if it has not begun, it never will."""
 
     def __init__(self, work: Callable[[], Result]) -> None:
         self._work, self._holder = work, current()

@@ -1,4 +1,4 @@
-"""/v1/jobs: vectors that are made on request; /v1/instructions: what there is to make them of."""
+"""/v1/jobs: vectors made on request; /v1/instructions: the instructions to make them from."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from .served import Served
 
 router = APIRouter(tags=["Steering"], route_class=BodyRoute)
-MAX_CTX = 4096  # prompts and replies of a search are short
-BEFORE_DIGEST = 54  # characters of a name that a digest follows
+MAX_CTX = 4096  # the prompts and replies of a search are short
+BEFORE_DIGEST = 54  # characters of a name before its digest
 
 
 def _state(request: Request) -> State:
     return request.app.state.localsteer
 
 
-@router.get("/v1/instructions", summary="What vectors can be made of for a model, and how")
+@router.get("/v1/instructions", summary="Instructions for which vectors can be made for a model, and how")
 async def instructions(request: Request, model: str | None = None) -> Response:
-    """The catalogue's instructions, those apart that need a value, each with the vector that is there for it
-    already; and the methods, with the reason where one is not available."""
+    """The catalogue's instructions, except those that need a value, each with the vector that exists for it;
+    and the methods, with the reason if one is not available."""
     state = _state(request)
     name, _ = state.pool.split(model)
     catalog = catalog_for(name)
@@ -64,14 +64,14 @@ async def instructions(request: Request, model: str | None = None) -> Response:
     return Json({"object": "list", "model": name, "data": entries, "methods": methods})
 
 
-@router.get("/v1/jobs", summary="Vectors that are being made, and those that were made last")
+@router.get("/v1/jobs", summary="List jobs: running, waiting, and recent ones")
 async def list_jobs(request: Request) -> Response:
     return Json({"object": "list", "data": [_document(_state(request), job) for job in _known(request)]})
 
 
-@router.post("/v1/jobs", summary="Make a vector of an instruction of the catalogue, or of a sentence")
+@router.post("/v1/jobs", summary="Make a vector for an instruction of the catalogue, or for a sentence")
 async def make(body: JobRequest, request: Request) -> Response:
-    """It goes on by itself, whether somebody asks for it or not. Ask GET /v1/jobs/ID for its progress."""
+    """The job runs whether or not anyone asks about it. GET /v1/jobs/ID returns its progress."""
     state = _state(request)
     served, _ = state.served(body.model)
     reason = why_not(state, body.method)
@@ -79,8 +79,8 @@ async def make(body: JobRequest, request: Request) -> Response:
         raise ApiError(f"{reason}.", status=409, param="method", code="making_is_off")
     if served.engine.model.hosts:
         raise ApiError(
-            f"model: {served.name} lies on several hosts (--rpc), and a vector is made by an engine of "
-            "its own, on one machine: use `localsteer tune` where the model fits.",
+            f"model: {served.name} runs on several hosts (--rpc), but a vector is made by a separate engine "
+            "on one machine: use `localsteer tune` on a machine that the model fits.",
             param="model",
         )
     catalog = catalog_for(served.name)
@@ -92,14 +92,14 @@ async def make(body: JobRequest, request: Request) -> Response:
     return Json(_document(state, job), 202)
 
 
-@router.get(
-    "/v1/jobs/{job_id}", summary="One of them: what it is doing, the best so far, and what came of it"
-)
+@router.get("/v1/jobs/{job_id}", summary="Show a job: what it is doing, the best so far, and its result")
 async def one_job(job_id: str, request: Request) -> Response:
     return Json(_document(_state(request), _job(request, job_id)))
 
 
-@router.delete("/v1/jobs/{job_id}", summary="Stop it and keep the best so far; the second time at once")
+@router.delete(
+    "/v1/jobs/{job_id}", summary="Stop a job and keep the best so far; the second time, stop it at once"
+)
 async def cancel(job_id: str, request: Request) -> Response:
     job = _job(request, job_id)
     _state(request).jobs.cancel(job)
@@ -114,7 +114,7 @@ def _job(request: Request, job_id: str) -> VectorJob:
     job = _state(request).jobs.known.get(job_id)
     if job is None:
         raise ApiError(
-            f"there is no job {shown(job_id)}: it never was, or ended long ago.", status=404, param="id"
+            f"there is no job {shown(job_id)}: it never existed, or ended long ago.", status=404, param="id"
         )
     return job
 
@@ -139,7 +139,7 @@ _catalog = lru_cache(load_catalog)
 
 
 def why_not(state: State, method: str) -> str | None:
-    """Why no vector is made in this way on this server, or None."""
+    """Why this server can't make vectors by this method, or None."""
     if state.vectors.folder is None:
         return "this server has no folder of vectors: start it with --vectors DIR"
     if not state.limits.job_seconds:
@@ -163,12 +163,12 @@ def _instruction(catalog: Catalog, text: str) -> Instruction:
 
 
 def _is_odd(character: str) -> bool:
-    """Control characters, halves of surrogates, and what is no character."""
+    """Whether this is a control character, half a surrogate pair, or not a character."""
     return unicodedata.category(character) in ("Cc", "Cs", "Cn") and character not in "\n\t\r"
 
 
 def vector_name(instruction: Instruction) -> str:
-    """As a file is named."""
+    """The name of an instruction's vector, in the form of a file name."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", instruction.id).strip("-._")[:64]
     return name or f"own-{_digest(*instruction.phrasings)}"
 
@@ -178,7 +178,7 @@ def _digest(*texts: str) -> str:
 
 
 def _name(state: State, model: str, instruction: Instruction, body: JobRequest) -> str:
-    """A name that is free. Raises ApiError for one that was asked for and is none, or is taken."""
+    """A free name. Raises ApiError if the requested name is invalid or taken."""
     if body.name is not None and not NAME.fullmatch(body.name):
         raise ApiError(
             f"name: must be letters, digits, dots, dashes and underscores, not {shown(body.name)}.",
@@ -190,12 +190,12 @@ def _name(state: State, model: str, instruction: Instruction, body: JobRequest) 
     under_way = state.jobs.active(name)
     if under_way is not None:
         raise ApiError(
-            f"name: a vector {name!r} is being made already ({under_way.id}).",
+            f"name: a vector {name!r} is already being made ({under_way.id}).",
             status=409, param="name", code="exists",
         )  # fmt: skip
     if not body.replace and (name in state.vectors.entries or name in state.vectors.of_model(model)):
         raise ApiError(
-            f"name: {model} has a vector {name!r} already: steer by it, or send replace=true to make another "
+            f"name: {model} already has a vector {name!r}: steer by it, or send replace=true to make another "
             "in its place.",
             status=409, param="name", code="exists",
         )  # fmt: skip
@@ -203,7 +203,7 @@ def _name(state: State, model: str, instruction: Instruction, body: JobRequest) 
 
 
 def _is_others(state: State, model: str, instruction: Instruction, name: str) -> bool:
-    """Whether what has this name is of another model, or of other words."""
+    """Whether the vector of this name is for another model, or other words."""
     entry = state.vectors.entries.get(name)
     if entry is None or entry.vector is None:
         return entry is not None
@@ -211,7 +211,7 @@ def _is_others(state: State, model: str, instruction: Instruction, name: str) ->
 
 
 def _words(served: Served, catalog: Catalog, text: str, method: str) -> list[str]:
-    """Of the command that makes it, without its output."""
+    """The arguments of the command that makes the vector, without its output."""
     engine = served.engine
     command = "tune" if method == "search" else "learn"
     return [

@@ -1,4 +1,4 @@
-"""One vector as the server holds it."""
+"""One vector held by the server."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loaded:
-    """One file. judged: the models that it was tried on; misfits: {model: why it can't be steered by this
-    one}; error: why the file can't be read."""
+    """One vector file. judged: the models it was tried on; misfits: {model: why this vector can't steer it};
+    error: why the file can't be read."""
 
     name: str
     sha256: str

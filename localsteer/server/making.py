@@ -1,8 +1,7 @@
-"""Vectors that are made on request: one at a time, each in a process of its own, as `localsteer tune` or
-`learn` makes it.
+"""Makes vectors on request: one at a time, each in a separate process, as by `localsteer tune` or `learn`.
 
-The process has an engine of its own and the lowest priority (cli/piped.py), so replies go on meanwhile; a
-model that is unloaded, and a client that leaves, are nothing to it. It ends when this one does.
+The process has its own engine and the lowest priority (cli/piped.py), so replies continue meanwhile. It does
+not depend on the served model staying loaded, nor on the client. It ends when this process does.
 """
 
 from __future__ import annotations
@@ -42,24 +41,24 @@ if TYPE_CHECKING:
 
 Method = Literal["search", "learn"]
 MAX_WAITING = 4  # jobs beside the one that runs
-MAX_KEPT = 32  # jobs that have ended and are still told of
-STOPPING_SECONDS = 300.0  # for one that was told to stop to check and write the best that it has
+MAX_KEPT = 32  # jobs that have ended and can still be queried
+STOPPING_SECONDS = 300.0  # for a job that was told to stop to check and write its best
 ENDED = ("succeeded", "cancelled", "failed")
-BEST = ", best so far "  # in what a search says of itself
+BEST = ", best so far "  # in the progress of a search
 _PROGRESS = b"\x1e"  # begins a line of progress, see cli/piped.py
-_TALK = "localsteer: "  # begins one for people
+_TALK = "localsteer: "  # begins a line for people
 _REFUSED = 2  # exit status: the last line says why
-# os and sys are there already: whatever else is imported first might lie in the current folder
+# os and sys are already loaded: anything else imported first might come from the current folder
 _CODE = (
     "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from localsteer.cli.piped import run; run()"
 )
-_PRIVATE = ("LOCALSTEER_API_KEY",)  # of the environment: nothing that the process needs
+_PRIVATE = ("LOCALSTEER_API_KEY",)  # environment variables that the process does not need
 
 logger = logging.getLogger("localsteer.server")
 
 
 class PipedCommand:
-    """A command of localsteer in a process of its own. `run` is for one thread, the rest for any."""
+    """A localsteer command in a separate process. `run` is for one thread, the other methods for any."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._words = tuple(words)
@@ -69,8 +68,8 @@ class PipedCommand:
         self.is_stopped = self.is_killed = False
 
     def run(self, on_progress: Callable[[str, int, int], None]) -> tuple[int, str]:
-        """Its exit status, and the last line that it said to people. on_progress: called with (what is being
-        done, done, of how many or 0)."""
+        """Run it; returns its exit status, and its last line for people. on_progress: called with (what is
+        being done, done, total or 0)."""
         with self._lock:
             if self.is_stopped:
                 return 130, ""
@@ -91,7 +90,7 @@ class PipedCommand:
                 self._close(process)
 
     def stop(self, seconds: float) -> None:
-        """It ends with the best so far, and is killed if that takes longer than this from now."""
+        """Make it end with the best so far, and kill it if that takes longer than this many seconds."""
         with self._lock:
             again, self.is_stopped = self.is_stopped, True
             if self._process is None or self._process.poll() is not None:
@@ -125,7 +124,8 @@ class PipedCommand:
 
 
 def _started(words: Sequence[str]) -> subprocess.Popen[bytes]:
-    path = [entry for entry in sys.path if entry]  # without the current folder, which is anybody's
+    # without the current folder, whose contents may be anyone's
+    path = [entry for entry in sys.path if entry]
     process = subprocess.Popen(
         [sys.executable, "-c", _CODE, os.pathsep.join(path)],
         stdin=subprocess.PIPE,
@@ -194,8 +194,8 @@ class JobDocument(_JobPlace):
 
 @dataclass(eq=False)
 class VectorJob:
-    """One vector on its way. words: of the command, without its output. vector: the name that it is offered
-    by, None for none. stopped_by: `request`, `deadline` or `closing`."""
+    """One vector being made. words: arguments of the command, without its output. vector: the name under
+    which it is offered, or None. stopped_by: `request`, `deadline` or `closing`."""
 
     model: str
     instruction: Instruction
@@ -226,20 +226,21 @@ class VectorJob:
 
     @property
     def seconds(self) -> float:
-        """Since it began to run, until its end."""
+        """Seconds since it began to run, until its end."""
         return self._took if self._began is None else time.monotonic() - self._began
 
     def hear(self, what: str, done: int, total: int) -> None:
-        """What its process says of itself."""
+        """Take in the progress that its process reports."""
         self.doing, _, best = what.partition(BEST)
         self.best, self.done, self.total = best or self.best, done, total
 
     def make(self, seconds: float) -> bytes | None:
-        """In a thread: the vector's file, or None. Raises LocalsteerError with the reason of a refusal."""
+        """Make the vector, in a thread; returns its file, or None. Raises LocalsteerError with the reason of
+        a refusal."""
         with tempfile.TemporaryDirectory(prefix="localsteer-job-") as folder:
             target = Path(folder) / f"{self.name}.gguf"
             self.command = PipedCommand([*self.words, "-o", str(target)])
-            if self.stopped_by:  # whoever stops it from here on has this command
+            if self.stopped_by:  # from here on, stopping the job stops this command
                 return None
             alarm = threading.Timer(seconds, self.stop, ("deadline", STOPPING_SECONDS))
             alarm.daemon = True
@@ -255,11 +256,11 @@ class VectorJob:
             if status == _REFUSED and last:
                 raise LocalsteerError(without_folders(last))
             raise LocalsteerError(
-                f"the process that made the vector ended with status {status}: perhaps for want of memory."
+                f"the process that made the vector ended with status {status}, perhaps for lack of memory."
             )
 
     def stop(self, by: str, seconds: float) -> None:
-        """From any thread: it keeps the best so far, and has so long for that."""
+        """Stop the job, from any thread: it keeps the best so far, and has this many seconds for that."""
         self.stopped_by = self.stopped_by or by
         if self.status == "running":
             self.status = "stopping"
@@ -296,7 +297,7 @@ class VectorJob:
 
 
 class Jobs:
-    """Those that wait, run, and have ended. Everything here runs in the event loop."""
+    """Jobs that wait, run, and have ended. Everything here runs in the event loop."""
 
     def __init__(self, pool: Pool, vectors: VectorFolder, limits: Limits) -> None:
         self.pool, self.vectors, self.limits = pool, vectors, limits
@@ -308,7 +309,7 @@ class Jobs:
         self._threads = ThreadPoolExecutor(1, "localsteer-making")
 
     def add(self, job: VectorJob) -> None:
-        """Raises ApiError where too many wait, and while the server is closing."""
+        """Raise ApiError if too many jobs wait, and while the server is closing."""
         if self._closing:
             raise ApiError("the server is closing: no new jobs.", status=503, code="closing")
         if len(self._waiting) >= MAX_WAITING:
@@ -324,18 +325,19 @@ class Jobs:
             self._worker = asyncio.get_running_loop().create_task(self._work())
 
     def active(self, name: str) -> VectorJob | None:
-        """The job that is to bring a vector of this name."""
+        """The job that is making a vector of this name."""
         under_way = (job for job in self.known.values() if not job.has_ended)
         return next((job for job in under_way if job.name == name), None)
 
     def place(self, job: VectorJob) -> int:
-        """How many are before it."""
+        """How many jobs are ahead of it."""
         if job not in self._waiting:
             return 0
         return self._waiting.index(job) + (self._running is not None)
 
     def cancel(self, job: VectorJob) -> None:
-        """One that runs keeps the best so far; the second time it ends at once. One that has ended stays."""
+        """Stop a job. A running one keeps the best so far, and ends at once the second time; an ended one
+        stays listed."""
         if job in self._waiting:
             self._waiting.remove(job)
             job.stopped_by = "request"
@@ -346,7 +348,8 @@ class Jobs:
             job.stop("request", STOPPING_SECONDS)
 
     def stop(self, grace: float) -> None:
-        """The server ends: what waits is dropped, what runs has the grace to keep the best so far."""
+        """Stop when the server ends: waiting jobs are dropped, a running one has the grace period to keep its
+        best."""
         self._closing = True
         while self._waiting:
             job = self._waiting.popleft()
@@ -356,7 +359,7 @@ class Jobs:
             self._running.stop("closing", grace)
 
     async def settle(self) -> None:
-        """Until nothing runs any more."""
+        """Wait until nothing runs any more."""
         if not self._closing:
             self.stop(0.0)
         if self._worker is not None:
@@ -378,7 +381,7 @@ class Jobs:
                 job.end("failed", str(error))
             except Exception:
                 logger.exception("a job failed")
-                job.end("failed", "the server failed at this job: its log says why.")
+                job.end("failed", "the server failed to handle this job: its log says why.")
             finally:
                 self._running = None
 
@@ -396,7 +399,7 @@ class Jobs:
             job.end("cancelled")
 
     async def _take(self, job: VectorJob, data: bytes) -> None:
-        """Offer what was made, if it helps, and keep what its file says of itself."""
+        """Offer the vector if it helps, and keep the figures in its file."""
         with holding.held():
             vector = await aside(_loaded, data)
             job.result = result_of(vector, job)
@@ -408,7 +411,7 @@ class Jobs:
             except ApiError as error:
                 if error.code != "exists":
                     raise
-                # somebody has put another there meanwhile: neither is lost
+                # another vector was put there meanwhile: keep both
                 name = f"{job.name[:50]}-{job.id[-6:]}"
                 entry = await aside(self.vectors.add, name, data, replace=False)
         job.vector = entry.name
@@ -440,17 +443,17 @@ def result_of(vector: ControlVector, job: VectorJob) -> JobResult:
 
 
 def what_learning_does(instruction: Instruction) -> str:
-    """In place of a search that found nothing."""
+    """What to say about learning after a search that found nothing."""
     from localsteer.verify import can_rewrite
 
     if instruction.verifier is not None and can_rewrite(instruction.verifier):
         return (
-            "Learning does not depend on the model doing what it is told: it takes the model's own plain "
-            "replies, rewrites them so that they follow, and fits an edit of one layer to them, in some "
+            "Learning does not need a model that does what it is told: it takes the model's own plain "
+            "replies, rewrites them to follow, and fits an edit of one layer to them, in several "
             "minutes. It needs PyTorch (the extra `torch`)."
         )
     return (
-        "Learning needs replies that follow: the told model's, where at least half of them do, or examples "
-        "of your own (`localsteer learn --examples FILE.jsonl`); no rule rewrites a plain reply so that it "
-        "follows this. It needs PyTorch (the extra `torch`)."
+        "Learning needs replies that follow: the told model's, if at least half of them do, or examples "
+        "of your own (`localsteer learn --examples FILE.jsonl`); no rule can rewrite a plain reply to "
+        "follow this. It needs PyTorch (the extra `torch`)."
     )

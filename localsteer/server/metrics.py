@@ -1,4 +1,4 @@
-"""Figures for Prometheus, in a registry of this server's own."""
+"""Figures for Prometheus, in a separate registry for this server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 GAUGES = {
     "waiting": "Requests that wait for a slot.",
     "running": "Requests that hold a slot.",
-    "slots": "Slots: sequences that are decoded together at most.",
+    "slots": "Slots: sequences that can be decoded together.",
     "cells_used": "Tokens in the KV cache.",
     "cells": "Tokens that the KV cache can hold.",
 }
@@ -65,7 +65,7 @@ class Metrics:
 
 
 class _Gauges:
-    """Asks the schedulers when somebody asks for the figures."""
+    """Queries the schedulers when the figures are requested."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -85,7 +85,8 @@ class _Gauges:
 
 
 class CountRequests:
-    """ASGI middleware. Paths are those of the routes, so that their number is bounded."""
+    """ASGI middleware that counts requests, under the paths of the routes, so that their number is
+    limited."""
 
     def __init__(self, app: Callable[..., Any], metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
@@ -93,7 +94,7 @@ class CountRequests:
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        started, status = time.perf_counter(), 499  # nothing was sent: the client had gone
+        started, status = time.perf_counter(), 499  # nothing was sent: the client had left
 
         async def watched(message: Message) -> None:
             nonlocal status

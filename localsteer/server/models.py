@@ -1,4 +1,4 @@
-"""The models that are served, and what a model's name in a request means."""
+"""The served models, and what a model's name in a request means."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What every route works on."""
+    """The state that all routes share."""
 
     pool: Pool
     vectors: VectorFolder
@@ -34,22 +34,22 @@ class State:
     metrics: Metrics
     jobs: Jobs
     started: int = field(default_factory=lambda: int(time.time()))
-    # one trace at a time: it takes the engine from everybody
+    # one trace at a time, since it takes over the engine
     tracing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def models(self) -> dict[str, Served]:
-        """Those that are loaded, by name."""
+        """The loaded models, by name."""
         return self.pool.served
 
     @property
     def default_name(self) -> str:
-        """Of the model that answers where a request names none."""
+        """The name of the model that answers requests which name none."""
         return self.pool.split(None)[0]
 
     def served(self, text: str | None) -> tuple[Served, list[str]]:
-        """The model and the vectors that a name means; `pool.ready` has loaded it. Raises ApiError, with
-        status 404 where there is no such thing."""
+        """The model and the vectors that a name means; `pool.ready` must have loaded it. Raises ApiError,
+        with status 404 if there is no such model or vector."""
         name, rest = self.pool.split(text)
         served = self.models.get(name)
         if served is None:
@@ -66,12 +66,12 @@ class State:
     def steering(
         self, text: str | None, items: Sequence[SteeringItem]
     ) -> tuple[Served, dict[str, ControlVector]]:
-        """The model and the vectors of a request, by name, as they are now."""
+        """The model and the vectors of a request, by name, as they are at this moment."""
         served, names = self.served(text)
         return served, self.vectors.chosen(served.name, names, items)
 
     def listed(self) -> list[JsonObject]:
-        """Entries of /v1/models: each model, and each with each vector that is known to fit it."""
+        """Entries of /v1/models: every model, by itself and with each vector that is known to fit it."""
         names = []
         for name in self.pool.names:
             names += [(name, name, None)]

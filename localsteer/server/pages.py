@@ -1,4 +1,4 @@
-"""The page at /, the description of the API, and what watches over the server: /health, /metrics."""
+"""The page at /, the description of the API, and monitoring: /health, /metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TYPES = {
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
 }
-# nothing from elsewhere is loaded, nothing inline is run, and no other site can frame the page
+# loads nothing from other sites, runs nothing inline, and can't be framed by another site
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -57,7 +57,7 @@ async def page(name: str) -> Response:
     return _file(name)
 
 
-@router.get("/health", tags=["Server"], summary="Whether it is ready, and what its models are doing")
+@router.get("/health", tags=["Server"], summary="Whether the server is ready, and what its models are doing")
 async def health(request: Request) -> Response:
     state: State = request.app.state.localsteer
     counts = {name: served.scheduler.counts for name, served in list(state.models.items())}
@@ -71,7 +71,7 @@ async def metrics(request: Request) -> Response:
 
 
 @router.get("/models", include_in_schema=False)
-@router.get("/v1/models", tags=["OpenAI"], summary="Models, and each with each vector that fits it")
+@router.get("/v1/models", tags=["OpenAI"], summary="Every model, by itself and with each vector that fits it")
 async def models(request: Request) -> Response:
     state: State = request.app.state.localsteer
     entries = state.listed()
@@ -83,14 +83,14 @@ async def models(request: Request) -> Response:
 
 
 def _model_info(entry: Mapping[str, Any]) -> JsonObject:
-    """As Anthropic's clients read it."""
+    """The list of models in Anthropic's shape."""
     created = datetime.fromtimestamp(entry["created"], timezone.utc).isoformat()
     names = {"id": entry["id"], "display_name": entry["id"]}
     return {"type": "model", "created_at": created, "max_input_tokens": entry["max_model_len"]} | names
 
 
 @router.get("/models/{name:path}", include_in_schema=False)
-@router.get("/v1/models/{name:path}", tags=["OpenAI"], summary="One of them")
+@router.get("/v1/models/{name:path}", tags=["OpenAI"], summary="One model")
 async def model(name: str, request: Request) -> Response:
     state: State = request.app.state.localsteer
     served, vectors = state.served(name)

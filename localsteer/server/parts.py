@@ -1,4 +1,5 @@
-"""What faces and pipeline share: the parts of an answer, and who makes them and who writes them."""
+"""What faces and pipeline share: the parts of an answer, the interface that makes them and the one that
+writes them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens. cached: of the prompt, that did not have to be computed."""
+    """Numbers of tokens. cached: tokens of the prompt that came from the cache."""
 
     prompt: int
     reply: int
@@ -28,8 +29,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Part:
-    """What comes next of one choice. calls come at its end; reason, in its last part alone: "stop", "length"
-    or "tool_calls". stop: the request's own stop string that ended it."""
+    """The next part of one choice. calls come at its end; reason only in its last part: "stop", "length" or
+    "tool_calls". stop: the stop string of the request that ended it."""
 
     choice: int
     text: str = ""
@@ -42,7 +43,7 @@ class Part:
 
 @dataclass
 class WholeReply:
-    """One choice, gathered from its parts."""
+    """One choice, collected from its parts."""
 
     text: str = ""
     scores: list[tuple[int, TokenScores]] = field(default_factory=list)
@@ -61,7 +62,7 @@ class WholeReply:
 
 
 class Answer(Protocol):
-    """On its way. body: what was asked. n: choices."""
+    """An answer in progress. body: the request. n: choices."""
 
     body: SamplingFields
     served: Served
@@ -71,25 +72,25 @@ class Answer(Protocol):
     def usage(self) -> Usage: ...
     @property
     def left_out(self) -> Mapping[str, Any]:
-        """What is told of the steering from the beginning on, in fields of its own."""
+        """Fields about the steering that are known from the beginning."""
         ...
 
     @property
     def told(self) -> JsonObject:
-        """The same at the end, where more is known."""
+        """The same at the end, when more is known."""
         ...
 
     def parts(self) -> AsyncIterator[Part]:
-        """To the end of the last choice. Raises ApiError."""
+        """Yields parts to the end of the last choice. Raises ApiError."""
         ...
 
     def end(self) -> None:
-        """Let go of everything; a second call does nothing."""
+        """Release everything; a second call does nothing."""
         ...
 
 
 class Face(Protocol):
-    """How one API writes an answer. names: what it calls the fields of a ChatRequest, for refusals."""
+    """How one API writes an answer. names: its names for the fields of a ChatRequest, for refusals."""
 
     stream: Stream
     names: Mapping[str, str]

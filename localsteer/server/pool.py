@@ -1,13 +1,12 @@
-"""The models of a server: loaded when somebody asks for one, unloaded where another needs the room.
+"""The models of a server: loaded on request, and unloaded when another needs the room.
 
-One model is loaded at a time, in the order in which they were asked for. Who asks for a model that is being
-loaded waits for it, and an error while loading is the error of those who wait. What makes room is the model
-that was not used for longest: an idle one at once; where all are busy, one of them takes no new requests
-until those that it has are done, so that a busy model can't keep another out for ever. What came for it
-meanwhile waits in the same order.
+One model is loaded at a time, in the order of the requests. Requests for a model that is being loaded wait
+for it, and get its error if loading fails. The least recently used model makes room: an idle one at once; if
+all are busy, one of them takes no new requests until those it has are done, so a busy model can't keep
+another out forever. Requests for it wait meanwhile, in the same order.
 
-Everything here runs in the event loop, and loading and unloading in a thread. Requests hold their models by
-holding.py.
+Everything here runs in the event loop, except loading and unloading, which run in a thread. Requests hold
+their models through holding.py.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ if TYPE_CHECKING:
     from .metrics import Metrics
 
 LATEST = ":latest"  # what Ollama's clients write after a name without a tag
-MAX_SHOWN = 12  # models that a refusal names
+MAX_SHOWN = 12  # models listed in a refusal
 MAX_ALIASES = 10_000  # further names of models, as clients wrote them
-RESOLVED_AT_ONCE = 4  # names that are looked for, or downloaded
+RESOLVED_AT_ONCE = 4  # names being searched for, or downloaded
 
 
 @dataclass(frozen=True)
 class Loadable:
-    """A model that may be loaded. open: a scheduler on it, with an engine of its own; ends early, by an
-    error, when the event is set. n_bytes: of memory, about. sampling: its own values where a request says
-    nothing. path: of its file, where it can be looked at before it is loaded."""
+    """A model that can be loaded. open: returns a scheduler with its own engine; setting the event makes it
+    raise early. n_bytes: approximate memory. sampling: the model's values for what a request leaves open.
+    path: of its file, if it can be inspected before loading."""
 
     name: str
     open: Callable[[threading.Event], Scheduler]
@@ -57,7 +56,8 @@ class Loadable:
 
 @dataclass(eq=False)
 class _Place:
-    """users: requests that hold it. leaving: it takes no new ones until it has been unloaded."""
+    """The use of one model. users: requests that hold it. leaving: it takes no new ones until it has been
+    unloaded."""
 
     model: Loadable
     served: Served | None = None
@@ -74,10 +74,10 @@ class _Place:
 
 
 class Pool:
-    """max_models, max_bytes: of the models that are loaded at one time. resolve: what a name that is not
-    among `models` means, None where it means nothing; raises LocalsteerError.
+    """max_models, max_bytes: limits on the models loaded at one time. resolve: returns the model for a name
+    that is not among `models`, or None; raises LocalsteerError.
 
-    `served` has the models that are loaded, by name; it changes in the event loop alone.
+    `served` has the loaded models by name; it changes only in the event loop.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Pool:
 
     @classmethod
     def of(cls, schedulers: Mapping[str, Scheduler]) -> Pool:
-        """Of models that are loaded already, all of which stay."""
+        """A pool of models that are already loaded, and all stay."""
         pool = cls([Loadable(name, partial(_already, scheduler)) for name, scheduler in schedulers.items()])
         for name in schedulers:
             pool.load_now(name)
@@ -113,7 +113,7 @@ class Pool:
     # -- before the server runs -----------------------------------------------------------------------------
 
     def load_now(self, name: str) -> bool:
-        """Load one before there are requests, if there is room. Raises what opening it raises."""
+        """Load a model before there are requests, if there is room. Raises what opening it raises."""
         place = self._places[name]
         self._check_size(place.model)
         if not self._has_room(place):
@@ -125,7 +125,7 @@ class Pool:
         if self.max_bytes is not None and model.n_bytes > self.max_bytes:
             raise LocalsteerError(
                 f"{model.name} needs about {model.n_bytes / 1e9:.2f} GB, and --max-memory allows "
-                f"{self.max_bytes / 1e9:.2f} GB for all models: allow more, or choose a smaller one."
+                f"{self.max_bytes / 1e9:.2f} GB for all models: allow more, or choose a smaller model."
             )
 
     # -- names ----------------------------------------------------------------------------------------------
@@ -140,15 +140,15 @@ class Pool:
         return "loaded" if place.served else "loading" if place.is_loading or place.wanted else "unloaded"
 
     def path(self, name: str) -> Path | None:
-        """Of a model's file; None for one that is not known before it is loaded."""
+        """The path of a model's file, or None if it is not known before it is loaded."""
         place = self._places[name]
         return place.served.engine.path if place.served else place.model.path
 
     def split(self, text: str | None) -> tuple[str, str | None]:
-        """(a model's name, what stands behind its plus; None for no plus). Raises ApiError, status 404."""
+        """Returns (a model's name, what follows its plus or None). Raises ApiError, status 404."""
         if text is None:
             return next(iter(self._places)), None
-        # a model's own name may hold a plus: the longest that fits is meant
+        # a model's own name may contain a plus: the longest that fits is meant
         for name in sorted([*self._places, *self._aliases], key=len, reverse=True):
             known = self._aliases.get(name, name)
             if text == name:
@@ -160,14 +160,14 @@ class Pool:
         raise no_model(text, "it is not served here", self.names)
 
     async def _known(self, text: str | None) -> str:
-        """The same, looking for a name that is not known yet."""
+        """The same, searching for a name that is not known yet."""
         try:
             return self.split(text)[0]
         except ApiError:
             if self._resolve is None or text is None:
                 raise
         error = None
-        for name in dict.fromkeys((text, text.partition("+")[0])):  # few names hold a plus themselves
+        for name in dict.fromkeys((text, text.partition("+")[0])):  # few names contain a plus
             try:
                 loop = asyncio.get_running_loop()
                 model = await loop.run_in_executor(self._resolving, self._resolve, name)
@@ -186,7 +186,7 @@ class Pool:
     # -- requests -------------------------------------------------------------------------------------------
 
     def take(self, text: str | None) -> bool:
-        """Hold the model of a name for this request if it is loaded, and say whether it is."""
+        """Hold the model of a name for this request if it is loaded; returns whether it is."""
         try:
             name, _ = self.split(text)
         except ApiError:
@@ -211,7 +211,7 @@ class Pool:
         self._keep(self._places[name], holding.current())
 
     def take_loaded(self) -> None:
-        """Hold all that are loaded, for what goes through all of them."""
+        """Hold all loaded models, for work that goes through all of them."""
         for name in list(self.served):
             self.take(name)
 
@@ -224,7 +224,7 @@ class Pool:
             holder.keep(place.model.name, partial(self._release_from_anywhere, loop, place))
 
     async def _wait_for(self, place: _Place) -> None:
-        """Returns with one more user of it."""
+        """Wait until the model is loaded, and add a user to it."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
         place.waiters.append(waiter)
@@ -237,8 +237,8 @@ class Pool:
             await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._release(place)  # it came at the same moment
-            self._wake()  # perhaps nobody waits for this any more
+                self._release(place)  # it finished at the same moment
+            self._wake()  # perhaps nothing waits for this any more
             raise
 
     def _release_from_anywhere(self, loop: asyncio.AbstractEventLoop, place: _Place) -> None:
@@ -270,7 +270,8 @@ class Pool:
                 self._queue.remove(place)
 
     async def _make_room(self, place: _Place) -> bool:
-        """Whether there is room, and somebody still waits. Raises LocalsteerError where it can never be."""
+        """Whether there is room, and a request still waits. Raises LocalsteerError if there can never be
+        room."""
         self._check_size(place.model)
         while place.wanted and not self.closing.is_set():
             if self._has_room(place):
@@ -305,14 +306,14 @@ class Pool:
 
     @contextlib.contextmanager
     def room_for_another(self, name: str) -> Iterator[None]:
-        """Count a model once more while the layer runs, which opens it outside of the pool. Raises ApiError
-        where --max-memory leaves no room beside those that are loaded."""
+        """Count a model twice during the `with` block, which opens it outside the pool. Raises ApiError if
+        --max-memory leaves no room beside the loaded models."""
         model = self._places[name].model
         loaded = [place.model for place in self._places.values() if place.served]
         n_bytes = sum(other.n_bytes for other in (*loaded, *self._guests, model))
         if self.max_bytes is not None and n_bytes > self.max_bytes:
             raise ApiError(
-                f"a vector is made beside the models that are loaded, and {name} once more needs about "
+                f"a vector is made beside the loaded models, and another copy of {name} needs about "
                 f"{model.n_bytes / 1e9:.2f} GB: --max-memory leaves no room for it.",
                 status=409,
                 code="no_memory",
@@ -380,14 +381,15 @@ class Pool:
     # -- the end --------------------------------------------------------------------------------------------
 
     def stop(self, grace: float) -> None:
-        """In the event loop: no new models; those that are loaded have a grace for the requests they have."""
+        """Load no more models, and give the loaded ones a grace period for their requests. Runs in the event
+        loop."""
         self.closing.set()
         self._wake()
         for served in list(self.served.values()):
             threading.Thread(target=served.scheduler.stop, args=(grace,), daemon=True).start()
 
     async def settle(self) -> None:
-        """At the end of the event loop: what is being loaded is given up, and nobody decodes any more."""
+        """At the end of the event loop, abandon what is being loaded, and stop all decoding."""
         self.closing.set()
         self._wake()
         if self._worker is not None:
@@ -397,7 +399,7 @@ class Pool:
             await asyncio.to_thread(served.scheduler.stop)
 
     def close(self) -> None:
-        """After the server: free every model."""
+        """Free every model, after the server has ended."""
         self.closing.set()
         self._threads.shutdown(wait=True)
         self._resolving.shutdown(wait=False, cancel_futures=True)
@@ -418,12 +420,12 @@ def _already(scheduler: Scheduler, _stop: threading.Event) -> Scheduler:
 
 def _closed(served: Served) -> None:
     served.close()
-    trim_memory()  # a model that comes and goes would leave a megabyte behind each time
+    trim_memory()  # otherwise a model that comes and goes would leave a megabyte behind each time
 
 
 def load_error(name: str, error: Exception) -> ApiError:
-    """A model that can't be loaded is the error of the request that asked for it; trying again would load it
-    again, so that it is none that clients repeat by themselves."""
+    """The refusal for a model that can't be loaded. Its code is one that clients do not retry by themselves,
+    since every retry would load the model again."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, LocalsteerError):
@@ -433,7 +435,7 @@ def load_error(name: str, error: Exception) -> ApiError:
 
 
 def without_folders(text: str) -> str:
-    """Where things lie on the server is nobody's business; `hf:ORG/REPO` is no path."""
+    """A message without the server's folders, which are nobody's business; `hf:ORG/REPO` is not a path."""
     return re.sub(r"(?<![\w.:*-])(?:/[^/\s]+)+/(?=[^/\s])", "", text)
 
 

@@ -26,7 +26,7 @@ def rendered(
     go_on: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The conversation as the model reads it; go_on: its last message is to be continued. variables: see
+    """The conversation as the model reads it. go_on: continue its last message. variables: see
     `variables_of`.
 
     Raises ApiError for messages that the model's template refuses.
@@ -41,8 +41,9 @@ def rendered(
 
 
 def variables_of(body: ChatRequest, template: ChatTemplate) -> JsonObject:
-    """What a request has for the model's chat template. Raises ApiError for what the template never reads: it
-    would change nothing. `false` and `null` ask for nothing, and clients send them to every model."""
+    """The variables of a request for the model's chat template. Raises ApiError for one that the template
+    never reads, since it would change nothing, except `false` and `null`, which clients send to every
+    model."""
     asked = dict(body.chat_template_kwargs or {})
     params = dict.fromkeys(asked, "chat_template_kwargs")
     for name in ("enable_thinking", "reasoning_effort"):
@@ -61,7 +62,7 @@ def variables_of(body: ChatRequest, template: ChatTemplate) -> JsonObject:
 
 
 def template_message(message: ChatMessage) -> JsonObject:
-    """As chat templates read them; an OpenAI client's `developer` is everybody else's `system`."""
+    """The messages as chat templates read them; OpenAI's role `developer` becomes `system`."""
     role = "system" if message.role == "developer" else message.role
     made: JsonObject = {"role": role, "content": message.text}
     if message.tool_calls:
@@ -76,7 +77,7 @@ def template_message(message: ChatMessage) -> JsonObject:
         made["content"] = message.text or ""
     if message.role == "tool":
         made["tool_call_id"] = message.tool_call_id
-    # templates ask whether there is one, and would write None as one
+    # templates test whether the key exists, and would write None
     more = {"name": message.name, "reasoning_content": message.reasoning_content}
     made |= {key: value for key, value in more.items() if value is not None}
     return {key: value for key, value in made.items() if key != "tool_call_id" or value is not None}

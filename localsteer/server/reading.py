@@ -1,8 +1,8 @@
-"""From a body's bytes to a checked request, in steps that hold neither the event loop nor other threads up.
+"""Turns a body's bytes into a checked request, in steps that block neither the event loop nor other threads.
 
 Python's JSON reader and pydantic let no other thread run while they are busy, and a few megabytes of `[],[],`
-keep them busy for seconds. So what there may be of each kind is bounded before either sees it, large bodies
-are read one at a time in a thread, and messages are checked one by one.
+keep them busy for seconds. The number of items of each kind is therefore limited before either sees it, large
+bodies are read one at a time in a thread, and messages are checked one by one.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ _DIGITS = bytes(ord("0") if chr(i) in "0123456789" else ord(" ") for i in range(
 
 
 class BodyRoute(APIRoute):
-    """A route of a function (body, request): what FastAPI would do in the event loop is done here. The model
-    that the body names is loaded when the function is called, and stays so until the request has ended."""
+    """A route for a function (body, request), which does here what FastAPI would do in the event loop. The
+    model named in the body is loaded when the function is called, and stays loaded until the request has
+    ended."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         model = get_type_hints(self.endpoint).get("body")
@@ -77,7 +78,8 @@ async def body_of(request: Request, model: type[Read]) -> Read:
 
 
 def _is_json(request: Request) -> bool:
-    """Ollama's manual sends JSON as `curl -d` does, named a form: what no browser has sent passes for it."""
+    """Whether to read the body as JSON. Ollama's manual uses `curl -d`, which labels JSON as a form: that is
+    accepted unless a browser sent it."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
         return True
@@ -87,7 +89,7 @@ def _is_json(request: Request) -> bool:
 
 
 def checked(data: bytes, model: type[Read], ignored: Collection[str] = ()) -> Read:
-    """ignored: fields that are nobody's concern."""
+    """ignored: fields to ignore."""
     check_structure(data)
     document = _loaded(data)
     if isinstance(document, dict):
@@ -117,9 +119,9 @@ def _loaded(data: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ApiError(f"the body is not UTF-8 (byte {error.start}).", param="body") from None
     was_enabled = gc.isenabled()
-    gc.disable()  # it would go through all that is read again and again: five times slower
+    gc.disable()  # it would scan everything read so far again and again: five times slower
     try:
-        # reading a number takes time by the square of its length; asking for each takes time for all
+        # reading a number takes time quadratic in its length; checking each number would slow down all
         has_long = b"0" * MAX_DIGITS in data.translate(_DIGITS)
         return json.loads(text, parse_int=_whole if has_long else None)
     except json.JSONDecodeError as error:
@@ -127,7 +129,7 @@ def _loaded(data: bytes) -> Any:
             f"the body is not JSON: {error.msg[0].lower() + error.msg[1:]}.", param="body"
         ) from None
     except (ValueError, RecursionError):
-        raise ApiError("the body is not JSON that can be read: a number is too long.", param="body") from None
+        raise ApiError("the body can't be read: a number is too long.", param="body") from None
     finally:
         if was_enabled:
             gc.enable()
@@ -140,7 +142,7 @@ def _whole(digits: str) -> int:
 
 
 def _with_lists(document: Any, model: type[Body]) -> Any:
-    """Checked here one by one; where something is not as it should be, pydantic sees the rest as it is."""
+    """Check the items one by one; after a fault, pydantic gets the rest unchecked and reports it."""
     for name, kind in model.ONE_BY_ONE.items():
         values = document.get(name) if isinstance(document, dict) else None
         if not isinstance(values, list) or len(values) > limits.MAX_MESSAGES:
@@ -166,14 +168,14 @@ def _refusal(error: ValidationError, body: Any, where: tuple[str | int, ...] = (
 
 
 def check_structure(data: bytes) -> None:
-    """Raises ApiError for more lists and objects, members, values or levels than any request needs."""
+    """Raise ApiError for more lists and objects, members, values or levels than any request needs."""
     bounds = {
         "lists and objects": limits.MAX_CONTAINERS,
         "members": limits.MAX_MEMBERS,
         "values": limits.MAX_VALUES,
     }
     signs = {"lists and objects": b"[{", "members": b":", "values": b","}
-    # counted with what stands in strings, which costs next to nothing, that is at most too much
+    # counting inside strings as well costs next to nothing, and at most overestimates
     counts = {name: sum(data.count(bytes([sign])) for sign in signs[name]) for name in signs}
     if counts["lists and objects"] <= limits.MAX_DEPTH and all(
         counts[name] <= bounds[name] for name in bounds
@@ -197,7 +199,7 @@ def check_structure(data: bytes) -> None:
 
 
 def outside_strings(data: bytes) -> np.ndarray:
-    """uint8: the bytes of a JSON text that stand in no string. In steps that each take milliseconds."""
+    """The bytes of a JSON text that are outside strings, uint8, in steps that each take milliseconds."""
     raw = np.frombuffer(data, np.uint8)
     quotes = raw == ord('"')
     slashes = raw == ord("\\")

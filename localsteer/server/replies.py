@@ -1,4 +1,4 @@
-"""From a request to tickets, and what a client that hangs up does to them: they are cancelled at once."""
+"""Turns a request into tickets, which are cancelled at once when the client hangs up."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ Result = TypeVar("Result")
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client no longer waits for the answer."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked of the scheduler. prompts: rendered texts, or token ids; n replies to each. steer,
-    left_out: by the names of the request. ask: all that the replies have in common beside these."""
+    """The work for the scheduler. prompts: rendered texts, or token ids; n replies to each. steer, left_out:
+    by the names in the request. ask: everything else that the replies have in common."""
 
     served: Served
     prompts: Sequence[str | Sequence[int]]
@@ -45,12 +45,12 @@ class Order:
     samplings: Sequence[Sampling]  # one for each of the n replies
     ask: Ask
     left_out: Sequence[str] = ()
-    param: str | None = None  # to blame for a prompt that is too long
+    param: str | None = None  # the field at fault if a prompt is too long
 
 
 @dataclass(eq=False)
 class Job:
-    """The replies of one request under way: those to the first prompt, then those to the second, ..."""
+    """The replies of one request in progress: those to the first prompt, then those to the second, ..."""
 
     state: State
     order: Order
@@ -58,7 +58,7 @@ class Job:
     ended: bool = False
 
     def end(self) -> None:
-        """Cancel what still runs, and count the tokens. A second call does nothing."""
+        """Cancel what still runs, and count its tokens. A second call does nothing."""
         if self.ended:
             return
         self.ended = True
@@ -73,7 +73,7 @@ class Job:
 
     @property
     def usage(self) -> JsonObject:
-        """A prompt with several replies counts once."""
+        """The usage; a prompt with several replies counts once."""
         n = len(self.order.samplings)
         prompts = [ticket.prompt_tokens for ticket in self.tickets[::n]]
         cached = [ticket.cached_tokens for ticket in self.tickets[::n]]
@@ -87,11 +87,12 @@ class Job:
 
     @property
     def plain_tokens(self) -> int:
-        """Of all replies so far: what stands in forms that are not steered."""
+        """How many tokens of all replies so far are inside forms that are not steered."""
         return sum(ticket.plain_tokens for ticket in self.tickets)
 
     async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
-        """(index of the choice, chunk) as they come, to the end of the last choice. Raises ApiError."""
+        """Yields (index of the choice, chunk) as they come, to the end of the last choice. Raises
+        ApiError."""
         if len(self.tickets) == 1:
             async for chunk in self._one(self.tickets[0]):
                 yield 0, chunk
@@ -119,7 +120,7 @@ class Job:
                 task.cancel()
 
     async def _one(self, ticket: Ticket) -> AsyncIterator[Chunk]:
-        """The chunks of one choice. Raises ApiError."""
+        """Yields the chunks of one choice. Raises ApiError."""
         try:
             async for chunk in ticket:
                 if chunk.finish_reason == "cancelled":
@@ -133,7 +134,7 @@ class Job:
 
 
 def check_scores(order: Order) -> None:
-    """Raises ApiError for more log-probabilities than one answer may hold; a stream holds none of them."""
+    """Raise ApiError for more log-probabilities than one answer may hold; a stream does not hold them."""
     if order.ask.n_top is None:
         return
     n_ctx = order.served.engine.n_ctx
@@ -144,14 +145,15 @@ def check_scores(order: Order) -> None:
 def check_n_scores(n: int) -> None:
     if n > MAX_SCORES:
         raise ApiError(
-            f"logprobs: the answer may hold {n} log-probabilities, at most {MAX_SCORES} are possible: ask "
+            f"logprobs: the answer could hold {n} log-probabilities, but at most {MAX_SCORES} are "
+            "possible: ask "
             "for fewer prompts, choices, tokens or top_logprobs, or for a stream.",
             param="logprobs",
         )
 
 
 async def begin(state: State, order: Order) -> Job:
-    """Hand everything to the scheduler; all of it or nothing. Raises ApiError."""
+    """Submit everything to the scheduler, or nothing. Raises ApiError."""
     job = Job(state, order)
     try:
         await off_loop(_submit, job)
@@ -174,14 +176,14 @@ def _submit(job: Job) -> None:
             except Exception as error:
                 raise api_error(error, order.param) from None
             job.tickets.append(ticket)
-            if job.ended:  # while this thread was busy: whoever ended it has not seen the ticket
+            if job.ended:  # ended while this thread was busy, so the ticket was not seen
                 ticket.cancel()
                 return
 
 
 def samplings(request: SamplingFields, served: Served, grammar: Constraint | None = None) -> list[Sampling]:
-    """One for each choice; with a seed each has its own, or all would be equal. What a request leaves open is
-    as the model has it. Raises ApiError."""
+    """Sampling for each choice; with a seed each gets its own, or all would be equal. What the request leaves
+    open is taken from the model. Raises ApiError."""
     names = {
         "temp": request.temperature,
         "top_k": None if request.top_k is None else max(0, request.top_k),
@@ -200,14 +202,15 @@ def samplings(request: SamplingFields, served: Served, grammar: Constraint | Non
 
 
 def _logit_bias(request: SamplingFields, served: Served) -> tuple[tuple[int, float], ...] | None:
-    """A text, as llama-server takes it, stands for each of its tokens. Raises ApiError."""
+    """The biases by token id; a text, as llama-server takes it, stands for each of its tokens. Raises
+    ApiError."""
     model, biases = served.engine.model, {}
     for key, bias in request.logit_bias or ():
         is_id = isinstance(key, int) or (key.isascii() and key.isdigit())
         tokens = [int(key)] if is_id else model.tokenize(key, add_special=False, parse_special=True)
         if is_id and tokens[0] >= model.n_vocab:
             raise ApiError(
-                f"logit_bias: {tokens[0]} is no token of {served.name} (0 to {model.n_vocab - 1}).",
+                f"logit_bias: {tokens[0]} is not a token of {served.name} (0 to {model.n_vocab - 1}).",
                 param="logit_bias",
             )
         biases |= dict.fromkeys(tokens, -math.inf if bias is False else float(bias))

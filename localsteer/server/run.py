@@ -1,4 +1,5 @@
-"""uvicorn around an application: signals, grace, and an address that is known once it listens."""
+"""Runs an application in uvicorn, with signals, a grace period, and an address that is known once it
+listens."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ from .app import state_of
 from .connections import connection_class
 
 CLOSING_SECONDS = 2.0  # for the last events of cancelled replies to be read
-LAST_RESORT_SECONDS = 3.0  # beyond that the process is ended from outside of Python
+LAST_RESORT_SECONDS = 3.0  # after that the process is ended from outside Python
 
 
 class _Server(uvicorn.Server):
-    """Signals are ours: uvicorn would send them to the process again at the end."""
+    """A uvicorn server that leaves signals alone, since uvicorn would send them to the process again at the
+    end."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -31,7 +33,7 @@ class _Server(uvicorn.Server):
 
 
 class Running:
-    """One server. `serve` runs until `stop`, or a signal where it may take them."""
+    """One server. `serve` runs until `stop`, or a signal if it handles them."""
 
     def __init__(self, application: Any, host: str, port: int, grace: float = 10.0) -> None:
         self.state = state_of(application)
@@ -60,12 +62,12 @@ class Running:
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def serve(self, *, on_ready: Callable[[], None] | None = None, signals: bool = True) -> int | None:
-        """Returns the signal that ended it, None for `stop`."""
+        """Serve; returns the signal that ended it, or None for `stop`."""
         asyncio.run(self._serve(on_ready, signals))
         return self.signal
 
     def stop(self) -> None:
-        """From any thread: no new requests; those under way have the grace to finish."""
+        """Take no new requests, and give those under way the grace period to finish. From any thread."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._end, None)
 
@@ -84,7 +86,7 @@ class Running:
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 loop.add_signal_handler(number, self._end, number)
-            except NotImplementedError:  # the event loops of Windows take none
+            except NotImplementedError:  # the event loops of Windows take no handlers
                 signal.signal(number, lambda got, _frame: loop.call_soon_threadsafe(self._end, got))
             end_after(number, self.grace + CLOSING_SECONDS + LAST_RESORT_SECONDS, LAST_RESORT_SECONDS)
 
@@ -95,7 +97,7 @@ class Running:
             on_ready()
 
     def _end(self, number: int | None) -> None:
-        """The first time gently; the second at once."""
+        """Stop: the first time gently, the second time at once."""
         again = self._server.should_exit
         self.signal = self.signal or number
         self._server.should_exit = True
@@ -105,7 +107,7 @@ class Running:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """Bound and listening here, so that a port that is taken is an error before anything is loaded."""
+    """A listening socket, opened early so that a taken port is an error before anything is loaded."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, proto)

@@ -1,7 +1,7 @@
 """What a request may hold, as pydantic checks it and /openapi.json describes it.
 
-Fields that are not named here have gone through fields.py before: what gets here works. Inside `steering` and
-messages, where a misspelt setting would change nothing silently, others are refused.
+Fields not named here have already been handled by fields.py: what gets here works. Inside `steering` and
+messages, unknown fields are refused, since a misspelt setting would silently change nothing.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ MostTokens = Annotated[int, Field(ge=-2, le=limits.MAX_TOKENS)]
 
 
 class Body(BaseModel):
-    """RULES: of the fields that it does not have. ONE_BY_ONE: lists that may be long, and what is in them.
-    NESTED: fields that hold settings of their own, by the same rules."""
+    """RULES: for fields that the model does not have. ONE_BY_ONE: lists that may be long, and the type of
+    their items. NESTED: fields that hold settings, under the same rules."""
 
     model_config = ConfigDict(extra="ignore")
     RULES: ClassVar[Rules] = OPENAI
@@ -42,8 +42,8 @@ class Body(BaseModel):
 
 
 class ClosedPart(Body):
-    """An object inside of a request that sets something. What it has beside its fields is refused, but for
-    what asks for nothing and what UNREAD names: it might have changed the reply."""
+    """An object inside a request that sets something. Unknown fields are refused, since they might have
+    changed the reply, except those that ask for nothing or are listed in UNREAD."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
     UNREAD: ClassVar[tuple[str, ...]] = ()
@@ -62,7 +62,7 @@ class ClosedPart(Body):
 
 
 class SteeringItem(BaseModel):
-    """One vector of the folder, with settings in the place of the file's own."""
+    """One vector of the folder, with settings that replace the file's."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -76,7 +76,7 @@ class SteeringItem(BaseModel):
 
 
 class EnsureSteering(BaseModel):
-    """Steer only where the plain reply does not follow: the names of instructions with a verifier."""
+    """Steer only if the plain reply does not follow: the names of instructions with a verifier."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -87,7 +87,7 @@ Items = Annotated[list[SteeringItem | Name], Field(max_length=limits.MAX_VECTORS
 
 
 def as_items(given: Sequence[SteeringItem | str]) -> list[SteeringItem]:
-    """A bare name stands for the vector as its file has it."""
+    """Turn a bare name into a vector with the settings of its file."""
     return [SteeringItem(name=item) if isinstance(item, str) else item for item in given]
 
 
@@ -104,7 +104,7 @@ class JsonSchema(ClosedPart):
 
 
 class ResponseFormat(ClosedPart):
-    """OpenAI's; llama-server has the schema beside the type, and grammars and patterns are for choice too."""
+    """OpenAI's format; llama-server puts the schema beside the type, and also takes grammars and patterns."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: JsonSchema | None = None
@@ -124,7 +124,7 @@ class ResponseFormat(ClosedPart):
 
 
 class StructuredOutputs(Body):
-    """vLLM's. What is not named here would change the reply, and is refused."""
+    """vLLM's format. Fields not named here would change the reply, and are refused."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -133,22 +133,22 @@ class StructuredOutputs(Body):
     regex: Grammar | None = None
     choice: Choices | None = None
     grammar: Grammar | None = None
-    disable_fallback: bool | None = None  # there is one engine, and nothing to fall back on
+    disable_fallback: bool | None = None  # there is one engine, and no fallback
 
 
 class StreamOptions(Body):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # of the lengths of chunks, against those who listen
+    include_obfuscation: bool | None = None  # hides the lengths of chunks from eavesdroppers
     continuous_usage_stats: Literal[False] | None = None
 
 
 class SteeredBody(Body):
-    """What all APIs have in common: the model, how its tokens are drawn, and what steers it."""
+    """The fields that all APIs share: the model, how its tokens are drawn, and what steers it."""
 
     model: Annotated[str, Field(max_length=limits.MAX_MODEL_NAME)] | None = Field(
-        None, description="MODEL, or MODEL+json+lowercase to steer; the first model served by default."
+        None, description="MODEL, or MODEL+json+lowercase to steer; by default the first served model."
     )
     stream: bool | None = None
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
@@ -164,13 +164,14 @@ class SteeredBody(Body):
     ensure: Annotated[list[Name], Field(max_length=limits.MAX_VECTORS)] | None = None
     always_steer: bool | None = Field(
         None,
-        description="Also by vectors whose files say that they do harm where the prompt asks for the same "
-        "already; a `strength` in `steering` does the same for its vector.",
+        description="Apply vectors even if the prompt already asks for the same and their files "
+        "say that they then do harm"
+        "; a `strength` in `steering` does the same for its vector.",
     )
     steer_forms: bool | None = Field(
         None,
-        description="true: what is generated inside of a tool call, or under a schema or grammar, is steered "
-        "as well; by default it stays plain.",
+        description="true: also steer what is generated inside a tool call, or under a schema or grammar; "
+        "by default it stays plain.",
     )
 
     @property
@@ -181,7 +182,7 @@ class SteeredBody(Body):
 
     @property
     def with_own_strength(self) -> set[str]:
-        """Names of the vectors that come with a strength of the client's own."""
+        """Names of the vectors for which the client sets a strength."""
         return {item.name for item in self.items if item.strength is not None}
 
     @property
@@ -191,20 +192,21 @@ class SteeredBody(Body):
 
 
 class SamplingFields(SteeredBody):
-    """What chat and completions have in common."""
+    """The fields that chat and completions share."""
 
     stream_options: StreamOptions | None = None
     max_tokens: MostTokens | None = Field(None, description="-1 and -2: until the context is full.")
     stop: StopText | Annotated[list[StopText], Field(max_length=limits.MAX_STOP)] | None = None
     n: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
     logit_bias: LogitBias | None = Field(
-        None, description="By token id; llama-server's pairs too, with texts as ids and false for never."
+        None,
+        description="By token id; also llama-server's pairs, with texts instead of ids and false for never.",
     )
     response_format: ResponseFormat | None = None
     grammar: Grammar | None = Field(None, description="llama-server's: GBNF, or Lark with a rule `start`.")
     json_schema: Schema | None = Field(None, description="llama-server's.")
     structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's.")
-    guided_json: Schema | None = Field(None, description="vLLM's until 0.12, as the next ones.")
+    guided_json: Schema | None = Field(None, description="vLLM's until 0.12, like the next ones.")
     guided_json_object: bool | None = None
     guided_regex: Grammar | None = None
     guided_choice: Choices | None = None
@@ -214,7 +216,7 @@ class SamplingFields(SteeredBody):
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _as_pairs(cls, value: Any) -> Any:
-        # an empty text is what front ends send for a bias that was opened and not filled in
+        # front ends send an empty text for a bias that was opened but not filled in
         if value in (None, ""):
             return None
         return list(value.items()) if isinstance(value, dict) else value
@@ -223,12 +225,12 @@ class SamplingFields(SteeredBody):
     @classmethod
     def _own_white_space(cls, value: Any) -> None:
         if value is not None:
-            raise ValueError("the white space of JSON is not for choice here: leave it out")
+            raise ValueError("the white space of JSON can't be chosen here: leave it out")
 
     @field_validator("stop", mode="before")
     @classmethod
     def _without_empty(cls, value: Any) -> Any:
-        # front ends split a line at its commas: one at the end leaves an empty text
+        # front ends split a line at commas: one at the end leaves an empty text
         return [text for text in value if text != ""] if isinstance(value, list) else value
 
     @property
@@ -236,7 +238,8 @@ class SamplingFields(SteeredBody):
         return self.max_tokens
 
     def most_tokens(self, default: int | None) -> int | None:
-        """Of the reply. None: until the context is full, which llama.cpp's clients ask for as -1 or -2."""
+        """The longest reply in tokens. None: until the context is full, for which llama.cpp's clients send -1
+        or -2."""
         if self.asked_tokens is None:
             return default
         return None if self.asked_tokens < 0 else self.asked_tokens
@@ -251,7 +254,7 @@ class SamplingFields(SteeredBody):
 
 
 TEXTS = ("text", "input_text", "output_text", "refusal")
-# of a message: what clients keep with it for themselves
+# of a message: what clients store with it for themselves
 UNREAD = (
     "annotations",
     "cache_control",
@@ -271,7 +274,7 @@ def _is_other(part: dict[str, Any]) -> bool:
 
 
 def without(value: Any, names: Sequence[str]) -> Any:
-    """A JSON object without what is not read, and without what is empty."""
+    """A JSON object without unread and empty fields."""
     if not isinstance(value, dict):
         return value
     return {key: member for key, member in value.items() if key not in names and member not in (None, [], {})}
@@ -286,7 +289,7 @@ class ContentPart(Body):
     @model_validator(mode="before")
     @classmethod
     def _read(cls, value: Any) -> Any:
-        # other types have fields of their own, and are refused by their type
+        # other types have other fields, and are refused by their type
         if isinstance(value, dict) and isinstance(value.get("type"), str):
             if _is_other(value):
                 value = {key: value[key] for key in ("type", "text") if key in value}
@@ -335,7 +338,7 @@ class ChatMessage(Body):
 
 
 class Function(ClosedPart):
-    UNREAD = ("strict",)  # a call that must be made always follows its schema
+    UNREAD = ("strict",)  # a forced call always follows its schema
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: Text | None = None
@@ -359,7 +362,7 @@ class ToolChoice(ClosedPart):
 
 
 class ChatRequest(SamplingFields):
-    """A turn of a conversation. Every other API's requests become one of these."""
+    """A turn of a conversation. The requests of all other APIs become one of these."""
 
     ONE_BY_ONE: ClassVar = {"messages": ChatMessage}
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
@@ -369,23 +372,23 @@ class ChatRequest(SamplingFields):
     tools: Annotated[list[Tool], Field(max_length=limits.MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     functions: Any = None
-    parallel_tool_calls: bool | None = Field(None, description="false: a reply calls one tool at most.")
+    parallel_tool_calls: bool | None = Field(None, description="false: a reply calls at most one tool.")
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=limits.MAX_VARIABLES)] | None = Field(
-        None, description="Variables for the chat template of the model, like enable_thinking."
+        None, description="Variables for the model's chat template, such as enable_thinking."
     )
     enable_thinking: bool | None = None
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
     continue_final_message: bool | None = Field(
-        None, description="Go on with the last message, the assistant's: the reply is what follows it."
+        None, description="Continue the assistant's last message: the reply is what follows it."
     )
 
-    add_generation_prompt: bool | None = Field(None, description="false goes with continue_final_message.")
+    add_generation_prompt: bool | None = Field(None, description="Must be false with continue_final_message.")
 
     @field_validator("functions")
     @classmethod
     def _no_functions(cls, value: Any) -> None:
         if value:
-            raise ValueError("functions are out of use: send tools")
+            raise ValueError("functions are obsolete: send tools")
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
@@ -431,7 +434,7 @@ class CompletionRequest(SamplingFields):
     logprobs: Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
-    suffix: Text | None = Field(None, description="What follows the gap; for models that fill in.")
+    suffix: Text | None = Field(None, description="What follows the gap; for models that can fill in.")
 
     @model_validator(mode="after")
     def _possible(self) -> CompletionRequest:
@@ -469,7 +472,7 @@ class EmbeddingRequest(Body):
 
 
 class JobRequest(Body):
-    """A vector that is to be made: of an instruction of the catalogue, or of a sentence of one's own."""
+    """A vector to make, for an instruction of the catalogue or for a sentence."""
 
     model: Annotated[str, Field(max_length=limits.MAX_MODEL_NAME)] | None = None
     instruction: Annotated[str, Field(max_length=limits.MAX_INSTRUCTION)]
@@ -479,7 +482,7 @@ class JobRequest(Body):
 
 
 class TraceRequest(Body):
-    """A prompt, the steering to look at, and a reply in the place of the model's own."""
+    """A prompt, the steering to trace, and optionally a reply to trace instead of the model's."""
 
     ONE_BY_ONE: ClassVar = {"messages": ChatMessage}
     model: Annotated[str, Field(max_length=limits.MAX_MODEL_NAME)] | None = None

@@ -34,13 +34,14 @@ class Access:
     origins: Collection[str] = ()
 
     def check(self) -> None:
-        """Raises LocalsteerError for what would be open to everybody, and for what no request could match."""
+        """Raise LocalsteerError for settings that would let in everybody, and for names that no request could
+        match."""
         if self.api_key is not None and len(self.api_key) < MIN_KEY:
             raise LocalsteerError(f"--api-key must have at least {MIN_KEY} characters.")
         if not is_loopback(self.bind) and not self.api_key:
             raise LocalsteerError(
-                f"--host {self.bind} can be reached from other machines: give --api-key KEY too "
-                "(or LOCALSTEER_API_KEY), or leave --host out."
+                f"--host {self.bind} can be reached from other machines: add --api-key KEY "
+                "(or set LOCALSTEER_API_KEY), or leave --host out."
             )
         for name in self.hosts:
             if host_name(name) != name.lower() or "*" in name:
@@ -77,10 +78,10 @@ def is_loopback(host: str) -> bool:
 
 
 def host_name(header: str) -> str | None:
-    """The name or address in a Host header, in lower case; None for what is none."""
+    """The name or address in a Host header, in lower case; None if it has none."""
     try:
         parts = urlsplit(f"//{header}")
-        parts.port  # noqa: B018 - raises for what is no port
+        parts.port  # noqa: B018 - raises for what is not a port
     except ValueError:
         return None
     if parts.path or parts.query or parts.fragment or parts.username is not None or not parts.hostname:
@@ -96,7 +97,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 class Guard:
-    """ASGI middleware: Host, then Origin, then the key. CORS headers for named origins alone."""
+    """ASGI middleware that checks Host, then Origin, then the key. Only named origins get CORS headers."""
 
     def __init__(self, app: Callable[..., Any], access: Access) -> None:
         self.app, self.access = app, access

@@ -1,4 +1,4 @@
-"""One model that is loaded."""
+"""One loaded model."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ class Served:
 
         if self.engine.model.hosts:  # in a thread of its own it would meet a model that is loaded anew
             raise ApiError(
-                f"model: {self.name} lies on several hosts (--rpc) and gives no embeddings there: serve it "
+                f"model: {self.name} runs on several hosts (--rpc), where it can't make embeddings: serve it "
                 "from one machine.",
                 param="model", code="embeddings_unsupported",
             )  # fmt: skip
         if pooling_of(self.engine.model) is None:
             raise ApiError(
-                f"model: {self.name} gives no embeddings, its file names no pooling type: serve a model that "
-                "was made for them.",
+                f"model: {self.name} can't make embeddings, since its file names no pooling type: "
+                "serve a model that "
+                "was made for that.",
                 param="model", code="embeddings_unsupported",
             )  # fmt: skip
         with self._lock:

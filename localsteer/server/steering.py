@@ -1,7 +1,7 @@
 """The folder of vectors, by name, while the server runs: read, added to, reloaded, removed from.
 
-A request takes its vectors out at its start, as objects that never change: what happens to the folder later
-is nothing to it. A name is looked up in memory and never becomes a path, so it can't lead out of the folder.
+A request takes its vectors at its start, as immutable objects, and later changes to the folder do not affect
+it. A name is looked up in memory and never becomes a path, so it can't lead out of the folder.
 """
 
 from __future__ import annotations
@@ -141,11 +141,11 @@ class VectorFolder:
             # a file that came after the last reload is somebody's too
             if (name in self.entries or path.exists()) and not replace:
                 raise ApiError(
-                    f"name: there is a vector {name!r} already: send replace=true to put this in its place.",
+                    f"name: there already is a vector {name!r}: send replace=true to replace it.",
                     status=409, param="name", code="exists",
                 )  # fmt: skip
             if name not in self.entries and len(self.entries) >= self.limits.max_files:
-                raise ApiError(f"the folder holds {len(self.entries)} vectors already: remove some.")
+                raise ApiError(f"the folder already holds {len(self.entries)} vectors: remove some.")
             with atomic_path(path) as temporary:
                 temporary.write_bytes(data)
                 entry = self._read(temporary, name)
@@ -160,8 +160,8 @@ class VectorFolder:
             entry = self.entries.get(name) or self.named(name)
             if entry.ships_for or self.folder is None:
                 raise ApiError(
-                    f"name: {name} comes with localsteer, for {entry.ships_for}, and can't be removed: start "
-                    "the server with LOCALSTEER_PACKS=off to have none of these.",
+                    f"name: {name} ships with localsteer, for {entry.ships_for}, and can't be removed: start "
+                    "the server with LOCALSTEER_PACKS=off to leave such vectors out.",
                     status=409, param="name", code="shipped",
                 )  # fmt: skip
             with _changing_the_folder():

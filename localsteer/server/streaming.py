@@ -55,7 +55,8 @@ def last_words(error: ApiError, scope: Mapping[str, Any], n_sent: int) -> bytes:
 
 
 class EventStream(Response):
-    """Ends early, and closes what it streams, when the client goes or does not read for write_seconds."""
+    """A response that ends early, and closes what it streams, if the client leaves or does not read for
+    write_seconds."""
 
     def __init__(
         self,
@@ -128,7 +129,8 @@ async def stream(
     write_seconds: float,
     kind: Stream = CHUNKS,
 ) -> Response:
-    """Waits for the first event: what goes wrong before it is an error with a status of its own."""
+    """The response, after waiting for the first event: a failure before it is an error with its own
+    status."""
     try:
         first = await unless_gone(request, anext(events))
     except ClientGone:

@@ -1,4 +1,4 @@
-"""Work that would hold the event loop up, in threads: it may be given up before it ends."""
+"""Runs work that would block the event loop in threads, where it can be abandoned before it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools in a request: what the template shows of them, and what of a reply is a call of one."""
+"""Tools in a request: which of them the template shows, and which parts of a reply are calls."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def offered(body: ChatRequest, served: Served) -> list[Tool]:
             f"tools: the chat template of {served.name} has none: leave them out, or serve another model.",
             param="tools", code="tools_unsupported",
         )  # fmt: skip
-    served.engine.notice(f"{served.name} has a chat template without tools: those of requests are left out.")
+    served.engine.notice(f"the chat template of {served.name} has no tools: tools in requests are left out.")
     return []
 
 

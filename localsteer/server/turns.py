@@ -1,7 +1,7 @@
-"""One turn of a conversation, whichever API asked for it: a ChatRequest in, parts out.
+"""One turn of a conversation, whichever API asked for it: takes a ChatRequest, returns parts.
 
-Each API is a face: it makes a ChatRequest of what its clients send (`one request type inside`), and writes
-the parts as its clients read them, at once (`document`) or as they come (`events`).
+Each API is a face: it turns what its clients send into a ChatRequest, and writes the parts as its clients
+read them, at once (`document`) or as they come (`events`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Asked = TypeVar("Asked", bound=SamplingFields)
 
 
 class DecodedAnswer:
-    """The replies of a job, with the calls in them read."""
+    """The replies of a job, with the tool calls in them parsed."""
 
     def __init__(self, body: SamplingFields, job: Job, tools: Sequence[Tool] = ()) -> None:
         self.body, self.job, self.tools = body, job, tools
@@ -68,7 +68,7 @@ class DecodedAnswer:
             text = hold.push(chunk.text) if hold else chunk.text
             part = Part(i, text, scored(chunk))
             if chunk.finish_reason:
-                # a text that may be anything: not in the event loop
+                # the text may be anything, so not in the event loop
                 end = self._last
                 part = await off_loop(end, part, chunk, hold) if hold else end(part, chunk, None)
             yield part
@@ -88,7 +88,7 @@ class DecodedAnswer:
 
 
 async def begun(state: State, body: ChatRequest) -> Answer:
-    """The answer to a turn, under way. Raises ApiError."""
+    """The answer to a turn, in progress. Raises ApiError."""
     tools = offered(body, state.served(body.model)[0])
     if body.ensured:
         return await ensured_answer(state, body, tools)
@@ -100,13 +100,13 @@ async def begun(state: State, body: ChatRequest) -> Answer:
 
 
 async def translated(make: Callable[[], Asked], names: Mapping[str, str]) -> Asked:
-    """What a face makes of a body, in a thread. One that is right by itself may come to more than a turn may
-    hold: hundreds of calls in one message. Raises ApiError."""
+    """The ChatRequest that a face makes from a body, in a thread. A valid body may still add up to more than
+    a turn may hold, such as hundreds of calls in one message. Raises ApiError."""
     try:
         return await off_loop(make)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        # of a message by itself there is no telling which it was
+        # a message by itself does not show which one it was
         param = str(first["loc"][0]) if error.title == ChatRequest.__name__ and first["loc"] else "messages"
         message = first["msg"].removeprefix("Value error, ").rstrip(".")
         raise ApiError(f"{param}: {message[:1].lower()}{message[1:]}.", param=param).named(names) from None
@@ -115,7 +115,7 @@ async def translated(make: Callable[[], Asked], names: Mapping[str, str]) -> Ask
 
 
 async def count_tokens(state: State, body: ChatRequest) -> int:
-    """Of the prompt, as the model would read it. Raises ApiError."""
+    """The number of tokens in the prompt as the model would read it. Raises ApiError."""
 
     def count() -> int:
         served, _ = state.served(body.model)
@@ -128,7 +128,7 @@ async def count_tokens(state: State, body: ChatRequest) -> int:
 
 
 async def answered(request: Request, body: ChatRequest, face: Face) -> Response:
-    """What a route returns for a turn."""
+    """The response of a route to a turn."""
     state: State = request.app.state.localsteer
     try:
         return await given(request, await begun(state, body), face)
@@ -173,7 +173,7 @@ def _order(state: State, body: ChatRequest, tools: list[Tool]) -> Order:
         samplings=samplings(body, served, grammar),
         ask=Ask(
             max_tokens=body.most_tokens(state.limits.predict),
-            stop=[*body.stops, *served.engine.template.stop],  # the prompt goes on as a raw text
+            stop=[*body.stops, *served.engine.template.stop],  # the prompt is passed on as raw text
             n_top=body.n_top,
             plain_forms=bool(tools or grammar) and not body.steer_forms,
         ),

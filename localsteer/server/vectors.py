@@ -55,7 +55,7 @@ async def one_vector(name: str, request: Request) -> Response:
     },
 )
 async def add_vector(name: VectorName, request: Request, replace: bool = False) -> Response:
-    """A control-vector GGUF that fits a model served here; `replace` lets it take another's place."""
+    """A control-vector GGUF that fits a served model; `replace` lets it replace one of the same name."""
     state = _state(request)
     state.pool.take_loaded()
     data = await request.body()
@@ -80,7 +80,7 @@ async def remove_vector(name: str, request: Request) -> Response:
 
 @router.post("/v1/steering/trace", summary="What steering does to each token of a prompt and its reply")
 async def trace(body: TraceRequest, request: Request) -> Response:
-    """Lends the engine: replies of this model stop meanwhile, and go on after."""
+    """This takes over the engine: replies of this model pause meanwhile."""
     state = _state(request)
     served, vectors = state.steering(body.model, as_items(body.steering))
     if not vectors:

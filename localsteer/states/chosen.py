@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True, eq=False)
 class Reading:
     """tokens: (n,) int32, of the whole text. positions: the chosen ones. n_prompt: how many of the tokens are
-    prompt, and no forced reply. raw: without the chat template. label: for errors."""
+    prompt rather than forced reply. raw: without the chat template. label: for error messages."""
 
     tokens: np.ndarray
     positions: range
@@ -41,21 +41,21 @@ def readings(
     raw: bool = False,
     on_progress: Progress | None = None,
 ) -> list[Reading]:
-    """Every prompt rendered and tokenised. raw: of those that are no PromptText, which says itself.
+    """Every prompt, rendered and tokenised. raw: for prompts that are not PromptText, which has its own flag.
 
     Raises PromptError, which names the prompt, for one that can't be read, is longer than the context, or has
     no such token.
     """
     choice = TokenChoice.parse(tokens)
-    found = []
+    texts = []
     for number, prompt in enumerate(prompts, 1):
         text = prompt
         if not isinstance(prompt, PromptText):
             text = PromptText(prompt, raw=raw, label=f"prompt {number}")
-        found.append(_reading(engine, text, choice))
+        texts.append(_reading(engine, text, choice))
         if on_progress:
             on_progress(number, len(prompts))
-    return found
+    return texts
 
 
 def _reading(engine: Engine, text: PromptText, choice: TokenChoice) -> Reading:
@@ -70,10 +70,10 @@ def _reading(engine: Engine, text: PromptText, choice: TokenChoice) -> Reading:
             )
         reply = text.forced
         positions = choice.positions(len(ids), lambda part: engine.find_part(ids, part), reply)
-        found = engine.find_part(ids, reply) if reply else None
+        reply_tokens = engine.find_part(ids, reply) if reply else None
     except PromptError as error:
         raise PromptError(f"{text.label}: {str(error).rstrip('.')}.") from error
-    n_prompt = found.start if found else len(ids)
+    n_prompt = reply_tokens.start if reply_tokens else len(ids)
     return Reading(np.array(ids, np.int32), positions, n_prompt, text.raw, text.label)
 
 
@@ -84,8 +84,8 @@ def states_of(
     choice: TokenChoice,
     steer: Steer = (),
 ) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(index, first row, rows) piece by piece: rows are (n, len(layers), n_embd) float32; of a mean, one row,
-    when it is complete.
+    """Yields (index, first row, rows) piece by piece: rows are (n, len(layers), n_embd) float32; for a mean,
+    one row once it is complete.
 
     Raises UnsupportedModelError for a state that is not finite.
     """
@@ -119,11 +119,11 @@ def collect_states(
     raw: bool = False,
     steer: Steer = (),
 ) -> list[np.ndarray]:
-    """(n_chosen, n_layers, n_embd) float32 of each prompt, in memory. n_chosen is 1 for `last`, a mean and an
-    index.
+    """The states of each prompt, in memory: (n_chosen, n_layers, n_embd) float32, where n_chosen is 1 for
+    `last`, a mean and an index.
 
-    layer: 0-based layers, all by default. tokens: as TokenChoice has them. steer: see what steering does; a
-    steered layer is seen after its edit. Raises PromptError, PlanError, MismatchError, UnsupportedModelError.
+    layer: 0-based layers, by default all. tokens: see TokenChoice. steer: what steers; the state of a steered
+    layer is taken after its edit. Raises PromptError, PlanError, MismatchError, UnsupportedModelError.
     """
     choice = TokenChoice.parse(tokens)
     layers = layers_of(engine, layer)

@@ -1,8 +1,9 @@
 """The file of `states`: a safetensors file whose large tensor is written row by row.
 
-safetensors begins with a header that names every shape, so all prompts are tokenised first; then the file has
-its full length from the start, and rows go where they belong. It is `NAME.part` until it is whole. Beside it
-`NAME.journal` keeps which chunks of prompts are done, with a checksum of their rows, for a run that goes on.
+safetensors begins with a header that states every shape, so all prompts are tokenised first; the file then
+has its full length from the start, and rows go where they belong. It is called `NAME.part` until it is
+complete. Beside it, `NAME.journal` records which chunks of prompts are done, with a checksum of their rows,
+so that a run can be resumed.
 """
 
 from __future__ import annotations
@@ -84,10 +85,11 @@ def _entry(dtype: str, shape: tuple[int, ...], at: int, n_bytes: int) -> _Tensor
 
 
 class PartialFile:
-    """`path`.part while its rows are computed; `finish` gives it its name.
+    """`path`.part while its rows are computed; `finish` renames it.
 
-    identity: what the rows are of. A part of the same is gone on with; one of another run is refused. Raises
-    LocalsteerError for that, for a part that another process writes, and where there is no room.
+    identity: what the rows belong to. A part with the same identity is continued; one of another run is
+    refused. Raises LocalsteerError for that, for a part that another process is writing, and if there is no
+    room.
     """
 
     def __init__(self, path: Path, layout: Layout, identity: Mapping[str, Any]) -> None:
@@ -114,7 +116,8 @@ class PartialFile:
             raise
 
     def _take(self, fresh: bool, was_begun: bool) -> None:
-        """Begin, or go on with what is there. A run that was killed at its beginning left a shorter file."""
+        """Begin, or continue an existing part. A run that was killed at its beginning leaves a shorter
+        file."""
         if not fresh and self._is_whole():
             self._is_mine = True
         elif fresh or (was_begun and os.fstat(self._file.fileno()).st_size < self._layout.n_bytes):
@@ -123,17 +126,18 @@ class PartialFile:
             self._begin()
         else:
             raise LocalsteerError(
-                f"{self._part} is there already and belongs to no run of this: delete it, or choose another "
+                f"{self._part} already exists and does not belong to this run: delete it, or choose another "
                 "name."
             )
 
     def has(self, key: str, first: int, last: int) -> bool:
-        """Whether rows first to last (exclusive) are there as they were written."""
+        """Whether rows first to last (exclusive) are unchanged since they were written."""
         record = self._journal.get(key)
         return record is not None and record.get("rows_crc32") == self._checksum(first, last)
 
     def write(self, row: int, rows: np.ndarray) -> None:
-        """Rows from `row` on. Raises LocalsteerError for a number beyond the type, and for a full disk."""
+        """Write rows from `row` on. Raises LocalsteerError for a number beyond the type, and for a full
+        disk."""
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(rows, dtype=self._layout.dtype)
         if not np.isfinite(stored).all():
@@ -142,11 +146,11 @@ class PartialFile:
         self._write_at(len(self._header) + row * self._layout.row_bytes, stored.data.cast("B"))
 
     def done(self, key: str, first: int, last: int) -> None:
-        """Rows first to last (exclusive) are written: keep that."""
+        """Record that rows first to last (exclusive) are written."""
         self._journal.put(key, {"kind": "states", "rows_crc32": self._checksum(first, last)})
 
     def finish(self) -> None:
-        """The whole file gets its name, in one step."""
+        """Rename the complete file, in one step."""
         try:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -158,7 +162,7 @@ class PartialFile:
         self._file = None
 
     def close(self) -> None:
-        """What is done stays for the next run; where nothing is, nothing stays."""
+        """Close the files. What is done stays for the next run; if nothing is, the files are removed."""
         if self._file is None:
             return
         self._file.close()
@@ -199,7 +203,7 @@ class PartialFile:
             )
 
     def _begin(self) -> None:
-        """All that is known already, and the full length last: a file cut short is refused later."""
+        """Write everything already known, and set the full length last: a file cut short is refused later."""
         self._write_at(0, self._header)
         at = len(self._header) + self._layout.states_bytes
         for array in self._layout.small.values():
@@ -240,7 +244,7 @@ def check_target(path: Path) -> None:
     if not path.parent.is_dir():
         raise LocalsteerError(f"{path} can't be written: there is no folder {path.parent}.")
     if path.exists() and not is_states(path):
-        raise LocalsteerError(f"{path} is there already and holds no states: choose another name.")
+        raise LocalsteerError(f"{path} already exists and holds no states: choose another name.")
 
 
 def is_states(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""States of many prompts into a file, chunk by chunk, and on from there after a kill."""
+"""Writes states of many prompts into a file, chunk by chunk, and continues from there after a kill."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from localsteer.runtime.ask import Prompt
     from localsteer.runtime.attach import Steer
 
-# A chunk is what a killed run loses. The prompts decide it, so that a run that goes on has the same ones.
+# A killed run loses at most a chunk. The prompts determine the chunks, so a resumed run has the same ones.
 CHUNK_PROMPTS = 64
 CHUNK_BYTES = 64 << 20
 
@@ -59,9 +59,9 @@ def write_states(
     """Write the states of all prompts to a safetensors file (docs/states.md), in the memory of one decode.
 
     The settings are those of `collect_states`. dtype: "float32" or "float16". Called again with the same
-    after a kill, it goes on where it was. Returns what was written: prompts, rows, layers, n_embd, dtype,
-    bytes, and `kept`, how many prompts an earlier run had done. on_progress: called with (prompts done,
-    prompts).
+    arguments after a kill, it continues where it was. Returns what was written: prompts, rows, layers,
+    n_embd, dtype, bytes, and `kept`, how many prompts an earlier run had done. on_progress: called with
+    (prompts done, prompts).
 
     Raises PromptError, PlanError, MismatchError, UnsupportedModelError, and LocalsteerError for a place that
     can't be written, holds something else, or has no room.
@@ -70,7 +70,7 @@ def write_states(
     if dtype not in DTYPES:
         raise LocalsteerError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
     if not prompts:
-        raise LocalsteerError("there are no prompts: give at least one.")
+        raise LocalsteerError("there are no prompts: at least one is needed.")
     check_target(path)
     layers, plan = layers_of(engine, layer), engine.plan(steer)
     chosen = readings(engine, prompts, choice, raw=raw)
@@ -175,5 +175,5 @@ def _plain(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """A safetensors file has texts alone in its metadata: others as JSON."""
+    """The metadata of a safetensors file, which may hold only texts: other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value)

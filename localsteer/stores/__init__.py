@@ -1,4 +1,5 @@
-"""Models that other programs have on this machine, by name: where they lie, and what is said of them there.
+"""Models that other programs have on this machine, by name: where they are, and what those programs record
+about them.
 
     find("ollama:llama3.2:1b").path     find("hf:ORG/REPO:Q4_K_M", download=True)     everything()
 
@@ -8,8 +9,8 @@
     llama_cpp.py  llama.cpp's own cache (`llama.cpp:`)
     stored.py     what they have in common          folders.py   walking through them
 
-Nothing in those folders is written to or believed: a name never becomes a path before it was found in a
-listing, and a model that is damaged is one entry with the reason. Only `hub` downloads, and only when told.
+Nothing in those folders is written to or trusted: a name becomes a path only after it was found in a listing,
+and a damaged model is one entry with the reason. Only `hub` downloads, and only when told to.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = [
     "within",
 ]
 
-# (name of the file, bytes that are there, bytes of the whole)
+# (name of the file, bytes present, bytes in total)
 Progress = Callable[[str, int, int], None]
 
 STORES = {store.PREFIX: store for store in (hub, ollama, lmstudio, llama_cpp)}
@@ -45,7 +46,7 @@ PREFIXES = tuple(STORES)
 
 
 def store_of(name: str) -> str | None:
-    """The prefix of a name of one of these stores, None for any other text."""
+    """The prefix of a name in one of these stores, or None for any other text."""
     return next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
 
 
@@ -54,19 +55,21 @@ def is_stored_name(name: str) -> bool:
 
 
 def title_of(prefix: str) -> str:
-    """Whose store it is: `Ollama`."""
+    """The name of the program that owns the store: `Ollama`."""
     return STORES[prefix].TITLE
 
 
 def find(name: str, *, download: bool = False, on_progress: Progress | None = None) -> StoredModel:
-    """The model of a name with its prefix. download: fetch what is not here, where the store can.
+    """The model of a name with its prefix. download: fetch a missing model, if the store can.
 
-    Raises ModelFileError, one line with the nearest names, for a name that means none or several, and for a
-    model that is damaged or half-finished.
+    Raises ModelFileError, one line with the nearest names, for a name that means no model or several, and for
+    a model that is damaged or incomplete.
     """
     prefix = store_of(name)
     if prefix is None:
-        raise ModelFileError(f"{name!r:.80} is no name of a store: they begin with {', '.join(PREFIXES)}.")
+        raise ModelFileError(
+            f"{name!r:.80} is not the name of a store: they begin with {', '.join(PREFIXES)}."
+        )
     rest = name[len(prefix) :]
     if prefix == hub.PREFIX:
         model = find_or_fetch(rest, allowed=download, on_progress=on_progress)
@@ -78,18 +81,18 @@ def find(name: str, *, download: bool = False, on_progress: Progress | None = No
 
 
 def parts_of(path: Path) -> list[Path]:
-    """All files of a model, of which the first, or the only one, is given."""
+    """All files of a model. path: the first, or the only one."""
     return [path.with_name(part) for part in folders.parts(path.name)]
 
 
 def everything() -> list[StoredModel]:
-    """All that the four stores hold on this machine, damaged ones included. No header is read."""
+    """All models of the four stores on this machine, including damaged ones. No header is read."""
     return [model for store in STORES.values() for model in store.one_by_one()]
 
 
 def within(seconds: float) -> tuple[list[StoredModel], bool]:
-    """(what is seen of `everything` in about this time, whether that is all of it). The hub's cache comes
-    last: it may hold much that is no GGUF."""
+    """Returns (what of `everything` was found in about this time, whether that is all). The hub's cache comes
+    last, since it may hold much that is not a GGUF."""
     until = time.monotonic() + seconds
     small = (ollama.one_by_one(), lmstudio.one_by_one(), llama_cpp.one_by_one())
     seen = []

@@ -1,9 +1,9 @@
-"""Filling the hub's cache: resumed after a cut connection, a Ctrl-C or a kill, and checked by sha256.
+"""Fills the hub's cache, resuming after a cut connection, Ctrl-C or a kill, and checking by sha256.
 
-huggingface_hub knows the API, the token and the cache. Its own download begins anew when the program was
-stopped (since 1.x it deletes what it had), so the bytes of a file are fetched here, into the name that older
-versions resumed from (blobs/SHA256.incomplete). Once the blob is whole, `hf_hub_download` finds it and makes
-the links.
+huggingface_hub handles the API, the token and the cache. Its own download starts from the beginning if the
+program was stopped (since 1.x it deletes what it had), so the bytes of a file are fetched here, under the
+name from which older versions resumed (blobs/SHA256.incomplete). Once the blob is complete, `hf_hub_download`
+finds it and makes the links.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ETAG = re.compile(r"[A-Za-z0-9]{1,128}")
 
 
 def find(rest: str, *, allowed: bool, on_progress: Progress | None = None) -> StoredModel:
-    """The model of `hf:REST`: of the cache, else of the hub where that is allowed. Raises ModelFileError."""
+    """The model of `hf:REST`, from the cache, or from the hub if that is allowed. Raises ModelFileError."""
     repo, wanted = hub.parsed(rest)
     try:
         model = hub.find(rest)
@@ -58,9 +58,9 @@ def find(rest: str, *, allowed: bool, on_progress: Progress | None = None) -> St
 
 
 def download(repo: str, wanted: str, *, on_progress: Progress | None = None) -> tuple[str, str]:
-    """Fetch what a name means, all parts of it. Returns (repository as the hub spells it, file).
+    """Fetch the model of a name with all its parts. Returns (repository as the hub spells it, file).
 
-    Raises ModelFileError, one line, for whatever goes wrong; what was fetched until then stays.
+    Raises ModelFileError, one line, for anything that goes wrong; what was fetched until then stays.
     """
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ModelFileError(
@@ -114,20 +114,22 @@ class _Repository:
         from huggingface_hub.utils import WeakFileLock
 
         url = hf_hub_url(self.name, file, endpoint=self.endpoint)
-        found = get_hf_file_metadata(url, token=self.api.token, timeout=SECONDS, endpoint=self.endpoint)
-        if not found.etag or not _ETAG.fullmatch(found.etag) or not found.size:
-            raise ModelFileError(f"{hub.PREFIX}{self.name}: the server tells no size or hash of {file}.")
-        blob = self.folder / "blobs" / found.etag
-        lock = self.folder.parent / ".locks" / self.folder.name / f"{found.etag}.lock"
+        metadata = get_hf_file_metadata(url, token=self.api.token, timeout=SECONDS, endpoint=self.endpoint)
+        if not metadata.etag or not _ETAG.fullmatch(metadata.etag) or not metadata.size:
+            raise ModelFileError(
+                f"{hub.PREFIX}{self.name}: the server does not state size and hash of {file}."
+            )
+        blob = self.folder / "blobs" / metadata.etag
+        lock = self.folder.parent / ".locks" / self.folder.name / f"{metadata.etag}.lock"
         for path in (blob, lock):
             path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):  # another process may be fetching the same
             if not blob.exists():
-                _fetch(url, found, blob, file, on_progress)
+                _fetch(url, metadata, blob, file, on_progress)
 
 
 def _told(url: str) -> JsonObject:
-    """What the API tells of a repository. `HfApi.model_info` would read an answer without an end."""
+    """The API's answer about a repository. `HfApi.model_info` would read an endless answer."""
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     ends, text = time.monotonic() + ANSWER_SECONDS, bytearray()
@@ -149,7 +151,8 @@ def _told(url: str) -> JsonObject:
 
 
 def _sizes(info: JsonObject) -> dict[str, int]:
-    """Bytes of each file. Another server than the hub might try to lead out of the cache."""
+    """The size of each file. Names are checked, since a server other than the hub might try to lead out of
+    the cache."""
     files = {}
     for sibling in info["siblings"]:
         file = sibling.get("rfilename") if isinstance(sibling, dict) else None
@@ -160,7 +163,7 @@ def _sizes(info: JsonObject) -> dict[str, int]:
 
 
 def _fetch(url: str, found: Any, blob: Path, file: str, on_progress: Progress | None) -> None:
-    """The bytes of one blob. A part that turns out to be of another file is begun again, once."""
+    """Fetch one blob. A part that turns out to belong to another file is fetched again, once."""
     part = blob.with_name(f"{blob.name}.incomplete")
     begun = part.exists()
     for attempt in (1, 2):
@@ -177,11 +180,11 @@ def _fetch(url: str, found: Any, blob: Path, file: str, on_progress: Progress | 
 
 
 class _Mismatch(Exception):
-    """What has been fetched is not the file."""
+    """What was fetched is not the file."""
 
 
 def _fetch_rest(url: str, found: Any, part: Path, on_bytes: Callable[[int], object]) -> None:
-    """Append what is missing of a blob, and go on after a cut connection as long as that brings something."""
+    """Append what is missing of a blob, and resume after a cut connection as long as that makes progress."""
     with part.open("ab") as file:
         if file.tell() > found.size:
             raise _Mismatch("what is there is longer than the file")
@@ -216,14 +219,14 @@ def _append(url: str, found: Any, file: BinaryIO, on_bytes: Callable[[int], obje
         if response.status_code == NO_SUCH_RANGE:
             raise _Mismatch("what is there is longer than the file")
         hf_raise_for_status(response)
-        if response.status_code != PARTIAL and file.tell():  # this server sends all of it each time
+        if response.status_code != PARTIAL and file.tell():  # this server always sends the whole file
             file.seek(0)
             file.truncate()
         for data in response.iter_raw():
             file.write(data)
             file.flush()  # so that a kill loses nothing
-            if file.tell() > found.size:  # not to fill the disk with whatever comes
-                raise _Mismatch(f"it came with more than its {found.size} bytes")
+            if file.tell() > found.size:  # so that a server can't fill the disk
+                raise _Mismatch(f"it has more than its {found.size} bytes")
             on_bytes(file.tell())
 
 
@@ -235,7 +238,7 @@ def _is_of_the_network(error: Exception) -> bool:
 def _check(part: Path, found: Any) -> None:
     size = part.stat().st_size
     if size != found.size:
-        raise _Mismatch(f"it came with {size} of {found.size} bytes")
+        raise _Mismatch(f"only {size} of {found.size} bytes arrived")
     if not _SHA256.fullmatch(found.etag):
         return  # small files have git's own hash; no model is one
     digest = hashlib.sha256()
@@ -243,7 +246,7 @@ def _check(part: Path, found: Any) -> None:
         while piece := opened.read(READ_BYTES):
             digest.update(piece)
     if digest.hexdigest() != found.etag:
-        raise _Mismatch("it came damaged, its sha256 is another one")
+        raise _Mismatch("it arrived damaged: its sha256 does not match")
 
 
 def _check_room(part: Path, needed: int) -> None:
@@ -285,9 +288,9 @@ def _refuse(repo: str, error: Exception) -> NoReturn:
     elif status == 404:
         why = "the hub has no such file or version"
     elif status == 429:
-        why = f"the hub takes no more requests for now, {kept}: try again later"
+        why = f"the hub accepts no more requests for now, {kept}: try again later"
     elif status is not None:
-        why = f"the hub answers with status {status}, {kept}: try again later"
+        why = f"the hub answered with status {status}, {kept}: try again later"
     elif isinstance(error, OSError) and error.errno and error.filename:
         why = f"{error.filename} can't be written ({error.strerror}): set HF_HOME to another folder"
     elif kind in ("LocalEntryNotFoundError", "UnsupportedProtocol") or _is_of_the_network(error):

@@ -1,4 +1,4 @@
-"""Walking through folders that belong to others: bounded in depth and number, whatever links they hold."""
+"""Walks through other programs' folders, with limits on depth and number, whatever links they hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
 
 def home() -> Path | None:
-    """None where this user has none."""
+    """The user's home folder, or None."""
     try:
         return Path.home()
     except RuntimeError:
@@ -23,14 +23,14 @@ def home() -> Path | None:
 
 
 def from_environment(name: str) -> Path | None:
-    """A folder that a variable names, None where it is not set or empty."""
+    """The folder named by a variable, or None if it is not set or empty."""
     text = os.path.expandvars(os.environ.get(name, "").strip("\"' "))
     return Path(os.path.expanduser(text)) if text else None
 
 
 def read(path: Path, most: int) -> bytes:
-    """A small file. Raises OSError, ValueError for one that is larger, and for what is no file: a pipe would
-    never end."""
+    """The content of a small file. Raises OSError, and ValueError for a larger one, and for anything but a
+    regular file, since a pipe would never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path.name} is no file")
     with path.open("rb") as file:
@@ -41,8 +41,8 @@ def read(path: Path, most: int) -> bytes:
 
 
 def walk(folder: Path, depth: int) -> Iterator[Path]:
-    """Every file up to `depth` folders below, sorted within each; links count as what they lead to, and one
-    that leads nowhere as a file. What can't be read is passed over."""
+    """Yields every file up to `depth` folders below, sorted within each folder. Links count as what they lead
+    to, and a dead link as a file. What can't be read is skipped."""
     left = [MAX_ENTRIES]
     yield from _walk(folder, depth, left)
 
@@ -50,10 +50,10 @@ def walk(folder: Path, depth: int) -> Iterator[Path]:
 def _walk(folder: Path, depth: int, left: list[int]) -> Iterator[Path]:
     try:
         with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
+            sorted_entries = sorted(entries, key=lambda entry: entry.name)
     except OSError:
         return
-    for entry in found:
+    for entry in sorted_entries:
         left[0] -= 1
         if left[0] < 0:
             return
@@ -68,9 +68,8 @@ def _walk(folder: Path, depth: int, left: list[int]) -> Iterator[Path]:
 
 
 def split_of(name: str) -> tuple[str, int, int] | None:
-    """(beginning, number of this part, number of parts) of a split file's name.
-
-    None for any other name: part 5 of 3 is none.
+    """(beginning, number of this part, number of parts) from a split file's name, or None for any other name,
+    such as part 5 of 3.
     """
     match = _SPLIT.fullmatch(name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]) <= MAX_PARTS:
@@ -79,7 +78,7 @@ def split_of(name: str) -> tuple[str, int, int] | None:
 
 
 def parts(name: str) -> list[str]:
-    """The names of all parts of a file, itself where it is whole."""
+    """The names of all parts of a file; only its own name if it is not split."""
     split = split_of(name)
     if split is None:
         return [name]
@@ -88,7 +87,8 @@ def parts(name: str) -> list[str]:
 
 
 def measured(files: Sequence[Path]) -> tuple[int | None, str]:
-    """(bytes of all together, why they can't be used): a part that is missing, empty or unreadable."""
+    """Returns (size of all parts together, why they can't be used): a part may be missing, empty or
+    unreadable."""
     size = 0
     for number, file in enumerate(files, 1):
         which = f"part {number} of {len(files)}" if len(files) > 1 else "its file"

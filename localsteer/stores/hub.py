@@ -1,7 +1,7 @@
 """Hugging Face's hub: `hf:ORG/REPO`, `hf:ORG/REPO:Q4_K_M`, `hf:ORG/REPO:folder/file.gguf`.
 
-What is in the hub's cache is used from there, and nobody is asked: no package, no network. What is not there
-is fetched by download.py where the caller allows it. The cache's layout, by huggingface_hub's guide
+What is in the hub's cache is used from there, without a package or the network. What is missing is fetched by
+download.py, if the caller allows it. The cache's layout, according to huggingface_hub's guide
 "Understand caching" (common/hf-cache.cpp of llama.cpp has the same):
 
     models--ORG--REPO/refs/main                     the commit that a branch is at
@@ -49,7 +49,7 @@ _TAG = re.compile(r"[-.]([A-Za-z0-9_]+)$")  # get_gguf_split_info
 
 
 def find(rest: str) -> StoredModel:
-    """From the cache. Raises ModelFileError for what is not there."""
+    """The model from the cache. Raises ModelFileError if it is not there."""
     repo, wanted = parsed(rest)
     folder = _folder_of(repo)
     repo, here = (repo, {}) if folder is None else (_repo_of(folder), cached_files(folder))
@@ -79,9 +79,9 @@ def models_in(folder: Path, prefix: str, until: float = math.inf) -> Iterator[St
         yield from (_model(prefix, repo, file, here, firsts) for file in firsts)
         n_bytes = _unfinished(repo_folder)
         if n_bytes is not None:  # of which file nothing tells
-            what = f"a download was never finished ({n_bytes / 1e6:.1f} MB of it are there)"
+            what = f"a download was never finished ({n_bytes / 1e6:.1f} MB are present)"
             name = f"{prefix}{repo}{':?' if firsts else ''}"
-            fault = f"{what}: `localsteer models pull {PREFIX}{repo}` goes on with it"
+            fault = f"{what}: `localsteer models pull {PREFIX}{repo}` continues it"
             yield StoredModel(name, fault=fault)
 
 
@@ -109,7 +109,7 @@ def _repo_of(repo_folder: Path) -> str:
 
 
 def _folder_of(repo: str) -> Path | None:
-    """Where a repository lies in the cache. The hub does not tell capitals apart."""
+    """The folder of a repository in the cache. The hub ignores case."""
     folder = cache_folder()
     if folder is None or os.path.isdir(folder / folder_name(repo)):
         return None if folder is None else folder / folder_name(repo)
@@ -135,7 +135,7 @@ def parsed(rest: str) -> tuple[str, str]:
         org, name, wanted = repo.split("/", 2)
         repo = f"{org}/{name}"
     if not _REPO.fullmatch(repo) or "--" in repo or ".." in repo or text.endswith(":"):
-        raise ModelFileError(f"{PREFIX + rest!r:.120} is no repository: write {EXAMPLE}.")
+        raise ModelFileError(f"{PREFIX + rest!r:.120} is not a repository: write {EXAMPLE}.")
     return repo, wanted
 
 
@@ -151,7 +151,7 @@ def is_first(path: str) -> bool:
 
 
 def chosen(repo: str, wanted: str, files: Iterable[str]) -> str:
-    """The file of a repository that a name means. Raises ModelFileError, with what there is."""
+    """The file of a repository that a name means. Raises ModelFileError, which lists the choices."""
     firsts = sorted(filter(is_first, files))
     if not firsts:
         raise ModelFileError(f"{PREFIX}{repo} holds no GGUF file of a model: choose another repository.")
@@ -210,18 +210,20 @@ def cached_files(repo_folder: Path) -> dict[str, Path]:
 
 
 def _snapshots(repo_folder: Path) -> list[Path]:
-    """That of refs/main first, then the latest."""
+    """The snapshots: that of refs/main first, then the latest."""
     try:
-        found = [path for path in (repo_folder / "snapshots").iterdir() if _COMMIT.fullmatch(path.name)]
+        snapshots = [path for path in (repo_folder / "snapshots").iterdir() if _COMMIT.fullmatch(path.name)]
     except OSError:
         return []
-    found = [path for path in found if os.path.isdir(path)]  # a link that leads nowhere hides no other
-    found.sort(key=os.path.getmtime, reverse=True)
+    snapshots = [
+        path for path in snapshots if os.path.isdir(path)
+    ]  # a link that leads nowhere hides no other
+    snapshots.sort(key=os.path.getmtime, reverse=True)
     try:
         main = folders.read(repo_folder / "refs" / "main", MAX_REF).decode("ascii").strip()
     except (OSError, ValueError):
         main = ""
-    return sorted(found, key=lambda path: path.name != main)
+    return sorted(snapshots, key=lambda path: path.name != main)
 
 
 def _model(prefix: str, repo: str, file: str, here: dict[str, Path], firsts: Sequence[str]) -> StoredModel:
@@ -235,7 +237,7 @@ def _model(prefix: str, repo: str, file: str, here: dict[str, Path], firsts: Seq
 
 
 def _unfinished(repo_folder: Path) -> int | None:
-    """Bytes of the downloads that were not done."""
+    """The size of the unfinished downloads."""
     sizes = []
     for path in folders.walk(repo_folder / "blobs", 0):
         if path.name.endswith(".incomplete"):

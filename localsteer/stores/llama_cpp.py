@@ -109,7 +109,7 @@ def _model(name: str, first: Path) -> StoredModel:
 
 def _unfinished(part: Path) -> str:
     try:
-        there = f"{part.stat().st_size / 1e6:.1f} MB of it are there"
+        there = f"{part.stat().st_size / 1e6:.1f} MB are present"
     except OSError:
         there = "its file can't be read"
-    return f"its download was never finished ({there}): llama-cli -hf goes on with it"
+    return f"its download was never finished ({there}): llama-cli -hf continues it"

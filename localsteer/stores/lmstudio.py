@@ -55,10 +55,10 @@ def _home() -> Path | None:
 
 def _chosen(settings: Path) -> Path | None:
     try:
-        found = json.loads(folders.read(settings, MAX_SETTINGS))
+        chosen = json.loads(folders.read(settings, MAX_SETTINGS))
     except (OSError, ValueError, RecursionError):
         return None
-    text = found.get("downloadsFolder") if isinstance(found, dict) else None
+    text = chosen.get("downloadsFolder") if isinstance(chosen, dict) else None
     return Path(text) if isinstance(text, str) and text and "\0" not in text else None
 
 
@@ -70,7 +70,7 @@ def _models_in(folder: Path) -> Iterator[StoredModel]:
             continue  # told with the first part
         name = PREFIX + file.relative_to(folder).as_posix()
         if unfinished(file.name):
-            yield StoredModel(name, fault="its download was never finished: go on with it in LM Studio")
+            yield StoredModel(name, fault="its download was never finished: continue it in LM Studio")
             continue
         files = tuple(file.with_name(part) for part in folders.parts(file.name))
         size, fault = folders.measured(files)

@@ -7,8 +7,8 @@ Sources: ollama's manifest/manifest.go and manifest/paths.go, types/model/name.g
 filled up with), server/images.go (kinds of layers), docs/faq (where the folder lies). A manifest may be a
 list with one for each of Ollama's engines: the one for GGUF is taken.
 
-The model's own chat template, that of the GGUF, is used: Ollama's are Go templates. Of its parameters those
-are respected that change what is said (`AskedFor`); an adapter would make another model of it.
+The chat template in the GGUF is used, since Ollama's are Go templates. The parameters that change what is
+said are respected (`AskedFor`); an adapter would make it another model.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ class _Tag:
 
     @property
     def name(self) -> str:
-        """As Ollama shows it: without what it fills in itself."""
+        """The name as Ollama shows it, without the parts that it fills in."""
         host = "" if self.host.casefold() == HOST else f"{self.host}/"
         namespace = "" if not host and self.namespace.casefold() == NAMESPACE else f"{self.namespace}/"
         return f"{PREFIX}{host}{namespace}{self.model}:{self.tag}"
 
 
 def find(rest: str) -> StoredModel:
-    """Raises ModelFileError. Upper and lower case are the same, as in Ollama."""
+    """The model of a name. Case is ignored, as in Ollama. Raises ModelFileError."""
     key = _parse(checked(rest, PREFIX, EXAMPLE))
     tags = list(_tags())
     tag = next((tag for tag in tags if tag.key == key), None)
@@ -113,7 +113,7 @@ def _parse(text: str) -> tuple[str, ...]:
     parts = [*above, model, tag if colon else TAG]
     host_may_have_port = [part.partition(":")[0] if i == 0 else part for i, part in enumerate(parts)]
     if len(above) > 2 or not all(_PART.fullmatch(part) for part in host_may_have_port):
-        raise ModelFileError(f"{PREFIX + text!r:.120} is no name of a model: write it like {EXAMPLE}.")
+        raise ModelFileError(f"{PREFIX + text!r:.120} is not the name of a model: write it like {EXAMPLE}.")
     filled = [*[HOST, NAMESPACE][: 2 - len(above)], *above]
     return tuple(part.casefold() for part in (*filled, model, parts[-1]))
 
@@ -140,7 +140,7 @@ def _readable(folder: Path) -> bool:
 
 
 def _tags() -> Iterator[_Tag]:
-    """Each name once."""
+    """The tags, each name once."""
     seen = set()
     for root in model_folders():
         for kind in MANIFESTS:
@@ -155,7 +155,7 @@ def _tags() -> Iterator[_Tag]:
 
 
 def _unfinished() -> Iterator[StoredModel]:
-    """Blobs that `ollama pull` has not done yet: their manifest comes last, so that nothing names them."""
+    """Unfinished blobs of `ollama pull`: the manifest comes last, so nothing names them yet."""
     begun: dict[str, str] = {}
     for root in model_folders():
         for path in folders.walk(root / "blobs", 0):
@@ -163,7 +163,7 @@ def _unfinished() -> Iterator[StoredModel]:
             if partial and _DIGEST.fullmatch(blob):
                 begun.setdefault(blob, f"{PREFIX}{blob[:19]}...")
     for name in begun.values():
-        yield StoredModel(name, fault="a download that was never finished: `ollama pull` goes on with it")
+        yield StoredModel(name, fault="a download that was never finished: `ollama pull` continues it")
 
 
 # -- manifests ----------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def _model(tag: _Tag) -> StoredModel:
             raise _Fault("it has an adapter (LoRA), which is not applied here: merge it, or take its base")
         remarks = []
         if LAYER + "projector" in layers:
-            remarks.append("its projector is left out: text alone")
+            remarks.append("its projector is left out: text only")
         if LAYER + "messages" in layers:
             remarks.append("its example messages are left out")
         return StoredModel(tag.name, (file,), size, remark="; ".join(remarks), asked=_asked(tag, layers))
@@ -257,7 +257,7 @@ def _json(path: Path, what: str) -> Any:
 
 
 def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 # -- how it is to be asked ----------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def _asked(tag: _Tag, layers: Mapping[str, Mapping[str, Any]]) -> AskedFor:
         value = params.get(theirs)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if not abs(value) <= MAX_NUMBER:  # 1e999 is infinite to Python's reader
-                raise _Fault(f"its parameter {theirs} is no number that can be used: pull it again")
+                raise _Fault(f"its parameter {theirs} is not a number that can be used: pull it again")
             sampling[ours] = int(value) if ours in ("top_k", "repeat_last_n") else float(value)
     n_ctx = params.get("num_ctx")
     return AskedFor(

@@ -72,7 +72,7 @@ def checked(rest: str, prefix: str, example: str) -> str:
     parts = rest.replace("\\", "/").split("/")
     odd = next((character for character in rest if not character.isprintable()), None)
     if not rest.strip() or len(rest) > MAX_NAME or odd or ".." in parts or "" in parts or "." in parts:
-        raise ModelFileError(f"{prefix + rest!r:.120} is no name of a model: write it like {example}.")
+        raise ModelFileError(f"{prefix + rest!r:.120} is not the name of a model: write it like {example}.")
     return rest
 
 

@@ -6,9 +6,9 @@
 
 Pictures of it: terminal.py, plot.py (PNG), html.py. What it means in words: diagnosis.py.
 
-The state before an edit is not read back from the state after it, which has lost it. A layer's state at one
-token depends on the layers below alone, at this token and the earlier ones, never on the edits at the layer
-itself. So one more pass over the same tokens, without the edits at this layer and above it, gives it exactly.
+The state before an edit can't be recovered from the state after it. A layer's state at one token depends only
+on the layers below, at this token and the earlier ones, never on the edits at the layer itself. Another pass
+over the same tokens, without the edits at this layer and above it, therefore gives it exactly.
 """
 
 from __future__ import annotations
@@ -91,11 +91,12 @@ class TraceDocument(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One vector at one layer. Arrays: (n_tokens,) float64, residual-stream units, NaN where there is none.
+    """One vector at one layer. Arrays: (n_tokens,) float64, in residual-stream units, NaN where there is no
+    value.
 
     plain: the projection in the run without any steering. before: in the steered run, as this layer computed
-    it. after: what the next layer reads. target: where the projection should be, strength included; only at
-    steered tokens, and not for `add` and `gate`. weight: how much of the unit direction was added, 0 where
+    it. after: what the next layer reads. target: where the projection should be, including the strength; only
+    at steered tokens, and not for `add` and `gate`. weight: how much of the unit direction was added, 0 where
     none was.
     """
 
@@ -109,14 +110,14 @@ class Line:
 
     @property
     def is_steered(self) -> bool:
-        """Whether the vector edits this layer at all, or is only watched there."""
+        """Whether the vector edits this layer, rather than only being watched there."""
         return self.vector.strength != 0 and self.layer in self.vector.layers
 
     @property
     def scale(self) -> tuple[float, float]:
         """The projections that count as 0 and 1 of `share`: the means without and with the instruction.
 
-        A vector without means (an import) is scaled by what was seen here.
+        A vector without means (an import) is scaled by the projections in this trace.
         """
         low, high = self.mean("without"), self.mean("with")
         if low is None or high is None or low == high:
@@ -125,12 +126,13 @@ class Line:
         return (low, high) if high != low else (low, low + 1.0)
 
     def mean(self, side: str) -> float | None:
-        """The mean projection `with` or `without` the instruction, as the extraction saw it."""
+        """The mean projection `with` or `without` the instruction, as measured at extraction."""
         means = getattr(self.vector, f"mean_{side}")
         return None if means is None else float(means[self.layer])
 
     def share(self, values: np.ndarray) -> np.ndarray:
-        """Projections from 0, as without the instruction, to 1, as with it; beyond both where they are."""
+        """Projections on a scale from 0, as without the instruction, to 1, as with it; they may lie beyond
+        both."""
         low, high = self.scale
         return (values - low) / (high - low)
 
@@ -163,7 +165,7 @@ class Trace:
         distribution that this token was drawn from, after the same tokens; NaN for the prompt.
     effect_here: (n_lines, n_tokens), the effect on the same tokens if that line's vector steered at that
         line's layer alone; NaN unless layers were asked for.
-    plain_tokens, steered_tokens: what each of the two holds likeliest there, -1 for the prompt.
+    plain_tokens, steered_tokens: the likeliest token of each of the two there, -1 for the prompt.
     plain_pieces: the texts of the former, empty for the prompt.
     finish_reason: `stop` (the last token ends the reply, and was never read by the model; or a stop string of
         the plain `Q: ...` form came, whose tokens are left out), `length`, `given`.
@@ -189,7 +191,7 @@ class Trace:
 
     @property
     def differs(self) -> np.ndarray:
-        """(n_tokens,) bool: where the plain model would rather say another token than the steered one."""
+        """(n_tokens,) bool: where the plain model would say another token than the steered one."""
         return self.plain_tokens != self.steered_tokens
 
     def covers(self, line: Line) -> np.ndarray:
@@ -202,7 +204,7 @@ class Trace:
         return [line for line in self.lines if line.vector is vector]
 
     def to_dict(self) -> TraceDocument:
-        """All of it as plain JSON-able values; None for what is not a number."""
+        """The trace as values for JSON; None for what is not a number."""
         from .diagnosis import diagnose
 
         return {
@@ -221,11 +223,11 @@ class Trace:
 
     def _token_dict(self, i: int) -> TokenDocument:
         cls = PositionClass(self.classes[i])
-        made: TokenDocument = {"id": self.tokens[i], "text": self.pieces[i], "class": cls.name.lower()}
+        entry: TokenDocument = {"id": self.tokens[i], "text": self.pieces[i], "class": cls.name.lower()}
         if i >= self.n_prompt:
-            made["plain_id"], made["plain_text"] = int(self.plain_tokens[i]), self.plain_pieces[i]
-            made["steered_id"] = int(self.steered_tokens[i])
-        return made
+            entry["plain_id"], entry["plain_text"] = int(self.plain_tokens[i]), self.plain_pieces[i]
+            entry["steered_id"] = int(self.steered_tokens[i])
+        return entry
 
 
 def trace(
@@ -242,12 +244,12 @@ def trace(
     on_progress: Callable[[int, int], None] | None = None,
     on_token: Callable[[], None] | None = None,
 ) -> Trace:
-    """Let the model answer, steered, and look at every token of prompt and reply.
+    """Let the steered model answer, and trace every token of prompt and reply.
 
-    reply: a text in the place of the model's own answer. layers: where to look: None = where each vector
-    steers, `all` = wherever it has a direction; each layer costs one more pass over the tokens.
-    ridge: see Plan.from_vectors. on_token: called at each token drawn; what it raises ends the trace.
-    Raises PromptError, MismatchError, PlanError.
+    reply: a text to trace instead of the model's answer. layers: which to trace; None = where each vector
+    steers, `all` = wherever it has a direction; each layer costs one more pass over the tokens. ridge: see
+    Plan.from_vectors. on_token: called at each token drawn; an exception from it ends the trace. Raises
+    PromptError, MismatchError, PlanError.
     """
     tokens = engine.prompt_tokens(prompt, raw)
     plan = _plan(engine, _listed(steer), ridge)
@@ -279,7 +281,7 @@ def trace_tokens(
     finish_reason: str = "given",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Trace:
-    """The same for tokens that are known, the first n_prompt of which are prompt. Decodes nothing new."""
+    """The same for known tokens, the first n_prompt of which are prompt. Generates nothing."""
     vectors = _listed(steer)
     plan = _plan(engine, vectors, ridge)
     if not 1 <= n_prompt <= len(tokens):
@@ -331,7 +333,7 @@ def _listed(steer: Vectors) -> list[ControlVector]:
     """Raises PlanError where there is nothing to look at."""
     vectors = [steer] if isinstance(steer, ControlVector) else list(steer)
     if not vectors or not all(isinstance(vector, ControlVector) for vector in vectors):
-        raise PlanError("a trace follows the projections on control vectors: give at least one.")
+        raise PlanError("a trace follows the projections on control vectors: name at least one.")
     return vectors
 
 
@@ -344,7 +346,7 @@ def _plan(engine: Engine, vectors: Sequence[ControlVector], ridge: float) -> Pla
 
 
 def _watched(engine: Engine, vector: ControlVector, layers: Layers) -> tuple[int, ...]:
-    """The layers that were asked for, and those that the vector steers."""
+    """The requested layers, and those that the vector steers."""
     if layers is None:
         return vector.layers
     if layers == "all":
@@ -382,7 +384,7 @@ def _before_stop(engine: Engine, drawn: Sequence[int], stops: Sequence[str]) -> 
 class _Passes:
     """The passes over the tokens: plain, one up to each steered layer but the first, and the steered one.
 
-    All of them decode the same pieces, so that what no edit reaches is equal to the last bit.
+    All of them decode the same pieces, so whatever no edit reaches is equal to the last bit.
     """
 
     def __init__(
@@ -497,7 +499,7 @@ class _Passes:
                 into[i, positions] = states[layer].astype(np.float64) @ self.units[i]
 
     def _meet(self, positions: slice, states: Mapping[int, np.ndarray]) -> None:
-        """What the edits of these layers find, and what they do about it."""
+        """What the edits of these layers read, and what they add."""
         self._project(self.before, positions, states)
         for layer, rows in states.items():
             for cls in PositionClass:

@@ -1,4 +1,4 @@
-"""What a trace means, in a sentence or two: only what the numbers show, and what to try next."""
+"""What a trace means, in a sentence or two: what the numbers show, and what to try next."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Finding:
 
 
 def diagnose(trace: Trace) -> list[Finding]:
-    """What is worth saying, the gravest first."""
+    """The findings, the most serious first."""
     steered = [line for line in trace.lines if trace.covers(line).any()]
     if not steered:
         return [Finding("idle", _why_idle(trace))]
     findings = [finding for line in steered if (finding := _of_line(trace, line))]
     effect = trace.effect[trace.n_prompt :]
     if not len(effect):
-        text = "there is no reply, so nothing tells what steering does to it: allow more tokens (-n)."
+        text = "there is no reply, so nothing shows what steering does to it: allow more tokens (-n)."
         return [*findings, Finding("no-reply", text)]
     if effect.max() < NO_EFFECT:
         return [Finding("no-effect", _no_effect(trace, steered)), *findings]
@@ -61,7 +61,7 @@ def _why_idle(trace: Trace) -> str:
 
 
 def _of_line(trace: Trace, line: Line) -> Finding | None:
-    """What is odd about one vector at one layer, whatever the model makes of it."""
+    """What is unusual about one vector at one layer, whatever its effect."""
     where = f"{line.vector.label} at layer {line.layer}"
     low, high = line.scale
     here = trace.covers(line)
@@ -71,7 +71,7 @@ def _of_line(trace: Trace, line: Line) -> Finding | None:
     if apart is not None and apart < SEPARATE:
         return Finding(
             "overlap",
-            f"{where} hardly tells the instruction: with and without it the projections are "
+            f"{where} hardly distinguishes the instruction: with and without it, the projections are only "
             f"{apart:.1f} standard deviations apart. Choose another layer.",
         )
     return None
@@ -93,7 +93,7 @@ def _barely_moved(line: Line, here: np.ndarray, where: str) -> Finding:
 
 
 def separation(line: Line) -> float | None:
-    """How far the means with and without the instruction are apart, in standard deviations."""
+    """The distance between the means with and without the instruction, in standard deviations."""
     vector = line.vector
     columns = (vector.mean_with, vector.mean_without, vector.std_with, vector.std_without)
     if any(column is None for column in columns):
@@ -131,7 +131,7 @@ def _where_better(trace: Trace) -> str:
 
 
 def _loop(trace: Trace) -> Finding | None:
-    """A reply that goes round in circles, and whether steering of its tokens holds it there."""
+    """A finding if the reply loops, which says whether steering of its tokens causes it."""
     from localsteer.verify.quality import EMPTY, is_degenerate
 
     tokens = trace.tokens[trace.n_prompt :]
@@ -147,16 +147,16 @@ def _loop(trace: Trace) -> Finding | None:
         held = trace.covers(line) & (trace.classes == PositionClass.GENERATION)
         if held.sum() > 1:
             return Finding("locked", _locked(line, held))
-    return Finding("broken", "the reply goes round in circles: lower the strength, or choose another layer.")
+    return Finding("broken", "the reply loops: lower the strength, or choose another layer.")
 
 
 def _locked(line: Line, held: np.ndarray) -> str:
-    what = f"the reply is locked: it goes round in circles while {line.vector.label} at layer {line.layer} "
+    what = f"the reply is locked: it loops while {line.vector.label} at layer {line.layer} "
     if line.vector.mode == "add":
         return f"{what}pushes each of its tokens by {line.weight[held][0]:.3g}. Try --positions prompt."
     kept, free = line.after[held], line.before[held]
     return (
-        f"{what}holds each of its tokens at {kept.mean():.3g} ± {kept.std():.1f} (left alone they would be "
+        f"{what}holds each of its tokens at {kept.mean():.3g} ± {kept.std():.1f} (unsteered they would be "
         f"at {free.mean():.3g} ± {free.std():.1f}). Try --positions prompt."
     )
 

@@ -84,7 +84,7 @@ what the steered and the plain model say there. Instead: what the plain model wo
 
 
 def write_page(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Raises LocalsteerError for a file that can't be written, which stays as it was."""
+    """Write a trace as an HTML page. Raises LocalsteerError for a file that can't be written."""
     require_folder(path)
     try:
         with atomic_path(path) as temporary:
@@ -94,7 +94,7 @@ def write_page(trace: Trace, path: str | os.PathLike[str]) -> None:
 
 
 def render(trace: Trace) -> str:
-    """The page as text; what the model said is escaped."""
+    """The HTML of the page, with the model's text escaped."""
     from jinja2 import Environment
 
     page = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)

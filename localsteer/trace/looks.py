@@ -51,7 +51,7 @@ def settings(vector: ControlVector) -> str:
 
 
 def strips(trace: Trace, vector: ControlVector) -> list[Line]:
-    """The lines that get a strip of their own: the steered layers, or the first where none is."""
+    """The lines that get a strip: the steered layers, or the first layer if none is steered."""
     lines = trace.of_vector(vector)
     return [line for line in lines if line.is_steered] or lines[:1]
 
@@ -68,7 +68,8 @@ def effect_share(effect: np.ndarray) -> np.ndarray:
 
 
 class Heat(NamedTuple):
-    """values: (n_layers, n_tokens), 0 to 1 and beyond on the colours. marked: the same shape, bool."""
+    """values: (n_layers, n_tokens), 0 to 1 on the colour scale; values outside it are clipped. marked: bool,
+    the same shape."""
 
     title: str
     layers: list[int]
@@ -105,7 +106,7 @@ def heats(trace: Trace, vector: ControlVector) -> list[Heat]:
 
 
 def rgb(share: float) -> tuple[int, int, int]:
-    """The background of a share; 0 and less are dark, 1 and more are light."""
+    """The background colour for a share: dark at 0 and below, light at 1 and above."""
     return colour(min(1.0, max(0.0, share)))
 
 

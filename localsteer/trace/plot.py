@@ -20,7 +20,10 @@ PLAIN, BEFORE, AFTER = "#8a8a8a", "#2c5c86", "#d1602a"
 
 
 def draw_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """The file's ending chooses its kind (.png, .svg, .pdf). Raises LocalsteerError."""
+    """Draw a trace into a picture file; its extension chooses the format (.png, .svg, .pdf).
+
+    Raises LocalsteerError for an unknown extension, and for a file that can't be written.
+    """
     lines = [line for vector in trace.vectors for line in looks.strips(trace, vector)]
     maps = [heat for vector in trace.vectors for heat in looks.heats(trace, vector)]
     heights = [part for _ in lines for part in (STRIP_HEIGHT, BAR_HEIGHT)] + [BAR_HEIGHT]

@@ -32,7 +32,7 @@ class TokenRow(NamedTuple):
 
 
 def print_trace(trace: Trace, console: Console) -> None:
-    """The whole of it; the verdict comes last, where a long trace leaves it in sight."""
+    """Print the whole trace. The verdict comes last, so that it is still in sight after a long one."""
     from rich.text import Text
 
     for vector in trace.vectors:
@@ -97,7 +97,7 @@ def _cell_width(texts: Sequence[str]) -> int:
 
 
 def _segments(widths: Sequence[int], room: int) -> Iterator[tuple[int, int]]:
-    """Ranges of tokens that fit side by side."""
+    """Ranges of tokens that fit on one line each."""
     start, used = 0, 0
     for i, width in enumerate(widths):
         if i > start and used + width > room:

@@ -1,12 +1,12 @@
-"""Where, how and how strongly to steer by one vector: chosen by likelihood, checked by generation.
+"""Finds where, how and how strongly to steer by one vector: by likelihood, then checked by generation.
 
     tuned = tune(engine, vector, instruction, queries)
     tuned.vector.save("json.gguf")
 
 targets.py: replies of the told model that follow. score.py: how much likelier a setting makes them without
-being told. search.py: which settings are scored. check.py: the best of them answer, beside the plain and the
-told model, and that decides. tuning.py does all of it; exhaustive.py generates under every setting, as a
-reference. docs/tuning.md says how well it works.
+being told. search.py: which settings are scored. check.py: replies under the best settings, beside plain and
+told ones, which decide. tuning.py combines them; exhaustive.py generates under every setting, as a reference.
+docs/tuning.md says how well it works.
 """
 
 from .check import Check, Trial

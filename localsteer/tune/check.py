@@ -1,7 +1,7 @@
-"""Settings checked by what the model says under them, beside the plain and the told model. This decides.
+"""Checks settings by the replies they lead to, beside those of the plain and the told model. This decides.
 
-A reply is good when its verifier passes, it is not degenerate, and it names the query's subject; without a
-verifier the last two alone. Guards: empty, looping, locked or endless replies, and improbable ones.
+A reply is good if its verifier passes, it is not degenerate, and it names the query's subject; without a
+verifier, only the last two count. Guards: empty, looping, locked or endless replies, and improbable ones.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 Generate = Callable[[Sequence[Asked], Callable[[int], None]], "list[Reply]"]
 
-IMPROBABLE = "improbable"  # beside the reasons of quality.py and judge.py
-# Times the perplexity of the most surprising reply that the model gives by itself, told or not. On the
-# bundled model sound replies stay below 1.7, and broken ones that pass every other check lie at 1.3 to 13
+IMPROBABLE = "improbable"  # reasons beside those of quality.py and judge.py
+# Times the perplexity of the most surprising reply that the model gives without steering, told or not. On the
+# bundled model sound replies stay below 1.7, and broken ones that pass every other check are at 1.3 to 13
 # (benchmarks/improbable.py).
 IMPROBABLE_RATIO = 3.0
 
@@ -50,10 +50,10 @@ class TrialRow(TypedDict):
 
 @dataclass
 class Trial:
-    """A setting, or none (the model alone), and its replies. gap: its recovered gap, None where none was
-    taken.
+    """A setting, or none (the plain model), and its replies. gap: its recovered gap, None if it was not
+    measured.
 
-    allowed: degenerate replies that are not held against it, since the model gives as many by itself.
+    allowed: how many degenerate replies do not count against it, since the plain model gives as many.
     """
 
     setting: Setting | None
@@ -79,7 +79,7 @@ class Trial:
 
     @property
     def score(self) -> float:
-        """The share of good replies; 0 where too many are degenerate."""
+        """The share of good replies; 0 if too many are degenerate."""
         return self.n_good / self.n if self.replies and self.is_sound else 0.0
 
     def row(self) -> TrialRow:
@@ -99,10 +99,10 @@ class Trial:
 
 
 class Check:
-    """Replies of one model to the same queries: its own, told in words, and under settings of one vector.
+    """Replies of one model to the same queries: plain, told in words, and under settings of one vector.
 
-    queries: not those of the targets. max_tokens: of a reply. on_reply: called with the number of replies
-    that have come, after each of them. generate: (what is asked, called with replies so far) -> replies; by
+    queries: other than those of the targets. max_tokens: of a reply. on_reply: called after each reply with
+    the number of replies so far. generate: (questions, callback for the number of replies) -> replies; by
     default each reply ends as soon as its verdict is known.
     """
 
@@ -129,11 +129,12 @@ class Check:
         self._most_surprising: float | None = None
 
     def ask_model(self, plain: Sequence[Reply] | None = None) -> None:
-        """The model by itself, plain and told. plain: its replies to the queries, where they are known."""
+        """Ask the unsteered model, plain and told. plain: its plain replies to the queries, if they are
+        known."""
         told = self._told()
         asked = [*([] if plain else [Asked(query.text, query) for query in self.queries]), *told]
         replies = [*(plain or ()), *self._generate(asked)]
-        # a limit that no reply of the model's own needs leaves ample room: a reply that reaches it is endless
+        # if no unsteered reply needs the limit, it leaves ample room: a reply that reaches it is endless
         self._must_end = all(reply.finish_reason != "length" for reply in replies)
         queries = [*self.queries, *(question.query for question in told)]
         judged = [self._judge(query, reply) for query, reply in zip(queries, replies, strict=True)]
@@ -144,7 +145,7 @@ class Check:
         self._most_surprising = max(logs, default=None)
 
     def ask(self, settings: Sequence[Setting], n: int | None = None) -> list[Trial]:
-        """Trials of settings, each on the first `n` queries (all of them by default); none is asked twice."""
+        """Trials of settings, each on the first `n` queries (by default all); nothing is asked twice."""
         for setting in settings:
             self.trials.setdefault(setting, Trial(setting, allowed=self._allowed))
         trials = [self.trials[setting] for setting in settings]
@@ -157,7 +158,7 @@ class Check:
         return trials
 
     def ask_both(self, setting: Setting) -> None:
-        """The model told and steered at once."""
+        """Ask the model told and steered at once."""
         plan = Plan.from_vectors([setting.of(self._vector)])
         told = [replace(question, plan=plan) for question in self._told()]
         replies = self._generate(told)
@@ -168,8 +169,8 @@ class Check:
 
     @property
     def _allowed(self) -> int:
-        """As many degenerate replies as the model gives by itself, told or not, and one in eight more: small
-        models loop now and then, steered or not, and each such reply counts as a failure anyway."""
+        """How many degenerate replies are allowed: as many as the model gives without steering, told or not,
+        plus one in eight. Small models loop now and then, and each such reply counts as a failure anyway."""
         own = max(self.plain.n_degenerate, self.told.n_degenerate)
         return own + -(-len(self.queries) // 8)
 
@@ -197,9 +198,10 @@ class Check:
         return judge(self._instruction, query, reply, must_end=self._must_end)
 
     def _guarded(self, replies: Sequence[Judged]) -> list[Judged]:
-        """Mark replies that no model would give by itself: fluent nonsense passes every check of form.
+        """Mark replies that are improbable for the unsteered model, since fluent nonsense passes every check
+        of form.
 
-        The other end, a perplexity near 1, is a loop, which its repetition shows better.
+        The other extreme, a perplexity near 1, is a loop, which its repetition shows better.
         """
         if self._most_surprising is None:
             return list(replies)

@@ -1,6 +1,6 @@
-"""Every setting on every query, by generation: slow, and the reference that the search is measured against.
+"""Generates replies under every setting to every query: slow, and the reference for measuring the search.
 
-It needs no wording of the instruction, so it serves a vector that came without one, too.
+It needs no wording of the instruction, so it also works for a vector without one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from localsteer.engine import Engine
 
 STRENGTHS = (1.0, 2.0, 3.0)
-CALL_SIZE = 64  # replies in one call of the engine: what a search that was killed has to repeat at most
+CALL_SIZE = 64  # replies in one call of the engine: at most this many are repeated after a kill
 
 
 def tune_exhaustively(
@@ -42,15 +42,15 @@ def tune_exhaustively(
     report: Report | None = None,
     **settings: Any,
 ) -> Tuned:
-    """As `tune`, with a reply of every setting to every query; all queries are used. settings: of Scope.
+    """Like `tune`, with a reply under every setting to every query; all queries are used. settings: of Scope.
 
-    Where `engine` keeps its replies (journal.Remembered), a search that was killed goes on. Raises PlanError
-    without queries or settings, CatalogError without a usable verifier, MismatchError.
+    If `engine` keeps its replies (journal.Remembered), a search that was killed can continue. Raises
+    PlanError without queries or settings, CatalogError without a usable verifier, MismatchError.
     """
     if not queries:
         raise PlanError(f"no validation queries to tune {instruction.id} with.")
     if instruction.verifier is None:
-        raise CatalogError(f"{instruction.id} has no verifier: only the search by likelihood can tune it.")
+        raise CatalogError(f"{instruction.id} has no verifier, so only the search by likelihood can tune it.")
     check_arguments(instruction.verifier, instruction.kwargs_for(queries[0].text), prompt=queries[0].text)
     engine.plan(vector)
     scope = Scope(**settings)
@@ -92,9 +92,9 @@ def grid(
     modes: Sequence[str] = ("project",),
     strengths: Sequence[float] | None = None,
 ) -> list[Setting]:
-    """Every setting to try, in order of layers. Raises PlanError for none, and for one that can't be."""
+    """Every setting to try, in order of layers. Raises PlanError for none, and for an impossible one."""
     if strengths is not None and not all(strengths):
-        raise PlanError("strength 0 steers nothing: the model alone is tried anyway.")
+        raise PlanError("strength 0 steers nothing: the plain model is tried anyway.")
     usable = usable_layers(vector, layers)
     settings = [
         Setting(layer, where, strength, mode)
@@ -106,7 +106,7 @@ def grid(
 
 
 def _generate(engine: Engine, asked: Sequence[Asked], max_tokens: int, on_done) -> list[Reply]:
-    """Whole replies, in calls that a journal can keep."""
+    """Generate whole replies, in calls whose results a journal can keep."""
     replies: list[Reply] = []
     for start in range(0, len(asked), CALL_SIZE):
         part = asked[start : start + CALL_SIZE]

@@ -1,4 +1,4 @@
-"""What a vector's file keeps of its choice, and what its user should know."""
+"""What a vector's file records about the choice of its settings, and what its user should know."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .check import Trial, TrialRow
 from .targets import Told
 
 WORSE, SAME, BETTER = "worse", "same", "better"
-N_KEPT = 8  # settings of the table in the file
+N_KEPT = 8  # rows of settings in the file
 
 
 Shares = dict[str, float | None]  # for none, steered, instructed, both
@@ -67,12 +67,12 @@ class TuningRecord(_OfASearch):
 
 @dataclass(frozen=True)
 class Choice:
-    """What one choice of a setting found.
+    """The result of choosing a setting.
 
-    best: the setting that won, None where the model alone did. trials: what was checked, the best first.
-    plain, told, both: the model alone, told in words, told and steered. told_model: where the targets came
-    from. seconds: None where a search goes on after a break, so that it ends with the same file as one that
-    had none. stopped: Ctrl-C ended it.
+    best: the setting that won, None if the plain model did. trials: what was checked, best first. plain,
+    told, both: the plain model, told in words, told and steered. told_model: where the targets came from.
+    seconds: None for a search that was resumed, so that it leaves the same file as an uninterrupted one.
+    stopped: Ctrl-C ended it.
     """
 
     instruction: Instruction
@@ -87,7 +87,7 @@ class Choice:
 
     @property
     def scores(self) -> Shares:
-        """Shares of good replies; None where nothing was asked."""
+        """Shares of good replies; None for what was not asked."""
         return {
             "none": _score(self.plain),
             "steered": _score(self.plain if self.best is None else self.best),
@@ -97,7 +97,7 @@ class Choice:
 
     @property
     def degenerate(self) -> Shares:
-        """Shares of degenerate replies, by the same names."""
+        """Shares of degenerate replies, under the same names."""
         return {
             "none": _spoilt_share(self.plain),
             "steered": _spoilt_share(self.plain if self.best is None else self.best),
@@ -107,18 +107,19 @@ class Choice:
 
     @property
     def n(self) -> int:
-        """Questions of the check."""
+        """The number of questions in the check."""
         return self.plain.n
 
     @property
     def origin(self) -> Origin:
-        """For the vector's provenance: a file that named no verifier would be asked for it again."""
+        """Fields for the vector's provenance; without a verifier in the file, the next tuning would ask for
+        it again."""
         if self.instruction.verifier is None:
             return {}
         return {"verifier": self.instruction.verifier, "kwargs": dict(self.instruction.kwargs)}
 
     def record(self) -> TuningRecord:
-        """JSON without infinities."""
+        """The record as JSON without infinities."""
         from localsteer import __version__
 
         told, scores = self.told_model, self.scores
@@ -146,37 +147,37 @@ class Choice:
         }
 
     def advice(self) -> list[str]:
-        """A sentence for each thing that the user should know."""
-        stopped = ["the search was stopped: this is the best that it had found."] if self.stopped else []
+        """What the user should know, a sentence each."""
+        stopped = ["the search was stopped: this is the best it had found."] if self.stopped else []
         finding = self._on_nothing() if self.best is None else self._on_best(self.best)
         return [*stopped, *finding, *self._on_telling()]
 
     def _on_nothing(self) -> list[str]:
-        """Why nothing is applied."""
+        """Sentences on why nothing is applied."""
         name, none, told = self.instruction.id, self.scores["none"], self.scores["instructed"]
         if not self.told_model.targets and not self.trials:
             return [
-                f"the model follows {name} in none of {self.told_model.n_asked} replies when it is told to, "
-                "so there is nothing to look for: nothing is applied. Try a larger model, or a wording that "
+                f"the model follows {name} in none of {self.told_model.n_asked} replies when told to, "
+                "so there is nothing to find: nothing is applied. Try a larger model, or a wording that "
                 "it follows."
             ]
         if none == 1:
             return [
-                f"these queries can't tell whether steering helps {name} on this model: the model alone "
-                "follows it in every reply. Tune with --queries whose replies don't."
+                f"these queries can't tell whether steering helps {name} on this model: the plain model "
+                "follows it in every reply. Tune with --queries to which it doesn't."
             ]
         words = "" if told is None else f"; told {told:.0%}"
         return [
-            f"no setting made the model follow {name} more often than it does by itself "
+            f"no setting made the model follow {name} more often than it does without steering "
             f"({none:.0%}{words}): nothing is applied.",
             *_spoilt(self.trials, none),
         ]
 
     def _on_best(self, best: Trial) -> list[str]:
-        """How far to trust what was found."""
+        """Sentences on how far to trust the result."""
         name, none, steered = self.instruction.id, self.scores["none"], self.scores["steered"]
         if not best.replies:
-            return ["no reply was looked at yet: tune again for figures."]
+            return ["no reply has been checked yet: tune again for figures."]
         if self.instruction.verifier is not None:
             if round((steered - none) * self.n) >= 2:
                 return []
@@ -185,41 +186,42 @@ class Choice:
             ]
         if best.gap is None:
             return [
-                f"{name} has no verifier: nothing tells whether replies follow it, and {steered:.0%} of them "
+                f"{name} has no verifier: nothing can judge whether replies follow it, and "
+                f"{steered:.0%} of them "
                 "are unbroken."
             ]
         return [
             f"{name} has no verifier: this setting makes replies of the told model likely (it recovers "
-            f"{best.gap:.0%} of what telling does) and leaves {steered:.0%} of its own unbroken."
+            f"{best.gap:.0%} of what telling does) and leaves {steered:.0%} of its own replies unbroken."
         ]
 
     def _on_telling(self) -> list[str]:
-        """The instruction in words, in the place of steering and beside it."""
+        """Sentences on the instruction in words, instead of steering and beside it."""
         told, both, steered = (self.scores[name] for name in ("instructed", "both", "steered"))
         lines = []
         is_known = self.best is not None and bool(self.best.replies) and told is not None
         if is_known and told - steered >= 2 / max(1, self.n):
             lines.append(
-                f"told in words the model follows it more often ({told:.0%}) than when it is steered "
+                f"told in words, the model follows it more often ({told:.0%}) than when steered "
                 f"({steered:.0%})."
             )
         verdict = with_instruction(self.scores, self.n)
         if verdict == WORSE:
             lines.append(
-                "prompts that hold the instruction already are better left alone: told in words the model "
+                "don't steer prompts that already hold the instruction: told in words, the model "
                 f"scores {told:.0%}, told and steered {both:.0%}."
             )
         elif verdict == BETTER:
             lines.append(
-                "it helps prompts that hold the instruction, too: told in words the model scores "
+                "it also helps prompts that hold the instruction: told in words, the model scores "
                 f"{told:.0%}, told and steered {both:.0%}."
             )
         return lines
 
 
 def with_instruction(scores: Mapping[str, float | None], n: int) -> str | None:
-    """What steering does to prompts that hold the instruction already: WORSE or BETTER by two replies of n or
-    more, else SAME; None where it was not asked."""
+    """What steering does to prompts that already hold the instruction: WORSE or BETTER by at least two
+    replies of n, else SAME; None if it was not asked."""
     told, both = scores["instructed"], scores["both"]
     if told is None or both is None:
         return None
@@ -228,7 +230,7 @@ def with_instruction(scores: Mapping[str, float | None], n: int) -> str | None:
 
 
 def _spoilt(trials: Sequence[Trial], none: float) -> list[str]:
-    """Of settings that would have won, had it not been for their degenerate replies."""
+    """A sentence on settings that would have won without their degenerate replies."""
     spoilt = [trial for trial in trials if not trial.is_sound and trial.n_good > none * trial.n]
     if not spoilt:
         return []

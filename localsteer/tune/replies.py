@@ -1,8 +1,8 @@
-"""Greedy or sampled replies, many together, each given up as soon as its verdict is known: when it can't
-follow its instruction any more, or loops.
+"""Greedy or sampled replies, many together, each ended as soon as its verdict is known: when it can no longer
+follow its instruction, or loops.
 
-Most replies that are asked for here fail, and most of those fail early: a plain reply that ought to be JSON
-does so at its first letter. Its verdict is known then, and what would follow costs as much as all the rest.
+Most replies here fail, and most of those fail early: a plain reply that should be JSON does so at its first
+letter. Its verdict is then known, and generating the rest would cost most of the time.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from localsteer.plan import Plan
     from localsteer.runtime.ask import Prompt
 
-GIVEN_UP = "given up"  # finish_reason of a reply whose verdict was known before its end
+GIVEN_UP = "given up"  # finish_reason of a reply whose verdict was known before it ended
 EVERY = 4  # tokens between two looks at a reply
-LOOPS_FROM = 32  # tokens; from here on a look sees loops too
+LOOPS_FROM = 32  # tokens; from here on a look also checks for loops
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """One prompt, the query that it is about, and what steers its reply."""
+    """One prompt, its query, and what steers its reply."""
 
     prompt: Prompt
     query: Query
@@ -49,7 +49,7 @@ def replies_to(
     sampling: Sampling = GREEDY,
     on_reply: Callable[[int], None] | None = None,
 ) -> list[Reply]:
-    """Replies in the order of `asked`. on_reply: called with how many have come, after each of them.
+    """Replies in the order of `asked`. on_reply: called after each reply with the number so far.
 
     Raises PromptError for a prompt that leaves no room for a reply.
     """
@@ -71,7 +71,7 @@ def replies_to(
 
 
 def _watch(instruction: Instruction, query: Query) -> Callable[[str, int], bool]:
-    """Whether a reply of so many tokens need not go on."""
+    """A function that says whether a reply, given its text and number of tokens, can be ended."""
 
     def loops(text: str, n: int) -> bool:
         return n >= LOOPS_FROM and n % (4 * EVERY) == 0 and is_degenerate(text) is not None
@@ -89,7 +89,8 @@ def _seeded(sampling: Sampling, i: int) -> Sampling:
 
 
 def told_prompt(query: Query, phrasings: Sequence[str], i: int) -> str:
-    """The i-th query of a list with one of the phrasings behind it, in turn. Raises PromptError for none."""
+    """The i-th query with one of the phrasings appended, in turn. Raises PromptError if there are no
+    phrasings."""
     if not phrasings:
         raise PromptError("an instruction without a wording can't be told to the model.")
     return f"{query.text} {phrasings[i % len(phrasings)]}"

@@ -1,7 +1,7 @@
-"""How much of what telling does a setting does too, by likelihood: no reply is generated.
+"""How much of the effect of telling a setting recovers, by likelihood: no reply is generated.
 
-The recovered gap alone does not see a setting that begins well and then loops, so what it breaks is taken
-off.
+The recovered gap does not reveal a setting that begins well and then loops, so the damage it does is
+subtracted.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from localsteer.vector import ControlVector
 from .setting import Setting
 from .targets import Target
 
-DAMAGE = 0.5  # of the gap that a nat of damage per token costs
+DAMAGE = 0.5  # share of the gap that a nat of damage per token costs
 
 
 class Score:
-    """Recovered gap and damage of one vector's settings, each (setting, target) computed once.
+    """Recovered gap and damage of one vector's settings; each (setting, target) is computed once.
 
-    on_progress: called with the number of rows that are done, after each decode.
+    on_progress: called after each decode with the number of rows done.
     """
 
     def __init__(
@@ -53,12 +53,11 @@ class Score:
             self._known.setdefault(setting, []).append((target.recovered(steered), target.damage(steered)))
 
     def n_targets(self, setting: Setting) -> int:
-        """On how many targets a setting was scored."""
+        """The number of targets on which a setting was scored."""
         return len(self._known.get(setting, ()))
 
     def of(self, setting: Setting, n_targets: int | None = None) -> float:
-        """Recovered gap less what the damage costs, on the targets so far or the first `n_targets` of
-        them."""
+        """The recovered gap minus the cost of the damage, on the targets so far or the first `n_targets`."""
         return self.gap(setting, n_targets) - DAMAGE * self._mean(setting, 1, n_targets)
 
     def gap(self, setting: Setting, n_targets: int | None = None) -> float:

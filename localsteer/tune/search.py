@@ -1,8 +1,8 @@
-"""Which settings are worth a check: layers from coarse to fine, strengths along a line, targets by halving.
+"""Which settings to check: layers from coarse to fine, strengths along a line, targets by halving.
 
-What counts is the recovered gap (score.py). It varies smoothly with layer and strength, so a coarse look
-finds the region and a finer one its best place; what is tried on one target first is tried on more only if it
-is good.
+The criterion is the recovered gap (score.py). It varies smoothly with layer and strength, so a coarse look
+finds the region and a finer one the best place in it. Settings are first tried on one target, and on more
+only if they are good.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from localsteer.vector import ControlVector
 from .score import Score
 from .setting import POSITIONS, Setting
 
-N_COARSE = 8  # layers of the first look
+N_COARSE = 8  # layers in the first look
 FIRST_STRENGTH = 1.5  # between 1, which suits the early layers, and 2, which suits the late ones
-STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)  # where the line search may go
-# Settings of each kind whose neighbours are tried, whose strengths are, and that come into the last look. Of
-# each kind, because likelihood does not tell which positions a model can bear.
+STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)  # range of the line search
+# Settings of each kind whose neighbours are tried, whose strengths are tried, and that enter the last look.
+# Of each kind, because likelihood does not show which positions a model tolerates.
 KEPT = (2, 1, 3)
-N_TARGETS = (2, 4)  # targets of the first looks, and of the last
+N_TARGETS = (2, 4)  # targets in the first looks, and in the last
 
 
 class Search:
-    """layers: 0-based, those to try. strengths: the ones to try, all of them; None searches along STRENGTHS.
+    """Searches the settings of one vector. layers: 0-based, those to try. strengths: all to try; None
+    searches along STRENGTHS.
 
-    on_best: called with the best setting so far and its recovered gap, whenever there is news.
+    on_best: called with the best setting so far and its recovered gap whenever it changes.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Search:
         self._on_best = on_best
 
     def run(self) -> list[Setting]:
-        """Every setting that was scored, the best first. What was scored on more targets comes first."""
+        """Every setting that was scored, those on more targets first, then the best first."""
         few, many = (min(n, len(self.score.targets)) for n in N_TARGETS)
         near, along, last = KEPT
         self._look(self._coarse(), few)
@@ -58,7 +59,7 @@ class Search:
         return self.ranking()
 
     def ranking(self) -> list[Setting]:
-        """Of all that was scored so far."""
+        """The settings scored so far, best first."""
         return sorted(
             self.score.settings, key=lambda setting: (-self.score.n_targets(setting), -self.of(setting))
         )
@@ -75,7 +76,7 @@ class Search:
                 self._on_best(best, self.score.gap(best))
 
     def _coarse(self) -> list[Setting]:
-        """Layers at equal distances, the first and the last among them, at every position."""
+        """Settings at evenly spaced layers, including the first and the last, at every position."""
         n = len(self._layers)
         few = min(n, N_COARSE)
         chosen = sorted({self._layers[round(i * (n - 1) / max(1, few - 1))] for i in range(few)})
@@ -93,7 +94,7 @@ class Search:
         return sorted(known, key=lambda setting: -self.score.of(setting, n_targets))[:n]
 
     def _best_of_each_kind(self, n: int, n_targets: int) -> list[Setting]:
-        """The best n of each positions and mode."""
+        """The best n settings for each positions and mode."""
         ordered = self._best(len(self.score.settings), n_targets)
         kinds: dict[tuple[str, str], list[Setting]] = {}
         for setting in ordered:
@@ -101,7 +102,7 @@ class Search:
         return [setting for kind in kinds.values() for setting in kind[:n]]
 
     def _between(self, settings: Sequence[Setting]) -> Iterable[Setting]:
-        """The layers around good ones that the coarse look left out."""
+        """Settings at layers around good ones that the coarse look skipped."""
         scored = {setting.layer for setting in self.score.settings}
         for setting in settings:
             for layer in self._layers:
@@ -112,7 +113,7 @@ class Search:
                     yield replace(setting, layer=layer)
 
     def _along(self, settings: Sequence[Setting]) -> Iterable[Setting]:
-        """The strengths beside those of good settings; none where the user has named them."""
+        """Settings with strengths next to those of good ones; none if the user named the strengths."""
         if self._strengths is not None:
             return
         for setting in settings:
@@ -123,9 +124,9 @@ class Search:
 
 
 def usable_layers(vector: ControlVector, layers: Iterable[int] | None) -> list[int]:
-    """The layers to try: all that have a direction, or those that were asked for.
+    """The layers to try: all that have a direction, or those requested.
 
-    Raises PlanError for one that is out of range or has no direction, and for none.
+    Raises PlanError for a layer that is out of range or has no direction, and if there are none.
     """
     usable = list(vector.usable_layers if layers is None else vector.at(layer=tuple(layers)).layers)
     if not usable:
@@ -134,10 +135,11 @@ def usable_layers(vector: ControlVector, layers: Iterable[int] | None) -> list[i
 
 
 def candidates(settings: Sequence[Setting], n: int) -> list[Setting]:
-    """The first n that are not neighbours (at most one layer apart), kinds of positions and mode in turn.
+    """The first n settings that are not neighbours (at most one layer apart), taking kinds of positions and
+    mode in turn.
 
-    In turn, because likelihood does not see what only a reply shows: that a setting which keeps steering the
-    reply does not get away from its beginning.
+    In turn, because only replies show, and likelihood does not, that a setting which steers the whole reply
+    can keep it from getting past its beginning.
     """
     kinds: dict[tuple[str, str], list[Setting]] = {}
     for setting in settings:

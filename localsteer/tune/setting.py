@@ -1,4 +1,4 @@
-"""What a vector is applied with: layer, positions, strength and mode."""
+"""The settings with which a vector is applied: layer, positions, strength and mode."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from localsteer.errors import PlanError
 from localsteer.vector import ControlVector
 
 POSITIONS = ("prompt", "last", "all")
-FEW_LAYERS = 12  # up to this depth a grid has every layer
-MAX_TOKENS = 192  # of a reply
+FEW_LAYERS = 12  # up to this depth, a grid has every layer
+MAX_TOKENS = 192  # tokens of a reply
 
 
 @dataclass(frozen=True)
 class Setting:
-    """layer: 0-based layer."""
+    """One setting of a vector. layer: 0-based."""
 
     layer: int
     positions: str
@@ -32,10 +32,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scope:
-    """Which settings a search may try, and how long a reply may become.
+    """Which settings a search may try, and how long a reply may be.
 
-    layers: 0-based, all by default. modes: the vector's own by default. strengths: negative ones for less of
-    it; the search's own by default. Raises PlanError for strength 0.
+    layers: 0-based, by default all. modes: by default the vector's. strengths: by default the search's;
+    negative ones steer away. Raises PlanError for strength 0.
     """
 
     layers: Iterable[int] | None = None
@@ -46,7 +46,7 @@ class Scope:
 
     def __post_init__(self) -> None:
         if self.strengths is not None and not all(self.strengths):
-            raise PlanError("strength 0 steers nothing: the model alone is asked anyway.")
+            raise PlanError("strength 0 steers nothing: the plain model is asked anyway.")
 
     def modes_of(self, vector: ControlVector) -> tuple[str, ...]:
         return tuple(self.modes or (vector.mode,))

@@ -1,5 +1,5 @@
-"""Replies of the told model that follow the instruction: what a good setting makes likely without being
-told."""
+"""Replies of the told model that follow the instruction, which a good setting makes likely without
+telling."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ if TYPE_CHECKING:
     from localsteer.plan import Plan
     from localsteer.runtime.ask import Prompt
 
-ENOUGH = 4  # targets; further ones hardly change the order of the settings
-N_ROUND = 8  # replies in one round of asking: one decode's worth
+ENOUGH = 4  # targets; more hardly change the order of the settings
+N_ROUND = 8  # replies in one round: as many as one decode takes
 SAMPLED = Sampling(temp=0.7, top_k=40, top_p=0.95, min_p=0.05, seed=0)
-MAX_TOKENS = 48  # of a target; what an instruction does to a reply shows early, or all along
-MIN_TOKENS = 12  # of a target; a setting that breaks the reply behind its first tokens must show
-GAP_SHARE = 0.9  # of a target's gap that its kept beginning holds
-SMALL = 0.02  # of the largest gap of a target: a smaller one is no effect of the instruction
-WORST = 8.0  # nats that one broken token may count
+MAX_TOKENS = 48  # tokens of a target; the effect of an instruction on a reply shows early, or throughout
+# least tokens of a target, so that a setting which breaks the reply after its first tokens shows
+MIN_TOKENS = 12
+GAP_SHARE = 0.9  # share of a target's gap that the part kept must hold
+SMALL = 0.02  # share of a target's largest gap; a smaller gap is not an effect of the instruction
+WORST = 8.0  # nats that one broken token counts at most
 LIMITS = (72, 128, 192)  # tokens of a reply in the check; fewer would not show a loop
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """plain: the prompt's ids without the instruction. reply: ids, with the token that ends it.
+    """plain: ids of the prompt without the instruction. reply: ids, with the end token.
 
-    gap: (n,) nats, log-probability of each token of the reply when told, less that of the plain model.
-    base: (n,) nats, that of the plain model.
+    gap: (n,) nats, the log-probability of each token of the reply when told, minus that of the plain model.
+    base: (n,) nats, the log-probability under the plain model.
     """
 
     plain: Sequence[int]
@@ -49,7 +50,7 @@ class Target:
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """(n,) what each token counts: its gap, where the instruction makes it likelier."""
+        """The weight of each token, (n,): its gap if the instruction makes it likelier, else 0."""
         weights = np.maximum(self.gap, 0.0)
         return np.where(weights >= SMALL * weights.max(initial=0.0), weights, 0.0)
 
@@ -57,14 +58,15 @@ class Target:
         return Row(self.plain, self.reply, plan)
 
     def recovered(self, steered: np.ndarray) -> float:
-        """The share of the gap that a setting recovers: sum g (steered - plain) / sum g (told - plain). 1 is
-        as likely as when told, 0 as the plain model; below 0 is less than that. steered: (n,) nats."""
+        """The share of the gap that a setting recovers: sum g (steered - plain) / sum g (told - plain). 1
+        means as likely as when told, 0 as likely as plain, below 0 less likely than plain. steered: (n,)
+        nats."""
         weights = self.weights
         return float((weights * (steered - self.base)).sum() / (weights * self.gap).sum())
 
     def damage(self, steered: np.ndarray) -> float:
         """Nats per token by which a setting makes the rest of the reply less likely than both the plain and
-        the told model do: near 0 for a sound one, several for one that loops or talks nonsense."""
+        the told model: near 0 for a sound setting, several for one that leads to loops or nonsense."""
         rest = self.weights == 0
         if not rest.any():
             return 0.0
@@ -74,7 +76,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Told:
-    """What the told model did. n, n_passed: greedy replies of the first round, and how many of them followed.
+    """The results of asking the told model. n, n_passed: greedy replies of the first round, and how many
+    followed.
 
     n_asked: replies in all. targets: in the order in which they came, those of the plainest prompts first.
     max_tokens: a limit at which the replies that follow still do.
@@ -95,10 +98,11 @@ class _Passing:
 
 
 class Telling:
-    """Asks the told model in rounds, until there are enough targets or the rounds are over.
+    """Asks the told model in rounds, until there are enough targets or no rounds are left.
 
-    First greedily; then by sampling with other wordings; last with two wordings at once, and an earlier reply
-    that follows as an example, if there is one. queries: not those of the check.
+    The first round is greedy, the next ones sample with other wordings, and the last uses two wordings at
+    once, with an earlier reply that follows as an example if there is one. queries: other than those of the
+    check.
     """
 
     def __init__(
@@ -117,7 +121,7 @@ class Telling:
         self._n_asked = 0
 
     def collect(self, likelihood: Likelihood) -> Told:
-        """Raises PromptError for an instruction without wording."""
+        """Collect targets. Raises PromptError for an instruction without wording."""
         first = self._ask(self._round(0), GREEDY)
         for turn in (1, 2):
             if len(self._passing) >= ENOUGH:
@@ -149,7 +153,7 @@ class Telling:
         ]
 
     def _ask(self, prompts: Sequence[tuple[Query, Prompt]], sampling: Sampling) -> tuple[int, int]:
-        """How many were asked, and how many of them follow."""
+        """Ask one round; returns the number of replies, and how many of them follow."""
         asked = [Asked(prompt, query) for query, prompt in prompts]
         replies = replies_to(
             self._engine,
@@ -184,7 +188,8 @@ class Telling:
 
 
 def measured(likelihood: Likelihood, engine: Engine, passing: Sequence[_Passing]) -> list[Target]:
-    """Targets of replies, each cut behind the tokens that hold most of its gap; none of one without a gap."""
+    """Targets for replies, each cut after the tokens that hold most of its gap; none for a reply without a
+    gap."""
     plain = [tuple(engine.prompt_tokens(passed.query.text)) for passed in passing]
     told = [tuple(engine.prompt_tokens(passed.prompt)) for passed in passing]
     replies = [_with_end(engine, passed.reply)[:MAX_TOKENS] for passed in passing]
@@ -199,8 +204,10 @@ def measured(likelihood: Likelihood, engine: Engine, passing: Sequence[_Passing]
 
 
 def _with_end(engine: Engine, reply: Reply) -> tuple[int, ...]:
-    """That a reply ends is part of it: of one sentence it is nearly all. One that was cut has no end."""
-    ended = reply.finish_reason == "stop" and engine.text(reply.tokens) == reply.text  # not by a stop string
+    """The reply with its end token: for `one sentence`, ending is nearly all that matters. A cut reply has
+    none."""
+    # it did not end at a stop string
+    ended = reply.finish_reason == "stop" and engine.text(reply.tokens) == reply.text
     return (*reply.tokens, engine.model.eos) if ended and engine.model.eos >= 0 else tuple(reply.tokens)
 
 

@@ -1,4 +1,5 @@
-"""The whole choice: targets from the told model, settings by likelihood, a few of them checked by generation.
+"""Tuning as a whole: targets from the told model, settings by likelihood, a few of them checked by
+generation.
 
 tuned = tune(engine, vector, instruction, queries)
 tuned.vector.save("json.gguf")
@@ -27,22 +28,22 @@ from .targets import Telling, Told
 if TYPE_CHECKING:
     from localsteer.engine import Engine
 
-DEFAULT_N = 8  # queries of the check, as in the paper
-WAVE = 3  # settings that are checked at once, each on half of the queries, and the best of them on all
-N_WAVES = 2  # the second only where the first found nothing as good as telling
-N_SEQ_MAX = 32  # of an engine for this: sequences of one decode, most of them short
+DEFAULT_N = 8  # queries in the check, as in the paper
+WAVE = 3  # settings checked at once, each on half of the queries, and the best of them on all
+N_WAVES = 2  # the second only if the first found nothing as good as telling
+N_SEQ_MAX = 32  # of an engine for tuning: sequences per decode, most of them short
 
 Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """vector: with the settings that won, and `record` as provenance["validation"]; strength 0 when `setting`
-    is None, that is, when nothing was better than the model alone.
+    """vector: with the settings that won, and `record` as provenance["validation"]; strength 0 if `setting`
+    is None, that is, if nothing was better than the plain model.
 
-    trials: the settings that were checked, the best first. plain, told, both: the model alone, told in words,
-    and told and steered; `both` without replies where nothing won. ranking: (setting, recovered gap), the
-    likeliest first. advice: what the user should know, a sentence each. stopped: Ctrl-C ended the search.
+    trials: the settings that were checked, best first. plain, told, both: the plain model, told in words, and
+    told and steered; `both` has no replies if nothing won. ranking: (setting, recovered gap), best first.
+    advice: what the user should know, a sentence each. stopped: Ctrl-C ended the search.
     """
 
     vector: ControlVector
@@ -70,7 +71,7 @@ class Tuned:
 
 @dataclass(frozen=True)
 class TuneScope(Scope):
-    """n: queries of the check. seed: of the sampled targets."""
+    """What a search may try. n: queries in the check. seed: for the sampled targets."""
 
     n: int = DEFAULT_N
     seed: int = 0
@@ -86,15 +87,15 @@ def tune(
     report: Report | None = None,
     **settings: Any,
 ) -> Tuned:
-    """Layer, positions, strength and mode for one vector of one model, in about a minute.
+    """Find layer, positions, strength and mode for one vector on one model, in about a minute.
 
-    queries: validation ones; `n` of them check, the others bring the targets. settings: of TuneScope; without
-    `strengths` a line search goes up to 3. source: what else the record should say of the model. report:
-    called with (what is being done, done, of how many).
+    queries: validation queries; `n` of them are for the check, the others for the targets. settings: of
+    TuneScope; without `strengths`, a line search goes up to 3. source: what else the record should say about
+    the model. report: called with (what is being done, done, total).
 
-    Ctrl-C keeps the best so far once there is one. Raises PlanError without queries or layers, PromptError
-    for an instruction without wording, CatalogError for one whose verifier is unusable, MismatchError for a
-    vector of another model.
+    Ctrl-C keeps the best so far, if there is one. Raises PlanError without queries or layers, PromptError for
+    an instruction without wording, CatalogError for an unusable verifier, MismatchError for a vector of
+    another model.
     """
     if not queries:
         raise PlanError(f"no validation queries to tune {instruction.id} with.")
@@ -114,8 +115,8 @@ def tune(
 
 
 def split(queries: Sequence[Query], n: int) -> tuple[tuple[Query, ...], tuple[Query, ...]]:
-    """(queries for targets, at most n queries for the check), apart from each other where there are two or
-    more; those of the check at equal distances, so that few of them still hold every kind."""
+    """Returns (queries for targets, at most n queries for the check), which are disjoint if there are at
+    least two; those of the check are evenly spaced, so that a few still cover every kind."""
     n = min(n, max(1, len(queries) // 2))
     checked = {i * len(queries) // n for i in range(n)}
     rest = tuple(query for i, query in enumerate(queries) if i not in checked)
@@ -124,7 +125,7 @@ def split(queries: Sequence[Query], n: int) -> tuple[tuple[Query, ...], tuple[Qu
 
 @dataclass
 class _Tuning:
-    """The steps of one choice, and what they have found so far."""
+    """The steps of one search, and their results so far."""
 
     engine: Engine
     vector: ControlVector
@@ -200,7 +201,7 @@ class _Tuning:
             self._check.ask_both(best.setting)
 
     def _finish(self) -> None:
-        """Ask the best one everything, until no other can have been better."""
+        """Ask all queries under the best setting, until no other can be better."""
         while True:
             best = self._ordered()[0]
             if best.n == len(self.checked):
@@ -211,7 +212,7 @@ class _Tuning:
         return best.score >= max(self._check.told.score, 0.5) and best.score > self._check.plain.score
 
     def _ordered(self) -> list[Trial]:
-        """Checked settings: those on all queries first, the best first."""
+        """The checked settings, those on all queries first, then the best first."""
         if self._check is None or self._search is None:
             return []
         trials = list(self._check.trials.values())
@@ -220,22 +221,22 @@ class _Tuning:
         return sorted(trials, key=lambda trial: self._order(trial), reverse=True)
 
     def _order(self, trial: Trial) -> tuple[float, ...]:
-        # without a verifier the likelihood stands for it, and the replies only tell what is broken
+        # without a verifier the likelihood decides, and the replies only show what is broken
         if self.instruction.verifier is None:
             return (trial.score >= 0.5 * self._check.told.score, trial.gap, trial.score)
         return (trial.score, -trial.n_degenerate, trial.gap, trial.n)
 
     def _best(self) -> Trial | None:
-        """The setting that wins, or None where the model alone does."""
+        """The trial that wins, or None if the plain model does."""
         if self._search is None or not self._search.score.settings:
             return None
         trials = self._ordered()
-        # a search that was stopped has none that was asked everything
+        # a search that was stopped has no setting that was asked everything
         complete = [trial for trial in trials if trial.n == len(self.checked)] or [
             trial for trial in trials if trial.n
         ]
         if not complete:
-            # nothing was checked: the likeliest has to do
+            # nothing was checked: use the likeliest
             setting = self._search.ranking()[0]
             return Trial(setting, gap=self._search.score.gap(setting))
         best = complete[0]

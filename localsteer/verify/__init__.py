@@ -1,4 +1,4 @@
-"""Text in, verdict or text out: no engine, no torch.
+"""Verdicts on texts, and rewritten texts, without an engine or torch.
 
     verify("startend:quotation", reply)                        # does a reply follow its instruction?
     is_degenerate(reply), subject_kept(reply, "foxes")         # is it still a reply, and about its subject?

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Judged:
-    """A reply with its verdicts; None where there is nothing to judge by.
+    """A reply with its verdicts; None if there is nothing to judge by.
 
-    followed: the verifier passes AND the reply is not degenerate, in every condition alike: a loop of quotes
-    that a lenient verifier accepts is no success. verified: the verifier alone.
+    followed: the verifier passes AND the reply is not degenerate, in all conditions alike, since a loop of
+    quotes that a lenient verifier accepts is not success. verified: only the verifier.
     """
 
     query: str
@@ -37,25 +37,26 @@ class Judged:
 
     @property
     def good(self) -> bool:
-        """Nothing that can be judged speaks against it."""
+        """Whether the reply passes everything that can be judged."""
         return self.verified is not False and self.degenerate is None and self.subject_kept is not False
 
     def record(self) -> dict[str, object]:
-        """For JSON."""
+        """The verdicts as JSON."""
         keys = ("query", "subject", "text", "followed", "verified", "degenerate", "subject_kept")
         return {key: getattr(self, key) for key in keys} | {"n_tokens": len(self.tokens)}
 
 
-ENDLESS = "endless"  # beside the reasons of quality.py
+ENDLESS = "endless"  # a reason beside those of quality.py
 
 
 def why_degenerate(reply: Reply, *, must_end: bool = False) -> str | None:
-    """must_end: a reply that was cut at its longest is degenerate, where the limit leaves ample room."""
+    """Why a reply is degenerate, or None. must_end: a reply that was cut at the limit is degenerate, because
+    the limit leaves ample room."""
     return is_degenerate(reply.text) or (ENDLESS if must_end and reply.finish_reason == "length" else None)
 
 
 def judge(instruction: Instruction, query: Query, reply: Reply, *, must_end: bool = False) -> Judged:
-    """must_end: as in `why_degenerate`.
+    """The reply with its verdicts. must_end: see `why_degenerate`.
 
     Raises CatalogError for an instruction whose verifier does not exist or lacks an argument.
     """
@@ -76,6 +77,6 @@ def judge(instruction: Instruction, query: Query, reply: Reply, *, must_end: boo
 
 
 def share(values: Sequence[bool | None]) -> float | None:
-    """The share of true ones among what could be judged; None when nothing could."""
+    """The share of true values among those that could be judged; None if none could."""
     judged = [value for value in values if value is not None]
     return sum(judged) / len(judged) if judged else None

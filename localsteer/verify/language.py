@@ -1,8 +1,8 @@
-"""The language of a text, as IFEval tells it: langdetect, which carries its profiles.
+"""The language of a text, detected as in IFEval with langdetect, which contains its profiles.
 
-langdetect draws random numbers and IFEval leaves it unseeded, so IFEval's own verdict on a mixed text
-differs from run to run. Ours is the likelier one: a text that the draws disagree on has a chance between 0
-and 1, from draws with fixed seeds.
+langdetect draws random numbers and IFEval leaves it unseeded, so IFEval's own verdict on a mixed text differs
+from run to run. The verdict here is the likelier one: a text on which the draws disagree has a chance between
+0 and 1, estimated from draws with fixed seeds.
 """
 
 from __future__ import annotations
@@ -31,24 +31,23 @@ _UNANIMOUS = 0.99
 
 
 def chance(text: str, language: str) -> float:
-    """How often IFEval would tell the text to be in the language (ISO 639-1), 0 to 1.
+    """How often IFEval would find the text to be in the language (ISO 639-1), 0 to 1.
 
-    A text with nothing to tell a language by (digits, punctuation, emoji) counts as every language, as in
-    IFEval.
+    A text without any sign of a language (digits, punctuation, emoji) counts as every language, as in IFEval.
     """
     answers = _answers(text)
     return answers.get(language, 0.0) if answers else 1.0
 
 
 def detect_language(text: str) -> str | None:
-    """The likeliest language, or None when the text holds nothing to tell it by."""
+    """The likeliest language, or None if the text has no sign of one."""
     answers = _answers(text)
     return max(answers, key=answers.__getitem__) if answers else None
 
 
 @lru_cache(maxsize=64)  # loose verdicts ask for the same text more than once
 def _answers(text: str) -> Mapping[str, float]:
-    """Each language that a draw answers, with its share of the draws; empty when there is none."""
+    """The languages that draws return, with their shares of the draws; empty if there are none."""
     draw = _drawer(text)
     first = draw(0)
     if first is None:
@@ -56,12 +55,12 @@ def _answers(text: str) -> Mapping[str, float]:
     language, certainty = first
     if certainty > _UNANIMOUS:
         return {language: 1.0}
-    drawn = Counter(found[0] for seed in range(_DRAWS) if (found := draw(seed)))
+    drawn = Counter(answer[0] for seed in range(_DRAWS) if (answer := draw(seed)))
     return {language: number / _DRAWS for language, number in drawn.items()}
 
 
 def _drawer(text: str) -> Callable[[int], tuple[str, float] | None]:
-    """Seed to langdetect's answer and its certainty; None where the text has nothing to tell it by."""
+    """langdetect's answer and certainty for a seed; None if the text has no sign of a language."""
     from langdetect.lang_detect_exception import LangDetectException
 
     detector = _factory().create()
@@ -73,10 +72,10 @@ def _drawer(text: str) -> Callable[[int], tuple[str, float] | None]:
     def draw(seed: int) -> tuple[str, float] | None:
         detector.seed, detector.langprob = seed, None
         try:
-            found = detector.get_probabilities()
+            probabilities = detector.get_probabilities()
         except LangDetectException:  # "No features in text"
             return None
-        return (found[0].lang, found[0].prob) if found else ("unknown", 1.0)
+        return (probabilities[0].lang, probabilities[0].prob) if probabilities else ("unknown", 1.0)
 
     return draw
 
@@ -90,9 +89,9 @@ def _what_is_read(text: str) -> str:
     while n < len(text):
         # an address that the cut may have shortened is dropped with all that stands near the end
         webless = Detector.URL_RE.sub(" ", text[:n])[:-_LONGEST_ADDRESS]
-        found = Detector.MAIL_RE.sub(" ", webless)[:-_LONGEST_ADDRESS]
-        if len(found) > 2 * _READ:
-            return found
+        plain = Detector.MAIL_RE.sub(" ", webless)[:-_LONGEST_ADDRESS]
+        if len(plain) > 2 * _READ:
+            return plain
         n *= 2
     return text
 

@@ -1,16 +1,16 @@
-"""Regular expressions from outside: of a vector file, a catalogue, the command line.
+"""Regular expressions from outside: from a vector file, a catalogue or the command line.
 
     expression("fox(es)?", re.IGNORECASE).search(reply)       # found anywhere?
     expression("a.b").count(reply)
 
-IFEval reads keywords and markers as Python's regular expressions, whose engine backtracks: a short one can
-keep it busy for ever, and nothing stops it. Plain words stay there. All else is searched by RE2, in time that
-grows with the text alone, or is refused by name.
+IFEval reads keywords and markers as Python's regular expressions, whose engine backtracks: a short expression
+can keep it busy forever, and nothing stops it. Plain words are left to that engine. Everything else is
+searched by RE2, in time that grows only with the text, or is refused by name.
 
-RE2 knows ASCII alone in \\w, \\b, \\d and \\s, and has a $ and a case folding of its own. Python's verdict
-comes out all the same, because RE2 never sees the text: characters are sorted by what the expression tells
-apart, each sort becomes one symbol (an ASCII letter where Python sees a letter), and both are written in
-these.
+RE2 knows only ASCII in \\w, \\b, \\d and \\s, and has a different $ and case folding. The verdict is
+nevertheless Python's, because RE2 never sees the text itself: characters are classed by what the expression
+distinguishes, each class becomes one symbol (an ASCII letter where Python sees a letter), and both text and
+expression are written in these symbols.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _CATEGORIES = {
 
 
 class Expression:
-    """One expression, ready for use; `expression` makes it."""
+    """One expression, ready for use; made by `expression`."""
 
     def __init__(self, shown: str, tree: Any, plain: re.Pattern[str] | None) -> None:
         self.n_groups: int = tree.state.groups - 1
@@ -75,13 +75,13 @@ class Expression:
             self._automaton(self._draft.alphabet(string.printable))  # RE2 may refuse it: now, not later
 
     def search(self, text: str) -> bool:
-        """Whether it is found anywhere."""
+        """Whether the expression is found anywhere."""
         if self._plain is not None:
             return self._plain.search(text) is not None
         return next(self._found(text), None) is not None
 
     def count(self, text: str) -> int:
-        """How often it is found, no two overlapping. Raises CatalogError after MAX_SECONDS."""
+        """How often the expression is found, without overlaps. Raises CatalogError after MAX_SECONDS."""
         if self._plain is not None:
             return sum(1 for _ in self._plain.finditer(text))
         ends, n = time.monotonic() + MAX_SECONDS, 0
@@ -110,14 +110,16 @@ class Expression:
 
 @lru_cache(maxsize=512)
 def expression(text: str, flags: int = 0, around: str = "{}") -> Expression:
-    """The expression, set into `around` (ours, and harmless).
+    """The expression, set into `around` (from this package, and harmless).
 
-    Where it is no valid one ("(", "*"), IFEval dies; here the text itself is looked for. Raises CatalogError,
-    one line, on what can't be searched safely.
+    If it is not valid ("(", "*"), IFEval crashes; here the text itself is searched for. Raises CatalogError,
+    one line, for what can't be searched safely.
     """
     shown = repr(text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "...")
     if len(text) > MAX_LENGTH:
-        raise CatalogError(f"an expression may have {MAX_LENGTH} characters, not {len(text)}: {shown}")
+        raise CatalogError(
+            f"an expression may have at most {MAX_LENGTH} characters, not {len(text)}: {shown}"
+        )
     bare = _parsed(text, flags, shown)
     whole = around.replace("{}", text)
     tree = bare and _parsed(whole, flags, shown)
@@ -132,7 +134,7 @@ def expression(text: str, flags: int = 0, around: str = "{}") -> Expression:
 
 
 def _parsed(text: str, flags: int, shown: str) -> Any:
-    """Python's own reading, or None where there is none."""
+    """Python's parse of the expression, or None if it is invalid."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -222,10 +224,10 @@ class _Draft:
         if not self._boundaries:
             return ["\n" if sort >> n & 2 else chr(_FIRST_OTHER + at) for at, sort in enumerate(sorts)]
         words, others = iter(_WORD_SYMBOLS), iter(_OTHER_SYMBOLS)
-        found = ["\n" if sort >> n & 2 else next(words if sort >> n & 1 else others, "") for sort in sorts]
-        if not all(found):
+        symbols = ["\n" if sort >> n & 2 else next(words if sort >> n & 1 else others, "") for sort in sorts]
+        if not all(symbols):
             self._refuse("tells too many kinds of characters apart")
-        return found
+        return symbols
 
     def _sequence(self, nodes: Any, flags: int) -> tuple[list[str | int], int]:
         """Pieces, and how many characters they match one by one."""

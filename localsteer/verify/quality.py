@@ -1,8 +1,8 @@
 """Is it still a reply? Measures of a degenerate reply that need no judge and no second model.
 
-Steering too hard, or at every position, makes a model repeat itself, or holds it at the start of its reply
-(`{"name": {"name": {"name":`), or fills it with quotes that a lenient verifier passes. `is_degenerate` sees
-these; it does not see fluent nonsense, for which there is the perplexity ratio to the unsteered model.
+Steering too hard, or at every position, makes a model repeat itself, locks it at the start of its reply
+(`{"name": {"name": {"name":`), or fills the reply with quotes that a lenient verifier passes. `is_degenerate`
+detects these, but not fluent nonsense, for which there is the perplexity ratio to the unsteered model.
 
 The thresholds were set on 390 real replies of three models, of which 66 really loop: the longest exact
 repetition of tokens in the others is 6, the shortest in those that loop by tokens is 46.
@@ -67,12 +67,11 @@ class _Loop(NamedTuple):
 
 
 def is_degenerate(reply: str, *, repetition_limit: float = REPETITION_LIMIT) -> str | None:
-    """Why a reply is no reply (EMPTY, LOCKED or LOOPING), or None when nothing is wrong with its form.
+    """Why a reply is degenerate (EMPTY, LOCKED or LOOPING), or None if nothing is wrong with its form.
 
-    Locked: the loop begins with the reply, or there is neither letter, digit nor emoji in it. A reply that
-    was asked to say a word twenty times is flagged too: this looks at the form alone. Short replies, JSON,
-    lists, tables, rules, two answers separated by asterisks, capitals, numbered sections and placeholders
-    pass.
+    Locked: the loop begins with the reply, or it has no letter, digit or emoji. Only the form counts, so a
+    reply that was asked to say a word twenty times is flagged too. Short replies, JSON, lists, tables, rules,
+    two answers separated by asterisks, capitals, numbered sections and placeholders pass.
 
     repetition_limit: the `repetition` above which a long reply counts as looping.
     """
@@ -92,7 +91,7 @@ def is_degenerate(reply: str, *, repetition_limit: float = REPETITION_LIMIT) -> 
 
 
 def repetition(text: str) -> float:
-    """The share of the text's runs of four tokens that stood in it before: 0 never, towards 1 a loop.
+    """The share of the text's runs of four tokens that occurred in it before: 0 means never, near 1 a loop.
 
     Case and blanks do not matter; a text that says all twice is near 0.5, three times 0.67.
     """
@@ -102,16 +101,17 @@ def repetition(text: str) -> float:
 
 
 def length_words(text: str) -> int:
-    """How long a reply is, in words as IFEval's `length_constraints:number_words` counts them."""
+    """The length of a reply in words, as IFEval's `length_constraints:number_words` counts them."""
     return count_words(text)
 
 
 def subject_kept(reply: str, subject: str) -> bool:
-    """Does the reply name what it was asked about? Case, accents' encoding and plural endings do not matter.
+    """Whether the reply names what it was asked about. Case, the encoding of accents and plural endings do
+    not matter.
 
-    The subject must stand as words of its own: "Ant" is not kept by "elegant". It is found in capitals, with
-    its words separated by line breaks, hyphens or underscores (JSON keys), and where JSON escapes letters.
-    Raises ValueError on a subject without a letter or digit.
+    The subject must occur as whole words: "elegant" does not keep "Ant". It is found in capitals, with its
+    words separated by line breaks, hyphens or underscores (JSON keys), and with letters escaped as in JSON.
+    Raises ValueError for a subject without a letter or digit.
     """
     words = _plain(subject).split()
     if not words:
@@ -124,7 +124,7 @@ def subject_kept(reply: str, subject: str) -> bool:
 
 
 def perplexity(log_probs: float | Sequence[float] | np.ndarray) -> float:
-    """exp of minus the mean natural log-probability per token; takes the mean itself, too."""
+    """exp of minus the mean natural log-probability per token; also takes the mean itself."""
     mean = _mean_log_prob(log_probs)
     return math.exp(-mean) if mean > -700 else math.inf
 

@@ -3,16 +3,16 @@
 IFEval counts sentences with NLTK's Punkt tokenizer and the English model that NLTK downloads. Nothing may
 be downloaded here, so this file restates Punkt's decision procedure (Kiss and Strunk, "Unsupervised
 Multilingual Sentence Boundary Detection", Computational Linguistics 32:4, 2006, section 4) over small
-tables of our own. What the model learned from newspaper text about some 15,000 words is reduced to a few
+hand-made tables. What the model learned from newspaper text about some 15,000 words is reduced to a few
 hundred common ones; how often that changes a count is measured in docs/evaluation.md. The model's quirks
 are kept, because people compare numbers:
 
 - "e.g.", "i.e.", "etc.", "Mar.", "Apr.", "Mon.", "Capt.", "No." and "approx." are NOT abbreviations: a
   sentence ends there whatever follows, a lowercase word included.
 - "ok.", "ill.", "wash.", "pa." and "fri." ARE abbreviations: no sentence ends there before a name.
-- the number of a list item is a sentence of its own: "1. Mix it." holds two, but "1. mix it." holds one.
+- the number of a list item counts as a sentence: "1. Mix it." holds two, but "1. mix it." holds one.
 - closing quotes and brackets belong to the sentence before them.
-- a line break alone never ends a sentence: a list without full stops is one sentence.
+- a line break never ends a sentence: a list without full stops is one sentence.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ _AFTER_NUMBER = _words(
 
 
 class _Token(NamedTuple):
-    """One token and what its form alone says (Punkt's first pass)."""
+    """One token and what its form says about it (Punkt's first pass)."""
 
     text: str
     ends: bool  # ends a sentence, as far as its form says
@@ -109,7 +109,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The same one by one, found as they are asked for."""
+    """Like `split_sentences`, but lazily: each sentence is found when it is asked for."""
     for begin, end in _give_closers_back(text, _pieces(text)):
         if text[begin:end]:
             yield text[begin:end]
@@ -192,7 +192,7 @@ def _ends_sentence(context: str, *, label: bool) -> bool:
 
 @lru_cache(maxsize=4096)
 def _short_one_ends(context: str, label: bool) -> bool:
-    """A reply of full stops asks for the same at every one of them."""
+    """Cached: a reply of full stops asks the same question at every one of them."""
     return _any_token_ends(context, label)
 
 

@@ -3,7 +3,7 @@
     verify("change_case:english_lowercase", "the fox sleeps.", {})        # True
     verify("keywords:frequency", reply, {"keyword": "fox", "frequency": 2, "relation": "at least"})
 
-Ids and arguments as IFEval writes them. The official checkers' quirks are kept and named in
+Ids and arguments are written as in IFEval. The official checkers' quirks are kept and named in
 `localsteer.verify.verifiers`; docs/evaluation.md gathers them and measures the agreement.
 """
 
@@ -33,14 +33,14 @@ def verify(
     """Whether a reply follows an instruction, by IFEval's strict or loose rule. A blank reply never does.
 
     Loose: it is enough that one of eight variants follows it: the reply without its first line, its last
-    line, both or neither, each with and without asterisks. So a greeting or bold type does not fail a
-    reply; but a loose verdict can also pass what was not asked for, such as a short reply made of the first
-    line alone.
+    line, both or neither, each with and without asterisks. So a greeting or bold type does not fail a reply;
+    but a loose verdict can also pass what was not asked for, such as a short reply that is only the first
+    line.
 
-    Where IFEval draws random numbers (language detection), the verdict is its likelier one.
+    Where IFEval draws random numbers (language detection), the likelier of its verdicts is returned.
 
     prompt: what was asked; `combination:repeat_prompt` takes it when `prompt_to_repeat` is missing.
-    Raises CatalogError on an unknown id, an argument that is missing, unknown or makes no sense.
+    Raises CatalogError for an unknown id, or for an argument that is missing, unknown or makes no sense.
     """
     arguments = check_arguments(instruction_id, kwargs, prompt=prompt)
     if not isinstance(reply, str):

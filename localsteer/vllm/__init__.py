@@ -20,7 +20,7 @@ VARIABLE = "LOCALSTEER_VECTORS"
 
 def register() -> None:
     """Called by vLLM in each of its processes, more than once. Raises LocalsteerError for a folder that can't
-    be read, and where vLLM is not as this plugin knows it."""
+    be read, and if this version of vLLM differs from what the plugin expects."""
     folder = os.environ.get(VARIABLE)
     if not folder:
         return

@@ -24,9 +24,9 @@ MOST_STRENGTH = 1000.0
 
 
 def plan_of(extra: Mapping[str, Any], shelf: VectorShelf, *, n_layer: int, n_embd: int) -> Plan | None:
-    """The plan that a request asks for; None where that is nothing.
+    """The plan that a request asks for, or None.
 
-    Raises PlanError for what makes no sense, MismatchError for a vector of another model, VectorFileError.
+    Raises PlanError for invalid settings, MismatchError for a vector of another model, VectorFileError.
     """
     settings = {name: extra[name] for name in SETTINGS if extra.get(name) is not None}
     names = extra.get(STEER)
@@ -36,9 +36,9 @@ def plan_of(extra: Mapping[str, Any], shelf: VectorShelf, *, n_layer: int, n_emb
         return None
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise PlanError(f"steer: {names!r:.80} is no name of a vector, nor a list of names.")
+        raise PlanError(f"steer: {names!r:.80} is not the name of a vector, nor a list of names.")
     if not 1 <= len(names) <= MOST_VECTORS or len(set(names)) < len(names):
-        raise PlanError(f"steer: give 1 to {MOST_VECTORS} names, each once.")
+        raise PlanError(f"steer: send 1 to {MOST_VECTORS} names, each once.")
     vectors = []
     for i, name in enumerate(names):
         vector = shelf.vector(name)
@@ -53,7 +53,7 @@ def _own(key: str, value: Any, i: int, n: int) -> Any:
     """The i-th vector's setting: a list has one for each, but for `layer`, whose list is of layers."""
     if key != "layer" and isinstance(value, (list, tuple)):
         if len(value) != n:
-            raise PlanError(f"{key}: {len(value)} values for {n} vectors: give one, or one each.")
+            raise PlanError(f"{key}: {len(value)} values for {n} vectors: send one, or one for each.")
         value = value[i]
     if key == "strength" and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise PlanError(f"strength: {value!r:.80} is not a number.")
@@ -64,5 +64,5 @@ def _own(key: str, value: Any, i: int, n: int) -> Any:
     if key == "layer":
         layers = value if isinstance(value, (list, tuple)) else [value]
         if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
-            raise PlanError(f"layer: {value!r:.80} is no layer's number, nor a list of them.")
+            raise PlanError(f"layer: {value!r:.80} is not a layer's number, nor a list of them.")
     return value

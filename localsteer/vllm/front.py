@@ -1,4 +1,4 @@
-"""Where requests come into vLLM: they are checked here, and get their plan and their salt."""
+"""Where requests enter vLLM: they are checked, and get their plan and their salt."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ def _add(request: Any, plan: Plan) -> None:
 
 
 def salt_of(plan: Plan, n_prompt: int) -> str:
-    """What a cached layer's key needs beside its tokens: the edits; and where they depend on what is prompt
-    and what is reply, the prompt's length too: a reply that is prompt in the next turn is read again."""
+    """What the key of a cached block needs beside its tokens: the edits, and if these depend on what is
+    prompt and what is reply, the prompt's length: a reply that becomes prompt in the next turn is read
+    again."""
     everywhere = all(edit.positions == "all" for edit in plan.edits)
     return f"|localsteer:{plan.key.hex()}" + ("" if everywhere else f":{n_prompt}")
 
@@ -81,7 +82,9 @@ def _eager_config(configure: Any) -> Any:
     @functools.wraps(configure)
     def create_engine_config(self: Any, *args: Any, **more: Any) -> Any:
         if not self.enforce_eager:
-            logger.warning("localsteer: --enforce-eager is on: hooks do not run inside of compiled graphs.")
+            logger.warning(
+                "localsteer: --enforce-eager is switched on, since hooks do not run inside compiled graphs."
+            )
             self.enforce_eager = True
         config = configure(self, *args, **more)
         _refuse(config)
@@ -91,7 +94,7 @@ def _eager_config(configure: Any) -> Any:
 
 
 def _refuse(config: Any) -> None:
-    """What shifts rows of a batch behind the hooks' back. Raises LocalsteerError."""
+    """Raise LocalsteerError for features that move the rows of a batch without the hooks' knowledge."""
     parallel = config.parallel_config
     reasons = {
         "speculative decoding": config.speculative_config is not None,

@@ -1,7 +1,7 @@
-"""The decoder layers of a model in vLLM, and the hooks that edit the residual stream behind them.
+"""The decoder layers of a model in vLLM, and the hooks that edit the residual stream after them.
 
-A layer gives either the stream itself, or (its own output, the stream before it), to be added by the next
-layer's norm. With tensor parallelism both are whole and equal on every rank, since a layer ends with an
+A layer returns either the stream itself, or (its own output, the stream before it), which the next layer's
+norm adds. With tensor parallelism both are complete and equal on every rank, since a layer ends with an
 all-reduce: each rank makes the same edit.
 """
 
@@ -37,7 +37,7 @@ def decoder_layers(model: torch.nn.Module, n_layer: int) -> dict[int, torch.nn.M
             f"localsteer finds {len(lists)} lists of {n_layer} decoder layers in {type(model).__name__} and "
             "needs one: unset LOCALSTEER_VECTORS to run it unsteered."
         )
-    missing = "PPMissingLayer"  # vLLM's, in the place of a layer of another rank
+    missing = "PPMissingLayer"  # vLLM's placeholder for a layer of another rank
     return {il: module for il, module in enumerate(lists[0]) if type(module).__name__ != missing}
 
 

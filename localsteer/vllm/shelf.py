@@ -17,9 +17,9 @@ MOST_KEPT = 512  # vectors in memory
 
 
 class VectorShelf:
-    """Files are read when they are first named, and again when they change. Any thread may ask.
+    """The folder's vectors. Files are read when first named, and again when they change. Any thread may ask.
 
-    Raises LocalsteerError for a folder that is not there.
+    Raises LocalsteerError for a folder that does not exist.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -36,7 +36,9 @@ class VectorShelf:
     def vector(self, name: str) -> ControlVector:
         """Raises PlanError for a name that is none, or unknown, and VectorFileError."""
         if not NAME.fullmatch(name):
-            raise PlanError(f"steer: {name!r:.80} is no name of a vector: letters, digits, dots and dashes.")
+            raise PlanError(
+                f"steer: {name!r:.80} is not the name of a vector: letters, digits, dots and dashes."
+            )
         path = self.folder / f"{name}{SUFFIX}"
         try:
             stat = path.stat()

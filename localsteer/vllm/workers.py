@@ -87,8 +87,8 @@ class Batches:
         for layer in plan.layers:
             program = plan.program(layer, cls)
             if program is not None:
-                made = self._on_device(program, (plan.key, layer, int(cls)))
-                self.edits.setdefault(layer, []).append((rows, made))
+                tensors = self._on_device(program, (plan.key, layer, int(cls)))
+                self.edits.setdefault(layer, []).append((rows, tensors))
 
     def _on_device(self, program: Program, key: tuple[bytes, int, int]) -> TorchProgram:
         if key not in self._programs:

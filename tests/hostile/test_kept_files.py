@@ -69,7 +69,7 @@ def test_a_damaged_record_of_a_reply_is_made_again_with_a_notice(engine, tmp_pat
         caplog.clear()
         assert replies(engine, path) == (expected, 1)
         assert [each.message for each in caplog.records] == [
-            f"{path}: 1 records are damaged, and are made again."
+            f"{path}: 1 records are damaged and will be made again."
         ]
         caplog.clear()
         assert replies(engine, path) == (expected, 0) and not caplog.records

@@ -184,7 +184,7 @@ def test_without_a_cache_a_file_is_tried_each_time(good, monkeypatch):
 def test_a_trial_has_an_end_and_its_lateness_is_not_kept(good, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(guard, "SECONDS", 0.001)
-        assert "is not done with it after" in refusal(good)
+        assert "has not finished loading it after" in refusal(good)
     check_gguf(good)
 
 

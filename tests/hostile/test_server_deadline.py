@@ -42,7 +42,8 @@ def server(tmp_path_factory):
 
 def late(answer):
     return answer.status_code == 504 and answer.json()["error"] == {
-        "message": f"the request was not done within {SECONDS:g} seconds: ask for less, or start the server "
+        "message": f"the request was not finished within {SECONDS:g} seconds: ask for less, or "
+        "start the server "
         "with a longer --request-timeout.",
         "type": "timeout_error",
         "param": None,

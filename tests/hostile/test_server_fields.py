@@ -205,7 +205,7 @@ def test_a_template_without_tools_says_so(http, message):
         "/v1/chat/completions", json=CHAT | {"model": "thinking", "messages": [*HELLO, message]}
     )
     assert answer.status_code == 400
-    assert "knows no tools" in answer.json()["error"]["message"]
+    assert "does not support tools" in answer.json()["error"]["message"]
 
 
 # -- what clients act on ------------------------------------------------------------------------------------

@@ -226,17 +226,17 @@ def check_a_vector_that_changes_on_disk_is_another_one() -> None:
 
 
 REFUSED = [
-    ({"steer": "../wide"}, "no name of a vector"),
-    ({"steer": "/etc/passwd"}, "no name of a vector"),
-    ({"steer": "wide/../wide"}, "no name of a vector"),
-    ({"steer": "wide\n"}, "no name of a vector"),
-    ({"steer": ""}, "no name of a vector"),
+    ({"steer": "../wide"}, "not the name of a vector"),
+    ({"steer": "/etc/passwd"}, "not the name of a vector"),
+    ({"steer": "wide/../wide"}, "not the name of a vector"),
+    ({"steer": "wide\n"}, "not the name of a vector"),
+    ({"steer": ""}, "not the name of a vector"),
     ({"steer": "jsonn"}, "choose one of"),
     ({"steer": "small"}, "was made for a model with embedding width 64"),
     ({"steer": "broken"}, "broken"),
-    ({"steer": []}, "give 1 to 16 names"),
+    ({"steer": []}, "send 1 to 16 names"),
     ({"steer": ["wide", "wide"]}, "each once"),
-    ({"steer": 3}, "no name of a vector"),
+    ({"steer": 3}, "not the name of a vector"),
     ({"steer": "wide", "strength": "strong"}, "strength: 'strong' is not a number"),
     ({"steer": "wide", "strength": float("nan")}, "is not between"),
     ({"steer": "wide", "strength": 1e38}, "is not between"),
@@ -245,7 +245,7 @@ REFUSED = [
     ({"steer": "wide", "mode": "push"}, "unknown mode 'push'"),
     ({"steer": "wide", "mode": "gate"}, "no learned gate"),
     ({"steer": "wide", "layer": 30}, "out of range"),
-    ({"steer": "wide", "layer": [1.5]}, "no layer's number"),
+    ({"steer": "wide", "layer": [1.5]}, "not a layer's number"),
     ({"strength": 0.5}, "strength needs steer"),
     ({"localsteer_plan": "x"}, "not for requests"),
 ]

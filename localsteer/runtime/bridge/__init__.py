@@ -1,11 +1,11 @@
 """The only place that touches llama.cpp (through llama-cpp-python's C bindings) and native pointers.
 
-Owners: `Model` owns a llama_model, `Context` a llama_context with its steering hook, `Sampler` a chain of
-samplers. Each has close() and `with`; a context is freed before its model whatever the order of the calls.
-`BorrowedModel` and `BorrowedContext` are those of a llama_cpp.Llama, which frees them itself.
+`Model` owns a llama_model, `Context` a llama_context with its steering hook, `Sampler` a chain of samplers.
+Each has close() and works with `with`; a context is freed before its model whatever the order of the calls.
+`BorrowedModel` and `BorrowedContext` belong to a llama_cpp.Llama, which frees them.
 """
 
-from .openmp import spinning  # first of all: it settles how llama.cpp's threads wait
+from .openmp import spinning  # must come first: it decides how llama.cpp's threads wait
 
 # isort: split
 from .borrowed import BorrowedContext, BorrowedModel, batch_arrays, install, our_log, set_extra_bufts

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def our_log() -> Iterator[Log]:
-    """Keep llama.cpp's errors for a message of ours; before and after they go to llama-cpp-python's log."""
+    """Capture llama.cpp's errors for localsteer's message; otherwise they go to llama-cpp-python's log."""
     log.clear()
     try:
         yield log
@@ -32,13 +32,13 @@ def our_log() -> Iterator[Log]:
 
 
 def set_extra_bufts(params: lc.llama_model_params, asked: bool | None) -> None:
-    """Weight repacking as Model chooses it: a user must not meet the AMX crash in a Llama either."""
+    """Weight repacking as Model chooses it, since the AMX crash must not happen in a Llama either."""
     params.use_extra_bufts, notice = choose_extra_bufts(text_of(lc.llama_print_system_info()), asked)
     notice_once(notice)
 
 
 def install(hook: Hook, params: lc.llama_context_params) -> None:
-    """The context that is made with these parameters asks the hook, which must be closed after it."""
+    """Make a context created with these parameters call the hook, which must be closed after the context."""
     params.cb_eval = hook.callback
     params.cb_eval_user_data = hook.pointer
 
@@ -65,7 +65,7 @@ def batch_arrays(batch: LlamaBatch) -> BatchArrays:
 
 
 class BorrowedModel(Model):
-    """close() ends its use here and frees nothing."""
+    """A model owned by a Llama. close() ends its use here and frees nothing."""
 
     def __init__(self, path: Path, pointer: object) -> None:
         self.path = path
@@ -77,9 +77,10 @@ class BorrowedModel(Model):
 
 
 class BorrowedContext(Context):
-    """close() ends its use here and frees nothing. hook: installed in the context's parameters.
+    """A context owned by a Llama. close() ends its use here and frees nothing. hook: installed in the
+    context's parameters.
 
-    Trying the layers empties the cache: borrow a context before anything is decoded in it.
+    Trying the layers empties the cache, so borrow a context before anything is decoded in it.
     """
 
     def __init__(self, model: BorrowedModel, pointer: object, hook: Hook, *, swa_full: bool) -> None:
@@ -95,16 +96,16 @@ class BorrowedContext(Context):
         why = self._why_never()
         if why:
             return frozenset(), why
-        found = super()._try_layers()
+        layers = super()._try_layers()
         lc.llama_perf_context_reset(self.pointer)
-        return found
+        return layers
 
     def _why_never(self) -> str | None:
         model = self.model.pointer
         if lc.llama_model_has_encoder(model) or not lc.llama_model_has_decoder(model):
             return "it is not a decoder-only model"
         if not self._memory:
-            return "it only embeds: there is no last prompt token"
+            return "it only makes embeddings: there is no last prompt token"
         if not self._swa_full and lc.llama_model_n_swa(model) > 0:
             return "its small sliding-window cache forgets what prefixes need: open it with swa_full=True"
         return None

@@ -47,7 +47,8 @@ class Batch:
         return batch
 
     def _shared(self, seq_ids, also) -> tuple[np.ndarray, np.ndarray]:
-        """How many sequences have each token, and where their numbers lie; kept here until the next batch."""
+        """How many sequences each token has, and pointers to their numbers, kept alive until the next
+        batch."""
         counts = np.array([1 + len(others) for others in also], dtype=np.int32)
         numbers = [[first, *others] for first, others in zip(seq_ids, also, strict=True)]
         flat = np.concatenate([np.array(row, dtype=np.int32) for row in numbers])
@@ -61,7 +62,7 @@ def _pointer_to(array: np.ndarray, ctype: type) -> object:
 
 
 class Rows:
-    """What one decode gave. states: {layer: (n_tokens, n_embd) float32}, taken after steering.
+    """The results of one decode. states: {layer: (n_tokens, n_embd) float32}, taken after steering.
 
     In the last layer only tokens with outputs have rows.
     """
@@ -75,7 +76,8 @@ class Rows:
 
     @property
     def logits(self) -> np.ndarray:
-        """(n_outputs, n_vocab) float32, copied at the first use, which must come before the next decode."""
+        """The logits, (n_outputs, n_vocab) float32, copied at first use, which must come before the next
+        decode."""
         if self._logits is None:
             if self._n_decodes != self._context.n_decodes:
                 raise LocalsteerError(
@@ -88,19 +90,18 @@ class Rows:
 class Context(Handle):
     """A llama_context whose graph can be steered and read, token by token.
 
-    A decode never exceeds one micro-batch: then the k-th row of every layer is the k-th token of the batch
-    (in the last layer: the k-th output), which the hook relies on and checks.
-    n_ctx: cells of all sequences together. kv_unified: they share one cache, and prefixes in it. Otherwise
-    each has its own of n_ctx / n_seq_max cells: attention then steps over no other's, and a common prefix is
-    copied. llama.cpp sorts the rows of such a decode by sequence, so it must hold tokens of one sequence, or
-    one token each of sequences that follow one another: these are sorted already.
-    exact: F32 cache and no flash attention, for comparisons; slower.
-    Raises UnsupportedModelError for models that do not generate text.
+    A decode never exceeds one micro-batch, so the k-th row of every layer is the k-th token of the batch (in
+    the last layer, the k-th output). The hook relies on this, and checks it. n_ctx: cells of all sequences
+    together. kv_unified: they share one cache, and prefixes in it. Otherwise each has its own of n_ctx /
+    n_seq_max cells: attention then runs only over that, and a common prefix is copied. llama.cpp sorts the
+    rows of such a decode by sequence, so it may hold only tokens of one sequence, or one token each of
+    consecutive sequences, which are sorted already. exact: F32 cache and no flash attention, for comparisons;
+    slower. Raises UnsupportedModelError for models that do not generate text.
     """
 
     _what = "context"
     kv_unified = True
-    n_decodes = n_tokens = 0  # calls of llama_decode, and the tokens that they computed
+    n_decodes = n_tokens = 0  # calls of llama_decode, and the tokens they computed
 
     def __init__(
         self,
@@ -131,7 +132,8 @@ class Context(Handle):
         self._prepare()
 
     def opened(self, model: object) -> tuple[object, Hook | None]:
-        """A llama_context of these settings on a llama_model, and its hook, for `take_up` or `discard`."""
+        """A new llama_context with these settings on a llama_model, and its hook, for `take_up` or
+        `discard`."""
         hook = Hook(self.model.n_layer, self.model.n_embd) if self._with_hook else None
         log.clear()
         pointer = lc.llama_init_from_model(model, self._params(self._exact, hook))
@@ -149,7 +151,7 @@ class Context(Handle):
         _free_context(*opened)
 
     def take_up(self, opened: tuple[object, Hook | None]) -> None:
-        """Own it from now on, in the place of what is closed."""
+        """Own this context from now on, instead of the one that is closed."""
         pointer, self._hook = opened
         self._hold(pointer, _free_context)
 
@@ -177,7 +179,7 @@ class Context(Handle):
         params.n_seq_max = self.n_seq_max
         params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = self.kv_unified
-        # the small sliding-window cache forgets what a shared prefix needs, and falls back to permuted rows
+        # the small sliding-window cache forgets what a shared prefix needs, and resorts to permuted rows
         params.swa_full = True
         params.no_perf = True
         if exact:
@@ -191,7 +193,7 @@ class Context(Handle):
     # -- steering --
 
     def _try_layers(self) -> tuple[frozenset[int], str]:
-        """Decode three tokens with all layers wanted, and see at which of them the hook finds its rows."""
+        """Decode three tokens with all layers wanted, and see at which layers the hook finds its rows."""
         why = self.model.why_not_steerable(self.n_seq_max)
         if why:
             return frozenset(), why
@@ -207,9 +209,8 @@ class Context(Handle):
         return layers, self._hook.error()
 
     def probe(self, layers: Sequence[int] | None = None) -> set[int]:
-        """The layers where the hook is proven to find its rows; raises if one of `layers` is not among them.
-
-        Raises UnsupportedModelError with the reason, MismatchError for a layer that the model lacks.
+        """The layers at which the hook is known to find its rows. If one of `layers` is not among them,
+        raises UnsupportedModelError with the reason, or MismatchError for a layer that the model lacks.
         """
         self._check_layers(layers or ())
         return set(self._steerable)
@@ -252,14 +253,14 @@ class Context(Handle):
         capture_tokens: Sequence[bool] | None = None,
         also: Sequence[Sequence[int]] | None = None,
     ) -> Rows:
-        """Run one batch; after an error in here the cache holds rows that can't be trusted: clear them.
+        """Decode one batch. After an error the cache holds rows that can't be trusted: clear it.
 
-        All arguments but `capture` have one entry per token. plans: what steers each token, None = nothing.
-        classes: its PositionClass, needed with plans. capture: layers to record, for the tokens of
+        All arguments except `capture` have one entry per token. plans: what steers each token, None =
+        nothing. classes: its PositionClass, needed with plans. capture: layers to record, for the tokens of
         capture_tokens (all by default); in the last layer, those of them with outputs. also: further
-        sequences that have each token, so that a common beginning is computed once; in a unified cache only,
-        and into sequences that are empty.
-        Raises PromptError (context full, token out of range), MismatchError, UnsupportedModelError.
+        sequences to which each token belongs, so that a common prefix is computed once; only in a unified
+        cache, and into empty sequences. Raises PromptError (context full, token out of range), MismatchError,
+        UnsupportedModelError.
         """
         tokens, positions, seq_ids = (np.asarray(a, dtype=np.int64) for a in (tokens, positions, seq_ids))
         outputs = np.asarray(outputs, dtype=bool)
@@ -277,7 +278,7 @@ class Context(Handle):
         self._check_layers(capture)
         routes = None if plans is None else self._routes(plans, classes, len(outputs))
         try:
-            # in here, so that Ctrl-C leaves no hook behind that is still at work in the next decode
+            # inside the try, so that Ctrl-C leaves no hook that would still act in the next decode
             self._hook.begin(outputs.astype(np.uint8), routes, capture, mask.astype(np.uint8))
             self._llama_decode(tokens, positions, seq_ids, outputs, also)
         finally:
@@ -296,7 +297,7 @@ class Context(Handle):
 
     def _captured(self, layer: int, outputs: np.ndarray, mask: np.ndarray) -> np.ndarray:
         rows = self._hook.captured(layer)
-        # an architecture that keeps all rows to the end answers like the others
+        # makes an architecture that keeps all rows to the end answer like the others
         if layer == self.model.n_layer - 1 and len(rows) == mask.sum():
             rows = rows[outputs[mask]]
         return rows
@@ -304,7 +305,7 @@ class Context(Handle):
     def _check_batch(self, tokens, positions, seq_ids, outputs) -> None:
         n = len(tokens)
         if not 1 <= n <= self.n_batch:
-            raise PromptError(f"a batch of {n} tokens: between 1 and {self.n_batch} are possible.")
+            raise PromptError(f"a batch of {n} tokens is not possible: between 1 and {self.n_batch} are.")
         if not len(positions) == len(seq_ids) == len(outputs) == n:
             raise LocalsteerError("tokens, positions, seq_ids and outputs need one entry per token.")
         self.model._check_token(int(tokens.min()))
@@ -333,7 +334,7 @@ class Context(Handle):
             self._check_seq(seq)
 
     def _check_seq(self, seq: int) -> None:
-        # llama.cpp ends the process for a sequence that it does not have
+        # llama.cpp ends the process for an unknown sequence
         if not 0 <= seq < self.n_seq_max:
             raise LocalsteerError(f"sequence {seq} does not exist: this context has {self.n_seq_max}.")
 
@@ -344,7 +345,7 @@ class Context(Handle):
         self.n_tokens += len(tokens)
         self._outputs = np.zeros(0, dtype=np.int64)
         status = lc.llama_decode(self.pointer, batch)
-        if self.model.hosts:  # what is computed without one of them is worthless
+        if self.model.hosts:  # results without one of the hosts are worthless
             lc.llama_synchronize(self.pointer)
             self.model.hosts.check()
         if status == 1:
@@ -356,7 +357,7 @@ class Context(Handle):
         self._outputs = np.flatnonzero(outputs)
 
     def all_logits(self) -> np.ndarray:
-        """(n_outputs, n_vocab) float32: a view that the next decode overwrites."""
+        """The logits, (n_outputs, n_vocab) float32: a view that the next decode overwrites."""
         shape = (len(self._outputs), self.model.n_vocab)
         if shape[0] == 0:
             return np.zeros(shape, dtype=np.float32)
@@ -372,13 +373,14 @@ class Context(Handle):
         lc.llama_memory_clear(self._live_memory(), True)
 
     def seq_rm(self, seq: int, p0: int = 0, p1: int = -1) -> bool:
-        """Forget positions [p0, p1) of a sequence; False where a model's cache can't forget a part."""
+        """Forget positions [p0, p1) of a sequence. Returns False if the model's cache can't forget a part."""
         self._check_seq(seq)
         return bool(lc.llama_memory_seq_rm(self._live_memory(), seq, p0, p1))
 
     def seq_cp(self, src: int, dst: int, p1: int = -1) -> None:
-        """Let dst, which is empty, begin with positions [0, p1) of src. In a unified cache nothing is copied;
-        between separate ones llama.cpp knows no part: it copies all, at the next decode."""
+        """Make dst, which is empty, begin with positions [0, p1) of src. In a unified cache nothing is
+        copied; between separate ones llama.cpp can't copy a part: it copies everything, at the next
+        decode."""
         self._check_seq(src)
         self._check_seq(dst)
         if self.kv_unified:
@@ -399,7 +401,8 @@ def _context_size(model: Model, n_ctx: int | None) -> int:
 
 
 def _check_memory(model: Model, n_ctx: int, exact: bool) -> None:
-    """The system would end the process in the middle of filling a cache that it promised but doesn't have."""
+    """Raise LocalsteerError for a cache larger than this machine's memory: the system would allow it, and end
+    the process while it is filled."""
     gigabytes = n_ctx * model.cache_bytes(4 if exact else 2) / 2**30
     present = total_memory() / 2**30
     if gigabytes > present:
@@ -412,4 +415,4 @@ def _check_memory(model: Model, n_ctx: int, exact: bool) -> None:
 def _free_context(pointer: object, hook: Hook | None) -> None:
     lc.llama_free(pointer)
     if hook:
-        hook.close()  # after the context, which may call it until the end
+        hook.close()  # after the context, which may call the hook until it is freed

@@ -1,4 +1,4 @@
-"""One vector for a text, from a model whose file says how its states are pooled."""
+"""Embeddings: one vector for a text, from a model whose file says how its states are pooled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _POOLED = {1: "mean", 2: "cls", 3: "last"}  # llama_pooling_type; 0 is none, 4 r
 
 
 def pooling_of(model: Model) -> str | None:
-    """`mean`, `cls` or `last`; None for a model that was not made for embeddings."""
+    """The pooling type, `mean`, `cls` or `last`; None for a model that was not made for embeddings."""
     try:
         return _POOLED.get(int(model.metadata.get(f"{model.architecture}.pooling_type", "0")))
     except ValueError:
@@ -25,7 +25,7 @@ def pooling_of(model: Model) -> str | None:
 
 
 class Embedder(Handle):
-    """A context of its own on a model, for pooled states after the final norm. Calls wait for each other.
+    """A separate context on a model, for pooled states after the final norm. Calls wait for each other.
 
     Raises UnsupportedModelError for a model without a pooling type in its file.
     """
@@ -35,7 +35,7 @@ class Embedder(Handle):
     def __init__(self, model: Model, *, n_ctx: int = 2048, n_threads: int | None = None) -> None:
         if pooling_of(model) is None:
             raise UnsupportedModelError(
-                f"{model.path.name} gives no embeddings: its file names no pooling type."
+                f"{model.path.name} can't make embeddings: its file names no pooling type."
             )
         self.model = model
         self.n_ctx = min(n_ctx, model.n_ctx_train)
@@ -54,10 +54,10 @@ class Embedder(Handle):
         self._lock = threading.Lock()
 
     def embed(self, tokens: Sequence[int]) -> np.ndarray:
-        """(n_embd_out,) float32 of length 1. Raises PromptError for no tokens, or too many."""
+        """The embedding, (n_embd_out,) float32 of length 1. Raises PromptError for no tokens, or too many."""
         n = len(tokens)
         if not 1 <= n <= self.n_ctx:
-            raise PromptError(f"a text for an embedding has 1 to {self.n_ctx} tokens, not {n}.")
+            raise PromptError(f"a text for an embedding must have 1 to {self.n_ctx} tokens, not {n}.")
         self.model._check_token(min(tokens))
         self.model._check_token(max(tokens))
         with self._lock:
@@ -66,10 +66,10 @@ class Embedder(Handle):
             batch = self._batch.filled(tokens, np.arange(n), np.zeros(n, np.int32), every)
             if lc.llama_decode(self.pointer, batch) != 0:
                 raise LocalsteerError(f"llama.cpp could not embed a text: {log.why()}.")
-            found = lc.llama_get_embeddings_seq(self.pointer, 0)
-            if not found:
+            pooled = lc.llama_get_embeddings_seq(self.pointer, 0)
+            if not pooled:
                 raise LocalsteerError(f"{self.model.path.name} gave no embedding.")
-            values = np.ctypeslib.as_array(found, shape=(lc.llama_model_n_embd(self.model.pointer),)).copy()
+            values = np.ctypeslib.as_array(pooled, shape=(lc.llama_model_n_embd(self.model.pointer),)).copy()
         length = np.linalg.norm(values.astype(np.float64))
         if not np.isfinite(length) or length == 0:
             raise LocalsteerError(f"{self.model.path.name} gave an embedding that is not finite.")

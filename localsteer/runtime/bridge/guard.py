@@ -1,9 +1,9 @@
-"""Before a model file is loaded into this process: what is wrong with it, as far as one can know.
+"""Checks a model file before it is loaded into this process.
 
-llama.cpp ends the process for much of what can be wrong with a file. So its header is checked
-(model_header.py), and the first load of a file that has not been seen here happens in a process of its own
-(trial.py). How that went is kept in the cache folder, under a fingerprint of the file; the second time costs
-some milliseconds. LOCALSTEER_MODEL_CHECK=header leaves the trial out, =off the header as well.
+llama.cpp ends the process for many faults of a file. Its header is therefore checked (model_header.py), and a
+file that is new here is first loaded in a separate process (trial.py). The outcome is kept in the cache
+folder, under a fingerprint of the file; the second time, the check takes a few milliseconds.
+LOCALSTEER_MODEL_CHECK=header skips the trial, =off the header as well.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from ..broken import OTHER_CPU, is_illegal_instruction
 
 VARIABLE = "LOCALSTEER_MODEL_CHECK"
 FULL, HEADER, OFF = "full", "header", "off"
-# Files that were tried before this was released: size, and sha256 of all of it
+# Files that were tried before the release: size, and sha256 of the whole file
 KNOWN = {98362432: ("b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",)}
-WHOLE_BYTES = 16 << 20  # a file up to this size is part of its fingerprint as a whole
+WHOLE_BYTES = 16 << 20  # a file up to this size is hashed completely
 N_SAMPLES, SAMPLE_BYTES, EDGE_BYTES = 64, 4096, 1 << 20
-SECONDS, BYTES_PER_SECOND = 60.0, 20e6  # a trial may take that long, and its file to be read at this speed
-_SHOWN = 300  # characters of what llama.cpp says
+# a trial may take this long, plus the time to read its file at this speed
+SECONDS, BYTES_PER_SECOND = 60.0, 20e6
+_SHOWN = 300  # characters of llama.cpp's message
 _ADVICE = "the file is damaged or hostile: copy or download it again, or use another model."
 logger = logging.getLogger("localsteer")
 
 
 @dataclass(frozen=True)
 class Load:
-    """How a model is to be loaded, as far as it matters to whether that ends well."""
+    """How a model is loaded, as far as it affects whether the load succeeds."""
 
     n_gpu_layers: int
     use_extra_bufts: bool
@@ -49,14 +50,15 @@ class Load:
 
 
 class TrialError(Exception):
-    """A trial that says nothing about its file: it could not begin, or had no time or memory."""
+    """A trial that says nothing about the file: it could not begin, or ran out of time or memory."""
 
 
 def check_file(path: Path, load: Load, *, again: bool = False, can_try: bool = True) -> None:
-    """Raise ModelFileError, one line, for a file that llama.cpp can't load, or would end the process with.
+    """Raise ModelFileError, one line, for a file that llama.cpp can't load, or for which it would end the
+    process.
 
-    again: try a file even if it is known, or trials are left out. can_try: False for one that is too large
-    for this machine: its header is checked.
+    again: try the file even if it is known, or trials are off. can_try: False for a file that is too large
+    for this machine; then only its header is checked.
     """
     mode = _mode()
     _check_magic(path)
@@ -84,10 +86,10 @@ def _mode() -> str:
 
 
 def _check_magic(path: Path) -> None:
-    """llama.cpp's own messages for these are about its internals."""
+    """Raise ModelFileError for files whose message from llama.cpp would be about its internals."""
     try:
         if path.is_fifo() or path.is_char_device():
-            raise ModelFileError(f"{path} is a pipe or a device: give a file.")
+            raise ModelFileError(f"{path} is a pipe or a device: name a file.")
         with open(path, "rb") as file:
             magic = file.read(4)
     except OSError as error:
@@ -95,7 +97,7 @@ def _check_magic(path: Path) -> None:
     except ValueError:  # a NUL in the name
         raise ModelFileError(f"{str(path)!r} can't be the name of a file.") from None
     if magic != b"GGUF":
-        raise ModelFileError(f"{path} is not a GGUF file: give a model in llama.cpp's format.")
+        raise ModelFileError(f"{path} is not a GGUF file: use a model in llama.cpp's format.")
 
 
 def _header_length(path: Path) -> int:
@@ -113,7 +115,7 @@ def _stamp(path: Path, load: Load) -> tuple[Any, ...]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether this project has made the file itself, and it is what was written then."""
+    """Whether localsteer made the file itself, and it is unchanged."""
     try:
         ours = path.resolve().is_relative_to((cache_folder() / "models").resolve())
     except LocalsteerError:
@@ -144,9 +146,9 @@ def _check_unknown(path: Path, load: Load, again: bool) -> None:
 
 
 def _fingerprint(path: Path, load: Load) -> str:
-    """Of a file and of how it is loaded. A large file by its size, time, ends and samples: a copy that was
-    cut short or overwritten is another file, and so is one that was changed by a program that does not set
-    the time back."""
+    """A fingerprint of a file and of how it is loaded. A large file counts by its size, time, ends and
+    samples: a copy that was cut short or overwritten has another fingerprint, and so has a file changed by
+    any program that does not set the time back."""
     versions = [importlib.metadata.version("llama-cpp-python"), asdict(load), _trial_digest()]
     digest = hashlib.blake2b(json.dumps(versions).encode(), digest_size=20)
     for part in _parts(path):
@@ -165,19 +167,19 @@ def _fingerprint(path: Path, load: Load) -> str:
 
 
 def _trial_digest() -> str:
-    """Another version of the trial, or of the check before it, tries every file again."""
+    """The version of the trial and of the check before it: with another one, every file is tried again."""
     folder = Path(__file__).parent
     sources = (folder / "trial.py", Path(errors.__file__).with_name("model_header.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def _parts(path: Path) -> list[Path]:
-    """All files of a model that is split into several: llama.cpp finds the others by their names."""
+    """All files of a model that is split into several, which llama.cpp finds by their names."""
     match = re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\.gguf)", path.name)
     if not match:
         return [path]
-    found = path.parent.glob(f"{_escaped(match[1])}[0-9][0-9][0-9][0-9][0-9]{_escaped(match[2])}")
-    return sorted({path, *found})
+    files = path.parent.glob(f"{_escaped(match[1])}[0-9][0-9][0-9][0-9][0-9]{_escaped(match[2])}")
+    return sorted({path, *files})
 
 
 def _escaped(name: str) -> str:
@@ -203,7 +205,7 @@ class _Outcome(TypedDict):
 
 
 def _read_outcome(fingerprint: str, path: Path) -> _Outcome | None:
-    """None where nothing is known, or the header is not the one that was tried."""
+    """The outcome of an earlier trial; None if there was none, or the header has changed since."""
     try:
         outcome = json.loads(_outcome_path(fingerprint).read_text("utf-8"))
         length, digest, refused = outcome["header"], outcome["digest"], outcome["refused"]
@@ -214,7 +216,7 @@ def _read_outcome(fingerprint: str, path: Path) -> _Outcome | None:
 
 
 def _keep_outcome(fingerprint: str, outcome: _Outcome) -> None:
-    # a folder that can't be written costs another trial, nothing else
+    # if the folder can't be written, the only price is another trial
     with contextlib.suppress(OSError, LocalsteerError), atomic_path(_outcome_path(fingerprint)) as temporary:
         temporary.write_text(json.dumps(outcome), "utf-8")
 
@@ -227,11 +229,12 @@ def _is_known(path: Path) -> bool:
 
 
 def _try(path: Path, load: Load) -> str | None:
-    """Load it in a process of its own. Returns why it can't be used, as llama.cpp's end says; None: it can.
+    """Load a file in a separate process. Returns why it can't be used, according to how llama.cpp ended, or
+    None.
 
-    Raises TrialError, and the error of this project that the file was refused by there.
+    Raises TrialError, and the localsteer error with which the file was refused there.
     """
-    if not sys.executable:  # Python inside of another program
+    if not sys.executable:  # Python embedded in another program
         return None
     seconds = SECONDS + path.stat().st_size / BYTES_PER_SECOND
     try:
@@ -240,9 +243,11 @@ def _try(path: Path, load: Load) -> str | None:
             stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, env=_environment(),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise TrialError(f"llama.cpp is not done with it after {seconds:.0f} s; {_ADVICE}") from None
+        raise TrialError(f"llama.cpp has not finished loading it after {seconds:.0f} s; {_ADVICE}") from None
     except OSError as error:
-        logger.warning(f"{path.name} is loaded untried: no process for it ({error.strerror or error}).")
+        logger.warning(
+            f"{path.name} is loaded without a trial: no process could be started ({error.strerror or error})."
+        )
         return None
     stage, _, said = done.stdout.decode("utf-8", "replace").rstrip("\n").rpartition("\n")[2].partition(" ")
     if done.returncode == 0 and stage == "done":
@@ -252,19 +257,20 @@ def _try(path: Path, load: Load) -> str | None:
         raise getattr(errors, name)(message)
     stderr = done.stderr.decode("utf-8", "replace")
     if not stage:
-        logger.warning(f"{path.name} is loaded untried: {_one_line(stderr)[-_SHOWN:]}")
+        logger.warning(f"{path.name} is loaded without a trial: {_one_line(stderr)[-_SHOWN:]}")
         return None
     if done.returncode == -getattr(signal, "SIGKILL", 9):
-        raise TrialError("the system killed llama.cpp for it (no memory?): use a smaller model.")
+        raise TrialError("the system killed llama.cpp while it loaded it (no memory?): use a smaller model.")
     if is_illegal_instruction(done.returncode):
-        raise TrialError(OTHER_CPU)  # nothing that the file could help
+        raise TrialError(OTHER_CPU)  # not the fault of the file
     if done.returncode > 0 and "Traceback" in stderr:
         return f"{_one_line(stderr.splitlines()[-1])}; {_ADVICE}"
     return f"llama.cpp ends the process with {_last_words(stderr, done.returncode)}; {_ADVICE}"
 
 
 def _job(path: Path, load: Load) -> str:
-    """What the other process is told. It finds packages where this one has them, without their imports."""
+    """The command for the other process. It finds packages where this one does, without importing all of
+    them."""
     package = __package__ or "localsteer.runtime.bridge"
     parts = package.split(".")
     stubs = [".".join(parts[: n + 1]) for n in range(len(parts))]
@@ -286,18 +292,18 @@ def _job(path: Path, load: Load) -> str:
 
 
 def _environment() -> dict[str, str]:
-    # without a backtrace, for which ggml starts a debugger if there is one
+    # without a backtrace, for which ggml would start a debugger if there is one
     ours = {VARIABLE: OFF, "GGML_NO_BACKTRACE": "1", "PYTHONIOENCODING": "utf-8"}
     return {"GOMP_SPINCOUNT": "1000", **os.environ, **ours}
 
 
 def _last_words(stderr: str, status: int) -> str:
-    """What llama.cpp said as it ended: an assertion, an exception that nobody caught, or else the signal."""
+    """What llama.cpp said as it ended: an assertion, an uncaught exception, or otherwise the signal."""
     lines = [line.strip() for line in stderr.splitlines()]
     for pattern in (r"GGML_(?:ASSERT|ABORT)", r"\.(?:c|cpp|h|cc):\d+: ", r"^what\(\):", "^terminate called"):
-        found = next((line for line in lines if re.search(pattern, line)), None)
-        if found:
-            words = re.sub(r"^what\(\): *|^\S*?\.(?:c|cpp|h|cc):\d+: ", "", found)
+        last_words = next((line for line in lines if re.search(pattern, line)), None)
+        if last_words:
+            words = re.sub(r"^what\(\): *|^\S*?\.(?:c|cpp|h|cc):\d+: ", "", last_words)
             return f'"{_one_line(words)[:_SHOWN]}"'
     with contextlib.suppress(ValueError):
         return signal.Signals(-status).name

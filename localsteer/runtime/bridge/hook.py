@@ -1,4 +1,4 @@
-"""The native hook (native/eval_callback.cpp) from Python: compiled plans in, captured rows out."""
+"""The native hook (native/eval_callback.cpp) from Python: takes compiled plans, returns captured rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from .library import text_of
 if TYPE_CHECKING:
     from ...plan import Plan, Program
 
-MAX_ROUTES = 256  # compiled (plan, class) pairs kept by a context before all are dropped and rebuilt
+# compiled (plan, class) pairs that a context keeps before it drops them all and starts again
+MAX_ROUTES = 256
 
 
 class Accessors(ctypes.Structure):
@@ -40,15 +41,15 @@ class Accessors(ctypes.Structure):
     @classmethod
     def of_loaded_library(cls) -> Accessors:
         # dlsym on libllama also searches the libraries it was linked with: the one ggml of this process.
-        # Opening libggml by file name could map a second one, llama-cpp-python installs it under three names
+        # Opening libggml by file name could map a second copy: llama-cpp-python installs it under three names
         lib = lc._lib
-        if sys.platform == "win32":  # GetProcAddress does not; untested
+        if sys.platform == "win32":  # GetProcAddress does not search them; untested
             lib = ctypes.CDLL(str(Path(lc._lib._name).parent / "ggml-base.dll"))
-        found = {name: ctypes.cast(getattr(lib, name), ctypes.c_void_p) for name, _ in cls._fields_}
-        return cls(**found)
+        addresses = {name: ctypes.cast(getattr(lib, name), ctypes.c_void_p) for name, _ in cls._fields_}
+        return cls(**addresses)
 
 
-# of a Program, in the order of localsteer_route_program
+# fields of a Program, in the order of localsteer_route_program
 _ARRAYS = (
     ("readers", np.float32), ("biases", np.float64), ("writers", np.float32), ("normalised", np.uint8),
     ("one_sided", np.uint8), ("caps", np.float32),
@@ -69,7 +70,7 @@ _NATIVE_FUNCTIONS = {
 
 
 def load_native() -> ctypes.CDLL:
-    """LOCALSTEER_NATIVE names another build of it, like the one that native/sanitize.sh makes."""
+    """The native library; LOCALSTEER_NATIVE names another build, such as that of native/sanitize.sh."""
     suffix = ".dll" if sys.platform == "win32" else ".so"
     package = sys.modules[__package__.partition(".")[0]]
     # an editable install spreads the package over two folders
@@ -94,7 +95,7 @@ def _address(array: np.ndarray | None) -> int | None:
 
 
 class Hook:
-    """Owner of one native hook: compiled plans, what each token of the batch gets, what was captured."""
+    """Owns one native hook: compiled plans, the route of each token of the batch, what was captured."""
 
     DONE = 1  # layer_status in native/eval_callback.cpp
 
@@ -124,11 +125,11 @@ class Hook:
         return text_of(self._lib.localsteer_error(self._pointer))
 
     def routes(self, plans: Sequence[Plan | None], classes: Sequence[int]) -> np.ndarray:
-        """The compiled route of each token, -1 = left alone. (n_tokens,) int32."""
+        """The compiled route of each token, (n_tokens,) int32; -1 means not steered."""
         if len(self._routes) > MAX_ROUTES:
             self._lib.localsteer_routes_clear(self._pointer)
             self._routes.clear()
-        # a batch holds few different plans: go through Python's hashing once for each (plan object, class)
+        # a batch has few different plans, so plans are hashed only once for each (plan object, class)
         known: dict[tuple[int, int], int] = {}
         result = np.full(len(plans), -1, dtype=np.int32)
         for i, (plan, cls) in enumerate(zip(plans, classes, strict=True)):
@@ -157,7 +158,7 @@ class Hook:
         return route
 
     def _add_program(self, route: int, layer: int, program: Program) -> None:
-        # held in a local: the native side copies, but not before the call
+        # kept in a local until the native side has copied it
         held = [np.ascontiguousarray(getattr(program, name), dtype) for name, dtype in _ARRAYS]
         arrays = [_address(array) for array in held]
         n_rows, n_solved, ridge = len(program.biases), program.n_solved, float(program.ridge)

@@ -1,4 +1,4 @@
-"""llama.cpp as a library: its log, its version, what it was compiled for, and the owners of its handles."""
+"""llama.cpp as a library: its log, its version, what it was compiled for, and owners for its handles."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 # Notices for the user; without a handler Python prints warnings to stderr as they are.
 logger = logging.getLogger("localsteer")
 
-# The versions whose graph node names and row order the tests of this release have checked: [first, next).
+# The versions whose graph node names and row order are checked by this release's tests: [first, next).
 LLAMA_CPP_VERSIONS = ((0, 3, 36), (0, 3, 37))
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
 
 class Log:
-    """Keeps llama.cpp quiet, and its last error lines for our own messages."""
+    """Keeps llama.cpp quiet, and saves its last error lines for localsteer's messages."""
 
     ERROR, CONT = 4, 5  # enum ggml_log_level: NONE, DEBUG, INFO, WARN, ERROR, CONT
     KEPT = 8
@@ -46,12 +46,13 @@ class Log:
             self.lines.append(text.decode("utf-8", "replace").strip())
 
     def clear(self) -> None:
-        """Forget, before a call whose errors are wanted. llama.cpp has one log, others may have taken it."""
+        """Forget earlier errors, before a call whose errors matter. llama.cpp has one log, so take it over
+        again."""
         self.lines.clear()
         lc.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def why(self) -> str:
-        """The first error line since clear(): llama.cpp reports the cause first, then who gave up on it."""
+        """The first error line since clear(): llama.cpp reports the cause first, then its consequences."""
         return re.sub(r"^\w+: ", "", self.lines[0]) if self.lines else "llama.cpp gives no reason"
 
 
@@ -61,8 +62,8 @@ log = Log()
 def check_version() -> None:
     version = importlib.metadata.version("llama-cpp-python")
     first, after = LLAMA_CPP_VERSIONS
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if not first <= found < after:
+    installed = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if not first <= installed < after:
         wanted = ".".join(map(str, first))
         raise LocalsteerError(
             f"llama-cpp-python {version} is installed, localsteer is tested with {wanted}: "
@@ -75,7 +76,7 @@ def text_of(raw: bytes | None) -> str:
 
 
 def system_info() -> dict[str, str]:
-    """Versions and CPU features that llama.cpp was compiled with, e.g. {"CPU.AVX2": "1"}."""
+    """The versions and CPU features that llama.cpp was compiled with, e.g. {"CPU.AVX2": "1"}."""
     info = {"llama-cpp-python": importlib.metadata.version("llama-cpp-python")}
     backend = ""
     for part in text_of(lc.llama_print_system_info()).split("|"):
@@ -93,15 +94,15 @@ def has_amx(info: str) -> bool:
 
 
 def choose_extra_bufts(info: str, asked: bool | None) -> tuple[bool, str | None]:
-    """(use_extra_bufts, notice). GCC 12 miscompiles llama.cpp's AMX kernels: any prefill kills it.
+    """Returns (use_extra_bufts, notice). GCC 12 miscompiles llama.cpp's AMX kernels: any prefill crashes.
 
-    Weight repacking brings those kernels in, so it stays off where they are compiled in and nobody asked.
+    Weight repacking uses these kernels, so it stays off if they are compiled in, unless it was asked for.
     """
     if asked is not None or not has_amx(info):
         return (True if asked is None else asked), None
     return False, (
         "this llama.cpp has AMX kernels, which crash if GCC 12 compiled them: weight repacking "
-        "is off (up to a third slower prefill); `localsteer doctor` tells how to build for full speed."
+        "is off (prefill is up to a third slower); `localsteer doctor` says how to build for full speed."
     )
 
 
@@ -115,19 +116,20 @@ def notice_once(text: str | None) -> None:
 
 
 def check_threads(n_threads: int | None) -> None:
-    """Raise LocalsteerError for more threads than ggml is made for: very many end the process."""
+    """Raise LocalsteerError for more threads than ggml supports, with which it would end the process."""
     if n_threads is not None and not 0 <= n_threads <= MAX_THREADS:
         raise LocalsteerError(f"the number of threads must be 1 to {MAX_THREADS}, not {n_threads}.")
 
 
 def default_threads() -> int:
-    """Cores this process may use; half of them above four, where most machines count each core twice."""
+    """The number of cores this process may use; above four, half of it, since most machines count a core
+    twice."""
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return n if n <= 4 else n // 2
 
 
 def total_memory() -> float:
-    """Bytes of main memory, inf where the system does not tell."""
+    """Bytes of main memory; inf if the system does not say."""
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, OSError, ValueError):
@@ -135,7 +137,8 @@ def total_memory() -> float:
 
 
 class Handle:
-    """close(), `with`, and freeing at the latest when Python ends; use after close raises."""
+    """Owns a native handle: close() and `with` free it, at the latest when Python ends. Use after close
+    raises."""
 
     _free: weakref.finalize
     _pointer: object
@@ -148,13 +151,14 @@ class Handle:
         return self._pointer
 
     def _depend_on(self, model: Model, free: Callable[..., object], *arguments: object) -> None:
-        """To be freed by free(*arguments), and before the model, whichever of them is closed or dropped."""
-        # the finalizer holds the model: the garbage collector takes the objects of a cycle in any order
+        """Take a handle to be freed by free(*arguments), before the model, in whatever order they are
+        closed."""
+        # the finalizer keeps the model alive: the garbage collector takes the objects of a cycle in any order
         self._free = weakref.finalize(self, _free_before, model, free, *arguments)
         model._dependents.add(self)
 
     def close(self) -> None:
-        """Free it; a second call does nothing."""
+        """Free the handle; a second call does nothing."""
         self._free()
 
     def __enter__(self):

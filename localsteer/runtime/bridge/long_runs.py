@@ -1,12 +1,13 @@
-"""Texts cut where llama.cpp's tokenizer would end the process: many of its pre-tokenizers match a word by
-std::regex, which goes one call deeper for each character and is out of stack after some 25,000."""
+"""Cuts texts on which llama.cpp's tokenizer would end the process: many of its pre-tokenizers match a word
+with std::regex, which recurses once per character and runs out of stack after some 25,000."""
 
 from __future__ import annotations
 
 import re
 
-MAX_RUN = 8192  # characters without a blank, or blanks in a row; less than half of what 4 MB of stack bear
-# `tokenizer.ggml.pre` of vocabularies that are cut by loops of llama.cpp's own, or in single characters
+# characters without a blank, or blanks in a row; less than half of what 4 MB of stack can take
+MAX_RUN = 8192
+# `tokenizer.ggml.pre` of vocabularies that llama.cpp cuts with its own loops, or into single characters
 SAFE = frozenset(
     ("gpt-2", "llama3", "llama-v3", "llama-bpe", "qwen2", "smollm", "starcoder", "command-r", "refact")
 )
@@ -14,17 +15,17 @@ _RUN = re.compile(r"\S+|\s+")
 
 
 def pieces(text: str) -> list[str]:
-    """The text in pieces that hold no longer run, cut between letters and others where that can be had."""
+    """The text in pieces without longer runs, cut between a letter and another character if possible."""
     if len(text) <= MAX_RUN:
         return [text]
-    found, start = [], 0
+    cut, start = [], 0
     for run in _RUN.finditer(text):
         at, end = run.span()
         while end - at > MAX_RUN:
             at = _boundary(text, at + MAX_RUN // 2, at + MAX_RUN)
-            found.append(text[start:at])
+            cut.append(text[start:at])
             start = at
-    return [*found, text[start:]]
+    return [*cut, text[start:]]
 
 
 def _boundary(text: str, low: int, high: int) -> int:

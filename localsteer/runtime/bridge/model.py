@@ -33,21 +33,21 @@ if TYPE_CHECKING:
     from ..rpc import Hosts
     from .context import Context
 
-ALL_LAYERS = 9999  # more than any model has, and so all of them, its last matrix too
-# Architectures whose graph node `l_out` is something else than what a layer gives
+ALL_LAYERS = 9999  # more than any model has: all layers, and the last matrix too
+# Architectures whose graph node `l_out` is not the output of a layer
 NO_RESIDUAL = ("nemotron_h", "nemotron_h_moe")
 
 
 class Model(Handle):
-    """A GGUF model. hosts: where its layers lie and are computed, with what the model's file holds sent
-    there; they are closed with it. n_gpu_layers: None is none, and all of them with hosts.
+    """A GGUF model. hosts: where its layers are stored and computed, after the weights have been sent there;
+    they are closed with the model. n_gpu_layers: None means none, but all of them with hosts.
 
-    Raises ModelFileError for a file that is missing, truncated, or no model, and HostError.
+    Raises ModelFileError for a file that is missing, truncated, or not a model, and HostError.
     """
 
     _what = "model"
     hosts: Hosts | None = None
-    _texts: object = None  # of a model on hosts: another one on this machine, for its vocabulary alone
+    _texts: object = None  # for a model on hosts: another one on this machine, only for its vocabulary
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Model(Handle):
         self.path = Path(path)
         self.n_gpu_layers = (ALL_LAYERS if hosts else 0) if n_gpu_layers is None else n_gpu_layers
         if hosts and self.n_gpu_layers == 0:
-            raise LocalsteerError("0 layers on the hosts of --rpc leave nothing to them: leave -ngl out.")
+            raise LocalsteerError("-ngl 0 leaves no layers to the hosts of --rpc: leave it out.")
         load = check_gguf(
             self.path,
             n_gpu_layers=0 if hosts else self.n_gpu_layers,
@@ -70,7 +70,7 @@ class Model(Handle):
             fits=not hosts or _fits(self.path),
         )
         self._extra_bufts = load.use_extra_bufts
-        if hosts:  # tokens can be had at any time, also while the hosts are gone
+        if hosts:  # tokens are available at any time, even while the hosts are lost
             self._texts = self._load(None, vocab_only=True)
             self._free_texts = weakref.finalize(self, lc.llama_model_free, self._texts)
         self._take(*self._loaded(hosts, on_progress))
@@ -79,7 +79,7 @@ class Model(Handle):
     def _loaded(
         self, hosts: Hosts | None, on_progress: Callable[[float], None] | None = None
     ) -> tuple[object, Callable[[object], object]]:
-        """A pointer, and what frees it; its hosts are left then, too."""
+        """A pointer to the loaded model, and the function that frees it and leaves its hosts."""
         pointer = self._load(hosts, on_progress=on_progress)
         return pointer, lc.llama_model_free if hosts is None else partial(_free_remote, hosts)
 
@@ -90,7 +90,7 @@ class Model(Handle):
         vocab_only: bool = False,
         on_progress: Callable[[float], None] | None = None,
     ) -> object:
-        """A pointer to the loaded model, which somebody must free."""
+        """A pointer to the loaded model, which the caller must free."""
         params = lc.llama_model_default_params()
         params.n_gpu_layers = self.n_gpu_layers
         params.use_extra_bufts = self._extra_bufts
@@ -112,13 +112,15 @@ class Model(Handle):
         if not pointer:
             why = hosts.named(log.why()) if hosts else log.why()
             if "'controlvector'" in why:
-                raise ModelFileError(f"{self.path} is a control vector: give a model, and steer it by this.")
+                raise ModelFileError(
+                    f"{self.path} is a control vector: name a model here, and steer it by this file."
+                )
             raise ModelFileError(f"{self.path} can't be loaded: {why}.")
         return pointer
 
     def reload(self, contexts: Sequence[Context]) -> None:
-        """Load it once more, on hosts that are back, with a new and empty inside for each of `contexts`; what
-        else depends on the model is closed. All or nothing. Raises HostError."""
+        """Load the model again on hosts that are back, with a new, empty llama_context for each of
+        `contexts`; anything else that depends on the model is closed. All or nothing. Raises HostError."""
         hosts = self.hosts.renewed()
         free, inner = hosts.close, []
         try:
@@ -139,8 +141,8 @@ class Model(Handle):
 
     def _take(self, pointer: object, free: Callable[[object], object]) -> None:
         self._hold(pointer, free)
-        self._characters: frozenset[str] | None = None  # found at the first text
-        self._spellings: Spellings | None = None  # the same
+        self._characters: frozenset[str] | None = None  # computed at the first text
+        self._spellings: Spellings | None = None  # likewise
         self._read_shape()
         self.metadata = self._read_metadata()
         self.architecture = self.metadata.get("general.architecture", "")
@@ -162,13 +164,14 @@ class Model(Handle):
         self.add_bos = bool(lc.llama_vocab_get_add_bos(vocab))
         fills_in = (lc.llama_vocab_fim_pre, lc.llama_vocab_fim_suf, lc.llama_vocab_fim_mid)
         signs = tuple(sign(vocab) for sign in fills_in)
-        # before what stands before a gap, before what follows it, and before the gap; None: it fills none in
+        # marks before the text before a gap, before the text after it, and before the gap; None: can't fill
+        # gaps
         self.fill_in_tokens: tuple[int, ...] | None = None if -1 in signs else signs
         # -1 = no rotary embedding: a table of n_ctx_train positions, and reading past its end aborts
         self.has_position_table = lc.llama_model_rope_type(self._pointer) == lc.LLAMA_ROPE_TYPE_NONE
 
     def _read_metadata(self) -> dict[str, str]:
-        """GGUF key-values as llama.cpp prints them; long arrays are cut short by it."""
+        """GGUF key-values as llama.cpp prints them; it cuts long arrays short."""
         count = lc.llama_model_meta_count(self._pointer)
         return {
             self._sized_text(lc.llama_model_meta_key_by_index, i): self._sized_text(
@@ -191,22 +194,23 @@ class Model(Handle):
 
     @property
     def vocab(self) -> object:
-        if self._texts and self._free_texts.alive:  # whatever becomes of the hosts meanwhile
+        if self._texts and self._free_texts.alive:  # whatever happens to the hosts meanwhile
             return self._vocab
         return self.pointer and self._vocab
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """add_special: BOS and the like as the model wants them; off for text from a chat template.
+        """Token ids of a text. add_special: add BOS and the like as the model wants; off for text from a chat
+        template.
 
-        Raises PromptError for what the vocabulary can't spell, and for a model that has none.
+        Raises PromptError for what the vocabulary can't spell, and for a model without a vocabulary.
         """
         if not self.has_vocabulary:
-            raise PromptError(f"{self.path.name} has no tokenizer: it takes token ids alone.")
+            raise PromptError(f"{self.path.name} has no tokenizer: it takes only token ids.")
         try:
             raw = text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise PromptError(
-                f"the text holds {text[error.start]!r}, which is no Unicode character."
+                f"the text holds {text[error.start]!r}, which is not a Unicode character."
             ) from None
         self._check_characters(text)
         self._check_bytes(raw)
@@ -217,7 +221,8 @@ class Model(Handle):
         return tokens
 
     def _tokens_of(self, text: str, raw: bytes, add_special: bool, parse_special: bool) -> list[int]:
-        """A text with a very long word is cut (long_runs.py); what is special then goes around its pieces."""
+        """Token ids of a text. One with a very long word is cut (long_runs.py), with special tokens around
+        the pieces."""
         pieces = self.safe_pieces(text)
         if len(pieces) == 1:
             return self._tokens(raw, add_special, parse_special)
@@ -227,13 +232,14 @@ class Model(Handle):
         return [*first, *tokens, *last]
 
     def safe_pieces(self, text: str) -> list[str]:
-        """The text as it may be given to llama.cpp's tokenizer: whole, but for a very long word."""
+        """The pieces in which llama.cpp's tokenizer may get a text: one, unless it has a very long word."""
         is_bpe = lc.llama_vocab_type(self.vocab) == lc.LLAMA_VOCAB_TYPE_BPE
         is_safe = not is_bpe or self.metadata.get("tokenizer.ggml.pre") in long_runs.SAFE
         return [text] if is_safe else long_runs.pieces(text)
 
     def _tokens(self, raw: bytes, add_special: bool, parse_special: bool) -> list[int]:
-        """-1 where a vocabulary has neither a token nor bytes for a character."""
+        """Token ids of a text's bytes; -1 for a character for which the vocabulary has neither token nor
+        bytes."""
         size = len(raw) + 8
         while True:
             buffer = (lc.llama_token * size)()
@@ -244,12 +250,13 @@ class Model(Handle):
 
     @property
     def has_vocabulary(self) -> bool:
-        """llama.cpp ends the process when a file without a tokenizer is asked for the text of a token."""
+        """Whether there is a vocabulary; llama.cpp ends the process if asked for a token's text without
+        one."""
         return lc.llama_vocab_type(self.vocab) != lc.LLAMA_VOCAB_TYPE_NONE
 
     def _check_characters(self, text: str) -> None:
-        """A SentencePiece vocabulary without byte tokens can't spell other characters: llama.cpp would end
-        the process."""
+        """Raise PromptError for a character at which llama.cpp would end the process, as with a SentencePiece
+        vocabulary without byte tokens."""
         if self._characters is None:
             self._characters = self._only_characters()
         unknown = sorted(set(text.replace(" ", "\u2581")) - self._characters) if self._characters else ()
@@ -277,7 +284,7 @@ class Model(Handle):
         )
 
     def _only_characters(self) -> frozenset[str]:
-        """The characters that the vocabulary can spell; empty: all, through its bytes."""
+        """The characters that the vocabulary can spell; empty means all, through its bytes."""
         if lc.llama_vocab_type(self._vocab) != lc.LLAMA_VOCAB_TYPE_SPM:
             return frozenset()
         tokens = range(self.n_vocab)
@@ -287,7 +294,7 @@ class Model(Handle):
         return frozenset(text for text in texts if len(text) == 1)
 
     def token_to_piece(self, token: int, *, special: bool = False) -> bytes:
-        """Bytes, not text: one token may hold part of a character. special: render control tokens too.
+        """The bytes of a token, which may be part of a character. special: render control tokens too.
 
         Empty for a model without a vocabulary.
         """
@@ -303,16 +310,16 @@ class Model(Handle):
             size = -n
 
     def pieces(self) -> list[bytes]:
-        """`token_to_piece` of every token, special ones without bytes, in one go: a vocabulary may have
-        200,000."""
+        """`token_to_piece` of every token, with no bytes for special ones, in one go, since a vocabulary may
+        have 200,000."""
         if not self.has_vocabulary:
             return [b""] * self.n_vocab
         function, vocab, size = lc.llama_token_to_piece, self.vocab, 4096
-        buffer, found = ctypes.create_string_buffer(size), []
+        buffer, texts = ctypes.create_string_buffer(size), []
         for token in range(self.n_vocab):
             n = function(vocab, token, buffer, size, 0, False)
-            found.append(buffer[:n] if n >= 0 else self.token_to_piece(token))
-        return found
+            texts.append(buffer[:n] if n >= 0 else self.token_to_piece(token))
+        return texts
 
     def ends(self) -> list[int]:
         """The tokens that end a reply."""
@@ -331,12 +338,13 @@ class Model(Handle):
             raise PromptError(f"token {token} is outside the vocabulary of {self.n_vocab} tokens.")
 
     def cache_bytes(self, element_bytes: int) -> int:
-        """What the keys and values of one token take, by the heads of the first layer; 0 if it has none."""
+        """Bytes that the keys and values of one token take, by the heads of the first layer; 0 if it has
+        none."""
         n_head, n_head_kv = lc.llama_model_n_head(self.pointer), lc.llama_model_n_head_kv(self.pointer)
         return 2 * element_bytes * self.n_layer * n_head_kv * self.n_embd // max(n_head, 1)
 
     def why_not_steerable(self, n_seq_max: int) -> str | None:
-        """A reason of the whole architecture, before any layer is tried."""
+        """Why the whole architecture can't be steered, known before any layer is tried."""
         if self.architecture in NO_RESIDUAL:
             return "llama.cpp's graph shows what its MLPs add to the residual stream, not the stream"
         if n_seq_max > 1 and lc.llama_model_is_hybrid(self.pointer):
@@ -360,11 +368,11 @@ class Model(Handle):
 
 def _free_remote(hosts: Hosts, pointer: object) -> None:
     lc.llama_model_free(pointer)
-    hosts.close()  # after the buffers there were freed
+    hosts.close()  # after the buffers on the hosts were freed
 
 
 def _fits(path: Path) -> bool:
-    """Whether a model can be tried on this machine at all; a file that can't be read is refused elsewhere."""
+    """Whether this machine can load the model for a trial; a file that can't be read is refused elsewhere."""
     try:
         return path.stat().st_size < total_memory() / 2
     except (OSError, ValueError):
@@ -379,10 +387,10 @@ def check_gguf(
     again: bool = False,
     fits: bool = True,
 ) -> Load:
-    """Find out whether llama.cpp can load a file and lives on (guard.py), and how it is to be loaded.
+    """Check that llama.cpp survives loading a file (guard.py); returns how to load it.
 
-    again: try a file that is known, too. fits: whether this machine can load it; otherwise its header is all
-    that is checked. Raises ModelFileError, one line.
+    again: also try a file that is known. fits: whether this machine can load it; otherwise only its header is
+    checked. Raises ModelFileError, one line.
     """
     lc.llama_backend_init()
     system = text_of(lc.llama_print_system_info())
@@ -394,7 +402,7 @@ def check_gguf(
 
 
 def quantization_types() -> dict[str, int]:
-    """{"Q4_K_M": 15, ...}: the names that quantize() takes."""
+    """The names that quantize() takes: {"Q4_K_M": 15, ...}."""
     names = {}
     for attribute in dir(lc):
         match = re.fullmatch(r"LLAMA_FTYPE_(?:MOSTLY|ALL)_(\w+)", attribute)
@@ -411,15 +419,15 @@ def quantize(
     *,
     trusted: bool = False,
 ) -> None:
-    """Write dst in one step, so that an interrupted run leaves no half model. ftype: "Q8_0", "Q4_K_M", ...
+    """Quantize src to dst, which is written in one step: an interrupted run leaves no half model.
 
-    trusted: src was made here, and is not tried first (guard.py).
-    Tensors whose width a type can't hold fall back to a neighbouring type, as llama.cpp decides.
+    ftype: "Q8_0", "Q4_K_M", ... trusted: localsteer made src, which then needs no trial (guard.py).
+    Tensors whose width a type can't hold get a neighbouring type, as llama.cpp decides.
     """
     src, dst = Path(src), Path(dst)
     types = quantization_types()
     if ftype.upper() not in types:
-        raise ModelFileError(f"unknown quantization {ftype!r}: one of {', '.join(sorted(types))}.")
+        raise ModelFileError(f"unknown quantization {ftype!r}: choose one of {', '.join(sorted(types))}.")
     check_version()
     if not trusted:
         check_gguf(src)

@@ -1,14 +1,15 @@
-"""Importing llama_cpp so that its threads give way to other programs.
+"""Imports llama_cpp in a way that makes its threads yield to other programs.
 
 All threads of a decode meet at a barrier after each operation of the graph, some hundred times per token.
-GNU's OpenMP (libgomp), which llama.cpp is built with on Linux, lets those who are early spin there for
-milliseconds. Beside other busy programs the thread that they wait for is often not running at all: they spin
-on the core that it needs, and decoding nearly comes to a halt. With a bound they sleep after microseconds.
+GNU's OpenMP (libgomp), with which llama.cpp is built on Linux, lets early threads spin there for
+milliseconds. Beside other busy programs the thread they wait for is often not running at all: they spin on
+the core that it needs, and decoding nearly comes to a halt. With a limit they sleep after microseconds.
 
-libgomp reads its settings once, when it is loaded. So this is imported before anything that imports
-llama_cpp; one that another library has loaded before stays as it is (PyTorch brings its own under the same
-name, and whichever comes first serves both). A user's own settings are left alone. On macOS and Windows
-nothing is set, which is untested: Apple's compiler has no OpenMP, Microsoft's documents no such setting.
+libgomp reads its settings once, when it is loaded, so this is imported before anything that imports
+llama_cpp. A libgomp that another library has already loaded stays as it is (PyTorch brings its own under the
+same name, and whichever is loaded first serves both). The user's settings are respected. On macOS and Windows
+nothing is set, and nothing has been tested: Apple's compiler has no OpenMP, Microsoft's documents no such
+setting.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ NOT_INSTALLED = (
 SPIN_COUNT = 1000  # measured: benchmarks/contention.py
 SETTINGS = {
     "GOMP_SPINCOUNT": str(SPIN_COUNT),
-    # with more threads than cores, which a second thread that has decoded once is enough for, libgomp spins
-    # no more than 100 times, too little to meet at a barrier; under this policy it is 1000
+    # with more threads than cores (a second thread that has decoded once is enough), libgomp spins at most #
+    # 100 times, too short to meet at a barrier; under this policy it is 1000
     "OMP_WAIT_POLICY": "active",
 }
 
 
 def is_loaded() -> bool:
-    """Whether some library of this process has brought libgomp in."""
+    """Whether some library in this process has loaded libgomp."""
     try:
         ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
     except (AttributeError, OSError):  # not on Windows; not loaded
@@ -46,9 +47,10 @@ def is_loaded() -> bool:
 
 @contextmanager
 def bounded_spinning() -> Iterator[str]:
-    """A libgomp that is loaded in here spins for a bounded time. Yields who decides about that, in words.
+    """Makes a libgomp that is loaded in this block spin for a limited time. Yields in words what decides
+    about it.
 
-    The environment is as before afterwards: child processes are not ours to tune.
+    The environment is restored afterwards, since child processes should not inherit the settings.
     """
     if sys.platform != "linux":
         yield "left to the system"

@@ -1,4 +1,4 @@
-"""Devices of ggml for a model that lies on several hosts (runtime/rpc/ has the rest)."""
+"""ggml devices for a model on several hosts (runtime/rpc/ has the rest)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def devices_of(addresses: Sequence[str]) -> Any:
     """A NULL-terminated array of ggml_backend_dev_t for llama_model_params, to be kept until the model is
     loaded: every device of every server, then the GPUs of this machine.
 
-    addresses: HOST:PORT of servers that are known to answer; ggml ends the process for others. Raises
-    LocalsteerError where the RPC backend is not built.
+    addresses: HOST:PORT of servers known to answer; ggml ends the process for others. Raises LocalsteerError
+    if the RPC backend has not been built.
     """
     lc.llama_backend_init()
     add_server = _add_server()
@@ -47,7 +47,8 @@ def _own_gpus() -> list[int]:
 
 @lru_cache(maxsize=1)
 def _add_server() -> Any:
-    """ggml_backend_rpc_add_server of a ggml that was built with RPC, or of the library built beside it."""
+    """ggml_backend_rpc_add_server, from a ggml that was built with RPC, or from the library built beside
+    it."""
     prototype = ctypes.CFUNCTYPE(_PTR, _TEXT)
     name = b"ggml_backend_rpc_add_server"
     registry = _function("ggml_backend_reg_by_name", _PTR, _TEXT)(b"RPC")
@@ -57,7 +58,7 @@ def _add_server() -> Any:
 
 
 def _opened(path: Path) -> ctypes.CDLL:
-    # it names libggml-base as it was linked, and the loader gives it the one that is in this process already
+    # it names libggml-base as linked, and the loader uses the one that is already in this process
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -65,5 +66,5 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 
 def _function(name: str, result: Any, *arguments: Any) -> Any:
-    """dlsym on libllama also searches the libraries it was linked with (see hook.py)."""
+    """A function of ggml: dlsym on libllama also searches the libraries it was linked with (see hook.py)."""
     return ctypes.CFUNCTYPE(result, *arguments)((name, lc._lib))

@@ -1,5 +1,6 @@
-"""What llama.cpp's RWKV tokenizer can't spell. It takes the longest token at each byte; where tokens begin
-with that byte but none is there, it goes back to the beginning of the text, for ever, until memory ends."""
+"""What llama.cpp's RWKV tokenizer can't spell. It takes the longest token at each byte; if tokens begin with
+that byte but none matches, it goes back to the beginning of the text, again and again until memory runs
+out."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ from collections.abc import Iterable
 
 
 class Spellings:
-    """tokens: all of the vocabulary, as bytes. special: those that part a text before it is tokenized."""
+    """tokens: the whole vocabulary, as bytes. special: tokens at which a text is split before tokenizing."""
 
     def __init__(self, tokens: Iterable[bytes], special: Iterable[bytes]) -> None:
         self._tokens = frozenset(filter(None, tokens))
         self._longest = max(map(len, self._tokens), default=0)
-        # in a whole vocabulary every byte is a token, and there is nothing to look for
+        # in a complete vocabulary every byte is a token, and nothing can go wrong
         self._is_whole = all(bytes([byte]) in self._tokens for byte in range(256))
         longest_first = sorted(filter(None, special), key=len, reverse=True)
         self._special = re.compile(b"|".join(map(re.escape, longest_first)) or b"(?!)")

@@ -22,7 +22,7 @@ from .context import Context
 from .library import Handle, log
 from .model import Model
 
-# descriptor 2 is the whole process's: whoever saved it while another had it would put the wrong one back
+# descriptor 2 belongs to the whole process: two threads that replace it at once would restore the wrong one
 _stderr_lock = threading.Lock()
 
 
@@ -32,7 +32,7 @@ class _Kept:
 
 @contextlib.contextmanager
 def _stderr_kept() -> Iterator[_Kept]:
-    """llama.cpp's grammar parser prints its errors past its own log: catch descriptor 2 meanwhile."""
+    """Capture descriptor 2: llama.cpp's grammar parser prints its errors there and not to its log."""
     kept = _Kept()
     sys.stderr.flush()
     with _stderr_lock, tempfile.TemporaryFile() as file:
@@ -51,8 +51,9 @@ class Sampler(Handle):
     """Biases, penalties, top-k, top-p, min-p, temperature, then one draw, in llama.cpp's order; temp <= 0 is
     greedy.
 
-    matcher: tokens that it forbids are never drawn, and what is drawn it is told. settings: of Sampling,
-    whose grammar is the matcher's. Raises LocalsteerError where logit_bias names an id that is no token's.
+    matcher: tokens that it forbids are never drawn, and it is told what is drawn. settings: fields of
+    Sampling, whose grammar is the matcher's. Raises LocalsteerError if logit_bias names an id that is not a
+    token.
     """
 
     _what = "sampler"
@@ -85,7 +86,7 @@ class Sampler(Handle):
     def sample(self, context: Context, i: int = -1) -> int:
         """Draw from output row i of the last decode, and remember the token for penalties and matcher.
 
-        END where the reply is complete and the model has no token that says so.
+        Returns END if the reply is complete and the model has no token to say so.
         """
         logits = context.logits(i)
         likeliest = int(logits.argmax())
@@ -104,7 +105,8 @@ class Sampler(Handle):
         return token
 
     def _greedy(self, logits: np.ndarray, likeliest: int) -> int | None:
-        """The likeliest of all is mostly allowed, and one token is asked for faster than all of them."""
+        """The likeliest token that the matcher allows. The likeliest of all usually is, and checking one
+        token is faster than computing the mask."""
         if self._matcher is None or self._matcher.allows(likeliest):
             return likeliest
         allowed = self._matcher.allowed(len(logits))
@@ -125,15 +127,15 @@ def _bias_stage(model: Model, logit_bias: Sequence[tuple[int, float]]) -> object
     for token, _ in logit_bias:
         if not 0 <= token < model.n_vocab:
             raise LocalsteerError(
-                f"logit_bias: {token} is no token of this model (0 to {model.n_vocab - 1})."
+                f"logit_bias: {token} is not a token of this model (0 to {model.n_vocab - 1})."
             )
     pairs = (lc.llama_logit_bias * len(logit_bias))(*logit_bias)  # copied by llama.cpp
     return lc.llama_sampler_init_logit_bias(model.n_vocab, len(logit_bias), pairs)
 
 
 def check_llama_grammar(model: Model, text: str) -> None:
-    """Whether llama.cpp's own sampler reads a GBNF text. Raises LocalsteerError with its reason."""
-    if not text.strip():  # would give a stage that allows everything
+    """Raise LocalsteerError with the reason if llama.cpp's sampler can't read a GBNF text."""
+    if not text.strip():  # an empty text would give a stage that allows everything
         raise LocalsteerError("the grammar can't be parsed: it is empty.")
     log.clear()
     with _stderr_kept() as kept:
@@ -152,7 +154,8 @@ class _Candidates:
         self._ids = np.arange(n_vocab, dtype=np.int32)
 
     def choose(self, sampler: object, logits: np.ndarray, allowed: np.ndarray | None = None) -> int | None:
-        """None where every token is ruled out. allowed: token ids; the others are no candidates."""
+        """Draw one of the candidates; None if every token is ruled out. allowed: token ids; others are no
+        candidates."""
         ids = self._ids if allowed is None else allowed
         data = self._data[: len(ids)]
         data["id"], data["logit"], data["p"] = ids, logits if allowed is None else logits[allowed], 0.0
@@ -162,7 +165,7 @@ class _Candidates:
             selected=-1,
             sorted=False,
         )
-        if len(ids):  # llama.cpp's samplers take one for granted
+        if len(ids):  # llama.cpp's samplers require at least one
             lc.llama_sampler_apply(sampler, ctypes.byref(array))
         chosen = array.data[array.selected] if 0 <= array.selected < array.size else None
         return None if chosen is None or not np.isfinite(chosen.logit) else int(chosen.id)

@@ -1,8 +1,8 @@
-"""A program: load a model file, read all of its vocabulary, and decode, in a process that may end by it.
+"""A program that loads a model file, reads all of its vocabulary, and decodes, in a process that may crash.
 
 guard.py runs this file by its path with one argument, and reads from stdout how far it came: a word for each
-stage that is begun, `done` at last, or `error` with what was raised. It starts in a tenth of a second,
-because it imports neither numpy nor all of llama_cpp: packages are empty here but for what is needed.
+stage begun, and at last `done`, or `error` with what was raised. It starts in a tenth of a second, because it
+imports neither numpy nor all of llama_cpp: packages are stubs except for what is needed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
 N_CTX = 512
-N_SEQ_MAX = 8  # as Engine opens a model, where its kind allows it
+N_SEQ_MAX = 8  # as Engine opens a model, if its kind allows it
 TEMPLATE_SECONDS = 5
 MAX_TEXT = 1 << 18  # characters of a rendered template that are tokenized
-CPU_SECONDS = 0.25  # for tokenizing: some 30,000 tokens, or their like of a larger vocabulary
+CPU_SECONDS = 0.25  # for tokenizing: some 30,000 tokens, or as many of a larger vocabulary
 BATCH, MIXED = 256, 16  # tokens whose texts are tokenized together; every MIXED-th batch comes first
 GIB = 1 << 30
 
@@ -51,8 +51,8 @@ def stage(line: str) -> None:
 
 
 def _limit(file_size: int) -> None:
-    """No core file, and no more memory of its own than twice the file and a few GB: what a file claims must
-    not fill the machine. A mapped file does not count, on Linux."""
+    """Allow no core file, and no more memory than twice the file and a few GB: a file's claims must not fill
+    the machine. On Linux, a mapped file does not count."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -79,8 +79,8 @@ def _prepare(job: _TrialJob) -> None:
 
 
 def _read_vocabulary(model: Any, refused: type[Exception]) -> None:
-    """The text of every token, as llama.cpp writes it, and tokens of these texts and of all sorts of
-    characters. What is special about a vocabulary comes first: a large one is not read to its end."""
+    """Read the text of every token, and tokenize these texts and all sorts of characters. The special parts
+    of a vocabulary come first, since a large one is not read to its end."""
     if not model.has_vocabulary:
         return
     stage("vocabulary")
@@ -90,14 +90,14 @@ def _read_vocabulary(model: Any, refused: type[Exception]) -> None:
     end = time.process_time() + CPU_SECONDS
     for text in (*_characters(), *texts):
         for parse_special in (True, False):
-            with contextlib.suppress(refused):  # what the vocabulary can't spell
+            with contextlib.suppress(refused):  # characters that the vocabulary can't spell
                 model.tokenize(text, add_special=True, parse_special=parse_special)
         if time.process_time() > end:
             break
 
 
 def _special(model: Any) -> list[int]:
-    """Control tokens, bytes, the user's own, ..."""
+    """The special tokens: control tokens, bytes, user-defined ones, ..."""
     import llama_cpp.llama_cpp as lc
 
     attribute, vocab, normal = lc.llama_vocab_get_attr, model.vocab, lc.LLAMA_TOKEN_ATTR_NORMAL
@@ -109,7 +109,7 @@ def _batches(tokens: Sequence[int]) -> list[Sequence[int]]:
 
 
 def _mixed(batches: list[Any]) -> list[Any]:
-    """Some from everywhere before the others."""
+    """The batches, with samples from everywhere before the others."""
     return [batch for first in range(MIXED) for batch in batches[first::MIXED]]
 
 
@@ -129,14 +129,15 @@ def _text(model: Any, tokens: Sequence[int]) -> str:
 
 
 def _characters() -> Iterator[str]:
-    """All of the first planes' beginning, one of sixteen beyond: every byte that UTF-8 has is among them."""
+    """Characters: all at the beginning of the first planes and one in sixteen beyond, with every UTF-8
+    byte."""
     codes = [*range(0x3000), *range(0x3000, 0x30000, 16), 0x10FFFF]
     text = " ".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
     yield from (text[start : start + 4096] for start in range(0, len(text), 4096))
 
 
 def _decode(model: Any, n_threads: int) -> None:
-    """A prompt of some tokens, then one more, in a context as Engine makes it; and as Embedder does."""
+    """Decode a short prompt and one more token, in a context like Engine's; then one like Embedder's."""
     import llama_cpp.llama_cpp as lc
 
     stage("decode")
@@ -153,7 +154,7 @@ def _decode(model: Any, n_threads: int) -> None:
         params.embeddings = embeddings
         context = lc.llama_init_from_model(model.pointer, params)
         if not context:
-            continue  # no memory, or a model of another kind: Context says so
+            continue  # no memory, or another kind of model: Context reports it
         for batch in (tokens[: params.n_ctx], tokens[:1]):
             array = (lc.llama_token * len(batch))(*batch)
             lc.llama_decode(context, lc.llama_batch_get_one(array, len(batch)))
@@ -166,8 +167,8 @@ def _pools(model: Any) -> bool:
 
 
 def _render(model: Any, root: str) -> None:
-    """One message through the model's template, and its tokens. What the template itself raises is told when
-    it is used."""
+    """Render one message with the model's template, and tokenize it. What the template raises is reported
+    when it is used."""
     if not model.chat_template or not model.has_vocabulary:
         return
     stage("template")

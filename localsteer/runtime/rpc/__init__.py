@@ -1,12 +1,12 @@
-"""One model spread over several hosts by llama.cpp's own RPC backend, without its way of failing.
+"""One model on several hosts through llama.cpp's RPC backend, without its way of failing.
 
-That backend ends the process when a host is gone, slow to greet, of another version or no ggml-rpc-server at
-all. So it never talks to a host: it talks to a relay in this process, which talks to the host, knows the
-protocol, and answers in the host's place once that is gone. What is computed then is worthless, ends at
-once, and is thrown away: `Hosts.check` raises HostError.
+That backend ends the process if a host is lost, is slow to greet, has another version, or is not a
+ggml-rpc-server. It therefore never talks to a host, but to a relay in this process, which talks to the host,
+knows the protocol, and answers in the host's place once that is lost. What is computed then is worthless,
+ends at once, and is discarded: `Hosts.check` raises HostError.
 
     hosts     the hosts of one model        relay     one host, and llama.cpp's connections to it
-    endpoint  HOST:PORT as users write it   greeting  the first exchange with a host, within a time
+    endpoint  HOST:PORT as users write it   greeting  the first exchange with a host, within a time limit
     protocol  commands and their answers    library   where the RPC backend is, and how it is built
 """
 

@@ -1,4 +1,4 @@
-"""What one host says of itself."""
+"""What a host reports about itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .endpoint import Endpoint
 from .greeting import connect, read, reason
 from .protocol import SIZE, Command
 
-MAX_DEVICES = 64  # of one server; what says more is no server
+MAX_DEVICES = 64  # devices of one server; anything that claims more is not a server
 
 
 class Device(TypedDict):
@@ -46,7 +46,9 @@ def checked(endpoint: Endpoint) -> CheckedHost:
                 free, total = struct.unpack("<QQ", answer)
                 row["devices"].append({"free": free, "total": total})
         except (OSError, EOFError, ValueError) as error:
-            row["error"] = f"{endpoint} ends in the middle: {reason(error, connection.gettimeout() or 0)}."
+            row["error"] = (
+                f"{endpoint} breaks off in the middle: {reason(error, connection.gettimeout() or 0)}."
+            )
     return row
 
 
@@ -54,5 +56,5 @@ def _asked(connection: socket.socket, command: Command, body: bytes) -> bytes:
     connection.sendall(protocol.request(command, body))
     size = SIZE.unpack(read(connection, SIZE.size))[0]
     if size != protocol.ANSWERS[command]:
-        raise ValueError("it gives an answer of the wrong size")
+        raise ValueError("its answer has the wrong size")
     return read(connection, size)

@@ -1,4 +1,4 @@
-"""HOST:PORT, as users write it."""
+"""Reads HOST:PORT, as users write it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...errors import HostError
 
-MAX_HOSTS = 15  # ggml's scheduler takes 16 devices, one of them this machine's processor
+MAX_HOSTS = 15  # ggml's scheduler takes 16 devices, including this machine's processor
 MAX_NAME = 253  # characters of a host's name, by the rules of DNS
 _FORM = "write HOST:PORT, as in 192.168.1.7:50052, several with commas between them"
 
@@ -24,7 +24,8 @@ class Endpoint:
 
 
 def parse_endpoints(hosts: str | Iterable[str]) -> tuple[Endpoint, ...]:
-    """`a:1,b:2`, or several of such texts. Raises HostError for a slip, for none, and for one named twice."""
+    """The endpoints in `a:1,b:2`, or in several such texts. Raises HostError for a mistake, for none, and for
+    one named twice."""
     texts = [hosts] if isinstance(hosts, str) else list(hosts)
     parts = [part for text in texts for part in str(text).split(",")]
     endpoints = tuple(_parsed(part.strip()) for part in parts)
@@ -34,7 +35,7 @@ def parse_endpoints(hosts: str | Iterable[str]) -> tuple[Endpoint, ...]:
         if endpoint in endpoints[:i]:
             raise HostError(f"--rpc names {endpoint} twice: a host serves one client at a time.")
     if len(endpoints) > MAX_HOSTS:
-        raise HostError(f"--rpc names {len(endpoints)} hosts: {MAX_HOSTS} are possible.")
+        raise HostError(f"--rpc names {len(endpoints)} hosts: at most {MAX_HOSTS} are possible.")
     return endpoints
 
 
@@ -47,5 +48,5 @@ def _parsed(text: str) -> Endpoint:
     if not colon or not host or not host.isprintable() or " " in host or len(host) > MAX_NAME:
         raise HostError(f"--rpc {text!r:.80} names no host and port: {_FORM}.")
     if not (port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= 65535 and len(port) < 6):
-        raise HostError(f"--rpc {text!r:.80}: {port!r:.20} is no port, which is a number from 1 to 65535.")
+        raise HostError(f"--rpc {text!r:.80}: {port!r:.20} is not a port, which is a number from 1 to 65535.")
     return Endpoint(host, int(port))

@@ -1,4 +1,4 @@
-"""The first exchange with a host: whatever can be wrong with it is one line, within a time."""
+"""The first exchange with a host: any fault gives a one-line error within a time limit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from . import protocol
 from .endpoint import Endpoint
 from .protocol import SIZE, Command
 
-SECONDS = 5.0  # to find a name, to connect, and to be greeted: each
-# Of a connection that says nothing, until the system asks whether the other end is still there, and gives up
+SECONDS = 5.0  # for finding the name, for connecting, and for the greeting
+# How long a connection may be silent before the system probes the other end, and gives up
 IDLE_SECONDS, PROBE_SECONDS, N_PROBES = 10, 5, 4
 _START = "start `ggml-rpc-server` there, as docs/scale.md says"
 
 
 def connect(endpoint: Endpoint, seconds: float = SECONDS) -> tuple[socket.socket, bytes]:
-    """(a connection on which the host has said its greeting, that greeting). Raises HostError."""
+    """Returns (a connection on which the host has sent its greeting, that greeting). Raises HostError."""
     connection = _connected(endpoint, seconds)
     try:
         connection.settimeout(seconds)
@@ -29,7 +29,7 @@ def connect(endpoint: Endpoint, seconds: float = SECONDS) -> tuple[socket.socket
 
 
 def read(connection: socket.socket, size: int) -> bytes:
-    """Exactly so many bytes. Raises OSError, and EOFError where the connection ends before."""
+    """Receive exactly this many bytes. Raises OSError, and EOFError if the connection ends before."""
     parts = bytearray(size)
     view, done = memoryview(parts), 0
     while done < size:
@@ -41,9 +41,9 @@ def read(connection: socket.socket, size: int) -> bytes:
 
 
 def reason(error: BaseException, seconds: float) -> str:
-    """What an error of a connection says, for people."""
-    if isinstance(error, TimeoutError) and error.errno is None:  # ours, and not the system's
-        return f"it says nothing for {seconds:g} s"
+    """What an error of a connection means, in words."""
+    if isinstance(error, TimeoutError) and error.errno is None:  # localsteer's own timeout, not the system's
+        return f"it has been silent for {seconds:g} s"
     if isinstance(error, ConnectionResetError | BrokenPipeError):
         return "it closed the connection"
     return str(getattr(error, "strerror", None) or error)
@@ -64,11 +64,13 @@ def _connected(endpoint: Endpoint, seconds: float) -> socket.socket:
     if isinstance(error, ConnectionRefusedError):
         raise HostError(f"nothing listens at the rpc host {endpoint}: {_START}.")
     why = reason(error, seconds) if error else "it has no address"
-    raise HostError(f"the rpc host {endpoint} can't be reached ({why}): is it on, and the port open to here?")
+    raise HostError(
+        f"the rpc host {endpoint} can't be reached ({why}): is it running, and is the port open from here?"
+    )
 
 
 def _addresses(endpoint: Endpoint, seconds: float) -> list:
-    """Of the host's name. The system's own search may take minutes: it is left behind after a time."""
+    """The addresses of a host's name. The system's search may take minutes, and is abandoned after a time."""
     result: list = []
 
     def search() -> None:
@@ -87,13 +89,13 @@ def _addresses(endpoint: Endpoint, seconds: float) -> list:
 
 
 def _watch(connection: socket.socket) -> None:
-    """Small messages at once; and a host that loses its power or its cable is noticed within half a minute,
+    """Send small messages at once, and notice within half a minute when a host loses its power or its cable,
     however long it may compute."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     settings = {"TCP_KEEPIDLE": IDLE_SECONDS, "TCP_KEEPINTVL": PROBE_SECONDS, "TCP_KEEPCNT": N_PROBES}
     for name, value in settings.items():
-        with suppress(AttributeError, OSError):  # not every system has all of them
+        with suppress(AttributeError, OSError):  # not every system has all of these
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
@@ -105,16 +107,18 @@ def _greeted(endpoint: Endpoint, connection: socket.socket) -> bytes:
         greeting = read(connection, size) if said == size else b""
     except TimeoutError:
         raise HostError(
-            f"the rpc host {endpoint} takes connections and does not answer: another client has it (it "
-            "serves one at a time), or it is no ggml-rpc-server."
+            f"the rpc host {endpoint} accepts connections but does not answer: another client uses it (it "
+            "serves one at a time), or it is not a ggml-rpc-server."
         ) from None
     except (OSError, EOFError):
         raise HostError(
-            f"the rpc host {endpoint} closes the connection at the greeting: it is no ggml-rpc-server, or "
+            f"the rpc host {endpoint} closes the connection at the greeting: it is not a ggml-rpc-server, or "
             "one of another version of llama.cpp."
         ) from None
     if not greeting:
-        raise HostError(f"the rpc host {endpoint} does not answer as a ggml-rpc-server does: is it the port?")
+        raise HostError(
+            f"the rpc host {endpoint} does not answer like a ggml-rpc-server: is this the right port?"
+        )
     major, minor = greeting[0], greeting[1]
     if major != protocol.VERSION[0] or minor > protocol.VERSION[1]:
         wanted = ".".join(map(str, protocol.VERSION))

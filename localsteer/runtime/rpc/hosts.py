@@ -1,4 +1,5 @@
-"""The hosts of one model, and the relays that models of one process share: a host serves one client."""
+"""The hosts of one model, and the relays that all models of a process share, since a host serves one
+client."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ from ...errors import HostError
 from .endpoint import Endpoint, parse_endpoints
 from .relay import SECONDS, Relay
 
-_relays: dict[Endpoint, Relay] = {}  # the newest of each
+_relays: dict[Endpoint, Relay] = {}  # the newest relay of each endpoint
 _lock = threading.Lock()
 
 
 class Hosts:
-    """Every host is greeted here and now. hosts: texts, as parse_endpoints takes them. seconds: how long one
-    may be silent where it owes an answer. Raises HostError, which names the host."""
+    """Hosts, which are greeted on creation. hosts: texts for parse_endpoints. seconds: how long a host may be
+    silent when it owes an answer. Raises HostError, which names the host."""
 
     def __init__(self, hosts: str | Iterable[str] | tuple[Endpoint, ...], seconds: float = SECONDS) -> None:
         parsed = isinstance(hosts, tuple) and all(isinstance(host, Endpoint) for host in hosts)
@@ -33,37 +34,37 @@ class Hosts:
 
     @property
     def addresses(self) -> list[str]:
-        """Where llama.cpp reaches them: the relays' own."""
+        """The addresses of the relays, where llama.cpp reaches the hosts."""
         return [relay.address for relay in self.relays]
 
     @property
     def lost(self) -> HostError | None:
-        """Of the first host that is gone."""
+        """The error of the first host that is lost, or None."""
         return next((error for relay in self.relays if (error := relay.look())), None)
 
     def check(self) -> None:
-        """Raise HostError where a host was lost: all that was computed since is worthless."""
+        """Raise HostError if a host was lost: everything computed since is worthless."""
         for relay in self.relays:
             if relay.lost:
                 raise HostError(str(relay.lost))
 
     def abandon(self) -> None:
-        """Let go who waits for them; to the model they are lost."""
+        """Release whoever waits for the hosts; to the model they are lost."""
         for relay in list(self.relays):
             relay.abandon()
 
     def named(self, text: str) -> str:
-        """What llama.cpp says, with the hosts in the place of their relays."""
+        """A message of llama.cpp, with the hosts' addresses instead of their relays'."""
         for relay in self.relays:
             text = text.replace(relay.address, str(relay.endpoint))
         return text
 
     def renewed(self) -> Hosts:
-        """The same hosts, those that were lost greeted once more. Raises HostError."""
+        """The same hosts, after greeting those that were lost again. Raises HostError."""
         return Hosts(self.endpoints, self.seconds)
 
     def close(self) -> None:
-        """After the model on them was freed. A second call does nothing."""
+        """Leave the hosts, after the model on them was freed. A second call does nothing."""
         relays, self.relays = self.relays, []
         for relay in relays:
             _give_back(relay)
@@ -73,7 +74,7 @@ class Hosts:
 
 
 def abandon_all() -> None:
-    """For every model of this process, from any thread: where a program is to end that waits for a host."""
+    """Abandon the hosts of all models, from any thread, so that a program that waits for a host can end."""
     for relay in list(_relays.values()):
         relay.abandon()
 

@@ -1,8 +1,8 @@
-"""Where llama.cpp's RPC backend is, and how it is built.
+"""Finds and builds llama.cpp's RPC backend.
 
-The stock llama-cpp-python has none. It must be of the very ggml that is installed, which everybody compiles
-in their own way: so no wheel of ours can bring it, and `localsteer rpc build` compiles its two source files
-here, against the installed ggml, from the source that llama-cpp-python's own sdist carries.
+The stock llama-cpp-python has none. The backend must match the installed ggml exactly, which every user
+compiles differently, so no wheel can contain it. `localsteer rpc build` compiles its two source files against
+the installed ggml, from the source in llama-cpp-python's sdist.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from pathlib import Path
 from ...cache import cache_folder
 from ...errors import LocalsteerError
 
-VARIABLE = "LOCALSTEER_RPC"  # a folder with the library and the server, in the place of the cache's
+VARIABLE = "LOCALSTEER_RPC"  # a folder with the library and the server, instead of the one in the cache
 SERVER = "ggml-rpc-server.exe" if sys.platform == "win32" else "ggml-rpc-server"
 LIBRARY = {"win32": "ggml-rpc.dll", "darwin": "libggml-rpc.dylib"}.get(sys.platform, "libggml-rpc.so")
-_SHOWN = 300  # characters of what a failing program says
+_SHOWN = 300  # characters of a failing program's output
 _SOURCES = ("ggml/src/ggml-rpc/ggml-rpc.cpp", "tools/rpc/rpc-server.cpp")
 
 Say = Callable[[str], None]
 
 
 def rpc_folder() -> Path:
-    """Where the library and the server of the installed ggml are, once they are built."""
+    """The folder for the library and the server that belong to the installed ggml."""
     chosen = os.environ.get(VARIABLE)
     if chosen:
         return Path(chosen).expanduser()
@@ -42,19 +42,19 @@ def rpc_folder() -> Path:
 
 
 def built_library() -> Path:
-    """Raises LocalsteerError where it is not built yet."""
+    """The path of the library. Raises LocalsteerError if it has not been built."""
     path = rpc_folder() / LIBRARY
     if not path.is_file():
         where = f"{VARIABLE}={os.environ[VARIABLE]} holds no {LIBRARY}" if os.environ.get(VARIABLE) else ""
         raise LocalsteerError(
-            f"--rpc needs llama.cpp's RPC backend, which llama-cpp-python comes without"
-            f"{f' ({where})' if where else ''}: build it once by `localsteer rpc build`."
+            f"--rpc needs llama.cpp's RPC backend, which llama-cpp-python does not include"
+            f"{f' ({where})' if where else ''}: build it once with `localsteer rpc build`."
         )
     return path
 
 
 def ggml_folder() -> Path:
-    """Of the libraries that llama-cpp-python has installed; found without loading them."""
+    """The folder of llama-cpp-python's libraries, found without loading them."""
     package = importlib.util.find_spec("llama_cpp")
     if package is None or not package.submodule_search_locations:
         raise LocalsteerError("llama-cpp-python is not installed: pip install llama-cpp-python.")
@@ -62,10 +62,10 @@ def ggml_folder() -> Path:
 
 
 def build(source: Path | None = None, *, say: Say = lambda _text: None, again: bool = False) -> Path:
-    """Build the library and the server, unless they are there; returns their folder.
+    """Build the library and the server unless they exist; returns their folder.
 
-    source: a tree of llama.cpp, or of llama-cpp-python's sdist, of the installed version; None: pip downloads
-    the sdist. say: told what is done. Raises LocalsteerError, one line.
+    source: a tree of llama.cpp, or of llama-cpp-python's sdist, in the installed version; None: pip downloads
+    the sdist. say: called with what is being done. Raises LocalsteerError, one line.
     """
     folder = rpc_folder()
     if not again and all((folder / name).is_file() for name in (LIBRARY, SERVER)):
@@ -76,16 +76,16 @@ def build(source: Path | None = None, *, say: Say = lambda _text: None, again: b
         tree = _checked(source) if source else _downloaded(work, say)
         say("compiling llama.cpp's RPC backend against the installed ggml")
         settings = [f"-DLLAMA_CPP={tree.resolve()}", f"-DGGML_LIB={ggml_folder()}"]
-        made = work / "build"
-        _run([cmake, "-S", _project(), "-B", made, "-DCMAKE_BUILD_TYPE=Release", *settings])
-        _run([cmake, "--build", made, "--config", "Release"])
-        _run([cmake, "--install", made, "--config", "Release", "--prefix", work / "done"])
+        build_folder = work / "build"
+        _run([cmake, "-S", _project(), "-B", build_folder, "-DCMAKE_BUILD_TYPE=Release", *settings])
+        _run([cmake, "--build", build_folder, "--config", "Release"])
+        _run([cmake, "--install", build_folder, "--config", "Release", "--prefix", work / "done"])
         _put(work / "done", folder)
     return folder
 
 
 def _put(made: Path, folder: Path) -> None:
-    """One file after the other in one step each: a program that has the old one open keeps it."""
+    """Replace the files one by one, each in one step: a program that has an old one open keeps it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (LIBRARY, SERVER):
@@ -103,7 +103,7 @@ def _version() -> str:
 def _downloaded(work: Path, say: Say) -> Path:
     requirement = f"llama-cpp-python=={_version()}"
     if importlib.util.find_spec("pip") is None:
-        raise LocalsteerError(f"this Python has no pip: give the source of {requirement} by --source.")
+        raise LocalsteerError(f"this Python has no pip: name the source of {requirement} with --source.")
     say(f"downloading the source of {requirement} with pip")
     _run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=llama-cpp-python",
@@ -111,9 +111,9 @@ def _downloaded(work: Path, say: Say) -> Path:
     )  # fmt: skip
     archive = next(work.glob("llama_cpp_python-*.tar.gz"), None)
     if archive is None:
-        raise LocalsteerError(f"pip has no sdist of {requirement}: give llama.cpp's source with --source.")
+        raise LocalsteerError(f"pip finds no sdist of {requirement}: name llama.cpp's source with --source.")
     with tarfile.open(archive) as tar:
-        if hasattr(tarfile, "data_filter"):  # nothing is written outside of the folder; not in Python 3.10.11
+        if hasattr(tarfile, "data_filter"):  # nothing is written outside the folder; not in Python 3.10.11
             tar.extraction_filter = tarfile.data_filter
         for member in tar:  # most of it is not needed
             if "/vendor/llama.cpp/ggml/" in member.name or "/vendor/llama.cpp/tools/rpc/" in member.name:
@@ -122,19 +122,19 @@ def _downloaded(work: Path, say: Say) -> Path:
 
 
 def _checked(source: Path) -> Path:
-    """The llama.cpp of a tree. Raises LocalsteerError for one of another version than the installed."""
+    """The llama.cpp in a source tree. Raises LocalsteerError if its version is not the installed one."""
     for tree in (source, source / "vendor" / "llama.cpp"):
         if all((tree / name).is_file() for name in _SOURCES):
             break
     else:
-        raise LocalsteerError(f"{source} holds no source of llama.cpp: there is no {_SOURCES[0]} in it.")
+        raise LocalsteerError(f"{source} holds no source of llama.cpp: it has no {_SOURCES[0]}.")
     installed = ggml_folder().parents[1] / "include"
     for header in ("ggml.h", "ggml-backend.h", "ggml-rpc.h"):
         ours, theirs = installed / header, tree / "ggml" / "include" / header
         if ours.is_file() and (not theirs.is_file() or ours.read_bytes() != theirs.read_bytes()):
             raise LocalsteerError(
                 f"{source} is not the llama.cpp of the installed llama-cpp-python {_version()} ({header} "
-                "differs): leave --source out, and pip downloads the right one."
+                "differs): leave out --source, and pip downloads the right one."
             )
     return tree
 
@@ -144,15 +144,19 @@ def _project() -> Path:
     for root in package.__path__:  # an editable install spreads the package over two folders
         if (Path(root) / "_native" / "rpc" / "CMakeLists.txt").is_file():
             return Path(root) / "_native" / "rpc"
-    raise LocalsteerError("this copy of localsteer lacks the project that builds it: pip install it again.")
+    raise LocalsteerError(
+        "this copy of localsteer lacks the build files of the RPC backend: pip install it again."
+    )
 
 
 def _program(name: str) -> str:
-    """On the path, or in the scripts of this Python, where `pip install cmake` puts it."""
-    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
-    if not found:
-        raise LocalsteerError(f"{name} is not here: pip install {name} (and a C++ compiler is needed).")
-    return found
+    """A program on the path, or among this Python's scripts, where `pip install cmake` puts it."""
+    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if not path:
+        raise LocalsteerError(
+            f"{name} is not installed: pip install {name} (a C++ compiler is needed as well)."
+        )
+    return path
 
 
 def _run(words: Sequence[object]) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 
-# RPC_PROTO_MAJOR_VERSION and _MINOR_ of the llama.cpp that bridge/library.py accepts; a test compares them
+# RPC_PROTO_MAJOR_VERSION and _MINOR_ of the llama.cpp that bridge/library.py accepts, which a test compares
 VERSION = (7, 0)
-CAPABILITIES = 24  # bytes of a greeting that offer other ways than TCP; zeros: none
+CAPABILITIES = 24  # bytes of a greeting that offer transports other than TCP; zeros: none
 
 
 class Command(IntEnum):
@@ -37,7 +37,7 @@ class Command(IntEnum):
     MEMSET_TENSOR = 17
 
 
-# Bytes of the answer, for commands that have one. GET_TENSOR: as many as its request says.
+# Bytes of the answer, for commands that have one. GET_TENSOR: as many as the request says.
 ANSWERS = {
     Command.ALLOC_BUFFER: 16,
     Command.GET_ALIGNMENT: 8,
@@ -53,7 +53,7 @@ ANSWERS = {
 HEAD = struct.Struct("<BQ")
 SIZE = struct.Struct("<Q")
 GREETING = HEAD.pack(Command.HELLO, CAPABILITIES) + bytes(CAPABILITIES)
-# Nothing ever lies there: ggml computes with the addresses of a host and reads none of them.
+# An address at which there is nothing: ggml only computes with a host's addresses, and never reads them.
 _NOWHERE = 1 << 40
 _ALIGNMENT = 128
 
@@ -63,23 +63,24 @@ def request(command: Command, body: bytes = b"") -> bytes:
 
 
 def answer_size(command: int, body: bytes) -> int | None:
-    """Bytes of the answer to a request, without the size before it; None for a command that has none."""
+    """The size of the answer to a request in bytes, without its size field; None for a command without
+    answer."""
     if command == Command.GET_TENSOR:
         return SIZE.unpack(body[-SIZE.size :])[0]
     return ANSWERS.get(command)
 
 
 def invented_answer(command: int, body: bytes, size: int) -> bytes:
-    """An answer in the place of a host that is gone, (size,) bytes: one that llama.cpp can go on with, to no
-    purpose. A tensor is zeros, and they come from whoever sends them: this is for all other commands."""
+    """An answer in the place of a lost host, `size` bytes with which llama.cpp can continue, to no purpose. A
+    tensor is all zeros, which the sender makes: this is for all other commands."""
     invented = {
-        Command.ALLOC_BUFFER: SIZE.pack(_NOWHERE) + body[-SIZE.size :],  # as large as was asked for
+        Command.ALLOC_BUFFER: SIZE.pack(_NOWHERE) + body[-SIZE.size :],  # as large as requested
         Command.GET_ALIGNMENT: SIZE.pack(_ALIGNMENT),
         Command.GET_MAX_SIZE: SIZE.pack(2**63 - 1),
         Command.BUFFER_GET_BASE: SIZE.pack(_NOWHERE),
-        Command.SET_TENSOR_HASH: b"\1",  # it has the tensor already: nothing more is sent
+        Command.SET_TENSOR_HASH: b"\1",  # the host already has the tensor: nothing more is sent
         Command.COPY_TENSOR: b"\1",
         Command.GET_DEVICE_MEMORY: SIZE.pack(1 << 30) * 2,
         Command.DEVICE_COUNT: (1).to_bytes(4, "little"),
     }
-    return invented.get(command, bytes(size))  # the size of an allocation, 0: ggml takes what it knows itself
+    return invented.get(command, bytes(size))  # the size of an allocation, 0: ggml uses its own figure

@@ -1,8 +1,9 @@
-"""Between llama.cpp and one host: passes everything on, until the host is gone; then it answers itself.
+"""Stands between llama.cpp and one host: passes everything on until the host is lost, and then answers
+itself.
 
-llama.cpp connects to a port of this machine that only this relay listens at. A graph that is the same as the
-one before is not sent again: with a callback in its scheduler, which steering needs, llama.cpp sends one for
-every token, steered or not. The server keeps the last one (GRAPH_RECOMPUTE).
+llama.cpp connects to a port of this machine on which only this relay listens. The relay does not send a graph
+that equals the previous one again: with a callback in its scheduler, which steering needs, llama.cpp sends
+one for every token, steered or not. The server keeps the last one (GRAPH_RECOMPUTE).
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from .greeting import SECONDS as GREETING_SECONDS
 from .greeting import connect, read, reason
 from .protocol import HEAD, SIZE, Command
 
-SECONDS = 300.0  # for an answer: a long prompt in a large model takes its time
+SECONDS = 300.0  # for an answer, since a long prompt in a large model takes time
 PIECE = 1 << 20  # bytes passed on at once
 _LOOPBACK = "127.0.0.1"
 
 
 class Relay:
-    """One host, from the greeting to its end; a lost one never comes back: another relay is made for it.
+    """One host, from its greeting to its end. A lost host never comes back here: a new relay is made for it.
 
-    seconds: how long the host may be silent where it owes an answer, or take nothing. sent, received: bytes
+    seconds: how long the host may be silent when it owes an answer, or accept nothing. sent, received: bytes
     to and from the host since the greeting. n_users: models that share it. Raises HostError.
     """
 
@@ -38,10 +39,11 @@ class Relay:
         self.sent = self.received = self.n_users = 0
         self._host, greeting = connect(endpoint, min(GREETING_SECONDS, seconds))
         self._host.settimeout(seconds)
-        # without the other ways to transport that a host may offer: to llama.cpp the host is this relay
+        # without the other transports that a host may offer: to llama.cpp this relay is the host
         self._greeting = greeting[:4] + bytes(protocol.CAPABILITIES)
-        self._turn = threading.Lock()  # llama.cpp may have several connections, the host has one
-        self._graphs: dict[bytes, tuple[bytes, bool]] = {}  # of each device: the last one, and is it there?
+        self._turn = threading.Lock()  # llama.cpp may use several connections, the host has one
+        # for each device: the last graph, and whether the host has it
+        self._graphs: dict[bytes, tuple[bytes, bool]] = {}
         self._piece = memoryview(bytearray(PIECE))
         try:
             self._listener = _new_port()
@@ -52,19 +54,21 @@ class Relay:
         self._start(self._accept)
 
     def close(self) -> None:
-        """The host is free for others then."""
+        """Close the connections, which frees the host for others."""
         for end in (self._listener, self._host):
             with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in it
+                end.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in accept
             end.close()
 
     def abandon(self) -> None:
-        """Stop waiting for it, from any thread: whoever waits has an answer at once, a worthless one."""
+        """Stop waiting for the host, from any thread: whoever waits gets an answer at once, a worthless
+        one."""
         self._lose(EOFError("nobody waits for it any more"))
 
     def look(self) -> HostError | None:
-        """Why the host is lost, if it is: of a host that owes nothing, words or an end are a loss too."""
-        if self.lost is None and self._turn.acquire(blocking=False):  # otherwise it is being heard
+        """Why the host is lost, or None. If a host that owes nothing sends data or closes, that is a loss
+        too."""
+        if self.lost is None and self._turn.acquire(blocking=False):  # otherwise its answer is being read
             try:
                 self._host.setblocking(False)
                 self._host.recv(1, socket.MSG_PEEK)
@@ -117,7 +121,7 @@ class Relay:
             self._answer(client, command, body, n)
 
     def _request(self, command: int, body: bytes) -> bytes:
-        """What the host is sent: of a graph that it has, only that it is to be computed again."""
+        """What to send to the host: for a graph that it already has, only the command to compute it again."""
         if command in (Command.GRAPH_COMPUTE, Command.GRAPH_RECOMPUTE):
             device = body[:4]
             graph, is_there = self._graphs.get(device, (b"", False))
@@ -132,10 +136,11 @@ class Relay:
         return HEAD.pack(command, len(body)) + body
 
     def _answer(self, client: socket.socket, command: int, body: bytes, n: int) -> None:
-        """The host's, or one that is made up; the rest of one that the host did not finish is zeros."""
+        """The host's answer, or a made-up one; an answer that the host did not finish is filled up with
+        zeros."""
         said = self._read(SIZE.size)
         if said is not None and SIZE.unpack(said)[0] != n:
-            self._lose(ValueError("it gives answers of the wrong size"))
+            self._lose(ValueError("its answers have the wrong size"))
         if self.lost and command != Command.GET_TENSOR:
             client.sendall(SIZE.pack(n) + protocol.invented_answer(command, body, n))
             return
@@ -181,18 +186,19 @@ class Relay:
     def _lose(self, error: BaseException) -> None:
         if self.lost is None:
             self.lost = HostError(
-                f"the rpc host {self.endpoint} is gone ({reason(error, self.seconds)}): look to its "
+                f"the rpc host {self.endpoint} is gone ({reason(error, self.seconds)}): check its "
                 "ggml-rpc-server, and ask again."
             )
         with suppress(OSError):  # a server that still waits for the rest of a message is free again
             self._host.shutdown(socket.SHUT_RDWR)
 
 
-_used: set[int] = set()  # ports of this process's relays
+_used: set[int] = set()  # ports that relays of this process have used
 
 
 def _new_port() -> socket.socket:
-    """ggml keeps for ever what the server at an address has told it: a port is never used twice."""
+    """A port for a relay, never the same twice, since ggml remembers what a server at an address once
+    said."""
     taken = []
     try:
         while True:
@@ -201,14 +207,14 @@ def _new_port() -> socket.socket:
             if port not in _used:
                 _used.add(port)
                 return listener
-            taken.append(listener)  # open until another one was found
+            taken.append(listener)  # kept open until another one is found
     finally:
         for listener in taken:
             listener.close()
 
 
 def _is_of_this_user(port: int, own: int) -> bool:
-    """Whether a connection to us comes from a process of this user. Other systems than Linux don't tell."""
+    """Whether a connection comes from a process of this user. Systems other than Linux don't tell."""
     if sys.platform != "linux":
         return True
     address = f"{int.from_bytes(socket.inet_aton(_LOOPBACK), sys.byteorder):08X}"

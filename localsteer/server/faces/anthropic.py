@@ -104,7 +104,7 @@ def _stop(reason: str, stop: str | None) -> JsonObject:
 
 
 def _usage(answer: Answer) -> JsonObject:
-    """Here what was found in the cache is no part of the input."""
+    """The usage in Anthropic's shape, in which cached tokens are not part of the input."""
     usage = answer.usage
     return {
         "input_tokens": usage.prompt - usage.cached,
@@ -119,7 +119,7 @@ def _tool_use(call: Call) -> JsonObject:
 
 
 def _input(call: Call) -> JsonObject:
-    """What a model without a constraint wrote may be no object."""
+    """The arguments of a call, which need not be an object if the model wrote them without a constraint."""
     arguments = loaded(call.arguments)
     return arguments if isinstance(arguments, dict) else {"input": arguments}
 

@@ -15,7 +15,7 @@ from ..schemas import Body, ChatMessage, ChatRequest, ClosedPart, SteeredBody, S
 Id = Annotated[str, Field(max_length=256)]
 RULES = Rules(
     harmless={
-        "who asks, and what is kept of it: nothing is kept here": (
+        "they say who asks and what to store, and nothing is stored here": (
             "metadata", "service_tier", "inference_geo", "speed", "user_profile_id", "workspace_id",
             "diagnostics", "cache_control",
         ),
@@ -31,7 +31,7 @@ WITHOUT_THOUGHTS = ("disabled", "adaptive", "between_tools")
 
 
 class AnthropicBlock(Body):
-    """A text, a call, what a call gave, or thoughts."""
+    """A content block: a text, a call, the result of a call, or reasoning."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -58,14 +58,14 @@ class AnthropicBlock(Body):
     def _whole(self) -> AnthropicBlock:
         if self.type not in READ:
             raise ValueError(
-                f"only blocks of the types {', '.join(READ)} are read here, not {self.type!r:.40}"
+                f"only blocks of the types {', '.join(READ)} are supported, not {self.type!r:.40}"
             )
         needed = {"tool_use": ("id", "name", "input"), "tool_result": ("tool_use_id",)}
         for field in needed.get(self.type, ()):
             if getattr(self, field) is None:
                 raise ValueError(f"a block of the type {self.type} needs {field}")
         if isinstance(self.content, list) and any(block.type != "text" for block in self.content):
-            raise ValueError("what a tool gave is read as text, in blocks of the type text")
+            raise ValueError("a tool's result must be text, in blocks of the type text")
         return self
 
 
@@ -94,7 +94,7 @@ class AnthropicMessage(Body):
         return {key: held for key, held in value.items() if key not in unread}
 
     def chat_messages(self) -> list[ChatMessage]:
-        """What tools gave are messages of their own, in the order of the blocks."""
+        """The messages of one message's blocks, in order; results of tools become separate messages."""
         if isinstance(self.content, str):
             return [ChatMessage(role=self.role, content=self.content)]
         if self.role == "assistant":
@@ -133,7 +133,7 @@ class AnthropicTool(ClosedPart):
     @model_validator(mode="after")
     def _own(self) -> AnthropicTool:
         if self.type not in (None, "custom"):
-            raise ValueError(f"only tools of the client's own are called here, not {self.type!r:.40}")
+            raise ValueError(f"only tools that the client runs are supported, not {self.type!r:.40}")
         if self.input_schema is None:
             raise ValueError("a tool needs input_schema")
         return self
@@ -180,7 +180,7 @@ class CountRequest(SteeredBody):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = Field(None, description="The same as output_config.format.")
     thinking: Annotated[JsonObject, Field(max_length=16)] | None = Field(
-        None, description="disabled or adaptive: thoughts are part of the text here."
+        None, description="disabled or adaptive: reasoning is part of the text here."
     )
     max_tokens: Annotated[int, Field(ge=1, le=limits.MAX_TOKENS)] | None = None
     stop_sequences: Annotated[list[StopText], Field(max_length=limits.MAX_STOP)] | None = None
@@ -190,23 +190,24 @@ class CountRequest(SteeredBody):
     def _no_thoughts_apart(cls, value: JsonObject | None) -> JsonObject | None:
         if value and value.get("type") not in WITHOUT_THOUGHTS:
             raise ValueError(
-                "thoughts are not told apart from the text here: send type disabled, or leave it out"
+                "reasoning is not separated from the text here: send type disabled, or leave it out"
             )
         return value
 
     @property
     def _prefills(self) -> bool:
-        """Whether the reply goes on with a text of the assistant's, as it does in this API."""
+        """Whether the reply continues a text of the assistant, as in this API."""
         last = self.messages[-1]
         if last.role != "assistant":
             return False
         if len(self.messages) == 1 and not self.system:
             raise ApiError(
-                "messages: need one of the role user: there is nothing to answer.", param="messages"
+                "messages: need at least one with the role user, since there is nothing to answer.",
+                param="messages",
             )
         if not isinstance(last.content, str) and any(block.type == "tool_use" for block in last.content):
             raise ApiError(
-                "messages: the last one calls tools: send what they gave as blocks of the type tool_result.",
+                "messages: the last one calls tools: send their results as blocks of the type tool_result.",
                 param="messages",
             )
         return True

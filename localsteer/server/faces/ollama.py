@@ -47,7 +47,7 @@ async def chat(body: OllamaChatRequest, request: Request) -> Response:
     return await answered(request, await translated(body.chat_request, NAMES), face)
 
 
-@router.post("/api/generate", summary="Answer a prompt, or go on with a text")
+@router.post("/api/generate", summary="Answer a prompt, or continue a text")
 async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
     state: State = request.app.state.localsteer
     face = GenerateLines(_named(state, body))
@@ -70,7 +70,7 @@ def _named(state: State, body: OllamaBody) -> OllamaBody:
 
 
 def _loaded(state: State, face: OllamaFace) -> Response:
-    """The answer to a request without a prompt, by which clients load a model."""
+    """The answer to a request without a prompt, with which clients load a model."""
     served, _ = state.steering(face.body.model, face.body.items)
     return Json(face.head(served.name) | face.said("") | {"done": True, "done_reason": "load"})
 
@@ -83,7 +83,7 @@ class OllamaFace:
         self.body, self.started = body, time.perf_counter()
 
     def said(self, text: str, calls: Any = ()) -> JsonObject:
-        """What of a line holds the reply."""
+        """The part of a line that holds the reply."""
         raise NotImplementedError
 
     def head(self, model: str) -> JsonObject:
@@ -110,7 +110,7 @@ class OllamaFace:
         return {"logprobs": chat_logprobs(answer.served.engine, scores)["content"]}
 
     def _end(self, answer: Answer, last: Part | WholeReply) -> JsonObject:
-        """Times in nanoseconds; load_duration: the wait for a place."""
+        """The fields of the last line. Times are in nanoseconds; load_duration is the wait for a slot."""
         total = time.perf_counter() - self.started
         prompt = last.timings.prompt_seconds if last.timings else 0.0
         decode = last.timings.decode_seconds if last.timings else 0.0
@@ -145,7 +145,7 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def _call(index: int, call: Call) -> JsonObject:
-    """What a model without a constraint wrote may be no object."""
+    """The arguments of a call, which need not be an object if the model wrote them without a constraint."""
     arguments = loaded(call.arguments)
     if not isinstance(arguments, dict):
         arguments = {"input": arguments}

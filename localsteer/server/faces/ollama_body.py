@@ -1,4 +1,4 @@
-"""What requests of Ollama's API may hold, and what they stand for: a ChatRequest, or a text to go on with."""
+"""What requests of Ollama's API may hold, and what they become: a ChatRequest, or a text to continue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..schemas import (
     without,
 )
 
-HOW_COMPUTED = "how it is computed, which the server decides"
+HOW_COMPUTED = "they say how to compute the reply, which the server decides"
 OPTION_RULES = Rules(
     harmless={
         HOW_COMPUTED: (
@@ -37,8 +37,8 @@ OPTION_RULES = Rules(
 )  # fmt: skip
 RULES = Rules(
     harmless={
-        "how long a model stays loaded: until another needs the room": ("keep_alive",),
-        "what becomes of a prompt that is too long: it is refused": ("truncate", "shift"),
+        "a model stays loaded until another needs the room": ("keep_alive",),
+        "a prompt that is too long is refused": ("truncate", "shift"),
     },
     neutral={
         "context": (), "images": (), "template": (), "width": (), "height": (), "steps": (),
@@ -49,7 +49,8 @@ SHARED = tuple(name for name in SteeredBody.model_fields if name not in ("model"
 
 
 class OllamaOptions(SteeredBody):
-    """What clients set for the model; steering is read here too, for those that can set nothing else."""
+    """The options that clients set for the model; steering is accepted here too, for clients that can set
+    nothing else."""
 
     RULES = OPTION_RULES
 
@@ -60,7 +61,7 @@ class OllamaOptions(SteeredBody):
     @classmethod
     def _beside(cls, value: Any) -> None:
         if value is not None:
-            raise ValueError("belongs beside options: send it there")
+            raise ValueError("belongs outside options: send it there")
 
 
 class OllamaFunction(Body):
@@ -93,7 +94,7 @@ class OllamaMessage(Body):
     @classmethod
     def _no_images(cls, value: Any) -> None:
         if value:
-            raise ValueError("no pictures are read here: leave them out")
+            raise ValueError("pictures are not supported: leave them out")
 
     def chat_message(self) -> ChatMessage:
         calls = [
@@ -121,7 +122,7 @@ class OllamaTool(ClosedPart):
 
 
 class OllamaBody(SteeredBody):
-    """What chat and generate have in common. A stream is what it gives unless `stream` is false."""
+    """The fields that chat and generate share. The answer is a stream unless `stream` is false."""
 
     RULES = RULES
     NESTED: ClassVar = {"options": OllamaOptions}
@@ -141,7 +142,7 @@ class OllamaBody(SteeredBody):
     def _once(self) -> OllamaBody:
         for name in SHARED:
             if getattr(self, name) is not None and getattr(self.options, name, None) is not None:
-                raise ValueError(f"{name}: stands in options too: send one of them")
+                raise ValueError(f"{name}: is also in options: send one of them")
         return self
 
     @property
@@ -195,7 +196,7 @@ class OllamaChatRequest(OllamaBody):
 
     @property
     def is_empty(self) -> bool:
-        """Whether it only wants the model to be there."""
+        """Whether the request only loads the model."""
         return not self.messages
 
     def chat_request(self) -> ChatRequest:
@@ -223,7 +224,7 @@ class OllamaGenerateRequest(OllamaBody):
 
     @property
     def is_text(self) -> bool:
-        """Whether the prompt goes in as it is."""
+        """Whether the prompt is sent as it is."""
         return bool(self.raw or self.suffix)
 
     def chat_request(self) -> ChatRequest:

@@ -42,13 +42,13 @@ def plain_name(state: State, name: str | None) -> str | None:
 
 
 @router.head("/api/version", include_in_schema=False)
-@router.get("/api/version", summary="The version of Ollama that it speaks")
+@router.get("/api/version", summary="The version of Ollama whose API this is")
 async def version() -> Response:
     return Json({"version": VERSION, "localsteer": __version__})
 
 
 @router.head("/api/tags", include_in_schema=False)
-@router.get("/api/tags", summary="Models, and each with each vector")
+@router.get("/api/tags", summary="Every model, by itself and with each vector")
 async def tags(request: Request) -> Response:
     state: State = request.app.state.localsteer
     return Json({"models": await off_loop(_entries, state)})
@@ -71,13 +71,13 @@ async def show(body: OllamaShowRequest, request: Request) -> Response:
     return Json(await off_loop(_shown, served, vectors, bool(body.verbose)))
 
 
-@router.post("/api/embed", summary="Texts as vectors, where the model gives them")
+@router.post("/api/embed", summary="Embed texts, if the model can")
 async def embed(body: OllamaEmbedRequest, request: Request) -> Response:
     inputs = [body.input] if isinstance(body.input, str) else body.input
     return await _embedded(request, body.model, inputs, body.dimensions or None)
 
 
-@router.post("/api/embeddings", summary="One text as a vector")
+@router.post("/api/embeddings", summary="Embed one text")
 async def embeddings(body: OllamaPromptRequest, request: Request) -> Response:
     return await _embedded(request, body.model, [body.prompt], None, is_single=True)
 

@@ -29,25 +29,25 @@ Id = Annotated[str, Field(max_length=256)]
 
 RULES = Rules(
     harmless={
-        "who asks, and what is kept of it: nothing is kept here": (
+        "they say who asks and what to store, and nothing is stored here": (
             "user", "store", "safety_identifier", "service_tier", "prompt_cache_key",
             "prompt_cache_options", "prompt_cache_retention", "client_metadata",
         ),
-        "of tools that run at OpenAI, which are refused": ("max_tool_calls",),
+        "it concerns tools that run at OpenAI, which are refused": ("max_tool_calls",),
     },
     neutral={
         "access_programs": (), "background": (False,), "background_options": (), "context_management": (),
         "image": (), "moderation": (), "prompt": (), "truncation": ("disabled",),
     },
 )  # fmt: skip
-KEPT_NOWHERE = "nothing is kept here: send the whole conversation in `input`"
+KEPT_NOWHERE = "nothing is stored here: send the whole conversation in `input`"
 # of an item: what OpenAI's answers have beside what was said
 UNREAD = ("annotations", "caller", "id", "logprobs", "namespace", "phase", "status")
 READ = ("message", "function_call", "function_call_output", "reasoning")
 
 
 class InputItem(Body):
-    """A message, a call, what a call gave, or thoughts, which are left out."""
+    """An item: a message, a call, the result of a call, or reasoning, which is left out."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -70,7 +70,7 @@ class InputItem(Body):
     def _whole(self) -> InputItem:
         if self.type not in READ:
             raise ValueError(
-                f"only items of the types {', '.join(READ)} are read here, not {self.type!r:.40}"
+                f"only items of the types {', '.join(READ)} are supported, not {self.type!r:.40}"
             )
         needed = {
             "message": ("role", "content"),
@@ -99,7 +99,7 @@ class ResponsesTool(ClosedPart):
     @model_validator(mode="after")
     def _function(self) -> ResponsesTool:
         if self.type != "function":
-            raise ValueError(f"only tools of type function are called here, not {self.type!r:.40}")
+            raise ValueError(f"only tools of type function are supported, not {self.type!r:.40}")
         if self.name is None:
             raise ValueError("a function needs a name")
         return self
@@ -138,7 +138,7 @@ class TextConfig(Body):
 
 
 class ReasoningConfig(ClosedPart):
-    """Thoughts are part of the text here."""
+    """Settings of reasoning, which is part of the text here."""
 
     UNREAD = ("generate_summary", "summary")
 
@@ -158,7 +158,7 @@ class ResponsesRequest(SteeredBody):
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     include: Annotated[list[Id], Field(max_length=32)] | None = Field(
-        None, description="message.output_text.logprobs; the others are of tools that run at OpenAI."
+        None, description="message.output_text.logprobs; the others concern tools that run at OpenAI."
     )
     top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
     metadata: Annotated[JsonObject, Field(max_length=64)] | None = None

@@ -26,7 +26,7 @@ async function loadInstructions() {
   if (by("catalogue").selectedIndex < 0) by("catalogue").value = "";
   by("how").hidden = Boolean(methods.learn);
   by("make-off").hidden = !methods.search;
-  by("make-off").textContent = methods.search ? `No vector is made here: ${methods.search}.` : "";
+  by("make-off").textContent = methods.search ? `This server makes no vectors: ${methods.search}.` : "";
   showChoice();
 }
 
@@ -116,7 +116,7 @@ function showJob(job) {
   by("job-title").textContent = titleOf(job);
   const count = job.total ? ` (${job.done} of ${job.total})` : job.done ? ` (${job.done})` : "";
   const doing = {
-    queued: `waiting; ${job.before} before it`,
+    queued: `waiting; ${job.before} ahead of it`,
     stopping: "stopping: what was found is checked and kept",
   }[job.status] || `${job.doing || "starting"}${count}`;
   by("job-now").textContent = `${doing}, ${Math.round(job.seconds)} s`;
@@ -182,7 +182,7 @@ function outcomeOf(job) {
   const { layer, positions, strength } = result.setting;
   const place = `It steers layer${layer.length > 1 ? "s" : ""} ${layer.join(", ")} at strength ${strength}, positions `
     + `${positions}; ${job.method === "learn" ? "learned" : "found"} in ${Math.round(job.seconds)} s.`;
-  return { title: `${job.vector} is there`, lines: [...effectOf(result), place, ...advice.map(sentence)] };
+  return { title: `${job.vector} is ready`, lines: [...effectOf(result), place, ...advice.map(sentence)] };
 }
 
 function sentence(text) {
@@ -201,7 +201,7 @@ function effectOf({ scores, degenerate, judged_by, n }) {
   if (!n || !good) return [];
   const lines = [judged_by === "verifier"
     ? `Replies to ${n} other questions that follow it: ${good}.`
-    : `No rule tells whether a reply follows this. Sound replies to ${n} other questions: ${good}.`];
+    : `No rule can judge whether a reply follows this. Sound replies to ${n} other questions: ${good}.`];
   const broken = degenerate && degenerate.steered;
   if (typeof broken === "number") {
     lines.push(broken ? `What it costs: ${outOf(broken, n)} steered replies are broken (they loop or make no sense); `

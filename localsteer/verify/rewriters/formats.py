@@ -118,14 +118,14 @@ def number_bullet_lists(plain: Plain, *, num_bullets: int) -> str | None:
 
 def _items(blocks: Sequence[Block]) -> list[str]:
     """What the items say, bold type included; a heading among them opens the next one."""
-    found, heading = [], ""
+    items, heading = [], ""
     for block in blocks:
         if block.kind == HEADING:
             heading += unmarked(block.text).rstrip(":") + ": "
         else:
-            found.append(heading + block.text)
+            items.append(heading + block.text)
             heading = ""
-    return found
+    return items
 
 
 def _bullets(points: Sequence[str], n: int, plain: Plain) -> str:
@@ -163,18 +163,18 @@ def number_highlighted_sections(plain: Plain, *, num_highlights: int) -> str:
 
 def _phrases(text: str) -> list[Span]:
     """Key words, with the one before where only a blank parts the two."""
-    found: list[Span] = []
+    phrases: list[Span] = []
     for start, end in key_words(text):
         if (
-            found
-            and start == found[-1][1] + 1
+            phrases
+            and start == phrases[-1][1] + 1
             and text[start - 1] == " "
-            and " " not in text[slice(*found[-1])]
+            and " " not in text[slice(*phrases[-1])]
         ):
-            found[-1] = (found[-1][0], end)
+            phrases[-1] = (phrases[-1][0], end)
         else:
-            found.append((start, end))
-    return found
+            phrases.append((start, end))
+    return phrases
 
 
 def multiple_sections(plain: Plain, *, section_spliter: str, num_sections: int) -> str | None:
@@ -197,7 +197,7 @@ def title(plain: Plain) -> str:
 
 def constrained_response(plain: Plain) -> str | None:
     """A reply that opens with yes, no or "it depends" gives that answer in IFEval's words, and goes on."""
-    if found := _ANSWER.match(plain.text):
-        rest = plain.text[found.end() :]
-        return f"My answer is {found[1].lower()}. {rest[:1].upper()}{rest[1:]}".strip()
+    if answer := _ANSWER.match(plain.text):
+        rest = plain.text[answer.end() :]
+        return f"My answer is {answer[1].lower()}. {rest[:1].upper()}{rest[1:]}".strip()
     return f"My answer is maybe. {plain.text}" if _UNDECIDED.match(plain.text) else None

@@ -31,10 +31,10 @@ def existence(plain: Plain, *, keywords: tuple[str, ...]) -> str | None:
 
 def frequency(plain: Plain, *, keyword: str, frequency: int, relation: str) -> str | None:
     """Less than: the last sentences that hold the word go. At least: it is named once or twice more."""
-    found = expression(keyword, re.IGNORECASE)
+    pattern = expression(keyword, re.IGNORECASE)
     if relation == "less than":
-        return _enough(plain, plain.within(found.count, frequency - 1))
-    missing = frequency - found.count(plain.text)
+        return _enough(plain, plain.within(pattern.count, frequency - 1))
+    missing = frequency - pattern.count(plain.text)
     if missing > _MAX_MENTIONS:
         return None
     first = plain.pick(range(len(_MENTIONS)))
@@ -44,8 +44,8 @@ def frequency(plain: Plain, *, keyword: str, frequency: int, relation: str) -> s
 
 def forbidden_words(plain: Plain, *, forbidden_words: tuple[str, ...]) -> str | None:
     """The sentences and list items that hold one of the words go."""
-    found = [expression(word, re.IGNORECASE, WHOLE_WORD) for word in forbidden_words]
-    return _enough(plain, plain.without(lambda text: any(word.search(text) for word in found)))
+    patterns = [expression(word, re.IGNORECASE, WHOLE_WORD) for word in forbidden_words]
+    return _enough(plain, plain.without(lambda text: any(word.search(text) for word in patterns)))
 
 
 def letter_frequency(plain: Plain, *, letter: str, let_frequency: int, let_relation: str) -> str | None:

@@ -126,12 +126,12 @@ def _block(kind: str, lines: list[str], gap: str) -> Block:
 def _bare(kind: str, line: str) -> str:
     """The line without its marker; the cells of a table's row one after the other."""
     if kind == HEADING:
-        found = _HEADING.match(line) or _BOLD_LINE.fullmatch(line)
-        return found[1].rstrip("#") if found else line
+        match = _HEADING.match(line) or _BOLD_LINE.fullmatch(line)
+        return match[1].rstrip("#") if match else line
     if kind == ITEM and (row := _ROW.fullmatch(line)):
         return ", ".join(cell.strip() for cell in row[1].split("|"))
-    found = _ITEM.match(line) if kind == ITEM else None
-    return found[1] if found else line
+    match = _ITEM.match(line) if kind == ITEM else None
+    return match[1] if match else line
 
 
 def _said(block: Block) -> str:

@@ -40,13 +40,13 @@ class Plain:
     @cached_property
     def pieces(self) -> list[Piece]:
         """Sentences, list items, headings and code, in their own Markdown."""
-        found: list[Piece] = []
+        pieces: list[Piece] = []
         for block in self.blocks:
             gap, at = block.gap, 0
             for start, end in spans(block.source) if block.kind == TEXT else [(0, len(block.source))]:
-                found.append((gap + block.source[at:start], block.source[start:end]))
+                pieces.append((gap + block.source[at:start], block.source[start:end]))
                 gap, at = "", end
-        return found
+        return pieces
 
     @property
     def has_code(self) -> bool:
@@ -119,15 +119,15 @@ def grouped(items: Sequence[T], n: int, size: Callable[[T], int]) -> list[list[T
 
 def _together(blocks: Sequence[Block], near: str) -> list[Piece]:
     """Blocks as pieces; a heading stays with what follows it, and so do blocks at the gap `near`."""
-    found: list[tuple[str, list[str]]] = []
+    groups: list[tuple[str, list[str]]] = []
     opened = False
     for block in blocks:
-        if found and (opened or block.gap == near):
-            found[-1][1].extend((block.gap, block.source))
+        if groups and (opened or block.gap == near):
+            groups[-1][1].extend((block.gap, block.source))
         else:
-            found.append((block.gap, [block.source]))
+            groups.append((block.gap, [block.source]))
         opened = block.kind == HEADING or block.source.endswith(":")
-    return [(gap, "".join(sources)) for gap, sources in found]
+    return [(gap, "".join(sources)) for gap, sources in groups]
 
 
 def _closed(pieces: Sequence[Piece]) -> str:

@@ -28,7 +28,7 @@ def sentences(text: str) -> list[str]:
 
 def spans(text: str) -> list[tuple[int, int]]:
     """(start, end) of each sentence."""
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     parts = (part.strip() for whole in split_sentences(text) for part in _CJK_END.split(whole))
     start, at = -1, 0
     for part in filter(None, parts):
@@ -36,9 +36,9 @@ def spans(text: str) -> list[tuple[int, int]]:
         at = begin + len(part)
         start = begin if start < 0 else start
         if not _is_label(part):
-            found.append((start, at))
+            spans.append((start, at))
             start = -1
-    return found if start < 0 else [*found, (start, at)]
+    return spans if start < 0 else [*spans, (start, at)]
 
 
 def trim_to_sentence(reply: str) -> str:

@@ -59,8 +59,8 @@ def _opens(part: str) -> bool:
 def _enumeration(parts: list[str]) -> str | None:
     """The conjunction of "red, green, and blue", or None where the commas part clauses."""
     *middle, last = parts
-    found = _CONJUNCTION.search(last)
+    conjunction = _CONJUNCTION.search(last)
     short = all(part and len(part.split()) <= _MAX_LISTED_WORDS for part in middle)
-    if found is None or not middle or not short:
+    if conjunction is None or not middle or not short:
         return None
-    return found[0] if len(last[: found.start()].split()) <= _MAX_LISTED_WORDS else None
+    return conjunction[0] if len(last[: conjunction.start()].split()) <= _MAX_LISTED_WORDS else None

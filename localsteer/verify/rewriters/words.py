@@ -67,11 +67,11 @@ def spread(items: Sequence[T], n: int) -> list[T]:
 
 def replaced(text: str, spans: Sequence[Span], change: Callable[[str], str]) -> str:
     """The text with each span changed; they stand in order."""
-    found, at = [], 0
+    parts, at = [], 0
     for start, end in spans:
-        found += [text[at:start], change(text[start:end])]
+        parts += [text[at:start], change(text[start:end])]
         at = end
-    return "".join([*found, text[at:]])
+    return "".join([*parts, text[at:]])
 
 
 def as_subject(prompt: str) -> str:

@@ -14,13 +14,13 @@ def capital_word_frequency(reply: str, *, capital_frequency: int, capital_relati
 
 
 def english_capital(reply: str) -> float:
-    """No lowercase letter and one capital at least, in English. Some English in capitals is told to be German
-    or another language, and then fails; a reply without any language passes."""
+    """No lowercase letter and at least one capital, in English. Some English in capitals is detected as
+    German or another language, and fails; a reply without any language passes."""
     return chance(reply, "en") if reply.isupper() else 0.0
 
 
 def english_lowercase(reply: str) -> float:
-    """No capital and one lowercase letter at least, in English; a reply without any language passes."""
+    """No capital and at least one lowercase letter, in English; a reply without any language passes."""
     return chance(reply, "en") if reply.islower() else 0.0
 
 

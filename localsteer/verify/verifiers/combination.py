@@ -8,8 +8,8 @@ _DIVIDER = "******"
 def two_responses(reply: str) -> bool:
     """Exactly two different texts separated by six asterisks.
 
-    A divider at the very start or end does not count, two in a row fail; a seventh asterisk belongs to the
-    text after it. The texts differ as soon as one character does.
+    A divider at the very start or end does not count; two in a row fail; a seventh asterisk belongs to the
+    text after it. One different character makes the texts different.
     """
     parts = reply.split(_DIVIDER)
     if not all(part.strip() for part in parts[1:-1]):

@@ -12,22 +12,23 @@ _POSTSCRIPTS = {"P.S.": re.compile(r"p\.\s?s\."), "P.P.S": re.compile(r"p\.\s?p\
 
 
 def number_placeholders(reply: str, *, num_placeholders: int) -> bool:
-    """At least so many [..] on one line each; empty ones, ticks and links count: [], [x], [text](url)."""
+    """At least this many [..], each within one line; empty ones, ticks and links count: [], [x],
+    [text](url)."""
     return sum(map(_placeholders, reply.split("\n"))) >= num_placeholders
 
 
 def _placeholders(line: str) -> int:
     """What IFEval's \\[.*?\\] finds, which rereads the line for each [ that nothing closes."""
-    found = end = 0
+    count = end = 0
     while (start := line.find("[", end)) >= 0 and (end := line.find("]", start) + 1) > 0:
-        found += 1
-    return found
+        count += 1
+    return count
 
 
 def postscript(reply: str, *, postscript_marker: str) -> bool:
-    """The marker stands somewhere in the reply, in any case. Another marker than these two is a regular
+    """The marker occurs somewhere in the reply, in any case. A marker other than these two is a regular
     expression."""
-    found = _POSTSCRIPTS.get(postscript_marker)
-    if found is None:
+    pattern = _POSTSCRIPTS.get(postscript_marker)
+    if pattern is None:
         return expression(postscript_marker.lower()).search(reply.lower())
-    return found.search(reply.lower()) is not None
+    return pattern.search(reply.lower()) is not None

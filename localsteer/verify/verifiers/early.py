@@ -5,7 +5,7 @@
 A test answers True only where NO continuation of the text passes the final verifier, its quirks included, so
 that stopping there never loses a reply that would have been accepted (tests/test_early.py looks for one).
 Verifiers that a later word can always satisfy (a title, a postscript, `at least`) have no test here.
-Strict verdicts alone: a loose one may forgive a first line.
+Only strict verdicts are tested: a loose one may forgive a first line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _END = re.compile(r"\s*(?:`{1,3}\s*)?\Z")
 
 
 def hopeless(instruction_id: str, text: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether a reply that begins with `text` can't pass any more. arguments: of check_arguments."""
+    """Whether no reply that begins with `text` can pass. arguments: as check_arguments returns them."""
     test = EARLY.get(instruction_id)
     return test is not None and test(text, **arguments)
 
@@ -73,7 +73,7 @@ def _number_paragraphs(text: str, *, num_paragraphs: int) -> bool:
 
 
 def _filled(parts: list[str]) -> int:
-    """Parts with a text; asterisks at the end may yet become a divider."""
+    """The parts that hold text; asterisks at the end may yet become a divider."""
     return sum(bool(part.strip()) for part in parts[:-1]) + bool(parts[-1].strip().strip("*"))
 
 
@@ -132,7 +132,8 @@ def _forbidden_words(text: str, *, forbidden_words: tuple[str, ...]) -> bool:
 
 
 def _is_plain(word: str) -> bool:
-    """Letters, digits and single blanks: as a regular expression (IFEval's reading) it means itself."""
+    """Whether a text holds only letters, digits and single blanks, so that as a regular expression (IFEval's
+    reading) it means itself."""
     return re.fullmatch(r"\w+(?: \w+)*", word) is not None
 
 
@@ -185,14 +186,14 @@ def _may_become_json(text: str) -> bool:
 
 
 def _after_string(text: str, at: int) -> int | None:
-    """Where a string that opens here ends; the text's end if it may go on; None where it is none."""
-    if found := _STRING.match(text, at):
-        return found.end()
+    """Where a string that opens here ends; the text's end if it may go on; None if no string opens here."""
+    if match := _STRING.match(text, at):
+        return match.end()
     return len(text) if _OPEN_STRING.match(text, at) else None
 
 
 def _after_scalar(text: str, at: int) -> int | None:
-    """The same for a string, a number or a word."""
+    """Like `_after_string`, for a string, a number or a word."""
     if text[at] == '"':
         return _after_string(text, at)
     for word in _WORDS:
@@ -202,8 +203,8 @@ def _after_scalar(text: str, at: int) -> int | None:
             return len(text)
     if _OPEN_NUMBER.match(text, at):
         return len(text)
-    found = _NUMBER.match(text, at)
-    return found.end() if found else None
+    match = _NUMBER.match(text, at)
+    return match.end() if match else None
 
 
 EARLY: Mapping[str, Callable[..., bool]] = {

@@ -19,7 +19,7 @@ _FENCES = ("```json", "```Json", "```JSON", "```")  # no other spelling, no othe
 
 
 def number_bullet_lists(reply: str, *, num_bullets: int) -> bool:
-    """Exactly so many lines that open with * or -, indented ones too.
+    """Exactly this many lines that begin with * or -, indented ones included.
 
     A rule (---), a negative number and a line that opens with *emphasis* count; "+ item", "1. item" and a
     line that opens with **bold** do not.
@@ -29,12 +29,12 @@ def number_bullet_lists(reply: str, *, num_bullets: int) -> bool:
 
 
 def constrained_response(reply: str) -> bool:
-    """One of the three fixed answers stands somewhere in the reply, in this very case."""
+    """One of the three fixed answers occurs somewhere in the reply, in exactly this case."""
     return any(answer in reply for answer in _FIXED_ANSWERS)
 
 
 def number_highlighted_sections(reply: str, *, num_highlights: int) -> bool:
-    """At least so many *highlights* or **highlights**, each on one line.
+    """At least this many *highlights* or **highlights**, each within one line.
 
     2 * 3 * 4 makes one, and so does a bullet with an asterisk in its text; ***both*** makes two.
     """
@@ -48,10 +48,11 @@ def count_highlights(reply: str) -> int:
 
 
 def multiple_sections(reply: str, *, section_spliter: str, num_sections: int) -> bool:
-    """At least so many markers with a number: "Section 1", "**SECTION 2**".
+    """At least this many markers with a number: "Section 1", "**SECTION 2**".
 
-    In the marker's own case, anywhere in a line, in any order, and without a number none: "Section One" is no
-    section. Numbers in the text count too: "see Section 3". The name's spelling is IFEval's.
+    The marker counts in its own case only, anywhere in a line and in any order, and only with a number:
+    "Section One" is not a section. Numbers in the text count too: "see Section 3". The name's spelling is
+    IFEval's.
     """
     marker = expression(section_spliter, around=SECTION)
     # IFEval counts the pieces that re.split leaves, which adds one for every group
@@ -71,7 +72,7 @@ def json_format(reply: str) -> bool:
 
 
 def title(reply: str) -> bool:
-    """<<A title>> stands somewhere on one line. <<< >>> holds none, and << a >> b >> is one."""
+    """<<A title>> occurs somewhere within one line. <<< >>> holds none, and << a >> b >> is one."""
     return any(_titled(line) for line in reply.split("\n"))
 
 

@@ -1,4 +1,4 @@
-"""keywords:* - words that must, may or must not stand in the reply."""
+"""keywords:* - words and letters that must or must not occur in the reply, and how often."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def forbidden_words(reply: str, *, forbidden_words: tuple[str, ...]) -> bool:
 
 
 def letter_frequency(reply: str, *, letter: str, let_frequency: int, let_relation: str) -> bool:
-    """Lower and upper case count together."""
+    """The letter's occurrences; lower and upper case count together."""
     return compare(reply.lower().count(letter), let_relation, let_frequency)

@@ -23,9 +23,9 @@ def number_words(reply: str, *, num_words: int, relation: str) -> bool:
 
 
 def number_paragraphs(reply: str, *, num_paragraphs: int) -> bool:
-    """Exactly so many paragraphs between dividers of three asterisks; blank lines part nothing.
+    """Exactly this many paragraphs between dividers of three asterisks; blank lines separate nothing.
 
-    A divider before the first or after the last paragraph does not count, two in a row fail the reply, and
+    A divider before the first or after the last paragraph does not count; two in a row fail the reply, and
     so do six asterisks; four leave one in the text.
     """
     parts = _DIVIDER.split(reply)
@@ -36,10 +36,10 @@ def number_paragraphs(reply: str, *, num_paragraphs: int) -> bool:
 
 
 def nth_paragraph_first_word(reply: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Exactly so many paragraphs separated by an empty line, and the nth starts with the word, in any case.
+    """Exactly this many paragraphs separated by an empty line; the nth starts with the word, in any case.
 
     Blank paragraphs are left out of the count but not out of the numbering: after three line breaks more the
-    "third paragraph" is the second one with text. The first word ends at . , ? ! or a quote alone: "Summary:"
+    "third paragraph" is the second one with text. Only . , ? ! or a quote ends the first word: "Summary:"
     and "**summary**" are not "summary", "summary's" is.
     """
     paragraphs = reply.split("\n\n")

@@ -56,7 +56,8 @@ def lower_text(value: Any) -> str:
 
 
 def texts(value: Any) -> tuple[str, ...]:
-    """One text or more. Blanks around them stay, as in IFEval: " cat" is not found at a reply's start."""
+    """A list of one or more texts. Blanks around them stay, as in IFEval: " cat" is not found at a reply's
+    start."""
     if isinstance(value, str) or not isinstance(value, (list, tuple)) or not value:
         raise ValueError('a list of texts such as ["fox", "dog"]')
     for item in value:
@@ -76,7 +77,7 @@ def pattern(value: Any) -> str:
 
 
 def patterns(value: Any) -> tuple[str, ...]:
-    """One or more of them, with their blanks, as `texts`."""
+    """A list of one or more patterns, with the blanks around them, as in `texts`."""
     for item in texts(value):
         expression(item, re.IGNORECASE)
         expression(item, re.IGNORECASE, WHOLE_WORD)
@@ -97,7 +98,7 @@ def language(value: Any) -> str:
 
 
 def compare(number: int, relation: str, threshold: int) -> bool:
-    """IFEval's two relations."""
+    """Whether a number is "less than" or "at least" the threshold, IFEval's two relations."""
     return number < threshold if relation == "less than" else number >= threshold
 
 
