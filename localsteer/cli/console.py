@@ -34,6 +34,7 @@ PACE_SECONDS = 60.0  # of work that the time left is estimated from
 # What drives a terminal, tab and line break apart, and what reorders the characters of a line
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _HARMLESS = "\ufffd"
+LONGEST_MESSAGE = 2000  # characters of an error
 _listener: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("listener", default=None)
 
 
@@ -118,6 +119,15 @@ def harmless(text: str) -> str:
     return _CONTROL.sub(_HARMLESS, text)
 
 
+def in_one_line(message: object) -> str:
+    """An error for people. It may quote anything, and a file's name may hold line breaks: those are gone,
+    with control characters, and of a long message the middle is left out: the end says what to do."""
+    text = harmless(" ".join(str(message).split()))
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    return f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+
+
 def shown(text: str) -> str:
     """A model's reply for stdout, harmless in a terminal. A pipe or a file gets it as it is."""
     return harmless(text) if sys.stdout.isatty() else text
@@ -156,7 +166,7 @@ def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None
 
 @contextmanager
 def heard_by(listener: Callable[[str, int, int], None]) -> Iterator[None]:
-    """Tell the progress of the layer to a program as well: (what, done, total), as `progress` is told it.
+    """Tell a program of the progress of what runs inside, too: (what, done, total), as `progress` is told it.
 
     In this thread alone. What the listener raises ends the work.
     """
@@ -169,7 +179,7 @@ def heard_by(listener: Callable[[str, int, int], None]) -> Iterator[None]:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[..., None]]:
-    """A bar on stderr while the layer runs, if that is a terminal: call it with (done, total), total 0 where
+    """A bar on stderr while this is open, if that is a terminal: call it with (done, total), total 0 where
     the end is not known, and with what is being done where that changes.
 
     It appears once the work has taken half a second, with the time that is left. One at a time.

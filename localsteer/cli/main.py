@@ -18,7 +18,7 @@ from localsteer import __version__
 from localsteer.errors import LocalsteerError
 
 from . import interrupt
-from .console import NoticeHandler, harmless, prepare_streams
+from .console import NoticeHandler, in_one_line, prepare_streams
 
 # Title -> commands, in the order of `localsteer --help`. Command `x` is `command` in localsteer/cli/x.py.
 COMMANDS = {
@@ -110,8 +110,7 @@ def _run(args: Sequence[str] | None) -> int:
 
 
 def _complain(message: str) -> None:
-    """It may quote any file, and a file name may hold line breaks."""
-    click.echo(f"localsteer: {harmless(' '.join(message.split()))}", err=True)
+    click.echo(f"localsteer: {in_one_line(message)}", err=True)
 
 
 def _drop_stdout() -> None:

@@ -24,6 +24,7 @@ import llm
 from pydantic import Field
 
 from localsteer.cache import atomic_path
+from localsteer.cli.console import in_one_line
 from localsteer.errors import LocalsteerError
 from localsteer.model_names import BUNDLED, PACKAGED, packaged_file
 from localsteer.stores import is_stored_name, within
@@ -53,7 +54,7 @@ def known_models() -> dict[str, str]:
     try:
         added = added_models()
     except LocalsteerError as error:  # llm works on without them
-        click.echo(f"localsteer: {error}", err=True)
+        click.echo(f"localsteer: {in_one_line(error)}", err=True)
         added = {}
     return {f"{PREFIX}{name}": name for name in names} | added
 
@@ -242,6 +243,21 @@ class Steered(SteeredByOptions, llm.Model):
 
 
 class AsyncSteered(SteeredByOptions, llm.AsyncModel):
+    async def _begun(self, prompt: llm.Prompt) -> SteeredAnswer:
+        left = threading.Event()
+
+        def begin() -> SteeredAnswer:
+            answer = self.begin(prompt)  # which may open a model, and make a vector
+            if left.is_set():
+                answer.cancel()  # nobody would read it
+            return answer
+
+        try:
+            return await asyncio.to_thread(begin)
+        except asyncio.CancelledError:
+            left.set()
+            raise
+
     async def execute(
         self,
         prompt: llm.Prompt,
@@ -250,7 +266,7 @@ class AsyncSteered(SteeredByOptions, llm.AsyncModel):
         conversation: llm.AsyncConversation | None,
     ) -> AsyncIterator[str]:
         with llms_error():
-            answer = await asyncio.to_thread(self.begin, prompt)
+            answer = await self._begun(prompt)
             texts = iter(answer)
             try:
                 while (text := await asyncio.to_thread(next, texts, None)) is not None:
@@ -266,7 +282,7 @@ def llms_error() -> Iterator[None]:
     try:
         yield
     except LocalsteerError as error:
-        raise llm.ModelError(" ".join(str(error).split())) from None
+        raise llm.ModelError(in_one_line(error)) from None
 
 
 def tell(response: Any, answer: SteeredAnswer) -> None:
@@ -387,7 +403,7 @@ def clicks_error() -> Iterator[None]:
     try:
         yield
     except LocalsteerError as error:
-        raise click.ClickException(" ".join(str(error).split())) from None
+        raise click.ClickException(in_one_line(error)) from None
 
 
 def models_file() -> Path:

@@ -7,6 +7,8 @@ its work within a token. The protocol's own package keeps stray output away from
 from __future__ import annotations
 
 import math
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +26,8 @@ from mcp_types import ToolAnnotations
 from pydantic import BaseModel, Field, ValidationError
 
 from localsteer import __version__
-from localsteer.cli.console import heard_by
+from localsteer.cli.console import heard_by, in_one_line
+from localsteer.cli.interrupt import EXIT_STATUS
 from localsteer.errors import LocalsteerError, UnsupportedModelError
 from localsteer.terms import Mode, Positions
 
@@ -33,6 +36,7 @@ from .steered import TRIES, SteeredAnswer, SteeredModel, SteeringWords, Wanted, 
 Result = TypeVar("Result")
 
 READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
+CLOSING_SECONDS = 5.0  # for what is under way to leave nothing half done
 TELL_SECONDS = 0.2  # between two notices of progress
 INSTRUCTIONS = """localsteer steers local models: their replies are in JSON, lowercase, one sentence and so on
 without a word of it in the prompt. list_vectors names what a model can be steered by."""
@@ -164,7 +168,7 @@ class Work:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._stopped = threading.Event()
+        self._stopped, self.ended = threading.Event(), threading.Event()
         self._on_stop: Callable[[], None] = lambda: None
         self._stage, self._what, self._progress, self._told = 0, "", 0.0, -math.inf
 
@@ -218,7 +222,10 @@ class OpenModels:
 
     @contextmanager
     def using(self, name: str) -> Iterator[SteeredModel]:
-        """Raises LocalsteerError where all others are at work."""
+        """Raises LocalsteerError where all others are at work, and for a name that means no model here: that
+        takes nobody's place."""
+        if name not in self._models:
+            checked_file(name)
         with self._lock:
             model = self._models.pop(name, None)
             if model is None:
@@ -231,6 +238,8 @@ class OpenModels:
         finally:
             with self._lock:
                 self._users[name] -= 1
+                if not (self._users[name] or model.is_open) and self._models.get(name) is model:
+                    del self._models[name]  # it could not be opened
 
     def _make_room(self) -> None:
         while len(self._models) >= self._most:
@@ -375,9 +384,12 @@ class SteeringTools:
         self._working.add(work)
 
         def run() -> Result | None:
-            # of a call that was cancelled, nobody takes the result
-            with suppress(StoppedError), heard_by(work.tell):
-                return function(work)
+            try:
+                # of a call that was cancelled, nobody takes the result
+                with suppress(StoppedError), heard_by(work.tell):
+                    return function(work)
+            finally:
+                work.ended.set()
 
         try:
             return await anyio.to_thread.run_sync(run, abandon_on_cancel=True)
@@ -400,10 +412,24 @@ class SteeringTools:
             ],
         )
 
-    def stop(self) -> None:
-        """End all work, for the end of the process."""
-        for work in list(self._working):
+    def stop(self, seconds: float = 0.0) -> None:
+        """End all work, for the end of the process, and wait so long for what it clears away."""
+        working, until = list(self._working), time.monotonic() + seconds
+        for work in working:
             work.stop()
+        for work in working:
+            work.ended.wait(max(0.0, until - time.monotonic()))
+
+
+def checked_file(model: str) -> Path:
+    """The GGUF of a model whose header can be read. Raises LocalsteerError, also for one that would have to
+    be fetched: that is for the user to decide, not for whoever calls a tool."""
+    from localsteer.cli.models import model_file
+    from localsteer.model_list import read_shape
+
+    path = model_file(model, download=False)
+    read_shape(path)
+    return path
 
 
 def messages_of(prompt: str, system: str | None) -> list[dict[str, str]]:
@@ -472,10 +498,10 @@ def _mean(values: Any) -> float | None:
 
 def vector_rows(model: str) -> VectorRows:
     """Of the packs, of the cache, and the catalogue's instructions. Raises LocalsteerError."""
-    from localsteer.cli.models import catalog_of, model_file
+    from localsteer.cli.models import catalog_of
     from localsteer.packs import pack_for
 
-    path = model_file(model)
+    path = checked_file(model)
     match = pack_for(path)
     shipped = [] if match is None else [_shipped_row(entry) for entry in match.pack.instructions.values()]
     catalog = catalog_of(model, None)
@@ -538,11 +564,13 @@ class OneLineServer(MCPServer):
     """What a client does wrong is answered in one line, as errors are everywhere in localsteer."""
 
     async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
-        for tool in await self.list_tools():
-            unknown = set(arguments) - set(tool.input_schema["properties"]) if tool.name == name else ()
-            if unknown:  # nothing that somebody asks for is left out in silence
-                known = ", ".join(tool.input_schema["properties"])
-                raise ToolError(f"{name} has no argument {min(unknown)!r:.80}: {known}.")
+        known = {tool.name: tool.input_schema["properties"] for tool in await self.list_tools()}
+        if name not in known:
+            raise ToolError(f"there is no tool {name!r:.80}: {', '.join(known)}.")
+        unknown = set(arguments) - set(known[name])
+        if unknown:  # nothing that somebody asks for is left out in silence
+            taken = ", ".join(known[name]) or "it takes none"
+            raise ToolError(f"{name} has no argument {min(unknown)!r:.80}: {taken}.")
         try:
             return await super().call_tool(name, arguments, context)
         except ToolError as error:
@@ -550,7 +578,7 @@ class OneLineServer(MCPServer):
             if isinstance(cause, ValidationError):
                 raise ToolError(f"{name}: {_first_of(cause)}") from cause
             if isinstance(cause, LocalsteerError):
-                raise ToolError(" ".join(str(cause).split())) from cause
+                raise ToolError(in_one_line(cause)) from cause
             raise
 
 
@@ -567,11 +595,55 @@ def server_of(tools: SteeringTools) -> MCPServer:
 
 
 def serve_stdio(model: str, *, max_models: int = 2, **loading: Any) -> None:
-    """Until stdin ends. Raises LocalsteerError for nothing: a call's errors are the call's."""
+    """Until stdin ends. Raises BrokenPipeError where nobody reads stdout any more, and LocalsteerError for
+    nothing: a call's errors are the call's."""
     models = OpenModels(max_models, loading)
     tools = SteeringTools(model, models)
-    try:
-        anyio.run(server_of(tools).run_stdio_async)
-    finally:
-        tools.stop()
+
+    def close() -> None:
+        tools.stop(CLOSING_SECONDS)
         models.close()
+
+    try:
+        with ended_by_ctrl_c(close):
+            anyio.run(server_of(tools).run_stdio_async)
+    except Exception as error:
+        if not _is_broken_pipe(error):
+            raise
+        raise BrokenPipeError from None
+    finally:
+        close()
+
+
+@contextmanager
+def ended_by_ctrl_c(close: Callable[[], None]) -> Iterator[None]:
+    """The event loop would wait for the thread that reads stdin, and so for the client."""
+    before = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if before is signal.SIG_IGN or not in_main_thread:
+        yield
+        return
+    presses: list[int] = []
+
+    def end() -> None:
+        with suppress(Exception):
+            close()
+        os._exit(EXIT_STATUS)
+
+    def on_press(number: int, _frame: Any) -> None:
+        presses.append(number)
+        if len(presses) > 1:  # it was not quick enough
+            os._exit(EXIT_STATUS)
+        threading.Thread(target=end, daemon=True).start()
+
+    signal.signal(signal.SIGINT, on_press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_broken_pipe(error: BaseException) -> bool:
+    """Whether this is all that a group of errors has in it."""
+    parts = getattr(error, "exceptions", ())
+    return all(map(_is_broken_pipe, parts)) if parts else isinstance(error, BrokenPipeError)

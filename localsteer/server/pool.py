@@ -305,7 +305,7 @@ class Pool:
 
     @contextlib.contextmanager
     def room_for_another(self, name: str) -> Iterator[None]:
-        """Count a model once more while the layer runs, which opens it outside of the pool. Raises ApiError
+        """Count a model once more while this is open: somebody opens it outside of the pool. Raises ApiError
         where --max-memory leaves no room beside those that are loaded."""
         model = self._places[name].model
         loaded = [place.model for place in self._places.values() if place.served]
