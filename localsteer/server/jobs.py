@@ -155,7 +155,8 @@ def _instruction(catalog: Catalog, text: str) -> Instruction:
     try:
         return catalog.find(text)
     except CatalogError as error:
-        hint = "; a sentence of your own has more than one word" if text.strip() else ""
+        is_word = str(error).startswith("unknown instruction")
+        hint = "; a sentence of your own has more than one word" if is_word else ""
         raise ApiError(f"instruction: {error}{hint}.", param="instruction") from None
 
 
