@@ -435,8 +435,10 @@ def add_model(model: str, name: str | None = None) -> str:
     read_shape(path)
     kept = model if named else str(path.resolve())
     model_id = PREFIX + (name or (model if named else path.stem)).removeprefix(PREFIX)
-    if any(map(str.isspace, model_id)) or model_id == PREFIX:
-        raise LocalsteerError(f"{model_id!r} has a blank in it, or nothing: choose a --name without one.")
+    if any(map(str.isspace, model_id)) or model_id == PREFIX or not model_id.isprintable():
+        raise LocalsteerError(
+            f"{model_id!r:.80} has a blank or a control character in it, or nothing: choose another --name."
+        )
     known = known_models()
     if known.get(model_id, kept) != kept:
         raise LocalsteerError(f"{model_id} is {known[model_id]} already: choose another --name.")
