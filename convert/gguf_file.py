@@ -213,10 +213,20 @@ def open_gguf(path: str | os.PathLike[str]) -> Iterator[GgufFile]:
         yield GgufFile(os.fspath(path), data)
 
 
+def _can_name_a_file(path: str) -> bool:
+    """Not with a NUL in it, nor with half of a character."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+
+
 @contextmanager
 def open_bytes(path: str | os.PathLike[str]) -> Iterator[Any]:
     """The bytes of a file, mapped: a foreign file of many gigabytes is not read."""
     shown = os.fspath(path) or "''"
+    if not _can_name_a_file(shown):
+        raise VectorFileError(f"{shown!r:.120} can't be the name of a file.")
     try:
         if stat.S_ISFIFO(mode := os.stat(path).st_mode) or stat.S_ISCHR(mode):
             raise VectorFileError(f"{shown} is a pipe or a device: save the vector to a file first.")

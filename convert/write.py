@@ -24,8 +24,14 @@ def write_vector(vector: ControlVector, path: str | os.PathLike[str], *, compact
     """Replace the file at `path` in one step: a reader sees either the old file or the complete new one.
 
     compact: leave layers without a direction out, for a vector of one layer of many. Raises VectorFileError
-    when the folder can't be written, or the provenance holds what JSON can't.
+    when the folder can't be written, the provenance holds what JSON can't, or the vector is larger than what
+    is read again.
     """
+    if vector.n_layer > keys.MAX_LAYERS or vector.n_embd > keys.MAX_WIDTH:
+        raise VectorFileError(
+            f"{path} can't hold {vector.n_layer} layers of width {vector.n_embd}: a vector file has at most "
+            f"{keys.MAX_LAYERS} layers, of width {keys.MAX_WIDTH}."
+        )
     writer = GGUFWriter(None, keys.ARCHITECTURE)
     layers = vector.usable_layers if compact else tuple(range(vector.n_layer))
     _add_header(writer, vector, layers, compact)

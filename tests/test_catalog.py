@@ -251,6 +251,32 @@ def test_own_words_in_any_script_have_an_id():
     assert Instruction.from_text("Отвечай в рифму").id == "отвечай_в_рифму"
 
 
+@pytest.mark.parametrize("text", ["json\u200b", "\u202ejson", "json\0", "js\x1bon", "nope\ufeff"])
+def test_one_word_stays_an_id_whatever_is_hidden_in_it(general, text):
+    with pytest.raises(CatalogError, match="unknown instruction"):
+        general.find(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Say \0 it.", "plain text, without"),
+        ("Say \x1b[31m it.", "plain text, without"),
+        ("Say \ud800 it.", "plain text, without"),
+        ("Say it. " + "x" * 10_000, "at most 10000"),
+        ("\u200b", "is empty"),
+    ],
+)
+def test_what_is_no_text_is_no_instruction(general, text, said):
+    with pytest.raises(CatalogError, match=said):
+        general.find(text)
+
+
+def test_words_with_line_breaks_and_joiners_are_an_instruction(general):
+    for text in ("Answer\nin\trhyme.", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"):
+        assert general.find(text).phrasings == (text,)
+
+
 def test_empty_words_are_refused():
     with pytest.raises(CatalogError, match="the instruction is empty"):
         Instruction.from_text(" \n")

@@ -131,6 +131,7 @@ def test_a_pipe_in_the_place_of_a_file(folder, model):
     assert "pipe.gguf is a pipe" in refused("run", "-m", "pipe.gguf", "Hi")
     assert "pipe.gguf is a pipe" in refused("run", "-m", model, "-s", "pipe.gguf", "Hi")
     assert "pipe.gguf is a pipe" in refused("inspect", "pipe.gguf")
+    assert "pipe.gguf is a pipe" in refused("convert", "import", "pipe.gguf", "-o", "out.gguf")
 
 
 def test_a_context_that_the_model_does_not_have(model):

@@ -136,3 +136,12 @@ def test_what_can_not_be_written_is_said_first_and_alone(folder, output):
     assert output in invoke("convert", "export", "v.gguf", "-o", output).complaint()
     assert output in invoke("convert", "import", "missing.npz", "-o", output).complaint()
     assert (folder / "notes.gguf").read_text() == "precious"
+
+
+def test_a_vector_that_could_not_be_read_again_is_not_written(folder):
+    np.savez("deep.npz", directions=np.ones((5000, 4), np.float32))
+    (folder / "old.gguf").write_bytes(write_vector(folder / "vector.gguf").read_bytes())
+    before = (folder / "old.gguf").read_bytes()
+    done = invoke("convert", "import", "deep.npz", "--from", "layers", "-o", "old.gguf")
+    assert "at most 4096 layers" in done.complaint()
+    assert (folder / "old.gguf").read_bytes() == before

@@ -133,6 +133,14 @@ def test_replies_are_greedy_and_end_before_a_stop_string(open_model, tiny_llama,
         ({"steer": "nope"}, "unknown instruction"),
         ({"strength": 2}, "something to steer by"),
         ({"ctx_size": 100_000}, "was trained for"),
+        ({"ctx_size": "x"}, "ctx_size must be a whole number, not 'x'"),
+        ({"threads": 0}, "threads must be 1 or more"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number"),
+        ({"max_gen_toks": -5}, "max_gen_toks must be 1 or more"),
+        ({"steer": 5}, "steer must be a text"),
+        ({"steer": "json", "strength": "high"}, "strength must be a number"),
+        ({"steer": "json", "strength": float("nan")}, "strength must be a number"),
     ],
 )
 def test_arguments_that_make_no_sense_are_one_line(open_model, arguments, said):
@@ -142,9 +150,59 @@ def test_arguments_that_make_no_sense_are_one_line(open_model, arguments, said):
 
 def test_generation_settings_that_are_not_there_are_refused(open_model):
     model = open_model()
-    for settings, said in (({"num_beams": 4}, "num_beams"), ({"max_gen_toks": 9999}, "leaves no room")):
+    for settings, said in (
+        ({"num_beams": 4}, "num_beams"),
+        ({"max_gen_toks": 9999}, "leaves no room"),
+        ({"max_gen_toks": "many"}, "max_gen_toks must be a whole number"),
+        ({"max_gen_toks": -1}, "max_gen_toks must be 0 or more"),
+        ({"temperature": "hot"}, "temperature must be a number"),
+        ({"top_k": 2.5}, "top_k must be a whole number"),
+        ({"top_k": 2**40}, "top_k must be a number up to"),
+        ({"top_p": 5}, "top_p must be 0 to 1"),
+        ({"until": 5}, "until must be a text"),
+        ({"until": [None]}, "until must be a text"),
+    ):
         with pytest.raises(LocalsteerError, match=said):
             model.generate_until(requests("generate_until", ("x", settings)), disable_tqdm=True)
+
+
+def test_no_requests_are_no_replies_and_an_empty_continuation_is_named(open_model):
+    model = open_model()
+    for ask in (model.loglikelihood, model.loglikelihood_rolling, model.generate_until):
+        assert ask([], disable_tqdm=True) == []
+    assert model.loglikelihood_rolling(requests("loglikelihood_rolling", ("",)), disable_tqdm=True) == [0]
+    for pair, said in (
+        (("", ""), "the continuation is empty"),
+        (("The fox", ""), "the continuation is empty"),
+        (("The fox", 5), "5 is no text"),
+        ((None, " sleeps"), "None is no text"),
+    ):
+        with pytest.raises(LocalsteerError, match=f"request 1: {said}"):
+            model.loglikelihood(requests("loglikelihood", PAIRS[0], pair), disable_tqdm=True)
+
+
+def test_a_context_of_blanks_is_read_with_the_continuation(open_model):
+    model = open_model()
+    blank, whole = model.loglikelihood(
+        requests("loglikelihood", ("\n ", "Owls hunt."), ("", "\n Owls hunt.")), disable_tqdm=True
+    )
+    assert blank == whole
+
+
+def test_replies_with_many_stop_strings_or_none(open_model):
+    model = open_model()
+    asked = [
+        {"max_gen_toks": 6, "until": until}
+        for until in (None, [], "", [""], [f"no {i}" for i in range(2000)], "x" * 50_000)
+    ]
+    replies = model.generate_until(
+        requests("generate_until", *(("The fox", settings) for settings in asked)), disable_tqdm=True
+    )
+    assert len(set(replies)) == 1 and replies[0]
+    (nothing,) = model.generate_until(
+        requests("generate_until", ("The fox", {"max_gen_toks": 0})), disable_tqdm=True
+    )
+    assert nothing == ""
 
 
 @needs_checkout

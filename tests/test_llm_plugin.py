@@ -209,6 +209,17 @@ def test_models_are_added_listed_and_forgotten(foxy, tiny_llama):
     assert tiny_llama.gguf_path.is_file()
 
 
+@pytest.mark.parametrize("name", ["a b", "a\x1b[31mb", "a\u202eb", "a\0"])
+def test_a_name_that_can_t_be_typed_is_refused(foxy, tiny_llama, name):
+    from localsteer.errors import LocalsteerError
+    from localsteer.plugins.llm_models import add_model, added_models
+
+    before = added_models()
+    with pytest.raises(LocalsteerError, match="choose another --name"):
+        add_model(str(tiny_llama.gguf_path), name)
+    assert added_models() == before
+
+
 def test_a_damaged_list_of_models_does_not_stop_llm(user_folder):
     (user_folder / "localsteer-models.json").write_text("{", "utf-8")
     done = invoke("models", "list")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,7 +70,7 @@ def complaint(model, name, arguments, **settings):
     found = call(model, name, arguments, **settings)
     assert found.is_error
     text = found.content[0].text
-    assert text and "\n" not in text
+    assert text and text.isprintable() and len(text) < 2500
     return text
 
 
@@ -115,6 +116,55 @@ def test_nothing_but_the_protocol_comes_on_stdout_and_the_end_of_stdin_ends_it(t
     replies = [json.loads(line) for line in out.splitlines()]
     assert replies[0]["id"] == 1 and all(reply["jsonrpc"] == "2.0" for reply in replies)
     assert b"Traceback" not in err
+
+
+def begun(tiny_llama, *lines):
+    """A process that has answered the greeting, and was sent these lines behind it."""
+    process = subprocess.Popen(
+        command_line("mcp", "-m", tiny_llama.gguf_path),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdin.write("".join(json.dumps(line) + "\n" for line in [*HELLO, *lines]).encode())
+    process.stdin.flush()
+    assert json.loads(process.stdout.readline())["id"] == 1
+    return process
+
+
+ENDLESS = CALL | {
+    "params": {
+        "name": "complete",
+        "arguments": {"prompt": QUESTION, "max_tokens": 100_000, "temperature": 0},
+        "_meta": {"progressToken": 1},
+    }
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_one_ctrl_c_ends_it_in_the_middle_of_a_reply(tiny_llama):
+    """Although a thread waits for stdin, which stays open."""
+    process = begun(tiny_llama, ENDLESS)
+    try:
+        assert b"progress" in process.stdout.readline()  # it is at work
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert b"Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+
+
+def test_a_client_that_dies_before_it_is_answered_leaves_no_traceback(tiny_llama):
+    process = begun(tiny_llama)
+    try:
+        process.stdout.close()
+        asked = CALL | {"params": {"name": "list_models", "arguments": {}}}
+        process.stdin.write(json.dumps(asked).encode() + b"\n")
+        process.stdin.flush()
+        time.sleep(1.0)  # the answer finds nobody, while stdin is open
+        process.stdin.close()
+        assert process.wait(100) in (0, 1)  # 1: it saw that
+        assert b"Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
 
 
 def test_a_model_that_is_not_there_is_told_at_once(tmp_path):
@@ -220,7 +270,21 @@ def test_verify_takes_ids_of_the_catalogue_and_of_ifeval():
         ("trace", {"prompt": "x", "steer": []}, "something to steer by"),
         ("verify", {"text": "x", "instruction": "no:such"}, "unknown instruction id"),
         ("verify", {"text": "x", "instruction": "length_constraints:number_words"}, "is missing"),
-        ("nosuch", {}, "Unknown tool"),
+        ("verify", {"text": "x", "instruction": "n" * 100_000}, "unknown instruction id"),
+        ("complete", {"prompt": "x", "steer": ["json\0"]}, "unknown instruction 'json\\x00'"),
+        ("complete", {"prompt": "x", "steer": ["json\x1b[31m"]}, "unknown instruction 'json\\x1b[31m'"),
+        ("complete", {"prompt": "x", "steer": ["js\u200bon\u202e"]}, "unknown instruction"),
+        ("complete", {"prompt": "x", "steer": ["Say\x1b it."]}, "plain text, without '\\x1b'"),
+        ("complete", {"prompt": "x", "steer": ["fox\0.gguf"]}, "can't be the name of a file"),
+        ("complete", {"prompt": "x", "steer": ["x" * 100_000]}, "unknown instruction"),
+        ("complete", {"prompt": "x", "steer": ["Say it. " + "x" * 100_000]}, "at most 10000"),
+        ("complete", {"prompt": "x", "model": "\x1b[31m"}, "does not exist"),
+        ("complete", {"prompt": "x" * 100_000}, "shorten the prompt"),
+        ("list_vectors", {"model": "a\0"}, "can't be the name of a file"),
+        ("list_vectors", {"model": __file__}, "not a GGUF file"),
+        ("list_models", {"x": 1}, "it takes none"),
+        ("nosuch", {}, "there is no tool 'nosuch': list_models"),
+        ("no\nsuch\x1b" + "x" * 9000, {}, "there is no tool 'no\\nsuch\\x1b"),
     ],
 )
 def test_what_makes_no_sense_is_a_tool_s_error_in_one_line(tiny_llama, name, arguments, said):
@@ -275,3 +339,21 @@ def test_the_model_not_used_for_longest_is_closed(tiny_llama, tmp_path):
     busy, after, opened = talk(tiny_llama.gguf_path, both, max_models=1)
     assert busy.is_error and "--max-models" in busy.content[0].text
     assert not after.is_error and opened == [str(second)]
+
+
+def test_a_name_that_means_no_model_takes_nobody_s_place(tiny_llama, tmp_path, monkeypatch):
+    for variable in ("HF_HUB_CACHE", "HF_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    broken = tmp_path / "broken.gguf"  # a header of nothing
+    broken.write_bytes(tiny_llama.gguf_path.read_bytes()[:24])
+
+    async def talked(client, models):
+        await client.call_tool("complete", ASK)
+        wrong = ("none", str(broken), "hf:some/model")
+        said = [await client.call_tool("complete", {**ASK, "model": name}) for name in wrong]
+        listed = [await client.call_tool("list_vectors", {"model": name}) for name in wrong]
+        return [answer.is_error for answer in (*said, *listed)], list(models._models), said[-1]
+
+    errors, opened, fetched = talk(tiny_llama.gguf_path, talked, max_models=1)
+    assert all(errors) and opened == [str(tiny_llama.gguf_path)]
+    assert "pull" in fetched.content[0].text

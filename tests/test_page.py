@@ -266,6 +266,46 @@ def test_everything_has_a_name_and_escape_stops_a_reply(page):
     assert page.find_element(BY, ".reply .error").text == "stopped"
 
 
+ENTER, SPACE, TAB = "\ue007", " ", "\ue004"
+
+
+def test_the_focus_stays_in_reach_by_the_keyboard(page):
+    """Nothing that is hidden or switched off while it has the focus drops it to the top of the page."""
+    page.execute_script("localStorage.clear()")
+    fill(page, "#question", QUESTION)
+    page.find_element(BY, "#question").send_keys(TAB)
+    assert focused(page) == "send"
+    page.execute_script(
+        "events = async function* () { yield { choices: [{ delta: { content: 'old' } }] };"
+        " await new Promise((_, stop) => stopping.signal.addEventListener('abort', () =>"
+        " stop(new DOMException('', 'AbortError')))); }"
+    )
+    page.switch_to.active_element.send_keys(SPACE)
+    wait(lambda: texts(page, "plain") == ["old"])
+    assert focused(page) == "stop"
+    page.switch_to.active_element.send_keys(ENTER)
+    wait(lambda: page.find_element(BY, "body").get_attribute("data-busy") == "false")
+    assert focused(page) == "question"
+    page.execute_script("document.getElementById('forget').focus()")
+    page.switch_to.active_element.send_keys(SPACE)
+    assert not page.find_elements(BY, ".turn") and focused(page) == "saved"
+
+
+def test_the_projection_is_there_in_numbers_and_is_not_read_out(page):
+    switch(page, "uppercase")
+    ask(page)
+    assert page.find_element(BY, ".projection").get_attribute("aria-live") == "off"
+    summary = page.find_element(BY, ".projection summary")
+    summary.send_keys(ENTER)
+    region = page.find_element(BY, ".projection [role=region]")
+    wait(region.is_displayed)
+    rows = region.find_elements(BY, "tbody tr")
+    assert len(rows) == len(page.find_elements(BY, ".projection .token"))
+    shares = [row.find_elements(BY, "td")[0].text for row in rows]
+    titles = [token.get_attribute("title") for token in page.find_elements(BY, ".projection .token")]
+    assert [title.split()[0] for title in titles if title] == [share for share in shares if share]
+
+
 def choose(page, name):
     page.find_element(BY, f"#catalogue option[value='{name}']").click()
 
@@ -393,6 +433,33 @@ return [...document.querySelectorAll("h1, h2, p, label, legend, button, summary,
 """
 
 
+# of switches and fields against what is behind them, which tells where they are (WCAG 1.4.11)
+EDGES = (
+    CONTRAST.replace(
+        '"h1, h2, p, label, legend, button, summary, select, td, th, caption"',
+        ('"[role=switch]:not(:checked), select, textarea, button, input[type=text], input[type=number]"'),
+    )
+    .replace("&& node.textContent.trim()", "")
+    .replace("ratio < 4.5", "ratio < 3")
+    .replace(
+        "light(getComputedStyle(node).color), light(ground(node))",
+        "light(getComputedStyle(node)[node.type === 'checkbox' ? 'backgroundColor' : 'borderTopColor']),"
+        " light(ground(node.parentElement))",
+    )
+)
+
+
+def test_nothing_moves_where_less_motion_is_wanted(page):
+    moves = "return getComputedStyle(document.getElementById('compare')).transitionDuration"
+    assert page.execute_script(moves) == "0.15s"
+    media = [{"name": "prefers-reduced-motion", "value": "reduce"}]
+    try:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+        assert page.execute_script(moves) == "0s"
+    finally:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_narrow_screen_and_dark_mode(page, scheme):
     """320 px, which is a page of 1280 px at 400%: nothing is to be scrolled sideways, and all can be read."""
@@ -408,6 +475,7 @@ def test_a_narrow_screen_and_dark_mode(page, scheme):
         width = page.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
         assert width[0] == 320 and width[1] <= 320
         assert page.execute_script(CONTRAST) == []
+        assert page.execute_script(EDGES) == []
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ DEFAULT = "general"
 INSTRUCTION_KEYS = (
     "id", "group", "phrasings", "held_out_phrasings", "verifier", "kwargs", "slots", "variants", "queries",
 )  # fmt: skip
+MAX_WORDS = 10_000  # characters of an instruction in one's own words
 QUERY_SLOT = "query"  # in kwargs alone: the base query that a reply answers
 _SLOT = re.compile(r"\{([a-z_]+)\}")
 
@@ -54,10 +56,16 @@ class Instruction:
 
     @classmethod
     def from_text(cls, text: str) -> Instruction:
-        """The user's own words; braces in them are no slots. Raises CatalogError for an empty text."""
+        """The user's own words; braces in them are no slots. Raises CatalogError for an empty text, for one
+        that is too long to be an instruction, and for what is no text."""
         text = text.strip()
-        if not text:
+        if not _seen(text):
             raise CatalogError("the instruction is empty: write what the replies should be like")
+        if len(text) > MAX_WORDS:
+            raise CatalogError(f"the instruction has {len(text)} characters: write at most {MAX_WORDS}")
+        odd = next((character for character in text if _is_odd(character)), None)
+        if odd is not None:
+            raise CatalogError(f"the instruction must be plain text, without {odd!r}")
         name = "_".join(re.findall(r"\w+", text.lower()))[:40].strip("_")
         return cls(id=name or "own", phrasings=(text,), literal=True)
 
@@ -115,7 +123,9 @@ class Catalog:
             instruction = self.instructions[instruction_id]
         except KeyError:
             known = _listed(self.instructions)
-            raise CatalogError(f"unknown instruction {instruction_id!r}: {self.source} has {known}") from None
+            raise CatalogError(
+                f"unknown instruction {instruction_id!r:.80}: {self.source} has {known}"
+            ) from None
         return instruction.fill(**values)
 
     def find(self, text: str) -> Instruction:
@@ -124,7 +134,7 @@ class Catalog:
         One word is an id: a misspelt one must not become an instruction. A text without a letter of ASCII is
         none, since there are scripts without spaces. Raises CatalogError.
         """
-        if text in self.instructions or re.fullmatch(r"[!-~]+", text.strip()):
+        if text in self.instructions or re.fullmatch(r"[!-~]+", _seen(text)):
             return self.get(text)
         return Instruction.from_text(text)
 
@@ -331,6 +341,21 @@ def _substitute(value: Any, slots: Mapping[str, Any]) -> Any:
     if alone and alone[1] in slots:
         return slots[alone[1]]
     return _SLOT.sub(lambda match: str(slots.get(match[1], match[0])), value)
+
+
+def _is_odd(character: str) -> bool:
+    """Control characters, halves of surrogates, and what is no character."""
+    return unicodedata.category(character) in ("Cc", "Cs", "Cn") and character not in "\n\t\r"
+
+
+def _seen(text: str) -> str:
+    """Without what nobody sees at its ends or anywhere: control characters, joiners, marks of direction."""
+    visible = (
+        character
+        for character in text
+        if character.isspace() or not unicodedata.category(character).startswith("C")
+    )
+    return "".join(visible).strip()
 
 
 def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ PACE_SECONDS = 60.0  # of the latest work, from which the time left is estimated
 # Characters that control a terminal, except tab and line break, and those that reorder a line
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _HARMLESS = "\ufffd"
+LONGEST_MESSAGE = 2000  # characters of an error
 _listener: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("listener", default=None)
 
 
@@ -117,6 +118,15 @@ def print_json(document: Any) -> None:
 def harmless(text: str) -> str:
     """The text with U+FFFD for every control character, since these could control a terminal."""
     return _CONTROL.sub(_HARMLESS, text)
+
+
+def in_one_line(message: object) -> str:
+    """An error for people. It may quote anything, and a file's name may hold line breaks: those are gone,
+    with control characters, and of a long message the middle is left out: the end says what to do."""
+    text = harmless(" ".join(str(message).split()))
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    return f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
 
 
 def shown(text: str) -> str:

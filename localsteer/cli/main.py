@@ -18,7 +18,7 @@ from localsteer import __version__
 from localsteer.errors import LocalsteerError
 
 from . import interrupt
-from .console import NoticeHandler, harmless, prepare_streams
+from .console import NoticeHandler, in_one_line, prepare_streams
 
 # Title -> commands, in the order of `localsteer --help`. Command `x` is `command` in localsteer/cli/x.py.
 COMMANDS = {
@@ -112,9 +112,7 @@ def _run(args: Sequence[str] | None) -> int:
 
 
 def _complain(message: str) -> None:
-    """Print `message` on stderr as one harmless line: it may quote any file, and file names may hold
-    breaks."""
-    click.echo(f"localsteer: {harmless(' '.join(message.split()))}", err=True)
+    click.echo(f"localsteer: {in_one_line(message)}", err=True)
 
 
 def _drop_stdout() -> None:

@@ -38,6 +38,8 @@ class PickledSteeringVector:
 def is_torch_file(path: str | os.PathLike[str]) -> bool:
     """Whether the file was written by torch.save, as a zip archive."""
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            return False
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") for name in archive.namelist())
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):

@@ -21,6 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from localsteer.cli.console import in_one_line
 from localsteer.cli.models import load_engine
 from localsteer.errors import LocalsteerError, PromptError
 from localsteer.runtime.ask import Ask
@@ -44,6 +45,8 @@ ARGUMENTS = (
     "model", "steer", "strength", "layer", "mode", "positions", "ctx_size", "threads", "gpu_layers",
     "batch_size", "max_gen_toks",
 )  # fmt: skip
+LOADING = {"ctx_size": 0, "threads": 1, "gpu_layers": None}  # with the least value
+AT_ONCE = 16  # texts in one decode
 ROWS_AT_ONCE = 256  # between two moves of the progress bar
 # what the harness hands to every model, and llama.cpp settles for itself
 IGNORED = ("device", "max_batch_size")
@@ -62,22 +65,24 @@ class HarnessModel(TemplateLM):
         self,
         model: str = "bundled",
         steer: str | Sequence[str] | None = None,
-        batch_size: int | str = 16,
+        batch_size: int | str = AT_ONCE,
         max_gen_toks: int = MAX_GEN_TOKS,
         **settings: Any,
     ) -> None:
         super().__init__()
-        loading = {name: settings.pop(name, None) for name in ("ctx_size", "threads", "gpu_layers")}
+        loading = {name: _whole(name, settings.pop(name, None), least) for name, least in LOADING.items()}
         words = {name: settings.pop(name, None) for name in ("strength", "layer", "mode", "positions")}
         unknown = settings.keys() - set(IGNORED)
         if unknown:
             raise LocalsteerError(f"model_args: there is no {min(unknown)!r}: {', '.join(ARGUMENTS)}.")
-        source = SteeredModel(model, **loading)
+        words["strength"] = _number("strength", words["strength"])
+        self.name, self.max_gen_toks = str(model), _whole("max_gen_toks", max_gen_toks, 1)
+        is_auto = batch_size is None or str(batch_size).startswith("auto")
+        n_seq_max = AT_ONCE if is_auto else _whole("batch_size", batch_size, 1)
+        source = SteeredModel(self.name, **loading)
         self.vectors, _checked = source.vectors(SteeringWords(listed_names(steer), **words))
-        self.name, self.max_gen_toks = model, int(max_gen_toks)
-        n_seq_max = 16 if batch_size in ("auto", None) else int(batch_size)
         with one_kind_of_error():
-            self.engine = load_engine(model, **source.loading, n_seq_max=n_seq_max, n_batch=BATCH)
+            self.engine = load_engine(self.name, **source.loading, n_seq_max=n_seq_max, n_batch=BATCH)
             self.plan = self.engine.plan(self.vectors)
         self._likelihood = Likelihood(self.engine, measure=score_and_greedy)
 
@@ -111,7 +116,7 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        if not any(message["content"] for message in chat_history):
+        if not any(message.get("content") for message in chat_history):
             return ""  # of a task that scores whole texts, which has no prompts
         return self.engine.render(chat_history, add_generation_prompt=add_generation_prompt)
 
@@ -121,6 +126,26 @@ class HarnessModel(TemplateLM):
         return self.engine.rendered_tokens(string)
 
     # -- what the harness asks ---------------------------------------------------------------------
+
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        for number, pair in enumerate(request.args for request in requests):
+            for part in pair:
+                if not isinstance(part, str):
+                    raise PromptError(f"loglikelihood, request {number}: {part!r:.80} is no text.")
+            if not pair[1]:
+                raise PromptError(
+                    f"loglikelihood, request {number}: the continuation is empty, which leaves nothing to "
+                    "score: correct the task's target."
+                )
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if context.strip():
+            return super()._encode_pair(context, continuation)
+        # blanks at the end of a context belong to the continuation, which leaves none
+        return [self.prefix_token_id], self.tok_encode(context + continuation, add_special_tokens=False)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Encoded], disable_tqdm: bool = False, **_more: Any
@@ -177,12 +202,14 @@ class HarnessModel(TemplateLM):
         settings = dict(settings)
         until = settings.pop("until", None) or ()
         lengths = [settings.pop(name, None) for name in LENGTHS]
-        most = next((int(length) for length in lengths if length is not None), self.max_gen_toks)
+        most = next(
+            (_whole("max_gen_toks", length, 0) for length in lengths if length is not None), self.max_gen_toks
+        )
         sampled = settings.pop("do_sample", None)
-        drawn = {name: settings.pop(name) for name in DRAWN if settings.get(name) is not None}
+        drawn = {name: _drawn(name, settings.pop(name)) for name in DRAWN if settings.get(name) is not None}
         if settings:
             raise LocalsteerError(f"generation_kwargs: {min(settings)!r} is not supported: leave it out.")
-        temperature = float(drawn.pop("temperature", 1.0 if sampled else 0.0))
+        temperature = drawn.pop("temperature", 1.0 if sampled else 0.0)
         tokens = self.tok_encode(context) if context else [self.prefix_token_id]
         room = self.engine.n_ctx - most
         if room < 1:
@@ -193,9 +220,42 @@ class HarnessModel(TemplateLM):
             tokens=tokens[-room:],
             steer=self.plan or (),
             max_tokens=most,
-            stop=[text for text in ([until] if isinstance(until, str) else until) if text],
+            stop=_stops(until),
             sampling=Sampling(temp=temperature if sampled is not False else 0.0, **drawn),
         )
+
+
+def _number(name: str, value: Any, kind: type[int] | type[float] = float) -> Any:
+    """What may have come as text. None stays None. Raises LocalsteerError."""
+    if value is None:
+        return None
+    try:
+        made = kind(value)
+        if isinstance(value, bool) or (isinstance(value, float) and made != value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        what = "whole number" if kind is int else "number"
+        raise LocalsteerError(f"{name} must be a {what}, not {value!r:.80}.") from None
+    return made
+
+
+def _whole(name: str, value: Any, least: int | None = None) -> Any:
+    made = _number(name, value, int)
+    if made is not None and least is not None and made < least:
+        raise LocalsteerError(f"{name} must be {least} or more, not {made}.")
+    return made
+
+
+def _drawn(name: str, value: Any) -> Any:
+    return _number(name, value, int if name in ("top_k", "seed") else float)
+
+
+def _stops(until: Any) -> list[str]:
+    """Raises LocalsteerError for what is neither a text nor a list of them."""
+    texts = [until] if isinstance(until, str) else list(until) if isinstance(until, (list, tuple)) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise LocalsteerError(f"until must be a text, or a list of texts, not {until!r:.80}.")
+    return [text for text in texts if text]
 
 
 def score_and_greedy(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -211,7 +271,7 @@ def main() -> int:
     try:
         cli_evaluate()
     except LocalsteerError as error:
-        print(f"localsteer: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"localsteer: {in_one_line(error)}", file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -24,6 +24,7 @@ import llm
 from pydantic import Field
 
 from localsteer.cache import atomic_path
+from localsteer.cli.console import in_one_line
 from localsteer.errors import LocalsteerError
 from localsteer.model_names import BUNDLED, PACKAGED, packaged_file
 from localsteer.stores import is_stored_name, within
@@ -53,7 +54,7 @@ def known_models() -> dict[str, str]:
     try:
         added = added_models()
     except LocalsteerError as error:  # llm works without them
-        click.echo(f"localsteer: {error}", err=True)
+        click.echo(f"localsteer: {in_one_line(error)}", err=True)
         added = {}
     return {f"{PREFIX}{name}": name for name in names} | added
 
@@ -244,6 +245,21 @@ class Steered(SteeredByOptions, llm.Model):
 
 
 class AsyncSteered(SteeredByOptions, llm.AsyncModel):
+    async def _begun(self, prompt: llm.Prompt) -> SteeredAnswer:
+        left = threading.Event()
+
+        def begin() -> SteeredAnswer:
+            answer = self.begin(prompt)  # which may open a model, and make a vector
+            if left.is_set():
+                answer.cancel()  # nobody would read it
+            return answer
+
+        try:
+            return await asyncio.to_thread(begin)
+        except asyncio.CancelledError:
+            left.set()
+            raise
+
     async def execute(
         self,
         prompt: llm.Prompt,
@@ -252,7 +268,7 @@ class AsyncSteered(SteeredByOptions, llm.AsyncModel):
         conversation: llm.AsyncConversation | None,
     ) -> AsyncIterator[str]:
         with llms_error():
-            answer = await asyncio.to_thread(self.begin, prompt)
+            answer = await self._begun(prompt)
             texts = iter(answer)
             try:
                 while (text := await asyncio.to_thread(next, texts, None)) is not None:
@@ -268,7 +284,7 @@ def llms_error() -> Iterator[None]:
     try:
         yield
     except LocalsteerError as error:
-        raise llm.ModelError(" ".join(str(error).split())) from None
+        raise llm.ModelError(in_one_line(error)) from None
 
 
 def tell(response: Any, answer: SteeredAnswer) -> None:
@@ -393,7 +409,7 @@ def clicks_error() -> Iterator[None]:
     try:
         yield
     except LocalsteerError as error:
-        raise click.ClickException(" ".join(str(error).split())) from None
+        raise click.ClickException(in_one_line(error)) from None
 
 
 def models_file() -> Path:
@@ -426,8 +442,10 @@ def add_model(model: str, name: str | None = None) -> str:
     read_shape(path)
     kept = model if named else str(path.resolve())
     model_id = PREFIX + (name or (model if named else path.stem)).removeprefix(PREFIX)
-    if any(map(str.isspace, model_id)) or model_id == PREFIX:
-        raise LocalsteerError(f"{model_id!r} contains a blank or is empty: choose another --name.")
+    if any(map(str.isspace, model_id)) or model_id == PREFIX or not model_id.isprintable():
+        raise LocalsteerError(
+            f"{model_id!r:.80} is empty or contains a blank or a control character: choose another --name."
+        )
     known = known_models()
     if known.get(model_id, kept) != kept:
         raise LocalsteerError(f"{model_id} already means {known[model_id]}: choose another --name.")

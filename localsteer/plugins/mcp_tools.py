@@ -7,6 +7,8 @@ work within a token. The protocol's package keeps stray output away from stdout.
 from __future__ import annotations
 
 import math
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +26,8 @@ from mcp_types import ToolAnnotations
 from pydantic import BaseModel, Field, ValidationError
 
 from localsteer import __version__
-from localsteer.cli.console import heard_by
+from localsteer.cli.console import heard_by, in_one_line
+from localsteer.cli.interrupt import EXIT_STATUS
 from localsteer.errors import LocalsteerError, UnsupportedModelError
 from localsteer.terms import Mode, Positions
 
@@ -33,6 +36,7 @@ from .steered import TRIES, SteeredAnswer, SteeredModel, SteeringWords, Wanted, 
 Result = TypeVar("Result")
 
 READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
+CLOSING_SECONDS = 5.0  # for calls under way, so that nothing is left half done
 TELL_SECONDS = 0.2  # between two progress messages
 INSTRUCTIONS = """localsteer steers local models: their replies are in JSON, lowercase, one sentence and so on
 without a word of it in the prompt. list_vectors names what a model can be steered by."""
@@ -166,7 +170,7 @@ class Work:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._stopped = threading.Event()
+        self._stopped, self.ended = threading.Event(), threading.Event()
         self._on_stop: Callable[[], None] = lambda: None
         self._stage, self._what, self._progress, self._told = 0, "", 0.0, -math.inf
 
@@ -222,7 +226,10 @@ class OpenModels:
 
     @contextmanager
     def using(self, name: str) -> Iterator[SteeredModel]:
-        """The model of a name, opened if need be. Raises LocalsteerError if all others are at work."""
+        """The model of a name, opened if need be. Raises LocalsteerError if all others are at work, and for a
+        name that means no model here, for which none is closed."""
+        if name not in self._models:
+            checked_file(name)
         with self._lock:
             model = self._models.pop(name, None)
             if model is None:
@@ -235,6 +242,8 @@ class OpenModels:
         finally:
             with self._lock:
                 self._users[name] -= 1
+                if not (self._users[name] or model.is_open) and self._models.get(name) is model:
+                    del self._models[name]  # it could not be opened
 
     def _make_room(self) -> None:
         while len(self._models) >= self._most:
@@ -380,9 +389,12 @@ class SteeringTools:
         self._working.add(work)
 
         def run() -> Result | None:
-            # of a call that was cancelled, nobody takes the result
-            with suppress(StoppedError), heard_by(work.tell):
-                return function(work)
+            try:
+                # of a call that was cancelled, nobody takes the result
+                with suppress(StoppedError), heard_by(work.tell):
+                    return function(work)
+            finally:
+                work.ended.set()
 
         try:
             return await anyio.to_thread.run_sync(run, abandon_on_cancel=True)
@@ -405,10 +417,24 @@ class SteeringTools:
             ],
         )
 
-    def stop(self) -> None:
-        """End all work, for the end of the process."""
-        for work in list(self._working):
+    def stop(self, seconds: float = 0.0) -> None:
+        """End all work, for the end of the process, and wait so long for what it clears away."""
+        working, until = list(self._working), time.monotonic() + seconds
+        for work in working:
             work.stop()
+        for work in working:
+            work.ended.wait(max(0.0, until - time.monotonic()))
+
+
+def checked_file(model: str) -> Path:
+    """The GGUF of a model whose header can be read. Raises LocalsteerError, also for one that would have to
+    be fetched: that is for the user to decide, not for whoever calls a tool."""
+    from localsteer.cli.models import model_file
+    from localsteer.model_list import read_shape
+
+    path = model_file(model, download=False)
+    read_shape(path)
+    return path
 
 
 def messages_of(prompt: str, system: str | None) -> list[dict[str, str]]:
@@ -479,10 +505,10 @@ def _mean(values: Any) -> float | None:
 
 def vector_rows(model: str) -> VectorRows:
     """Of the packs, of the cache, and the catalogue's instructions. Raises LocalsteerError."""
-    from localsteer.cli.models import catalog_of, model_file
+    from localsteer.cli.models import catalog_of
     from localsteer.packs import pack_for
 
-    path = model_file(model)
+    path = checked_file(model)
     match = pack_for(path)
     shipped = [] if match is None else [_shipped_row(entry) for entry in match.pack.instructions.values()]
     catalog = catalog_of(model, None)
@@ -545,11 +571,13 @@ class OneLineServer(MCPServer):
     """Answers a client's mistakes in one line, like all errors of localsteer."""
 
     async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
-        for tool in await self.list_tools():
-            unknown = set(arguments) - set(tool.input_schema["properties"]) if tool.name == name else ()
-            if unknown:  # unknown arguments are not ignored silently
-                known = ", ".join(tool.input_schema["properties"])
-                raise ToolError(f"{name} has no argument {min(unknown)!r:.80}: {known}.")
+        known = {tool.name: tool.input_schema["properties"] for tool in await self.list_tools()}
+        if name not in known:
+            raise ToolError(f"there is no tool {name!r:.80}: {', '.join(known)}.")
+        unknown = set(arguments) - set(known[name])
+        if unknown:  # unknown arguments are not ignored silently
+            taken = ", ".join(known[name]) or "it takes none"
+            raise ToolError(f"{name} has no argument {min(unknown)!r:.80}: {taken}.")
         try:
             return await super().call_tool(name, arguments, context)
         except ToolError as error:
@@ -557,7 +585,7 @@ class OneLineServer(MCPServer):
             if isinstance(cause, ValidationError):
                 raise ToolError(f"{name}: {_first_of(cause)}") from cause
             if isinstance(cause, LocalsteerError):
-                raise ToolError(" ".join(str(cause).split())) from cause
+                raise ToolError(in_one_line(cause)) from cause
             raise
 
 
@@ -574,11 +602,55 @@ def server_of(tools: SteeringTools) -> MCPServer:
 
 
 def serve_stdio(model: str, *, max_models: int = 2, **loading: Any) -> None:
-    """Serve until stdin ends. It raises no LocalsteerError: errors of a call are returned to it."""
+    """Serve until stdin ends. Raises BrokenPipeError if nobody reads stdout any more, but no LocalsteerError:
+    errors of a call are returned to it."""
     models = OpenModels(max_models, loading)
     tools = SteeringTools(model, models)
-    try:
-        anyio.run(server_of(tools).run_stdio_async)
-    finally:
-        tools.stop()
+
+    def close() -> None:
+        tools.stop(CLOSING_SECONDS)
         models.close()
+
+    try:
+        with ended_by_ctrl_c(close):
+            anyio.run(server_of(tools).run_stdio_async)
+    except Exception as error:
+        if not _is_broken_pipe(error):
+            raise
+        raise BrokenPipeError from None
+    finally:
+        close()
+
+
+@contextmanager
+def ended_by_ctrl_c(close: Callable[[], None]) -> Iterator[None]:
+    """The event loop would wait for the thread that reads stdin, and so for the client."""
+    before = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if before is signal.SIG_IGN or not in_main_thread:
+        yield
+        return
+    presses: list[int] = []
+
+    def end() -> None:
+        with suppress(Exception):
+            close()
+        os._exit(EXIT_STATUS)
+
+    def on_press(number: int, _frame: Any) -> None:
+        presses.append(number)
+        if len(presses) > 1:  # it was not quick enough
+            os._exit(EXIT_STATUS)
+        threading.Thread(target=end, daemon=True).start()
+
+    signal.signal(signal.SIGINT, on_press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_broken_pipe(error: BaseException) -> bool:
+    """Whether this is all that a group of errors has in it."""
+    parts = getattr(error, "exceptions", ())
+    return all(map(_is_broken_pipe, parts)) if parts else isinstance(error, BrokenPipeError)

@@ -55,6 +55,8 @@ def listed_names(text: str | Sequence[str] | None, what: str = "steer") -> tuple
     A text with a blank in it is an instruction in words, or a file, and is not split. Raises PlanError for an
     empty name, and for a list that holds anything but texts.
     """
+    if text is not None and not isinstance(text, (str, Sequence)):
+        raise PlanError(f"{what} must be a text or a list of texts, not {text!r:.80}.")
     names = [] if text is None else _listed(text, what) if isinstance(text, str) else list(text)
     if not all(isinstance(name, str) and name.strip() for name in names):
         raise PlanError(f"{what}: {text!r:.80} has a name that is empty or not a text: write json+lowercase.")
@@ -206,6 +208,10 @@ class SteeredModel:
             return self._scheduler
 
     @property
+    def is_open(self) -> bool:
+        return self._scheduler is not None
+
+    @property
     def engine(self) -> Engine:
         return self.scheduler.engine
 
@@ -309,7 +315,7 @@ def _stamp(text: str) -> int | None:
     """When a vector file was changed: a new one of the same name is another vector."""
     try:
         return None if is_own_words(text) else os.stat(VectorSpec.parse(text).path).st_mtime_ns
-    except (OSError, LocalsteerError):
+    except (OSError, ValueError, LocalsteerError):  # ValueError: what can't be the name of a file
         return None
 
 

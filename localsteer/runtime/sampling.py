@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from ..constrain import Constraint
 from ..errors import LocalsteerError
 
+MAX_FLOAT = 3.4e38  # of llama.cpp's 32 bits
+MAX_INT = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -32,8 +35,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("temp", "repeat_penalty", "presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
+            if not abs(getattr(self, name)) <= MAX_FLOAT:
                 raise LocalsteerError(f"{name} must be a finite number, not {getattr(self, name)}.")
+        for name in ("top_k", "repeat_last_n"):  # llama.cpp would take their lowest 32 bits
+            if not -MAX_INT <= getattr(self, name) <= MAX_INT:
+                raise LocalsteerError(f"{name} must be a number up to {MAX_INT}, not {getattr(self, name)}.")
         for name in ("top_p", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise LocalsteerError(f"{name} must be 0 to 1, not {getattr(self, name)}.")

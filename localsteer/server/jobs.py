@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -152,19 +151,12 @@ def why_not(state: State, method: str) -> str | None:
 
 
 def _instruction(catalog: Catalog, text: str) -> Instruction:
-    odd = next((each for each in text if _is_odd(each)), None)
-    if odd is not None:
-        raise ApiError(f"instruction: must be plain text, without {odd!r}.", param="instruction")
     try:
         return catalog.find(text)
     except CatalogError as error:
-        hint = "; a sentence of your own has more than one word" if text.strip() else ""
+        is_word = str(error).startswith("unknown instruction")
+        hint = "; a sentence of your own has more than one word" if is_word else ""
         raise ApiError(f"instruction: {error}{hint}.", param="instruction") from None
-
-
-def _is_odd(character: str) -> bool:
-    """Whether this is a control character, half a surrogate pair, or not a character."""
-    return unicodedata.category(character) in ("Cc", "Cs", "Cn") and character not in "\n\t\r"
 
 
 def vector_name(instruction: Instruction) -> str:

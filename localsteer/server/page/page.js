@@ -343,6 +343,7 @@ async function reply(kind, question, applied, place) {
 // Each token on a ground that deepens from 0, the projection without the instruction, to 1, with it.
 function projection(trace) {
   const box = element("div", undefined, "projection");
+  box.setAttribute("aria-live", "off");  // the reply, which is read out, word by word once more
   for (const line of trace.lines) {
     box.append(element("p", `${line.vector}, layer ${line.layer}: projection of each token`));
     const tokens = element("div", undefined, "tokens");
@@ -358,10 +359,34 @@ function projection(trace) {
       }
       tokens.append(made);
     });
-    box.append(tokens);
+    box.append(tokens, numbersOf(line, trace.tokens));
   }
   box.append(element("p", "No colour: 0, the mean without the instruction. Full blue: 1, the mean with it. Orange: below 0."));
   return box;
+}
+
+// What the colours say, for those who don't see them, or have no pointer to rest on a token.
+function numbersOf(line, tokens) {
+  const details = element("details");
+  const table = element("table");
+  const box = element("div", undefined, "numbers");
+  const head = table.createTHead().insertRow();
+  for (const title of ["token", "steered", "plain"]) {
+    head.append(Object.assign(element("th", title), { scope: "col" }));
+  }
+  const body = table.createTBody();
+  const number = (share) => (typeof share === "number" ? share.toFixed(2) : "");
+  tokens.forEach((token, i) => {
+    const row = body.insertRow();
+    const name = Object.assign(element("th", token.text.trim() ? token.text : JSON.stringify(token.text)), { scope: "row" });
+    row.append(name, element("td", number(line.share[i])), element("td", number(line.plain_share[i])));
+  });
+  box.tabIndex = 0;  // it scrolls
+  box.setAttribute("role", "region");
+  box.setAttribute("aria-label", `projection on ${line.vector} of each token`);
+  box.append(table);
+  details.append(element("summary", "In numbers"), box);
+  return details;
 }
 
 async function ask(question) {
@@ -400,8 +425,11 @@ async function ask(question) {
 }
 
 function busy(is) {
-  by("send").disabled = is;
+  const at = document.activeElement;  // what goes away must not take the focus along
   by("stop").hidden = !is;
+  if (is && at === by("send")) by("stop").focus();
+  if (!is && at === by("stop")) by("question").focus();
+  by("send").disabled = is;
   by("said").textContent = is ? "Answering; Escape stops." : "";
   document.body.dataset.busy = is;
 }
@@ -448,6 +476,7 @@ by("forget").addEventListener("click", () => {
   const id = by("saved").value;
   newChat();
   store(savedChats().filter((each) => each.id !== id));
+  by("saved").focus();  // there is nothing more to delete
 });
 by("same").addEventListener("toggle", elsewhere);
 document.addEventListener("input", () => { if (by("same").open) elsewhere(); });
