@@ -123,17 +123,31 @@ def learned_paper() -> Iterator[str]:
 
 
 def real_speed() -> Iterator[str]:
-    contention, server = _read(RESULTS / "contention.json"), _read(RESULTS / "server_speed.json")
+    contention = _read(RESULTS / "contention.json")
     yield "| Decoding, tokens per second | nothing else running | beside two busy processes |"
     yield "|---|---|---|"
     for name, row in contention["tokens_per_second"].items():
         yield _row(name, [f"{row['quiet']:.0f}", f"{row['loaded']:.0f}"])
-    yield ""
-    yield "| Clients | `localsteer serve` | llama-server | ratio | asked for |"
-    yield "|---|---|---|---|---|"
-    for clients, row in server["clients"].items():
-        cells = [f"{row[name]:.0f}" for name in ("localsteer", "llama-server")]
-        yield _row(clients, [*cells, f"{row['ratio']:.2f}", f"{server['bound']:g}"])
+
+
+def peers() -> Iterator[str]:
+    """What benchmarks/peers.py measured on the real model."""
+    contenders = _read(RESULTS / "peers.json")["smol.gguf"]["contenders"]
+    yield f"| | {' | '.join(contenders)} |"
+    yield "|---|" + "---|" * len(contenders)
+    for clients in contenders["llama-server"]["clients"]:
+        rows = [row["clients"][clients] for row in contenders.values()]
+        speeds = [f"{row['tokens_per_second']:.0f} ({row['speed_ratio']:.2f})" for row in rows]
+        firsts = [f"{row['first_token']:.2f} ({row['first_token_ratio']:.2f})" for row in rows]
+        yield _row(f"tokens per second, clients: {clients}", speeds)
+        yield _row(f"seconds to the first token, clients: {clients}", firsts)
+    for k, prompt in enumerate(("2,000 tokens, new", "2,000 tokens, beginning known")):
+        yield _row(
+            f"seconds to the first token, {prompt}",
+            [f"{row['prefix'][k]:.2f}" for row in contenders.values()],
+        )
+    for what, key in (("seconds to the first reply after the start", "start"), ("peak memory, MB", "memory")):
+        yield _row(what, ["-" if row[key] is None else f"{row[key]:g}" for row in contenders.values()])
 
 
 def _real(suite: str) -> Iterator[Document]:
@@ -437,6 +451,7 @@ TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("catalogue", "results/README.md"): catalogue,
     ("search", "results/README.md"): search,
     ("real_speed", "results/README.md"): real_speed,
+    ("peers", "results/README.md"): peers,
     ("learned", "learning.md"): learned,
     ("learned_paper", "learning.md"): learned_paper,
     ("evaluations", "results/bundled.md"): evaluations,
