@@ -179,11 +179,14 @@ def test_ensure_answers_plain_where_that_will_do(foxy, tiny_llama):
         ({"steer": '["json"'}, "not a JSON list"),
         ({"steer": "json:abc"}, "'abc' is not a strength"),
         ({"strength": 0.5}, "needs something to steer by"),
+        ({"tries": 5, "steer": "json"}, "tries needs ensure"),
+        ({"always_steer": True, "ensure": "json"}, "always_steer needs steer"),
+        ({"steer_forms": True}, "steer_forms needs steer or ensure"),
         ({"ensure": "Answer in rhyme."}, "no verifier"),
         ({"seed": -7}, "seed must be"),
         ({"layer": "x", "steer": "json"}, "is not a layer"),
         ({"stop": ""}, "stop string must not be empty"),
-        ({"ctx_size": 3}, "the context 3"),
+        ({"ctx_size": 3}, "context of 3"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(foxy, options, said):

@@ -154,6 +154,7 @@ LOADING = ("ctx_size", "threads", "gpu_layers")
 def words_of(options: SteeringOptions) -> SteeringWords:
     from .steered import SETTINGS, TRIES, SteeringWords, listed_names
 
+    _refuse_idle(options)
     return SteeringWords(
         steer=listed_names(options.steer),
         ensure=listed_names(options.ensure, "ensure"),
@@ -161,6 +162,18 @@ def words_of(options: SteeringOptions) -> SteeringWords:
         always=bool(options.always_steer),
         **{name: getattr(options, name) for name in SETTINGS},
     )
+
+
+def _refuse_idle(options: SteeringOptions) -> None:
+    """Raise LocalsteerError for an option that would do nothing."""
+    needs = {
+        "tries": (options.ensure, "ensure"),
+        "always_steer": (options.steer, "steer"),
+        "steer_forms": (options.steer or options.ensure, "steer or ensure"),
+    }
+    for name, (value, need) in needs.items():
+        if getattr(options, name) and value is None:
+            raise LocalsteerError(f"{name} needs {need}: name an instruction or a vector file.")
 
 
 def wanted_of(prompt: llm.Prompt, messages: list[dict[str, Any]]) -> Wanted:
