@@ -204,7 +204,7 @@ def test_bad_input_is_one_line(folder, model, vector):
     )
     assert "empty.txt holds no query" in refused("-m", model, "v.gguf", "--queries", "empty.txt")
     assert "no folder nowhere" in refused("-m", model, "v.gguf", "-o", "nowhere/v.gguf")
-    assert "no vector file" in refused("-m", model, "v.gguf", "-o", model)
+    assert "not a vector file" in refused("-m", model, "v.gguf", "-o", model)
     assert "already says what it was made from" in refused("-m", model, "v.gguf", "-i", "json")
     assert "--instruction" in refused("-m", model, "v.gguf", "--slot", "n=2")
     imported = ControlVector(vector.directions, None, None, None, None, layers=(1,), mode="add", name="i")

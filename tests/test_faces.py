@@ -33,7 +33,7 @@ from faces import (  # noqa: E402
 
 KEY = "sk-a-key-of-ours"
 SECONDS = 0.5
-LATE = "not done within 0.5 seconds"
+LATE = "not finished within 0.5 seconds"
 LONG = {"temperature": 2, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 1}
 
 

@@ -260,7 +260,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(tiny_llama, r
         assert len(engine.prompt_tokens(text, raw=True)) >= 20
         n = len(engine.prompt_tokens(text, raw=True))
         for call in (engine.generate, engine.stream):
-            with pytest.raises(PromptError, match=rf"{n} tokens and the context 20"):
+            with pytest.raises(PromptError, match=rf"{n} tokens, and the context of 20"):
                 call(text, raw=True)
         with pytest.raises(PromptError, match=rf"prompt 1: .*{n} tokens"):
             engine.generate_batch(["a", text], raw=True)

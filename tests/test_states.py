@@ -324,7 +324,7 @@ def test_too_large_a_file_is_refused_before_the_work(engine, folder, monkeypatch
         ({"layer": []}, PlanError, "no layer"),
         ({"tokens": "first"}, PromptError, "names no tokens"),
         ({"tokens": 99}, PromptError, "prompt 1: it has 9 tokens, and no token 99"),
-        ({"tokens": "span:cat"}, PromptError, "prompt 1: it does not hold 'cat'"),
+        ({"tokens": "span:cat"}, PromptError, "prompt 1: it does not contain 'cat'"),
         ({"tokens": "reply"}, PromptError, "prompt 1: it has no reply"),
         ({"dtype": "int8"}, LocalsteerError, "unknown dtype 'int8'"),
     ],
