@@ -207,7 +207,8 @@ class Training:
         self._rate /= 2
         if self._rate < 1e-6:
             raise LocalsteerError(
-                "the loss is not finite, whatever the learning rate: these examples can't be learned from."
+                "the loss grows or is not finite, whatever the learning rate: these examples can't be "
+                "learned from."
             )
         self.gate.load_state_dict(self._best_state)
         self._optimizer.state.clear()
