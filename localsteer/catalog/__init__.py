@@ -167,7 +167,7 @@ def load_catalog(path_or_name: str | Path = DEFAULT) -> Catalog:
             raise CatalogError(
                 f"unknown catalog {path_or_name!r}: {_listed(catalog_names())}, or give a file"
             )
-    content = _read_toml(path)
+    content = read_toml(path)
     _check_keys(content, ("instruction", "queries"), str(path))
     queries = _query_splits(content["queries"], str(path)) if "queries" in content else None
     if queries is None:
@@ -214,7 +214,8 @@ def _read_text(path: Path) -> str:
         raise CatalogError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
-def _read_toml(path: Path) -> JsonObject:
+def read_toml(path: Path) -> JsonObject:
+    """The tables of a TOML file. Raises CatalogError."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:

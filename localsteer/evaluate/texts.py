@@ -5,11 +5,11 @@ section("words.include", table, plot, pairs=20)
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from localsteer.catalog import read_toml
 from localsteer.evaluate.page import AnyPlot, Section, Table
 
 
@@ -42,11 +42,3 @@ def _entry(name: str) -> Any:
 @cache
 def _texts() -> dict[str, Any]:
     return read_toml(Path(__file__).with_name("texts.toml"))
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(path.read_text("utf-8"))

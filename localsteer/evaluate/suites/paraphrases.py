@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localsteer.catalog import Instruction
+from localsteer.catalog import Instruction, read_toml
 from localsteer.evaluate.cells import Arm
 from localsteer.evaluate.controls import readable
 from localsteer.evaluate.outcomes import Outcomes
 from localsteer.evaluate.page import Section, Share, Table, Value
-from localsteer.evaluate.texts import read_toml, section
+from localsteer.evaluate.texts import section
 from localsteer.vector import ControlVector
 
 if TYPE_CHECKING:
