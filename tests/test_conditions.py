@@ -189,6 +189,22 @@ def test_a_control_for_add_needs_no_mean() -> None:
     )
 
 
+def test_another_vector_stands_behind_a_learned_gate_as_long_as_the_first() -> None:
+    """A gate belongs to its vector; what stands in its place is another direction, not another weight."""
+    rng = np.random.default_rng(5)
+    reader, writer = rng.standard_normal((2, N_EMBD))
+    gate = ControlVector.from_gate(3, reader, 0.5, writer, mean_gate=0.25, n_layer=N_LAYER, strength=1.25)
+    applied = applied_like(vector(2), gate)
+    assert (applied.mode, applied.layers, applied.strength) == ("gate", (3,), 1.25)
+    assert np.array_equal(applied.readers, gate.readers) and np.array_equal(applied.biases, gate.biases)
+    np.testing.assert_allclose(applied.unit(3), vector(2).unit(3), atol=1e-6)
+    assert np.linalg.norm(applied.directions[3]) == pytest.approx(
+        np.linalg.norm(gate.directions[3]), rel=1e-5
+    )
+    own = ControlVector.from_gate(3, writer, 0.1, reader, mean_gate=0.5, n_layer=N_LAYER)
+    assert np.array_equal(applied_like(own, gate).readers, own.readers)  # one that has a gate there keeps it
+
+
 def test_another_vector_is_applied_where_and_as_the_first() -> None:
     applied = applied_like(vector(2), vector(1, layers=(3,), positions="last", strength=0.4))
     assert (applied.layers, applied.positions, applied.strength, applied.mode) == (

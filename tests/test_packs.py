@@ -192,6 +192,32 @@ def test_a_pack_that_is_named_itself_refuses_another_model(pack, monkeypatch):
     assert "is a pack for Bundled (llama, 8 layers x 256)" in says and "is a different model" in says
 
 
+def test_an_evaluation_takes_what_ships_and_makes_the_rest(named, tmp_path):
+    args = (
+        "--shipped",
+        "-i",
+        "lowercase,title",
+        "-n",
+        "1",
+        "--max-tokens",
+        "8",
+        "-t",
+        "1",
+        "--no-paraphrases",
+    )
+    run = invoke("eval", *args, "-o", tmp_path / "run", "--json")
+    assert run.status == 0, run.err
+    vectors = run.json["vectors"]
+    shipped = packs.read_pack(named / "Bundled").instructions["lowercase"]
+    assert vectors["lowercase"]["sha256"] == shipped.sha256 and vectors["lowercase"]["given"]
+    assert vectors["title"]["sha256"] != shipped.sha256 and not vectors["title"]["given"]
+
+
+def test_an_evaluation_of_what_ships_for_no_model_is_one_line(named, tmp_path):
+    said = invoke("eval", "-m", MODELS["another model"], "--shipped", "-o", tmp_path / "run")
+    assert said.status == 2 and "no vectors ship for" in said.err and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("way", ["phrasings", "queries", "no pack"])
 def test_what_differs_from_what_was_measured_gets_a_vector_of_its_own(named, way, tmp_path):
     from localsteer.cli.shipped import shipped_vector

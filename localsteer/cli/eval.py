@@ -39,6 +39,11 @@ N_TEST = 20
 @click.argument("vectors", nargs=-1, metavar="[VECTOR]...")
 @options.model
 @click.option(
+    "--shipped",
+    is_flag=True,
+    help="Use the vectors that ship for MODEL, and make only those that it lacks.",
+)
+@click.option(
     "--suite",
     "suites",
     multiple=True,
@@ -109,15 +114,16 @@ def command(
     figures and 95% intervals over the queries.
 
     VECTORs are files for this model, used as they were tuned. Without any, vectors are extracted from the
-    model and their settings picked on validation queries. --out gets everything: report.html, report.md,
-    results.json, the replies in replies.jsonl, the vectors. The same command continues a run that was
-    stopped.
+    model and their settings picked on validation queries, or taken from those that ship (--shipped). --out
+    gets everything: report.html, report.md, results.json, the replies in replies.jsonl, the vectors. The same
+    command continues a run that was stopped.
 
     \b
     Examples:
       localsteer eval --instructions json,lowercase
       localsteer eval -m MODEL.gguf json.gguf lowercase.gguf -o run-q4
       localsteer eval -m MODEL.gguf --suite ifeval --ifeval ifeval_input_data.jsonl
+      localsteer eval -m smol --shipped
       localsteer eval -m MODEL.gguf --suite cross-model --base BASE.gguf --instructions json
       localsteer eval --suite all
       localsteer eval --diff run-q8 run-q4
@@ -219,6 +225,7 @@ def _evaluate(
         "limits": _limits(is_bundled(model), params),
         "base": base,
         "given": loaded,
+        "shipped": _shipped(path, catalog.source) if params["shipped"] else (),
     }
     with open_bench(path, catalog, out, **asked) as bench, _judge(bench, params) as judge:
         ready = _ready(bench, modules, extra, leave_out=leave_out)
@@ -331,6 +338,19 @@ def _load_vectors(texts: Sequence[str]) -> list[tuple[Path, ControlVector]]:
 
     specs = [VectorSpec.parse(text) for text in texts]
     return [(Path(spec.path), spec.load()) for spec in specs]
+
+
+def _shipped(path: Path, catalog: str) -> list[tuple[Path, ControlVector]]:
+    from localsteer.packs import pack_for
+
+    match = pack_for(path)
+    if match is None or match.pack.catalog != catalog:
+        why = "there is none" if match is None else f"the pack is for catalogue {match.pack.catalog}"
+        raise LocalsteerError(
+            f"no vectors ship for {path.name} with catalogue {catalog} ({why}): leave out --shipped."
+        )
+    pack = match.pack
+    return [(pack.path(name), pack.vector(name)) for name in pack.instructions]
 
 
 def _base_of(model: str, base: str | None) -> Path:

@@ -4,9 +4,10 @@ and the runner.
     with open_bench(path, catalog, Path("run"), n=10) as bench:
         report = suite("format").run(bench)
 
-Vectors are the files that the user gave, or are extracted from this model on extraction queries and picked on
-validation queries; figures come from test queries. Replies are kept in out/replies.jsonl and vectors in
-out/vectors: a run that was stopped is started again from its beginning and goes on where it was.
+Vectors are files that the user gave or that ship for the model, or are extracted from it on extraction
+queries and picked on validation queries; figures come from test queries. Replies are kept in
+out/replies.jsonl and vectors in out/vectors: a run that was stopped is started again from its beginning and
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Bench(BenchScope):
         asked = BenchOptions(**options)
         self.workers, self.out, self.stage, self.limits = workers, out, asked.stage, asked.limits
         self.model = workers.map(lambda engine, _: model_info(engine), [None])[0]
-        for _, vector in asked.given:
+        for _, vector in (*asked.given, *asked.shipped):
             check_model(vector, self.model["n_layer"], self.model["n_embd"], self.model["architecture"])
             # the tokenizer too, before any work is done
             workers.map(lambda engine, vector: engine.plan(vector), [vector])
@@ -165,7 +166,7 @@ def open_bench(
         if base is not None:
             # a base model is asked as the paper asks one
             workers = _open_workers(stack, base, out / BASE, limits, n_threads, plain_prompts=True)
-            bench.base = Bench(workers, catalog, out / BASE, **{**options, "given": ()})
+            bench.base = Bench(workers, catalog, out / BASE, **{**options, "given": (), "shipped": ()})
         yield bench
 
 

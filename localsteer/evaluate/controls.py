@@ -88,7 +88,13 @@ def random_control(vector: ControlVector, plain_mean: np.ndarray, seed: int) -> 
 
 
 def applied_like(other: ControlVector, vector: ControlVector) -> ControlVector:
-    """Another vector, applied where and as `vector` is."""
+    """Another vector, applied where and as `vector` is; behind the same gate, with the same length, if that
+    is a learned one and the other is not."""
+    if vector.mode == "gate" and not set(vector.layers) <= set(other.gated):
+        directions = np.zeros_like(vector.directions)
+        for layer in vector.layers:
+            directions[layer] = np.linalg.norm(vector.directions[layer]) * other.unit(layer)
+        return replace(vector, directions=directions, name=other.name)
     return other.at(
         layer=vector.layers, positions=vector.positions, strength=vector.strength, mode=vector.mode
     )

@@ -18,12 +18,12 @@ DIGEST = "eval_digest"  # of a kept vector's provenance: what it was extracted f
 
 
 class KeptVectors:
-    """out: None keeps nothing. model: sha256 of its file. max_tokens: of a reply. files: of every vector, the
-    given ones too, by instruction id."""
+    """out: None keeps nothing. model: sha256 of its file. max_tokens: of a reply. files: of every vector that
+    is used, the given and shipped ones too, by instruction id."""
 
     def __init__(self, scope: BenchScope, out: Path | None, model: str, max_tokens: int) -> None:
         self.scope, self.out, self.model, self.max_tokens = scope, out, model, max_tokens
-        self.files = dict(scope.given_files)
+        self.files = dict(scope.files)
 
     def hash_of(self, name: str) -> str:
         """Of the file of an instruction id's vector."""
@@ -37,7 +37,10 @@ class KeptVectors:
             return vector
         digest = self._digest(instruction) if resumable else ""
         vector = replace(vector, provenance={**vector.provenance, DIGEST: digest})
-        path = self.files[instruction.id] = self._path(instruction)
+        path = self._path(instruction)
+        # of one that is ready, what is extracted is only for controls
+        if instruction.id not in self.scope.ready or not resumable:
+            self.files[instruction.id] = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             vector.save(path)
@@ -67,7 +70,8 @@ class KeptVectors:
             return None
         if vector.provenance.get(DIGEST) != self._digest(instruction):
             return None
-        self.files[instruction.id] = path
+        if instruction.id not in self.scope.ready:
+            self.files[instruction.id] = path
         return vector
 
     def _path(self, instruction: Instruction) -> Path:

@@ -144,7 +144,7 @@ class NamedSetting(Applied, frozen=True, kw_only=True):
 
 
 class VectorRecord(Applied, frozen=True, kw_only=True):
-    """sha256: of its file. source_sha256: of the model that it was made from. given: by the user."""
+    """sha256: of its file. source_sha256: of the model that it was made from. given: not made by this run."""
 
     sha256: str | None = None
     source_sha256: str | None = None

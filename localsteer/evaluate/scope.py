@@ -35,7 +35,8 @@ BUNDLED_LIMITS = EvalLimits(
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """n: test queries. given: vectors of the user, with their settings. wanted: ids to evaluate (None: the
+    """n: test queries. given: vectors of the user, with their settings. shipped: vectors with settings that
+    are used for their instructions, and leave open which are evaluated. wanted: ids to evaluate (None: the
     suite's own choice). test: queries in place of the catalogue's. checkpoint: a transformers folder to
     extract from with PyTorch, in place of the model itself. batch: of the Runner. stage: gives a progress bar
     for a piece of work."""
@@ -44,6 +45,7 @@ class BenchOptions:
     seed: int = 0
     limits: EvalLimits = field(default_factory=EvalLimits)
     given: Sequence[tuple[Path, ControlVector]] = ()
+    shipped: Sequence[tuple[Path, ControlVector]] = ()
     wanted: Sequence[str] | None = None
     test: Sequence[Query] | None = None
     checkpoint: Path | None = None
@@ -53,8 +55,9 @@ class BenchOptions:
 
 class BenchScope:
     """validation, test: queries of the catalogue; `queries(instruction, split)` knows an instruction's own.
-    all_test: the test queries that `test` is n of. given: vectors of the user by instruction id, given_files:
-    their files. known: instructions that are not the catalogue's, or are varied, by id."""
+    all_test: the test queries that `test` is n of. given: vectors of the user by instruction id. ready: these
+    and the shipped ones. files: of all those. known: instructions that are not the catalogue's, or are
+    varied, by id."""
 
     def __init__(self, catalog: Catalog, options: BenchOptions) -> None:
         self.catalog, self.n, self.seed = catalog, options.n, options.seed
@@ -64,15 +67,20 @@ class BenchScope:
         self.test = tuple(spread(self.all_test, self.n))
         self.known: dict[str, Instruction] = {}
         self.given: dict[str, ControlVector] = {}
-        self.given_files: dict[str, Path] = {}
+        self.files: dict[str, Path] = {}
         for path, vector in options.given:
             instruction = instruction_of(vector, catalog, path)
             if instruction.id in self.given:
                 raise VectorFileError(
                     f"two vectors of {instruction.id!r} are given, {path} the second: give one."
                 )
-            self.given[instruction.id], self.given_files[instruction.id] = vector, path
+            self.given[instruction.id], self.files[instruction.id] = vector, path
             self.known[instruction.id] = instruction
+        self.ready = dict(self.given)
+        for path, vector in options.shipped:
+            name = instruction_of(vector, catalog, path).id
+            self.ready.setdefault(name, vector)
+            self.files.setdefault(name, path)
 
     def instruction(self, wanted: str | Instruction) -> Instruction:
         """By id: of a given vector, a direction of length, else of the catalogue, slots at their defaults.

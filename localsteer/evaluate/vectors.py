@@ -1,4 +1,5 @@
-"""The vectors of a bench: given, or extracted from its model, with settings picked on validation queries."""
+"""The vectors of a bench: given, shipped, or extracted from its model, with settings picked on validation
+queries."""
 
 from __future__ import annotations
 
@@ -39,11 +40,11 @@ class BenchVectors:
         self.scope, self.workers, self.folder, self.stage = scope, workers, folder, stage
         self.source = checkpoint or workers
         self.max_tokens = folder.max_tokens
-        self.all_raw, self.used = dict(scope.given), dict(scope.given)
+        self.all_raw, self.used = dict(scope.given), dict(scope.ready)
         self.told: dict[str, list[Reply]] = {}
 
     def tuned(self, instructions: Sequence[str | Instruction]) -> dict[str, ControlVector]:
-        """With settings applied, by id: the user's files, or extracted, tuned and kept.
+        """With settings applied, by id: given or shipped, or else extracted, tuned and kept.
 
         Strength 0 where no setting did better than the model alone.
         """
@@ -140,7 +141,7 @@ class BenchVectors:
                 **setting_of(vector),
                 sha256=self.folder.hash_of(name),
                 source_sha256=vector.provenance.get("source_hash"),
-                given=name in self.scope.given,
+                given=name in self.scope.ready,
             )
             for name, vector in self.used.items()
         }

@@ -17,7 +17,7 @@ from .threads import aside
 UPLOADS = "/v1/steering"
 SMALL = 64 << 10  # bytes of a body that do not count, so that large bodies can't keep ordinary requests out
 WORTH_TRIMMING = 2 << 20  # after this many bytes have been held at once, memory is returned to the system
-TRIM_AFTER = 1.0  # seconds without a large body
+TRIM_AFTER = 1.0  # seconds after the end of a large body
 
 
 class _Gone(Exception):
@@ -45,13 +45,14 @@ class _Held:
 
     def give_back(self, n: int) -> None:
         self.n -= n
-        if self.n or self.peak < WORTH_TRIMMING:
-            return
-        self.peak = 0
-        if self._trimming:
-            self._trimming.cancel()
-        loop = asyncio.get_running_loop()
-        self._trimming = loop.call_later(TRIM_AFTER, lambda: loop.create_task(aside(trim_memory)))
+        # a trim that waits is not put off by the next large body: a stream of them would put it off for ever
+        if self._trimming is None and self.peak >= WORTH_TRIMMING:
+            loop = asyncio.get_running_loop()
+            self._trimming = loop.call_later(TRIM_AFTER, self._trim, loop)
+
+    def _trim(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._trimming, self.peak = None, self.n
+        loop.create_task(aside(trim_memory))
 
 
 def trim_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -141,6 +142,30 @@ def test_large_bodies_have_a_bound_together_and_memory_comes_back(program):
             break
         time.sleep(0.1)
     assert program.resident - before < 32 * MIB
+
+
+def test_memory_comes_back_while_large_bodies_keep_coming(monkeypatch):
+    from localsteer.server import bodies
+    from localsteer.server.limits import Limits
+
+    trims = []
+    monkeypatch.setattr(bodies, "TRIM_AFTER", 0.1)
+    monkeypatch.setattr(bodies, "trim_memory", lambda: trims.append(1))
+    scope = {"type": "http", "path": "/v1/completions", "headers": []}
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": bytes(3 * MIB)}
+
+    async def nothing(*_message) -> None: ...
+
+    async def keep_coming() -> None:
+        limit = bodies.BodyLimit(nothing, Limits())
+        for _ in range(20):  # each before the memory of the one before has been given back
+            await limit(scope, receive, nothing)
+            await asyncio.sleep(0.03)
+        assert len(trims) >= 2
+
+    asyncio.run(keep_coming())
 
 
 def status_of(connection: socket.socket, part: bytes) -> int | None:

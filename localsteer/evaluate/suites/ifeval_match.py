@@ -62,15 +62,18 @@ def _texts(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def vectors_of(bench: Bench, matches: Sequence[Instruction]) -> dict[str, ControlVector]:
     """By id. One whose slots were filled by a line takes the settings picked for the catalogue's defaults:
-    picking for each phrase would take longer than all the rest."""
+    picking for each phrase would take longer than all the rest. Where those are a learned gate, which knows
+    only the phrase that it was learned with, nothing is applied."""
     whole = [match for match in matches if kind_of(bench, match) == match.id]
     picked = bench.vectors.tuned(list({each.id: each for each in whole}.values()))
     varied = {each.id: each for each in matches if each.id not in picked}
     kinds = bench.vectors.tuned(sorted({kind_of(bench, each) for each in varied.values()}))
     raw = bench.vectors.raw(list(varied.values()))
-    return picked | {
-        name: applied_like(raw[name], kinds[kind_of(bench, each)]) for name, each in varied.items()
-    }
+    return picked | {name: _like(raw[name], kinds[kind_of(bench, each)]) for name, each in varied.items()}
+
+
+def _like(vector: ControlVector, kind: ControlVector) -> ControlVector:
+    return vector.at(strength=0.0) if kind.mode == "gate" else applied_like(vector, kind)
 
 
 def kind_of(bench: Bench, match: Instruction) -> str:
