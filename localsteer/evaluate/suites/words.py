@@ -13,20 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from localsteer.errors import CatalogError
 from localsteer.evaluate.cells import Experiment, applied
-from localsteer.evaluate.outcomes import Outcomes
-from localsteer.evaluate.page import Lines, Section, SuiteReport, Table, Value
+from localsteer.evaluate.page import SuiteReport
 from localsteer.evaluate.suites.word_choice import INCLUDED, contexts, words_to_exclude, words_to_include
-from localsteer.evaluate.suites.word_vectors import (
-    ASKED,
-    CONTEXT,
-    EXCLUDE,
-    INCLUDE,
-    Task,
-    mean_cosines,
-    tasks_of,
-)
-from localsteer.evaluate.texts import said, section
-from localsteer.extract.recipes import WORD_PAIRS, exclude_word
+from localsteer.evaluate.suites.word_sections import SECTIONS, SWEEP, cosines, of_kind
+from localsteer.evaluate.suites.word_vectors import ASKED, CONTEXT, EXCLUDE, INCLUDE, Task, tasks_of
+from localsteer.extract.recipes import exclude_word
 
 if TYPE_CHECKING:
     from localsteer.evaluate.bench import Bench
@@ -36,9 +27,6 @@ OWN = "own"
 CONDITIONS = (
     "none", "steered", "random", "other", OWN, f"{OWN} random", f"{OWN} other", "instructed", "both",
 )  # fmt: skip
-SWEEP = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the picked strength's layer and positions
-# the sections, each with its passage in texts.toml
-SECTIONS = {INCLUDE: "include", CONTEXT: "context", EXCLUDE: "exclude", ASKED: "asked"}
 
 
 def missing(bench: Bench, **_options: Any) -> str:
@@ -74,7 +62,7 @@ def run(
     rows = bench.run(compared, what="including and excluding words")
     sweep = bench.run([sweep_of(bench, task) for task in tasks], what="sweeping strengths", score=False)
     by_kind = {kind: [task for task in tasks if task.kind == kind] for kind in SECTIONS}
-    sections = [of_kind(kind, own, rows, sweep) for kind, own in by_kind.items() if own]
+    sections = [of_kind(kind, own, CONDITIONS, rows, sweep) for kind, own in by_kind.items() if own]
     return bench.report(TITLE, rows, CONDITIONS, [*sections, *cosines(by_kind[INCLUDE])])
 
 
@@ -103,46 +91,3 @@ def sweep_of(bench: Bench, task: Task) -> Experiment:
     strengths = SWEEP if task.vector.strength else ()
     steers = {f"{strength:g}": (task.vector.at(strength=strength),) for strength in strengths}
     return bench.compare(task.instruction, steers, wordings=task.instruction.phrasings[:1])
-
-
-def of_kind(kind: str, tasks: Sequence[Task], rows: Outcomes, sweep: Outcomes) -> Section:
-    """tasks: at least one of this kind. sweep: rows at each strength."""
-    names = {task.instruction.id for task in tasks}
-    own = Outcomes(row for row in rows if row.cell.instruction in names)
-    conditions = [name for name in CONDITIONS if own.of(name)]
-    table: list[list[Value]] = [
-        [task.word, _settings(task), *own.of(None, task.instruction.id).shares(conditions)] for task in tasks
-    ]
-    table.append(["all", "", *own.shares(conditions)])
-    series = {task.word: curve(task, own, sweep) for task in tasks if task.vector.strength}
-    idle = ", ".join(task.word for task in tasks if not task.vector.strength)
-    made = section(
-        f"words.{SECTIONS[kind]}",
-        Table(["word", "layer, positions, strength", *conditions], table),
-        pairs=WORD_PAIRS,
-        conditions=said("words.conditions", pairs=WORD_PAIRS),
-        more=said("words.idle", words=idle) if idle else "",
-    )
-    if series:
-        title, x = f"{made.title} against strength", [0.0, *SWEEP]
-        made.plots.append(Lines(title, "strength (c / |v|)", "share of replies", x=x, series=series))
-    return made
-
-
-def _settings(task: Task) -> str:
-    vector = task.vector
-    return f"{vector.layers[0]}, {vector.positions}, {vector.strength:g}" if vector.strength else "none"
-
-
-def curve(task: Task, rows: Outcomes, sweep: Outcomes) -> list[float | None]:
-    """Shares at strength 0 (the model alone) and at each of SWEEP."""
-    name = task.instruction.id
-    return [rows.of("none", name).followed, *(sweep.of(f"{step:g}", name).followed for step in SWEEP)]
-
-
-def cosines(tasks: Sequence[Task]) -> list[Section]:
-    if len(tasks) < 2:
-        return []
-    means, title = mean_cosines(tasks), "Mean cosine between the vectors of two words"
-    plot = Lines(title, "layer", "cosine", x=list(means), series={"words": list(means.values())})
-    return [section("words.cosines", plot)]
