@@ -20,7 +20,12 @@ EVALS = {"Q8_0": "eval-q8_0", "Q4_K_M": "eval-q4_k_m"}  # of the bundled model
 MODEL_NAMES = {
     "Smollm2 135M 8k Lc100K Mix1 Ep2": "SmolLM2-135M-Instruct",
 }
-REAL = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")  # folders of evaluations, where there are any
+# folders of evaluations, where there are any, and what to add to the model's name
+REAL = {
+    "smollm2-135m-instruct": "",
+    "smollm2-135m-instruct-shipped": ", vectors that ship",
+    "qwen2.5-coder-0.5b-instruct": "",
+}
 CONDITIONS = ("none", "steered", "instructed", "both", "random", "other")
 # Stolfo et al., arXiv 2410.12877, table of the format instructions: none, steered, told, both, in per cents
 PAPER = {
@@ -51,10 +56,10 @@ def paper() -> Iterator[str]:
     """The paper's own prompts, ours above theirs."""
     yield "| Model | none | steered | told | told and steered | random | other | prompts |"
     yield "|---|---|---|---|---|---|---|---|"
-    for document in _real("ifeval"):
+    for title, document in _real("ifeval"):
         rows = document["suites"]["ifeval"]["all"]
         cells = [_interval(rows[name]["strict"]) if name in rows else "-" for name in CONDITIONS]
-        yield _row(f"**{_title(document)}**", [*cells, str(rows["none"]["n"])])
+        yield _row(f"**{title}**", [*cells, str(rows["none"]["n"])])
     for model, shares in PAPER.items():
         yield _row(f"{model}, from the paper", [*(f"{share:g}%" for share in shares), "", "", "163"])
 
@@ -63,12 +68,12 @@ def catalogue() -> Iterator[str]:
     """Every instruction of the catalogue that has a verifier, on unseen questions."""
     yield "| Model | Instruction | none | steered | told | told and steered | random | other | steered at |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    for document in _real("format"):
+    for title, document in _real("format"):
         suite = document["suites"]["format"]
         for name, row in [*suite["instructions"].items(), ("**mean**", suite["all"])]:
             shares = [row.get(condition, {}).get("strict", {}).get("accuracy") for condition in CONDITIONS]
             cells = ["-" if share is None else percent(round(share, 3)) for share in shares]
-            yield _row(_title(document), [name, *cells, _place(row.get("steered", {}).get("settings"))])
+            yield _row(title, [name, *cells, _place(row.get("steered", {}).get("settings"))])
 
 
 def search() -> Iterator[str]:
@@ -150,17 +155,14 @@ def peers() -> Iterator[str]:
         yield _row(what, ["-" if row[key] is None else f"{row[key]:g}" for row in contenders.values()])
 
 
-def _real(suite: str) -> Iterator[Document]:
-    """Evaluations of real models that have a suite."""
-    for folder in REAL:
+def _real(suite: str) -> Iterator[tuple[str, Document]]:
+    """Titles and documents of the evaluations of real models that have a suite."""
+    for folder, more in REAL.items():
         path = RESULTS / folder / "results.json"
         document = _read(path) if path.exists() else {"suites": {}}
         if suite in document["suites"]:
-            yield document
-
-
-def _title(document: Document) -> str:
-    return f"{MODEL_NAMES[document['model']['name']]} {document['model']['quantization']}"
+            model = document["model"]
+            yield f"{MODEL_NAMES[model['name']]} {model['quantization']}{more}", document
 
 
 def _interval(share: Document) -> str:

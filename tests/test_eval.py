@@ -32,6 +32,7 @@ from localsteer.evaluate.outcomes import Outcome, Outcomes, judged, report
 from localsteer.evaluate.page import Accuracy, Figures, Results, Share, SuiteReport, loaded, plain
 from localsteer.evaluate.suites import MODULES, suite
 from localsteer.evaluate.suites.ifeval_items import read_items
+from localsteer.evaluate.suites.ifeval_match import vectors_of
 from localsteer.evaluate.suites.paraphrases import FOLLOWED_BADLY, badly_followed, paraphrases_of
 from localsteer.extract.vector_instruction import instruction_of
 from localsteer.runtime.reply import Reply
@@ -303,6 +304,30 @@ def test_a_line_becomes_its_prompts_and_checks(tmp_path):
     assert second.checks[1] == Rule(
         "length_constraints:number_words", {"relation": "less than", "num_words": 9}
     )
+
+
+class Ready:
+    """Stands for a bench whose vectors are all ready, so that nothing may be extracted."""
+
+    def __init__(self, vectors: dict[str, ControlVector]) -> None:
+        self.given, self.vectors, self._ready = {}, self, vectors
+
+    def tuned(self, chosen) -> dict[str, ControlVector]:
+        names = [each if isinstance(each, str) else each.id for each in chosen]
+        return {name: self._ready[name] for name in names}
+
+    def raw(self, chosen) -> dict[str, ControlVector]:
+        assert not chosen
+        return {}
+
+
+def test_a_learned_gate_does_not_stand_for_a_text_that_it_has_not_learned():
+    gate = ControlVector.from_gate(1, np.ones(8), 0.5, np.ones(8), mean_gate=0.5, n_layer=2)
+    end_phrase = load_catalog("general").instructions["end_phrase"]
+    other = end_phrase.fill(phrase="That is all.")
+    vectors = vectors_of(Ready({end_phrase.id: gate}), [end_phrase.fill(), other])
+    assert vectors[end_phrase.id] is gate
+    assert applied(vectors[other.id]) == ()
 
 
 @pytest.mark.parametrize(

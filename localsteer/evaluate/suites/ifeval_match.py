@@ -68,12 +68,12 @@ def vectors_of(bench: Bench, matches: Sequence[Instruction]) -> dict[str, Contro
     picked = bench.vectors.tuned(list({each.id: each for each in whole}.values()))
     varied = {each.id: each for each in matches if each.id not in picked}
     kinds = bench.vectors.tuned(sorted({kind_of(bench, each) for each in varied.values()}))
-    raw = bench.vectors.raw(list(varied.values()))
-    return picked | {name: _like(raw[name], kinds[kind_of(bench, each)]) for name, each in varied.items()}
-
-
-def _like(vector: ControlVector, kind: ControlVector) -> ControlVector:
-    return vector.at(strength=0.0) if kind.mode == "gate" else applied_like(vector, kind)
+    like = {name: kinds[kind_of(bench, each)] for name, each in varied.items()}
+    raw = bench.vectors.raw([each for name, each in varied.items() if like[name].mode != "gate"])
+    return picked | {
+        name: applied_like(raw[name], kind) if name in raw else kind.at(strength=0.0)
+        for name, kind in like.items()
+    }
 
 
 def kind_of(bench: Bench, match: Instruction) -> str:
