@@ -241,7 +241,7 @@ def _row(
     conditions: Mapping[str, Outcomes],
     setting: Setting | None,
 ) -> DemoRow:
-    """setting: None where picking chose to leave the model alone."""
+    """setting: None where picking chose to apply nothing."""
     steered = conditions["steered"]
     return {
         "id": instruction.id,

@@ -96,7 +96,7 @@ def test_progress_counts_all_replies(exact_bundled, extracted):
 
 
 def plain_or(text: str):
-    """Sound replies with a comma by the model alone; `text` when it is steered."""
+    """Sound replies with a comma by the plain model; `text` when it is steered."""
 
     def texts(one):
         subject = one.query.subject

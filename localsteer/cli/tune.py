@@ -439,7 +439,7 @@ def journal_path(vector: ControlVector, model_hash: str) -> Path:
 
 
 class TuneDocument(TypedDict):
-    """table: the settings that were checked, the model alone last. scored: those ranked by likelihood.
+    """table: the settings that were checked, the plain model last. scored: those ranked by likelihood.
     Between them, what the vector's file keeps."""
 
     file: str | None

@@ -124,5 +124,5 @@ def checks_of(instruction: Instruction, query: Query) -> tuple[Rule, ...]:
 
 
 def applied(vector: ControlVector) -> tuple[ControlVector, ...]:
-    """An arm's `steer`: nothing where no setting was better than the model alone (strength 0)."""
+    """An arm's `steer`: nothing where no setting was better than the plain model (strength 0)."""
     return (vector,) if vector.strength else ()

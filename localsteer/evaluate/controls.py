@@ -2,7 +2,7 @@
 
     bench.controls.of([json], [vector])    {"random": (...,), "other": (...,)}
 
-    none        the model alone                     instructed  the instruction in the prompt, in words
+    none        the plain model                     instructed  the instruction in the prompt, in words
     steered     the vector, no word of it           both        in words and steered
     random      a random direction in its place     other       another instruction's vector in its place
 

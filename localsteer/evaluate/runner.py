@@ -196,7 +196,7 @@ def run_conditions(
     """Outcomes by condition, in the order of `conditions`, all decoded in one batch.
 
     vector: with its settings applied. controls: what steers `random` and `other`; a condition without one is
-    left out. plain: replies of the model alone to the same queries, where they are known already. phrasings:
+    left out. plain: replies of the plain model to the same queries, where they are known already. phrasings:
     wordings of the instruction for `instructed` and `both`, in turn (its own by default). scored: conditions
     whose perplexity is wanted. must_end: as in `Runner`.
     """
@@ -214,7 +214,7 @@ def run_conditions(
 
 
 def plain_replies(engine: Engine, queries: Sequence[Query], *, max_tokens: int = MAX_TOKENS) -> list[Reply]:
-    """The model alone, greedy: condition `none` of every instruction."""
+    """The plain model, greedy: condition `none` of every instruction."""
     texts = [query.text for query in queries]
     return engine.generate_batch(texts, max_tokens=max_tokens, sampling=GREEDY)
 
@@ -222,6 +222,6 @@ def plain_replies(engine: Engine, queries: Sequence[Query], *, max_tokens: int =
 def told_replies(
     engine: Engine, instruction: Instruction, queries: Sequence[Query], *, max_tokens: int = MAX_TOKENS
 ) -> list[Reply]:
-    """The model alone, with the instruction in the prompt."""
+    """The plain model, with the instruction in the prompt."""
     arms = [Arm("told", told=True)]
     return answered(engine, Experiment([instruction], arms, queries).cells(max_tokens))

@@ -96,7 +96,7 @@ def examine(
 
 
 def verdict(shares: Mapping[str, float | None], lifts: Mapping[str, tuple[float, float, float]]) -> str:
-    """What the figures say: an effect counts where it is above the model alone AND above every control."""
+    """What the figures say: an effect counts where it is above the plain model AND above every control."""
     followed = f"{rough_percent(shares['transferred'])} of replies follow"
     figures = f"{followed}, {rough_percent(shares['none'])} without it"
     _, low, high = lifts["none"]

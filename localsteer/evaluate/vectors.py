@@ -46,7 +46,7 @@ class BenchVectors:
     def tuned(self, instructions: Sequence[str | Instruction]) -> dict[str, ControlVector]:
         """With settings applied, by id: given or shipped, or else extracted, tuned and kept.
 
-        Strength 0 where no setting did better than the model alone.
+        Strength 0 where no setting did better than the plain model.
         """
         chosen = self.prepare(instructions)
         new = [instruction for instruction in chosen if instruction.id not in self.used]

@@ -34,7 +34,7 @@ IMPROBABLE_RATIO = 3.0
 
 
 class TrialRow(TypedDict):
-    """layer to mode: None for the model alone. score to subject_kept: shares of the replies."""
+    """layer to mode: None for the plain model. score to subject_kept: shares of the replies."""
 
     layer: int | None
     positions: str | None

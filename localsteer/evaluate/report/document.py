@@ -38,7 +38,7 @@ from localsteer.evaluate.report.figures import (
 )
 
 CONDITIONS = {
-    "none": "the model alone, not a word of the instruction",
+    "none": "the plain model, not a word of the instruction",
     "steered": "the vector, not a word of the instruction",
     "instructed": "the instruction stands in the prompt",
     "both": "the instruction in the prompt, and the vector",

@@ -134,7 +134,7 @@ def triples_of(job: StudyJob, bench: Bench) -> tuple[list[tuple[Instruction, ...
         if len(job.wanted) != 3:
             raise CatalogError(f"three instructions are put together, and {len(job.wanted)} are named")
         return [tuple(job.instructions(job.wanted))], ""
-    plain = bench.plain(bench.validation, what="the model alone")
+    plain = bench.plain(bench.validation, what="the plain model")
     excluded, share = _excluded(bench, plain)
     long = _long(job)
     known = job.catalog.instructions

@@ -75,7 +75,7 @@ def _conditions(
 def _compared(rows: Outcomes, own_idle: int, instruct_idle: int) -> Section:
     """How much further the instruct model's vectors lift the base model than its own.
 
-    own_idle, instruct_idle: for how many instructions no setting was any better than the model alone.
+    own_idle, instruct_idle: for how many instructions no setting was any better than the plain model.
     """
     by_name = rows.by("instruction")
     table = [[name, *_lift(part)] for name, part in (by_name | {"all": rows}).items()]

@@ -70,7 +70,7 @@ def run(bench: Bench, **_options: Any) -> SuiteReport:
 
 
 def sweep_experiment(bench: Bench, recipe: Extracted, vector: ControlVector) -> Experiment:
-    """The model alone, each strength of the vector and of its controls, and told in words."""
+    """The plain model, each strength of the vector and of its controls, and told in words."""
     steers = {STEERED: (vector,), **bench.controls.of([recipe.target], [vector])}
     swept = [
         Arm(label(kind, strength), (one.at(strength=strength),))
@@ -90,7 +90,7 @@ def level_experiment(bench: Bench, recipe: Extracted, vector: ControlVector) -> 
 
 def compared(rows: Outcomes, levels: Sequence[str]) -> Section:
     """Each level told in words and steered by its own vector."""
-    columns = {"none": "model alone", "instructed": "told in words", "steered": "steered"}
+    columns = {"none": "plain model", "instructed": "told in words", "steered": "steered"}
     words = {title: [rows.of(name, level).words for level in levels] for name, title in columns.items()}
     table = [list(line) for line in zip(levels, *words.values(), strict=True)]
     plot = Bars("Mean words of each level", "level", "words", x=list(levels), series=words)

@@ -49,7 +49,7 @@ def _settings(task: Task) -> str:
 
 
 def curve(task: Task, rows: Outcomes, sweep: Outcomes) -> list[float | None]:
-    """Shares at strength 0 (the model alone) and at each of SWEEP."""
+    """Shares at strength 0 (the plain model) and at each of SWEEP."""
     name = task.instruction.id
     return [rows.of("none", name).followed, *(sweep.of(f"{step:g}", name).followed for step in SWEEP)]
 
