@@ -294,9 +294,14 @@ def test_archives_that_torch_did_not_write(torch, folder):
         if name.endswith(("data.pkl", "data/0")):
             with pytest.raises(VectorFileError):
                 import_torch_vector("part.pt")
-    for cut in range(0, len(whole), 97):
+    for cut in range(97, len(whole), 97):
         Path("cut.pt").write_bytes(whole[:cut])
-        assert not is_torch_file("cut.pt")
+        assert is_torch_file("cut.pt")
+        with pytest.raises(VectorFileError, match="has no end"):
+            import_torch_vector("cut.pt")
+    for beginning in (b"", whole[:3], b"GGUF"):
+        Path("short.pt").write_bytes(beginning)
+        assert not is_torch_file("short.pt")
     Path("old.pt").write_bytes(pickle.dumps({1: [1.0]}))
     assert not is_torch_file("old.pt")
     with pytest.raises(VectorFileError, match="neither GGUF"):

@@ -24,6 +24,7 @@ from localsteer.errors import LocalsteerError, VectorFileError
 from localsteer.vector import ControlVector
 
 STEERING_VECTOR = "steering_vectors.steering_vector.SteeringVector"
+SUFFIXES, ZIP_MAGIC = (".pt", ".pth"), b"PK\x03\x04"
 RESIDUAL = "decoder_block"  # the layer_type of the residual stream in steering-vectors
 
 
@@ -36,10 +37,14 @@ class PickledSteeringVector:
 
 
 def is_torch_file(path: str | os.PathLike[str]) -> bool:
-    """Whether the file was written by torch.save, as a zip archive."""
+    """Whether the file was written by torch.save, as a zip archive. One without the end of its archive is
+    known by its first bytes and its suffix."""
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             return False
+        if not zipfile.is_zipfile(path):
+            with open(path, "rb") as file:
+                return Path(path).suffix in SUFFIXES and file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") for name in archive.namelist())
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
@@ -142,7 +147,7 @@ def _check_archive(path: str) -> None:
             packed = any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist())
             size = sum(info.file_size for info in archive.infolist())
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        raise VectorFileError(f"{path} is not a file of torch.save.") from None
+        raise VectorFileError(f"{path} is damaged: its archive has no end. Copy or save it again.") from None
     if packed or size > os.path.getsize(path):
         raise VectorFileError(
             f"{path} is damaged: torch.save compresses nothing, but this archive is compressed."
