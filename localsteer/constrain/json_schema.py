@@ -18,12 +18,12 @@ import time
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from ..errors import ConstraintError
 from ..jsonable import JsonObject
 from .guidance import grammar_error, refused
-from .patterns import exact_pattern, fault
+from .patterns import exact_json_pattern, fault
 
 Path = tuple[str, ...]
 
@@ -37,7 +37,7 @@ SEARCH_SECONDS = 1.0  # for whom to blame
 OPTIONS = {"whitespace_pattern": " |\\n[ \\t]{0,20}", "json_allowed_escapes": '"\\bfnrt'}
 
 ONE = ("additionalProperties", "items", "additionalItems", "not", "contains", "propertyNames", "if", "then",
-       "else", "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
+       "else", "unevaluatedItems", "unevaluatedProperties", "contentSchema")  # fmt: skip
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 NEVER = ("not", "contains", "propertyNames", "if", "then", "else", "unevaluatedItems",
@@ -55,6 +55,10 @@ NO_FORMATS = (
     "float",
     "double",
 )
+COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+# places that a rewritten schema still has: what a `$ref` may lead through as it is
+KEPT_IN_MAPS, KEPT_IN_LISTS = ("properties", "$defs", "definitions"), ("allOf", "anyOf", "prefixItems")
+IN_URIS = "/%~!$&'()*+,;=:@?"
 NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 _DAYS = r"(?:0[1-9]|1\d|2[0-8])"
@@ -63,7 +67,8 @@ _YEAR = r"(?:\d{3}[1-9]|\d{2}[1-9]0|\d[1-9]00|[1-9]000)"
 _LEAP = r"(?:\d{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
 _DATE = rf"(?:{_YEAR}-{_MONTHS}|{_LEAP}-02-29)"
 _TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,9})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
-# llguidance's own know no leap years, leap seconds at any time, and names of any length and punycode
+# llguidance's own know no leap years, leap seconds at any time, and names and addresses of any length and
+# punycode
 FORMATS: dict[str, list[JsonObject]] = {
     "date": [{"pattern": f"^{_DATE}$"}],
     "time": [{"pattern": f"^{_TIME}$"}],
@@ -72,13 +77,16 @@ FORMATS: dict[str, list[JsonObject]] = {
         {"pattern": r"^[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*(?:\.[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*)*$"},
         {"pattern": r"^[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*$", "maxLength": 253},
     ],
+    "email": [
+        {"format": "email"},
+        {"pattern": r"^[^@]{1,64}@[^.]{1,63}(?:\.[^.]{1,63})*$", "maxLength": 254},
+    ],
 }
 
 
 def compiled_schema(schema: Any) -> str:
     """The JSON that follows `%json` in a grammar. Raises ConstraintError with the path of the keyword."""
     check_depth(schema)
-    check_multiples(schema)
     text = _written(schema)
     fault = complaint(text)
     if fault:
@@ -96,17 +104,9 @@ def check_depth(schema: Any) -> None:
         left += [(part, depth + 1) for part in inner]
 
 
-def check_multiples(schema: Any) -> None:
-    """llguidance keeps a state for every remainder, and spends no fuel on them: 99,999 take ten seconds."""
-    multiples: dict[int, Path] = {}
-    left: list[tuple[Any, Path]] = [(schema, ())]
-    while left:
-        at, path = left.pop()
-        number = at.get("multipleOf") if isinstance(at, dict) else None
-        if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
-            multiples.setdefault(_digits(number), (*path, "multipleOf"))
-        inner = at.items() if isinstance(at, dict) else enumerate(at) if isinstance(at, list) else ()
-        left += [(part, (*path, str(key))) for key, part in inner]
+def _check_multiples(multiples: Mapping[int, Path]) -> None:
+    """llguidance keeps a state for every remainder, and spends no fuel on them: 99,999 take ten seconds.
+    multiples: their digits, and where they stand."""
     most = max(multiples, default=0)
     # keywords of several places may meet at one number, by allOf or $ref
     if most > MAX_MULTIPLE or math.lcm(*multiples, 1) > MAX_TOGETHER:
@@ -120,8 +120,7 @@ def _digits(number: float) -> int:
 
 
 def _written(schema: Any) -> str:
-    rewritten = _Rewriter(schema).schema(schema, ())
-    rewritten = dict(rewritten) if isinstance(rewritten, dict) else {"allOf": [rewritten]}
+    rewritten = _Rewriter(schema).whole()
     return json.dumps({**rewritten, "x-guidance": OPTIONS})
 
 
@@ -129,10 +128,30 @@ def _written(schema: Any) -> str:
 
 
 class _Rewriter:
-    """root: the whole, which `$ref` leads into."""
+    """root: the whole, which `$ref` leads into.
+
+    moved: what a `$ref` leads to where nothing is rewritten, or not in its place (`#/components/schemas/A`,
+    `#/oneOf/0`), by its path: a name for it among `$defs`. multiples: see `_check_multiples`.
+    """
 
     def __init__(self, root: Any) -> None:
         self.root = root
+        self.moved: dict[Path, str] = {}
+        self.multiples: dict[int, Path] = {}
+        # a `#` within a part that has a name of its own is that part, and paths are not what they look like
+        self.is_one = not any("$id" in part and isinstance(part["$id"], str) for part in _parts_of(root))
+
+    def whole(self) -> JsonObject:
+        schema = self.schema(self.root, ())
+        rewritten = dict(schema) if isinstance(schema, dict) else {"allOf": [schema]}
+        parts: JsonObject = {}
+        while len(parts) < len(self.moved):  # rewriting one may find others
+            for path, name in list(self.moved.items())[len(parts) :]:
+                parts[name] = self.schema(self._at(path), path)
+        if parts:
+            rewritten["$defs"] = {**rewritten.get("$defs", {}), **parts}
+        _check_multiples(self.multiples)
+        return rewritten
 
     def schema(self, schema: Any, path: Path) -> Any:
         if not isinstance(schema, dict):
@@ -145,6 +164,7 @@ class _Rewriter:
         if rewritten.get("not") in ({}, True) and isinstance(rewritten.get("not"), (dict, bool)):
             return False
         _drop_idle(rewritten)
+        self._tuple(rewritten, path)
         _spell_names(rewritten)
         self._strings(rewritten, path)
         self._numbers(rewritten, path)
@@ -166,11 +186,42 @@ class _Rewriter:
             inner = {name: self.schema(schema, (*path, key, name)) for name, schema in value.items()}
             if key == "patternProperties":
                 self._patterns(inner, (*path, key))
-                inner = {exact_pattern(name): schema for name, schema in inner.items()}
+                inner = {exact_json_pattern(name): schema for name, schema in inner.items()}
             return inner
         if key in ONE and isinstance(value, (dict, bool)):
             return self.schema(value, (*path, key))
+        if key == "$ref" and isinstance(value, str) and "#/" in value:
+            return self._reference(value, path)
         return value
+
+    def _reference(self, reference: str, path: Path) -> str:
+        """The same, or to where its target is moved to."""
+        base, _, pointer = reference.partition("#/")
+        target = _steps(pointer)
+        # `#/$defs/Box<T>` and `#/$defs/é`, as generators write them, are no URI as they stand
+        reference = f"{base}#/{quote(pointer, safe=IN_URIS, errors='replace')}"
+        if not self.is_one:
+            if len(target) != 2 or target[0] not in ("$defs", "definitions"):
+                why = "in a schema whose parts have an $id of their own, a path may only lead to one of $defs"
+                raise refused((*path, "$ref"), why)
+            return reference
+        if base and base != self.root.get("$id"):
+            raise refused((*path, "$ref"), "references must stay within the schema")
+        if _is_kept(target) or not isinstance(self._at(target), (dict, bool)):
+            return reference
+        if target not in self.moved:
+            name = f"moved-{len(self.moved)}"
+            while name in _names(self.root.get("$defs")):
+                name += "-"
+            self.moved[target] = name
+        return f"#/$defs/{self.moved[target]}"
+
+    def _tuple(self, made: JsonObject, path: Path) -> None:
+        """Lists of schemas in the form of draft 2020-12: beside one, llguidance leaves out `prefixItems`."""
+        if not isinstance(made.get("items"), list):
+            made.pop("additionalItems", None)  # has no meaning then
+        elif "prefixItems" in made:
+            raise refused((*path, "items"), "a list of schemas excludes prefixItems: leave one out")
 
     @staticmethod
     def _patterns(patterns: Mapping[str, Any], path: Path) -> None:
@@ -192,7 +243,7 @@ class _Rewriter:
         if isinstance(pattern, str):
             if why := fault(pattern):
                 raise refused((*path, "pattern"), why)
-            made["pattern"] = exact_pattern(pattern)
+            made["pattern"] = exact_json_pattern(pattern)
         format_ = made.get("format")
         if isinstance(format_, str) and format_ in FORMATS:
             del made["format"]
@@ -200,11 +251,15 @@ class _Rewriter:
         elif format_ in NO_FORMATS:
             del made["format"]
 
-    @staticmethod
-    def _numbers(made: JsonObject, path: Path) -> None:
+    def _numbers(self, made: JsonObject, path: Path) -> None:
         for key in ("const", "enum", *NUMBERS):
             if key in made and any(abs(integer) >= 2**63 for integer in _integers(made[key])):
                 raise refused((*path, key), "integers of more than 64 bits can't be enforced")
+            if key in made and any(not math.isfinite(number) for number in _floats(made[key])):
+                raise refused((*path, key), "a number must be finite")
+        for key in COUNTS:
+            if isinstance(made.get(key), float) and made[key].is_integer():
+                made[key] = int(made[key])
         for key in NUMBERS:
             number = made.get(key)
             if isinstance(number, bool):  # an exclusiveMinimum of draft 4, which would be left out
@@ -214,6 +269,8 @@ class _Rewriter:
         multiple = made.get("multipleOf")
         if isinstance(multiple, (int, float)) and multiple <= 0:
             raise refused((*path, "multipleOf"), f"it must be above 0, not {multiple!r:.40}")
+        if isinstance(multiple, (int, float)):
+            self.multiples.setdefault(_digits(multiple), (*path, "multipleOf"))
         if made.get("type") != "integer":
             _step_in(made, "exclusiveMinimum", "minimum", 1)
             _step_in(made, "exclusiveMaximum", "maximum", -1)
@@ -251,15 +308,43 @@ class _Rewriter:
             ref = schema.get("$ref") if isinstance(schema, dict) else None
             if not isinstance(ref, str) or not ref.startswith("#"):
                 break
-            target = self.root
-            for step in filter(None, unquote(ref[1:]).split("/")):
-                step = step.replace("~1", "/").replace("~0", "~")
-                inner = target.get(step) if isinstance(target, dict) else None
-                if isinstance(target, list) and step.isdecimal() and int(step) < len(target):
-                    inner = target[int(step)]
-                target = inner
-            schema = target
+            if not self.is_one or ref[1:2] not in ("", "/"):
+                return None
+            schema = self._at(_steps(ref[2:]) if ref != "#" else ())
         return schema
+
+    def _at(self, path: Path) -> Any:
+        """None where there is nothing."""
+        target = self.root
+        for step in path:
+            if isinstance(target, list):
+                target = target[int(step)] if step.isdecimal() and int(step) < len(target) else None
+            else:
+                target = target.get(step) if isinstance(target, dict) else None
+        return target
+
+
+def _steps(pointer: str) -> Path:
+    return tuple(step.replace("~1", "/").replace("~0", "~") for step in unquote(pointer).split("/"))
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether the schema at this path is rewritten in its place."""
+    steps = list(path)
+    while steps:
+        key = steps.pop(0)
+        if key in KEPT_IN_MAPS or key in KEPT_IN_LISTS:
+            if not steps:
+                return False
+            steps.pop(0)
+        elif key not in ("items", "additionalProperties"):
+            return False
+    return True
+
+
+def _parts_of(root: Any) -> Iterator[JsonObject]:
+    """All objects but the whole."""
+    return (part for part in _inside(root) if isinstance(part, dict) and part is not root)
 
 
 def _step_in(made: JsonObject, key: str, inclusive: str, sign: int) -> None:
@@ -367,6 +452,10 @@ def _inside(value: Any) -> Iterator[Any]:
 
 def _texts(value: Any) -> Iterator[str]:
     return (part for part in _inside(value) if isinstance(part, str))
+
+
+def _floats(value: Any) -> Iterator[float]:
+    return (part for part in _inside(value) if isinstance(part, float))
 
 
 def _integers(value: Any) -> Iterator[int]:
