@@ -18,6 +18,8 @@ Kind = Literal["json_schema", "regex", "gbnf", "lark", "choice", "tool_call"]
 MAX_TEXT = 256 << 10  # characters of a constraint: reading one takes time by its length
 WHAT = {"json_schema": "JSON schema", "regex": "regular expression", "choice": "choice",
         "tool_call": "call"}  # fmt: skip
+# texts, expressions and comments of Lark, in which `%json` means nothing
+_LARK_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|\#[^\n]*|/(?:\\.|[^/\\\n])+/|%json\b')
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Constraint:
             raise self.error(
                 f"it has {len(self.text)} characters, but at most {MAX_TEXT} are allowed: simplify it"
             )
+        if any("\ud800" <= character < "\ue000" for character in self.text):
+            raise self.error("it holds half a surrogate pair, which is not a Unicode character")
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Constraint:
@@ -146,7 +150,25 @@ def _lark_rules(constraint: Constraint) -> str:
         raise constraint.error("it is empty")
     if re.search(r"(?m)^\s*%llguidance\b", constraint.text):
         raise constraint.error("`%llguidance` is not supported: leave that line out")
-    return constraint.text
+    return _with_compiled_schemas(constraint.text)
+
+
+def _with_compiled_schemas(rules: str) -> str:
+    """Schemas within a grammar, too, are enforced exactly or refused."""
+    from .json_schema import compiled_schema
+
+    written, at = "", 0
+    for found in _LARK_TOKEN.finditer(rules):
+        if found[0] != "%json" or found.start() < at:
+            continue
+        start = found.end() + len(rules[found.end() :]) - len(rules[found.end() :].lstrip())
+        try:
+            schema, end = json.JSONDecoder().raw_decode(rules, start)
+        except (ValueError, RecursionError):  # llguidance says what is wrong, and where
+            continue
+        written += f"{rules[at : found.end()]} {compiled_schema(schema)}"
+        at = end
+    return written + rules[at:]
 
 
 def _choice_rule(constraint: Constraint) -> str:

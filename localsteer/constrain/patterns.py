@@ -72,6 +72,8 @@ def fault(pattern: str) -> str | None:
     """Why llguidance would read another pattern of a JSON schema than this one; None where it would not."""
     if ends_open(pattern):
         return "its last backslash escapes nothing"
+    if any("\ud800" <= character < "\ue000" for character in pattern):
+        return "half a surrogate pair is not a Unicode character"
     return "control characters can't be written" if _control_character(pattern) else None
 
 

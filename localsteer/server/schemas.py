@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    field_validator,
+    model_validator,
+)
 
 from localsteer.terms import Mode, Positions
 
@@ -91,7 +100,7 @@ def as_items(given: Sequence[SteeringItem | str]) -> list[SteeringItem]:
     return [SteeringItem(name=item) if isinstance(item, str) else item for item in given]
 
 
-Schema = dict[str, Any] | bool | Annotated[str, Field(max_length=limits.MAX_SCHEMA)]
+Schema = dict[str, Any] | StrictBool | Annotated[str, Field(max_length=limits.MAX_SCHEMA)]
 Grammar = Annotated[str, Field(max_length=limits.MAX_GRAMMAR)]
 Choices = Annotated[list[Text], Field(min_length=1, max_length=limits.MAX_CHOICES)]
 
@@ -100,7 +109,7 @@ class JsonSchema(ClosedPart):
     UNREAD = ("description", "strict")  # a schema is always enforced
 
     name: Annotated[str, Field(max_length=256)] | None = None
-    schema_: dict[str, Any] | bool = Field(alias="schema")
+    schema_: dict[str, Any] | StrictBool = Field(alias="schema")
 
 
 class ResponseFormat(ClosedPart):
@@ -108,7 +117,7 @@ class ResponseFormat(ClosedPart):
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: JsonSchema | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    schema_: dict[str, Any] | StrictBool | None = Field(None, alias="schema")
     pattern: Grammar | None = None
     grammar: Grammar | None = None
 

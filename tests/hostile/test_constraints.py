@@ -48,6 +48,16 @@ def engine():
         yield engine
 
 
+def test_a_schema_within_a_grammar_is_enforced_as_one_outside(tokens):
+    schema = '{"type": "string", "pattern": "^[^\\\\"]$"}'
+    rules = f'start: "%json {{" a // %json {{"\na: %json {schema} /[x\\/]/ %json {{"const": 1}}'
+    matcher = tokens.matcher(Constraint.lark(rules))
+    accepted = [
+        text for text in ('"a"x1', '"\\""x1', '"a"x2') if matcher.accepts([*b"%json {", *text.encode()])
+    ]
+    assert accepted == ['"a"x1']
+
+
 # --- bounds ------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +150,10 @@ def test_nothing_takes_seconds(tokens, name):
         (lambda: Constraint.lark('%llguidance {"no_forcing": false}\nstart: "a"'), "%llguidance"),
         (lambda: Constraint.lark("start: x"), "x"),
         (lambda: Constraint.choice(["\ud800"]), "not a Unicode"),
+        (lambda: Constraint.regex("\ud800"), "not a Unicode"),
+        (lambda: Constraint.gbnf('root ::= "\ud800"'), "not a Unicode"),
+        (lambda: Constraint.json_schema({"pattern": "^\ud800$"}), "not a Unicode"),
+        (lambda: Constraint.lark('start: %json {"items": {"uniqueItems": true}}'), "items.uniqueItems"),
     ],
 )  # fmt: skip
 def test_what_makes_no_constraint_is_one_line(tokens, make, says):

@@ -93,6 +93,11 @@ def test_an_opening_keeps_its_place():
             {"capital_frequency": MANY**3, "capital_relation": "less than"},
             "a.",
         ),
+        (
+            "change_case:capital_word_frequency",
+            {"capital_frequency": MANY, "capital_relation": "at least"},
+            "A. ",
+        ),
     ],
 )
 def test_counting_ends_where_the_verdict_is_certain(name, arguments, piece):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, StrictBool, field_validator, model_validator
 
 from ...jsonable import JsonObject
 from .. import limits
@@ -155,7 +155,7 @@ class AnthropicChoice(Body):
 
 class OutputFormat(ClosedPart):
     type: Literal["json_schema"]
-    schema_: JsonObject | bool = Field(alias="schema")
+    schema_: JsonObject | StrictBool = Field(alias="schema")
 
 
 class OutputConfig(Body):

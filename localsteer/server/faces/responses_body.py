@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, StrictBool, field_validator, model_validator
 
 from ...jsonable import JsonObject
 from .. import limits
@@ -119,7 +119,7 @@ class AllowedTools(ClosedPart):
 class TextFormat(ClosedPart):
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=256)] | None = None
-    schema_: JsonObject | bool | None = Field(None, alias="schema")
+    schema_: JsonObject | StrictBool | None = Field(None, alias="schema")
     strict: bool | None = None
     description: Text | None = None
 
