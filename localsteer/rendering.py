@@ -29,11 +29,14 @@ _CODE = (
 
 
 class RenderingFailed(Exception):
-    """A rendering failed. is_template: the fault is the template's, whatever the messages."""
+    """A rendering failed. is_template: the fault is the template's, whatever the messages. was_killed: at the
+    limits, so trying it again is as expensive. was_run: False if the template never had its turn."""
 
-    def __init__(self, why: str, *, is_template: bool = False) -> None:
+    def __init__(
+        self, why: str, *, is_template: bool = False, was_killed: bool = False, was_run: bool = True
+    ) -> None:
         super().__init__(why)
-        self.is_template = is_template
+        self.is_template, self.was_killed, self.was_run = is_template, was_killed, was_run
 
 
 class Renderer:
@@ -53,7 +56,7 @@ class Renderer:
             raise RenderingFailed(f"they can't be handed over: {error}") from error
         said = pickle.dumps((template, dict(values), MOST_CHARACTERS + GROWTH * len(said)))
         if not self._turn.acquire(timeout=START_SECONDS if self._child is None else SECONDS):
-            raise RenderingFailed("other prompts keep it busy")
+            raise RenderingFailed("other prompts keep it busy", was_run=False)
         try:
             answer = self._asked(said)
         finally:
@@ -97,7 +100,7 @@ class Renderer:
         self._child, self._owner = child, os.getpid()
         with _killed_after(START_SECONDS, child):
             if child.stdout.readline() != b"ready\n":  # type: ignore[union-attr]
-                raise RenderingFailed("the process that runs it could not be started")
+                raise RenderingFailed("the process that runs it could not be started", was_run=False)
         return child
 
     def _timed(self, child: subprocess.Popen[bytes], said: bytes) -> Mapping[str, str]:
@@ -107,7 +110,9 @@ class Renderer:
             child.stdin.flush()  # type: ignore[union-attr]
             line = child.stdout.readline()  # type: ignore[union-attr]
         if not line.endswith(b"\n"):
-            raise RenderingFailed(f"it takes more than {SECONDS:g} seconds, or too much memory")
+            raise RenderingFailed(
+                f"it takes more than {SECONDS:g} seconds, or too much memory", was_killed=True
+            )
         return json.loads(line.decode("utf-8", "surrogatepass"))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -34,6 +35,7 @@ DROPS_WORDS = (
 )
 # What a template is tried on: letters and single blanks, which no quoting or trimming changes
 SAID = "wild geese above a quiet harbour"
+RETRY_SECONDS = 60.0
 ROLES = ("system", "user", "assistant")
 
 
@@ -60,6 +62,8 @@ class ChatTemplate:
         self.variables: JsonObject = {}
         self.system: str | None = None
         self.own_stop: tuple[str, ...] = ()
+        self._refusal: LocalsteerError | None = None
+        self._refused_until = 0.0
         self._for_tools = ChatTemplate(tool_use, bos, eos) if tool_use else None
 
     @property
@@ -81,17 +85,38 @@ class ChatTemplate:
     def keeps_words(self) -> bool:
         """Whether the user's words reach the prompt. A template that refuses the trial message says why in
         `render`, so it counts as keeping them."""
-        return self._keeps(SAID) is not False or self.reads_parts
+        try:
+            return self._keeps(SAID) is not False or self.reads_parts
+        except LocalsteerError:
+            return True
 
     def _keeps(self, content: str | list[dict[str, str]]) -> bool | None:
-        """Whether these words of a user reach the prompt; None if the template refuses them."""
+        """Whether these words of a user reach the prompt; None if the template refuses them.
+
+        Raises if the template can't be read or gave no answer, which must not be taken for a refusal. One
+        that exceeds its limits even here is not run again for a while: it would keep those of other models
+        waiting.
+        """
         if self.is_fallback:
             return True
         try:
             rendered = self._render([{"role": "user", "content": content}], True, None, self.variables)
-        except LocalsteerError:
-            return None
+        except ModelFileError as error:
+            self._put_off(error)
+            raise
+        except PromptError as error:
+            failure = error.__cause__
+            if not isinstance(failure, RenderingFailed) or (failure.was_run and not failure.was_killed):
+                return None
+            if failure.was_killed:
+                self._put_off(error)
+            raise
         return _plain_words(SAID) in _plain_words(rendered)
+
+    def _put_off(self, refusal: LocalsteerError) -> None:
+        """Answer with this refusal instead of running the template, until RETRY_SECONDS have passed: it may
+        have been the machine that was too busy."""
+        self._refusal, self._refused_until = refusal, time.monotonic() + RETRY_SECONDS
 
     @property
     def takes_tools(self) -> bool:
@@ -185,6 +210,8 @@ class ChatTemplate:
             "tools": list(tools) if tools else None,
             "documents": None,
         }
+        if self._refusal is not None and time.monotonic() < self._refused_until:
+            raise type(self._refusal)(str(self._refusal)) from self._refusal.__cause__
         try:
             return RENDERER.render(self.template, values)
         except RenderingFailed as error:

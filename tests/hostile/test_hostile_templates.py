@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from localsteer import rendering
+from localsteer import rendering, templates
 from localsteer.errors import LocalsteerError, ModelFileError, PromptError
 from localsteer.rendering import RENDERER
 from localsteer.templates import ChatTemplate
@@ -54,6 +54,28 @@ def test_loops_that_never_end_are_killed():
     with pytest.raises(PromptError, match=r"more than 1\.5 seconds"):
         ChatTemplate(ENDLESS).render(SAID)
     assert RENDERER._child is None
+
+
+def test_a_template_that_never_ends_is_run_once_and_not_again_for_a_while(monkeypatch):
+    template = ChatTemplate(ENDLESS)
+    start = time.monotonic()
+    assert template.keeps_words  # a raw prompt needs no template
+    for _ in range(20):
+        with pytest.raises(PromptError, match="more than"):
+            template.render(SAID)
+    assert time.monotonic() - start < 2 * rendering.SECONDS
+    monkeypatch.setattr(templates, "RETRY_SECONDS", 0.0)
+    template._put_off(PromptError("earlier"))
+    with pytest.raises(PromptError, match="more than"):
+        template.render(SAID)
+
+
+def test_a_template_that_had_to_wait_is_not_taken_for_one_that_reads_parts():
+    template = ChatTemplate(PLAIN)
+    with RENDERER._turn, pytest.raises(PromptError, match="keep it busy"):
+        template.render(SAID)
+    assert not template.reads_parts
+    assert template.render(SAID) == f"[{SAID[0]['content']}]"
 
 
 def test_a_template_that_takes_for_ever_to_read_is_the_model_files_fault():
