@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 
@@ -157,6 +158,27 @@ def test_a_body_that_is_too_large(server):
 
         answer = http.post("/v1/chat/completions", content=pieces())  # no Content-Length
         assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(("path", "status"), [("/v1/chat/completions", b"413"), ("/nowhere", b"4")])
+def test_a_client_that_sends_all_before_it_reads_is_told_why(server, path, status):
+    """Far more than the buffers of a connection hold: a connection closed early would be reset instead."""
+    n = 30_000_000
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with server.raw() as connection:
+        connection.settimeout(20)
+        connection.sendall(f"{head}Content-Length: {n}\r\n\r\n".encode() + b" " * n)
+        assert connection.recv(200).startswith(b"HTTP/1.1 " + status)
+
+
+def test_a_compressed_body_is_named_as_such(server):
+    with server.http() as http:
+        body = gzip.compress(json.dumps(CHAT).encode())
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        answer = http.post("/v1/chat/completions", content=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (415, "Content-Encoding")
+        headers["Content-Encoding"] = "identity"
+        assert http.post("/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
 
 
 def test_a_body_that_does_not_come(server):

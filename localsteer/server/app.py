@@ -15,6 +15,7 @@ from localsteer.runtime.scheduler import Scheduler
 from . import chat, completions, embeddings, errors, jobs, pages, vectors
 from .bodies import BodyLimit
 from .deadline import Deadline
+from .draining import Drain
 from .faces import anthropic, ollama, ollama_models, responses
 from .holding import Holding
 from .limits import Limits
@@ -64,7 +65,8 @@ def create_app(
     faces = (chat, responses, anthropic, ollama, ollama_models)
     for routes in (*faces, completions, embeddings, vectors, jobs, pages):
         app.include_router(routes.router)
-    return CountRequests(Guard(Deadline(BodyLimit(Holding(app), limits), limits), access), metrics)
+    guarded = Guard(Deadline(BodyLimit(Holding(app), limits), limits), access)
+    return Drain(CountRequests(guarded, metrics))
 
 
 def state_of(application: Any) -> State:

@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from ..jsonable import JsonObject
 from . import limits
-from .errors import ApiError
+from .errors import ApiError, shown
 from .fields import accepted
 from .replies import ClientGone, unless_gone
 from .schemas import Body
@@ -69,6 +69,13 @@ async def body_of(request: Request, model: type[Read]) -> Read:
     if not _is_json(request):
         raise ApiError(
             "the body must be a JSON object, sent with `Content-Type: application/json`.", param="body"
+        )
+    coding = request.headers.get("content-encoding", "").strip()
+    if coding.lower() not in ("", "identity"):
+        raise ApiError(
+            f"Content-Encoding: {shown(coding)} is not supported: send the body uncompressed.",
+            status=415,
+            param="Content-Encoding",
         )
     ignored = request.app.state.localsteer.limits.ignored_fields
     data = await request.body()

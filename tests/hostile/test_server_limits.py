@@ -188,6 +188,21 @@ def test_an_upload_is_small(server):
         assert b"413" in connection.recv(200)
 
 
+def test_a_client_that_never_ends_its_body_is_not_read_for_ever(server, monkeypatch):
+    from localsteer.server import draining
+
+    monkeypatch.setattr(draining, "SECONDS", 0.5)
+    with server.raw() as connection:
+        connection.settimeout(5)
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n{"
+        )
+        answer = b""
+        while piece := connection.recv(1000):  # the answer comes at once, the end of the connection later
+            answer += piece
+        assert answer.startswith(b"HTTP/1.1 413")
+
+
 # -- the event loop -----------------------------------------------------------------------------------------
 
 M = 4 * MIB
