@@ -12,6 +12,7 @@ what was sealed is made again. LOCALSTEER_CACHE overrides its location.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ _PART = re.compile(r"\.(.+)\.[0-9a-f]{16}\.part")
 SEAL = ".sha256"  # added to a file's name
 SUM = "crc32"  # of an entry of the index, without it
 _READ_BYTES = 1 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ADVICE = "choose another folder, or set LOCALSTEER_CACHE for cached files."
 
 
@@ -80,8 +82,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it if the `with` block succeeds, and is deleted otherwise.
 
     Two processes that write one file at once both succeed, and a reader sees one complete file or the other.
-    A pipe or a device is written directly. Raises LocalsteerError if the folder can't be written, or `path`
-    is a folder.
+    A pipe or a device is written directly. Raises LocalsteerError if the folder can't be written, has no
+    room, or `path` is a folder.
     """
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -91,7 +93,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with _one_line_for(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = stack.enter_context(temporary_beside(path))
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            with _one_line_for(path):
+                raise
         with _one_line_for(path):
             os.replace(temporary, path)
 

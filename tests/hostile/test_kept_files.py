@@ -15,7 +15,7 @@ from tiny_gguf import tiny_gguf
 
 from localsteer import bundled, cache
 from localsteer.engine import Engine
-from localsteer.errors import VectorFileError
+from localsteer.errors import LocalsteerError, VectorFileError
 from localsteer.packs import all_packs, read_pack
 from localsteer.runtime.journal import Journal, Remembered
 from localsteer.runtime.scheduler import Scheduler
@@ -261,3 +261,34 @@ def test_without_reuse_a_reply_is_the_same_whatever_was_asked_before(made):
             found.append({q: ticket.result().tokens for q, ticket in tickets.items()})
             assert all(ticket.cached_tokens == 0 for ticket in tickets.values())
     assert found[0] == found[1]
+
+
+# --- a disk without room ---
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_a_disk_without_room_is_one_line(tmp_path, monkeypatch):
+    """/dev/full refuses every byte, as a full disk does."""
+
+    refused = pytest.raises(LocalsteerError, match=r"can't write .*kept\.json \(No space left on device\)")
+    with refused, cache.atomic_path(tmp_path / "kept.json"), open("/dev/full", "w") as file:
+        file.write("{}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no RLIMIT_FSIZE on this system")
+def test_what_llama_cpp_says_of_a_full_disk_becomes_one_line(tmp_path):
+    model = tmp_path / "tiny.gguf"
+    model.write_bytes(tiny_gguf().to_bytes())
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from localsteer.runtime.bridge import quantize\n"
+        "from localsteer.errors import LocalsteerError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n"
+        f"    quantize({str(model)!r}, {str(tmp_path / 'small.gguf')!r}, 'Q8_0', trusted=True)\n"
+        "except LocalsteerError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "small.gguf (No space left on device)" in done.stdout and done.stdout.count("\n") == 1

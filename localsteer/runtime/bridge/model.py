@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import weakref
@@ -437,4 +438,7 @@ def quantize(
     with atomic_path(dst) as temporary:
         log.clear()
         if lc.llama_model_quantize(os.fsencode(src), os.fsencode(temporary), ctypes.byref(params)) != 0:
-            raise ModelFileError(f"{src} can't be quantized to {ftype}: {log.why()}.")
+            why = log.why()
+            if "iostream error" in why:  # all that C++ says about a disk without room
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise ModelFileError(f"{src} can't be quantized to {ftype}: {why}.")
