@@ -222,6 +222,7 @@ _trial(
     lambda raw: raw.key_values.update({"general.architecture": value(STRING, "\x1b[31mx")}),
 )
 _trial("an unknown tokenizer", tok(model=value(STRING, "hostile")))
+_trial("an endless name of a tokenizer", tok(model=value(STRING, "x" * 100_000)))
 _trial("a tokenizer without merges", drop(TOK + "merges"), tokenizer="gpt2")
 _trial("no epsilon", drop("llama.attention.layer_norm_rms_epsilon"))
 _trial("SentencePiece without any separator in a BERT vocabulary", lambda raw: None, tokenizer="bert")

@@ -436,3 +436,10 @@ def test_an_empty_query_file_is_refused(tmp_path):
 def test_a_missing_query_file_is_refused(tmp_path):
     with pytest.raises(CatalogError, match=r"my.txt can't be read"):
         load_queries(tmp_path / "my.txt")
+
+
+def test_a_file_that_is_nested_too_deeply_is_one_line(tmp_path):
+    path = tmp_path / "deep.toml"
+    path.write_text("x = " + "[" * 5000 + "]" * 5000)
+    with pytest.raises(CatalogError, match="nested too deeply"):
+        load_catalog(path)

@@ -222,6 +222,8 @@ def read_toml(path: Path) -> JsonObject:
         import tomli as tomllib
     try:
         return tomllib.loads(_read_text(path))
+    except RecursionError:
+        raise CatalogError(f"{path} is not readable TOML: it is nested too deeply") from None
     except tomllib.TOMLDecodeError as error:
         raise CatalogError(f"{path} is not readable TOML: {error}") from error
 

@@ -47,6 +47,7 @@ def refusal(path) -> str:
     with pytest.raises(ModelFileError) as error:
         check_gguf(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert len(str(error.value)) < 1000
     return str(error.value)
 
 
@@ -109,6 +110,10 @@ def test_what_is_no_file_is_named(tmp_path):
 
 
 # --- the trial ---
+
+
+def test_what_llama_cpp_quotes_from_a_file_is_shortened(tmp_path):
+    assert "unknown tokenizer: 'xxx" in refusal(hostile(tmp_path, "an endless name of a tokenizer"))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ class Log:
 
     ERROR, CONT = 4, 5  # enum ggml_log_level: NONE, DEBUG, INFO, WARN, ERROR, CONT
     KEPT = 8
+    SHOWN = 300  # characters
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=self.KEPT)
@@ -52,8 +53,12 @@ class Log:
         lc.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def why(self) -> str:
-        """The first error line since clear(): llama.cpp reports the cause first, then its consequences."""
-        return re.sub(r"^\w+: ", "", self.lines[0]) if self.lines else "llama.cpp gives no reason"
+        """The first error line since clear(): llama.cpp reports the cause first, then its consequences. It
+        quotes the file's own texts, of any length."""
+        if not self.lines:
+            return "llama.cpp gives no reason"
+        line = re.sub(r"^\w+: ", "", self.lines[0])
+        return line if len(line) <= self.SHOWN else f"{line[: self.SHOWN]}..."
 
 
 log = Log()
