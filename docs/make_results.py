@@ -88,6 +88,23 @@ def catalogue() -> Iterator[str]:
             yield _row(title, [name, *cells, _place(row.get("steered", {}).get("settings"))])
 
 
+def composition() -> Iterator[str]:
+    """Two instructions at once, with the vectors that ship: the share of replies in which both hold."""
+    conditions = ("none", "instructed", "first alone", "both vectors", "random", "other")
+    yield "| Pair | none | told | first vector | both vectors | random | other | degenerate | steered at |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    suite = _read(RESULTS / "smollm2-135m-instruct-composition/results.json")["suites"]["composition"]
+    for name, row in suite["instructions"].items():
+        row["both vectors"] = row.get("same layer") or row["different layers"]
+        shares = []
+        for condition in conditions:
+            share, low, high = (row[condition]["strict"][key] for key in ("accuracy", "low", "high"))
+            shares.append(f"{share:.0%} ({100 * low:.0f}-{100 * high:.0f})" if share else "0%")
+        degenerate = f"{row['both vectors']['quality']['degenerate']:.0%}"
+        where = "; ".join(map(_place, row["both vectors"]["settings"]))
+        yield _row(name, [*shares, degenerate, where])
+
+
 def search() -> Iterator[str]:
     yield "| Model | Instruction | plain | told | steered | setting | seconds | tokens | exhaustive |"
     yield "|---|---|---|---|---|---|---|---|---|"
@@ -464,6 +481,7 @@ TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("paper", "results/README.md"): paper,
     ("paper_shipped", "results/README.md"): paper_shipped,
     ("catalogue", "results/README.md"): catalogue,
+    ("composition", "results/README.md"): composition,
     ("search", "results/README.md"): search,
     ("real_speed", "results/README.md"): real_speed,
     ("peers", "results/README.md"): peers,
