@@ -39,7 +39,7 @@ _PART = re.compile(r"\.(.+)\.[0-9a-f]{16}\.part")
 SEAL = ".sha256"  # added to a file's name
 SUM = "crc32"  # of an entry of the index, without it
 _READ_BYTES = 1 << 20
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _ADVICE = "choose another folder, or set LOCALSTEER_CACHE for cached files."
 
 
@@ -87,19 +87,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
-        yield path
+        with _room_for(path):
+            yield path
         return
     with ExitStack() as stack:
         with _one_line_for(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = stack.enter_context(temporary_beside(path))
-        try:
+        with _room_for(path):
             yield temporary
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise
-            with _one_line_for(path):
-                raise
         with _one_line_for(path):
             os.replace(temporary, path)
 
@@ -154,6 +150,18 @@ def _one_line_for(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise LocalsteerError(f"can't write {path} ({error.strerror or error}): {_ADVICE}") from error
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # any other may be about a file that is read
+        if error.errno not in _NO_ROOM:
+            raise
+        raise LocalsteerError(
+            f"can't write {path} ({error.strerror}): make room, or choose another folder."
+        ) from error
 
 
 def seal(path: Path) -> None:

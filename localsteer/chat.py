@@ -441,11 +441,8 @@ class Chat:
                     f"{path} already exists and is not a saved conversation: choose another name."
                 ) from None
         with atomic_path(path) as temporary:
-            try:
-                text = json.dumps(self.document(), indent=2, ensure_ascii=False)
-                temporary.write_text(text + "\n", "utf-8", errors="surrogatepass")
-            except OSError as error:
-                raise LocalsteerError(f"can't write {path} ({error.strerror or error}).") from None
+            text = json.dumps(self.document(), indent=2, ensure_ascii=False)
+            temporary.write_text(text + "\n", "utf-8", errors="surrogatepass")
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take up a saved conversation in the place of this one. Raises LocalsteerError, and changes nothing

@@ -205,8 +205,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
             figure.savefig(temporary, dpi=DPI, format=Path(path).suffix.lstrip(".").lower())
     except ValueError as error:  # an ending that is not a picture format
         raise LocalsteerError(f"{os.fspath(path)} can't be drawn: {error}.") from None
-    except OSError as error:
-        raise LocalsteerError(f"{os.fspath(path)} can't be written: {error.strerror}.") from None
 
 
 class _Scale:

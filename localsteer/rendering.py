@@ -12,20 +12,18 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from .interpreter import python_command
+
 SECONDS = 5.0  # for one rendering; usually it takes a millisecond
 START_SECONDS = 60.0  # to import jinja2, on a busy machine
 MOST_CHARACTERS = 4_000_000  # of a prompt, and
 GROWTH = 8  # more for each byte that went in
-_CODE = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from localsteer.rendering_child import serve; serve()"
-)
+_CODE = "from localsteer.rendering_child import serve; serve()"
 
 
 class RenderingFailed(Exception):
@@ -88,10 +86,8 @@ class Renderer:
         if self._child is not None and self._owner == os.getpid() and self._child.poll() is None:
             return self._child
         self.close()
-        # without the current folder, whose contents may be anyone's
-        path = [entry for entry in sys.path if entry]
         child = subprocess.Popen(
-            [sys.executable, "-c", _CODE, json.dumps(path)],
+            python_command(_CODE),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

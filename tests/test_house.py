@@ -21,8 +21,8 @@ ALLOWED = {("localsteer.vector", "localsteer.convert")}
 FLOORS = {
     "ground": (
         "errors", "terms", "jsonable", "cache", "catalog", "constrain", "vector", "convert", "plan",
-        "steering", "templates", "rendering", "rendering_child", "heatmap", "asked", "model_header", "verify",
-        "perplexity", "token_choice", "prompt_texts", "tool_calls",
+        "steering", "interpreter", "templates", "rendering", "rendering_child", "heatmap", "asked",
+        "model_header", "verify", "perplexity", "token_choice", "prompt_texts", "tool_calls",
     ),
     "torch": ("torch_arithmetic",),
     "vLLM": ("vllm",),  # where no llama.cpp is installed

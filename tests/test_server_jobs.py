@@ -227,7 +227,7 @@ def test_a_job_has_its_time_and_runs_nothing_of_the_current_folder(tmp_path, mon
     tmp_path.mkdir()
     with serving(tmp_path, limits=Limits(job_seconds=1.0)) as server, server.http() as http:
         made = ended(http, begin(http, "json"))
-        assert (made["status"], made["stopped_by"]) == ("failed", "deadline")
+        assert (made["status"], made["stopped_by"]) == ("failed", "deadline"), made
         assert "--job-minutes" in made["error"] and not list(tmp_path.iterdir())
 
 

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -16,6 +15,7 @@ import click
 
 from localsteer import __version__
 from localsteer.errors import LocalsteerError
+from localsteer.interpreter import python_command
 
 from . import options
 from .console import answer, print_json
@@ -154,7 +154,7 @@ def _load_elsewhere() -> None:
     code = "import llama_cpp.llama_cpp as lc; lc.llama_backend_init(); lc.llama_print_system_info()"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            python_command(code),
             capture_output=True, stdin=subprocess.DEVNULL, timeout=LOADING_SECONDS,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

@@ -8,7 +8,7 @@ their names, of which two may differ in their case alone, or be called `start`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from llguidance import gbnf_to_lark as lib
 
@@ -22,19 +22,37 @@ def lark_of_gbnf(text: str) -> str:
     if "root" not in rules:
         raise ValueError("it has no rule `root`")
     named = {name: f"r{i}" for i, name in enumerate(rules)}
-    found = {}
+    uses: dict[str, list[str]] = {}
     for name, rule in rules.items():
-        for node in _inner(rule):
-            if isinstance(node, lib.RuleRefNode):
-                if node.name not in named:
-                    raise ValueError(f"there is no rule `{node.name}`, which `{name}` needs")
-                node.name = named[node.name]
+        references = [node for node in _inner(rule) if isinstance(node, lib.RuleRefNode)]
+        uses[name] = [node.name for node in references]
+        for node in references:
+            if node.name not in named:
+                raise ValueError(f"there is no rule `{node.name}`, which `{name}` needs")
+            node.name = named[node.name]
         rule.name, rule.comment = named[name], ""
-        found[rule.name] = rule
+    # llguidance goes through all rules again as long as it learns something: in this order, twice
+    found = {named[name]: rules[name] for name in _users_last(uses)}
     # A rule without recursion is one regular expression. So is the whole then, by standing under another.
     found["root"] = lib.RuleNode("root", lib.AlternativeNode([lib.RuleRefNode(named["root"])]), "")
     lib.resolve(found)
     return "\n".join(str(rule) for rule in sorted(found.values(), key=lambda rule: rule.order))
+
+
+def _users_last(uses: Mapping[str, Sequence[str]]) -> list[str]:
+    """Every rule after those that it uses, where there is no circle."""
+    ordered: dict[str, None] = {}
+    seen: set[str] = set()
+    left = [(name, False) for name in reversed(uses)]
+    while left:
+        name, is_done = left.pop()
+        if is_done:
+            ordered[name] = None
+        elif name not in seen:
+            seen.add(name)
+            left.append((name, True))
+            left += [(used, False) for used in uses[name]]
+    return list(ordered)
 
 
 def _inner(node: lib.ASTNode) -> Iterator[lib.ASTNode]:

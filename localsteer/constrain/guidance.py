@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ..errors import ConstraintError
+from ..errors import ConstraintError, LocalsteerError
 
 if TYPE_CHECKING:
-    from llguidance import LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 # Where a text can go on in one way alone, llguidance would allow the one tokenization that it thinks best:
 # with this, every tokenization of an allowed text is allowed.
@@ -18,14 +20,36 @@ HEAD = '%llguidance {"no_forcing": true}\n'
 MAX_STATES = 50_000
 FIRST_FUEL = 200_000
 MAX_SYMBOLS = 100_000
+STACK_BYTES = 256 << 20
+_starting = threading.Lock()
 
 
 def grammar_error(rules: str) -> str | None:
     """The complaint about a grammar, whatever the vocabulary."""
+    matcher = compiled(_bytes(), HEAD + rules)
+    return matcher.get_error() if matcher.is_error() else None
+
+
+def compiled(vocabulary: LLTokenizer, rules: str) -> LLMatcher:
+    """A matcher, which may be an error.
+
+    llguidance follows rules and references by recursion: a chain of a thousand ends the process that has the
+    usual stack of 8 MB. A thread of its own has what the longest chain in a grammar of `MAX_TEXT` needs; of
+    memory it takes what is used.
+    """
     from llguidance import LLMatcher
 
-    matcher = LLMatcher(_bytes(), HEAD + rules, log_level=0, limits=limits())
-    return matcher.get_error() if matcher.is_error() else None
+    with _starting:  # the size is one for the whole process
+        usual = threading.stack_size(STACK_BYTES)
+        try:
+            thread = ThreadPoolExecutor(1, "localsteer-grammar")
+            made = thread.submit(LLMatcher, vocabulary, rules, log_level=0, limits=limits())
+        except RuntimeError as error:
+            raise LocalsteerError(f"no memory is left to read a grammar ({error}).") from None
+        finally:
+            threading.stack_size(usual)
+    with thread:
+        return made.result()
 
 
 def told(error: str) -> str:

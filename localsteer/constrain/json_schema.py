@@ -24,8 +24,7 @@ from ..errors import ConstraintError
 from ..jsonable import JsonObject
 from .guidance import grammar_error, refused
 from .patterns import exact_json_pattern, fault
-
-Path = tuple[str, ...]
+from .recursion import Path, at, endless_recursion
 
 MAX_DEPTH = 100  # of the document: llguidance's reader ends at 128
 MAX_MULTIPLE = 1000
@@ -140,14 +139,18 @@ class _Rewriter:
         self.multiples: dict[int, Path] = {}
         # a `#` within a part that has a name of its own is that part, and paths are not what they look like
         self.is_one = not any("$id" in part and isinstance(part["$id"], str) for part in _parts_of(root))
+        self.endless = endless_recursion(root, self._target)
 
     def whole(self) -> JsonObject:
+        if () in self.endless.targets and self.endless.first is not None:
+            why = "this recursion never ends, since what it leads to is required: make it optional"
+            raise refused(self.endless.first, why)
         schema = self.schema(self.root, ())
         rewritten = dict(schema) if isinstance(schema, dict) else {"allOf": [schema]}
         parts: JsonObject = {}
         while len(parts) < len(self.moved):  # rewriting one may find others
             for path, name in list(self.moved.items())[len(parts) :]:
-                parts[name] = self.schema(self._at(path), path)
+                parts[name] = self.schema(at(self.root, path), path)
         if parts:
             rewritten["$defs"] = {**rewritten.get("$defs", {}), **parts}
         _check_multiples(self.multiples)
@@ -160,6 +163,8 @@ class _Rewriter:
             return schema
         if "x-guidance" in schema:
             raise refused((*path, "x-guidance"), "options of the engine are not supported: leave it out")
+        if self.endless.targets and self._target(schema.get("$ref")) in self.endless.targets:
+            return False
         rewritten = {key: self._value(key, value, path) for key, value in schema.items()}
         if rewritten.get("not") in ({}, True) and isinstance(rewritten.get("not"), (dict, bool)):
             return False
@@ -207,7 +212,7 @@ class _Rewriter:
             return reference
         if base and base != self.root.get("$id"):
             raise refused((*path, "$ref"), "references must stay within the schema")
-        if _is_kept(target) or not isinstance(self._at(target), (dict, bool)):
+        if _is_kept(target) or not isinstance(at(self.root, target), (dict, bool)):
             return reference
         if target not in self.moved:
             name = f"moved-{len(self.moved)}"
@@ -308,20 +313,20 @@ class _Rewriter:
             ref = schema.get("$ref") if isinstance(schema, dict) else None
             if not isinstance(ref, str) or not ref.startswith("#"):
                 break
-            if not self.is_one or ref[1:2] not in ("", "/"):
+            target = self._target(ref)
+            if target is None:
                 return None
-            schema = self._at(_steps(ref[2:]) if ref != "#" else ())
+            schema = at(self.root, target)
         return schema
 
-    def _at(self, path: Path) -> Any:
-        """None where there is nothing."""
-        target = self.root
-        for step in path:
-            if isinstance(target, list):
-                target = target[int(step)] if step.isdecimal() and int(step) < len(target) else None
-            else:
-                target = target.get(step) if isinstance(target, dict) else None
-        return target
+    def _target(self, reference: Any) -> Path | None:
+        """Where a `$ref` leads within the document; None if that is elsewhere, or unknown."""
+        if not self.is_one or not isinstance(reference, str):
+            return None
+        base, hash_, pointer = reference.partition("#")
+        if not hash_ or (base and base != self.root.get("$id")) or pointer[:1] not in ("", "/"):
+            return None
+        return _steps(pointer[1:]) if pointer else ()
 
 
 def _steps(pointer: str) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import LocalsteerError
 from .constraint import Constraint
-from .guidance import limits, told
+from .guidance import compiled, told
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -51,9 +51,7 @@ class TokenBytes:
             return Matcher(self, constraint, fresh.deep_copy())
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(self._tokenizer, constraint.lark_text(), log_level=0, limits=limits())
+        matcher = compiled(self._tokenizer, constraint.lark_text())
         if not matcher.is_error():
             packed = matcher.compute_bitmask()  # here, so that what is too complex is refused here
             if not matcher.is_error() and not _unpacked(packed, self.n_vocab + 1).any():

@@ -64,11 +64,11 @@ def write(results: Results, folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """In one step. Raises LocalsteerError when the disk takes no more."""
-    try:
-        with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
+        try:
             temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise unwritable(path, error) from error
+        except OSError as error:
+            raise unwritable(path, error) from error
 
 
 def unwritable(path: Path, error: OSError) -> LocalsteerError:

@@ -12,7 +12,6 @@ import logging
 import os
 import secrets
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from localsteer.errors import LocalsteerError
+from localsteer.interpreter import python_command
 from localsteer.vector import ControlVector
 
 from . import holding
@@ -48,10 +48,7 @@ BEST = ", best so far "  # in the progress of a search
 _PROGRESS = b"\x1e"  # begins a line of progress, see cli/piped.py
 _TALK = "localsteer: "  # begins a line for people
 _REFUSED = 2  # exit status: the last line says why
-# os and sys are already loaded: anything else imported first might come from the current folder
-_CODE = (
-    "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from localsteer.cli.piped import run; run()"
-)
+_CODE = "from localsteer.cli.piped import run; run()"
 _PRIVATE = ("LOCALSTEER_API_KEY",)  # environment variables that the process does not need
 
 logger = logging.getLogger("localsteer.server")
@@ -124,10 +121,8 @@ class PipedCommand:
 
 
 def _started(words: Sequence[str]) -> subprocess.Popen[bytes]:
-    # without the current folder, whose contents may be anyone's
-    path = [entry for entry in sys.path if entry]
     process = subprocess.Popen(
-        [sys.executable, "-c", _CODE, os.pathsep.join(path)],
+        python_command(_CODE),
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -8,7 +8,6 @@ from typing import TypedDict
 import numpy as np
 
 from localsteer.cache import atomic_path, require_folder
-from localsteer.errors import LocalsteerError
 
 from . import Line, Trace, looks
 from .diagnosis import diagnose
@@ -86,11 +85,8 @@ what the steered and the plain model say there. Instead: what the plain model wo
 def write_page(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write a trace as an HTML page. Raises LocalsteerError for a file that can't be written."""
     require_folder(path)
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_text(render(trace), encoding="utf-8")
-    except OSError as error:
-        raise LocalsteerError(f"{os.fspath(path)} can't be written: {error.strerror}.") from None
+    with atomic_path(path) as temporary:
+        temporary.write_text(render(trace), encoding="utf-8")
 
 
 def render(trace: Trace) -> str:

@@ -56,6 +56,14 @@ def test_loops_that_never_end_are_killed():
     assert RENDERER._child is None
 
 
+def test_nothing_of_the_current_folder_is_run(tmp_path, monkeypatch):
+    for name in ("json", "jinja2", "localsteer"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    RENDERER.close()
+    assert ChatTemplate(PLAIN).render(SAID) == f"[{SAID[0]['content']}]"
+
+
 def test_a_template_that_never_ends_is_run_once_and_not_again_for_a_while(monkeypatch):
     template = ChatTemplate(ENDLESS)
     start = time.monotonic()

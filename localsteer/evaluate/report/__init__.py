@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from localsteer.cache import atomic_path
-from localsteer.errors import LocalsteerError
 from localsteer.evaluate.report import html, markdown, plots, terminal
 from localsteer.evaluate.report.document import document
 
@@ -46,10 +45,5 @@ def write(results: Any, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 def _write(path: Path, content: bytes) -> Path:
     with atomic_path(path) as temporary:
-        try:
-            temporary.write_bytes(content)
-        except OSError as error:
-            raise LocalsteerError(
-                f"{path} can't be written ({error.strerror or error}): make room, or choose another folder."
-            ) from error
+        temporary.write_bytes(content)
     return path
