@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import __version__
 from .cache import atomic_path, is_intact, is_sealed, model_path, seal
-from .errors import ModelFileError
+from .errors import LocalsteerError, ModelFileError
 
 logger = logging.getLogger("localsteer")
 
@@ -80,6 +80,8 @@ def gguf_path(
     path = cached_path(checkpoint, name, quant)
     if is_intact(path):
         return path
+    if path.exists() and not path.is_file():
+        raise LocalsteerError(f"{path} is not a file: delete it, and it is made again.")
     if path.is_file() and is_sealed(path):
         say = on_making or logger.warning
         say(f"the cached {path.name} is damaged: making it again from the bundled checkpoint")

@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 
 try:
     import fcntl
@@ -175,6 +176,8 @@ def is_intact(path: Path) -> bool:
     when its size or time changes. False for a file that was never sealed, or can't be read."""
     try:
         stat = path.stat()
+        if not S_ISREG(stat.st_mode):  # reading a pipe may never end
+            return False
         stamp = (stat.st_size, stat.st_mtime_ns)
         if _intact.get(path) != stamp:
             if file_sha256(path) != _seal_of(path).read_text("ascii").strip():

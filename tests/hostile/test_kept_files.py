@@ -154,6 +154,16 @@ def test_a_damaged_seal_costs_another_making(made, text, monkeypatch):
     assert cache.is_intact(path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
+def test_a_pipe_in_the_place_of_the_model_is_one_line(made, monkeypatch):
+    folder, path, _whole = made
+    monkeypatch.setenv("LOCALSTEER_CACHE", str(folder))
+    path.unlink()
+    os.mkfifo(path)
+    done = program("run", "-n", "4", "-t", "1", "Tell me about foxes.")
+    assert "is not a file: delete it" in done.complaint()
+
+
 # --- the index of hashes, vectors, packs, what is being learned ---
 
 
