@@ -37,10 +37,10 @@ class Engine(Opened):
     faster, takes more memory, and copies a prefix that two of them share. exact: F32 KV cache and no flash
     attention, for comparisons. plain_prompts: use `Q: ...` / `A:` instead of the file's chat template, which
     a base model often inherits without having been trained on it. In this form, which is also used for a file
-    without a template, a reply ends before the next `Q:`. rpc: HOST:PORT of llama.cpp's RPC servers, which
-    hold and compute the model's layers (docs/scale.md). Losing one raises HostError, and the next call loads
-    the model again. rpc_seconds: how long a host may be silent. n_gpu_layers: None means none, but all of
-    them with rpc. on_progress: called with 0.0 to 1.0 during the load. Raises ModelFileError,
+    without a template, a reply ends before the next `Q:` or `A:`. rpc: HOST:PORT of llama.cpp's RPC servers,
+    which hold and compute the model's layers (docs/scale.md). Losing one raises HostError, and the next call
+    loads the model again. rpc_seconds: how long a host may be silent. n_gpu_layers: None means none, but all
+    of them with rpc. on_progress: called with 0.0 to 1.0 during the load. Raises ModelFileError,
     UnsupportedModelError.
     """
 

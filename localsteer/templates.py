@@ -23,11 +23,11 @@ Message = Mapping[str, Any]
 
 # How the paper prompts a base model. Its hash names this format in a vector's provenance.
 FALLBACK = "Q: {question}\nA:"
-# A base model continues with another question. The first of the two also takes a blank line before it.
-NEXT_QUESTION = ("\n\nQ:", "\nQ:")
+# A base model continues with another question, or answers again. The first two also take a blank line before.
+NEXT_TURN = ("\n\nQ:", "\n\nA:", "\nQ:", "\nA:")
 NO_TEMPLATE = (
     "{} has no chat template (a base model?): prompts are sent as `Q: ...` and `A:`, and a reply ends before "
-    "the next `Q:`."
+    "the next of them."
 )
 DROPS_WORDS = (
     "{} has a chat template that leaves out what the user says, so the model would never read it: send a raw "
@@ -79,7 +79,7 @@ class ChatTemplate:
     def stop(self) -> tuple[str, ...]:
         """Stop strings that end a reply with its turn. A real template needs none: its model ends the
         turn."""
-        return (NEXT_QUESTION if self.is_fallback else ()) + self.own_stop
+        return (NEXT_TURN if self.is_fallback else ()) + self.own_stop
 
     @cached_property
     def keeps_words(self) -> bool:

@@ -1,4 +1,4 @@
-"""A model without a chat template is asked as `Q: ...` / `A:`, and no reply runs on into a next question."""
+"""A model without a chat template is asked as `Q: ...` / `A:`, and no reply runs on into a next turn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from localsteer.trace import trace
 from localsteer.vector import ControlVector
 
 # what a base model writes, and what of it is the reply
-RUNS_ON = {"a blank line": " A fox.\n\nQ: And owls?\nA: Owls.", "none": " A fox.\nQ: And owls?\nA: Owls."}
+RUNS_ON = {
+    "a blank line": " A fox.\n\nQ: And owls?\nA: Owls.",
+    "none": " A fox.\nQ: And owls?\nA: Owls.",
+    "another answer": " A fox.\nA: It hunts.\nA: Owls.",
+    "another answer after a blank line": " A fox.\n\nA: It hunts. Owls.",
+}
 REPLY = " A fox."
 ASKED = "Tell me about foxes."
 
@@ -69,7 +74,13 @@ def test_a_reply_ends_before_the_next_question_whoever_asks(engine, sampling):
 def test_stop_strings_of_the_caller_count_beside_it(engine, sampling):
     assert engine.generate(ASKED, sampling=sampling, stop=["fox"]).text == " A "
     assert engine.generate(ASKED, sampling=sampling, stop="Owls").text == REPLY
-    assert stops_of(engine, Ask(ASKED, stop=["\nQ:", "x"])) == ["\nQ:", "x", "\n\nQ:"]  # none twice
+    assert stops_of(engine, Ask(ASKED, stop=["\nQ:", "x"])) == [
+        "\nQ:",
+        "x",
+        "\n\nQ:",
+        "\n\nA:",
+        "\nA:",
+    ]  # none twice
 
 
 def test_a_raw_prompt_goes_on(engine, sampling):
@@ -112,7 +123,7 @@ def test_the_command_line_says_once_how_the_model_is_asked(base, tmp_path, vecto
     grammar = ("--grammar", writing(RUNS_ON["none"]).grammar, "--temp", "0")
     done = invoke("run", "-m", base, *grammar, "-s", tmp_path / "v.gguf", "--compare", "--json", ASKED)
     assert (done.json["reply"], done.json["plain"]["reply"]) == (REPLY, REPLY)
-    assert done.err.count("no chat template") == 1 and "before the next `Q:`" in done.err
+    assert done.err.count("no chat template") == 1 and "before the next of them" in done.err
     done = invoke("chat", "-m", base, *grammar, input=f"{ASKED}\nAnd hares?\n")
     assert (done.out, done.err.count("no chat template")) == (f"{REPLY}\n{REPLY}\n", 1)
 
