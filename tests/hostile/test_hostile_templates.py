@@ -135,13 +135,6 @@ def test_a_child_that_dies_is_started_again():
     assert ChatTemplate(PLAIN).render(SAID) == f"[{SAID[0]['content']}]"
 
 
-def test_the_current_folder_has_no_say(tmp_path):
-    (tmp_path / "jinja2.py").write_text("raise SystemExit('the wrong jinja2')")
-    code = f"from localsteer.templates import ChatTemplate; print(ChatTemplate('x').render({SAID[:1]!a}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("x\n", "")
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_the_child_goes_when_the_program_is_killed():
     code = (
