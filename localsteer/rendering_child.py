@@ -96,8 +96,9 @@ def environment() -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, for messages of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:2000]
+    """The first line of an error's message, for messages of ours: without what could control a terminal."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:2000]
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
 def _limit_memory() -> None:

@@ -79,7 +79,7 @@ def test_the_hash_names_the_template_and_nothing_else():
 
 
 def test_only_questions_and_answers_need_stop_strings():
-    assert ChatTemplate(None).stop == ("\n\nQ:", "\nQ:")
+    assert ChatTemplate(None).stop == ("\n\nQ:", "\n\nA:", "\nQ:", "\nA:")
     assert ChatTemplate(CHATML).stop == ()
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from localsteer import rendering, templates
 from localsteer.errors import LocalsteerError, ModelFileError, PromptError
-from localsteer.rendering import RENDERER
+from localsteer.rendering import RENDERER, RenderingFailed
 from localsteer.templates import ChatTemplate
 
 SAID = [{"role": "user", "content": "Foxes <hunt> & \ud83e\udd8a 狐"}]
@@ -38,6 +38,7 @@ HUGE = {
 @pytest.fixture(autouse=True)
 def shorter(monkeypatch):
     monkeypatch.setattr(rendering, "SECONDS", 1.5)
+    RENDERER.forget()
 
 
 @pytest.mark.parametrize("name", HUGE)
@@ -53,7 +54,7 @@ def test_what_would_take_all_memory_or_time_is_one_line_instead(name):
 def test_loops_that_never_end_are_killed():
     with pytest.raises(PromptError, match=r"more than 1\.5 seconds"):
         ChatTemplate(ENDLESS).render(SAID)
-    assert RENDERER._child is None
+    assert RENDERER.usual._child is None
 
 
 def test_nothing_of_the_current_folder_is_run(tmp_path, monkeypatch):
@@ -62,6 +63,11 @@ def test_nothing_of_the_current_folder_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     RENDERER.close()
     assert ChatTemplate(PLAIN).render(SAID) == f"[{SAID[0]['content']}]"
+
+
+def test_what_a_template_says_can_not_control_a_terminal():
+    with pytest.raises(PromptError, match="no \ufffd\\[31mwords"):
+        ChatTemplate("{{ raise_exception('no \x1b[31mwords') }}").render(SAID)
 
 
 def test_a_template_that_never_ends_is_run_once_and_not_again_for_a_while(monkeypatch):
@@ -80,7 +86,7 @@ def test_a_template_that_never_ends_is_run_once_and_not_again_for_a_while(monkey
 
 def test_a_template_that_had_to_wait_is_not_taken_for_one_that_reads_parts():
     template = ChatTemplate(PLAIN)
-    with RENDERER._turn, pytest.raises(PromptError, match="keep it busy"):
+    with RENDERER.usual.turn(), pytest.raises(PromptError, match="keep it busy"):
         template.render(SAID)
     assert not template.reads_parts
     assert template.render(SAID) == f"[{SAID[0]['content']}]"
@@ -111,6 +117,34 @@ def test_whoever_waits_for_a_bad_template_gets_an_answer_too():
     assert ChatTemplate(PLAIN).render(SAID)
 
 
+def test_a_template_that_was_stopped_holds_up_no_other(monkeypatch):
+    """It does so once. After that the others don't wait for it, nor may its own prompts queue without end."""
+    values = {"messages": SAID}
+    outcomes = []
+
+    def render():
+        try:
+            RENDERER.render(ENDLESS, values)
+        except RenderingFailed as error:
+            outcomes.append("stopped" if error.was_run else "busy")
+
+    render()
+    RENDERER.render(PLAIN, values)  # the process that was ended is started again
+    threads = [threading.Thread(target=render) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    meanwhile = 0
+    while any(thread.is_alive() for thread in threads):
+        RENDERER.render(PLAIN, values)
+        meanwhile += 1
+    assert meanwhile > 10
+    assert sorted(outcomes) == ["busy"] * 4 + ["stopped"] * 3
+    monkeypatch.setattr(rendering, "APART_SECONDS", 0.0)
+    RENDERER.forget()
+    render()
+    assert RENDERER._lane(ENDLESS) is RENDERER.usual
+
+
 def test_many_threads_each_get_their_own_prompt():
     rendered = {}
 
@@ -130,8 +164,8 @@ def test_many_threads_each_get_their_own_prompt():
 
 def test_a_child_that_dies_is_started_again():
     assert ChatTemplate(PLAIN).render(SAID)
-    RENDERER._child.kill()
-    RENDERER._child.wait()
+    RENDERER.usual._child.kill()
+    RENDERER.usual._child.wait()
     assert ChatTemplate(PLAIN).render(SAID) == f"[{SAID[0]['content']}]"
 
 
@@ -140,7 +174,7 @@ def test_the_child_goes_when_the_program_is_killed():
     code = (
         "import os, signal\nfrom localsteer.templates import ChatTemplate\n"
         f"from localsteer.rendering import RENDERER\nChatTemplate('x').render({SAID!a})\n"
-        "print(RENDERER._child.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+        "print(RENDERER.usual._child.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     pid = int(done.stdout)
