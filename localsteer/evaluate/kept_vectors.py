@@ -10,6 +10,7 @@ from pathlib import Path
 from localsteer.cache import file_hash, file_name
 from localsteer.catalog import Instruction
 from localsteer.errors import VectorFileError
+from localsteer.evaluate.results import unwritable
 from localsteer.evaluate.scope import BenchScope
 from localsteer.vector import ControlVector
 
@@ -40,6 +41,10 @@ class KeptVectors:
         # of one that is ready, what is extracted is only for controls
         if instruction.id not in self.scope.ready or not resumable:
             self.files[instruction.id] = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(path, error) from error
         vector.save(path)
         return vector
 

@@ -156,11 +156,15 @@ def test_a_damaged_seal_costs_another_making(made, text, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
 def test_a_pipe_in_the_place_of_the_model_is_one_line(made, monkeypatch):
-    folder, path, _whole = made
+    folder, path, whole = made
     monkeypatch.setenv("LOCALSTEER_CACHE", str(folder))
     path.unlink()
     os.mkfifo(path)
-    done = program("run", "-n", "4", "-t", "1", "Tell me about foxes.")
+    try:
+        done = program("run", "-n", "4", "-t", "1", "Tell me about foxes.")
+    finally:
+        path.unlink()
+        path.write_bytes(whole)
     assert "is not a file: delete it" in done.complaint()
 
 
