@@ -100,8 +100,9 @@ class _Search:
             if branches and not any(map(self._is_finite, branches)):
                 return False
         kinds = schema.get("type")
-        kinds = {kinds} if isinstance(kinds, str) else set(_list(kinds))
-        if "const" in schema or "enum" in schema or not kinds or kinds - {"object", "array"}:
+        kinds = [kinds] if isinstance(kinds, str) else _list(kinds)
+        ends = any(kind not in ("object", "array") for kind in kinds)
+        if "const" in schema or "enum" in schema or not kinds or ends:
             return True
         return ("object" in kinds and self._is_finite_object(schema)) or (
             "array" in kinds and self._is_finite_array(schema)
@@ -121,7 +122,7 @@ class _Search:
         first = _list(schema.get("prefixItems"))
         if isinstance(rest, list):
             first, rest = rest, schema.get("additionalItems", True)
-        if not all(self._is_finite(item) for item in first[: max(0, int(least))]):
+        if not all(self._is_finite(item) for i, item in enumerate(first) if i < least):
             return False
         return least <= len(first) or self._is_finite(rest)
 

@@ -120,6 +120,31 @@ def test_every_reply_under_another_ends_and_matches(tokens, name):
     assert len(drawn) > 1 or name == "items"  # there only [] matches
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"type": [{}, ["object"]]},
+        {"type": [{}]},
+        {"required": {"a": 1}},
+        {"required": [["a"], 1]},
+        {"type": "array", "minItems": 1e400},
+        {"type": "array", "minItems": float("nan")},
+        {"allOf": {"a": 1}},
+        {"type": "object", "properties": ["a"], "required": ["a"]},
+        {"anyOf": [1, None]},
+        {"$ref": 5},
+        {"$ref": "#/$defs"},
+        {"$ref": "#/$defs/Odd/minItems/0"},
+        {"items": [[]], "type": "array", "minItems": True},
+    ],
+)
+def test_what_is_no_schema_is_refused_in_one_line_or_taken(odd):
+    try:
+        compiled_schema({"$ref": "#/$defs/Odd", "$defs": {"Odd": odd}})
+    except ConstraintError as error:
+        assert "\n" not in str(error)
+
+
 def test_large_entangled_schemas_take_no_seconds():
     chain = {
         f"D{i}": {"type": "array", "items": {"$ref": f"#/$defs/D{i + 1}"}, "minItems": 1} for i in range(9999)
