@@ -19,12 +19,19 @@ EVALS = {"Q8_0": "eval-q8_0", "Q4_K_M": "eval-q4_k_m"}  # of the bundled model
 # general.name of a file -> the name under which its publisher has it
 MODEL_NAMES = {
     "Smollm2 135M 8k Lc100K Mix1 Ep2": "SmolLM2-135M-Instruct",
+    "Qwen2.5 Coder 0.5B Instruct AWQ": "Qwen2.5-Coder-0.5B-Instruct",
+}
+# beginning of a file's sha256 -> the same, with its quantization
+LEARNED_ON = {
+    "b179c952": "SmolLM2-135M-Instruct Q4_1",
+    "1d961463": "Qwen2.5-Coder-0.5B-Instruct Q4_K_M",
 }
 # folders of evaluations, where there are any, and what to add to the model's name
 REAL = {
     "smollm2-135m-instruct": "",
     "smollm2-135m-instruct-shipped": ", vectors that ship",
     "qwen2.5-coder-0.5b-instruct": "",
+    "qwen2.5-coder-0.5b-instruct-shipped": ", vectors that ship",
 }
 CONDITIONS = ("none", "steered", "instructed", "both", "random", "other")
 # Stolfo et al., arXiv 2410.12877, table of the format instructions: none, steered, told, both, in per cents
@@ -127,8 +134,9 @@ def learned() -> Iterator[str]:
     heads = ("none", "learned", "told", "told and learned", "random", "other")
     yield f"| | {' | '.join(heads)} | length | perplexity | subject named | distinct | layer |"
     yield "|---|" + "---|" * 11
-    for path in sorted(RESULTS.glob("learned-*.json")):
+    for path in sorted(RESULTS.glob("learned-*.json"), reverse=True):
         document = _read(path)
+        yield _row(f"**{LEARNED_ON[document['sha256'][:8]]}**", [""] * 11)
         for row in document["rows"]:
             cells = [percent(row[arm]["followed"]) if row.get(arm) else "-" for arm in arms]
             cells[1] += f" ({round(100 * row['learned']['low'])}-{round(100 * row['learned']['high'])})"
@@ -140,7 +148,7 @@ def learned() -> Iterator[str]:
             ]
             yield _row(row["id"], [*cells, percent(quality["distinct"]), str(row["layer"])])
         means = [percent(document["mean"][arm]) for arm in arms]
-        yield _row("**mean**", [*means, "", "", "", "", ""])
+        yield _row("mean", [*means, "", "", "", "", ""])
 
 
 def learned_paper() -> Iterator[str]:

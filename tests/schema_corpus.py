@@ -396,6 +396,9 @@ CASES = [
 ]
 
 REFUSED: list[tuple[Any, str]] = [
+    ({"type": "integer", "minimum": 1e20, "maximum": 1e21}, "minimum"),
+    ({"type": ["integer", "null"], "enum": [1e20, 2]}, "enum"),
+    ({"const": -1e30}, "const"),
     ({"type": "array", "uniqueItems": True}, "uniqueItems"),
     ({"properties": {"a": {"pattern": "^a$\\"}}}, "properties.a.pattern"),
     ({"exclusiveMinimum": True, "minimum": 1}, "exclusiveMinimum"),

@@ -258,7 +258,9 @@ class _Rewriter:
 
     def _numbers(self, made: JsonObject, path: Path) -> None:
         for key in ("const", "enum", *NUMBERS):
-            if key in made and any(abs(integer) >= 2**63 for integer in _integers(made[key])):
+            if key in made and (
+                any(abs(integer) >= 2**63 for integer in _integers(made[key])) or _is_wide(made, key)
+            ):
                 raise refused((*path, key), "integers of more than 64 bits can't be enforced")
             if key in made and any(not math.isfinite(number) for number in _floats(made[key])):
                 raise refused((*path, key), "a number must be finite")
@@ -350,6 +352,17 @@ def _is_kept(path: Path) -> bool:
 def _parts_of(root: Any) -> Iterator[JsonObject]:
     """All objects but the whole."""
     return (part for part in _inside(root) if isinstance(part, dict) and part is not root)
+
+
+def _is_wide(made: JsonObject, key: str) -> bool:
+    """Whether integers are to be beyond a float like 1e20: llguidance takes the last of 64 bits for it."""
+    kinds = made.get("type", "integer")
+    if "integer" not in ([kinds] if isinstance(kinds, str) else kinds):
+        return False
+    value = made[key]
+    if isinstance(value, float) and key in NUMBERS and (value < 0) == key.lower().endswith("minimum"):
+        return False  # a bound that no integer reaches
+    return any(abs(number) >= 2.0**63 for number in _floats(value))
 
 
 def _step_in(made: JsonObject, key: str, inclusive: str, sign: int) -> None:
