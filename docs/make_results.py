@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -71,11 +72,11 @@ def paper() -> Iterator[str]:
         yield _row(f"{model}, from the paper", [*(f"{share:g}%" for share in shares), "", "", "163"])
 
 
-def paper_shipped() -> Iterator[str]:
-    """The paper's prompts by IFEval's id, with the vectors that ship."""
+def paper_shipped(folder: str) -> Iterator[str]:
+    """The paper's prompts by IFEval's id, with the vectors that ship for a model."""
     yield "| Instruction | none | steered | told | told and steered | prompts | steered at |"
     yield "|---|---|---|---|---|---|---|"
-    suite = _read(RESULTS / "smollm2-135m-instruct-shipped/results.json")["suites"]["ifeval"]
+    suite = _read(RESULTS / f"{folder}-shipped/results.json")["suites"]["ifeval"]
     for name, row in suite["instructions"].items():
         shares = [percent(round(row[condition]["strict"]["accuracy"], 3)) for condition in CONDITIONS[:4]]
         settings = row["steered"]["settings"]
@@ -487,7 +488,8 @@ SUITES = {
 TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("packs", "packs.md"): packs,
     ("paper", "results/README.md"): paper,
-    ("paper_shipped", "results/README.md"): paper_shipped,
+    ("paper_shipped", "results/README.md"): partial(paper_shipped, "smollm2-135m-instruct"),
+    ("paper_shipped_qwen", "results/README.md"): partial(paper_shipped, "qwen2.5-coder-0.5b-instruct"),
     ("catalogue", "results/README.md"): catalogue,
     ("composition", "results/README.md"): composition,
     ("search", "results/README.md"): search,
