@@ -63,6 +63,24 @@ def an_example(engine, text: str = "Tell me about foxes.", reply: str = "Foxes h
     return Example(tuple(engine.prompt_tokens(text)), tokens, np.zeros(len(tokens), bool), "given")
 
 
+# Examples ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_to_several_questions_is_no_example(exact_bundled):
+    """Learned from, an excuse would become the likeliest reply to everything."""
+    silent = replace(TITLE, phrasings=())  # so that it is not told
+    texts = [query.text for query in QUERIES[:6]]
+    replies = exact_bundled.generate_batch(texts, max_tokens=24, sampling=GREEDY)
+    sorry = replace(replies[0], text="I'm sorry, but I can't assist with that.")
+
+    def examples(plain):
+        return gathering.of_instruction(exact_bundled, silent, QUERIES[:6], plain=lambda *_: plain)
+
+    assert len(examples(replies)) == 6
+    kept = examples([sorry, *replies[1:5], sorry])
+    assert [example.prompt for example in kept] == [tuple(exact_bundled.prompt_tokens(t)) for t in texts[1:5]]
+
+
 # What is learned ----------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ verifier passes; or pairs supplied by the user.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -91,8 +92,7 @@ def of_instruction(
     if not any(reply.text.strip() for reply in replies):
         raise LocalsteerError("the model's plain replies are empty: there is nothing to rewrite.")
     examples = [
-        rewritten(engine, instruction, query, reply, seed)
-        for query, reply in zip(queries, replies, strict=True)
+        rewritten(engine, instruction, query, reply, seed) for query, reply in _answers(queries, replies)
     ]
     found = [example for example in examples if example is not None]
     return _enough(found, instruction, f"{len(found)} of {len(queries)} plain replies can be rewritten")
@@ -173,13 +173,21 @@ def of_steered(
     if report:
         report("replies with the learned vector", 0, len(queries))
     replies = _replies(engine, [query.text for query in queries], max_tokens, vector)
-    pairs = zip(queries, replies, strict=True)
     examples = [
         rewritten(engine, instruction, query, reply, seed)
-        for query, reply in pairs
+        for query, reply in _answers(queries, replies)
         if not is_degenerate(reply.text)
     ]
     return [example for example in examples if example is not None]
+
+
+def _answers(queries: Sequence[Query], replies: Sequence[Reply]) -> list[tuple[Query, Reply]]:
+    """Without what is said to several questions in the same words. A model that excuses itself now and then
+    ("I'm sorry, but I can't assist with that.") would learn to do so for every other question: no likelier
+    reply is to be had than one that is always the same."""
+    often = Counter(reply.text.strip() for reply in replies)
+    pairs = zip(queries, replies, strict=True)
+    return [(query, reply) for query, reply in pairs if often[reply.text.strip()] == 1]
 
 
 def _with_an_end(reply: Reply) -> tuple[str, bool]:
