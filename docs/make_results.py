@@ -148,7 +148,7 @@ def learned() -> Iterator[str]:
                 percent(quality["subject_learned"]),
             ]
             yield _row(row["id"], [*cells, percent(quality["distinct"]), str(row["layer"])])
-        means = [percent(document["mean"][arm]) for arm in arms]
+        means = [percent(document["mean"][arm]) if arm in document["mean"] else "-" for arm in arms]
         yield _row("mean", [*means, "", "", "", "", ""])
 
 
