@@ -27,7 +27,7 @@ MOST_CHARACTERS = 4_000_000  # of a prompt, and
 GROWTH = 8  # more for each byte that went in
 APART_SECONDS = 60.0  # for which a template that was stopped is kept apart; four times that the second time
 MOST_STOPPED = 64  # templates that are known to have been stopped
-MOST_SLOW = 2  # of them that run or wait
+MOST_SLOW = 2  # prompts of theirs that run or wait at once
 _CODE = "from localsteer.rendering_child import serve; serve()"
 
 
