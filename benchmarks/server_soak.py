@@ -7,7 +7,8 @@ as they should (a lost reply is one without its end), invalid ones be refused wi
 their slots, and slow readers get all of their reply or be let go. Beside them plain clients ask for what they
 know the answer of, and must get it. After the first quarter hostile clients join: bodies that are large, odd
 or never end, connections that say nothing, streams that nobody reads, whole contexts, files that are no
-vectors. The plain clients' slowest answers (p99) may then take twice as long, and /health must answer within
+vectors, and a second model whose chat template loops without end or makes prompts of millions of tokens. The
+plain clients' slowest answers (p99) may then take twice as long, and /health must answer within
 HEALTH_SECONDS. At the end no slot and no request is left, and the server's memory has not grown beyond GROWTH
 since the second quarter. JSON on the last line; exit status 1 otherwise.
 """
@@ -52,7 +53,12 @@ ODD = (
     json.dumps({"messages": [{"role": "user", "content": [1] * 1000}] * 200}).encode(),
     json.dumps({"messages": [{"role": "user", "content": "\x00[" * 200_000}]}).encode(),
 )
-HOSTILE = ("odd", "idle", "half", "unread", "context", "upload")
+HOSTILE = ("odd", "idle", "half", "unread", "context", "upload", "template")
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'endless' %}"
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    "{% elif m.content == 'long' %}{{ 'a ' * 1999999 }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
 KINDS = ("chat", "stream", "ensure", "schema", "completion", "invalid", "cancelled", "slow", "steering")
 INVALID = (
     {"temperature": 9},
@@ -74,6 +80,11 @@ def write_vectors(model: Path, folder: Path) -> None:
             queries = catalog.queries_for(instruction, "extraction")
             vector = extract(engine, instruction, queries, n_pairs=16)
             vector.at(layer=2, positions="prompt").save(folder / f"{name}.gguf")
+
+
+def write_hostile_model(model: Path, path: Path) -> None:
+    command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", TEMPLATE]
+    subprocess.run([*command, str(model), str(path)], check=True, capture_output=True)
 
 
 def start(model: Path, folder: Path, threads: int, *more: str) -> tuple[subprocess.Popen, str]:
@@ -203,6 +214,13 @@ class Soak:
     async def _upload(self, http: httpx.AsyncClient) -> None:
         data = b"GGUF" + bytes(8 << 20)
         await http.post("/v1/steering", params={"name": "x", "replace": True}, content=data)
+
+    async def _template(self, http: httpx.AsyncClient) -> None:
+        message = {"role": "user", "content": self.random.choice(["endless", "long"])}
+        body = {"model": "hostile", "messages": [message], "max_tokens": 1}
+        answer = await http.post("/v1/chat/completions", json=body)
+        if answer.status_code not in (400, 429):
+            self.lost.append(f"a hostile template was answered {answer.status_code}: {answer.text[:200]}")
 
     # -- kinds of clients ---------------------------------------------------------------------------
 
@@ -346,6 +364,9 @@ def main() -> int:
         model.symlink_to((args.model or bundled.gguf_path("instruct", "F32")).resolve())
         write_vectors(model, folder)
         more = ["--no-kv-unified"] if args.no_kv_unified else []
+        if args.hostile:
+            write_hostile_model(model.resolve(), Path(temporary) / "hostile.gguf")
+            more += ["-m", str(Path(temporary) / "hostile.gguf")]
         process, url = start(model, folder, args.threads, *more)
         run = Soak(url, time.monotonic() + 60 * args.minutes, args.seed)
         run.folder = folder

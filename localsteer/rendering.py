@@ -28,7 +28,8 @@ GROWTH = 8  # more for each byte that went in
 APART_SECONDS = 60.0  # for which a template that was stopped is kept apart; four times that the second time
 MOST_STOPPED = 64  # templates that are known to have been stopped
 MOST_SLOW = 2  # prompts of theirs that run or wait at once
-_CODE = "from localsteer.rendering_child import serve; serve()"
+NICE_SLOW = 10  # of the process that runs them: replies to others need the cores
+_CODE = "from localsteer.rendering_child import serve; serve(niceness={})"
 
 
 class RenderingFailed(Exception):
@@ -46,7 +47,7 @@ class Renderer:
     """What renders all templates. Any thread may use it."""
 
     def __init__(self) -> None:
-        self.usual, self.slow = Lane(), Lane(most=MOST_SLOW)
+        self.usual, self.slow = Lane(), Lane(most=MOST_SLOW, niceness=NICE_SLOW)
         self._stopped: dict[str, _Stopped] = {}  # by template
 
     def render(self, template: str, values: Mapping[str, Any]) -> str:
@@ -101,9 +102,10 @@ class _Stopped(NamedTuple):
 
 class Lane:
     """One child process, and the threads that wait for it. most: how many, the one at work among them; others
-    are turned away, since the caller may have few threads."""
+    are turned away, since the caller may have few threads. niceness: of the child, as in os.nice."""
 
-    def __init__(self, most: int | None = None) -> None:
+    def __init__(self, most: int | None = None, niceness: int = 0) -> None:
+        self._niceness = niceness
         self._turn = threading.Lock()
         self._places = threading.BoundedSemaphore(most) if most else None
         self._child: subprocess.Popen[bytes] | None = None
@@ -144,7 +146,7 @@ class Lane:
             return self._child
         self.close()
         child = subprocess.Popen(
-            python_command(_CODE),
+            python_command(_CODE.format(self._niceness)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

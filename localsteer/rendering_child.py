@@ -7,6 +7,7 @@ answer is one line of JSON: {"text"}, or {"fault": "template" or "messages", "wh
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
 import sys
@@ -20,11 +21,13 @@ SECONDS = 5  # of processor time for one request; the parent, which limits real 
 _SIZE = 8  # bytes of a request's length
 
 
-def serve() -> None:
-    """Answer requests until stdin ends."""
+def serve(niceness: int = 0) -> None:
+    """Answer requests until stdin ends. niceness: as in os.nice, where the system has it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which still needs this process
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     _limit_memory()
+    if niceness and hasattr(os, "nice"):
+        os.nice(niceness)
     environment()  # before the first request, whose time is limited
     answers.write(b"ready\n")
     answers.flush()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import llama_cpp as lc
 import numpy as np
+
+from localsteer.runtime.bridge.borrowed import set_extra_bufts
 
 LOG: list[str] = []
 
@@ -14,6 +18,20 @@ LOG: list[str] = []
 @lc.llama_log_callback
 def _keep_log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
     LOG.append(text.decode(errors="replace"))
+
+
+def stock_llama(path: str | Path, **options: Any) -> lc.Llama:
+    """llama-cpp-python's own class. It has no option for weight repacking, which crashes in AMX kernels that
+    GCC 12 compiled: there it is off, as it is with localsteer."""
+
+    def params() -> lc.llama_model_params:
+        made = defaults()
+        set_extra_bufts(made, None)
+        return made
+
+    defaults = lc.llama_model_default_params
+    with mock.patch.object(lc.llama_cpp, "llama_model_default_params", params):
+        return lc.Llama(str(path), **options)
 
 
 class Reference:

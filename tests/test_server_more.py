@@ -8,6 +8,7 @@ import json
 import jsonschema
 import numpy as np
 import pytest
+from llama_reference import stock_llama
 from serving import FOXES, model_path, serving
 
 from localsteer import bundled
@@ -341,12 +342,10 @@ def test_what_calls_no_tool_stays_text(text):
 
 @pytest.mark.parametrize("model", ["mean", "last"])
 def test_embeddings_are_llama_cpp_s_own(server, client, model):
-    import llama_cpp
-
     texts = ["Tell me about foxes.", "What is a river?"]
     found = client.embeddings.create(model=model, input=texts)  # as base64, which the package reads
     path = server.state.models[model].engine.path
-    llama = llama_cpp.Llama(str(path), embedding=True, verbose=False, n_threads=1, n_ctx=512)
+    llama = stock_llama(path, embedding=True, verbose=False, n_threads=1, n_ctx=512)
     for each, text in zip(found.data, texts, strict=True):
         assert each.embedding == pytest.approx(llama.embed(text, normalize=True), abs=2e-3)
         assert np.linalg.norm(each.embedding) == pytest.approx(1, abs=1e-5)

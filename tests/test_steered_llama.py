@@ -20,6 +20,7 @@ import pytest
 from cli_runs import write_vector
 from engines import GREEDY, open_engine, random_vector
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from llama_reference import stock_llama
 from one_sequence import token_steps
 from tiny_models import write_tiny_mamba
 
@@ -58,7 +59,7 @@ def pairs(model):
         key = repr(sorted(options.items()))
         if key not in opened:
             settings = {**OPTIONS, **options}
-            opened[key] = llama_cpp.Llama(model, **settings), SteeredLlama(model, **settings)
+            opened[key] = stock_llama(model, **settings), SteeredLlama(model, **settings)
         return opened[key]
 
     yield pair
@@ -273,7 +274,7 @@ def test_states_go_from_one_class_to_the_other(pairs):
 def test_a_draft_model_changes_nothing(model):
     options = {**OPTIONS, "draft_model": LlamaPromptLookupDecoding(num_pred_tokens=4)}
     with (
-        closing(llama_cpp.Llama(model, **options)) as theirs,
+        closing(stock_llama(model, **options)) as theirs,
         closing(SteeredLlama(model, **options)) as ours,
     ):
         both = [
@@ -629,7 +630,7 @@ def test_with_restores_what_was_before_whatever_happens(engine, llama):
 def test_send_goes_through_to_llama_s_generator(tiny_llama):
     options = {**EXACT, "logits_all": True}  # without it llama.cpp ends the process here
     with (
-        closing(llama_cpp.Llama(str(tiny_llama.gguf_path), **options)) as theirs,
+        closing(stock_llama(tiny_llama.gguf_path, **options)) as theirs,
         closing(open_llama(tiny_llama, logits_all=True)) as ours,
     ):
         for llama in (theirs, ours):

@@ -9,7 +9,9 @@ import pytest
 from raw_gguf import STRING, value
 from tiny_gguf import tiny_gguf
 
+from localsteer.errors import ContextError
 from localsteer.runtime.bridge import Model, long_runs
+from localsteer.runtime.bridge import model as model_module
 
 # in a process of its own: without the cuts it is ended
 TOKENIZES = """
@@ -74,3 +76,14 @@ def test_pieces_are_the_text_and_hold_no_longer_run(text):
 def test_a_cut_is_made_between_kinds_of_characters():
     first, *_ = long_runs.pieces("a" * 6000 + "1" * 6000)
     assert first == "a" * 6000
+
+
+@pytest.mark.parametrize(("pre", "amount"), [("gpt-2", ""), ("gpt-4o", "at least ")])
+def test_a_text_with_more_tokens_than_any_context_is_refused_before_its_list_is_made(
+    tmp_path, pre, amount, monkeypatch
+):
+    monkeypatch.setattr(model_module, "MANY_TOKENS", 10_000)
+    with Model(model_file(tmp_path, pre)) as model:
+        assert len(model.tokenize("a " * 4000, add_special=True, parse_special=True)) < 10_000
+        with pytest.raises(ContextError, match=rf"^the text has {amount}[\d,]+ tokens, more than any"):
+            model.tokenize("a1" * 200_000, add_special=True, parse_special=True)

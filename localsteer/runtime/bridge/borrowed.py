@@ -14,7 +14,7 @@ from llama_cpp import _logger
 
 from .context import Context
 from .hook import Hook
-from .library import Log, choose_extra_bufts, log, notice_once, text_of
+from .library import Log, choose_extra_bufts, log, text_of
 from .model import Model
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def our_log() -> Iterator[Log]:
 
 def set_extra_bufts(params: lc.llama_model_params, asked: bool | None) -> None:
     """Weight repacking as Model chooses it, since the AMX crash must not happen in a Llama either."""
-    params.use_extra_bufts, notice = choose_extra_bufts(text_of(lc.llama_print_system_info()), asked)
-    notice_once(notice)
+    params.use_extra_bufts = choose_extra_bufts(text_of(lc.llama_print_system_info()), asked)
 
 
 def install(hook: Hook, params: lc.llama_context_params) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-import logging
 import os
 import re
 import weakref
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from .model import Model
 
 # Notices for the user; without a handler Python prints warnings to stderr as they are.
-logger = logging.getLogger("localsteer")
 
 # The versions whose graph node names and row order are checked by this release's tests: [first, next).
 LLAMA_CPP_VERSIONS = ((0, 3, 36), (0, 3, 37))
@@ -98,26 +96,13 @@ def has_amx(info: str) -> bool:
     return re.search(r"\bAMX_INT8\s*=\s*1\b", info) is not None
 
 
-def choose_extra_bufts(info: str, asked: bool | None) -> tuple[bool, str | None]:
-    """Returns (use_extra_bufts, notice). GCC 12 miscompiles llama.cpp's AMX kernels: any prefill crashes.
+def choose_extra_bufts(info: str, asked: bool | None) -> bool:
+    """Whether to repack weights. GCC 12 miscompiles llama.cpp's AMX kernels: any prefill crashes.
 
-    Weight repacking uses these kernels, so it stays off if they are compiled in, unless it was asked for.
+    Weight repacking uses these kernels, so it stays off if they are compiled in, unless it was asked for. It
+    makes prefill up to a third slower, which `localsteer doctor` says, with the remedy.
     """
-    if asked is not None or not has_amx(info):
-        return (True if asked is None else asked), None
-    return False, (
-        "this llama.cpp has AMX kernels, which crash if GCC 12 compiled them: weight repacking "
-        "is off (prefill is up to a third slower); `localsteer doctor` says how to build for full speed."
-    )
-
-
-_notices: set[str] = set()
-
-
-def notice_once(text: str | None) -> None:
-    if text and text not in _notices:
-        _notices.add(text)
-        logger.warning(text)
+    return not has_amx(info) if asked is None else asked
 
 
 def check_threads(n_threads: int | None) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import llama_cpp.llama_cpp as lc
 
 from ...cache import atomic_path
-from ...errors import LocalsteerError, ModelFileError, PromptError
+from ...errors import ContextError, LocalsteerError, ModelFileError, PromptError
 from . import long_runs
 from .guard import Load, check_file
 from .library import (
@@ -24,7 +24,6 @@ from .library import (
     choose_extra_bufts,
     default_threads,
     log,
-    notice_once,
     text_of,
     total_memory,
 )
@@ -35,6 +34,9 @@ if TYPE_CHECKING:
     from .context import Context
 
 ALL_LAYERS = 9999  # more than any model has: all layers, and the last matrix too
+# A text may have as many tokens as the model's training context, within these bounds. No context takes more,
+# and making a list of 2.5 million tokens would stop all threads for half a second
+MANY_TOKENS, MOST_TOKENS = 1 << 18, 1 << 20
 # Architectures whose graph node `l_out` is not the output of a layer
 NO_RESIDUAL = ("nemotron_h", "nemotron_h_moe")
 
@@ -203,7 +205,8 @@ class Model(Handle):
         """Token ids of a text. add_special: add BOS and the like as the model wants; off for text from a chat
         template.
 
-        Raises PromptError for what the vocabulary can't spell, and for a model without a vocabulary.
+        Raises PromptError for what the vocabulary can't spell, and for a model without a vocabulary;
+        ContextError for more tokens than any context holds.
         """
         if not self.has_vocabulary:
             raise PromptError(f"{self.path.name} has no tokenizer: it takes only token ids.")
@@ -227,7 +230,10 @@ class Model(Handle):
         pieces = self.safe_pieces(text)
         if len(pieces) == 1:
             return self._tokens(raw, add_special, parse_special)
-        tokens = [token for piece in pieces for token in self._tokens(piece.encode(), False, parse_special)]
+        tokens: list[int] = []
+        for piece in pieces:
+            tokens += self._tokens(piece.encode(), False, parse_special)
+            self._check_count(len(tokens), "at least ")
         first = [self.bos] if add_special and self.add_bos else []
         last = [self.eos] if add_special and lc.llama_vocab_get_add_eos(self.vocab) else []
         return [*first, *tokens, *last]
@@ -246,8 +252,17 @@ class Model(Handle):
             buffer = (lc.llama_token * size)()
             n = lc.llama_tokenize(self.vocab, raw, len(raw), buffer, size, add_special, parse_special)
             if n >= 0:
+                self._check_count(n)
                 return buffer[:n]
             size = -n
+
+    def _check_count(self, n_tokens: int, at_least: str = "") -> None:
+        most = min(max(self.n_ctx_train, MANY_TOKENS), MOST_TOKENS)
+        if n_tokens > most:
+            raise ContextError(
+                f"the text has {at_least}{n_tokens:,} tokens, more than any context of {self.path.name} "
+                "holds: shorten it."
+            )
 
     @property
     def has_vocabulary(self) -> bool:
@@ -395,10 +410,8 @@ def check_gguf(
     """
     lc.llama_backend_init()
     system = text_of(lc.llama_print_system_info())
-    extra_bufts, notice = choose_extra_bufts(system, use_extra_bufts)
-    load = Load(n_gpu_layers, extra_bufts, system)
+    load = Load(n_gpu_layers, choose_extra_bufts(system, use_extra_bufts), system)
     check_file(Path(path), load, again=again, can_try=fits)
-    notice_once(notice)
     return load
 
 
