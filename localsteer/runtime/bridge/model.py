@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from .context import Context
 
 ALL_LAYERS = 9999  # more than any model has: all layers, and the last matrix too
-# A text may have as many tokens as the model's training context, within these bounds. No context takes more,
-# and making a list of 2.5 million tokens would stop all threads for half a second
+# A text may have as many tokens as the model's training context, within these bounds
 MANY_TOKENS, MOST_TOKENS = 1 << 18, 1 << 20
+COUNTED = 1 << 16  # characters whose tokens are counted at once
 # Architectures whose graph node `l_out` is not the output of a layer
 NO_RESIDUAL = ("nemotron_h", "nemotron_h_moe")
 
@@ -216,6 +216,7 @@ class Model(Handle):
             raise PromptError(
                 f"the text holds {text[error.start]!r}, which is not a Unicode character."
             ) from None
+        self._check_count(text, len(raw))
         self._check_characters(text)
         self._check_bytes(raw)
         tokens = self._tokens_of(text, raw, add_special, parse_special)
@@ -230,10 +231,7 @@ class Model(Handle):
         pieces = self.safe_pieces(text)
         if len(pieces) == 1:
             return self._tokens(raw, add_special, parse_special)
-        tokens: list[int] = []
-        for piece in pieces:
-            tokens += self._tokens(piece.encode(), False, parse_special)
-            self._check_count(len(tokens), "at least ")
+        tokens = [token for piece in pieces for token in self._tokens(piece.encode(), False, parse_special)]
         first = [self.bos] if add_special and self.add_bos else []
         last = [self.eos] if add_special and lc.llama_vocab_get_add_eos(self.vocab) else []
         return [*first, *tokens, *last]
@@ -252,17 +250,25 @@ class Model(Handle):
             buffer = (lc.llama_token * size)()
             n = lc.llama_tokenize(self.vocab, raw, len(raw), buffer, size, add_special, parse_special)
             if n >= 0:
-                self._check_count(n)
                 return buffer[:n]
             size = -n
 
-    def _check_count(self, n_tokens: int, at_least: str = "") -> None:
+    def _check_count(self, text: str, n_bytes: int) -> None:
+        """Raise ContextError for a text with more tokens than any context holds. It is read only up to there:
+        a list of 2.5 million tokens would stop all threads for half a second, and take 200 MB."""
         most = min(max(self.n_ctx_train, MANY_TOKENS), MOST_TOKENS)
-        if n_tokens > most:
-            raise ContextError(
-                f"the text has {at_least}{n_tokens:,} tokens, more than any context of {self.path.name} "
-                "holds: shorten it."
-            )
+        if n_bytes <= most:
+            return
+        count = 0
+        for start in range(0, len(text), COUNTED):
+            part = text[start : start + COUNTED]
+            for piece in map(str.encode, self.safe_pieces(part)):
+                count -= lc.llama_tokenize(self.vocab, piece, len(piece), None, 0, False, True)
+            if count > most:
+                raise ContextError(
+                    f"the first {start + len(part):,} characters of the text have {count:,} tokens already, "
+                    f"more than any context of {self.path.name} holds: shorten it."
+                )
 
     @property
     def has_vocabulary(self) -> bool:
