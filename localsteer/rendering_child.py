@@ -26,11 +26,11 @@ def serve(niceness: int = 0) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which still needs this process
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     _limit_memory()
-    if niceness and hasattr(os, "nice"):
-        os.nice(niceness)
     environment()  # before the first request, whose time is limited
     answers.write(b"ready\n")
     answers.flush()
+    if niceness and hasattr(os, "nice"):  # not before: others wait for the start
+        os.nice(niceness)
     while size := requests.read(_SIZE):
         _limit_time()
         answer = json.dumps(_answer(requests, int.from_bytes(size, "big")), ensure_ascii=False)
