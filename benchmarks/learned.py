@@ -1,6 +1,7 @@
 """What learned vectors do on questions that nothing was learned from, beside telling, with controls.
 
     python benchmarks/learned.py -m smol -o FOLDER [-i json,lowercase] [-n 40] [--static] [--found]
+                                 [--together]
 
 For each instruction of the general catalogue that has a rewriter, `localsteer learn` at its defaults, then
 greedy replies to unseen test questions:
@@ -10,6 +11,8 @@ greedy replies to unseen test questions:
     random   its gate, a random direction as long     other    another instruction's learned vector
     static   (--static) a learned constant            found    (--found) difference in means, the setting
                                                                that `tune` chooses
+
+--together edits four layers at once, where by default two race and one is edited.
 
 A reply counts where its verifier passes and it is not degenerate; intervals are Wilson's, 95%. Quality of the
 learned replies: the share that names the question's subject, their length beside the plain replies', and
@@ -47,6 +50,7 @@ from localsteer.plan import Plan
 from localsteer.runtime.reply import Reply
 from localsteer.tune import N_SEQ_MAX, tune
 from localsteer.tune.replies import Asked, replies_to, told_prompt
+from localsteer.tune.setting import layers_in_words
 from localsteer.verify import can_rewrite, rewrite, verify
 from localsteer.verify.judge import judge
 
@@ -64,7 +68,7 @@ def main() -> None:
         print(
             f"{path.name}, {platform.machine()}, {engine.context.n_threads} threads, localsteer {__version__}"
         )
-        lessons = Lessons(engine, catalog, folder, arguments.threads)
+        lessons = Lessons(engine, catalog, folder, arguments.threads, together=arguments.together)
         vectors = {each.id: lessons.vector(each, constant=False) for each in instructions}
         rows = []
         for instruction in instructions:
@@ -78,8 +82,11 @@ def main() -> None:
 class Lessons:
     """Vectors and rows of one model, in a folder."""
 
-    def __init__(self, engine: Engine, catalog: Catalog, folder: Path, n_threads: int | None) -> None:
+    def __init__(
+        self, engine: Engine, catalog: Catalog, folder: Path, n_threads: int | None, *, together: bool
+    ) -> None:
         self._engine, self._catalog, self._folder, self._n_threads = engine, catalog, folder, n_threads
+        self._together = together
         self._plain = PlainReplies(folder / "kept")
 
     def vector(self, instruction: Instruction, *, constant: bool) -> ControlVector | None:
@@ -96,7 +103,7 @@ class Lessons:
                     instruction,
                     queries,
                     validation,
-                    Recipe(constant=constant),
+                    Recipe(constant=constant, together=self._together),
                     n_threads=self._n_threads,
                     kept=Kept(self._folder / "kept" / path.stem, path.stem),
                     report=stages,
@@ -155,7 +162,7 @@ class Lessons:
             "none": _share([row.strict for row in outcomes["none"]]),
             "learned": _share([row.strict for row in outcomes["steered"]]),
         }
-        row |= {"seconds": record["seconds"], "layer": vector.layers[0], "strength": vector.strength}
+        row |= {"seconds": record["seconds"], "layers": list(vector.layers), "strength": vector.strength}
         row |= {
             "told": self._alone(instruction, None, test, told=True),
             "both": self._alone(instruction, vector, test, told=True),
@@ -300,8 +307,9 @@ def _line(row: Mapping[str, Any]) -> str:
     quality = row["quality"]
     low, high = row["learned"]["low"], row["learned"]["high"]
     return (
-        f"{row['id']:<20} {', '.join(shares)} (learned {low:.0%} to {high:.0%}); layer {row['layer']}, "
-        f"{row['seconds']:.0f} s; length {quality['length']}, ppl {quality['ppl']}, "
+        f"{row['id']:<20} {', '.join(shares)} (learned {low:.0%} to {high:.0%}); "
+        f"{layers_in_words(row['layers'])}, {row['seconds']:.0f} s; "
+        f"length {quality['length']}, ppl {quality['ppl']}, "
         f"subject {quality['subject_learned']} of {quality['subject_plain']}"
     )
 
@@ -327,6 +335,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("--static", action="store_true")
     parser.add_argument("--found", action="store_true")
+    parser.add_argument("--together", action="store_true")
     return parser.parse_args()
 
 

@@ -147,9 +147,13 @@ def learned() -> Iterator[str]:
                 f"{quality['ppl']:.2f}",
                 percent(quality["subject_learned"]),
             ]
-            yield _row(row["id"], [*cells, percent(quality["distinct"]), str(row["layer"])])
+            yield _row(row["id"], [*cells, percent(quality["distinct"]), _layers(row)])
         means = [percent(document["mean"][arm]) if arm in document["mean"] else "-" for arm in arms]
         yield _row("mean", [*means, "", "", "", "", ""])
+
+
+def _layers(row: Document) -> str:
+    return ", ".join(map(str, row["layers"]))
 
 
 def learned_paper() -> Iterator[str]:

@@ -168,24 +168,38 @@ class ControlVector:
         other fields of the class; a `cap` limits |g| times the length of the writer. Raises PlanError for a
         mean of 0, and for a negative one where clipping rules it out.
         """
-        mean = finite_number(mean_gate, "mean_gate")
-        if mean == 0 or (mean < 0 and settings.get("one_sided")):
-            raise PlanError(
-                f"a gate of mean {mean:g} has no constant effect to fall back on: check mean_gate."
-            )
-        (layer,) = checked_layers(layer, n_layer, "the model")
-        writer = np.asarray(writer, np.float64)
-        directions, readers = np.zeros((2, n_layer, *writer.shape))
+        return cls.from_gates({layer: (reader, bias, writer, mean_gate)}, n_layer=n_layer, **settings)
+
+    @classmethod
+    def from_gates(
+        cls,
+        gates: Mapping[int, tuple[np.ndarray, float, np.ndarray, float]],
+        *,
+        n_layer: int,
+        **settings: Any,
+    ) -> ControlVector:
+        """A vector for edits that were learned together at several layers: layer -> (reader, bias, writer,
+        mean_gate), each as in `from_gate`."""
+        layers = checked_layers(tuple(gates), n_layer, "the model")
+        n_embd = len(np.asarray(gates[layers[0]][2]))
+        directions, readers = np.zeros((2, n_layer, n_embd))
         biases = np.zeros(n_layer)
-        directions[layer], biases[layer] = mean * writer, bias / mean
-        readers[layer] = np.asarray(reader, np.float64) / mean
+        for layer in layers:
+            reader, bias, writer, mean_gate = gates[layer]
+            mean = finite_number(mean_gate, "mean_gate")
+            if mean == 0 or (mean < 0 and settings.get("one_sided")):
+                raise PlanError(
+                    f"a gate of mean {mean:g} has no constant effect to fall back on: check mean_gate."
+                )
+            directions[layer], biases[layer] = mean * np.asarray(writer, np.float64), bias / mean
+            readers[layer] = np.asarray(reader, np.float64) / mean
         return cls(
             directions,
             None,
             None,
             None,
             None,
-            (layer,),
+            layers,
             mode="gate",
             readers=readers,
             biases=biases,

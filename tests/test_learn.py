@@ -25,7 +25,7 @@ from localsteer.learn import training as training_module
 from localsteer.learn import weights as loading
 from localsteer.learn.examples import Example, of_pairs, rewritten, shared
 from localsteer.learn.gate import Gate
-from localsteer.learn.learning import checked_layers
+from localsteer.learn.learning import layers_to_try
 from localsteer.learn.training import Training, prepare
 from localsteer.runtime.reply import Reply
 from localsteer.runtime.sampling import GREEDY
@@ -143,22 +143,20 @@ def test_a_constant_is_an_ordinary_control_vector(exact_bundled):
 # The steps ----------------------------------------------------------------------------------------------
 
 
-def test_torch_and_llama_cpp_apply_the_same_gate(exact_bundled, weights):
+@pytest.mark.parametrize("layers", [(3,), (1, 3, 5)])
+def test_torch_and_llama_cpp_apply_the_same_gates(exact_bundled, weights, layers):
     """The layers above the edit alone, on states that were computed once, give the engine's logits."""
     engine, example = exact_bundled, an_example(exact_bundled)
-    (one,) = prepare(weights, [example], [3])
-    training = Training(weights, 3, [one], [one], Recipe(positions="all", rate=0.1, n_steps=3))
+    (one,) = prepare(weights, [example], layers)
+    training = Training(weights, layers, [one], [one], Recipe(positions="all", rate=0.1, n_steps=3))
     training.run(3)
     training.look()
-    learned = training.learned()
-    vector = ControlVector.from_gate(
-        3, learned.reader, learned.bias, learned.writer, mean_gate=learned.mean, n_layer=weights.n_layer
-    )
-    ids = torch.tensor([example.tokens])
+    gates = {
+        layer: (gate.reader, gate.bias, gate.writer, gate.mean) for layer, gate in training.learned().items()
+    }
+    vector = ControlVector.from_gates(gates, n_layer=weights.n_layer)
     with torch.inference_mode():
-        where = torch.ones_like(ids, dtype=torch.bool)
-        hidden = training.gate(one.states[3][None], where)
-        ours = weights.logits(weights.after(3, hidden, ids, torch.ones_like(ids))[0])
+        ours = weights.logits(training._last([one], training.best_gates())[0])
     theirs = engine.logits(list(example.tokens), steer=[vector], n_prompt=len(example.prompt))
     assert np.abs(ours.numpy() - theirs).max() < 1e-3  # float32 in two orders; 6e-6 was seen
     plain = engine.logits(list(example.tokens))
@@ -168,7 +166,7 @@ def test_torch_and_llama_cpp_apply_the_same_gate(exact_bundled, weights):
 @pytest.mark.parametrize("positions", ["prompt", "last", "generation"])
 def test_only_the_tokens_of_the_positions_are_changed(exact_bundled, weights, positions):
     (one,) = prepare(weights, [an_example(exact_bundled)], [3])
-    training = Training(weights, 3, [one], [one], Recipe(positions=positions, rate=0.1, n_steps=9))
+    training = Training(weights, [3], [one], [one], Recipe(positions=positions, rate=0.1, n_steps=9))
     *_, where = training._padded([one])
     n_prompt, n = len(one.example.prompt), len(one.example.tokens)
     expected = {"prompt": range(n_prompt), "last": range(n_prompt - 1, n), "generation": range(n_prompt, n)}
@@ -186,7 +184,7 @@ def test_a_rate_that_is_far_too_high_is_halved_and_the_best_is_kept(exact_bundle
     text = VALIDATION[0].text
     reply = exact_bundled.generate(text, max_tokens=20, sampling=GREEDY).text
     (one,) = prepare(weights, [an_example(exact_bundled, text, reply)], [3])
-    training = Training(weights, 3, [one], [one], Recipe(positions="all", rate=1e3, n_steps=30))
+    training = Training(weights, [3], [one], [one], Recipe(positions="all", rate=1e3, n_steps=30))
     first = training.look()
     for _ in range(6):
         training.run(5)
@@ -200,9 +198,9 @@ def test_small_batches_of_like_length_give_the_gradient_of_the_whole(exact_bundl
     gradients, widths = [], []
     for size in (4, training_module.MICRO_BATCH):
         monkeypatch.setattr(training_module, "MICRO_BATCH", size)
-        training = Training(weights, 3, prepared, prepared, Recipe())
+        training = Training(weights, [3], prepared, prepared, Recipe())
         training._backward(prepared)
-        gradients.append(training.gate.writer.grad)
+        gradients.append(training.gates[3].writer.grad)
         widths.append(
             [len(one.example.tokens) for batch in training_module._alike(prepared) for one in batch]
         )
@@ -312,11 +310,14 @@ def test_pairs_that_can_not_be_learned_from_are_named(exact_bundled, tmp_path, l
         of_pairs(exact_bundled, write_pairs(tmp_path, lines))
 
 
-def test_layers_around_the_middle_race_and_the_last_can_not():
-    assert checked_layers(None, 30) == [19, 24]
-    assert checked_layers(None, 2) == [0]
+def test_layers_are_edited_together_or_race_and_the_last_is_not_among_them():
+    assert layers_to_try(None, 30, together=True) == [(8, 14, 19, 24)]
+    assert layers_to_try(None, 30, together=False) == [(19,), (24,)]
+    assert layers_to_try(None, 2, together=True) == layers_to_try(None, 2, together=False) == [(0,)]
+    assert layers_to_try((4, 2), 30, together=True) == [(2, 4)]
+    assert layers_to_try((4, 2), 30, together=False) == [(2,), (4,)]
     with pytest.raises(LocalsteerError, match="a vector can't be learned at layer 29: choose 0 to 28"):
-        checked_layers([29], 30)
+        layers_to_try((29,), 30, together=True)
 
 
 def test_a_style_without_words_is_learned_from_a_few_pairs(exact_bundled, tmp_path):
@@ -329,7 +330,11 @@ def test_a_style_without_words_is_learned_from_a_few_pairs(exact_bundled, tmp_pa
     ]
     examples, queries = of_pairs(exact_bundled, write_pairs(tmp_path, lines))
     style = Instruction("quiet", (), literal=True)
-    lesson = learn(exact_bundled, style, queries, VALIDATION[:4], Recipe((3,), n_steps=30), examples=examples)
+    recipe = Recipe((2, 4), n_steps=30)
+    lesson = learn(exact_bundled, style, queries, VALIDATION[:4], recipe, examples=examples)
+    assert lesson.vector.layers == (2, 4)
+    lesson.vector.save(tmp_path / "quiet.gguf")
+    assert ControlVector.load(tmp_path / "quiet.gguf").provenance["validation"] == lesson.record
     replies = exact_bundled.generate_batch(
         [query.text for query in VALIDATION[:8]], steer=[lesson.vector], max_tokens=20, sampling=GREEDY
     )

@@ -49,7 +49,15 @@ N_SEQ_MAX = 16
     is_flag=True,
     help="Learn a constant: an ordinary control vector, which llama.cpp and others apply as it is.",
 )
-@options.layers_to_try("Layers that race: 12, 3,4 or 3-5. [default: two in the upper half]")
+@options.layers_to_try(
+    "Layers to choose from: 12, 3,4 or 3-5. [default: two in the upper half; --together: four]"
+)
+@click.option(
+    "--together/--race",
+    default=None,
+    help="Edit all these layers, or only the one that is best after a few steps. [default: --together with "
+    "--examples]",
+)
 @click.option(
     "--positions",
     type=click.Choice(POSITIONS),
@@ -91,9 +99,9 @@ def command(
     """Learn a vector that makes MODEL follow an instruction that it does not follow when told to.
 
     It learns from replies: the told model's if they follow, otherwise the model's own plain replies,
-    rewritten to follow, or yours (--examples). An edit at one layer is fitted, step by step, to make these
-    likely after the plain prompts, and is then checked on replies of the quantized model. This takes several
-    minutes on a small model. The learned vector does not need PyTorch.
+    rewritten to follow, or yours (--examples). An edit at one layer, or at a few, is fitted, step by step, to
+    make these likely after the plain prompts, and is then checked on replies of the quantized model. This
+    takes several minutes on a small model. The learned vector does not need PyTorch.
 
     Ctrl-C keeps the best so far. The same command continues a run that was killed.
 
@@ -187,6 +195,7 @@ def _learn(engine: Engine, job: LearnJob, model: str, params: Params) -> Lesson:
             job.validation,
             Recipe(
                 layers=params["layers"],
+                together=params["together"],
                 positions=params["positions"],
                 constant=params["static"],
                 n_steps=params["steps"],
@@ -206,7 +215,7 @@ def _kept(job: LearnJob, model: str, params: Params) -> Kept:
     from localsteer.cache import HASH_CHARS, cache_folder, file_hash
     from localsteer.learn import Kept
 
-    names = ("static", "layers", "positions", "steps", "rate", "checkpoint", "seed")
+    names = ("static", "layers", "together", "positions", "steps", "rate", "checkpoint", "seed")
     pairs = job.pairs and file_hash(job.pairs)
     content = [job.instruction.id, job.instruction.phrasings, [query.text for query in job.queries], pairs]
     digest = hashlib.sha256(json.dumps([content, [params[name] for name in names]]).encode()).hexdigest()
@@ -215,12 +224,14 @@ def _kept(job: LearnJob, model: str, params: Params) -> Kept:
 
 
 def _show(job: LearnJob, lesson: Lesson) -> None:
+    from localsteer.tune.setting import layers_in_words
+
     record, vector = lesson.record, lesson.vector
     scores = {name: "-" if share is None else f"{share:.0%}" for name, share in record["scores"].items()}
     answer().print(
         f"{job.instruction.id}: learned from {record['examples']['n']} {record['examples']['source']} "
-        f"replies in {record['seconds']:.0f} s, layer {vector.layers[0]}, {vector.positions}, strength "
-        f"{vector.strength:g}.\n"
+        f"replies in {record['seconds']:.0f} s, {layers_in_words(vector.layers)}, {vector.positions}, "
+        f"strength {vector.strength:g}.\n"
         f"Of {record['n']} replies to other questions {scores['steered']} follow it; plain {scores['none']}, "
         f"told in words {scores['instructed']}, both {scores['both']}."
     )

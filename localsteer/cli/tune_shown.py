@@ -43,7 +43,7 @@ def _best(tuned: Tuned) -> Any:
         if not trial.replies:
             continue
         row, setting = trial.row(), trial.setting
-        where = (setting.layer, setting.positions, setting.mode) if setting else ("-", "plain model", "")
+        where = (setting.numbers, setting.positions, setting.mode) if setting else ("-", "plain model", "")
         shares = (_percent(row[name]) for name in ("score", "followed", "degenerate", "subject_kept"))
         strength = f"{setting.strength:g}" if setting else "0"
         style = "bold" if setting == tuned.setting else None
@@ -56,7 +56,7 @@ def _summary(label: str, tuned: Tuned) -> Iterator[str]:
     setting = tuned.setting
     if setting is not None and scores["steered"] is not None and tuned.record["judged_by"] == "verifier":
         yield (
-            f"{label}: {setting.mode} at layer {setting.layer}, positions {setting.positions}, strength "
+            f"{label}: {setting.mode} at {setting.where}, positions {setting.positions}, strength "
             f"{setting.strength:g}: {_percent(scores['steered'])} of {n} validation queries, the plain model "
             f"{_percent(scores['none'])}, told in words {_percent(scores['instructed'])}, told and steered "
             f"{_percent(scores['both'])}."

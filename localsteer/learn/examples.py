@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +38,9 @@ LEAST_WORDS = 40  # words of the paragraphs that are kept of a reply without an 
 # If it rarely follows, the few replies that pass are its oddest.
 FOLLOWS = 0.5
 N_TRIED = 8  # queries that decide whether it does
+# One rewritten reply in so many is also learned after the told prompt: learned after plain ones only, vectors
+# can harm prompts that ask for the same
+TOLD_EVERY = 4
 N_FOLLOWING = 16  # if this many replies all follow, there is nothing left to improve
 RUN = 3  # tokens in a row that a rewritten reply must share with the plain one to count as unchanged
 
@@ -73,8 +76,8 @@ def of_instruction(
     report: Report | None = None,
     plain: Plain | None = None,
 ) -> list[Example]:
-    """One example for each query that yields one. plain: returns the model's own replies
-    (kept.PlainReplies.of).
+    """One example for each query that yields one; some rewritten ones again after the told prompt. plain:
+    returns the model's own replies (kept.PlainReplies.of).
 
     Raises LocalsteerError, with the reason, for fewer than four.
     """
@@ -91,11 +94,29 @@ def of_instruction(
     replies = (plain or _replies)(engine, [query.text for query in queries], max_tokens)
     if not any(reply.text.strip() for reply in replies):
         raise LocalsteerError("the model's plain replies are empty: there is nothing to rewrite.")
-    examples = [
-        rewritten(engine, instruction, query, reply, seed) for query, reply in _answers(queries, replies)
+    pairs = [
+        (query, rewritten(engine, instruction, query, reply, seed))
+        for query, reply in _answers(queries, replies)
     ]
-    found = [example for example in examples if example is not None]
-    return _enough(found, instruction, f"{len(found)} of {len(queries)} plain replies can be rewritten")
+    found = [(query, example) for query, example in pairs if example is not None]
+    examples = _enough(
+        [example for _, example in found],
+        instruction,
+        f"{len(found)} of {len(queries)} plain replies can be rewritten",
+    )
+    return [*examples, *_after_telling(engine, instruction, found)]
+
+
+def _after_telling(
+    engine: Engine, instruction: Instruction, found: Sequence[tuple[Query, Example]]
+) -> list[Example]:
+    """Some of the examples with the told prompt; none of the first, which are held out."""
+    later = found[len(found) // 3 :: TOLD_EVERY] if instruction.phrasings else ()
+    prompts = [told_prompt(query, instruction.phrasings, turn) for turn, (query, _) in enumerate(later)]
+    return [
+        replace(example, prompt=tuple(engine.prompt_tokens(prompt)))
+        for (_, example), prompt in zip(later, prompts, strict=True)
+    ]
 
 
 def _told(

@@ -1,4 +1,4 @@
-"""The edit that is learned, in PyTorch: x <- x + (w.n(x) + b) z at one layer, n(x) = x / rms(x).
+"""The edit that is learned, in PyTorch: x <- x + (w.n(x) + b) z at each of a few layers, n(x) = x / rms(x).
 
 A rank-1 edit whose weight is read from the state, like LoReFT's (Wu et al., arXiv 2404.03592) with separate
 reader and writer; `constant` leaves w at 0, which gives an ordinary control vector.
@@ -6,6 +6,7 @@ reader and writer; `constant` leaves w at 0, which gives an ordinary control vec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,3 +58,21 @@ class Gate(torch.nn.Module):
     def learned(self, mean: float) -> Learned:
         reader, writer = (tensor.detach().numpy() for tensor in (self.reader, self.scale * self.writer))
         return Learned(reader, float(self.bias.detach()), writer, mean)
+
+
+class Gates(torch.nn.Module):
+    """Gates that are learned together, one for each layer. scales: by layer, see Gate."""
+
+    def __init__(self, n_embd: int, scales: Mapping[int, float], *, constant: bool, seed: int) -> None:
+        super().__init__()
+        self.layers = tuple(sorted(scales))
+        self._gates = torch.nn.ModuleList(
+            Gate(n_embd, scales[layer], constant=constant, seed=seed + layer) for layer in self.layers
+        )
+
+    def __getitem__(self, layer: int) -> Gate:
+        return self._gates[self.layers.index(layer)]
+
+    @property
+    def scales(self) -> dict[int, float]:
+        return {layer: self[layer].scale for layer in self.layers}

@@ -1,11 +1,10 @@
-"""Learning as a whole: examples, a short race of layers, the steps, and a check by generation in the
-engine."""
+"""Learning as a whole: examples, the steps, and a check by generation in the engine."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from localsteer.extract import origin_of
 from localsteer.extract.gguf_backend import GgufBackend
 from localsteer.tune.check import Check, Trial
 from localsteer.tune.record import Choice, TuningRecord
-from localsteer.tune.setting import Setting
+from localsteer.tune.setting import Setting, layers_in_words, layers_of
 from localsteer.tune.targets import Told
 from localsteer.vector import ControlVector
 from localsteer.verify import can_rewrite
@@ -39,7 +38,8 @@ N_HELD_OUT = 8
 N_CHECKED = 12  # validation queries of the check
 # tokens of a reply in the check: a form that must be closed (JSON) needs room
 MAX_TOKENS = gathering.MAX_TOKENS + 64
-DEPTHS = (0.65, 0.82)  # steps of the layers that race
+DEPTHS = (0.28, 0.48, 0.65, 0.82)  # of the layers that are edited together
+RACE_DEPTHS = (0.65, 0.82)  # of those that race
 RACE_STEPS = 8
 EVERY = 5  # steps between two looks at the held-out loss
 PATIENCE = 4  # the steps end after this many looks without improvement
@@ -62,7 +62,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Lesson:
-    """vector: with its settings, and the record as provenance["validation"]. curve: the loss on the layer
+    """vector: with its settings, and the record as provenance["validation"]. curve: the loss on the layers
     that won. helps: whether the check found the vector better than the plain model."""
 
     vector: ControlVector
@@ -97,7 +97,8 @@ def learn(
     report = report or (lambda _what, _done, _total: None)
     started = time.perf_counter()
     kept = kept or Kept(None, "")
-    layers = checked_layers(recipe.layers, engine.model.n_layer)
+    together = examples is not None if recipe.together is None else recipe.together
+    candidates = layers_to_try(recipe.layers, engine.model.n_layer, together=together)
     # checked before the replies, which take a while; prompts and replies together are seldom longer
     check_memory(engine, fast_dtype(), MICRO_BATCH * MAX_TOKENS)
     if examples is None:
@@ -115,21 +116,21 @@ def learn(
     judged = examples[0].source != "given" and instruction.verifier is not None
     try:
         stopped = False
-        learning.race(layers, recipe)
+        learning.race(candidates, recipe)
         _take_steps(learning, instruction, queries[:N_EXAMPLES], recipe, judged)
     except KeyboardInterrupt:
         if learning.training is None or not math.isfinite(learning.training.best):
             raise
         stopped = True
     training = learning.training
-    vector = as_vector(engine, instruction, queries, training.layer, training.learned(), recipe)
+    vector = as_vector(engine, instruction, queries, training.learned(), recipe)
     vector, record = _checked(engine, vector, instruction, spread(validation, N_CHECKED), kept, report)
     record |= {
         "search": "learned",
         "examples": {"n": len(examples), "source": examples[0].source},
         "steps": learning.n_steps,
         "loss": round(training.best, 4),
-        "layers_raced": list(layers),
+        "layers_raced": [list(layers) for layers in candidates],
         "seconds": round(time.perf_counter() - started, 1),
         "stopped": stopped,
         "seed": recipe.seed,
@@ -154,7 +155,7 @@ def _take_steps(
 class _Learning:
     """The steps of a run: on the examples, then on the model's replies with what it has learned by then.
 
-    training: that of the latest steps. curve: of all steps, on the layer that won.
+    training: that of the latest steps. curve: of all steps, on the layers that won.
     """
 
     def __init__(
@@ -182,23 +183,25 @@ class _Learning:
     def n_steps(self) -> int:
         return sum(training.step for training in (self._first, self.training) if training is not None)
 
-    def race(self, layers: Sequence[int], recipe: Recipe) -> None:
-        """Race the layers, and keep the one with the lowest held-out loss after a few steps."""
-        layers = [self._state["layer"]] if self._state else layers
+    def race(self, candidates: Sequence[tuple[int, ...]], recipe: Recipe) -> None:
+        """Race sets of layers, and keep the one with the lowest held-out loss after a few steps."""
+        candidates = [tuple(self._state["layers"])] if self._state else candidates
+        layers = sorted({layer for candidate in candidates for layer in candidate})
         self._own = self._prepared(self._examples, layers)
         self._held = self._prepared(self._held_out, layers)
-        if not all(is_exact(self._weights, layer, self._own[0]) for layer in layers):
+        lowest = {candidate[0] for candidate in candidates}
+        if not all(is_exact(self._weights, layer, self._own[0]) for layer in lowest):
             raise LocalsteerError(
                 "layers of this model take more than the output of those below (keys and values, "
                 "for instance), "
                 "so they can't be run from the middle on: use a model of another architecture."
             )
-        runners = [Training(self._weights, layer, self._own, self._held, recipe) for layer in layers]
+        runners = [Training(self._weights, some, self._own, self._held, recipe) for some in candidates]
         if self._state:
             runners[0].restore(self._state["first"] or self._state["training"])
         elif len(runners) > 1:
             for done, runner in enumerate(runners):
-                self._report(f"racing layer {runner.layer}", done, len(runners))
+                self._report(f"racing {layers_in_words(runner.layers)}", done, len(runners))
                 runner.run(RACE_STEPS)
                 runner.look()
         self.training = min(runners, key=lambda runner: runner.best)
@@ -212,14 +215,14 @@ class _Learning:
             self.curve.append(Look(before + training.step, training.loss, training.held))
             what = "its own replies" if self._first else "the examples"
             self._report(
-                f"learning at layer {training.layer} from {what}, loss {training.loss:.2f}, held out "
-                f"{training.held:.2f}",
+                f"learning at {layers_in_words(training.layers)} from {what}, loss {training.loss:.2f}, held "
+                f"out {training.held:.2f}",
                 training.step,
                 n_steps,
             )
             self._kept.keep_state(
                 {
-                    "layer": training.layer,
+                    "layers": training.layers,
                     "first": self._first and self._first.state(),
                     "training": training.state(),
                     "curve": [(look.step, look.loss, look.held_out) for look in self.curve],
@@ -235,8 +238,7 @@ class _Learning:
         return gathering.all_follow(self._engine, instruction, queries, vector)
 
     def _vector(self, instruction: Instruction, queries: Sequence[Query], recipe: Recipe) -> ControlVector:
-        training = self.training
-        return as_vector(self._engine, instruction, queries, training.layer, training.learned(), recipe)
+        return as_vector(self._engine, instruction, queries, self.training.learned(), recipe)
 
     def own_steps(self, instruction: Instruction, queries: Sequence[Query], recipe: Recipe) -> None:
         """Take half as many steps, on the model's current replies beside the examples: learning only from
@@ -251,16 +253,16 @@ class _Learning:
             self._kept.keep_examples(own, own=True)
         if len(own) < gathering.FEWEST:
             return
-        prepared = self._prepared(own, [first.layer])
+        prepared = self._prepared(own, first.layers)
         half = max(1, min(N_HELD_OUT, len(own) // 4) // 2)
         recipe = replace(recipe, rate=recipe.rate / 2, n_steps=recipe.n_steps // 2, seed=recipe.seed + 1)
         training = Training(
             self._weights,
-            first.layer,
+            first.layers,
             [*self._own, *prepared[half:]],
             [*self._held[:half], *prepared[:half]],
             recipe,
-            first.best_gate(),
+            first.best_gates(),
         )
         if self._state.get("first"):
             training.restore(self._state["training"])
@@ -278,41 +280,44 @@ class _Learning:
         )
 
 
-def checked_layers(layers: Sequence[int] | None, n_layer: int) -> list[int]:
-    """The layers that race; the last one can't, since nothing is computed above it."""
-    if layers is None:
-        return sorted({min(n_layer - 2, max(0, round(depth * (n_layer - 1)))) for depth in DEPTHS})
-    chosen = sorted(set(layers))
+def layers_to_try(layers: Sequence[int] | None, n_layer: int, *, together: bool) -> list[tuple[int, ...]]:
+    """Sets of layers that race; one set if they are edited together. The last layer can't be edited, since
+    nothing is computed above it."""
+    depths = DEPTHS if together else RACE_DEPTHS
+    usual = {min(n_layer - 2, max(0, round(depth * (n_layer - 1)))) for depth in depths}
+    chosen = sorted(usual if layers is None else set(layers))
     for layer in chosen:
         if not 0 <= layer < n_layer - 1:
             raise LocalsteerError(f"a vector can't be learned at layer {layer}: choose 0 to {n_layer - 2}.")
-    return chosen
+    return [tuple(chosen)] if together else [(layer,) for layer in chosen]
 
 
 def as_vector(
     engine: Engine,
     instruction: Instruction,
     queries: Sequence[Query],
-    layer: int,
-    learned: Learned,
+    learned: Mapping[int, Learned],
     recipe: Recipe,
 ) -> ControlVector:
-    """The vector of what was learned: a gate, or a constant in mode `add`. queries: some of those it was
-    learned with."""
+    """The vector of what was learned, by layer: gates, or constants in mode `add`. queries: some of those it
+    was learned with."""
     prompts = [query.text for query in queries[:2]]
+    n_layer = engine.model.n_layer
     settings = {
         "name": instruction.id,
         "positions": recipe.positions,
         "provenance": origin_of(GgufBackend(engine), instruction, prompts, method=METHOD),
     }
     if not recipe.constant:
-        return ControlVector.from_gate(
-            layer, learned.reader, learned.bias, learned.writer,
-            mean_gate=learned.mean, n_layer=engine.model.n_layer, **settings,
-        )  # fmt: skip
-    directions = np.zeros((engine.model.n_layer, engine.model.n_embd), np.float32)
-    directions[layer] = learned.mean * learned.writer
-    return ControlVector(directions, None, None, None, None, (layer,), mode="add", **settings)
+        return ControlVector.from_gates(
+            {layer: (one.reader, one.bias, one.writer, one.mean) for layer, one in learned.items()},
+            n_layer=n_layer,
+            **settings,
+        )
+    directions = np.zeros((n_layer, engine.model.n_embd), np.float32)
+    for layer, one in learned.items():
+        directions[layer] = one.mean * one.writer
+    return ControlVector(directions, None, None, None, None, tuple(learned), mode="add", **settings)
 
 
 def _checked(
@@ -335,8 +340,8 @@ def _checked(
     )
     report("checking by generation", 0, 0)
     check.ask_model(kept.plain.of(engine, [query.text for query in queries], MAX_TOKENS))
-    (layer,) = vector.layers
-    settings = [Setting(layer, vector.positions, strength, vector.mode) for strength in STRENGTHS]
+    where = layers_of(vector)
+    settings = [Setting(where, vector.positions, strength, vector.mode) for strength in STRENGTHS]
     trials = sorted(check.ask(settings), key=_order, reverse=True)
     # without a verifier the loss decides, and the replies only show what is broken
     enough = check.plain.score if instruction.verifier else check.plain.score / 2

@@ -1,17 +1,19 @@
-"""Learns a vector by likelihood, in PyTorch: gradient steps on one layer's edit, with the model frozen.
+"""Learns a vector by likelihood, in PyTorch: gradient steps on the edits of a few layers, the model frozen.
 
 The loss is the cross-entropy of each example's reply after its plain prompt. The tokens that the rewriting
 changed make up half of it, however few they are (JSON's braces); on tokens that the plain reply has as well,
-the distance (KL) from the plain model is added. The layers below the edit always compute the same, so they
-run once, and each step runs only the layers above it.
+the distance (KL) from the plain model is added. The layers below the lowest edit always compute the same, so
+they run once, and each step runs only the layers above it.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from localsteer.errors import LocalsteerError
 from localsteer.extract.torch_backend import torch
 
 from .examples import Example
-from .gate import Gate, Learned
+from .gate import Gates, Learned
 from .weights import Weights
 
 BATCH = 8  # examples per step
@@ -44,13 +46,16 @@ WORSE = 1.3  # times the best held-out loss; a higher loss means that the steps 
 class Recipe:
     """How a vector is learned.
 
-    layers: those that race; None takes two in the upper half. positions: where the edit acts, during learning
+    layers: None chooses them. together: all of them are edited; otherwise they race, and only the best is.
+    None edits several for the user's own examples, whose forms one layer can't hold, and one for instructions
+    of the catalogue, where several are slower and no better. positions: where the edits act, during learning
     and afterwards. constant: an ordinary control vector, without a gate. n_steps: at most, on the examples;
     half as many follow on the model's own replies. rate: the learning rate. seed: for everything random, and
     for the form of rewritten replies.
     """
 
     layers: tuple[int, ...] | None = None
+    together: bool | None = None
     positions: str = "all"
     constant: bool = False
     n_steps: int = 50
@@ -103,7 +108,7 @@ TrainingState = Mapping[str, Any]
 
 
 class Training:
-    """Gradient steps on one layer. gate: the starting point, a new one by default.
+    """Gradient steps on a few layers. gates: the starting point, new ones by default.
 
     loss: of the last step. held: the latest held-out loss, best: the lowest so far. stale: looks since then.
     """
@@ -111,21 +116,24 @@ class Training:
     def __init__(
         self,
         weights: Weights,
-        layer: int,
+        layers: Sequence[int],
         examples: Sequence[Prepared],
         held_out: Sequence[Prepared],
         recipe: Recipe,
-        gate: Gate | None = None,
+        gates: Gates | None = None,
     ) -> None:
-        self._weights, self.layer, self._recipe = weights, layer, recipe
+        self._weights, self.layers, self._recipe = weights, tuple(sorted(layers)), recipe
         self._examples, self._held_out = list(examples), list(held_out)
-        scale = typical_length(examples, layer) / 10
-        self.gate = gate or Gate(weights.n_embd, scale, constant=recipe.constant, seed=recipe.seed)
-        self._free = [self.gate.writer, self.gate.bias, *([] if recipe.constant else [self.gate.reader])]
+        scales = {layer: typical_length(examples, layer) / 10 for layer in self.layers}
+        self.gates = gates or Gates(weights.n_embd, scales, constant=recipe.constant, seed=recipe.seed)
+        each = [self.gates[layer] for layer in self.layers]
+        readers = [] if recipe.constant else [gate.reader for gate in each]
+        others = [value for gate in each for value in (gate.writer, gate.bias)]
+        self._free = [*others, *readers]
         self._optimizer = torch.optim.AdamW(
             [
-                {"params": self._free[:2], "share": 1.0},
-                *({"params": [reader], "share": READER_RATE} for reader in self._free[2:]),
+                {"params": others, "share": 1.0},
+                *({"params": [reader], "share": READER_RATE} for reader in readers),
             ],
             lr=recipe.rate,
             weight_decay=0.0,
@@ -135,7 +143,7 @@ class Training:
         self._order: list[int] = []
         self.step, self.stale = 0, 0
         self.loss, self.held, self.best = math.nan, math.nan, math.inf
-        self._best_state = copy.deepcopy(self.gate.state_dict())
+        self._best_state = copy.deepcopy(self.gates.state_dict())
 
     def run(self, n: int) -> None:
         """Take n steps. Raises LocalsteerError if the loss is not finite, however short the steps."""
@@ -159,28 +167,35 @@ class Training:
         self.stale += 1
         if self.held < self.best:
             self.best, self.stale = self.held, 0
-            self._best_state = copy.deepcopy(self.gate.state_dict())
+            self._best_state = copy.deepcopy(self.gates.state_dict())
         elif not self.held <= WORSE * self.best:
             self._go_back()
         return self.held
 
-    def best_gate(self) -> Gate:
-        """The best gate so far, by the held-out loss."""
-        gate = copy.deepcopy(self.gate)
-        gate.load_state_dict(self._best_state)
-        return gate
+    def best_gates(self) -> Gates:
+        """The best gates so far, by the held-out loss."""
+        gates = copy.deepcopy(self.gates)
+        gates.load_state_dict(self._best_state)
+        return gates
 
-    def learned(self) -> Learned:
-        gate = self.best_gate()
+    def learned(self) -> dict[int, Learned]:
+        """The best gates so far by layer, with their means over the steered tokens held out, except each
+        first one, which is unlike all others in most models."""
+        gates, seen = self.best_gates(), defaultdict(list)
+
+        def see(layer: int, values: Any) -> None:
+            seen[layer].append(float((values[1:] if len(values) > 1 else values).mean()))
+
         with torch.inference_mode():
-            means = [float(gate.weights(one.states[self.layer][1:]).mean()) for one in self._examples]
-        return gate.learned(float(np.mean(means)))
+            for one in self._held_out:
+                self._last([one], gates, see)
+        return {layer: gates[layer].learned(float(np.mean(seen[layer]))) for layer in self.layers}
 
     def state(self) -> TrainingState:
         """Everything that `restore` needs to continue as if there had been no interruption."""
         return {name: getattr(self, name) for name in PLAIN_STATE} | {
-            "gate": self.gate.state_dict(),
-            "scale": self.gate.scale,
+            "gates": self.gates.state_dict(),
+            "scales": self.gates.scales,
             "best_state": self._best_state,
             "optimizer": self._optimizer.state_dict(),
             "random": self._random.bit_generator.state,
@@ -189,8 +204,9 @@ class Training:
     def restore(self, state: TrainingState) -> None:
         for name in PLAIN_STATE:
             setattr(self, name, state[name])
-        self.gate.load_state_dict(state["gate"])
-        self.gate.scale = state["scale"]
+        self.gates.load_state_dict(state["gates"])
+        for layer, scale in state["scales"].items():
+            self.gates[layer].scale = scale
         self._best_state = state["best_state"]
         self._optimizer.load_state_dict(state["optimizer"])
         self._random.bit_generator.state = state["random"]
@@ -210,7 +226,7 @@ class Training:
                 "the loss grows or is not finite, whatever the learning rate: these examples can't be "
                 "learned from."
             )
-        self.gate.load_state_dict(self._best_state)
+        self.gates.load_state_dict(self._best_state)
         self._optimizer.state.clear()
 
     def _batch(self) -> list[Prepared]:
@@ -229,10 +245,24 @@ class Training:
     def _losses(self, batch: Sequence[Prepared], random: np.random.Generator | None = None) -> Any:
         """The loss of a batch, as the mean over examples: a long reply counts as much as a short one. random:
         draws which of the unchanged tokens are used; without it they are always the same."""
-        hidden, ids, attention, where = self._padded(batch)
-        last = self._weights.after(self.layer, self.gate(hidden, where), ids, attention)
+        last = self._last(batch, self.gates)
         losses = [self._loss(row, one, random) for row, one in zip(last, batch, strict=True)]
         return torch.stack(losses).mean()
+
+    def _last(
+        self, batch: Sequence[Prepared], gates: Gates, see: Callable[[int, Any], None] = lambda *_: None
+    ) -> Any:
+        """The last hidden states of a batch, edited. see: called with each layer and its gates' values at the
+        steered tokens."""
+        hidden, ids, attention, where = self._padded(batch)
+
+        def edited(layer: int, hidden: Any) -> Any:
+            see(layer, gates[layer].weights(hidden)[where])
+            return gates[layer](hidden, where)
+
+        first, *others = self.layers
+        edits = {layer: partial(edited, layer) for layer in others}
+        return self._weights.after(first, edited(first, hidden), ids, attention, edits)
 
     def _loss(self, row: Any, one: Prepared, random: np.random.Generator | None) -> Any:
         """The loss of one example. row: (n_tokens, n_embd), its last hidden states."""
@@ -261,14 +291,15 @@ class Training:
     def _padded(self, batch: Sequence[Prepared]) -> tuple[Any, Any, Any, Any]:
         """States, token ids, attention mask and steered tokens of a batch, padded on the right."""
         n = max(len(one.example.tokens) for one in batch)
-        first = batch[0].states[self.layer]
+        layer = self.layers[0]
+        first = batch[0].states[layer]
         hidden = torch.zeros(len(batch), n, first.shape[-1], dtype=first.dtype)
         ids = torch.zeros(len(batch), n, dtype=torch.long)
         attention = torch.zeros_like(ids)
         where = torch.zeros(len(batch), n, dtype=torch.bool)
         for i, one in enumerate(batch):
             n_prompt, n_own = len(one.example.prompt), len(one.example.tokens)
-            hidden[i, :n_own] = one.states[self.layer]
+            hidden[i, :n_own] = one.states[layer]
             ids[i, :n_own] = torch.tensor(one.example.tokens)
             attention[i, :n_own] = 1
             start, stop = steered_range(self._recipe.positions, n_prompt, n_own)

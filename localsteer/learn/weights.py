@@ -3,8 +3,9 @@ checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ LIKENESS_PROMPT = "Tell me about foxes."
 # Least correlation of logits: for the same weights, at worst in bfloat16; and for quantized weights, at worst
 # in two bits. Unrelated models have a correlation of 0.
 LIKE_GGUF, LIKE_CHECKPOINT = 0.98, 0.7
+
+Edit = Callable[[Any], Any]  # of hidden states (..., n_embd)
 
 
 class Weights:
@@ -121,14 +124,28 @@ class Weights:
             output = self._decoder(input_ids=ids, attention_mask=attention, use_cache=False)
         return seen, output.last_hidden_state
 
-    def after(self, layer: int, hidden: Any, ids: Any, attention: Any) -> Any:
+    def after(
+        self, layer: int, hidden: Any, ids: Any, attention: Any, edits: Mapping[int, Edit] | None = None
+    ) -> Any:
         """The last hidden state, computed from the output of layer `layer` by the layers above it.
 
-        ids: the token ids of `hidden`, which some models use again in every layer.
+        ids: the token ids of `hidden`, which some models use again in every layer. edits: what to do to the
+        outputs of layers above.
         """
-        with self._without_layers_up_to(layer, hidden):
+        with self._without_layers_up_to(layer, hidden), self._edited(edits or {}):
             output = self._decoder(input_ids=ids, attention_mask=attention, use_cache=False)
         return output.last_hidden_state
+
+    @contextmanager
+    def _edited(self, edits: Mapping[int, Edit]) -> Iterator[None]:
+        handles = [
+            self.layers[layer].register_forward_hook(partial(_edited, edit)) for layer, edit in edits.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def _without_layers_up_to(self, layer: int, hidden: Any) -> Iterator[None]:
@@ -170,6 +187,10 @@ class _Ready(transformers.modeling_outputs.BaseModelOutput):
         """None: heads pass on other fields, such as caches and router logits."""
         if name.startswith("__"):
             raise AttributeError(name)
+
+
+def _edited(edit: Edit, _layer: Any, _inputs: Any, output: Any) -> Any:
+    return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
 
 def _gives(hidden: Any, n_outputs: int | None) -> Any:

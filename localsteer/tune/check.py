@@ -36,7 +36,7 @@ IMPROBABLE_RATIO = 3.0
 class TrialRow(TypedDict):
     """layer to mode: None for the plain model. score to subject_kept: shares of the replies."""
 
-    layer: int | None
+    layer: int | list[int] | None
     positions: str | None
     strength: float | None
     mode: str | None
@@ -84,8 +84,9 @@ class Trial:
 
     def row(self) -> TrialRow:
         setting = self.setting
+        layer = getattr(setting, "layer", None)
         return {
-            "layer": getattr(setting, "layer", None),
+            "layer": list(layer) if isinstance(layer, tuple) else layer,
             "positions": getattr(setting, "positions", None),
             "strength": getattr(setting, "strength", None),
             "mode": getattr(setting, "mode", None),

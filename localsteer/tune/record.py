@@ -41,7 +41,7 @@ class _OfASearch(TypedDict, total=False):
     examples: dict[str, int | str]
     steps: int
     loss: float
-    layers_raced: list[int]
+    layers_raced: list[list[int]]
     seed: int
 
 

@@ -15,7 +15,7 @@ from localsteer.errors import PlanError
 from localsteer.vector import ControlVector
 
 from .score import Score
-from .setting import POSITIONS, Setting
+from .setting import POSITIONS, Layers, Setting
 
 N_COARSE = 8  # layers in the first look
 FIRST_STRENGTH = 1.5  # between 1, which suits the early layers, and 2, which suits the late ones
@@ -36,7 +36,7 @@ class Search:
     def __init__(
         self,
         score: Score,
-        layers: Sequence[int],
+        layers: Sequence[Layers],
         positions: Sequence[str] = POSITIONS,
         strengths: Sequence[float] | None = None,
         modes: Sequence[str] = ("project",),
@@ -123,11 +123,14 @@ class Search:
                     yield replace(setting, strength=STRENGTHS[i])
 
 
-def usable_layers(vector: ControlVector, layers: Iterable[int] | None) -> list[int]:
-    """The layers to try: all that have a direction, or those requested.
+def usable_layers(vector: ControlVector, layers: Iterable[int] | None) -> list[Layers]:
+    """The layers to try: all that have a direction, or those requested. Gates that were learned together are
+    tried together.
 
     Raises PlanError for a layer that is out of range or has no direction, and if there are none.
     """
+    if layers is None and vector.mode == "gate" and len(vector.layers) > 1:
+        return [tuple(vector.layers)]
     usable = list(vector.usable_layers if layers is None else vector.at(layer=tuple(layers)).layers)
     if not usable:
         raise PlanError(f"{vector.label} has no direction at any of the layers to choose from.")
@@ -144,7 +147,13 @@ def candidates(settings: Sequence[Setting], n: int) -> list[Setting]:
     kinds: dict[tuple[str, str], list[Setting]] = {}
     for setting in settings:
         kind = kinds.setdefault((setting.positions, setting.mode), [])
-        if all(abs(setting.layer - other.layer) > 1 for other in kind):
+        if all(_are_apart(setting.layer, other.layer) for other in kind):
             kind.append(setting)
     turns = zip_longest(*kinds.values())
     return [setting for turn in turns for setting in turn if setting is not None][:n]
+
+
+def _are_apart(one: Layers, other: Layers) -> bool:
+    """Whether two settings are no neighbours. Sets of layers are the same or have nothing to do with each
+    other."""
+    return abs(one - other) > 1 if isinstance(one, int) and isinstance(other, int) else one != other

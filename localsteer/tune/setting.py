@@ -13,17 +13,29 @@ FEW_LAYERS = 12  # up to this depth, a grid has every layer
 MAX_TOKENS = 192  # tokens of a reply
 
 
+Layers = int | tuple[int, ...]  # one, or several that are steered together
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting of a vector. layer: 0-based."""
 
-    layer: int
+    layer: Layers
     positions: str
     strength: float
     mode: str = "project"
 
     def __str__(self) -> str:
-        return f"{self.mode} at layer {self.layer}, {self.positions}, strength {self.strength:g}"
+        return f"{self.mode} at {self.where}, {self.positions}, strength {self.strength:g}"
+
+    @property
+    def where(self) -> str:
+        return layers_in_words((self.layer,) if isinstance(self.layer, int) else self.layer)
+
+    @property
+    def numbers(self) -> str:
+        """The layers without the word."""
+        return self.where.partition(" ")[2]
 
     def of(self, vector: ControlVector) -> ControlVector:
         """The vector with this setting applied."""
@@ -50,6 +62,15 @@ class Scope:
 
     def modes_of(self, vector: ControlVector) -> tuple[str, ...]:
         return tuple(self.modes or (vector.mode,))
+
+
+def layers_of(vector: ControlVector) -> Layers:
+    """The layers of a vector as one setting has them."""
+    return vector.layers[0] if len(vector.layers) == 1 else tuple(vector.layers)
+
+
+def layers_in_words(layers: Sequence[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
 def grid_layers(n_layer: int) -> range:

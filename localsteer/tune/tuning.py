@@ -22,7 +22,7 @@ from .check import Check, Trial
 from .record import Choice, TuningRecord
 from .score import Score
 from .search import Search, candidates, usable_layers
-from .setting import Scope, Setting
+from .setting import Layers, Scope, Setting
 from .targets import Telling, Told
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class _Tuning:
     asked: Sequence[Query]
     checked: Sequence[Query]
     scope: TuneScope
-    layers: Sequence[int]
+    layers: Sequence[Layers]
     report: Report
     _search: Search | None = None
     _check: Check | None = None
