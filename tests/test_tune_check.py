@@ -25,7 +25,7 @@ def check(exact_bundled, extracted):
     return Check(exact_bundled, extracted["title"], CATALOG.get("title"), QUERIES, max_tokens=LONGEST)
 
 
-def saying(engine, texts, ends=lambda _one: "stop", *, vector) -> Check:
+def saying(engine, texts, ends=lambda _one: "stop", *, vector, **options) -> Check:
     """A check whose replies are written down: texts(what is asked), and its finish_reason."""
 
     def generate(asked, on_reply):
@@ -38,7 +38,7 @@ def saying(engine, texts, ends=lambda _one: "stop", *, vector) -> Check:
         return replies
 
     instruction = CATALOG.get("no_comma")
-    return Check(engine, vector, instruction, QUERIES, max_tokens=LONGEST, generate=generate)
+    return Check(engine, vector, instruction, QUERIES, max_tokens=LONGEST, generate=generate, **options)
 
 
 # --- on the model ---
@@ -131,6 +131,11 @@ def test_fluent_nonsense_does_not_count_either(exact_bundled, extracted):
     (trial,) = check.ask([GOOD])
     assert {reply.degenerate for reply in trial.replies} == {IMPROBABLE}
     assert trial.score == 0
+    # unless the vector was learned from replies that are as improbable
+    check = saying(exact_bundled, plain_or(nonsense), vector=extracted["no_comma"], surprising=9.0)
+    check.ask_model()
+    (trial,) = check.ask([GOOD])
+    assert trial.score == 1
 
 
 @pytest.mark.parametrize(("n_own", "n_steered", "score"), [(0, 1, 0.75), (0, 2, 0.0), (1, 2, 0.5)])

@@ -36,6 +36,7 @@ METHOD = "learned by likelihood"
 N_EXAMPLES = 48
 N_HELD_OUT = 8
 N_CHECKED = 12  # validation queries of the check
+N_SCORED = 16  # examples whose probability says how improbable a good reply may be
 # tokens of a reply in the check: a form that must be closed (JSON) needs room
 MAX_TOKENS = gathering.MAX_TOKENS + 64
 DEPTHS = (0.28, 0.48, 0.65, 0.82)  # of the layers that are edited together
@@ -124,7 +125,9 @@ def learn(
         stopped = True
     training = learning.training
     vector = as_vector(engine, instruction, queries, training.learned(), recipe)
-    vector, record = _checked(engine, vector, instruction, spread(validation, N_CHECKED), kept, report)
+    vector, record = _checked(
+        engine, vector, instruction, spread(validation, N_CHECKED), examples, kept=kept, report=report
+    )
     record |= {
         "search": "learned",
         "examples": {"n": len(examples), "source": examples[0].source},
@@ -325,11 +328,16 @@ def _checked(
     vector: ControlVector,
     instruction: Instruction,
     queries: Sequence[Query],
+    examples: Sequence[Example],
+    *,
     kept: Kept,
     report: Report,
 ) -> tuple[ControlVector, TuningRecord]:
     """The vector at the strength whose replies are best, or at 0 if none are better than the plain model's;
     and its record."""
+    if instruction.verifier is None:  # a manner of one's own need not name what was asked about
+        queries = [Query(query.text) for query in queries]
+    own = [(example.prompt, example.reply) for example in examples[:N_SCORED]]
     check = Check(
         engine,
         vector,
@@ -337,6 +345,7 @@ def _checked(
         queries,
         max_tokens=MAX_TOKENS,
         on_reply=lambda done: report("checking by generation", done, 0),
+        surprising=-float(np.mean(engine.score(own))),
     )
     report("checking by generation", 0, 0)
     check.ask_model(kept.plain.of(engine, [query.text for query in queries], MAX_TOKENS))

@@ -104,7 +104,9 @@ class Check:
 
     queries: other than those of the targets. max_tokens: of a reply. on_reply: called after each reply with
     the number of replies so far. generate: (questions, callback for the number of replies) -> replies; by
-    default each reply ends as soon as its verdict is known.
+    default each reply ends as soon as its verdict is known. surprising: the negative log-probability per
+    token of replies as they should be, if the vector was learned from some: forms that the model does not use
+    by itself are improbable.
     """
 
     def __init__(
@@ -117,7 +119,9 @@ class Check:
         max_tokens: int,
         generate: Generate | None = None,
         on_reply: Callable[[int], None] | None = None,
+        surprising: float | None = None,
     ) -> None:
+        self._surprising = surprising
         self._engine, self._vector, self._instruction = engine, vector, instruction
         self.queries = tuple(queries)
         self.max_tokens = max_tokens
@@ -142,7 +146,8 @@ class Check:
         n = len(self.queries)
         self.plain.replies, self.told.replies = judged[:n], judged[n:]
         self.plain.allowed = self.told.allowed = n
-        logs = [value for value in log_perplexities(self._engine, judged) if value is not None]
+        values = [self._surprising, *log_perplexities(self._engine, judged)]
+        logs = [value for value in values if value is not None]
         self._most_surprising = max(logs, default=None)
 
     def ask(self, settings: Sequence[Setting], n: int | None = None) -> list[Trial]:

@@ -161,6 +161,13 @@ class Choice:
                 "so there is nothing to find: nothing is applied. Try a larger model, or a wording that "
                 "it follows."
             ]
+        if self.instruction.verifier is None and self.trials and self.trials[0].n_degenerate:
+            first = self.trials[0]
+            reasons = {reply.degenerate for reply in first.replies if reply.degenerate}
+            return [
+                f"{first.n_degenerate} of {first.n} replies are {' or '.join(sorted(reasons))}: nothing is "
+                "applied."
+            ]
         if none == 1:
             return [
                 f"these queries can't tell whether steering helps {name} on this model: the plain model "
