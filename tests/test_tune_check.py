@@ -132,7 +132,7 @@ def test_fluent_nonsense_does_not_count_either(exact_bundled, extracted):
     assert {reply.degenerate for reply in trial.replies} == {IMPROBABLE}
     assert trial.score == 0
     # unless the vector was learned from replies that are as improbable
-    check = saying(exact_bundled, plain_or(nonsense), vector=extracted["no_comma"], surprising=9.0)
+    check = saying(exact_bundled, plain_or(nonsense), vector=extracted["no_comma"], surprising=20.0)
     check.ask_model()
     (trial,) = check.ask([GOOD])
     assert trial.score == 1

@@ -28,6 +28,7 @@ from .weights import Weights, check_memory, fast_dtype
 
 if TYPE_CHECKING:
     from localsteer.engine import Engine
+    from localsteer.runtime.reply import Reply
 
     from .examples import Example
     from .gate import Learned
@@ -125,9 +126,10 @@ def learn(
         stopped = True
     training = learning.training
     vector = as_vector(engine, instruction, queries, training.learned(), recipe)
-    vector, record = _checked(
-        engine, vector, instruction, spread(validation, N_CHECKED), examples, kept=kept, report=report
-    )
+    report("checking by generation", 0, 0)
+    check = _check_of(engine, vector, instruction, spread(validation, N_CHECKED), examples, report)
+    plain = kept.plain.of(engine, [query.text for query in check.queries], MAX_TOKENS)
+    vector, record = _checked(check, vector, instruction, plain)
     record |= {
         "search": "learned",
         "examples": {"n": len(examples), "source": examples[0].source},
@@ -323,22 +325,18 @@ def as_vector(
     return ControlVector(directions, None, None, None, None, tuple(learned), mode="add", **settings)
 
 
-def _checked(
+def _check_of(
     engine: Engine,
     vector: ControlVector,
     instruction: Instruction,
     queries: Sequence[Query],
     examples: Sequence[Example],
-    *,
-    kept: Kept,
     report: Report,
-) -> tuple[ControlVector, TuningRecord]:
-    """The vector at the strength whose replies are best, or at 0 if none are better than the plain model's;
-    and its record."""
+) -> Check:
     if instruction.verifier is None:  # a manner of one's own need not name what was asked about
         queries = [Query(query.text) for query in queries]
     own = [(example.prompt, example.reply) for example in examples[:N_SCORED]]
-    check = Check(
+    return Check(
         engine,
         vector,
         instruction,
@@ -347,8 +345,14 @@ def _checked(
         on_reply=lambda done: report("checking by generation", done, 0),
         surprising=-float(np.mean(engine.score(own))),
     )
-    report("checking by generation", 0, 0)
-    check.ask_model(kept.plain.of(engine, [query.text for query in queries], MAX_TOKENS))
+
+
+def _checked(
+    check: Check, vector: ControlVector, instruction: Instruction, plain: Sequence[Reply]
+) -> tuple[ControlVector, TuningRecord]:
+    """The vector at the strength whose replies are best, or at 0 if none are better than the plain model's;
+    and its record. plain: the plain model's replies to the queries of the check."""
+    check.ask_model(plain)
     where = layers_of(vector)
     settings = [Setting(where, vector.positions, strength, vector.mode) for strength in STRENGTHS]
     trials = sorted(check.ask(settings), key=_order, reverse=True)
