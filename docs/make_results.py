@@ -27,6 +27,11 @@ LEARNED_ON = {
     "b179c952": "SmolLM2-135M-Instruct Q4_1",
     "1d961463": "Qwen2.5-Coder-0.5B-Instruct Q4_K_M",
 }
+# file -> the same
+STYLES_ON = {
+    "SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct Q4_1",
+    "qwen0.5b.gguf": "Qwen2.5-Coder-0.5B-Instruct Q4_K_M",
+}
 # folders of evaluations, where there are any, and what to add to the model's name
 REAL = {
     "smollm2-135m-instruct": "",
@@ -150,6 +155,20 @@ def learned() -> Iterator[str]:
             yield _row(row["id"], [*cells, percent(quality["distinct"]), _layers(row)])
         means = [percent(document["mean"][arm]) if arm in document["mean"] else "-" for arm in arms]
         yield _row("mean", [*means, "", "", "", "", ""])
+
+
+def styles() -> Iterator[str]:
+    """What is learned from examples of one's own."""
+    yield "| | follow | subject named | perplexity | seconds |"
+    yield "|---|---|---|---|---|"
+    for path in sorted(RESULTS.glob("styles-*.json"), reverse=True):
+        document = _read(path)
+        yield _row(f"**{STYLES_ON[document['model']]}**", [""] * 4)
+        for row in document["rows"]:
+            low, high, kept = round(100 * row["low"]), round(100 * row["high"]), row["subject_kept"]
+            cells = [f"{percent(row['followed'])} ({low}-{high})", "-" if kept is None else percent(kept)]
+            seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+            yield _row(f"{row['style']}, {row['arm']}", [*cells, f"{row['ppl']:.1f}", seconds])
 
 
 def _layers(row: Document) -> str:
@@ -505,6 +524,7 @@ TABLES: dict[tuple[str, str], Callable[[], Iterator[str]]] = {
     ("speed", "results/bundled.md"): speed,
     ("concurrency", "results/bundled.md"): concurrency,
     ("soak", "results/bundled.md"): soak,
+    ("styles", "learning.md"): styles,
     ("ensure", "ensure.md"): ensuring,
     ("unseen", "packs.md"): unseen,
     ("calls", "clients.md"): calls,

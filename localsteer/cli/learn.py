@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -232,8 +233,7 @@ def _show(job: LearnJob, lesson: Lesson) -> None:
         f"{job.instruction.id}: learned from {record['examples']['n']} {record['examples']['source']} "
         f"replies in {record['seconds']:.0f} s, {layers_in_words(vector.layers)}, {vector.positions}, "
         f"strength {vector.strength:g}.\n"
-        f"Of {record['n']} replies to other questions {scores['steered']} follow it; plain {scores['none']}, "
-        f"told in words {scores['instructed']}, both {scores['both']}."
+        + _checked(record["n"], scores, has_verifier=job.instruction.verifier is not None)
     )
     if not lesson.helps:
         note(
@@ -241,6 +241,18 @@ def _show(job: LearnJob, lesson: Lesson) -> None:
             "0. Try more --steps."
         )
     note(f"wrote {job.target}")
+
+
+def _checked(n: int, scores: Mapping[str, str], *, has_verifier: bool) -> str:
+    if not has_verifier:
+        return (
+            f"Nothing judges its form: of {n} replies to other questions {scores['steered']} are unbroken; "
+            f"plain {scores['none']}."
+        )
+    return (
+        f"Of {n} replies to other questions {scores['steered']} follow it; plain {scores['none']}, told in "
+        f"words {scores['instructed']}, both {scores['both']}."
+    )
 
 
 def _draw(lesson: Lesson, path: str) -> None:
