@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as effort
@@ -16,6 +17,7 @@ from localsteer.tune.score import DAMAGE, Score
 from localsteer.tune.search import N_COARSE, N_TARGETS, STRENGTHS, Search, candidates, usable_layers
 from localsteer.tune.setting import grid_layers
 from localsteer.tune.targets import Telling
+from localsteer.vector import ControlVector
 
 CATALOG = load_catalog(bundled.CATALOG)
 QUERIES = CATALOG.queries["validation"][:4]
@@ -202,3 +204,14 @@ def test_layers_default_to_those_with_a_direction(extracted):
 def test_grids():
     assert grid_layers(8) == range(8)
     assert grid_layers(28) == range(5, 28, 2)
+
+
+def test_gates_that_were_learned_together_are_tried_together():
+    gate = (np.full(4, 0.1), 1.0, np.ones(4), 1.0)
+    vector = ControlVector.from_gates({2: gate, 4: gate}, n_layer=8)
+    assert usable_layers(vector, None) == [(2, 4)]
+    assert usable_layers(vector, (4,)) == [4]
+    settings = [Setting((2, 4), "all", strength, "gate") for strength in (1.0, 1.5)]
+    assert candidates(settings, 2) == settings[:1]
+    assert str(settings[0]) == "gate at layers 2, 4, all, strength 1"
+    assert settings[0].of(vector).layers == (2, 4)
