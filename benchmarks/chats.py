@@ -8,7 +8,8 @@ for the fact. The replies of earlier turns, as they came, are in the history. Th
     plain     nothing                       steered   the pack's vector, at every turn
     told      the instruction in words, in the first message
 
-A reply follows where its verifier passes and it is not degenerate; intervals are Wilson's, 95%. The last line
+A reply follows where its verifier passes and it is not degenerate; intervals are Wilson's, 95%. Every turn
+computes the whole history again, so ten turns of a dozen chats take half an hour on two cores. The last line
 is JSON.
 """
 
