@@ -577,8 +577,9 @@ def test_a_character_that_the_vocabulary_can_not_spell_is_refused(real_data) -> 
     # llama.cpp alone ends the process here: a SentencePiece vocabulary without byte tokens
     with Model(real_data / "tinystories-656k" / "tinystories-656k-f32.gguf") as model:
         assert model.tokenize("Once upon", add_special=False, parse_special=True)
-        with pytest.raises(PromptError, match="no token for 'é'"):
-            model.tokenize("café", add_special=False, parse_special=True)
+        for text in ("café", "café " * 100_000):  # one so long has its tokens counted first
+            with pytest.raises(PromptError, match="no token for 'é'"):
+                model.tokenize(text, add_special=False, parse_special=True)
 
 
 def test_what_a_model_says_of_itself(model: Model, tiny_llama) -> None:
@@ -730,7 +731,7 @@ def test_what_an_rwkv_vocabulary_cant_spell_is_refused_and_not_looked_for_withou
     real_data: Path,
 ) -> None:
     with Model(real_data / "craftgpt-chat-5m-f16.gguf") as model:
-        for text in ("a < b", "<", " hello <<a new day>>"):
+        for text in ("a < b", "<", " hello <<a new day>>", "a < b" * 100_000):
             with pytest.raises(PromptError, match="has no token for '<'"):
                 model.tokenize(text, add_special=False, parse_special=True)
         tokens = model.tokenize(" [inst] how are you<unused0> [/inst]", add_special=False, parse_special=True)

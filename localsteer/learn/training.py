@@ -250,14 +250,15 @@ class Training:
         return torch.stack(losses).mean()
 
     def _last(
-        self, batch: Sequence[Prepared], gates: Gates, see: Callable[[int, Any], None] = lambda *_: None
+        self, batch: Sequence[Prepared], gates: Gates, see: Callable[[int, Any], None] | None = None
     ) -> Any:
         """The last hidden states of a batch, edited. see: called with each layer and its gates' values at the
         steered tokens."""
         hidden, ids, attention, where = self._padded(batch)
 
         def edited(layer: int, hidden: Any) -> Any:
-            see(layer, gates[layer].weights(hidden)[where])
+            if see is not None:
+                see(layer, gates[layer].weights(hidden)[where])
             return gates[layer](hidden, where)
 
         first, *others = self.layers

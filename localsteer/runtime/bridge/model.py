@@ -216,9 +216,9 @@ class Model(Handle):
             raise PromptError(
                 f"the text holds {text[error.start]!r}, which is not a Unicode character."
             ) from None
-        self._check_count(text, len(raw))
         self._check_characters(text)
         self._check_bytes(raw)
+        self._check_count(text, len(raw))  # after these: it calls the tokenizer
         tokens = self._tokens_of(text, raw, add_special, parse_special)
         if -1 in tokens:
             unknown = next((c for c in text if -1 in self._tokens(c.encode(), False, False)), text)
@@ -263,6 +263,7 @@ class Model(Handle):
         for start in range(0, len(text), COUNTED):
             part = text[start : start + COUNTED]
             for piece in map(str.encode, self.safe_pieces(part)):
+                self._check_bytes(piece)
                 count -= lc.llama_tokenize(self.vocab, piece, len(piece), None, 0, False, True)
             if count > most:
                 raise ContextError(
